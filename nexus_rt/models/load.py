@@ -1,0 +1,97 @@
+"""Finding models: a folder in diffusers' or Wan's own layout, or a hub id, to a transformer on a device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from nexus_rt.errors import ModelError
+from nexus_rt.models.checkpoint import fill, find_tensors
+from nexus_rt.models.wan import WanConfig, WanTransformer
+
+
+def resolve(
+    source: str | Path,
+    subfolders: tuple[str, ...] = (),
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    revision: str | None = None,
+) -> Path:
+    """A local folder for `source`: itself if it is one, else a snapshot of the hub repository of that id.
+
+    Only the named subfolders and the top-level json files of a repository are fetched; with none, its top level.
+
+    Raises:
+        ModelError: neither a folder nor a repository that can be reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
+        raise ModelError(f"{source} is not a folder; expected a model folder or a hub id such as 'owner/name'.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = ["*.json", *(f"{s}/*" for s in subfolders)] if subfolders else ["*.json", "*.safetensors"]
+    try:
+        return Path(
+            snapshot_download(
+                str(source), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only,
+                allow_patterns=patterns, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.ckpt"],
+            )
+        )  # fmt: skip
+    except (OSError, HFValidationError, ValueError) as error:  # the hub's errors are OSErrors
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{source} is neither a folder here nor a repository that could be fetched ({reason}); "
+            "check the spelling, the connection, or pass a local folder."
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, or a `ModelError` that names the file."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ModelError(f"{path.parent} is not a model folder: it has no {path.name}.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}); download the folder again.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}; expected a JSON object.")
+    return value
+
+
+def transformer_folder(folder: Path) -> Path:
+    """The transformer inside a pipeline folder, or the folder itself."""
+    inner = folder / "transformer"
+    return inner if (inner / "config.json").is_file() else folder
+
+
+def load_config(folder: Path) -> WanConfig:
+    """The architecture in a transformer folder's `config.json`."""
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name", "WanModel")
+    if name not in ("WanTransformer3DModel", "WanModel"):
+        raise ModelError(f"{folder} holds a {name}; expected a WanTransformer3DModel (or Wan's own WanModel).")
+    return WanConfig.from_dict(config)
+
+
+def load_transformer(
+    folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+) -> WanTransformer:
+    """Load a Wan T2V transformer from a folder in diffusers' or Wan's own layout.
+
+    Peak memory is the model in `dtype` plus one stored tensor.
+
+    Raises:
+        ModelError: not a model folder, another architecture, a missing shard, a damaged file, pickles only.
+    """
+    folder = transformer_folder(Path(folder))
+    config = load_config(folder)
+    tensors = find_tensors(folder)
+    with torch.device("meta"):
+        model = WanTransformer(config)
+    fill(model, tensors, dtype, torch.device(device))
+    return model.eval()

@@ -1,0 +1,147 @@
+"""Latents to pixels through diffusers' `AutoencoderKLWan`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus_rt.errors import DecodeError, ModelError
+from nexus_rt.models.load import read_json
+
+TILE_ABOVE = 1280 * 720  # pixels of a frame from which decoding is tiled when `tiling` is "auto"
+LATENT_FIELDS = ("z_dim", "latents_mean", "latents_std", "scale_factor_spatial", "scale_factor_temporal")
+# What AutoencoderKLWan has when a config.json leaves the field out: the published Wan 2.1 VAE's statistics.
+WAN_VAE = {
+    "z_dim": 16, "scale_factor_spatial": 8, "scale_factor_temporal": 4,
+    "latents_mean": [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+                     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
+    "latents_std": [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+                    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160],
+}  # fmt: skip
+
+
+def vae_space(folder: Path) -> dict[str, Any]:
+    """What of a VAE's config defines its latent space."""
+    config = read_json(folder / "config.json")
+    return {field: config.get(field, WAN_VAE[field]) for field in LATENT_FIELDS}
+
+
+class VideoDecoder:
+    """A Wan VAE, loaded when first used and dropped when asked.
+
+    Args:
+        folder: holds `config.json` and safetensors in diffusers' layout.
+        tiling: True, False, or "auto": decode in overlapping tiles above 1280 x 720, where memory would run out.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, device: str | torch.device, tiling: bool | str = "auto"
+    ) -> None:
+        self.folder, self.dtype, self.device, self.tiling = Path(folder), dtype, torch.device(device), tiling
+        self.space = vae_space(self.folder)
+        if not any(self.folder.glob("*.safetensors")):
+            raise ModelError(f"{self.folder} holds no safetensors; expected an AutoencoderKLWan in diffusers' layout.")
+        self.model: Any = None
+
+    @property
+    def spatial(self) -> int:
+        """Pixels per latent cell."""
+        return int(self.space["scale_factor_spatial"])
+
+    @property
+    def temporal(self) -> int:
+        """Frames per latent frame, after the first."""
+        return int(self.space["scale_factor_temporal"])
+
+    def load(self) -> None:
+        """Read the weights, if they are not in memory."""
+        if self.model is not None:
+            return
+        from diffusers import AutoencoderKLWan
+        from safetensors import SafetensorError
+
+        try:
+            model = AutoencoderKLWan.from_pretrained(
+                self.folder, torch_dtype=self.dtype, local_files_only=True, use_safetensors=True
+            )
+        except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+            raise ModelError(f"{self.folder}: the VAE cannot be loaded ({error}); download it again.") from error
+        for parameter in model.parameters():  # convolutions run about twice as fast in this layout on a CPU
+            if parameter.ndim == 5:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+        self.model = model.to(self.device).eval()
+
+    def drop(self) -> None:
+        """Free the weights; the next `decode` loads them again."""
+        self.model = None
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(self.space[k], device=device).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
+        return mean, std
+
+    @torch.inference_mode()
+    def encode(self, frames: Tensor) -> Tensor:
+        """Frames [B, 3, F, H, W] in [-1, 1] to normalised latents [B, C, T, H/8, W/8] (the posterior's mode), float32."""
+        self.load()
+        frames = frames.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last_3d)
+        mean, std = self._statistics(self.device)
+        return (self.model.encode(frames).latent_dist.mode().float() - mean) / std
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, rescue: str | Path | None = None) -> Tensor:
+        """Normalised latents [B, C, T, H, W] to frames [B, F, 3, H, W] in [0, 1], float32, one sample at a time.
+
+        Args:
+            rescue: where to save the latents if decoding fails: a folder (default: the system's temporary one).
+
+        Raises:
+            DecodeError: anything went wrong, running out of memory included; carries the path of the saved latents.
+        """
+        try:
+            self.load()
+            height, width = (s * self.spatial for s in latents.shape[-2:])
+            tiled = height * width > TILE_ABOVE if self.tiling == "auto" else bool(self.tiling)
+            self.model.use_tiling = False
+            if tiled:
+                self.model.enable_tiling()
+            mean, std = self._statistics(self.device)
+            out = []
+            for sample in latents.to(self.device, torch.float32).split(1):
+                z = (sample * std + mean).to(self.dtype)
+                video = self.model.decode(z.contiguous(memory_format=torch.channels_last_3d), return_dict=False)[0]
+                out.append(video.float().add_(1).div_(2).clamp_(0, 1))
+            return torch.cat(out).transpose(1, 2)
+        except Exception as error:
+            path = save_latents(latents, rescue)
+            saved = f"the latents are saved in {path}; decode them again with `nexus-rt decode`" if path else "and saving them failed too"
+            raise DecodeError(f"decoding failed ({type(error).__name__}: {error}); {saved}.", path) from error
+
+
+def save_latents(latents: Tensor, folder: str | Path | None = None) -> Path | None:
+    """Save latents as safetensors under a new name in `folder`; None if that fails too."""
+    from safetensors.torch import save_file
+
+    try:
+        root = Path(folder) if folder else Path(tempfile.gettempdir())
+        path = root / f"nexus-rt-latents-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.safetensors"
+        save_file({"latents": latents.detach().float().cpu().contiguous()}, path)
+        return path
+    except Exception:  # the caller is already reporting a failure: it must not be lost under this one
+        return None
+
+
+def read_latents(path: str | Path) -> Tensor:
+    """Latents that `save_latents` wrote."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)["latents"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{path} holds no latents ({error}); expected a safetensors file with a tensor 'latents'.") from error

@@ -1,0 +1,319 @@
+"""The Wan 2.1 text-to-video diffusion transformer, written for inference.
+
+The same function as diffusers' `WanTransformer3DModel` and Wan's own `WanModel`, with four differences that do not
+change its value: Q, K and V of self-attention are one projection; RoPE tables are real-valued and cached per grid; the
+cross-attention keys and values of every block are computed once per context (`prepare_context`) and not at every step;
+and the zero padding of a context, whose keys are all equal, is kept as one key that counts as many (an additive
+log-count in the softmax), so that 512 padded tokens cost as many keys as the prompt has words.
+
+Parameters carry diffusers' names, but for the fused ones: `FUSED` says which of theirs make one of ours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nexus_rt.errors import InputError, ModelError
+
+# our parameter prefix -> diffusers' parameter prefixes, concatenated along the first dimension
+FUSED = {"attn1.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn2.to_kv": ("attn2.to_k", "attn2.to_v")}
+# kept in float32 whatever the model's dtype, as diffusers' `_keep_in_fp32_modules` does
+KEEP_FP32 = ("time_embedder", "scale_shift_table", "norm2")
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Architecture, in the words of diffusers' `config.json`; the defaults are Wan2.1-T2V-14B."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    rope_max_seq_len: int = 1024
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, config: dict) -> WanConfig:
+        """Read a diffusers `config.json`, or an original Wan one (`dim`, `num_heads`, `model_type`).
+
+        Raises:
+            ModelError: the config is of another architecture (image-to-video, other norms).
+        """
+        if "dim" in config and "num_heads" in config:
+            config = {
+                **config,
+                "num_attention_heads": config["num_heads"],
+                "attention_head_dim": config["dim"] // config["num_heads"],
+                "in_channels": config.get("in_dim", 16),
+                "out_channels": config.get("out_dim", 16),
+            }
+            if config.get("model_type", "t2v") != "t2v":
+                raise ModelError(f"model_type is {config['model_type']!r}; only text-to-video ('t2v') Wan models run here.")
+        missing = [k for k in ("num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers") if k not in config]
+        if missing:
+            raise ModelError(f"config.json lacks {', '.join(missing)}; is this a Wan transformer folder?")
+        for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
+            if config.get(key) is not None:
+                raise ModelError(f"config.json sets {key}={config[key]}: an image-to-video model; use a text-to-video one.")
+        if config.get("qk_norm", "rms_norm_across_heads") not in ("rms_norm_across_heads", True):
+            raise ModelError(f"qk_norm is {config['qk_norm']!r}; expected 'rms_norm_across_heads', as Wan 2.1 has it.")
+        known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        patch = known.get("patch_size", (1, 2, 2))
+        known["patch_size"] = tuple(patch) if isinstance(patch, list | tuple) else (1, patch, patch)
+        known["out_channels"] = known.get("out_channels") or known.get("in_channels", 16)
+        return cls(**known)
+
+
+@dataclass
+class WanContext:
+    """A prompt as the transformer reads it: cross-attention keys and values of every block.
+
+    keys, values: one [N, heads, L', head_dim] a block. bias: [N, 1, 1, L'] added to the scores (log of how many tokens
+    a key stands for, -inf for none), or None where every token is its own key. N is the batch of a step: B samples, or
+    2B when each has its unconditional twin behind it.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    bias: Tensor | None
+
+    @property
+    def batch(self) -> int:
+        return self.keys[0].shape[0]
+
+
+def collapse_padding(context: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Keep one of the zero rows that end each sample of `context` [N, L, D], and say how many it stands for.
+
+    Returns the shorter context [N, L', D] and the additive bias [N, 1, 1, L'] in float32 (None if nothing collapses).
+    """
+    length = context.shape[1]
+    used = (context != 0).any(-1)  # [N, L]
+    real = (used * torch.arange(1, length + 1, device=context.device)).amax(1)  # tokens up to the last that is not zero
+    kept = int(real.max()) + 1
+    if kept >= length:
+        return context, None
+    position = torch.arange(kept, device=context.device)[None]
+    count = torch.where(position < real[:, None], 1.0, torch.where(position == real[:, None], length - real[:, None], 0.0))
+    return context[:, :kept], count.log()[:, None, None, :]
+
+
+@lru_cache(maxsize=16)
+def rope_table(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines of 3-D RoPE for a grid of (frames, rows, columns) tokens.
+
+    Wan gives rows and columns `2*(d//6)` dimensions each and frames the rest, theta 10000, angles in float64.
+    Returns cos, sin [L, 1, head_dim] float32; sin carries the sign of the rotation (-, +, -, +, ...), so that
+    `rotated = x * cos + swap_pairs(x) * sin`.
+    """
+    side = 2 * (head_dim // 6)
+    angles = []
+    for axis, (size, dim) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
+        freq = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angle = torch.outer(torch.arange(size, dtype=torch.float64), freq)  # [size, dim/2]
+        shape = [1, 1, 1, dim // 2]
+        shape[axis] = size
+        angles.append(angle.view(shape).expand(*grid, dim // 2))
+    angle = torch.cat(angles, -1).reshape(math.prod(grid), 1, head_dim // 2)
+    cos = angle.cos().repeat_interleave(2, -1)
+    sin = torch.stack([-angle.sin(), angle.sin()], -1).flatten(-2)
+    return cos.float().to(device), sin.float().to(device)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate adjacent pairs of x [..., L, heads, head_dim] by the tables of `rope_table`."""
+    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.addcmul(x * cos, torch.stack((x1, x0), -1).flatten(-2), sin)
+
+
+class Attention(nn.Module):
+    """Wan's attention: RMSNorm of Q and K over all heads together, then heads."""
+
+    def __init__(self, config: WanConfig, cross: bool) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads, self.cross = config.num_attention_heads, cross
+        if cross:
+            self.to_q = nn.Linear(dim, dim)
+            self.to_kv = nn.Linear(dim, 2 * dim)
+        else:
+            self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = nn.RMSNorm(dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(dim, eps=config.eps)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-attention keys and values [N, heads, L, head_dim] of an embedded context [N, L, dim]."""
+        k, v = self.to_kv(context).chunk(2, -1)
+        k, v = self._heads(self.norm_k(k)), self._heads(v)
+        return k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
+
+    def self_attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = self.to_qkv(x).chunk(3, -1)
+        q = apply_rope(self._heads(self.norm_q(q)), *rope).to(v.dtype)
+        k = apply_rope(self._heads(self.norm_k(k)), *rope).to(v.dtype)
+        return self._attend(q, k.transpose(1, 2), self._heads(v).transpose(1, 2), None)
+
+    def cross_attention(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        return self._attend(self._heads(self.norm_q(self.to_q(x))), k, v, bias)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bias)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-GELU, Linear; `net.0.proj` and `net.2` as diffusers names them."""
+
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": nn.Linear(dim, inner)}), "2": nn.Linear(inner, dim)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net["2"](F.gelu(self.net["0"]["proj"](x), approximate="tanh"))
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """LayerNorm without weights in float32, then `* (1 + scale) + shift`; in x's dtype."""
+    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), 1 + scale).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward, the first and last modulated by the timestep."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.attn1 = Attention(config, cross=False)
+        self.attn2 = Attention(config, cross=True)
+        self.norm2 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(config.dim, config.ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor], k: Tensor, v: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).chunk(6, 1)
+        attended = self.attn1.self_attention(modulate(x, scale1, shift1, self.eps), rope)
+        x = torch.addcmul(x.float(), attended.float(), gate1).to(x.dtype)
+        x = x + self.attn2.cross_attention(self.norm2(x.float()).to(x.dtype), k, v, bias)
+        fed = self.ffn(modulate(x, scale2, shift2, self.eps))
+        return torch.addcmul(x.float(), fed.float(), gate2).to(x.dtype)
+
+
+class ConditionEmbedder(nn.Module):
+    """Timestep and text embeddings, under diffusers' parameter names."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        pair = lambda inner: nn.ModuleDict({"linear_1": nn.Linear(inner, dim), "linear_2": nn.Linear(dim, dim)})  # noqa: E731
+        self.freq_dim = config.freq_dim
+        self.time_embedder = pair(config.freq_dim)
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.text_embedder = pair(config.text_dim)
+
+    def time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """timestep [M] -> embedding [M, dim] and modulation [M, 6, dim], float32."""
+        half = self.freq_dim // 2
+        freq = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+        angle = timestep.float()[:, None] * freq
+        h = torch.cat([angle.cos(), angle.sin()], -1).to(self.time_embedder["linear_1"].weight.dtype)
+        h = self.time_embedder["linear_2"](F.silu(self.time_embedder["linear_1"](h)))
+        h = h.to(self.time_proj.weight.dtype)
+        return h, self.time_proj(F.silu(h)).unflatten(1, (6, -1)).float()
+
+    def text(self, context: Tensor) -> Tensor:
+        h = F.gelu(self.text_embedder["linear_1"](context), approximate="tanh")
+        return self.text_embedder["linear_2"](h)
+
+
+class WanTransformer(nn.Module):
+    """Wan 2.1 T2V. `velocity = model(latents, timestep, model.prepare_context(prompt_embeds))`."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, config.patch_size, config.patch_size)
+        self.condition_embedder = ConditionEmbedder(config)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def prepare_context(self, context: Tensor, collapse: bool = True) -> WanContext:
+        """Keys and values of every block for text embeddings [N, L, text_dim]; once per prompt.
+
+        Args:
+            collapse: count the zero padding at the end once (module docstring); False keeps every padded token.
+
+        Raises:
+            InputError: the embeddings are not three-dimensional or of another width.
+        """
+        if context.ndim != 3 or context.shape[-1] != self.config.text_dim:
+            raise InputError(
+                f"context has shape {tuple(context.shape)}; expected [batch, tokens, {self.config.text_dim}], "
+                "the text encoder's hidden size of this transformer."
+            )
+        context = context.to(self.device, self.dtype)
+        context, bias = collapse_padding(context) if collapse else (context, None)
+        embedded = self.condition_embedder.text(context)
+        pairs = [block.attn2.keys_values(embedded) for block in self.blocks]
+        return WanContext([k for k, _ in pairs], [v for _, v in pairs], None if bias is None else bias.to(self.dtype))
+
+    def forward(self, latents: Tensor, timestep: Tensor, context: WanContext) -> Tensor:
+        """Predict the flow velocity.
+
+        Args:
+            latents: [N, C, T, H, W], H and W multiples of the patch size.
+            timestep: scalar, or [N], on the scale 0..1000; a scalar's embedding is computed once for the batch.
+            context: of `prepare_context`, batch N.
+
+        Returns:
+            velocity [N, C, T, H, W] in the model's dtype.
+        """
+        frames, height, width = latents.shape[2:]
+        pt, ph, pw = self.config.patch_size
+        grid = (frames // pt, height // ph, width // pw)
+        rope = rope_table(self.config.attention_head_dim, grid, latents.device)
+        x = self.patchify(latents.to(self.dtype))
+        embedding, modulation = self.condition_embedder.time(timestep.reshape(-1))
+        for block, k, v in zip(self.blocks, context.keys, context.values, strict=True):
+            x = block(x, modulation, rope, k, v, context.bias)
+        shift, scale = (self.scale_shift_table + embedding.float()[:, None]).chunk(2, 1)
+        x = self.proj_out(modulate(x, scale, shift, self.config.eps))
+        x = x.unflatten(1, grid).unflatten(-1, (pt, ph, pw, -1))  # [N, t, h, w, pt, ph, pw, C]
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(latents.shape[0], -1, *latents.shape[2:])
+
+    def patchify(self, latents: Tensor) -> Tensor:
+        """[N, C, T, H, W] -> tokens [N, L, dim]: the patch convolution as one matrix product."""
+        pt, ph, pw = self.config.patch_size
+        x = latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pt))  # [N, C, t, pt, h, ph, w, pw]
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+        return F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)

@@ -1,0 +1,331 @@
+"""NexusPipeline: prompts in, frames out, through a small and a large generator of one latent space."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus_rt.denoise import GUIDANCE_SCALE, Prompt, denoise
+from nexus_rt.engines.base import Engine
+from nexus_rt.engines.torch import TorchEngine
+from nexus_rt.errors import InputError, ModelError, choose
+from nexus_rt.models import load
+from nexus_rt.models.text import MAX_SEQUENCE_LENGTH, TextEncoder
+from nexus_rt.models.vae import VideoDecoder, vae_space
+from nexus_rt.plan import Plan, Step, parse_plan
+from nexus_rt.solver import time_grid
+from nexus_rt.upfb import BlendConfig
+
+MINI = Path(__file__).resolve().parent / "mini"
+OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a call uses where it says nothing; a pair's `model_index.json` may set its own under "defaults"."""
+
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    num_inference_steps: int = 50
+    guidance_scale: float = GUIDANCE_SCALE  # v_u + g (v_c - v_u); the paper's s = 5.0 is g = 6.0
+    shift: float = 5.0
+    plan: str = "handoff=0.3"
+
+
+@dataclass
+class NexusOutput:
+    """`frames` as `output_type` asks: np [B, F, H, W, 3] in [0, 1], pt [B, F, 3, H, W], pil lists, or latents."""
+
+    frames: Any
+    plan: Plan
+
+
+def _same_space(folders: dict[str, Path], vaes: dict[str, Path]) -> None:
+    """Raise unless both transformers, and their VAEs where they bring them, live in one latent space."""
+    configs = {name: load.load_config(load.transformer_folder(f)) for name, f in folders.items()}
+    different = []
+    if len(configs) == 2:
+        small, large = configs["small"], configs["large"]
+        different = [
+            f"{field} ({getattr(small, field)} and {getattr(large, field)})"
+            for field in ("in_channels", "out_channels", "patch_size", "text_dim")
+            if getattr(small, field) != getattr(large, field)
+        ]
+    if len(vaes) == 2:
+        small_vae, large_vae = vae_space(vaes["small"]), vae_space(vaes["large"])
+        different += [f"the VAE's {k} ({small_vae[k]} and {large_vae[k]})" for k in small_vae if small_vae[k] != large_vae[k]]
+    for name, folder in vaes.items():
+        channels = vae_space(folder)["z_dim"]
+        if name in configs and channels != configs[name].in_channels:
+            different.append(f"the {name} generator's in_channels ({configs[name].in_channels}) and its VAE's z_dim ({channels})")
+    if different:
+        raise ModelError(f"not one latent space: they differ in {'; '.join(different)}; pair generators trained on the same latents.")
+
+
+class NexusPipeline:
+    """Text to video through one or two generators. Build it with `from_pretrained`.
+
+    Attributes:
+        engines: "small" and "large", those that were given, behind the engine protocol.
+        text, vae: the text encoder and the video decoder, loaded on first use; `drop()` frees either.
+    """
+
+    def __init__(
+        self, engines: dict[str, Engine], text: TextEncoder | None, vae: VideoDecoder | None,
+        device: torch.device, defaults: Defaults = Defaults(), space: tuple[int, tuple[int, int, int]] = (16, (1, 2, 2)),  # noqa: B008
+    ) -> None:  # fmt: skip
+        self.engines, self.text, self.vae, self.device, self.defaults = engines, text, vae, device, defaults
+        self.channels, self.patch = space
+        self._progress: dict[str, Any] = {}
+        self._cancel = threading.Event()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained: str | Path | None = None,
+        *,
+        small: str | Path | None = None,
+        large: str | Path | None = None,
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        torch_dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        vae_tiling: bool | str = "auto",
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+    ) -> NexusPipeline:
+        """Load a pair of generators, their text encoder and their VAE.
+
+        Args:
+            pretrained: a folder or hub id that holds the pair (`small/`, `large/`, `vae/`, `text_encoder/`,
+                `tokenizer/`); with neither it nor `small` or `large`, the mini pair that comes with the package.
+            small, large: folders or hub ids: a diffusers pipeline, a bare transformer, or Wan's own layout. One may
+                be left out: then only the plan of the other runs.
+            vae, text_encoder: a folder that holds `vae/` (or is one), and one that holds `text_encoder/` and
+                `tokenizer/`; by default those of `large`, else of `small`.
+            torch_dtype: of the generators and the text encoder: bfloat16 on a GPU, float32 on a CPU. The VAE always
+                computes in float32.
+            device: "cuda" where there is one, else "cpu".
+            vae_tiling: True, False, or "auto" (above 1280 x 720).
+            cache_dir, local_files_only, revision: as in diffusers.
+
+        Raises:
+            ModelError: a folder is no model, is damaged, or the two are not of one latent space.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = torch_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, revision=revision)
+        parts = ("transformer", "vae", "text_encoder", "tokenizer")
+        defaults = Defaults()
+        if pretrained is None and small is None and large is None:
+            pretrained = MINI
+        if pretrained is not None:
+            root = load.resolve(pretrained, ("small", "large", *parts[1:]), **hub)
+            index = load.read_json(root / "model_index.json")
+            if index.get("_class_name") != "NexusPipeline":
+                raise ModelError(f"{root} holds a {index.get('_class_name')}, one model and no pair; pass it as small= or large=.")
+            folders = {"small": root / "small", "large": root / "large"}
+            folders |= {n: load.resolve(s, parts, **hub) for n, s in (("small", small), ("large", large)) if s is not None}
+            defaults = Defaults(**index.get("defaults", {}))
+            own = [root]
+        else:
+            folders = {n: load.resolve(s, parts, **hub) for n, s in (("small", small), ("large", large)) if s is not None}
+            own = [folders[n] for n in ("large", "small") if n in folders]
+        vaes = {n: f / "vae" for n, f in folders.items() if (f / "vae" / "config.json").is_file()}
+        if vae is not None:
+            given = load.resolve(vae, ("vae",), **hub)
+            vaes["given"] = given / "vae" if (given / "vae" / "config.json").is_file() else given
+        vae_folder = vaes.get("given") or next((f / "vae" for f in own if (f / "vae" / "config.json").is_file()), None)
+        _same_space(folders, vaes)
+        text_folder = load.resolve(text_encoder, parts[2:], **hub) if text_encoder is not None else next(
+            (f for f in own if (f / "text_encoder").is_dir()), None
+        )  # fmt: skip
+        models = {name: load.load_transformer(folder, dtype, device) for name, folder in folders.items()}
+        config = next(iter(models.values())).config
+        return cls(
+            {name: TorchEngine(model) for name, model in models.items()},
+            TextEncoder(text_folder, dtype, device) if text_folder else None,
+            VideoDecoder(vae_folder, torch.float32, device, vae_tiling) if vae_folder else None,
+            device, defaults, (config.in_channels, config.patch_size),
+        )  # fmt: skip
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options for tqdm, such as `disable=True`."""
+        self._progress = options
+
+    def cancel(self) -> None:
+        """Stop the running call before its next step (from a callback or another thread); it raises `Cancelled`."""
+        self._cancel.set()
+
+    def make_plan(
+        self, plan: str | Plan | None = None, num_inference_steps: int | None = None, shift: float | None = None,
+        energy: str | None = None,
+    ) -> Plan:  # fmt: skip
+        """The plan a call with these arguments would walk."""
+        if isinstance(plan, Plan):
+            return plan.with_energy(energy)
+        d = self.defaults
+        steps = d.num_inference_steps if num_inference_steps is None else num_inference_steps
+        grid = time_grid(steps, d.shift if shift is None else shift)
+        return parse_plan(d.plan if plan is None else plan, grid).with_energy(energy)
+
+    def encode_prompt(
+        self, prompt: str | list[str], negative_prompt: str | list[str] | None = None, num_videos_per_prompt: int = 1,
+        max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Embeddings of prompts and negative prompts, each [B * num_videos_per_prompt, L, D], zero-padded to L."""
+        if self.text is None:
+            raise ModelError("this pipeline has no text encoder; pass text_encoder= to from_pretrained, or prompt_embeds.")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negatives = [negative_prompt or ""] * len(prompts) if not isinstance(negative_prompt, list) else negative_prompt
+        if len(negatives) != len(prompts):
+            raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; pass one for each, or one for all.")
+        if not prompts:
+            raise InputError("the prompt list is empty; pass at least one prompt.")
+        # Encoded one by one where they differ in length the results differ by rounding; together they are reproducible.
+        embeds = self.text.encode([*prompts, *negatives], max_sequence_length)
+        return tuple(e.repeat_interleave(num_videos_per_prompt, 0) for e in embeds.chunk(2))
+
+    def prepare_latents(
+        self, batch: int, num_frames: int, height: int, width: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Noise [B, C, T, H, W], float32; a list of generators gives each sample its own."""
+        space, time = (self.vae.spatial, self.vae.temporal) if self.vae else (8, 4)
+        shape = (batch, self.channels, (num_frames - 1) // time + 1, height // space, width // space)
+        if isinstance(generator, list):
+            if len(generator) != batch:
+                raise InputError(f"{len(generator)} generators for {batch} videos; pass one for each, or a single one.")
+            return torch.cat([self._noise((1, *shape[1:]), g) for g in generator])
+        return self._noise(shape, generator)
+
+    def _noise(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        source = generator.device if generator is not None else self.device
+        return torch.randn(shape, generator=generator, device=source, dtype=torch.float32).to(self.device)
+
+    def check_inputs(self, height: int, width: int, num_frames: int, output_type: str) -> None:
+        """Raise an `InputError` that names the nearest valid value."""
+        space, time = (self.vae.spatial, self.vae.temporal) if self.vae else (8, 4)
+        for name, value, unit in (("height", height, space * self.patch[1]), ("width", width, space * self.patch[2])):
+            if value < unit or value % unit:
+                near = sorted({max(unit, value // unit * unit), max(unit, -(-value // unit) * unit)})
+                raise InputError(f"{name} is {value}; expected a multiple of {unit}, such as {' or '.join(map(str, near))}.")
+        if num_frames < 1 or (num_frames - 1) % time:
+            low = max(1, (num_frames - 1) // time * time + 1)
+            raise InputError(f"num_frames is {num_frames}; expected {time}k+1, such as {low} or {low + time}.")
+        choose("output_type", output_type, OUTPUT_TYPES)
+        if output_type != "latent" and self.vae is None:
+            raise ModelError("this pipeline has no VAE; pass vae= to from_pretrained, or output_type='latent'.")
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_scale_2: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "np",
+        callback_on_step_end: Callable[[NexusPipeline, int, int, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
+        max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+        *,
+        plan: str | Plan | None = None,
+        shift: float | None = None,
+        blend: BlendConfig = BlendConfig(),  # noqa: B008 (frozen)
+        energy: str | None = None,
+        solver: str = "unipc",
+    ) -> NexusOutput:
+        """Generate videos; arguments as in diffusers' `WanPipeline`, and these:
+
+        Args:
+            guidance_scale: of the small generator (and the large, unless `guidance_scale_2` is given), in diffusers'
+                meaning `v_u + g (v_c - v_u)`; the default 6.0 is the paper's s = 5.0. 1 runs without guidance.
+            plan: which generator runs when: a `Plan` or what `nexus_rt.plan.parse_plan` reads.
+            shift: of the time grid. blend: the frequency split. energy: overrides the plan's rule.
+            solver: "unipc" or "euler".
+
+        Raises:
+            InputError: an argument is out of range; said before any work.
+            NumericsError: a generator's velocity is not finite.
+            Cancelled: `cancel()` was called.
+            DecodeError: decoding failed; its `latents_path` names the saved latents.
+        """
+        d = self.defaults
+        height, width = height or d.height, width or d.width
+        num_frames = d.num_frames if num_frames is None else num_frames
+        self.check_inputs(height, width, num_frames, output_type)
+        for name in callback_on_step_end_tensor_inputs:
+            choose("callback tensor", name, CALLBACK_TENSORS)
+        plan = self.make_plan(plan, num_inference_steps, shift, energy)
+        absent = [g for g in plan.generators if g not in self.engines]
+        if absent:
+            raise InputError(f"plan {plan.name!r} runs the {absent[0]} generator, which was not loaded; pass {absent[0]}=.")
+        if (prompt is None) == (prompt_embeds is None):
+            raise InputError("pass either prompt or prompt_embeds, and not both.")
+        if num_videos_per_prompt < 1:
+            raise InputError(f"num_videos_per_prompt is {num_videos_per_prompt}; expected at least 1.")
+        if prompt is not None:
+            prompt_embeds, negatives = self.encode_prompt(prompt, negative_prompt, num_videos_per_prompt, max_sequence_length)
+            negative_prompt_embeds = negatives if negative_prompt_embeds is None else negative_prompt_embeds
+        batch = prompt_embeds.shape[0]
+        if latents is None:
+            latents = self.prepare_latents(batch, num_frames, height, width, generator)
+        elif latents.ndim != 5 or latents.shape[0] != batch or latents.shape[1] != self.channels:
+            raise InputError(f"latents have shape {tuple(latents.shape)}; expected [{batch}, {self.channels}, T, H, W].")
+
+        said = Prompt(prompt_embeds, negative_prompt_embeds)
+        tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        self._cancel.clear()
+        from tqdm import tqdm
+
+        with tqdm(**{"total": len(plan), "desc": plan.name, "unit": "step", **self._progress}) as bar:
+
+            def on_step(step: Step, latents: Tensor) -> Tensor | None:
+                bar.set_postfix_str(step.runs, refresh=False)
+                bar.update()
+                if callback_on_step_end is None:
+                    return None
+                known = {"latents": latents, **tensors}
+                given = {k: known[k] for k in callback_on_step_end_tensor_inputs}
+                return (callback_on_step_end(self, step.index, step.timestep, given) or {}).get("latents")
+
+            latents = denoise(
+                latents.to(self.device), plan, self.engines, dict.fromkeys(self.engines, said),
+                guidance_scale=d.guidance_scale if guidance_scale is None else guidance_scale,
+                guidance_scale_2=guidance_scale_2, blend_config=blend, solver=solver,
+                on_step=on_step, should_stop=self._cancel.is_set,
+            )  # fmt: skip
+        return NexusOutput(self.decode(latents, output_type), plan)
+
+    def decode(self, latents: Tensor, output_type: str = "np", rescue: str | Path | None = None) -> Any:
+        """Latents [B, C, T, H, W] to frames as `output_type` asks; see `VideoDecoder.decode`."""
+        choose("output_type", output_type, OUTPUT_TYPES)
+        if output_type == "latent":
+            return latents
+        video = self.vae.decode(latents, rescue)
+        if output_type == "pt":
+            return video
+        array = video.permute(0, 1, 3, 4, 2).cpu().numpy()
+        if output_type == "np":
+            return array
+        from PIL import Image
+
+        return [[Image.fromarray((f * 255).round().astype("uint8")) for f in clip] for clip in array]

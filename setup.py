@@ -1,0 +1,9 @@
+"""One installed top-level name: `kernels/`, `export/` and `bench/` install inside `nexus_rt`."""
+
+from setuptools import setup
+
+setup(
+    packages=["nexus_rt", "nexus_rt.models", "nexus_rt.engines", "nexus_rt.kernels", "nexus_rt.export", "nexus_rt.bench"],
+    package_dir={"nexus_rt.kernels": "kernels", "nexus_rt.export": "export", "nexus_rt.bench": "bench"},
+    package_data={"nexus_rt": ["mini/*.json", "mini/*/*"]},
+)

@@ -1,0 +1,117 @@
+"""The DiT against diffusers' `WanTransformer3DModel`, the same weights in both."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from nexus_rt.errors import InputError, ModelError
+from nexus_rt.models import checkpoint, wan
+from nexus_rt.models.load import load_transformer
+
+GRIDS = [(1, 6, 10), (5, 8, 14), (3, 2, 2), (2, 4, 6)]  # T, H, W in latent cells
+CONFIGS = [
+    dict(num_attention_heads=2, attention_head_dim=24, num_layers=2, ffn_dim=80, text_dim=40, freq_dim=32),
+    dict(num_attention_heads=3, attention_head_dim=16, num_layers=3, ffn_dim=64, text_dim=24, freq_dim=64),
+    dict(num_attention_heads=1, attention_head_dim=128, num_layers=1, ffn_dim=96, text_dim=32, freq_dim=256),
+]
+
+
+def reference(config: dict, seed: int = 0) -> WanTransformer3DModel:
+    torch.manual_seed(seed)
+    model = WanTransformer3DModel(**config).eval()
+    for p in model.parameters():  # every parameter away from its neutral start (norm weights are ones, biases small)
+        p.data += 0.05 * torch.randn_like(p)
+    return model
+
+
+def padded_context(batch: int, dim: int, length: int = 32) -> torch.Tensor:
+    context = torch.zeros(batch, length, dim)
+    for i in range(batch):
+        context[i, : 3 + 4 * i] = torch.randn(3 + 4 * i, dim)
+    return context
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_parity_with_diffusers(config, grid, tmp_path):
+    theirs = reference(config)
+    theirs.save_pretrained(tmp_path)
+    ours = load_transformer(tmp_path, dtype=torch.float32)
+    latents, timestep = torch.randn(2, 16, *grid), torch.tensor([987, 987])
+    context = padded_context(2, config["text_dim"])
+    with torch.no_grad():
+        expected = theirs(latents, timestep, context, return_dict=False)[0]
+        for collapse in (True, False):
+            got = ours(latents, timestep[0], ours.prepare_context(context, collapse))
+            assert (got - expected).abs().max() <= 2e-5
+        each = ours(latents, timestep, ours.prepare_context(context, collapse))
+        assert (each - got).abs().max() <= 1e-5
+
+
+def test_samples_may_have_their_own_timesteps(tmp_path):
+    theirs = reference(CONFIGS[0])
+    theirs.save_pretrained(tmp_path)
+    ours = load_transformer(tmp_path, dtype=torch.float32)
+    latents, context, timestep = torch.randn(2, 16, 3, 4, 4), padded_context(2, 40), torch.tensor([3, 850])
+    with torch.no_grad():
+        expected = theirs(latents, timestep, context, return_dict=False)[0]
+        assert (ours(latents, timestep, ours.prepare_context(context)) - expected).abs().max() <= 2e-5
+
+
+def test_low_precision_loses_no_more_than_diffusers(tmp_path):
+    theirs = reference(CONFIGS[2])
+    theirs.save_pretrained(tmp_path)
+    exact = load_transformer(tmp_path, dtype=torch.float32)
+    low = load_transformer(tmp_path, dtype=torch.bfloat16)
+    theirs_low = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    latents, context, timestep = torch.randn(2, 16, 5, 8, 14), padded_context(2, 32), torch.tensor([500, 500])
+    with torch.no_grad():
+        expected = exact(latents, timestep, exact.prepare_context(context))
+        ours_error = (low(latents, timestep[0], low.prepare_context(context)).float() - expected).norm()
+        theirs_error = (theirs_low(latents.bfloat16(), timestep, context.bfloat16())[0].float() - expected).norm()
+    assert ours_error <= 1.5 * theirs_error
+    assert low.blocks[0].scale_shift_table.dtype == torch.float32  # as diffusers keeps it
+
+
+def test_collapsed_padding_counts_what_it_stands_for():
+    context = padded_context(3, 8, length=20)
+    short, bias = wan.collapse_padding(context)
+    assert short.shape == (3, 12, 8)
+    assert torch.allclose(bias.exp().sum(-1).flatten(), torch.tensor([20.0, 20.0, 20.0]))
+    assert wan.collapse_padding(torch.ones(2, 5, 8))[1] is None
+    whole, _ = wan.collapse_padding(torch.zeros(1, 6, 8))
+    assert whole.shape == (1, 1, 8)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30),
+        dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40),
+    ],
+    ids=["1.3B", "14B"],
+)
+def test_published_sizes_have_diffusers_names_and_shapes(config):
+    with torch.device("meta"):
+        theirs, ours = WanTransformer3DModel(**config), wan.WanTransformer(wan.WanConfig(**config))
+    assert checkpoint.diffusers_shapes(ours) == {k: tuple(p.shape) for k, p in theirs.named_parameters()}
+    split = checkpoint.to_diffusers(ours.state_dict())
+    assert {k: tuple(v.shape) for k, v in split.items()} == checkpoint.diffusers_shapes(ours)
+
+
+def test_context_of_another_width_is_refused():
+    model = wan.WanTransformer(wan.WanConfig.from_dict(CONFIGS[0]))
+    with pytest.raises(InputError, match="expected .*40"):
+        model.prepare_context(torch.zeros(1, 4, 41))
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    [("image_dim", 1280, "image-to-video"), ("qk_norm", "layer", "rms_norm_across_heads"), ("ffn_dim", None, "lacks ffn_dim")],
+)
+def test_other_architectures_are_refused(field, value, words):
+    config = {**CONFIGS[0], field: value}
+    if value is None:
+        del config[field]
+    with pytest.raises(ModelError, match=words):
+        wan.WanConfig.from_dict(config)
