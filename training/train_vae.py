@@ -119,9 +119,10 @@ def train(stage: str, steps: int, batch: int, lr: float, seed: int, compile_: bo
     step_fn = Autoencoder(vae, single)
     if compile_ and single:  # a clip's graph, ten times larger, takes longer to compile than it saves
         step_fn = torch.compile(step_fn)
+    recent: list[tuple[float, float]] = []
     frames, shape = (1, (batch, 16, 1, 8, 8)) if single else (17, (batch, 16, 5, 8, 8))
     for step in range(start, steps):
-        set_lr(optimizer, cosine(step, steps, lr, lr / 30, warmup=200))
+        set_lr(optimizer, cosine(step, steps, lr, lr / 30, warmup=200 if single else 30))
         x = render_batch(rng, batch, frames).contiguous(memory_format=torch.channels_last_3d)
         y, mean = step_fn(x, torch.randn(shape))
         error, weight = y - x, foreground_weight(x)
@@ -130,9 +131,11 @@ def train(stage: str, steps: int, batch: int, lr: float, seed: int, compile_: bo
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        if (step + 1) % 50 == 0 or step == start:
-            log(stage=stage, step=step + 1, loss=loss.item(), psnr=psnr(y.detach(), x), std=mean.std().item())
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        recent.append((loss.item(), psnr(y.detach(), x)))
+        if (step + 1) % 25 == 0:
+            loss_, psnr_ = np.mean(recent[-25:], 0).tolist()
+            log(stage=stage, step=step + 1, loss=loss_, psnr=psnr_, std=mean.std().item())
+        if (step + 1) % 100 == 0 or step + 1 == steps:
             save_checkpoint(path, model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
 
 
@@ -169,7 +172,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.stage:
         single = args.stage == "frames"
-        train(args.stage, args.steps, args.batch or (16 if single else 2), args.lr or (2e-2 if single else 1e-2),
+        train(args.stage, args.steps, args.batch or (16 if single else 2), args.lr or (7e-3 if single else 2e-3),
               args.seed, args.compile)
     if args.export:
         export(args.export)

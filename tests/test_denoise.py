@@ -1,0 +1,142 @@
+"""The loop alone, driven by analytic velocity fields: no model, the engine protocol only."""
+
+import math
+
+import pytest
+import torch
+
+from nexus_rt.denoise import Prompt, denoise
+from nexus_rt.errors import Cancelled, InputError, NumericsError
+from nexus_rt.plan import parse_plan
+from nexus_rt.solver import Euler, UniPC, time_grid
+from nexus_rt.upfb import BlendConfig, blend
+
+B, C, T, H, W = 2, 3, 2, 6, 10
+
+
+class Field:
+    """An engine whose velocity is a formula of latents, time and prompt; it records its calls."""
+
+    def __init__(self, rate: float, curve: float = 0.0) -> None:
+        self.rate, self.curve, self.calls, self.prepared = rate, curve, [], 0
+
+    def prepare(self, context):
+        self.prepared += 1
+        return context.mean(dim=(1, 2)).view(-1, 1, 1, 1, 1)  # one number a sample
+
+    def velocity(self, latents, timestep, context):
+        self.calls.append((float(timestep), len(context)))
+        x = latents.repeat(len(context) // len(latents), 1, 1, 1, 1)
+        return self.rate * x + self.curve * torch.sin(x + timestep / 1000) + context
+
+
+def prompts(both=("small", "large")):
+    prompt = Prompt(torch.full((B, 4, 8), 0.3), torch.full((B, 4, 8), -0.1))
+    return dict.fromkeys(both, prompt)
+
+
+def noise():
+    return torch.randn(B, C, T, H, W, generator=torch.Generator().manual_seed(3))
+
+
+def test_one_generator_reaches_the_exact_solution():
+    """x' = a x + c has a closed form; UniPC over 200 steps of the true grid gets there."""
+    plan = parse_plan("small", time_grid(200, 1.0))
+    x = denoise(noise(), plan, {"small": Field(0.8)}, prompts(), guidance_scale=1.0)
+    s = -plan.grid.sigmas[0]
+    exact = (noise() + 0.3 / 0.8) * math.exp(0.8 * s) - 0.3 / 0.8
+    assert (x - exact).abs().max() <= 2e-3
+
+
+@pytest.mark.parametrize("solver, make", [("euler", Euler), ("unipc", UniPC)])
+@pytest.mark.parametrize("spec", ["reference", "auto=0.1", "small:3 bridge:4 large:5", "large:4 bridge:2 small:6@1"])
+def test_the_loop_is_plan_times_blend_times_solver(spec, solver, make):
+    grid = time_grid(12, 5.0)
+    plan = parse_plan(spec, grid)
+    fields = {"small": Field(0.7, 0.2), "large": Field(0.4, 0.5)}
+    config = BlendConfig(split="dct", lowpass="butterworth")
+    got = denoise(noise(), plan, fields, prompts(), guidance_scale=4.0, guidance_scale_2=2.0, blend_config=config, solver=solver)
+
+    x, solve = noise(), make(grid)
+    for i, step in enumerate(plan.steps):
+        v = {}
+        for name, scale, rate, curve in (("small", 4.0, 0.7, 0.2), ("large", 2.0, 0.4, 0.5)):
+            own = getattr(step, f"guidance_{name}")
+            scale = scale if own is None else own
+            field = rate * x + curve * torch.sin(x + grid.timesteps[i] / 1000)
+            v[name] = field + (-0.1) + scale * 0.4  # unconditional -0.1, conditional 0.3
+        if step.small and step.large:
+            u = blend(v["small"], v["large"], step.w, config, step.energy)
+        elif spec.startswith("auto"):
+            u = blend(v["small"] if step.small else None, v["large"] if step.large else None, step.w, config, step.energy)
+        else:
+            u = v["small"] if step.small else v["large"]
+        x = solve.step(i, x, u)
+    assert torch.allclose(got, x, atol=1e-4)
+
+
+def test_only_what_the_plan_says_runs_and_contexts_are_prepared_once():
+    grid = time_grid(12, 5.0)
+    plan = parse_plan("small:3 bridge:4 large:5@1", grid)
+    fields = {"small": Field(0.7), "large": Field(0.4)}
+    denoise(noise(), plan, fields, prompts())
+    assert [t for t, _ in fields["small"].calls] == list(map(float, grid.timesteps[:7]))
+    assert [t for t, _ in fields["large"].calls] == list(map(float, grid.timesteps[3:]))
+    assert {n for _, n in fields["small"].calls} == {2 * B}  # guidance as one batch of two
+    assert {n for _, n in fields["large"].calls} == {B}  # no guidance: one forward
+    assert fields["small"].prepared == 1 and fields["large"].prepared == 1
+
+
+def test_reference_plan_runs_both_everywhere():
+    plan = parse_plan("reference", time_grid(7))
+    fields = {"small": Field(0.7), "large": Field(0.4)}
+    denoise(noise(), plan, fields, prompts())
+    assert len(fields["small"].calls) == len(fields["large"].calls) == 7
+
+
+@pytest.mark.parametrize("generator, index", [("small", 2), ("large", 5)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_velocity_that_is_not_finite_names_generator_and_step(generator, index, value):
+    grid = time_grid(8)
+
+    class Bad(Field):
+        def velocity(self, latents, timestep, context):
+            v = super().velocity(latents, timestep, context)
+            if int(timestep) == grid.timesteps[index]:
+                v[1, 0, 0, 0, 0] = value
+            return v
+
+    fields = {"small": Field(0.7), "large": Field(0.4), generator: Bad(0.5)}
+    with pytest.raises(NumericsError, match=rf"the {generator} generator.*step {index} \(timestep {grid.timesteps[index]}\)"):
+        denoise(noise(), parse_plan("reference", grid), fields, prompts())
+
+
+def test_cancellation_stops_before_the_next_step():
+    seen = []
+    with pytest.raises(Cancelled, match="step 3 of 8"):
+        denoise(
+            noise(), parse_plan("small", time_grid(8)), {"small": Field(0.7)}, prompts(),
+            on_step=lambda s, x: seen.append(s.index), should_stop=lambda: len(seen) == 3,
+        )  # fmt: skip
+    assert seen == [0, 1, 2]
+
+
+def test_a_callback_may_replace_the_latents():
+    plan = parse_plan("small", time_grid(4))
+    x = denoise(noise(), plan, {"small": Field(0.7)}, prompts(), on_step=lambda s, x: torch.zeros_like(x) if s.index == 3 else None)
+    assert torch.count_nonzero(x) == 0
+
+
+def test_a_missing_generator_and_missing_negatives_are_named():
+    with pytest.raises(InputError, match="large generator"):
+        denoise(noise(), parse_plan("reference", time_grid(4)), {"small": Field(0.7)}, prompts())
+    unguided = {"small": Prompt(torch.ones(B, 4, 8))}
+    with pytest.raises(InputError, match="no negative prompt embeddings"):
+        denoise(noise(), parse_plan("small", time_grid(4)), {"small": Field(0.7)}, unguided)
+    denoise(noise(), parse_plan("small", time_grid(4)), {"small": Field(0.7)}, unguided, guidance_scale=1.0)
+
+
+def test_the_callers_latents_are_left_alone():
+    x = noise()
+    denoise(x, parse_plan("reference", time_grid(4)), {"small": Field(0.7), "large": Field(0.4)}, prompts())
+    assert torch.equal(x, noise())

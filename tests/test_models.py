@@ -1,0 +1,152 @@
+"""Text encoder and VAE against diffusers' own pipeline on the same folders."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from nexus_rt.errors import DecodeError, InputError, ModelError
+from nexus_rt.models.text import TextEncoder, clean_prompt
+from nexus_rt.models.vae import VideoDecoder, read_latents
+
+PROMPTS = ["a red circle  moves\nleft", "the blue square &amp; panda on black background " * 3, "", "caf\u00c3\u00a9 &lt;b&gt;"]
+
+
+@pytest.fixture(scope="module")
+def diffusers_pipe(tiny_pair):
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    return WanPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(tiny_pair / "tokenizer"),
+        text_encoder=UMT5EncoderModel.from_pretrained(tiny_pair / "text_encoder"),
+        vae=AutoencoderKLWan.from_pretrained(tiny_pair / "vae"),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+        transformer=WanTransformer3DModel.from_pretrained(tiny_pair / "large"),
+    )
+
+
+def test_embeddings_equal_diffusers(tiny_pair, diffusers_pipe):
+    ours = TextEncoder(tiny_pair, torch.float32, "cpu").encode(PROMPTS, 512)
+    theirs, _ = diffusers_pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=512)
+    assert ours.shape == theirs.shape == (4, 512, 32)
+    assert (ours - theirs).abs().max() <= 1e-5
+    used = (ours != 0).any(-1).sum(1)
+    assert torch.equal(used, (theirs != 0).any(-1).sum(1)) and used[2] == 1  # an empty prompt is its end token
+
+
+def test_long_prompts_are_cut_as_diffusers_cuts_them(tiny_pair, diffusers_pipe):
+    long = ["panda " * 50]
+    ours = TextEncoder(tiny_pair, torch.float32, "cpu").encode(long, 16)
+    theirs, _ = diffusers_pipe.encode_prompt(long, do_classifier_free_guidance=False, max_sequence_length=16)
+    assert (ours - theirs).abs().max() <= 1e-5
+
+
+def test_prompts_are_cleaned():
+    assert clean_prompt("  a \n\t b ") == "a b"
+    assert clean_prompt("cafÃ© &amp;amp; x") == "café & x"
+
+
+def test_the_encoder_can_be_dropped_and_comes_back(tiny_pair):
+    text = TextEncoder(tiny_pair, torch.float32, "cpu")
+    assert text.model is None  # not read before it is used
+    first = text.encode(["a panda"])
+    text.drop()
+    assert text.model is None
+    assert torch.equal(text.encode(["a panda"]), first)
+
+
+def test_bad_text_folders_and_calls(tiny_pair, tmp_path):
+    with pytest.raises(ModelError, match=r"no text_encoder/config.json"):
+        TextEncoder(tmp_path, torch.float32, "cpu")
+    with pytest.raises(InputError, match="prompt list is empty"):
+        TextEncoder(tiny_pair, torch.float32, "cpu").encode([])
+    broken = shutil.copytree(tiny_pair, tmp_path / "broken")
+    weights = broken / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ModelError, match="text encoder cannot be loaded"):
+        TextEncoder(broken, torch.float32, "cpu").encode(["a"])
+
+
+def test_decoding_equals_diffusers(tiny_pair, diffusers_pipe):
+    latents = torch.randn(2, 16, 2, 4, 6)
+    ours = VideoDecoder(tiny_pair / "vae", torch.float32, "cpu").decode(latents)
+    vae = diffusers_pipe.vae
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    with torch.no_grad():
+        video = vae.decode(latents * std + mean, return_dict=False)[0]
+    theirs = diffusers_pipe.video_processor.postprocess_video(video, output_type="np")
+    assert ours.shape == (2, 5, 3, 32, 48)
+    assert np.abs(ours.permute(0, 1, 3, 4, 2).numpy() - theirs).max() <= 1e-5
+
+
+def test_encode_inverts_the_statistics(tiny_pair):
+    """Latents of a clip, denormalised by hand, are diffusers' own."""
+    vae = VideoDecoder(tiny_pair / "vae", torch.float32, "cpu")
+    clip = torch.rand(1, 3, 5, 32, 48) * 2 - 1
+    latents = vae.encode(clip)
+    with torch.no_grad():
+        raw = vae.model.encode(clip).latent_dist.mode()
+    mean = torch.tensor(vae.space["latents_mean"]).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.space["latents_std"]).view(1, -1, 1, 1, 1)
+    assert torch.allclose(latents * std + mean, raw, atol=1e-5)
+
+
+def test_tiles_are_used_above_the_limit_only(tiny_pair, monkeypatch):
+    vae = VideoDecoder(tiny_pair / "vae", torch.float32, "cpu")
+    latents = torch.randn(1, 16, 1, 40, 40)  # 320 x 320 pixels, larger than a 256-pixel tile
+    vae.load()
+    tiles = []
+    whole = type(vae.model).tiled_decode
+    monkeypatch.setattr(type(vae.model), "tiled_decode", lambda self, z, **k: tiles.append(1) or whole(self, z, **k))
+    plain = vae.decode(latents)
+    assert not tiles
+    monkeypatch.setattr("nexus_rt.models.vae.TILE_ABOVE", 300 * 300)
+    tiled = vae.decode(latents)
+    assert tiles and tiled.shape == plain.shape
+    # Far from a tile's borders only the decoder's one attention, which sees a tile and not the frame, differs.
+    assert (tiled - plain)[..., :64, :64].abs().max() <= 0.1 * plain.std()
+
+
+def test_a_decoding_failure_keeps_the_latents(tiny_pair, tmp_path, monkeypatch):
+    vae = VideoDecoder(tiny_pair / "vae", torch.float32, "cpu")
+    vae.load()
+    monkeypatch.setattr(type(vae.model), "decode", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    latents = torch.randn(1, 16, 2, 4, 6)
+    with pytest.raises(DecodeError, match=r"OutOfMemoryError: no memory.*latents are saved in") as caught:
+        vae.decode(latents, tmp_path)
+    assert caught.value.latents_path.parent == tmp_path
+    assert torch.equal(read_latents(caught.value.latents_path), latents)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_latents_that_cannot_be_saved_do_not_hide_the_failure(tiny_pair, tmp_path):
+    vae = VideoDecoder(tiny_pair / "vae", torch.float32, "cpu")
+    tmp_path.chmod(0o500)
+    with pytest.raises(DecodeError, match="saving them failed too"):
+        vae.decode(torch.randn(1, 15, 2, 4, 6), tmp_path)
+
+
+def test_latents_with_nowhere_to_go_do_not_hide_the_failure(tiny_pair, tmp_path):
+    vae = VideoDecoder(tiny_pair / "vae", torch.float32, "cpu")
+    with pytest.raises(DecodeError, match="saving them failed too") as caught:
+        vae.decode(torch.randn(1, 15, 2, 4, 6), tmp_path / "missing")
+    assert caught.value.latents_path is None
+
+
+def test_bad_vae_folders(tiny_pair, tmp_path):
+    with pytest.raises(ModelError, match="has no config.json"):
+        VideoDecoder(tmp_path, torch.float32, "cpu")
+    broken = shutil.copytree(tiny_pair / "vae", tmp_path / "vae")
+    weights = next(broken.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ModelError, match="VAE cannot be loaded"):
+        VideoDecoder(broken, torch.float32, "cpu").load()
+    weights.unlink()
+    with pytest.raises(ModelError, match="holds no safetensors"):
+        VideoDecoder(broken, torch.float32, "cpu")
+    with pytest.raises(ModelError, match="holds no latents"):
+        read_latents(tmp_path / "none.safetensors")

@@ -1,0 +1,251 @@
+"""NexusPipeline on a tiny random pair: arguments, reproducibility, control, bad input."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from nexus_rt import BlendConfig, Cancelled, DecodeError, InputError, ModelError, NexusPipeline, NumericsError
+from nexus_rt.denoise import Prompt, denoise
+from nexus_rt.plan import parse_plan
+from nexus_rt.solver import time_grid
+
+PROMPT = "a red circle moves left"
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_same_seed_gives_the_same_frames(tiny_pipe):
+    first = tiny_pipe(PROMPT, generator=seeded()).frames
+    assert first.shape == (1, 5, 32, 48, 3) and first.dtype == np.float32 and 0 <= first.min() and first.max() <= 1
+    assert np.array_equal(first, tiny_pipe(PROMPT, generator=seeded()).frames)
+    assert not np.array_equal(first, tiny_pipe(PROMPT, generator=seeded(1)).frames)
+
+
+def test_one_and_two_threads_agree(tiny_pipe):
+    threads, frames = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            frames.append(tiny_pipe(PROMPT, generator=seeded()).frames)
+    finally:
+        torch.set_num_threads(threads)
+    assert np.abs(frames[0] - frames[1]).max() <= 1e-4
+
+
+def test_output_types_hold_the_same_video(tiny_pipe):
+    array = tiny_pipe(PROMPT, generator=seeded(), output_type="np").frames
+    tensor = tiny_pipe(PROMPT, generator=seeded(), output_type="pt").frames
+    images = tiny_pipe(PROMPT, generator=seeded(), output_type="pil").frames
+    latents = tiny_pipe(PROMPT, generator=seeded(), output_type="latent").frames
+    assert tensor.shape == (1, 5, 3, 32, 48) and latents.shape == (1, 16, 2, 4, 6)
+    assert np.array_equal(tensor.permute(0, 1, 3, 4, 2).numpy(), array)
+    assert len(images) == 1 and len(images[0]) == 5 and images[0][0].size == (48, 32)
+    assert np.abs(np.asarray(images[0][2]) / 255 - array[0, 2]).max() <= 0.5 / 255 + 1e-6
+    assert np.array_equal(tiny_pipe.decode(latents), array)
+
+
+def test_the_pipeline_is_its_parts(tiny_pipe):
+    """Prompt encoding, noise, loop and decoding by hand give the pipeline's latents."""
+    got = tiny_pipe(PROMPT, "panda", generator=seeded(4), plan="reference", guidance_scale=3.0, guidance_scale_2=2.0,
+                    shift=3.0, output_type="latent", blend=BlendConfig(split="fft")).frames  # fmt: skip
+    embeds = tiny_pipe.text.encode([PROMPT, "panda"])
+    prompt = Prompt(embeds[:1], embeds[1:])
+    noise = torch.randn(1, 16, 2, 4, 6, generator=seeded(4))
+    plan = parse_plan("reference", time_grid(6, 3.0))
+    expected = denoise(noise, plan, tiny_pipe.engines, {"small": prompt, "large": prompt}, guidance_scale=3.0,
+                       guidance_scale_2=2.0, blend_config=BlendConfig(split="fft"))  # fmt: skip
+    assert torch.equal(got, expected)
+
+
+def test_the_large_plan_is_diffusers_pipeline_on_this_grid(tiny_pair, tiny_pipe):
+    """Same embeddings, noise, grid and solver: diffusers' own transformer gives the same latents."""
+    from tests.test_solver import diffusers_solver
+
+    got = tiny_pipe(PROMPT, generator=seeded(), plan="large", output_type="latent", num_inference_steps=8).frames
+    transformer = WanTransformer3DModel.from_pretrained(tiny_pair / "large").eval()
+    grid = time_grid(8, 5.0)
+    scheduler, x = diffusers_solver(grid), torch.randn(1, 16, 2, 4, 6, generator=seeded())
+    cond, uncond = tiny_pipe.text.encode([PROMPT, ""]).split(1)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            c, u = (transformer(x, t[None], e, return_dict=False)[0] for e in (cond, uncond))
+            x = scheduler.step(u + 6.0 * (c - u), t, x, return_dict=False)[0]
+    assert (got - x).abs().max() <= 1e-4 * x.abs().max()
+
+
+def test_batches_of_prompts(tiny_pipe):
+    out = tiny_pipe([PROMPT, "a blue square"], generator=[seeded(1), seeded(2)], output_type="latent").frames
+    one = tiny_pipe(["a blue square"], generator=[seeded(2)], output_type="latent").frames
+    assert out.shape[0] == 2 and torch.allclose(out[1:], one, atol=1e-4)
+    twice = tiny_pipe(PROMPT, num_videos_per_prompt=2, generator=[seeded(1), seeded(2)], output_type="latent").frames
+    assert torch.allclose(twice[:1], out[:1], atol=1e-4) and not torch.allclose(twice[0], twice[1], atol=1e-2)
+
+
+def test_embeddings_may_be_given(tiny_pipe):
+    embeds, negative = tiny_pipe.encode_prompt(PROMPT, "panda")
+    said = tiny_pipe(PROMPT, "panda", generator=seeded(), output_type="latent").frames
+    given = tiny_pipe(prompt_embeds=embeds, negative_prompt_embeds=negative, generator=seeded(), output_type="latent").frames
+    assert torch.equal(said, given)
+    with pytest.raises(InputError, match="no negative prompt embeddings"):
+        tiny_pipe(prompt_embeds=embeds)
+    assert tiny_pipe(prompt_embeds=embeds, guidance_scale=1.0, output_type="latent").frames.isfinite().all()
+
+
+def test_latents_may_be_given(tiny_pipe):
+    noise = tiny_pipe.prepare_latents(1, 5, 32, 48, seeded(9))
+    a = tiny_pipe(PROMPT, latents=noise, output_type="latent").frames
+    assert torch.equal(a, tiny_pipe(PROMPT, generator=seeded(9), output_type="latent").frames)
+    with pytest.raises(InputError, match="latents have shape"):
+        tiny_pipe(PROMPT, latents=noise[:, :8])
+
+
+def test_callbacks_see_and_change_latents(tiny_pipe):
+    seen = []
+
+    def callback(pipe, index, timestep, tensors):
+        seen.append((index, timestep, sorted(tensors)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if index == 5 else None
+
+    out = tiny_pipe(PROMPT, callback_on_step_end=callback, output_type="latent",
+                    callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])  # fmt: skip
+    assert [s[:2] for s in seen] == list(enumerate(time_grid(6, 5.0).timesteps)) and torch.count_nonzero(out.frames) == 0
+    assert seen[0][2] == ["latents", "prompt_embeds"]
+    with pytest.raises(InputError, match="did you mean 'latents'"):
+        tiny_pipe(PROMPT, callback_on_step_end_tensor_inputs=["latent"])
+
+
+def test_cancel_from_a_callback(tiny_pipe):
+    seen = []
+
+    def callback(pipe, index, timestep, tensors):
+        seen.append(index)
+        if index == 2:
+            pipe.cancel()
+
+    with pytest.raises(Cancelled, match="step 3 of 6"):
+        tiny_pipe(PROMPT, callback_on_step_end=callback)
+    assert seen == [0, 1, 2]
+    assert tiny_pipe(PROMPT, output_type="latent").frames.isfinite().all()  # the next call is not cancelled
+
+
+def test_progress_is_shown(tiny_pipe, capsys):
+    tiny_pipe.set_progress_bar_config()
+    tiny_pipe(PROMPT, output_type="latent")
+    tiny_pipe.set_progress_bar_config(disable=True)
+    assert "6/6" in capsys.readouterr().err
+
+
+def test_one_generator_alone(tiny_pair):
+    pipe = NexusPipeline.from_pretrained(small=tiny_pair / "small", vae=tiny_pair, text_encoder=tiny_pair)
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(PROMPT, height=32, width=32, num_frames=1, num_inference_steps=2, plan="small")
+    assert out.frames.shape == (1, 1, 32, 32, 3)
+    with pytest.raises(InputError, match="large generator, which was not loaded"):
+        pipe(PROMPT, height=32, width=32, num_frames=1, num_inference_steps=4)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (dict(height=40), "height is 40; expected a multiple of 16, such as 32 or 48"),
+        (dict(width=8), "width is 8; .*such as 16"),
+        (dict(height=-16), "height is -16"),
+        (dict(num_frames=6), r"num_frames is 6; expected 4k\+1, such as 5 or 9"),
+        (dict(num_frames=0), "num_frames is 0"),
+        (dict(num_inference_steps=0), "whole number of at least 1"),
+        (dict(num_inference_steps=-4), "whole number of at least 1"),
+        (dict(shift=-1.0), "shift"),
+        (dict(plan="handof=0.3"), "did you mean 'handoff'"),
+        (dict(plan="handoff=2000"), "outside the schedule"),
+        (dict(plan="handoff=0.5", energy="reference"), "needs both generators"),
+        (dict(energy="progresive"), "did you mean 'progressive'"),
+        (dict(solver="unipcc"), "did you mean 'unipc'"),
+        (dict(output_type="pill"), "did you mean 'pil'"),
+        (dict(prompt=[]), "prompt list is empty"),
+        (dict(prompt=None), "either prompt or prompt_embeds"),
+        (dict(prompt=[PROMPT, PROMPT], negative_prompt=["x"]), "1 negative prompts for 2"),
+        (dict(num_videos_per_prompt=0), "num_videos_per_prompt"),
+        (dict(generator=[seeded(), seeded()]), "2 generators for 1"),
+    ],
+)
+def test_bad_input_is_named(tiny_pipe, call, words):
+    with pytest.raises(InputError, match=words):
+        tiny_pipe(**{"prompt": PROMPT, **call})
+
+
+def rewrite(path, **change):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+def test_generators_of_other_latent_spaces_are_refused(own_pair):
+    import shutil
+
+    def load():
+        return NexusPipeline.from_pretrained(own_pair)
+
+    shutil.copy(own_pair / "large" / "config.json", own_pair / "kept.json")
+    for change, words in (({"in_channels": 12}, r"in_channels \(16 and 12\)"), ({"patch_size": [1, 1, 1]}, "patch_size"),
+                          ({"text_dim": 48}, "text_dim")):  # fmt: skip
+        shutil.copy(own_pair / "kept.json", own_pair / "large" / "config.json")
+        rewrite(own_pair / "large" / "config.json", **change)
+        with pytest.raises(ModelError, match=rf"not one latent space: .*{words}"):
+            load()
+    shutil.copy(own_pair / "kept.json", own_pair / "large" / "config.json")
+    for name in ("small", "large"):
+        shutil.copytree(own_pair / "vae", own_pair / name / "vae")
+    rewrite(own_pair / "small" / "vae" / "config.json", latents_mean=[0.0] * 16)
+    with pytest.raises(ModelError, match="the VAE's latents_mean"):
+        NexusPipeline.from_pretrained(small=own_pair / "small", large=own_pair / "large", text_encoder=own_pair)
+    rewrite(own_pair / "small" / "vae" / "config.json", z_dim=8)
+    with pytest.raises(ModelError, match="z_dim"):
+        NexusPipeline.from_pretrained(small=own_pair / "small", text_encoder=own_pair)
+
+
+def test_folders_that_are_no_pair(own_pair, tmp_path):
+    with pytest.raises(ModelError, match="no model_index.json"):
+        NexusPipeline.from_pretrained(tmp_path)
+    rewrite(own_pair / "model_index.json", _class_name="WanPipeline")
+    with pytest.raises(ModelError, match="one model and no pair; pass it as small= or large="):
+        NexusPipeline.from_pretrained(own_pair)
+    with pytest.raises(ModelError, match="no text encoder"):
+        NexusPipeline.from_pretrained(small=own_pair / "small", vae=own_pair)(PROMPT, height=32, width=32, plan="small")
+    with pytest.raises(ModelError, match="no VAE"):
+        NexusPipeline.from_pretrained(small=own_pair / "small", text_encoder=own_pair)(PROMPT, plan="small")
+
+
+@pytest.mark.parametrize("generator", ["small", "large"])
+def test_nan_weights_name_the_generator_and_the_parameter(own_pair, generator):
+    from safetensors.torch import load_file, save_file
+
+    path = own_pair / generator / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    state["blocks.0.ffn.net.2.weight"][3, 3] = float("nan")
+    save_file(state, path)
+    pipe = NexusPipeline.from_pretrained(own_pair)
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(NumericsError, match=rf"the {generator} generator.*step 0 .*blocks.0.ffn"):
+        pipe(PROMPT, plan="reference")
+
+
+def test_decoding_failure_reaches_the_caller_with_the_latents(tiny_pair, tmp_path, monkeypatch):
+    pipe = NexusPipeline.from_pretrained(tiny_pair)
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(type(pipe.vae), "load", lambda self: (_ for _ in ()).throw(MemoryError("no memory")))
+    with pytest.raises(DecodeError) as caught:
+        pipe(PROMPT)
+    assert caught.value.latents_path.is_file()
+
+
+def test_low_precision_generators_run(tiny_pair):
+    exact = NexusPipeline.from_pretrained(tiny_pair)
+    low = NexusPipeline.from_pretrained(tiny_pair, torch_dtype=torch.bfloat16)
+    for pipe in (exact, low):
+        pipe.set_progress_bar_config(disable=True)
+    a, b = (p(PROMPT, generator=seeded(), output_type="latent").frames for p in (exact, low))
+    assert b.dtype == torch.float32 and (a - b).norm() / a.norm() <= 0.05
