@@ -85,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _pipeline(args: argparse.Namespace):
     import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar, of the denoising steps
 
     from nexus_rt.pipeline import NexusPipeline
 

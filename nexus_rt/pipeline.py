@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,9 @@ class NexusPipeline:
                 raise ModelError(f"{root} holds a {index.get('_class_name')}, one model and no pair; pass it as small= or large=.")
             folders = {"small": root / "small", "large": root / "large"}
             folders |= {n: load.resolve(s, parts, **hub) for n, s in (("small", small), ("large", large)) if s is not None}
+            unknown = index.get("defaults", {}).keys() - {f.name for f in fields(Defaults)}
+            if unknown:
+                raise ModelError(f"{root}/model_index.json sets an unknown default {sorted(unknown)[0]!r}; expected fields of Defaults.")
             defaults = Defaults(**index.get("defaults", {}))
             own = [root]
         else:

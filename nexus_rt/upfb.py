@@ -3,8 +3,8 @@
 Lumos-Nexus (arXiv 2605.31603) blends low and high bands of both velocities with a 3x3 Gaussian. Expanded, the large
 generator is never filtered: `u = (1-w) v_L + w (g v_S + (1-g) LF(v_S))` with g = gamma_hf, one filter on one tensor.
 The `fft` and `dct` splits are this runtime's progressive frequency handoff: one share per spatial frequency,
-`a(rho) = w [LP(rho) + g (1 - LP(rho))]`, `u = v_L + F^-1{a . F{v_S - v_L}}`; a real, even filter is a short sum of
-two-sided matrix products, so no transform is taken at run time.
+`a(rho) = w [LP(rho) + g (1 - LP(rho))]`, `u = v_L + F^-1{a . F{v_S - v_L}}`. Every one of these filters is a short
+sum of two-sided matrix products `A_r X B_r^T`, so no transform and no convolution is taken at run time.
 
 Velocities are float32 [B, C, T, H, W]; RMS is per sample over C, T, H, W; filters act on each H x W plane.
 """
@@ -105,11 +105,15 @@ def _basis(size: int, split: str) -> tuple[Tensor, Tensor]:
 def filter_matrices(
     height: int, width: int, split: str, lowpass: str, order: int, cutoff: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The low-pass of `fft` or `dct` as matrices: `LF(X) = sum_r A_r X B_r^T`.
+    """The low-pass of a split as matrices: `LF(X) = sum_r A_r X B_r^T`; `cutoff` is sigma for the gaussian split.
 
-    Returns A [H, R*H] (the A_r side by side) and B [R*W, W] (the B_r on top of each other), float32; R is 1 for a
-    Gaussian (separable), about 10 for Butterworth.
+    Returns A [H, R*H] (the A_r side by side) and B [R*W, W] (the B_r on top of each other), float32; R is 1 where the
+    filter is separable (gaussian split, Gaussian low-pass), about 10 for Butterworth.
     """
+    if split == "gaussian":
+        taps = gaussian_taps(height, width, cutoff)
+        a, b = (_band(size, taps) for size in (height, width))
+        return a.float().to(device), b.float().to(device)
     fy, py = _basis(height, split)
     fx, px = _basis(width, split)
     if lowpass == "gaussian":
@@ -125,27 +129,28 @@ def filter_matrices(
     return a.float().to(device), b.float().to(device)
 
 
-def _gaussian_plus_identity(v: Tensor, taps: Tensor, low: float, keep: float) -> Tensor:
-    """`keep * v + low * G(v)`, G the zero-padded separable Gaussian of each plane: one convolution."""
-    kernel = low * torch.outer(taps, taps)
-    kernel[taps.numel() // 2, taps.numel() // 2] += keep
-    planes = v.reshape(-1, 1, *v.shape[-2:])
-    out = F.conv2d(planes, kernel.to(v.device, v.dtype)[None, None], padding=taps.numel() // 2)
-    return out.view_as(v)
+def _band(size: int, taps: Tensor) -> Tensor:
+    """The zero-padded 1-D convolution by symmetric taps as a banded matrix [size, size]."""
+    offset = torch.arange(size)[:, None] - torch.arange(size)[None] + taps.numel() // 2
+    inside = (offset >= 0) & (offset < taps.numel())
+    return torch.where(inside, taps[offset.clamp(0, taps.numel() - 1)], 0.0)
+
+
+def _filtered(v: Tensor, w: float, config: BlendConfig, low: float, keep: float) -> Tensor:
+    """`keep * v + low * LF(v)` of each plane: two matrix products, the first factor riding along in the second."""
+    height, width = v.shape[-2:]
+    cutoff = config.sigma(w) if config.split == "gaussian" else config.cutoff(w)
+    a, b = filter_matrices(height, width, config.split, config.lowpass, config.order, cutoff, v.device)
+    rank, planes = b.shape[0] // width, v.reshape(-1, height, width)
+    right = F.linear(planes, b)  # [N, H, R*W]: X B_r^T for every r
+    if rank > 1:
+        right = right.unflatten(-1, (rank, width)).transpose(1, 2).flatten(1, 2)  # [N, R*H, W]
+    return torch.baddbmm(planes, a.expand(len(planes), -1, -1), right, beta=keep, alpha=low).view_as(v)
 
 
 def low_frequencies(v: Tensor, w: float, config: BlendConfig) -> Tensor:
     """The low band LF(v) of the split at gate w: [..., H, W] to the same shape, float32."""
-    v = v.float()
-    height, width = v.shape[-2:]
-    if config.split == "gaussian":
-        return _gaussian_plus_identity(v, gaussian_taps(height, width, config.sigma(w)), 1.0, 0.0)
-    a, b = filter_matrices(height, width, config.split, config.lowpass, config.order, config.cutoff(w), v.device)
-    rank = b.shape[0] // width
-    right = F.linear(v.reshape(-1, height, width), b)  # [N, H, R*W]: X B_r^T for every r
-    if rank > 1:
-        right = right.unflatten(-1, (rank, width)).transpose(1, 2).flatten(1, 2)  # [N, R*H, W]
-    return torch.matmul(a, right).view_as(v)
+    return _filtered(v.float().contiguous(), w, config, 1.0, 0.0)
 
 
 def rms(v: Tensor) -> Tensor:
@@ -207,18 +212,13 @@ def blend(
     v_small, v_large = (v if v is None else v.float() for v in (v_small, v_large))
     if v_small is None or (w == 0 and energy != "reference"):
         return v_large.clone()
-    gamma = config.gamma_hf
-    if config.split == "gaussian":
-        taps = gaussian_taps(*v_small.shape[-2:], config.sigma(w))
-        u = _gaussian_plus_identity(v_small, taps, w * (1 - gamma), w * gamma)
-        if v_large is not None:
-            u.add_(v_large, alpha=1 - w)
-    elif v_large is None:
+    if v_large is None and config.split != "gaussian":
         return v_small.clone()
-    else:
-        difference = v_small - v_large
-        u = low_frequencies(difference, w, config).mul_(w * (1 - gamma))
-        u.add_(difference, alpha=w * gamma).add_(v_large)
+    gamma = config.gamma_hf
+    x = v_small if config.split == "gaussian" else v_small - v_large
+    u = _filtered(x.contiguous(), w, config, w * (1 - gamma), w * gamma)
+    if v_large is not None:
+        u.add_(v_large, alpha=1 - w if config.split == "gaussian" else 1.0)
     if energy == "none":
         return u
     return u.mul_(target_rms(v_small, v_large, w, energy) / (rms(u) + EPS))

@@ -1,0 +1,244 @@
+"""Figures of the runtime core, each measured beside its peer in the same run after their results are compared.
+
+    python -m nexus_rt.bench.core blend     # one filter against the four-filter form
+    python -m nexus_rt.bench.core dit       # the mini large DiT against diffusers' on the same weights
+    python -m nexus_rt.bench.core load      # peak memory of loading a synthetic folder of 2 GB
+    python -m nexus_rt.bench.core mini      # shell to mp4, and the runtime's own share of denoising
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nexus_rt.costs import median_ms
+from nexus_rt.upfb import EPS, BlendConfig, blend, gaussian_taps
+
+
+def machine() -> dict:
+    return {
+        "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }  # fmt: skip
+
+
+def paired(ours: Callable, theirs: Callable, runs: int) -> dict:
+    """Run two calls in turn; medians in ms and the median of their ratio, pair by pair (above 1: ours is faster)."""
+    ours(), theirs()
+    pairs = [(median_ms(ours, 1, 0), median_ms(theirs, 1, 0)) for _ in range(runs)]
+    return {
+        "ours_ms": round(median(a for a, _ in pairs), 3), "theirs_ms": round(median(b for _, b in pairs), 3),
+        "ratio": round(median(b / a for a, b in pairs), 2), "runs": runs,
+    }  # fmt: skip
+
+
+def four_filter_blend(v_small: Tensor, v_large: Tensor, w: float) -> Tensor:
+    """The published form as written: low and high band of both velocities, each by its own blur, then the energy."""
+    config = BlendConfig()
+    taps = gaussian_taps(*v_small.shape[-2:], config.sigma(w)).float()
+    channels = v_small.shape[1]
+    kernel = torch.outer(taps, taps).expand(channels, 1, -1, -1)
+
+    def low(v: Tensor) -> Tensor:
+        planes = v.transpose(1, 2).flatten(0, 1)  # [B*T, C, H, W]
+        out = F.conv2d(planes, kernel, padding=taps.numel() // 2, groups=channels)
+        return out.unflatten(0, (v.shape[0], v.shape[2])).transpose(1, 2)
+
+    low_band = w * low(v_small) + (1 - w) * low(v_large)
+    high_band = (1 - w) * (v_large - low(v_large)) + config.gamma_hf * w * (v_small - low(v_small))
+    u = low_band + high_band
+
+    def rms(v: Tensor) -> Tensor:
+        return v.pow(2).mean(dim=(1, 2, 3, 4), keepdim=True).sqrt()
+
+    aligned = v_large * (rms(v_small) / (rms(v_large) + EPS))
+    target = (rms(v_small) + rms(aligned)) / 2
+    return u * (target / (rms(u) + EPS))
+
+
+def bench_blend(runs: int) -> dict:
+    """One filter on one tensor against four, at 480p x 81 frames."""
+    torch.manual_seed(0)
+    v_small, v_large = torch.randn(2, 1, 16, 21, 60, 104)
+    error = (blend(v_small, v_large, 0.6) - four_filter_blend(v_small, v_large, 0.6)).abs().max().item()
+    if error > 1e-5:
+        raise SystemExit(f"the two forms differ by {error:.1e}: no speed is worth that")
+    timing = paired(lambda: blend(v_small, v_large, 0.6), lambda: four_filter_blend(v_small, v_large, 0.6), runs)
+    extra = {
+        split: round(median_ms(lambda s=split: blend(v_small, v_large, 0.6, BlendConfig(split=s)), 5), 3)
+        for split in ("fft", "dct")
+    }
+    return {"what": "blend, gaussian split, energy reference, 1x16x21x60x104", "max_error": error, **timing, "ms_of": extra}
+
+
+@torch.inference_mode()
+def bench_dit(runs: int) -> dict:
+    """A guided step of the mini large DiT against diffusers' transformer on the same weights, prompt and latents."""
+    from diffusers import WanTransformer3DModel
+
+    from nexus_rt.models.load import load_transformer
+    from nexus_rt.pipeline import MINI, NexusPipeline
+
+    pipe = NexusPipeline.from_pretrained()
+    ours = load_transformer(MINI / "large", torch.float32)
+    theirs = WanTransformer3DModel.from_pretrained(MINI / "large", torch_dtype=torch.float32).eval()
+    embeds = torch.cat(pipe.encode_prompt("a striped red circle moves left on a black background"))
+    d = pipe.defaults
+    latents = pipe.prepare_latents(1, d.num_frames, d.height, d.width).repeat(2, 1, 1, 1, 1)
+    timestep, context = torch.tensor([700, 700]), ours.prepare_context(embeds)
+    a = ours(latents, timestep[0], context)
+    b = theirs(latents, timestep, embeds, return_dict=False)[0]
+    error = (a - b).abs().max().item()
+    if error > 1e-4 * b.abs().max().item():
+        raise SystemExit(f"the two forwards differ by {error:.1e}: no speed is worth that")
+    timing = paired(
+        lambda: ours(latents, timestep[0], context), lambda: theirs(latents, timestep, embeds, return_dict=False), runs
+    )
+    return {"what": "mini large DiT, guided step (batch 2), float32, against diffusers", "max_error": error, **timing}
+
+
+LOAD = """
+import resource, sys, threading, time, torch
+from nexus_rt.models.load import load_transformer
+def rss():
+    with open('/proc/self/statm') as f: return int(f.read().split()[1]) * resource.getpagesize()
+torch.empty(1); base, peak, done = rss(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, rss()); time.sleep(0.001)
+t = threading.Thread(target=watch); t.start(); start = time.perf_counter()
+model = load_transformer(sys.argv[1], getattr(torch, sys.argv[2])); seconds = time.perf_counter() - start
+done = True; t.join()
+weights = sum(p.numel() * p.element_size() for p in model.parameters())
+print(base, max(peak, rss()), weights, seconds)
+"""
+
+
+def synthetic_folder(folder: Path, gigabytes: float, dtype: torch.dtype) -> None:
+    """A Wan transformer of about this size, in shards of a fifth, with weights of a fixed pattern."""
+    from safetensors.torch import save_file
+
+    from nexus_rt.models.checkpoint import diffusers_shapes
+    from nexus_rt.models.wan import WanConfig, WanTransformer
+
+    dim, ffn = 1536, 8960
+    layers = max(1, round(gigabytes * 1e9 / dtype.itemsize / (8 * dim * dim + 2 * dim * ffn)))
+    fields = dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=ffn, num_layers=layers)
+    with torch.device("meta"):
+        shapes = diffusers_shapes(WanTransformer(WanConfig(**fields)))
+    names, weight_map, shards = list(shapes), {}, 5
+    for i in range(shards):
+        file = f"diffusion_pytorch_model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = names[len(names) * i // shards : len(names) * (i + 1) // shards]
+        save_file({n: torch.full(shapes[n], 0.01, dtype=dtype) for n in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel", **fields}))
+
+
+def bench_load(runs: int, gigabytes: float = 2.2) -> dict:
+    """Peak resident memory of loading, above what the process had before, over the bytes of the loaded weights."""
+    if not Path("/proc/self/statm").exists():
+        raise SystemExit("peak memory is read from /proc/self/statm: run this on Linux")
+    result: dict = {"what": f"load a sharded folder of {gigabytes} GB, peak resident memory over the weights' bytes"}
+    for stored, asked in ((torch.bfloat16, "bfloat16"), (torch.float32, "bfloat16")):
+        with tempfile.TemporaryDirectory() as folder:
+            synthetic_folder(Path(folder), gigabytes, stored)
+            out = [subprocess.run([sys.executable, "-c", LOAD, folder, asked], capture_output=True, text=True, check=True)
+                   .stdout.split() for _ in range(min(runs, 3))]  # fmt: skip
+        ratios = [(int(peak) - int(base)) / int(weights) for base, peak, weights, _ in out]
+        result[f"{str(stored)[6:]} as {asked}"] = {
+            "peak_ratio": round(max(ratios), 3), "weights_bytes": int(out[0][2]), "seconds": round(median(float(o[3]) for o in out), 2),
+        }  # fmt: skip
+    return result
+
+
+class Timed:
+    """An engine that adds up the time it spends."""
+
+    def __init__(self, engine) -> None:
+        self.engine, self.seconds = engine, 0.0
+
+    def _timed(self, call: Callable, *args):
+        start = time.perf_counter()
+        out = call(*args)
+        self.seconds += time.perf_counter() - start
+        return out
+
+    def prepare(self, context):
+        return self._timed(self.engine.prepare, context)
+
+    def velocity(self, *args):
+        return self._timed(self.engine.velocity, *args)
+
+
+def bench_mini(runs: int) -> dict:
+    """`nexus-rt generate PROMPT` as a process, and what the loop costs outside the two DiTs."""
+    from nexus_rt.denoise import Prompt, denoise
+    from nexus_rt.pipeline import NexusPipeline
+
+    prompt = "a striped red circle moves left on a black background"
+    walls = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(runs):
+            start = time.perf_counter()
+            command = [sys.executable, "-m", "nexus_rt.cli", "generate", prompt, "-o", f"{folder}/a.mp4", "--quiet"]
+            subprocess.run(command, check=True)
+            walls.append(time.perf_counter() - start)
+    pipe = NexusPipeline.from_pretrained()
+    said = Prompt(*pipe.encode_prompt(prompt))
+    d, shares = pipe.defaults, {}
+    noise = pipe.prepare_latents(1, d.num_frames, d.height, d.width, torch.Generator().manual_seed(0))
+    start = time.perf_counter()
+    pipe.decode(noise)
+    decode = time.perf_counter() - start
+    for spec in (d.plan, "reference"):
+        plan, own = pipe.make_plan(spec), []
+        for _ in range(max(3, runs)):
+            engines = {n: Timed(e) for n, e in pipe.engines.items()}
+            start = time.perf_counter()
+            denoise(noise, plan, engines, dict.fromkeys(engines, said), guidance_scale=d.guidance_scale)
+            whole = time.perf_counter() - start
+            own.append((whole, 1 - sum(e.seconds for e in engines.values()) / whole))
+        shares[plan.name] = {"denoise_s": round(median(w for w, _ in own), 3),
+                             "own_share_percent": round(100 * median(s for _, s in own), 2)}  # fmt: skip
+    return {"what": "mini pair, default settings, shell to mp4", "wall_s": round(median(walls), 2),
+            "wall_s_max": round(max(walls), 2), "runs": runs, "decode_s": round(decode, 3), "loop": shares}  # fmt: skip
+
+
+BENCHES = {"blend": (bench_blend, 20), "dit": (bench_dit, 20), "load": (bench_load, 3), "mini": (bench_mini, 5)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", nargs="+", choices=BENCHES)
+    parser.add_argument("--runs", type=int, help="counted runs (default: 20; load 3, mini 5)")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    args = parser.parse_args()
+    results = {"machine": machine()}
+    for name in args.bench:
+        call, runs = BENCHES[name]
+        results[name] = call(args.runs or runs)
+    text = json.dumps(results, indent=2)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

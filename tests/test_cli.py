@@ -1,0 +1,189 @@
+"""The command line, in process where that is enough and as a process where it is not."""
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from nexus_rt.cli import main
+
+PROMPT = "a red circle moves left"
+
+
+def pair(tiny_pair, *more):
+    return ["--pair", str(tiny_pair), *map(str, more)]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "gif", "png"])
+def test_generate_writes_the_file(tiny_pair, tmp_path, capsys, suffix):
+    out = tmp_path / f"clip.{suffix}"
+    assert main(["generate", PROMPT, *pair(tiny_pair, "-o", out)]) == 0
+    assert out.stat().st_size > 500 and os.listdir(tmp_path) == [out.name]
+    assert "5 frames of 48x32" in capsys.readouterr().out
+
+
+def test_options_reach_the_pipeline(tiny_pair, tmp_path):
+    """The same options give the same picture, each changed option another."""
+    base = dict(size="32x48", frames="9", steps="5", guidance="3", shift="3", seed="2", plan="small:1 bridge:2 large:2@1",
+                split="dct", lowpass="butterworth", energy="none", solver="euler", negative="blue square", dtype="float32",
+                device="cpu")  # fmt: skip
+    # energy and split act in the two bridge steps
+    def run(**change):
+        out = tmp_path / "x.png"
+        options = [w for k, v in {**base, **change}.items() for w in (f"--{k.replace('_', '-')}", v)]
+        assert main(["generate", PROMPT, *pair(tiny_pair, "-o", out, "--quiet", *options)]) == 0
+        with Image.open(out) as image:
+            return image.size, image.tobytes()
+
+    first = run()
+    assert first == run() and first[0] == (8 * 32, 2 * 48)
+    for change in (dict(steps="6", plan="small:1 bridge:2 large:3@1"), dict(guidance="6"), dict(shift="5"), dict(seed="3"),
+                   dict(plan="large"), dict(split="gaussian"), dict(lowpass="ideal"), dict(energy="progressive"),
+                   dict(solver="unipc"), dict(negative="panda"), dict(guidance_2="9", plan="small:1 bridge:2 large:2")):  # fmt: skip
+        assert run(**change) != first, change
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--size", "40x32"], "width is 40; expected a multiple of 16"),
+        (["--frames", "6"], "num_frames is 6"),
+        (["--steps", "0"], "num_inference_steps is 0"),
+        (["--steps", "-2"], "num_inference_steps is -2"),
+        (["--plan", "handoff=1200"], "outside the schedule"),
+        (["--plan", "refrence"], "did you mean 'reference'"),
+        (["--split", "gausian"], "did you mean 'gaussian'"),
+        (["--lowpass", "idel"], "did you mean 'ideal'"),
+        (["--solver", "eulr"], "did you mean 'euler'"),
+        (["--energy", "reference", "--plan", "handoff=0.5"], "needs both generators"),
+        (["--device", "cdua"], "device 'cdua' cannot be used here"),
+        (["--fps", "0"], "--fps is 0"),
+        (["-o", "nowhere/out.mp4"], "nowhere does not exist"),
+        (["-o", "out.avi"], "unknown output suffix"),
+    ],
+)
+def test_wrong_arguments_exit_2_and_write_nothing(tiny_pair, tmp_path, monkeypatch, capsys, options, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", PROMPT, *pair(tiny_pair), *options]) == 2
+    assert words in capsys.readouterr().err and os.listdir(tmp_path) == []
+
+
+def test_an_empty_prompt(tiny_pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "  ", *pair(tiny_pair)]) == 2 and "prompt is empty" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_read_exits_1(own_pair, tmp_path, capsys):
+    path = own_pair / "large" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    assert main(["generate", PROMPT, *pair(own_pair, "-o", tmp_path / "a.mp4")]) == 1
+    assert "not a whole safetensors file" in capsys.readouterr().err and not (tmp_path / "a.mp4").exists()
+
+
+def test_the_output_is_checked_before_the_model_is_read(tmp_path, capsys):
+    assert main(["generate", PROMPT, "--pair", str(tmp_path / "none"), "-o", str(tmp_path / "no" / "a.mp4")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_latents_of_a_failed_decoding_can_be_decoded_later(tiny_pair, tmp_path, monkeypatch, capsys):
+    from diffusers import AutoencoderKLWan
+
+    with monkeypatch.context() as broken:
+        broken.setattr(AutoencoderKLWan, "decode", lambda *a, **k: (_ for _ in ()).throw(MemoryError("no memory")))
+        assert main(["generate", PROMPT, *pair(tiny_pair, "-o", tmp_path / "a.png")]) == 1
+    saved = re.search(r"\S+\.safetensors", capsys.readouterr().err)[0]
+    assert os.path.dirname(saved) == str(tmp_path) and not (tmp_path / "a.png").exists()
+    assert main(["decode", saved, *pair(tiny_pair, "-o", tmp_path / "late.png")]) == 0
+    assert main(["generate", PROMPT, *pair(tiny_pair, "-o", tmp_path / "a.png")]) == 0
+    assert (tmp_path / "late.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+
+
+@pytest.mark.parametrize("split, heading", [("gaussian", "sigma"), ("fft", "cutoff")])
+def test_plan_prints_the_table_and_the_totals(tiny_pair, capsys, split, heading):
+    spec = "small:2 bridge:1 large:3@1"
+    assert main(["plan", *pair(tiny_pair, "--plan", spec, "--split", split, "--costs", "10,100")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert heading in lines[0] and "timestep" in lines[0]
+    rows = [line.split() for line in lines[1:7]]
+    assert [r[0] for r in rows] == list("012345") and [r[4] for r in rows] == ["small"] * 2 + ["both"] + ["large"] * 3
+    # 10 a guided small step; the large one is unguided (50) in its segment and in the bridge beside it
+    assert [float(r[6]) for r in rows] == [10, 10, 60, 50, 50, 50]
+    assert "6 small and 4 large forwards, 230.0 ms" in lines[7] and "660.0 ms" in lines[8] and "35%" in lines[8]
+
+
+def test_plan_measures_the_pair_it_is_given(tiny_pair, capsys):
+    assert main(["plan", *pair(tiny_pair, "--plan", "reference")]) == 0
+    out = capsys.readouterr().out
+    small, large = (float(re.search(rf"{n} (\d+\.\d+) ms guided", out)[1]) for n in ("small", "large"))
+    total = float(re.search(r"reference: 12 small and 12 large forwards, (\d+\.\d) ms\n", out)[1])
+    assert small > 0 and large > 0 and abs(total - 6 * (small + large)) <= 0.5 * total and "measured on this machine" in out
+
+
+def test_plan_without_models(capsys):
+    assert main(["plan", "--plan", "handoff=0.3", "--costs", "750,4600"]) == 0
+    out = capsys.readouterr().out
+    assert "handoff=0.3,bridge=5: 40 small and 70 large forwards, 176000.0 ms" in out
+    assert main(["plan", "--costs", "x"]) == 2 and "expected two numbers" in capsys.readouterr().err
+
+
+def test_doctor_names_versions_devices_and_reasons(capsys):
+    import torch
+
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out and "cpu" in out and re.search(r"no +triton kernels +\S+", out)
+
+
+def test_help_is_enough(capsys):
+    for command in ("generate", "plan", "decode", "doctor"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--small", "--large", "--size", "--frames", "--steps", "--guidance", "--shift", "--seed", "--plan",
+                   "--split", "--energy", "--dtype", "--device", "--output"):  # fmt: skip
+        assert option in text
+
+
+def test_an_interrupt_leaves_no_file_and_exits_130(tiny_pair, tmp_path):
+    """A real process on a terminal, and a real signal in the middle of the loop."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    terminal, inside = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nexus_rt.cli", "generate", PROMPT, *pair(tiny_pair, "--steps", 20000, "-o", tmp_path / "a.mp4")],
+        stderr=inside, env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}, cwd=tmp_path,
+    )  # fmt: skip
+    os.close(inside)
+    seen, deadline = "", time.time() + 120
+
+    def read_until(pattern):
+        nonlocal seen
+        while not re.search(pattern, seen):
+            assert time.time() < deadline, seen[-500:]
+            if select.select([terminal], [], [], 1)[0]:
+                seen += os.read(terminal, 4096).decode(errors="replace")
+
+    try:
+        read_until(r" [1-9]\d*/20000")  # the progress bar has counted a step
+        process.send_signal(signal.SIGINT)
+        read_until("interrupted; nothing was written")
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+        os.close(terminal)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_config_that_lies_about_its_defaults_is_an_error(own_pair, capsys):
+    index = json.loads((own_pair / "model_index.json").read_text())
+    index["defaults"]["hieght"] = 3
+    (own_pair / "model_index.json").write_text(json.dumps(index))
+    assert main(["plan", *pair(own_pair)]) == 1
+    assert "unknown default 'hieght'" in capsys.readouterr().err

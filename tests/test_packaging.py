@@ -1,0 +1,122 @@
+"""One top-level name, in every way of installing it and from every folder; nothing of ours runs for anyone else."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+USE = """
+import nexus_rt, nexus_rt.bench.core, nexus_rt.export, nexus_rt.kernels
+from nexus_rt import blend
+import torch
+v = torch.ones(1, 1, 1, 4, 4)
+assert torch.allclose(blend(v, v, 0.0), v, atol=1e-4)
+print(nexus_rt.__file__)
+print(nexus_rt.bench.core.__file__)
+"""
+
+
+def python(code, cwd, *flags, path=None):
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    if path:
+        env["PYTHONPATH"] = str(path)
+    done = subprocess.run([sys.executable, *flags, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\n")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the tracked sources: a build leaves nothing in the checkout."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("nexus_rt", "kernels", "export", "bench", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(copy)], check=True)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def installed(source, tmp_path_factory):
+    """A regular install into a folder of its own."""
+    target = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--target", str(target), str(source)], check=True, timeout=300)
+    return target
+
+
+def test_a_regular_install_has_one_name_and_all_its_files(installed, tmp_path):
+    names = {p.name for p in installed.iterdir() if not p.name.endswith(".dist-info") and p.name != "bin"}
+    assert names == {"nexus_rt"}
+    tracked = {p.relative_to(ROOT / "nexus_rt") for p in (ROOT / "nexus_rt").rglob("*") if p.suffix in (".py", ".json", ".safetensors")}
+    assert all((installed / "nexus_rt" / p).is_file() for p in tracked)
+    out = python(USE, tmp_path, path=installed)
+    assert out[0].startswith(str(installed)) and out[1] == str(installed / "nexus_rt" / "bench" / "core.py")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="python -P is new in 3.11")
+def test_a_regular_install_started_from_the_checkout(installed):
+    """-P: the current folder is not on the path, as for the `nexus-rt` command, so the installed package is found."""
+    assert python(USE, ROOT, "-P", path=installed)[1].startswith(str(installed))
+
+
+def test_an_editable_install_from_anywhere(source, tmp_path):
+    target = tmp_path / "site"
+    build = "from setuptools.build_meta import build_editable; import sys; print(build_editable(sys.argv[1]))"
+    target.mkdir()
+    subprocess.run([sys.executable, "-c", build, str(target)], cwd=source, check=True, capture_output=True, timeout=300)
+    wheel = next(target.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    # an editable wheel holds a .pth file: `site.addsitedir` reads it as an installation would
+    start = f"import site; site.addsitedir({str(target)!r})\n"
+    for cwd in (tmp_path, source):
+        out = python(start + USE, cwd)
+        assert out[0] == str(source / "nexus_rt" / "__init__.py") and out[1] == str(source / "bench" / "core.py")
+
+
+def test_a_checkout_that_is_not_installed(tmp_path):
+    for cwd, path in ((ROOT, None), (tmp_path, ROOT)):
+        out = python(USE, cwd, path=path)
+        assert out[0] == str(ROOT / "nexus_rt" / "__init__.py") and out[1] == str(ROOT / "bench" / "core.py")
+
+
+def test_other_packages_never_run_our_folders():
+    code = """
+import sys, transformers, diffusers
+from transformers import UMT5EncoderModel
+from diffusers import WanTransformer3DModel, AutoencoderKLWan
+import os
+root = os.getcwd()
+ours = [m for m in list(sys.modules.values()) if (getattr(m, "__file__", None) or "").startswith(root + os.sep)]
+print(ours)
+"""
+    assert python(code, ROOT)[0] == "[]"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_the_import_is_light():
+    code = """
+import sys, time
+start = time.perf_counter()
+import nexus_rt
+seconds = time.perf_counter() - start
+heavy = [m for m in ("torch", "transformers", "diffusers", "torch._dynamo", "torch._inductor", "numpy") if m in sys.modules]
+print(seconds < 0.5, heavy)
+from nexus_rt import parse_plan, BlendConfig
+print([m for m in ("transformers", "diffusers", "torch._dynamo", "torch._inductor") if m in sys.modules])
+"""
+    out = python(code, ROOT)
+    assert out[0] == "True []" and out[1] == "[]"
+
+
+def test_the_public_names_are_there():
+    import nexus_rt
+
+    for name in nexus_rt.__all__:
+        assert getattr(nexus_rt, name) is not None
+    assert set(nexus_rt.__all__) <= set(dir(nexus_rt))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = nexus_rt.nothing
