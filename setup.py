@@ -5,5 +5,5 @@ from setuptools import setup
 setup(
     packages=["nexus_rt", "nexus_rt.models", "nexus_rt.engines", "nexus_rt.kernels", "nexus_rt.export", "nexus_rt.bench"],
     package_dir={"nexus_rt.kernels": "kernels", "nexus_rt.export": "export", "nexus_rt.bench": "bench"},
-    package_data={"nexus_rt": ["mini/*.json", "mini/*/*"]},
+    package_data={"nexus_rt": ["mini/*.json", "mini/*/*"], "nexus_rt.kernels": ["README.md"]},
 )

@@ -1,9 +1,9 @@
 """Figures of the runtime core, each measured beside its peer in the same run after their results are compared.
 
-    python -m nexus_rt.bench.core blend     # one filter against the four-filter form
-    python -m nexus_rt.bench.core dit       # the mini large DiT against diffusers' on the same weights
-    python -m nexus_rt.bench.core load      # peak memory of loading a synthetic folder of 2 GB
-    python -m nexus_rt.bench.core mini      # shell to mp4, and the runtime's own share of denoising
+python -m nexus_rt.bench.core blend     # one filter against the four-filter form
+python -m nexus_rt.bench.core dit       # the mini large DiT against diffusers' on the same weights
+python -m nexus_rt.bench.core load      # peak memory of loading a synthetic folder of 2 GB
+python -m nexus_rt.bench.core mini      # shell to mp4, and the runtime's own share of denoising
 """
 
 from __future__ import annotations
@@ -163,8 +163,10 @@ def bench_load(runs: int, gigabytes: float = 2.2) -> dict:
                    .stdout.split() for _ in range(min(runs, 3))]  # fmt: skip
         ratios = [(int(peak) - int(base)) / int(weights) for base, peak, weights, _ in out]
         result[f"{str(stored)[6:]} as {asked}"] = {
-            "peak_ratio": round(max(ratios), 3), "weights_bytes": int(out[0][2]), "seconds": round(median(float(o[3]) for o in out), 2),
-        }  # fmt: skip
+            "peak_ratio": round(max(ratios), 3),
+            "weights_bytes": int(out[0][2]),
+            "seconds": round(median(float(o[3]) for o in out), 2),
+        }
     return result
 
 

@@ -103,7 +103,9 @@ def denoise(
     scales = {"small": guidance_scale, "large": guidance_scale if guidance_scale_2 is None else guidance_scale_2}
     for name in plan.generators:
         if name not in engines or name not in prompts:
-            raise InputError(f"plan {plan.name!r} runs the {name} generator; pass its engine and its prompt, or plan without it.")
+            raise InputError(
+                f"plan {plan.name!r} runs the {name} generator; pass its engine and its prompt, or plan without it."
+            )
     generators = {n: Generator(n, engines[n], prompts[n], plan, scales[n]) for n in plan.generators}
     solve = make_solver(solver, plan.grid)
     latents = latents.float()

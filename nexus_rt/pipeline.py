@@ -65,9 +65,13 @@ def _same_space(folders: dict[str, Path], vaes: dict[str, Path]) -> None:
     for name, folder in vaes.items():
         channels = vae_space(folder)["z_dim"]
         if name in configs and channels != configs[name].in_channels:
-            different.append(f"the {name} generator's in_channels ({configs[name].in_channels}) and its VAE's z_dim ({channels})")
+            different.append(
+                f"the {name} generator's in_channels ({configs[name].in_channels}) and its VAE's z_dim ({channels})"
+            )
     if different:
-        raise ModelError(f"not one latent space: they differ in {'; '.join(different)}; pair generators trained on the same latents.")
+        raise ModelError(
+            f"not one latent space: they differ in {'; '.join(different)}; pair generators trained on the same latents."
+        )
 
 
 class NexusPipeline:
@@ -80,7 +84,7 @@ class NexusPipeline:
 
     def __init__(
         self, engines: dict[str, Engine], text: TextEncoder | None, vae: VideoDecoder | None,
-        device: torch.device, defaults: Defaults = Defaults(), space: tuple[int, tuple[int, int, int]] = (16, (1, 2, 2)),  # noqa: B008
+        device: torch.device, defaults: Defaults = Defaults(), space: tuple[int, tuple[int, int, int]] = (16, (1, 2, 2)),
     ) -> None:  # fmt: skip
         self.engines, self.text, self.vae, self.device, self.defaults = engines, text, vae, device, defaults
         self.channels, self.patch = space
@@ -132,12 +136,16 @@ class NexusPipeline:
             root = load.resolve(pretrained, ("small", "large", *parts[1:]), **hub)
             index = load.read_json(root / "model_index.json")
             if index.get("_class_name") != "NexusPipeline":
-                raise ModelError(f"{root} holds a {index.get('_class_name')}, one model and no pair; pass it as small= or large=.")
+                raise ModelError(
+                    f"{root} holds a {index.get('_class_name')}, one model and no pair; pass it as small= or large=."
+                )
             folders = {"small": root / "small", "large": root / "large"}
             folders |= {n: load.resolve(s, parts, **hub) for n, s in (("small", small), ("large", large)) if s is not None}
             unknown = index.get("defaults", {}).keys() - {f.name for f in fields(Defaults)}
             if unknown:
-                raise ModelError(f"{root}/model_index.json sets an unknown default {sorted(unknown)[0]!r}; expected fields of Defaults.")
+                raise ModelError(
+                    f"{root}/model_index.json sets an unknown default {sorted(unknown)[0]!r}; expected fields of Defaults."
+                )
             defaults = Defaults(**index.get("defaults", {}))
             own = [root]
         else:
@@ -191,7 +199,9 @@ class NexusPipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt or ""] * len(prompts) if not isinstance(negative_prompt, list) else negative_prompt
         if len(negatives) != len(prompts):
-            raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; pass one for each, or one for all.")
+            raise InputError(
+                f"{len(negatives)} negative prompts for {len(prompts)} prompts; pass one for each, or one for all."
+            )
         if not prompts:
             raise InputError("the prompt list is empty; pass at least one prompt.")
         # Encoded one by one where they differ in length the results differ by rounding; together they are reproducible.

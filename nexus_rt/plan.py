@@ -218,7 +218,8 @@ def handoff(grid: TimeGrid, at: float, unit: str = "timestep", bridge: int | Non
             "timestep": f"above {grid.timesteps[-1]} and up to {grid.timesteps[0]}",
         }
         raise InputError(
-            f"handoff at {unit} {at:g} lies outside the schedule of {n} steps; expected {spans[unit]}, or plan 'small' or 'large'."
+            f"handoff at {unit} {at:g} lies outside the schedule of {n} steps; expected {spans[unit]}, "
+            "or plan 'small' or 'large'."
         )
     bridge = min(max(1, round(n / 10)), n - alone - 1) if bridge is None else bridge
     if bridge < 0 or alone + bridge > n - (bridge > 0):

@@ -180,7 +180,7 @@ def blend(
     v_small: Tensor | None,
     v_large: Tensor | None,
     w: float,
-    config: BlendConfig = BlendConfig(),  # noqa: B008 (frozen)
+    config: BlendConfig = BlendConfig(),
     energy: str = "reference",
 ) -> Tensor:
     """Blend two guided velocities at gate w.

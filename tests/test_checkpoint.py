@@ -33,8 +33,10 @@ def run(model):
 def original_names(state):
     """Wan's own parameter names, from the list of its published checkpoint (not from the table under test)."""
     table = {
-        "condition_embedder.time_embedder.linear_1": "time_embedding.0", "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-        "condition_embedder.text_embedder.linear_1": "text_embedding.0", "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+        "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+        "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+        "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+        "condition_embedder.text_embedder.linear_2": "text_embedding.2",
         "condition_embedder.time_proj": "time_projection.1", "proj_out": "head.head",
         "attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o",
         "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "norm2": "norm3",
@@ -53,7 +55,9 @@ def original_names(state):
 def test_the_original_wan_layout_loads_the_same_model(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("original")
     state = original_names(load_file(folder / f"{NAME}.safetensors"))
-    assert "blocks.0.self_attn.q.weight" in state and "blocks.2.cross_attn.norm_k.weight" in state and "head.modulation" in state
+    assert (
+        "blocks.0.self_attn.q.weight" in state and "blocks.2.cross_attn.norm_k.weight" in state and "head.modulation" in state
+    )
     save_file(state, other / f"{NAME}.safetensors")
     config = {"model_type": "t2v", "dim": 32, "num_heads": 2, "num_layers": 3, "ffn_dim": 48, "text_dim": 32, "freq_dim": 32,
               "in_dim": 16, "out_dim": 16, "eps": 1e-6}  # fmt: skip
@@ -151,7 +155,10 @@ def test_weights_of_another_architecture(folder):
         (lambda p: None, "has no config.json"),
         (lambda p: (p / "config.json").write_text("{"), "cannot be read as JSON"),
         (lambda p: (p / "config.json").write_text("[1]"), "expected a JSON object"),
-        (lambda p: (p / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}'), "holds a FluxTransformer2DModel"),
+        (
+            lambda p: (p / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}'),
+            "holds a FluxTransformer2DModel",
+        ),
         (lambda p: (p / "config.json").write_text(json.dumps(CONFIG)), "holds no weights"),
     ],
 )

@@ -34,6 +34,7 @@ def test_options_reach_the_pipeline(tiny_pair, tmp_path):
     base = dict(size="32x48", frames="9", steps="5", guidance="3", shift="3", seed="2", plan="small:1 bridge:2 large:2@1",
                 split="dct", lowpass="butterworth", energy="none", solver="euler", negative="blue square", dtype="float32",
                 device="cpu")  # fmt: skip
+
     # energy and split act in the two bridge steps
     def run(**change):
         out = tmp_path / "x.png"
@@ -46,7 +47,8 @@ def test_options_reach_the_pipeline(tiny_pair, tmp_path):
     assert first == run() and first[0] == (8 * 32, 2 * 48)
     for change in (dict(steps="6", plan="small:1 bridge:2 large:3@1"), dict(guidance="6"), dict(shift="5"), dict(seed="3"),
                    dict(plan="large"), dict(split="gaussian"), dict(lowpass="ideal"), dict(energy="progressive"),
-                   dict(solver="unipc"), dict(negative="panda"), dict(guidance_2="9", plan="small:1 bridge:2 large:2")):  # fmt: skip
+                   dict(solver="unipc"), dict(negative="panda"),
+                   dict(guidance_2="9", plan="small:1 bridge:2 large:2")):  # fmt: skip
         assert run(**change) != first, change
 
 
@@ -157,7 +159,8 @@ def test_an_interrupt_leaves_no_file_and_exits_130(tiny_pair, tmp_path):
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     terminal, inside = os.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "nexus_rt.cli", "generate", PROMPT, *pair(tiny_pair, "--steps", 20000, "-o", tmp_path / "a.mp4")],
+        [sys.executable, "-m", "nexus_rt.cli", "generate", PROMPT,
+         *pair(tiny_pair, "--steps", 20000, "-o", tmp_path / "a.mp4")],
         stderr=inside, env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}, cwd=tmp_path,
     )  # fmt: skip
     os.close(inside)

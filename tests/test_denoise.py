@@ -55,7 +55,9 @@ def test_the_loop_is_plan_times_blend_times_solver(spec, solver, make):
     plan = parse_plan(spec, grid)
     fields = {"small": Field(0.7, 0.2), "large": Field(0.4, 0.5)}
     config = BlendConfig(split="dct", lowpass="butterworth")
-    got = denoise(noise(), plan, fields, prompts(), guidance_scale=4.0, guidance_scale_2=2.0, blend_config=config, solver=solver)
+    got = denoise(
+        noise(), plan, fields, prompts(), guidance_scale=4.0, guidance_scale_2=2.0, blend_config=config, solver=solver
+    )
 
     x, solve = noise(), make(grid)
     for i, step in enumerate(plan.steps):
@@ -123,7 +125,9 @@ def test_cancellation_stops_before_the_next_step():
 
 def test_a_callback_may_replace_the_latents():
     plan = parse_plan("small", time_grid(4))
-    x = denoise(noise(), plan, {"small": Field(0.7)}, prompts(), on_step=lambda s, x: torch.zeros_like(x) if s.index == 3 else None)
+    x = denoise(
+        noise(), plan, {"small": Field(0.7)}, prompts(), on_step=lambda s, x: torch.zeros_like(x) if s.index == 3 else None
+    )
     assert torch.count_nonzero(x) == 0
 
 

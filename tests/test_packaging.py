@@ -50,7 +50,9 @@ def installed(source, tmp_path_factory):
 def test_a_regular_install_has_one_name_and_all_its_files(installed, tmp_path):
     names = {p.name for p in installed.iterdir() if not p.name.endswith(".dist-info") and p.name != "bin"}
     assert names == {"nexus_rt"}
-    tracked = {p.relative_to(ROOT / "nexus_rt") for p in (ROOT / "nexus_rt").rglob("*") if p.suffix in (".py", ".json", ".safetensors")}
+    tracked = {
+        p.relative_to(ROOT / "nexus_rt") for p in (ROOT / "nexus_rt").rglob("*") if p.suffix in (".py", ".json", ".safetensors")
+    }
     assert all((installed / "nexus_rt" / p).is_file() for p in tracked)
     out = python(USE, tmp_path, path=installed)
     assert out[0].startswith(str(installed)) and out[1] == str(installed / "nexus_rt" / "bench" / "core.py")

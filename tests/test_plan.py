@@ -1,6 +1,7 @@
 """Plans: what runs when, and what it costs."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given, settings
@@ -57,7 +58,7 @@ def test_weight_is_continuous_across_bridges(case):
             start, end = (1.0, 0.0) if parts[i - 1].generator == "small" else (0.0, 1.0)
             assert around[0] == start and around[-1] == end
             steepest = math.pi / 2 / (k + 1)  # of a cosine ramp over k+1 intervals
-            assert all(0 < (a - b if start else b - a) <= steepest + 1e-12 for a, b in zip(around, around[1:], strict=False))
+            assert all(0 < (a - b if start else b - a) <= steepest + 1e-12 for a, b in pairwise(around))
         position += part.steps
 
 

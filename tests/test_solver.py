@@ -71,6 +71,7 @@ def test_unipc_equals_diffusers_on_the_same_grid(steps, shift):
 @pytest.mark.parametrize("name, order", [("euler", 1), ("unipc", 2)])
 def test_order_of_convergence(name, order):
     """Halving the step of x' = -x (x at sigma=1 to 0) cuts the error by at least 2^order (float64)."""
+
     # From sigma 0.9: UniPC's log-SNR steps are unbounded at both ends of the schedule.
     def error(n: int) -> float:
         sigmas = tuple(float(s) for s in np.linspace(0.9, 0.1, n + 1))

@@ -62,7 +62,7 @@ def _outlines() -> dict[str, np.ndarray]:
     for shape in world.SHAPES:
         axis = (np.arange(GRID * 2) + 0.5 - GRID) / GRID * 3
         x, y = np.meshgrid(axis, axis)
-        out[shape] = _normalise((world.signed_distance(shape, x.astype(np.float32), y.astype(np.float32), 1.0) < 0))
+        out[shape] = _normalise(world.signed_distance(shape, x.astype(np.float32), y.astype(np.float32), 1.0) < 0)
     return out
 
 

@@ -37,8 +37,15 @@ class Muon(torch.optim.Optimizer):
     the rest learn at `lr * adam_ratio`. `adam` names parameters (by identity) that AdamW takes though they are matrices.
     """
 
-    def __init__(self, parameters, lr: float, adam_ratio: float = 0.1, momentum: float = 0.95,
-                 weight_decay: float = 0.0, adam: set[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        parameters,
+        lr: float,
+        adam_ratio: float = 0.1,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        adam: set[int] = frozenset(),
+    ) -> None:
         super().__init__(parameters, dict(lr=lr, adam_ratio=adam_ratio, momentum=momentum, weight_decay=weight_decay))
         self.adam = adam
 

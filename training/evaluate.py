@@ -78,7 +78,8 @@ def evaluate(pipe: NexusPipeline, plans: list[str], count: int, seed: int, batch
         rows[plan] = {
             **score(seen, scenes), "fidelity": round(fidelity, 4),
             "held_out": score(*[[x for x, h in zip(xs, held, strict=True) if h] for xs in (seen, scenes)]),
-            "forwards": pipe.make_plan(plan).evaluations(scale, scale), "seconds_a_clip": round((time.time() - start) / count, 2),
+            "forwards": pipe.make_plan(plan).evaluations(scale, scale),
+            "seconds_a_clip": round((time.time() - start) / count, 2),
         }  # fmt: skip
         print(plan, json.dumps(rows[plan]), flush=True)
     return {"prompts": count, "seed": seed, "chance": {k: round(v, 4) for k, v in chance().items()}, "plans": rows}

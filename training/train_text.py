@@ -89,9 +89,10 @@ def train(folder: Path, steps: int, seed: int) -> None:
         states = encoder(ids, mask).last_hidden_state
         logits = [head(states) for head in heads]  # per field [N, L, classes]
         real = mask.bool()
-        loss = sum(
-            F.cross_entropy(x[real], labels[:, i : i + 1].expand(-1, MAX_TOKENS)[real]) for i, x in enumerate(logits)
-        ) + 1e-3 * states[real].square().mean()
+        loss = (
+            sum(F.cross_entropy(x[real], labels[:, i : i + 1].expand(-1, MAX_TOKENS)[real]) for i, x in enumerate(logits))
+            + 1e-3 * states[real].square().mean()
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

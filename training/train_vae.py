@@ -172,8 +172,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.stage:
         single = args.stage == "frames"
-        train(args.stage, args.steps, args.batch or (16 if single else 2), args.lr or (7e-3 if single else 2e-3),
-              args.seed, args.compile)
+        train(
+            args.stage,
+            args.steps,
+            args.batch or (16 if single else 2),
+            args.lr or (7e-3 if single else 2e-3),
+            args.seed,
+            args.compile,
+        )
     if args.export:
         export(args.export)
 

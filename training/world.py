@@ -73,9 +73,7 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
 def sample_scene(rng: np.random.Generator, training: bool = True) -> Scene:
     """A random scene; in training never a held-out one."""
     while True:
-        scene = Scene(
-            *(str(rng.choice(list(v))) for v in (SHAPES, COLOURS, TEXTURES, MOTIONS, BACKGROUNDS))
-        )
+        scene = Scene(*(str(rng.choice(list(v))) for v in (SHAPES, COLOURS, TEXTURES, MOTIONS, BACKGROUNDS)))
         if not (training and held_out(scene)):
             return scene
 

@@ -40,9 +40,7 @@ class VideoDecoder:
         tiling: True, False, or "auto": decode in overlapping tiles above 1280 x 720, where memory would run out.
     """
 
-    def __init__(
-        self, folder: Path, dtype: torch.dtype, device: str | torch.device, tiling: bool | str = "auto"
-    ) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, device: str | torch.device, tiling: bool | str = "auto") -> None:
         self.folder, self.dtype, self.device, self.tiling = Path(folder), dtype, torch.device(device), tiling
         self.space = vae_space(self.folder)
         if not any(self.folder.glob("*.safetensors")):
@@ -119,7 +117,11 @@ class VideoDecoder:
             return torch.cat(out).transpose(1, 2)
         except Exception as error:
             path = save_latents(latents, rescue)
-            saved = f"the latents are saved in {path}; decode them again with `nexus-rt decode`" if path else "and saving them failed too"
+            saved = (
+                f"the latents are saved in {path}; decode them again with `nexus-rt decode`"
+                if path
+                else "and saving them failed too"
+            )
             raise DecodeError(f"decoding failed ({type(error).__name__}: {error}); {saved}.", path) from error
 
 
