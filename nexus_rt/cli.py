@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--large", metavar="DIR", help="the large generator, such as Wan-AI/Wan2.1-T2V-14B-Diffusers")
     group.add_argument("--vae", metavar="DIR", help="the VAE (default: that of --large, else of --small)")
     group.add_argument("--text-encoder", metavar="DIR", help="holds text_encoder/ and tokenizer/ (default: as --vae)")
+    group.add_argument("--backend", default="torch", help="what runs the generators: torch (default)")
     group.add_argument("--dtype", choices=DTYPES, help="of the generators (default: bfloat16 on a GPU, float32 on a CPU)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     group.add_argument("--local-files-only", action="store_true", help="never ask the hub")
@@ -93,7 +94,7 @@ def _pipeline(args: argparse.Namespace):
 
     return NexusPipeline.from_pretrained(
         args.pair, small=args.small, large=args.large, vae=args.vae, text_encoder=args.text_encoder,
-        torch_dtype=getattr(torch, args.dtype) if args.dtype else None, device=args.device,
+        torch_dtype=getattr(torch, args.dtype) if args.dtype else None, device=args.device, backend=args.backend,
         local_files_only=args.local_files_only,
     )  # fmt: skip
 

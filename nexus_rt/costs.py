@@ -31,7 +31,7 @@ def median_ms(call: Callable[[], object], repeats: int = 5, warmup: int = 2, cud
     return median(durations)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_step_costs(
     engines: Mapping[str, Engine],
     prompts: Mapping[str, Prompt],

@@ -23,6 +23,7 @@ from nexus_rt.solver import time_grid
 from nexus_rt.upfb import BlendConfig
 
 MINI = Path(__file__).resolve().parent / "mini"
+BACKENDS = ("torch",)  # engine backends that can run a generator
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
@@ -74,6 +75,20 @@ def _same_space(folders: dict[str, Path], vaes: dict[str, Path]) -> None:
         )
 
 
+def _pair_defaults(root: Path) -> Defaults:
+    """What a pair folder's `model_index.json` sets."""
+    index = load.read_json(root / "model_index.json")
+    if index.get("_class_name") != "NexusPipeline":
+        raise ModelError(f"{root} holds a {index.get('_class_name')}, one model and no pair; pass it as small= or large=.")
+    values = index.get("defaults", {})
+    unknown = values.keys() - {f.name for f in fields(Defaults)}
+    if unknown:
+        raise ModelError(
+            f"{root}/model_index.json sets an unknown default {sorted(unknown)[0]!r}; expected fields of Defaults."
+        )
+    return Defaults(**values)
+
+
 class NexusPipeline:
     """Text to video through one or two generators. Build it with `from_pretrained`.
 
@@ -102,6 +117,7 @@ class NexusPipeline:
         text_encoder: str | Path | None = None,
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        backend: str = "torch",
         vae_tiling: bool | str = "auto",
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -119,6 +135,7 @@ class NexusPipeline:
             torch_dtype: of the generators and the text encoder: bfloat16 on a GPU, float32 on a CPU. The VAE always
                 computes in float32.
             device: "cuda" where there is one, else "cpu".
+            backend: what runs the generators: "torch".
             vae_tiling: True, False, or "auto" (above 1280 x 720).
             cache_dir, local_files_only, revision: as in diffusers.
 
@@ -128,38 +145,31 @@ class NexusPipeline:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, revision=revision)
-        parts = ("transformer", "vae", "text_encoder", "tokenizer")
+        choose("backend", backend, BACKENDS)
         defaults = Defaults()
         if pretrained is None and small is None and large is None:
             pretrained = MINI
+        given = {n: s for n, s in (("small", small), ("large", large)) if s is not None}
+        folders = {n: load.resolve(s, ("transformer", "vae"), **hub) for n, s in given.items()}
         if pretrained is not None:
-            root = load.resolve(pretrained, ("small", "large", *parts[1:]), **hub)
-            index = load.read_json(root / "model_index.json")
-            if index.get("_class_name") != "NexusPipeline":
-                raise ModelError(
-                    f"{root} holds a {index.get('_class_name')}, one model and no pair; pass it as small= or large=."
-                )
-            folders = {"small": root / "small", "large": root / "large"}
-            folders |= {n: load.resolve(s, parts, **hub) for n, s in (("small", small), ("large", large)) if s is not None}
-            unknown = index.get("defaults", {}).keys() - {f.name for f in fields(Defaults)}
-            if unknown:
-                raise ModelError(
-                    f"{root}/model_index.json sets an unknown default {sorted(unknown)[0]!r}; expected fields of Defaults."
-                )
-            defaults = Defaults(**index.get("defaults", {}))
-            own = [root]
+            root = load.resolve(pretrained, ("small", "large", "vae"), **hub)
+            defaults = _pair_defaults(root)
+            folders = {"small": root / "small", "large": root / "large", **folders}
+            sources = [(pretrained, root)]
         else:
-            folders = {n: load.resolve(s, parts, **hub) for n, s in (("small", small), ("large", large)) if s is not None}
-            own = [folders[n] for n in ("large", "small") if n in folders]
+            sources = [(given[n], folders[n]) for n in ("large", "small") if n in folders]
         vaes = {n: f / "vae" for n, f in folders.items() if (f / "vae" / "config.json").is_file()}
+        vae_folder = next((f / "vae" for _, f in sources if (f / "vae" / "config.json").is_file()), None)
         if vae is not None:
-            given = load.resolve(vae, ("vae",), **hub)
-            vaes["given"] = given / "vae" if (given / "vae" / "config.json").is_file() else given
-        vae_folder = vaes.get("given") or next((f / "vae" for f in own if (f / "vae" / "config.json").is_file()), None)
+            found = load.resolve(vae, ("vae",), **hub)
+            vae_folder = vaes["given"] = found / "vae" if (found / "vae" / "config.json").is_file() else found
         _same_space(folders, vaes)
-        text_folder = load.resolve(text_encoder, parts[2:], **hub) if text_encoder is not None else next(
-            (f for f in own if (f / "text_encoder").is_dir()), None
-        )  # fmt: skip
+        text_folder = None
+        for source in [text_encoder] if text_encoder is not None else [s for s, _ in sources]:
+            found = load.resolve(source, ("text_encoder", "tokenizer"), **hub)  # of one source only: it is the large part
+            if text_encoder is not None or (found / "text_encoder").is_dir():
+                text_folder = found
+                break
         models = {name: load.load_transformer(folder, dtype, device) for name, folder in folders.items()}
         config = next(iter(models.values())).config
         return cls(
@@ -239,7 +249,7 @@ class NexusPipeline:
         if output_type != "latent" and self.vae is None:
             raise ModelError("this pipeline has no VAE; pass vae= to from_pretrained, or output_type='latent'.")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,

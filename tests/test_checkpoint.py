@@ -181,7 +181,7 @@ def test_a_hub_id_is_read_from_the_local_cache(folder, tmp_path_factory):
     with pytest.raises(ModelError, match="neither a folder here nor a repository"):
         resolve("owner/other", ("transformer",), cache_dir=cache, local_files_only=True)
     with pytest.raises(ModelError, match="not a folder"):
-        resolve("./nowhere")
+        resolve("./nowhere", ("transformer",))
 
 
 def test_names_of_both_layouts_meet():

@@ -66,6 +66,7 @@ def test_options_reach_the_pipeline(tiny_pair, tmp_path):
         (["--solver", "eulr"], "did you mean 'euler'"),
         (["--energy", "reference", "--plan", "handoff=0.5"], "needs both generators"),
         (["--device", "cdua"], "device 'cdua' cannot be used here"),
+        (["--backend", "trch"], "did you mean 'torch'"),
         (["--fps", "0"], "--fps is 0"),
         (["-o", "nowhere/out.mp4"], "nowhere does not exist"),
         (["-o", "out.avi"], "unknown output suffix"),

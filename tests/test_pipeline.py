@@ -218,6 +218,33 @@ def test_folders_that_are_no_pair(own_pair, tmp_path):
         NexusPipeline.from_pretrained(small=own_pair / "small", text_encoder=own_pair)(PROMPT, plan="small")
 
 
+def test_of_two_repositories_one_text_encoder_is_fetched(tiny_pair, tmp_path, monkeypatch):
+    import shutil
+
+    repositories, asked = {}, []
+    for name in ("small", "large"):
+        repositories[f"owner/{name}"] = root = tmp_path / name
+        shutil.copytree(tiny_pair / name, root / "transformer")
+        for part in ("vae", "text_encoder", "tokenizer"):
+            shutil.copytree(tiny_pair / part, root / part)
+
+    def fetch(repo, *, allow_patterns, ignore_patterns, **options):
+        asked.append((repo, tuple(allow_patterns), options["revision"]))
+        assert "*.pth" in ignore_patterns and "*.bin" in ignore_patterns
+        return str(repositories[repo])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    pipe = NexusPipeline.from_pretrained(small="owner/small", large="owner/large", revision="main")
+    assert set(pipe.engines) == {"small", "large"} and pipe.text.folder == tmp_path / "large"
+    encoders = [repo for repo, patterns, _ in asked if "text_encoder/*" in patterns]
+    assert encoders == ["owner/large"] and {r for *_, r in asked} == {"main"}
+
+
+def test_an_unknown_backend_suggests_the_nearest(tiny_pair):
+    with pytest.raises(InputError, match="did you mean 'torch'"):
+        NexusPipeline.from_pretrained(tiny_pair, backend="troch")
+
+
 @pytest.mark.parametrize("generator", ["small", "large"])
 def test_nan_weights_name_the_generator_and_the_parameter(own_pair, generator):
     from safetensors.torch import load_file, save_file

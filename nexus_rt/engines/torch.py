@@ -19,11 +19,11 @@ class TorchEngine:
         """Bytes of the weights."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prepare(self, context: Tensor) -> WanContext:
         return self.model.prepare_context(context)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def velocity(self, latents: Tensor, timestep: Tensor, context: WanContext) -> Tensor:
         repeats = context.batch // latents.shape[0]
         if repeats > 1:

@@ -14,14 +14,14 @@ from nexus_rt.models.wan import WanConfig, WanTransformer
 
 def resolve(
     source: str | Path,
-    subfolders: tuple[str, ...] = (),
+    subfolders: tuple[str, ...],
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     revision: str | None = None,
 ) -> Path:
     """A local folder for `source`: itself if it is one, else a snapshot of the hub repository of that id.
 
-    Only the named subfolders and the top-level json files of a repository are fetched; with none, its top level.
+    Of a repository only json files and the named subfolders are fetched, never pickles.
 
     Raises:
         ModelError: neither a folder nor a repository that can be reached.
@@ -34,7 +34,9 @@ def resolve(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = ["*.json", *(f"{s}/*" for s in subfolders)] if subfolders else ["*.json", "*.safetensors"]
+    patterns = ["*.json", *(f"{s}/*" for s in subfolders)]
+    if "transformer" in subfolders:
+        patterns.append("diffusion_pytorch_model*")  # Wan's own layout keeps the transformer at the top
     try:
         return Path(
             snapshot_download(

@@ -65,7 +65,7 @@ class TextEncoder:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, prompts: list[str], max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> Tensor:
         """Embeddings [B, max_sequence_length, D] in the encoder's dtype, zero after each prompt's last token.
 

@@ -83,7 +83,7 @@ class VideoDecoder:
         mean, std = (torch.tensor(self.space[k], device=device).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
         return mean, std
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """Frames [B, 3, F, H, W] in [-1, 1] to normalised latents [B, C, T, H/8, W/8] (the posterior's mode), float32."""
         self.load()
@@ -91,7 +91,7 @@ class VideoDecoder:
         mean, std = self._statistics(self.device)
         return (self.model.encode(frames).latent_dist.mode().float() - mean) / std
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, latents: Tensor, rescue: str | Path | None = None) -> Tensor:
         """Normalised latents [B, C, T, H, W] to frames [B, F, 3, H, W] in [0, 1], float32, one sample at a time.
 
