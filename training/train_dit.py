@@ -86,7 +86,7 @@ def embed_captions() -> torch.Tensor:
     return torch.cat(out)
 
 
-def train(size: str, steps: int, seed: int, stop: int | None) -> None:
+def train(size: str, steps: int, seed: int, stop: int | None, compile_: bool) -> None:
     torch.manual_seed(seed)
     settings = TRAIN[size]
     path, log = RUNS / "dit" / f"{size}.pt", Log(RUNS / "dit" / f"{size}.jsonl")
@@ -108,6 +108,7 @@ def train(size: str, steps: int, seed: int, stop: int | None) -> None:
         ema, start = state["ema"], state["step"]
     generator = torch.Generator().manual_seed(seed + start)
     print(f"{size}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, from step {start}", flush=True)
+    forward = torch.compile(model, dynamic=False) if compile_ else model
     running = None
     for step in range(start, min(steps, stop or steps)):
         set_lr(optimizer, cosine(step, steps, settings["lr"], settings["lr"] / 50, warmup=100))
@@ -120,12 +121,13 @@ def train(size: str, steps: int, seed: int, stop: int | None) -> None:
         sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
         noise = torch.randn(x0.shape, generator=generator)
         x = torch.lerp(x0, noise, sigma.view(-1, 1, 1, 1, 1))
-        loss = (model(x, 1000 * sigma, model.prepare_context(context)) - (noise - x0)).square().mean()
+        velocity = forward(x, 1000 * sigma, model.prepare_context(context, at_least=MAX_TOKENS))
+        loss = (velocity - (noise - x0)).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        decay = min(0.999, (step + 1) / (step + 20))
+        decay = min(0.998, (step + 1) / (step + 20))
         for key, value in model.state_dict().items():
             ema[key].lerp_(value, 1 - decay)
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
@@ -160,12 +162,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--stop", type=int, help="stop at this step; run again to go on")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--export", type=Path)
     args = parser.parse_args()
     if args.encode:
         encode(args.encode, args.seed, args.vae)
     if args.size and args.steps:
-        train(args.size, args.steps, args.seed, args.stop)
+        train(args.size, args.steps, args.seed, args.stop, args.compile)
     if args.size and args.export:
         export(args.size, args.export)
 

@@ -98,15 +98,17 @@ class WanContext:
         return self.keys[0].shape[0]
 
 
-def collapse_padding(context: Tensor) -> tuple[Tensor, Tensor | None]:
+def collapse_padding(context: Tensor, at_least: int = 1) -> tuple[Tensor, Tensor | None]:
     """Keep one of the zero rows that end each sample of `context` [N, L, D], and say how many it stands for.
+
+    `at_least` tokens are kept, so that a caller can have one length for many prompts.
 
     Returns the shorter context [N, L', D] and the additive bias [N, 1, 1, L'] in float32 (None if nothing collapses).
     """
     length = context.shape[1]
     used = (context != 0).any(-1)  # [N, L]
     real = (used * torch.arange(1, length + 1, device=context.device)).amax(1)  # tokens up to the last that is not zero
-    kept = int(real.max()) + 1
+    kept = max(at_least, int(real.max()) + 1)
     if kept >= length:
         return context, None
     position = torch.arange(kept, device=context.device)[None]
@@ -267,11 +269,12 @@ class WanTransformer(nn.Module):
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
 
-    def prepare_context(self, context: Tensor, collapse: bool = True) -> WanContext:
+    def prepare_context(self, context: Tensor, collapse: bool = True, at_least: int = 1) -> WanContext:
         """Keys and values of every block for text embeddings [N, L, text_dim]; once per prompt.
 
         Args:
             collapse: count the zero padding at the end once (module docstring); False keeps every padded token.
+            at_least: tokens to keep when collapsing, for contexts of one length whatever the prompt.
 
         Raises:
             InputError: the embeddings are not three-dimensional or of another width.
@@ -282,7 +285,7 @@ class WanTransformer(nn.Module):
                 "the text encoder's hidden size of this transformer."
             )
         context = context.to(self.device, self.dtype)
-        context, bias = collapse_padding(context) if collapse else (context, None)
+        context, bias = collapse_padding(context, at_least) if collapse else (context, None)
         embedded = self.condition_embedder.text(context)
         pairs = [block.attn2.keys_values(embedded) for block in self.blocks]
         return WanContext([k for k, _ in pairs], [v for _, v in pairs], None if bias is None else bias.to(self.dtype))
