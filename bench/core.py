@@ -214,7 +214,14 @@ def bench_mini(runs: int) -> dict:
         for _ in range(max(3, runs)):
             engines = {n: Timed(e) for n, e in pipe.engines.items()}
             start = time.perf_counter()
-            denoise(noise, plan, engines, dict.fromkeys(engines, said), guidance_scale=d.guidance_scale)
+            denoise(
+                noise,
+                plan,
+                engines,
+                dict.fromkeys(engines, said),
+                guidance_scale=d.guidance_scale,
+                guidance_scale_2=d.guidance_scale_2,
+            )
             whole = time.perf_counter() - start
             own.append((whole, 1 - sum(e.seconds for e in engines.values()) / whole))
         shares[plan.name] = {"denoise_s": round(median(w for w, _ in own), 3),

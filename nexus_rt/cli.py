@@ -193,7 +193,8 @@ def plan(args: argparse.Namespace) -> int:
     chosen = pipe.make_plan(args.plan, args.steps, args.shift, args.energy)
     costs = _step_costs(args, pipe, blend)
     guidance = pipe.defaults.guidance_scale if args.guidance is None else args.guidance
-    scales = (guidance, guidance if args.guidance_2 is None else args.guidance_2)
+    second = pipe.defaults.guidance_scale_2 if args.guidance is None and args.guidance_2 is None else args.guidance_2
+    scales = (guidance, guidance if second is None else second)
     cutoff = "sigma" if blend.split == "gaussian" else "cutoff"
     print(f"{'step':>4} {'timestep':>8} {'w':>6} {cutoff:>6}  {'runs':5} {'guidance':>11} {'ms':>10}")
     for step in chosen.steps:

@@ -37,6 +37,7 @@ class Defaults:
     num_frames: int = 81
     num_inference_steps: int = 50
     guidance_scale: float = GUIDANCE_SCALE  # v_u + g (v_c - v_u); the paper's s = 5.0 is g = 6.0
+    guidance_scale_2: float | None = None  # of the large generator; None: the same
     shift: float = 5.0
     plan: str = "handoff=0.3"
 
@@ -330,10 +331,12 @@ class NexusPipeline:
                 given = {k: known[k] for k in callback_on_step_end_tensor_inputs}
                 return (callback_on_step_end(self, step.index, step.timestep, given) or {}).get("latents")
 
+            scales = (guidance_scale, guidance_scale_2)
+            if guidance_scale is None:
+                scales = (d.guidance_scale, d.guidance_scale_2 if guidance_scale_2 is None else guidance_scale_2)
             latents = denoise(
                 latents.to(self.device), plan, self.engines, dict.fromkeys(self.engines, said),
-                guidance_scale=d.guidance_scale if guidance_scale is None else guidance_scale,
-                guidance_scale_2=guidance_scale_2, blend_config=blend, solver=solver,
+                guidance_scale=scales[0], guidance_scale_2=scales[1], blend_config=blend, solver=solver,
                 on_step=on_step, should_stop=self._cancel.is_set,
             )  # fmt: skip
         return NexusOutput(self.decode(latents, output_type), plan)

@@ -221,7 +221,7 @@ def handoff(grid: TimeGrid, at: float, unit: str = "timestep", bridge: int | Non
             f"handoff at {unit} {at:g} lies outside the schedule of {n} steps; expected {spans[unit]}, "
             "or plan 'small' or 'large'."
         )
-    bridge = min(max(1, round(n / 10)), n - alone - 1) if bridge is None else bridge
+    bridge = max(0, min(max(1, round(n / 10)), n - alone - 1)) if bridge is None else bridge
     if bridge < 0 or alone + bridge > n - (bridge > 0):
         raise InputError(f"a bridge of {bridge} steps after {alone} small ones leaves none of the {n} for the large one.")
     if bridge and not alone:

@@ -52,9 +52,7 @@ def test_the_bridged_pair_shows_what_it_is_asked_for(mini):
     """A guard against a broken pair; how often it is right over hundreds of prompts is in training/README.md."""
     rng = np.random.default_rng(0)
     scenes = [world.sample_scene(rng, training=True) for _ in range(12)]
-    frames = mini(
-        [world.caption(s) for s in scenes], generator=torch.Generator().manual_seed(0), num_inference_steps=20
-    ).frames
+    frames = mini([world.caption(s) for s in scenes], generator=torch.Generator().manual_seed(0), num_inference_steps=20).frames
     hits = np.array([look(v).matches(s) for v, s in zip(frames, scenes, strict=True)])
     shape, colour, motion = hits.mean(0)
     assert colour >= 0.9 and motion >= 0.6 and shape >= 0.4  # chance: 0.17, 0.2, 0.2

@@ -201,5 +201,5 @@ def test_a_plan_made_for_another_grid_is_refused():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_short_schedules_still_plan(n):
-    for spec in ("reference", "small", "large", "auto=0.02"):
+    for spec in ("reference", "small", "large", "auto=0.02", "handoff=0.7"):
         assert len(parse_plan(spec, time_grid(n))) == n

@@ -1,6 +1,6 @@
 """Draw README's picture: rows of prompts, columns of plans, as one looping gif made by the runtime.
 
-    python -m training.picture training/mini.gif
+python -m training.picture training/mini.gif
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROMPTS = (
     "a striped green cross moves right on a white background",
     "a purple triangle moves down on a grey background",
 )
-PLANS = ("small", "large", "handoff=0.3")
+PLANS = ("small", "large", "handoff=0.7")
 ZOOM, GAP, LABEL = 2, 6, 84
 
 
