@@ -1,12 +1,15 @@
 """The command line, in process where that is enough and as a process where it is not."""
 
+import fcntl
 import json
 import os
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -159,6 +162,7 @@ def test_an_interrupt_leaves_no_file_and_exits_130(tiny_pair, tmp_path):
     """A real process on a terminal, and a real signal in the middle of the loop."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     terminal, inside = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))  # a bar is drawn to the width there is
     process = subprocess.Popen(
         [sys.executable, "-m", "nexus_rt.cli", "generate", PROMPT,
          *pair(tiny_pair, "--steps", 20000, "-o", tmp_path / "a.mp4")],

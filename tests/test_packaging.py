@@ -72,8 +72,16 @@ def test_an_editable_install_from_anywhere(source, tmp_path):
     wheel = next(target.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
-    # an editable wheel holds a .pth file: `site.addsitedir` reads it as an installation would
-    start = f"import site; site.addsitedir({str(target)!r})\n"
+    # An editable wheel holds a .pth file, which `site.addsitedir` reads as an installation would; the environment that
+    # runs these tests may hold an editable install of its own, which must not answer for this one.
+    start = f"""
+import site, sys
+sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+for name in [m for m in sys.modules if m.startswith("__editable__")]:
+    del sys.modules[name]
+sys.path.insert(0, {str(target)!r})
+site.addsitedir({str(target)!r})
+"""
     for cwd in (tmp_path, source):
         out = python(start + USE, cwd)
         assert out[0] == str(source / "nexus_rt" / "__init__.py") and out[1] == str(source / "bench" / "core.py")

@@ -78,6 +78,22 @@ def test_the_large_plan_is_diffusers_pipeline_on_this_grid(tiny_pair, tiny_pipe)
     assert (got - x).abs().max() <= 1e-4 * x.abs().max()
 
 
+def test_a_pair_may_set_its_own_guidance(own_pair):
+    index = json.loads((own_pair / "model_index.json").read_text())
+    own = NexusPipeline.from_pretrained(own_pair)
+    index["defaults"] |= {"guidance_scale": 3.0, "guidance_scale_2": 2.0}
+    (own_pair / "model_index.json").write_text(json.dumps(index))
+    pair = NexusPipeline.from_pretrained(own_pair)
+
+    def run(pipe, **scales):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(PROMPT, generator=seeded(), plan="reference", output_type="latent", **scales).frames
+
+    assert torch.equal(run(pair), run(own, guidance_scale=3.0, guidance_scale_2=2.0))
+    assert torch.equal(run(pair, guidance_scale_2=5.0), run(own, guidance_scale=3.0, guidance_scale_2=5.0))
+    assert torch.equal(run(pair, guidance_scale=4.0), run(own, guidance_scale=4.0))  # one scale given is both
+
+
 def test_batches_of_prompts(tiny_pipe):
     out = tiny_pipe([PROMPT, "a blue square"], generator=[seeded(1), seeded(2)], output_type="latent").frames
     one = tiny_pipe(["a blue square"], generator=[seeded(2)], output_type="latent").frames
