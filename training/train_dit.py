@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from nexus_rt.models.checkpoint import to_diffusers
+from nexus_rt.models.load import load_transformer
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from training import world
 from training.common import RUNS, Log, Muon, cosine, load_checkpoint, save_checkpoint, set_lr
@@ -86,7 +87,7 @@ def embed_captions() -> torch.Tensor:
     return torch.cat(out)
 
 
-def train(size: str, steps: int, seed: int, stop: int | None, compile_: bool) -> None:
+def train(size: str, steps: int, seed: int, stop: int | None, compile_: bool, init: Path | None) -> None:
     torch.manual_seed(seed)
     settings = TRAIN[size]
     path, log = RUNS / "dit" / f"{size}.pt", Log(RUNS / "dit" / f"{size}.jsonl")
@@ -98,6 +99,8 @@ def train(size: str, steps: int, seed: int, stop: int | None, compile_: bool) ->
     for block in model.blocks:  # start each block near the identity: its gates open during training
         block.scale_shift_table.data[:, [2, 5]] *= 0.1
     torch.nn.init.normal_(model.proj_out.weight, std=0.02)
+    if init:
+        model.load_state_dict(load_transformer(init, torch.float32).state_dict())
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
     edges = {id(p) for name, p in model.named_parameters() if not name.startswith("blocks.")}
     optimizer = Muon(model.parameters(), lr=settings["lr"], adam_ratio=0.07, weight_decay=0.01, adam=edges)
@@ -162,13 +165,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--stop", type=int, help="stop at this step; run again to go on")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", type=Path, help="start from this transformer folder, where there is no checkpoint")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--export", type=Path)
     args = parser.parse_args()
     if args.encode:
         encode(args.encode, args.seed, args.vae)
     if args.size and args.steps:
-        train(args.size, args.steps, args.seed, args.stop, args.compile)
+        train(args.size, args.steps, args.seed, args.stop, args.compile, args.init)
     if args.size and args.export:
         export(args.size, args.export)
 
