@@ -96,12 +96,12 @@ def test_blend_matches_the_formula(split, w, energy):
 @pytest.mark.parametrize("split", ["fft", "dct"])
 @pytest.mark.parametrize("plane", PLANES)
 def test_two_sided_matrices_are_the_transforms(plane, split, family, order):
-    v = torch.randn(1, 2, 2, *plane)
+    v = torch.randn(1, 2, 2, *plane, generator=torch.Generator().manual_seed(5))
     for w in (0.0, 0.37, 1.0):
         config = BlendConfig(split=split, lowpass=family, order=order)
         got = low_frequencies(v, w, config).double().numpy()
         expected = radial_lf(v.double().numpy(), config.cutoff(w), split, family, order)
-        assert np.abs(got - expected).max() <= 5e-6
+        assert np.abs(got - expected).max() <= 2e-5  # float32 sums of up to 60 rank-one terms of unit-variance planes
 
 
 def test_rank_of_the_filters_on_a_480p_latent():
