@@ -97,7 +97,8 @@ def bench_dit(runs: int) -> dict:
     from diffusers import WanTransformer3DModel
 
     from nexus_rt.models.load import load_transformer
-    from nexus_rt.pipeline import MINI, NexusPipeline
+    from nexus_rt.pair import MINI
+    from nexus_rt.pipeline import NexusPipeline
 
     pipe = NexusPipeline.from_pretrained()
     ours = load_transformer(MINI / "large", torch.float32)

@@ -42,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--large", metavar="DIR", help="the large generator, such as Wan-AI/Wan2.1-T2V-14B-Diffusers")
     group.add_argument("--vae", metavar="DIR", help="the VAE (default: that of --large, else of --small)")
     group.add_argument("--text-encoder", metavar="DIR", help="holds text_encoder/ and tokenizer/ (default: as --vae)")
+    group.add_argument("--understanding", metavar="DIR", help="the language model that steers the small generator")
+    group.add_argument("--connector", metavar="DIR", help="between the two (both: `nexus-rt convert omnivideo` makes them)")
     group.add_argument("--backend", default="torch", help="what runs the generators: torch (default)")
     group.add_argument("--dtype", choices=DTYPES, help="of the generators (default: bfloat16 on a GPU, float32 on a CPU)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -94,6 +96,7 @@ def _pipeline(args: argparse.Namespace):
 
     return NexusPipeline.from_pretrained(
         args.pair, small=args.small, large=args.large, vae=args.vae, text_encoder=args.text_encoder,
+        understanding=args.understanding, connector=args.connector,
         torch_dtype=getattr(torch, args.dtype) if args.dtype else None, device=args.device, backend=args.backend,
         local_files_only=args.local_files_only,
     )  # fmt: skip
@@ -176,12 +179,16 @@ def _step_costs(args: argparse.Namespace, pipe, blend):
     frames = args.frames or d.num_frames
     pipe.check_inputs(height, width, frames, "latent")
     embeds = pipe.encode_prompt("a prompt")
+    prompts = dict.fromkeys(pipe.engines, Prompt(*embeds))
+    if pipe.context is not None:
+        prompts["small"] = Prompt(*pipe.encode_context("a prompt", *embeds, single_frame=frames == 1))
     latents = pipe.prepare_latents(1, frames, height, width)
-    return measure_step_costs(pipe.engines, dict.fromkeys(pipe.engines, Prompt(*embeds)), latents, blend, args.solver)
+    return measure_step_costs(pipe.engines, prompts, latents, blend, args.solver)
 
 
 def plan(args: argparse.Namespace) -> int:
-    from nexus_rt.pipeline import Defaults, NexusPipeline
+    from nexus_rt.pair import Defaults
+    from nexus_rt.pipeline import NexusPipeline
     from nexus_rt.plan import parse_plan
     from nexus_rt.solver import SOLVERS
 

@@ -41,7 +41,7 @@ def report() -> str:
     """A page of text."""
     import torch
 
-    from nexus_rt.pipeline import MINI
+    from nexus_rt.pair import MINI
 
     lines = [f"nexus-rt {__version__}, Python {platform.python_version()}, {platform.platform()}", ""]
     lines += [f"  {name:13} {version or 'not installed'}" for name, version in versions().items()]

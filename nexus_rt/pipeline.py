@@ -4,42 +4,29 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nexus_rt.denoise import GUIDANCE_SCALE, Prompt, denoise
+from nexus_rt.denoise import Prompt, denoise
 from nexus_rt.engines.base import Engine
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.models import load
+from nexus_rt.models.context import ContextEncoder
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH, TextEncoder
-from nexus_rt.models.vae import VideoDecoder, vae_space
+from nexus_rt.models.vae import VideoDecoder
+from nexus_rt.pair import MINI, Defaults, find_parts
 from nexus_rt.plan import Plan, Step, parse_plan
 from nexus_rt.solver import time_grid
 from nexus_rt.upfb import BlendConfig
 
-MINI = Path(__file__).resolve().parent / "mini"
 BACKENDS = ("torch",)  # engine backends that can run a generator
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
-CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a call uses where it says nothing; a pair's `model_index.json` may set its own under "defaults"."""
-
-    height: int = 480
-    width: int = 832
-    num_frames: int = 81
-    num_inference_steps: int = 50
-    guidance_scale: float = GUIDANCE_SCALE  # v_u + g (v_c - v_u); the paper's s = 5.0 is g = 6.0
-    guidance_scale_2: float | None = None  # of the large generator; None: the same
-    shift: float = 5.0
-    plan: str = "handoff=0.3"
+CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "context_embeds", "negative_context_embeds")
 
 
 @dataclass
@@ -50,44 +37,17 @@ class NexusOutput:
     plan: Plan
 
 
-def _same_space(folders: dict[str, Path], vaes: dict[str, Path]) -> None:
-    """Raise unless both transformers, and their VAEs where they bring them, live in one latent space."""
-    configs = {name: load.load_config(load.transformer_folder(f)) for name, f in folders.items()}
-    different = []
-    if len(configs) == 2:
-        small, large = configs["small"], configs["large"]
-        different = [
-            f"{field} ({getattr(small, field)} and {getattr(large, field)})"
-            for field in ("in_channels", "out_channels", "patch_size", "text_dim")
-            if getattr(small, field) != getattr(large, field)
-        ]
-    if len(vaes) == 2:
-        small_vae, large_vae = vae_space(vaes["small"]), vae_space(vaes["large"])
-        different += [f"the VAE's {k} ({small_vae[k]} and {large_vae[k]})" for k in small_vae if small_vae[k] != large_vae[k]]
-    for name, folder in vaes.items():
-        channels = vae_space(folder)["z_dim"]
-        if name in configs and channels != configs[name].in_channels:
-            different.append(
-                f"the {name} generator's in_channels ({configs[name].in_channels}) and its VAE's z_dim ({channels})"
-            )
-    if different:
-        raise ModelError(
-            f"not one latent space: they differ in {'; '.join(different)}; pair generators trained on the same latents."
-        )
-
-
-def _pair_defaults(root: Path) -> Defaults:
-    """What a pair folder's `model_index.json` sets."""
-    index = load.read_json(root / "model_index.json")
-    if index.get("_class_name") != "NexusPipeline":
-        raise ModelError(f"{root} holds a {index.get('_class_name')}, one model and no pair; pass it as small= or large=.")
-    values = index.get("defaults", {})
-    unknown = values.keys() - {f.name for f in fields(Defaults)}
-    if unknown:
-        raise ModelError(
-            f"{root}/model_index.json sets an unknown default {sorted(unknown)[0]!r}; expected fields of Defaults."
-        )
-    return Defaults(**values)
+def _prompt_lists(prompt: str | list[str], negative: str | list[str] | None) -> tuple[list[str], list[str] | None]:
+    """Prompts as a list, and as many negative prompts (None: none was given)."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise InputError("the prompt list is empty; pass at least one prompt.")
+    if not negative:
+        return prompts, None
+    negatives = list(negative) if isinstance(negative, list) else [negative] * len(prompts)
+    if len(negatives) != len(prompts):
+        raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; pass one for each, or one for all.")
+    return prompts, negatives
 
 
 class NexusPipeline:
@@ -96,13 +56,17 @@ class NexusPipeline:
     Attributes:
         engines: "small" and "large", those that were given, behind the engine protocol.
         text, vae: the text encoder and the video decoder, loaded on first use; `drop()` frees either.
+        context: understanding model and connector, which make the small generator's context; None where a pair has
+            none and both generators read the text. `drop()` frees it.
     """
 
     def __init__(
         self, engines: dict[str, Engine], text: TextEncoder | None, vae: VideoDecoder | None,
-        device: torch.device, defaults: Defaults = Defaults(), space: tuple[int, tuple[int, int, int]] = (16, (1, 2, 2)),
+        device: torch.device, defaults: Defaults | None = None, space: tuple[int, tuple[int, int, int]] = (16, (1, 2, 2)),
+        context: ContextEncoder | None = None, keep_encoders: bool = True,
     ) -> None:  # fmt: skip
-        self.engines, self.text, self.vae, self.device, self.defaults = engines, text, vae, device, defaults
+        self.engines, self.text, self.vae, self.device, self.defaults = engines, text, vae, device, defaults or Defaults()
+        self.context, self.keep_encoders = context, keep_encoders
         self.channels, self.patch = space
         self._progress: dict[str, Any] = {}
         self._cancel = threading.Event()
@@ -116,6 +80,9 @@ class NexusPipeline:
         large: str | Path | None = None,
         vae: str | Path | None = None,
         text_encoder: str | Path | None = None,
+        understanding: str | Path | None = None,
+        connector: str | Path | None = None,
+        keep_encoders: bool = True,
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         backend: str = "torch",
@@ -133,7 +100,11 @@ class NexusPipeline:
                 be left out: then only the plan of the other runs.
             vae, text_encoder: a folder that holds `vae/` (or is one), and one that holds `text_encoder/` and
                 `tokenizer/`; by default those of `large`, else of `small`.
-            torch_dtype: of the generators and the text encoder: bfloat16 on a GPU, float32 on a CPU. The VAE always
+            understanding, connector: the language model's folder and the connector's (`nexus-rt convert omnivideo`
+                makes both); by default those of the pair, if it has them. They steer the small generator.
+            keep_encoders: False frees text encoder, understanding model and connector once a call's prompts are
+                encoded, before denoising; the next call reads them again.
+            torch_dtype: of the generators and the encoders: bfloat16 on a GPU, float32 on a CPU. The VAE always
                 computes in float32.
             device: "cuda" where there is one, else "cpu".
             backend: what runs the generators: "torch".
@@ -145,39 +116,23 @@ class NexusPipeline:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, revision=revision)
         choose("backend", backend, BACKENDS)
-        defaults = Defaults()
+        given = {"small": small, "large": large, "vae": vae, "text_encoder": text_encoder}
+        steering = {"understanding": understanding, "connector": connector}
         if pretrained is None and small is None and large is None:
             pretrained = MINI
-        given = {n: s for n, s in (("small", small), ("large", large)) if s is not None}
-        folders = {n: load.resolve(s, ("transformer", "vae"), **hub) for n, s in given.items()}
-        if pretrained is not None:
-            root = load.resolve(pretrained, ("small", "large", "vae"), **hub)
-            defaults = _pair_defaults(root)
-            folders = {"small": root / "small", "large": root / "large", **folders}
-            sources = [(pretrained, root)]
-        else:
-            sources = [(given[n], folders[n]) for n in ("large", "small") if n in folders]
-        vaes = {n: f / "vae" for n, f in folders.items() if (f / "vae" / "config.json").is_file()}
-        vae_folder = next((f / "vae" for _, f in sources if (f / "vae" / "config.json").is_file()), None)
-        if vae is not None:
-            found = load.resolve(vae, ("vae",), **hub)
-            vae_folder = vaes["given"] = found / "vae" if (found / "vae" / "config.json").is_file() else found
-        _same_space(folders, vaes)
-        text_folder = None
-        for source in [text_encoder] if text_encoder is not None else [s for s, _ in sources]:
-            found = load.resolve(source, ("text_encoder", "tokenizer"), **hub)  # of one source only: it is the large part
-            if text_encoder is not None or (found / "text_encoder").is_dir():
-                text_folder = found
-                break
-        models = {name: load.load_transformer(folder, dtype, device) for name, folder in folders.items()}
+        hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, revision=revision)
+        parts = find_parts(pretrained, {k: v for k, v in {**given, **steering}.items() if v is not None}, hub)
+        context = ContextEncoder(parts.understanding, parts.connector, dtype, device) if parts.connector else None
+        if context is not None:
+            parts.check_width(context.text_dim)
+        models = {name: load.load_transformer(folder, dtype, device) for name, folder in parts.generators.items()}
         config = next(iter(models.values())).config
         return cls(
             {name: TorchEngine(model) for name, model in models.items()},
-            TextEncoder(text_folder, dtype, device) if text_folder else None,
-            VideoDecoder(vae_folder, torch.float32, device, vae_tiling) if vae_folder else None,
-            device, defaults, (config.in_channels, config.patch_size),
+            TextEncoder(parts.text, dtype, device) if parts.text else None,
+            VideoDecoder(parts.vae, torch.float32, device, vae_tiling) if parts.vae else None,
+            device, parts.defaults, (config.in_channels, config.patch_size), context, keep_encoders,
         )  # fmt: skip
 
     def set_progress_bar_config(self, **options: Any) -> None:
@@ -207,17 +162,35 @@ class NexusPipeline:
         """Embeddings of prompts and negative prompts, each [B * num_videos_per_prompt, L, D], zero-padded to L."""
         if self.text is None:
             raise ModelError("this pipeline has no text encoder; pass text_encoder= to from_pretrained, or prompt_embeds.")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = [negative_prompt or ""] * len(prompts) if not isinstance(negative_prompt, list) else negative_prompt
-        if len(negatives) != len(prompts):
-            raise InputError(
-                f"{len(negatives)} negative prompts for {len(prompts)} prompts; pass one for each, or one for all."
-            )
-        if not prompts:
-            raise InputError("the prompt list is empty; pass at least one prompt.")
+        prompts, negatives = _prompt_lists(prompt, negative_prompt)
         # Encoded one by one where they differ in length the results differ by rounding; together they are reproducible.
-        embeds = self.text.encode([*prompts, *negatives], max_sequence_length)
-        return tuple(e.repeat_interleave(num_videos_per_prompt, 0) for e in embeds.chunk(2))
+        stored = self.context.unconditional_text() if self.context and negatives is None else None
+        if stored is None:
+            embeds = self.text.encode([*prompts, *(negatives or [""] * len(prompts))], max_sequence_length)
+            pair = embeds.chunk(2)
+        else:  # the checkpoint's own embedding of no prompt
+            embeds = self.text.encode(prompts, max_sequence_length)
+            none = torch.zeros_like(embeds)
+            rows = stored[:max_sequence_length]
+            none[:, : len(rows)] = rows.to(none)
+            pair = embeds, none
+        return tuple(e.repeat_interleave(num_videos_per_prompt, 0) for e in pair)
+
+    def encode_context(
+        self, prompt: str | list[str], prompt_embeds: Tensor, negative_prompt_embeds: Tensor, single_frame: bool = False,
+        num_videos_per_prompt: int = 1,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The small generator's contexts and negative contexts, each [B, max_context_len, D], from prompts and what
+        `encode_prompt` made of them."""
+        if self.context is None:
+            raise ModelError("this pipeline has no understanding model; pass understanding= and connector= to from_pretrained.")
+        prompts, _ = _prompt_lists(prompt, None)
+        every = num_videos_per_prompt
+        made = (
+            self.context.encode(prompts, prompt_embeds[::every], single_frame),
+            self.context.encode_unconditional(negative_prompt_embeds[::every], single_frame),
+        )
+        return tuple(c.repeat_interleave(every, 0) for c in made)
 
     def prepare_latents(
         self, batch: int, num_frames: int, height: int, width: int,
@@ -271,6 +244,8 @@ class NexusPipeline:
         callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
         max_sequence_length: int = MAX_SEQUENCE_LENGTH,
         *,
+        context_embeds: Tensor | None = None,
+        negative_context_embeds: Tensor | None = None,
         plan: str | Plan | None = None,
         shift: float | None = None,
         blend: BlendConfig = BlendConfig(),  # noqa: B008 (frozen)
@@ -282,6 +257,8 @@ class NexusPipeline:
         Args:
             guidance_scale: of the small generator (and the large, unless `guidance_scale_2` is given), in diffusers'
                 meaning `v_u + g (v_c - v_u)`; the default 6.0 is the paper's s = 5.0. 1 runs without guidance.
+            context_embeds, negative_context_embeds: the small generator's contexts [B, L, D], as `encode_context` makes
+                them; made from the prompt where they are not given.
             plan: which generator runs when: a `Plan` or what `nexus_rt.plan.parse_plan` reads.
             shift: of the time grid. blend: the frequency split. energy: overrides the plan's rule.
             solver: "unipc" or "euler".
@@ -306,17 +283,37 @@ class NexusPipeline:
             raise InputError("pass either prompt or prompt_embeds, and not both.")
         if num_videos_per_prompt < 1:
             raise InputError(f"num_videos_per_prompt is {num_videos_per_prompt}; expected at least 1.")
+        steered = self.context is not None and "small" in plan.generators and context_embeds is None
+        if steered and prompt is None:
+            raise InputError(
+                "the small generator is steered by the understanding model, which reads the prompt; pass prompt, or "
+                "context_embeds made by encode_context besides prompt_embeds."
+            )
         if prompt is not None:
             prompt_embeds, negatives = self.encode_prompt(prompt, negative_prompt, num_videos_per_prompt, max_sequence_length)
             negative_prompt_embeds = negatives if negative_prompt_embeds is None else negative_prompt_embeds
+        if steered:
+            context_embeds, negatives = self.encode_context(
+                prompt, prompt_embeds, negative_prompt_embeds, num_frames == 1, num_videos_per_prompt
+            )
+            negative_context_embeds = negatives if negative_context_embeds is None else negative_context_embeds
+        if not self.keep_encoders:
+            for encoder in (self.text, self.context):
+                if encoder is not None:
+                    encoder.drop()
         batch = prompt_embeds.shape[0]
         if latents is None:
             latents = self.prepare_latents(batch, num_frames, height, width, generator)
         elif latents.ndim != 5 or latents.shape[0] != batch or latents.shape[1] != self.channels:
             raise InputError(f"latents have shape {tuple(latents.shape)}; expected [{batch}, {self.channels}, T, H, W].")
 
-        said = Prompt(prompt_embeds, negative_prompt_embeds)
-        tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        said = dict.fromkeys(self.engines, Prompt(prompt_embeds, negative_prompt_embeds))
+        if context_embeds is not None:
+            said["small"] = Prompt(context_embeds, negative_context_embeds)
+        tensors = {
+            "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
+            "context_embeds": context_embeds, "negative_context_embeds": negative_context_embeds,
+        }  # fmt: skip
         self._cancel.clear()
         from tqdm import tqdm
 
@@ -335,7 +332,7 @@ class NexusPipeline:
             if guidance_scale is None:
                 scales = (d.guidance_scale, d.guidance_scale_2 if guidance_scale_2 is None else guidance_scale_2)
             latents = denoise(
-                latents.to(self.device), plan, self.engines, dict.fromkeys(self.engines, said),
+                latents.to(self.device), plan, self.engines, said,
                 guidance_scale=scales[0], guidance_scale_2=scales[1], blend_config=blend, solver=solver,
                 on_step=on_step, should_stop=self._cancel.is_set,
             )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 
 from nexus_rt import NexusPipeline
 from nexus_rt.cli import main
-from nexus_rt.pipeline import MINI
+from nexus_rt.pair import MINI
 from training import world
 from training.checker import look
 

@@ -34,6 +34,8 @@ BACKGROUNDS = {
 FRAMES, SIZE = 17, 64
 TEXTURE_PERIOD = 7.0  # pixels of a 64-pixel frame
 DARK = 0.45  # the second tone of a texture, as a share of the first
+RADIUS = (13.0, 16.0)  # pixels of a 64-pixel frame
+ROUGH_EDGE = 3.0  # width in pixels of a rough picture's edges; a fine one's are one pixel wide
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,27 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
         f"on a {scene.background} background, a {look} {scene.shape} {'stays still' if still else 'moves ' + scene.motion}",
     )
     return forms[0] if rng is None else forms[int(rng.integers(len(forms)))]
+
+
+def loose_caption(scene: Scene, rng: np.random.Generator, fillers: tuple[str, ...] = ()) -> tuple[str, tuple[bool, ...]]:
+    """A caption as people write them: some leave a field out, some carry words that say nothing.
+
+    Returns the text and which fields (in `Scene`'s order) it says.
+    """
+    shape, colour, texture, motion, background = said = tuple(rng.random(5) > 0.15)
+    look = f"{scene.texture} " if texture and scene.texture != "plain" else ""
+    parts = ["a", look + (scene.colour if colour else ""), scene.shape if shape else "shape"]
+    if motion:
+        parts.append("stays still" if scene.motion == "still" else f"moves {scene.motion}")
+    ground = f"on a {scene.background} background" if background else ""
+    parts = [ground, ",", *parts] if ground and rng.random() < 0.3 else [*parts, ground]
+    text = " ".join(" ".join(parts).split()).replace(" ,", ",")
+    if fillers and rng.random() < 0.5:
+        words = text.split()
+        for _ in range(int(rng.integers(1, 7))):
+            words.insert(int(rng.integers(len(words) + 1)), str(rng.choice(fillers)))
+        text = " ".join(words)
+    return text, said
 
 
 def sample_scene(rng: np.random.Generator, training: bool = True) -> Scene:
@@ -117,32 +140,36 @@ def _path(motion: str, radius: float, frames: int, size: int, rng: np.random.Gen
     """Centres [T, 2] of the shape, inside the frame from first to last."""
     margin = 1.22 * radius + 1
     free = size - 2 * margin
-    travel = min(rng.uniform(0.38, 0.50) * size, free) if frames > 1 else 0.0
+    travel = min(rng.uniform(0.30, 0.40) * size, free) if frames > 1 else 0.0
     direction = np.array(MOTIONS[motion], np.float32)
     middle = size / 2 + (rng.uniform(-0.5, 0.5, 2) * (free - travel * np.abs(direction)))
     along = np.linspace(-0.5, 0.5, frames) if frames > 1 else np.zeros(1)
     return (middle[None] + along[:, None] * travel * direction[None]).astype(np.float32)
 
 
-def render(scene: Scene, rng: np.random.Generator, frames: int = FRAMES, size: int = SIZE) -> np.ndarray:
-    """Draw a scene: float32 [T, 3, H, W] in [-1, 1]."""
+def render(scene: Scene, rng: np.random.Generator, frames: int = FRAMES, size: int = SIZE, rough: bool = False) -> np.ndarray:
+    """Draw a scene: float32 [T, 3, H, W] in [-1, 1].
+
+    `rough` draws what a sketch would: soft edges, and a texture's mean tone in its place. The same draws of `rng` give
+    the same scene, rough or fine.
+    """
     unit = size / 64
-    radius = rng.uniform(11.0, 14.0) * unit
+    radius = rng.uniform(*RADIUS) * unit
     centres = _path(scene.motion, radius, frames, size, rng)
     phase = rng.uniform(0, TEXTURE_PERIOD * unit, 2)
     grid = np.arange(size, dtype=np.float32) + 0.5
     x = grid[None, None, :] - centres[:, 0, None, None]  # [T, 1, W]
     y = grid[None, :, None] - centres[:, 1, None, None]  # [T, H, 1]
     x, y = np.broadcast_arrays(x, y)
-    cover = np.clip(0.5 - signed_distance(scene.shape, x, y, radius), 0, 1)
+    cover = np.clip(0.5 - signed_distance(scene.shape, x, y, radius) / (ROUGH_EDGE * unit if rough else 1.0), 0, 1)
 
     period = TEXTURE_PERIOD * unit
     if scene.texture == "striped":
         wave = np.abs(((x + y) / np.sqrt(2) + phase[0]) % period - period / 2) - period / 4
-        tone = np.clip(0.5 - wave, 0, 1)
+        tone = np.full_like(x, 0.5) if rough else np.clip(0.5 - wave, 0, 1)
     elif scene.texture == "dotted":
         u, v = ((x + phase[0]) % period) - period / 2, ((y + phase[1]) % period) - period / 2
-        tone = np.clip(0.5 - (np.hypot(u, v) - period * 0.29), 0, 1)
+        tone = np.full_like(x, np.pi * 0.29**2) if rough else np.clip(0.5 - (np.hypot(u, v) - period * 0.29), 0, 1)
     else:
         tone = np.zeros_like(x)
     light = 1.0 - 0.14 * np.clip(y / radius, -1, 1)

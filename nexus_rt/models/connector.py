@@ -1,0 +1,235 @@
+"""The connector: an understanding model's hidden states to context tokens of the small generator.
+
+Two query transformers in a row, as Omni-Video has them (arXiv 2507.06119; Lumos-Nexus keeps them): the *vision head*
+reads the hidden states of the whole prompt into a few visual tokens, and the *adapter* turns each visual token, alone,
+into tokens of the generator's text width. Parameters carry the published checkpoints' names (`decoder_query`, `fc.0`,
+`fc.2`, `visionHeadAdapter.*`, `adapter.*`) under `vision_head.` and `adapter.`.
+
+Everything here depends on the prompt alone: it runs once per prompt and never per step.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nexus_rt.errors import InputError, ModelError
+from nexus_rt.models.checkpoint import StoredTensor, find_tensors, read_header, read_tensors
+from nexus_rt.models.load import read_json
+from nexus_rt.models.understanding import Template
+
+SPECIAL_TOKENS = ("<img_st>", "<img_ed>", "<ipl_st>", "<ipl_ed>", "<prp_st>", "<prp_ed>")
+MAX_CONTEXT_LEN = 2560
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """Dimensions, by default those of the published checkpoints; `template` is the understanding model's."""
+
+    llm_hidden_size: int = 4096
+    vision_dim: int = 1152
+    vision_queries: int = 4
+    text_dim: int = 4096
+    adapter_queries: int = 256
+    num_layers: int = 4  # of each encoder and each decoder
+    num_heads: int = 8
+    max_context_len: int = MAX_CONTEXT_LEN
+    template: Template = field(default_factory=Template)
+
+    @classmethod
+    def from_dict(cls, config: dict) -> ConnectorConfig:
+        """Read `connector/config.json`.
+
+        Raises:
+            ModelError: an unknown field, or one that is no positive whole number.
+        """
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in config.items() if not k.startswith("_")}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise ModelError(
+                f"the connector's config.json sets an unknown {unknown[0]!r}; expected {', '.join(sorted(known))}."
+            )
+        template = Template.from_dict(values.pop("template", {}))
+        for name, value in values.items():
+            if not isinstance(value, int) or value < 1:
+                raise ModelError(f"the connector's config.json sets {name}={value!r}; expected a positive whole number.")
+        return cls(**values, template=template)
+
+    def save(self, folder: Path) -> None:
+        """Write `config.json` into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"_class_name": "Connector", **asdict(self)}, indent=2) + "\n")
+
+
+class QueryTransformer(nn.Module):
+    """Linear, GELU, Linear to `dim`; then an encoder-decoder whose target is `queries` learned vectors.
+
+    Args:
+        name: the attribute the published checkpoints keep the `nn.Transformer` under.
+    """
+
+    def __init__(self, width: int, dim: int, queries: int, layers: int, heads: int, name: str) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.decoder_query = nn.Parameter(torch.randn(1, queries, dim) * 0.02)
+        shape = dict(d_model=dim, nhead=heads, dim_feedforward=4 * dim, dropout=0.0, norm_first=True, batch_first=True)
+        encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(**shape), layers, nn.LayerNorm(dim), enable_nested_tensor=False
+        )
+        decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**shape), layers, nn.LayerNorm(dim))
+        self.name = name
+        self.add_module(name, nn.Transformer(dim, heads, custom_encoder=encoder, custom_decoder=decoder, batch_first=True))
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """[N, L, width] -> [N, queries, dim]; `padding` [N, L] is True where a row is none."""
+        query = self.decoder_query.expand(len(x), -1, -1)
+        transformer = getattr(self, self.name)
+        return transformer(self.fc(x), query, src_key_padding_mask=padding, memory_key_padding_mask=padding)
+
+
+class Connector(nn.Module):
+    """Hidden states [N, L, llm_hidden_size] to adapter tokens [N, vision_queries * adapter_queries, text_dim].
+
+    `special_tokens` maps the six markers to rows [n, text_dim]; `unconditional_text` [m, text_dim] and
+    `unconditional_hidden` [L, llm_hidden_size] are what guidance is measured against, as published.
+    """
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.vision_head = QueryTransformer(
+            c.llm_hidden_size, c.vision_dim, c.vision_queries, c.num_layers, c.num_heads, "visionHeadAdapter"
+        )
+        self.adapter = QueryTransformer(c.vision_dim, c.text_dim, c.adapter_queries, c.num_layers, c.num_heads, "adapter")
+        self.special_tokens: dict[str, Tensor] = {}
+        self.unconditional_text: Tensor | None = None
+        self.unconditional_hidden: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.adapter.decoder_query.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.adapter.decoder_query.device
+
+    def forward(self, hidden: Tensor, single_frame: bool = False, padding: Tensor | None = None) -> Tensor:
+        """Adapter tokens of prompts' hidden states; a single frame takes the first visual token only.
+
+        `padding` [N, L] is True at rows that are none, where prompts of several lengths come together.
+
+        Raises:
+            InputError: the hidden size is not the connector's.
+        """
+        if hidden.ndim != 3 or hidden.shape[-1] != self.config.llm_hidden_size:
+            raise InputError(
+                f"hidden states have shape {tuple(hidden.shape)}; this connector reads [batch, tokens, "
+                f"{self.config.llm_hidden_size}]: pair it with the understanding model it was trained with."
+            )
+        visual = self.vision_head(hidden.to(self.device, self.dtype), padding)
+        if single_frame:
+            visual = visual[:, :1]
+        tokens = self.adapter(visual.flatten(0, 1)[:, None])  # each visual token alone: sequence length 1
+        return tokens.unflatten(0, visual.shape[:2]).flatten(1, 2)
+
+    def pack(
+        self, text: Tensor, adapter: Tensor | None, visual: Tensor | None = None, reference: Tensor | None = None
+    ) -> Tensor:
+        """One prompt's context [max_context_len, text_dim], zero-padded; each part [n, text_dim], the text unpadded.
+
+        In the published order: visual, reference, adapter, text, each between its markers; what does not fit is cut at
+        the end, and a warning names it.
+        """
+        parts: list[tuple[str, Tensor]] = []
+        for name, pair, rows in (
+            ("visual", "img", visual), ("reference", "img", reference), ("adapter", "ipl", adapter), ("text", "prp", text),
+        ):  # fmt: skip
+            if rows is not None:
+                parts += [
+                    (f"<{pair}_st>", self._marker(f"<{pair}_st>")),
+                    (name, rows),
+                    (f"<{pair}_ed>", self._marker(f"<{pair}_ed>")),
+                ]
+        context = torch.cat([rows.to(self.device, self.dtype) for _, rows in parts])
+        limit = self.config.max_context_len
+        if len(context) > limit:
+            lost, start = [], 0
+            for name, rows in parts:
+                gone = min(len(rows), max(0, start + len(rows) - limit))
+                lost += [name if name.startswith("<") else f"{gone} of {len(rows)} {name} tokens"] if gone else []
+                start += len(rows)
+            warnings.warn(
+                f"the context has {len(context)} tokens and is cut at {limit}, as published; lost: {', '.join(lost)}.",
+                stacklevel=2,
+            )
+            context = context[:limit]
+        return F.pad(context, (0, 0, 0, limit - len(context)))
+
+    def _marker(self, name: str) -> Tensor:
+        if name not in self.special_tokens:
+            raise ModelError(
+                f"the connector has no special token {name}; expected {', '.join(SPECIAL_TOKENS)}; convert it again."
+            )
+        rows = self.special_tokens[name]
+        return rows if rows.ndim == 2 else rows.reshape(-1, self.config.text_dim)
+
+
+def save_connector(connector: Connector, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a connector folder: `config.json`, `model`, `special_tokens` and `unconditional`, all safetensors."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    connector.config.save(folder)
+    own = lambda tensors: {k: v.detach().to(dtype).contiguous().clone() for k, v in tensors.items()}  # noqa: E731
+    meta = {"format": "pt"}
+    save_file(own(connector.state_dict()), folder / "model.safetensors", meta)
+    save_file(own(connector.special_tokens), folder / "special_tokens.safetensors", meta)
+    unconditional = {"text": connector.unconditional_text, "hidden": connector.unconditional_hidden}
+    save_file(own({k: v for k, v in unconditional.items() if v is not None}), folder / "unconditional.safetensors", meta)
+
+
+def load_connector(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu") -> Connector:
+    """Load a connector folder; each tensor goes straight from the mapped file to its place.
+
+    Raises:
+        ModelError: not a connector folder, a parameter is missing or of another shape, or a special token is missing.
+    """
+    folder, device = Path(folder), torch.device(device)
+    config = ConnectorConfig.from_dict(read_json(folder / "config.json"))
+    with torch.device("meta"):
+        connector = Connector(config)
+    stored, expected = find_tensors(folder), connector.state_dict()
+    missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing or unknown:
+        raise ModelError(
+            f"{folder}: the weights are not this connector's: {len(missing)} missing ({', '.join(missing[:3]) or 'none'}), "
+            f"{len(unknown)} unknown ({', '.join(unknown[:3]) or 'none'}); check config.json against the weights."
+        )
+    for name, place in expected.items():
+        if stored[name].shape != tuple(place.shape):
+            raise ModelError(f"{folder}: {name} has shape {stored[name].shape}; config.json asks for {tuple(place.shape)}.")
+    for name, tensor in read_tensors(stored.items()):
+        owner, leaf = name.rpartition(".")[::2]
+        value = torch.empty(tensor.shape, dtype=dtype, device=device)
+        value.copy_(tensor)
+        setattr(connector.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    connector.special_tokens = _rows(folder / "special_tokens.safetensors", dtype, device)
+    lost = [t for t in SPECIAL_TOKENS if t not in connector.special_tokens]
+    if lost:
+        raise ModelError(f"{folder}/special_tokens.safetensors lacks {', '.join(lost)}; convert the checkpoint again.")
+    file = folder / "unconditional.safetensors"
+    rows = _rows(file, dtype, device) if file.is_file() else {}
+    connector.unconditional_text, connector.unconditional_hidden = rows.get("text"), rows.get("hidden")
+    return connector.eval()
+
+
+def _rows(path: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    header: dict[str, StoredTensor] = read_header(path)
+    return {name: tensor.to(device, dtype, copy=True) for name, tensor in read_tensors(header.items())}

@@ -1,0 +1,85 @@
+"""What each generator is told: the large one the text, the small one the text and what was understood of it."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nexus_rt.errors import ModelError
+from nexus_rt.models.connector import Connector, load_connector
+from nexus_rt.models.load import read_json
+from nexus_rt.models.text import clean_prompt
+from nexus_rt.models.understanding import UnderstandingModel
+
+
+def unpad(text: Tensor) -> Tensor:
+    """Rows of an embedding [L, D] up to its last that is not zero: the prompt without its padding."""
+    used = (text != 0).any(-1).nonzero()
+    return text[: int(used[-1]) + 1] if len(used) else text[:0]
+
+
+class ContextEncoder:
+    """Understanding model and connector, together the context of the small generator.
+
+    Args:
+        understanding, connector: their folders.
+    """
+
+    def __init__(self, understanding: Path, connector: Path, dtype: torch.dtype, device: str | torch.device) -> None:
+        self.folder, self.dtype, self.device = Path(connector), dtype, torch.device(device)
+        self.connector: Connector | None = None
+        self.load()
+        self.understanding = UnderstandingModel(understanding, self.connector.config.template, dtype, device)
+        config = read_json(Path(understanding) / "config.json")
+        width = {**config, **config.get("text_config", {})}.get("hidden_size")
+        if width != self.connector.config.llm_hidden_size:
+            raise ModelError(
+                f"the understanding model's hidden size is {width} and the connector reads "
+                f"{self.connector.config.llm_hidden_size}; pair the two that were trained together."
+            )
+
+    @property
+    def text_dim(self) -> int:
+        return self.connector.config.text_dim
+
+    def load(self) -> Connector:
+        if self.connector is None:
+            self.connector = load_connector(self.folder, self.dtype, self.device)
+        return self.connector
+
+    def drop(self) -> None:
+        """Free the understanding model and the connector; the next call loads them again."""
+        self.understanding.drop()
+        self.connector = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def unconditional_text(self) -> Tensor | None:
+        """The stored embedding [m, text_dim] that stands for no prompt, if the checkpoint has one."""
+        return self.load().unconditional_text
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], text: Tensor, single_frame: bool = False) -> Tensor:
+        """Contexts [B, max_context_len, text_dim] of prompts, given their text embeddings [B, L, text_dim]."""
+        connector = self.load()
+        contexts = []
+        for prompt, rows in zip(prompts, text, strict=True):
+            hidden = self.understanding.hidden_states(clean_prompt(prompt), single_frame)
+            contexts.append(connector.pack(unpad(rows), connector(hidden, single_frame)[0]))
+        return torch.stack(contexts)
+
+    @torch.no_grad()
+    def encode_unconditional(self, text: Tensor, single_frame: bool = False) -> Tensor:
+        """Contexts [B, max_context_len, text_dim] of the negative branch: its text [B, L, text_dim] behind the stored
+        unconditional hidden states (an empty prompt's, where the checkpoint stores none)."""
+        connector = self.load()
+        hidden = connector.unconditional_hidden
+        hidden = (
+            self.understanding.hidden_states("", single_frame) if hidden is None else hidden.reshape(1, -1, hidden.shape[-1])
+        )
+        adapter = connector(hidden, single_frame)[0]
+        return torch.stack([connector.pack(unpad(rows), adapter) for rows in text])

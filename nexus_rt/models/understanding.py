@@ -1,0 +1,135 @@
+"""The understanding model: any transformers language model, read for its last hidden states.
+
+It generates nothing. A prompt is set into a chat template that ends with a marker token (`[GEN_VID]`), and the hidden
+states of all its tokens go to the connector.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus_rt.errors import InputError, ModelError
+
+SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+_LLAMA3 = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n" + SYSTEM + "<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nGenerate {kind} about:\n{prompt}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{marker}<|end_of_text|>"
+)
+
+
+def _llama3(kind: str, marker: str) -> str:
+    return _LLAMA3.replace("{kind}", kind).replace("{marker}", marker)
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a prompt is set into, `{prompt}` marking its place; by default Omni-Video's, in Llama 3's chat format."""
+
+    video: str = _llama3("a video", "[GEN_VID]")
+    image: str = _llama3("an image", "[GEN_IMG]")  # for a single frame
+    video_marker: str = "[GEN_VID]"
+    image_marker: str = "[GEN_IMG]"
+
+    def __post_init__(self) -> None:
+        for name, marker in (("video", self.video_marker), ("image", self.image_marker)):
+            text = getattr(self, name)
+            if text.count("{prompt}") != 1:
+                raise ModelError(
+                    f"the {name} template has {text.count('{prompt}')} prompt slots; expected exactly one '{{prompt}}'."
+                )
+            if marker not in text:
+                raise ModelError(f"the {name} template lacks its marker {marker}; it must end in it.")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Template:
+        """Read the `template` object of a connector's config."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ModelError(f"the template sets an unknown {unknown[0]!r}; expected video, image and their markers.")
+        return cls(**values)
+
+    def render(self, prompt: str, single_frame: bool = False) -> str:
+        """The text the model reads."""
+        return (self.image if single_frame else self.video).replace("{prompt}", prompt)
+
+
+class UnderstandingModel:
+    """A causal or image-text-to-text model with its tokenizer, loaded when first used and dropped when asked.
+
+    Args:
+        folder: of `save_pretrained`: config, safetensors, tokenizer.
+    """
+
+    def __init__(self, folder: Path, template: Template, dtype: torch.dtype, device: str | torch.device) -> None:
+        self.folder, self.template, self.dtype, self.device = Path(folder), template, dtype, torch.device(device)
+        if not (self.folder / "config.json").is_file():
+            raise ModelError(f"{self.folder} is no understanding model: it has no config.json.")
+        self.model: Any = None
+        self.tokenizer: Any = None
+
+    def load(self) -> None:
+        """Read tokenizer and weights, if they are not in memory.
+
+        Raises:
+            ModelError: no safetensors, a damaged folder, or a tokenizer that lacks a marker.
+        """
+        if self.model is not None:
+            return
+        from safetensors import SafetensorError
+        from transformers import AutoModel, AutoTokenizer
+
+        if not any(self.folder.glob("*.safetensors")):
+            raise ModelError(f"{self.folder} holds no safetensors; convert its weights (pickles are not read here).")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            for marker in (self.template.video_marker, self.template.image_marker):
+                ids = self.tokenizer(marker, add_special_tokens=False).input_ids
+                known = self.tokenizer.convert_tokens_to_ids(marker)
+                if known is None or known == self.tokenizer.unk_token_id or known not in ids:
+                    raise ModelError(
+                        f"{self.folder}: the tokenizer lacks {marker}, which this template ends in; use the tokenizer "
+                        "that came with the checkpoint, or set the template's markers."
+                    )
+            # the backbone alone: hidden states need no vocabulary head
+            self.model = AutoModel.from_pretrained(
+                self.folder, dtype=self.dtype, local_files_only=True, use_safetensors=True
+            ).to(self.device)
+        except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+            raise ModelError(
+                f"{self.folder}: the understanding model cannot be loaded ({error}); download it again."
+            ) from error
+        self.model.eval()
+
+    def drop(self) -> None:
+        """Free the weights; the next call loads them again."""
+        self.model = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.no_grad()
+    def hidden_states(self, prompt: str, single_frame: bool = False) -> Tensor:
+        """Last hidden states [1, L, D] of every token of the templated prompt, in the model's dtype.
+
+        Raises:
+            InputError: the templated prompt is longer than the model's positions.
+        """
+        self.load()
+        ids = self.tokenizer(
+            self.template.render(prompt, single_frame), add_special_tokens=False, return_tensors="pt"
+        ).input_ids
+        config = getattr(self.model.config, "text_config", self.model.config)
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit and ids.shape[1] > limit:
+            raise InputError(f"the prompt is {ids.shape[1]} tokens with its template; the model reads {limit}: shorten it.")
+        return self.model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state

@@ -1,0 +1,143 @@
+"""The parts of a pair: which folder each comes from, and whether they belong together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nexus_rt.denoise import GUIDANCE_SCALE
+from nexus_rt.errors import InputError, ModelError
+from nexus_rt.models import load
+from nexus_rt.models.vae import vae_space
+
+MINI = Path(__file__).resolve().parent / "mini"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a call uses where it says nothing; a pair's `model_index.json` may set its own under "defaults"."""
+
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    num_inference_steps: int = 50
+    guidance_scale: float = GUIDANCE_SCALE  # v_u + g (v_c - v_u); the paper's s = 5.0 is g = 6.0
+    guidance_scale_2: float | None = None  # of the large generator; None: the same
+    shift: float = 5.0
+    plan: str = "handoff=0.3"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Folders of a pair; None for a part it does not have."""
+
+    generators: dict[str, Path]
+    vae: Path | None
+    text: Path | None
+    understanding: Path | None
+    connector: Path | None
+    defaults: Defaults
+
+    def check_width(self, width: int) -> None:
+        """Raise unless the small generator reads context tokens of this width."""
+        wanted = load.load_config(load.transformer_folder(self.generators["small"])).text_dim
+        if width != wanted:
+            raise ModelError(
+                f"the connector makes tokens of width {width} and the small generator reads {wanted}; "
+                "pair the two that were trained together."
+            )
+
+
+def _same_space(folders: dict[str, Path], vaes: dict[str, Path]) -> None:
+    """Raise unless both transformers, and their VAEs where they bring them, live in one latent space."""
+    configs = {name: load.load_config(load.transformer_folder(f)) for name, f in folders.items()}
+    different = []
+    if len(configs) == 2:
+        small, large = configs["small"], configs["large"]
+        different = [
+            f"{field} ({getattr(small, field)} and {getattr(large, field)})"
+            for field in ("in_channels", "out_channels", "patch_size", "text_dim")
+            if getattr(small, field) != getattr(large, field)
+        ]
+    if len(vaes) == 2:
+        small_vae, large_vae = vae_space(vaes["small"]), vae_space(vaes["large"])
+        different += [f"the VAE's {k} ({small_vae[k]} and {large_vae[k]})" for k in small_vae if small_vae[k] != large_vae[k]]
+    for name, folder in vaes.items():
+        channels = vae_space(folder)["z_dim"]
+        if name in configs and channels != configs[name].in_channels:
+            different.append(
+                f"the {name} generator's in_channels ({configs[name].in_channels}) and its VAE's z_dim ({channels})"
+            )
+    if different:
+        raise ModelError(
+            f"not one latent space: they differ in {'; '.join(different)}; pair generators trained on the same latents."
+        )
+
+
+def _pair_defaults(root: Path) -> Defaults:
+    """What a pair folder's `model_index.json` sets."""
+    index = load.read_json(root / "model_index.json")
+    if index.get("_class_name") != "NexusPipeline":
+        raise ModelError(f"{root} holds a {index.get('_class_name')}, one model and no pair; pass it as small= or large=.")
+    values = index.get("defaults", {})
+    unknown = values.keys() - {f.name for f in fields(Defaults)}
+    if unknown:
+        raise ModelError(
+            f"{root}/model_index.json sets an unknown default {sorted(unknown)[0]!r}; expected fields of Defaults."
+        )
+    return Defaults(**values)
+
+
+def _steering(root: Path | None, given: dict[str, Any], small: bool, hub: dict) -> dict[str, Path | None]:
+    """Folders of the understanding model and the connector: as given, else the pair's, else None for both."""
+    sources = {n: given.get(n) for n in ("understanding", "connector")}
+    if root is not None and (root / "connector" / "config.json").is_file() and "small" not in given:
+        sources = {n: root / n if s is None else s for n, s in sources.items()}
+    absent = [n for n, s in sources.items() if s is None]
+    if len(absent) == 1:
+        raise InputError(f"the understanding model and the connector work together only; pass {absent[0]}= too, or neither.")
+    if absent or not small:
+        return dict.fromkeys(sources)
+    found = {n: load.resolve(s, (n,), **hub) for n, s in sources.items()}
+    return {n: f / n if (f / n / "config.json").is_file() else f for n, f in found.items()}
+
+
+def find_parts(pretrained: str | Path | None, given: dict[str, Any], hub: dict) -> Parts:
+    """Resolve the folders of a pair.
+
+    Args:
+        pretrained: a pair's folder or hub id, or None.
+        given: folders or hub ids under "small", "large", "vae", "text_encoder", "understanding", "connector"; they go
+            before the pair's own.
+        hub: options of `load.resolve`.
+
+    Raises:
+        ModelError: a folder is no model, or the generators are not of one latent space.
+        InputError: one of understanding model and connector without the other.
+    """
+    chosen = {n: load.resolve(given[n], ("transformer", "vae"), **hub) for n in ("small", "large") if n in given}
+    root, defaults, folders = None, Defaults(), chosen
+    if pretrained is not None:
+        root = load.resolve(pretrained, ("small", "large", "vae", "understanding", "connector"), **hub)
+        defaults = _pair_defaults(root)
+        own = {n: root / n for n in ("small", "large") if (root / n).is_dir()}
+        folders = {**own, **chosen}
+        if not folders:
+            raise ModelError(f"{root} holds neither small/ nor large/; expected a pair's folder.")
+        sources = [(pretrained, root)]
+    else:
+        sources = [(given[n], folders[n]) for n in ("large", "small") if n in folders]
+    vaes = {n: f / "vae" for n, f in folders.items() if (f / "vae" / "config.json").is_file()}
+    vae = next((f / "vae" for _, f in sources if (f / "vae" / "config.json").is_file()), None)
+    if "vae" in given:
+        found = load.resolve(given["vae"], ("vae",), **hub)
+        vae = vaes["given"] = found / "vae" if (found / "vae" / "config.json").is_file() else found
+    _same_space(folders, vaes)
+    text = None
+    for source in [given["text_encoder"]] if "text_encoder" in given else [s for s, _ in sources]:
+        found = load.resolve(source, ("text_encoder", "tokenizer"), **hub)  # of one source only: it is the large part
+        if "text_encoder" in given or (found / "text_encoder").is_dir():
+            text = found
+            break
+    return Parts(folders, vae, text, defaults=defaults, **_steering(root, given, "small" in folders, hub))
