@@ -82,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
         help="milliseconds of one guided step of each, instead of measuring the models on this machine",
     )  # fmt: skip
 
+    convert = commands.add_parser("convert", help="make a pair's folder of a published checkpoint; reads pickles safely")
+    convert.add_argument("kind", help="what SRC is: omnivideo")
+    convert.add_argument("source", metavar="SRC", help="the published folder")
+    convert.add_argument("target", metavar="DST", help="the folder to make; it appears only when complete")
+
     commands.add_parser("doctor", help="versions, devices, which backends work here and why others do not")
     return parser
 
@@ -224,6 +229,16 @@ def plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def convert(args: argparse.Namespace) -> int:
+    choose("checkpoint", args.kind, ("omnivideo",))
+    from nexus_rt.convert import convert_omnivideo
+
+    report = convert_omnivideo(args.source, args.target, lambda line: print(line, file=sys.stderr))
+    print(report)
+    print(f"{args.target}: complete; every key is in conversion.json")
+    return 0
+
+
 def doctor(args: argparse.Namespace) -> int:
     from nexus_rt.doctor import report
 
@@ -231,7 +246,7 @@ def doctor(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"generate": generate, "decode": decode, "plan": plan, "doctor": doctor}
+COMMANDS = {"generate": generate, "decode": decode, "plan": plan, "convert": convert, "doctor": doctor}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

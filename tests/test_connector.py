@@ -81,7 +81,8 @@ def test_it_computes_the_published_formula(single_frame, length):
     visual = oracle(part("vision_head"), "visionHeadAdapter", hidden.double(), TINY.num_layers, TINY.num_heads)
     used = visual[:, :1] if single_frame else visual
     wanted = torch.cat(  # each visual token alone
-        [oracle(part("adapter"), "adapter", used[:, i : i + 1], TINY.num_layers, TINY.num_heads) for i in range(used.shape[1])], 1
+        [oracle(part("adapter"), "adapter", used[:, i : i + 1], TINY.num_layers, TINY.num_heads) for i in range(used.shape[1])],
+        1,
     )
     with torch.no_grad():
         got = connector(hidden, single_frame)

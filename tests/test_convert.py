@@ -1,0 +1,227 @@
+"""Published checkpoints to a pair's folder: nothing lost, nothing run, nothing half-written."""
+
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from nexus_rt import NexusPipeline
+from nexus_rt.cli import main
+from nexus_rt.convert import LAYOUT, convert_omnivideo, write_shards
+from nexus_rt.errors import InputError, ModelError
+from nexus_rt.models.checkpoint import find_tensors, read_tensors
+from nexus_rt.models.pickles import read_pickle
+from tests.omnivideo import make_published
+
+
+@pytest.fixture(scope="module")
+def published(tiny_pair, tmp_path_factory):
+    root = tmp_path_factory.mktemp("omnivideo") / "src"
+    return root, make_published(root, tiny_pair)
+
+
+@pytest.fixture(scope="module")
+def converted(published, tmp_path_factory):
+    target = tmp_path_factory.mktemp("converted") / "pair"
+    return target, convert_omnivideo(published[0], target)
+
+
+@pytest.fixture
+def damaged(published, tmp_path):
+    return shutil.copytree(published[0], tmp_path / "src", symlinks=True)
+
+
+def tensors(folder):
+    return {k: v.clone() for k, v in read_tensors(find_tensors(folder).items())}
+
+
+def test_every_part_has_its_weights(converted, published):
+    target, wanted = converted[0], published[1]
+    for part in ("small", "connector", "vae"):
+        got = tensors(target / part)
+        assert got.keys() == wanted[part].keys()
+        assert all(torch.equal(got[k], v) for k, v in wanted[part].items()), part
+    for pickled in target.rglob("*"):
+        assert pickled.suffix not in (".pt", ".pth", ".bin", ".pkl")
+
+
+def test_the_text_encoder_says_the_same(converted, published):
+    from transformers import UMT5EncoderModel
+
+    ids = torch.tensor([[3, 4, 5, 1]])
+    got = UMT5EncoderModel.from_pretrained(converted[0] / "text_encoder")(ids).last_hidden_state
+    assert torch.equal(got, published[1]["encoder"](ids).last_hidden_state)
+
+
+def test_the_vae_decodes_the_same(converted, published):
+    from diffusers import AutoencoderKLWan
+
+    theirs = AutoencoderKLWan(base_dim=4, z_dim=16)
+    theirs.load_state_dict(published[1]["vae"])
+    ours = AutoencoderKLWan.from_pretrained(converted[0] / "vae")
+    z = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(ours.decode(z).sample, theirs.decode(z).sample)
+    assert ours.config.latents_mean[0] == -0.7571  # the published statistics
+
+
+def test_every_key_is_accounted_for(converted):
+    target, report = converted
+    assert report.unused == {
+        LAYOUT["transformer"]: ["visual_context_adapter.proj.weight", "wan_model.img_emb.proj.0.weight"],
+        LAYOUT["tokens"]: ["<vid_st>"],
+        LAYOUT["context"]: ["prompt"],
+    }
+    adapter = report.overridden[LAYOUT["adapter"]]
+    assert "fc.0.bias" not in adapter and report.used[LAYOUT["adapter"]] == 1
+    assert len(report.overridden[LAYOUT["wan"]]) == len(tensors(target / "small")) and report.used[LAYOUT["wan"]] == 0
+    kept = json.loads((target / "conversion.json").read_text())
+    assert kept["unused"] == report.unused and kept["used"] == report.used
+    assert "2 unused (visual_context_adapter.proj.weight, wan_model.img_emb" in str(report)
+
+
+def test_the_pipeline_runs_it(converted, published, tiny_pair):
+    """With a large generator of the same width; and the stored negative branch is what guidance sees."""
+    pipe = NexusPipeline.from_pretrained(converted[0], large=tiny_pair / "large")
+    pipe.set_progress_bar_config(disable=True)
+    size = dict(height=32, width=32, num_frames=5, num_inference_steps=3)
+    frames = pipe("the red panda", plan="reference", generator=torch.Generator().manual_seed(0), **size).frames
+    assert frames.shape == (1, 5, 32, 32, 3) and np.isfinite(frames).all()
+    text, none = pipe.encode_prompt("the red panda")
+    stored = published[1]["context"]
+    assert torch.equal(none[0, :5], stored["text_emb"][0]) and not none[0, 5:].any()
+    context, negative = pipe.encode_context("the red panda", text, none)
+    with torch.no_grad():
+        adapter = pipe.context.load()(stored["vlm_last_hidden_states"])[0]
+    tokens = published[1]["tokens"]
+    rows = [tokens["<ipl_st>"], adapter, tokens["<ipl_ed>"], tokens["<prp_st>"], stored["text_emb"][0], tokens["<prp_ed>"]]
+    assert torch.allclose(negative[0, : 24 + 5 + 4], torch.cat(rows), atol=1e-6) and not negative[0, 33:].any()
+    assert context.shape == (1, 2560, 32) and (context != negative).any()
+
+
+def test_it_runs_from_the_shell(published, tmp_path, capsys):
+    target = tmp_path / "pair"
+    assert main(["convert", "omnivideo", str(published[0]), str(target)]) == 0
+    out = capsys.readouterr().out
+    assert "transformer/model.pt" in out and (target / "model_index.json").is_file()
+    assert main(["convert", "omnivideo", str(published[0]), str(target)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main(["convert", "omnivido", str(published[0]), str(tmp_path / "other")]) == 2
+    assert "omnivideo" in capsys.readouterr().err
+
+
+def test_context_saved_by_torch_reads_as_well(tiny_pair, tmp_path):
+    wanted = make_published(tmp_path / "src", tiny_pair, zipped_context=True)
+    convert_omnivideo(tmp_path / "src", tmp_path / "dst")
+    got = tensors_of(tmp_path / "dst" / "connector" / "unconditional.safetensors")
+    assert torch.equal(got["text"], wanted["context"]["text_emb"][0])
+
+
+def tensors_of(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("part", ["context", "tokens", "transformer", "adapter", "vision_head", "vae", "t5"])
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_a_hostile_pickle_is_refused(damaged, tmp_path, part, by_torch):
+    value, path = {"text_emb": Hostile(tmp_path / "owned")}, damaged / LAYOUT[part]
+    if by_torch:
+        torch.save(value, path)
+    else:
+        path.write_bytes(pickle.dumps(value))
+    with pytest.raises(ModelError, match=r"is refused: .*mkdir"):
+        convert_omnivideo(damaged, tmp_path / "dst")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
+
+
+def test_pickles_of_tensors_and_containers_are_read(tmp_path):
+    value = {
+        "a": torch.arange(6.0).reshape(2, 3), "b": [torch.ones(2, dtype=torch.bfloat16), (1, "x", None)],
+        "c": np.arange(4, dtype=np.float32), "d": torch.nn.Parameter(torch.zeros(3)), "e": np.float64(2.5), "f": {1.5, 2.5},
+    }  # fmt: skip
+    for protocol in (2, 4, 5):
+        path = tmp_path / f"{protocol}.pkl"
+        path.write_bytes(pickle.dumps(value, protocol))
+        got = read_pickle(path)
+        assert torch.equal(got["a"], value["a"]) and torch.equal(got["b"][0], value["b"][0]) and got["b"][1] == (1, "x", None)
+        assert np.array_equal(got["c"], value["c"]) and torch.equal(got["d"], value["d"])
+        assert got["e"] == 2.5 and got["f"] == {1.5, 2.5}
+    torch.save(value["a"], tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_pickle(tmp_path / "old.pt"), value["a"])
+
+
+DAMAGE = {
+    "no adapter": (lambda s: (s / LAYOUT["adapter"]).unlink(), r"adapter/model.pt is missing"),
+    "no llm": (lambda s: shutil.rmtree(s / LAYOUT["llm"]), r"llm is missing"),
+    "no zip": (lambda s: (s / LAYOUT["vae"]).write_bytes(b"PK\x03\x04not a zip"), r"Wan2.1_VAE.pth is refused"),
+    "one token": (
+        lambda s: (s / LAYOUT["tokens"]).write_bytes(pickle.dumps({"<img_st>": torch.zeros(32)})),
+        r"lacks the special tokens <img_ed>",
+    ),
+    "half a context": (
+        lambda s: (s / LAYOUT["context"]).write_bytes(pickle.dumps({"text_emb": torch.zeros(32)})),
+        r"vlm_last_hidden_states",
+    ),
+    "another shape": (
+        lambda s: torch.save({"module": {"adapter.fc.0.bias": torch.zeros(3)}}, s / LAYOUT["transformer"]),
+        r"adapter.fc.0.bias has shape",
+    ),
+    "no query": (
+        lambda s: [
+            torch.save({"module": {"x": torch.zeros(1)}}, s / LAYOUT["transformer"]),
+            torch.save({"fc.0.bias": torch.zeros(3)}, s / LAYOUT["vision_head"]),
+        ],
+        r"lacks 'vision_head.decoder_query'",
+    ),
+    "a list": (lambda s: torch.save([1, 2], s / LAYOUT["transformer"]), r"is no state dict"),
+}
+
+
+@pytest.mark.parametrize("change, words", DAMAGE.values(), ids=DAMAGE)
+def test_what_is_wrong_is_said_and_nothing_stays(damaged, tmp_path, change, words):
+    change(damaged)
+    with pytest.raises(ModelError, match=words):
+        convert_omnivideo(damaged, tmp_path / "dst")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
+
+
+def test_places_that_cannot_be_used(published, tmp_path):
+    with pytest.raises(InputError, match="is not a folder"):
+        convert_omnivideo(tmp_path / "nowhere", tmp_path / "dst")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ModelError, match="cannot be written"):
+        convert_omnivideo(published[0], tmp_path / "file" / "dst")
+
+
+def test_a_full_disk_leaves_nothing(published, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(ModelError, match=r"cannot be written \(No space left"):
+        convert_omnivideo(published[0], tmp_path / "dst")
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_hold_everything_once(tmp_path):
+    wanted = {f"t{i}": torch.randn(10, 10) for i in range(7)}
+    write_shards(tmp_path, "model", wanted.items(), limit=1000)
+    assert len(list(tmp_path.glob("model-*-of-00004.safetensors"))) == 4 and not list(tmp_path.glob("part-*"))
+    got = tensors(tmp_path)
+    assert all(torch.equal(got[k], v) for k, v in wanted.items()) and got.keys() == wanted.keys()
