@@ -218,11 +218,7 @@ class Omnivideo:
 
         path = self.part("t5")
         state = read_state(path)
-        stored = {}
-        for name, tensor in state.items():
-            for pattern, replacement in T5_NAMES:
-                name = re.sub(pattern, replacement, name)
-            stored[name] = tensor
+        stored = {t5_name(k): v for k, v in state.items()}
         try:
             bias = stored["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
             query = stored["encoder.block.0.layer.0.SelfAttention.q.weight"]
@@ -293,6 +289,13 @@ class Omnivideo:
         _write_json(self.target / "model_index.json", {"_class_name": "NexusPipeline", "defaults": {}})
         report = {"source": "omnivideo", **vars(self.report)}
         _write_json(self.target / "conversion.json", report)
+
+
+def t5_name(name: str) -> str:
+    """A parameter of Wan's own UMT5, as transformers' `UMT5EncoderModel` names it."""
+    for pattern, replacement in T5_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def transformer_config(config: WanConfig) -> dict:

@@ -11,11 +11,11 @@ import torch
 
 from nexus_rt import NexusPipeline
 from nexus_rt.cli import main
-from nexus_rt.convert import LAYOUT, convert_omnivideo, write_shards
+from nexus_rt.convert import LAYOUT, convert_omnivideo, t5_name, write_shards
 from nexus_rt.errors import InputError, ModelError
 from nexus_rt.models.checkpoint import find_tensors, read_tensors
 from nexus_rt.models.pickles import read_pickle
-from tests.omnivideo import make_published
+from tests.omnivideo import make_published, original_t5_names, original_vae_names
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,24 @@ def test_the_pipeline_runs_it(converted, published, tiny_pair):
     rows = [tokens["<ipl_st>"], adapter, tokens["<ipl_ed>"], tokens["<prp_st>"], stored["text_emb"][0], tokens["<prp_ed>"]]
     assert torch.allclose(negative[0, : 24 + 5 + 4], torch.cat(rows), atol=1e-6) and not negative[0, 33:].any()
     assert context.shape == (1, 2560, 32) and (context != negative).any()
+
+
+def test_real_sizes_keep_every_name():
+    """UMT5-XXL and Wan's VAE on the meta device: Wan's own names become the libraries', one to one."""
+    from diffusers import AutoencoderKLWan
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with torch.device("meta"):
+        config = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+        encoder, vae = UMT5EncoderModel(config), AutoencoderKLWan()
+    own = original_t5_names(dict(encoder.named_parameters()))
+    assert len(own) == 24 * 10 + 2 and not any(k.startswith("encoder.") for k in own)
+    assert {t5_name(k): v.shape for k, v in own.items()} == {k: v.shape for k, v in encoder.named_parameters()}
+    own = original_vae_names(vae.state_dict())
+    assert {"encoder.conv1.weight", "decoder.middle.1.to_qkv.weight", "conv2.bias"} <= own.keys()
+    back = convert_wan_vae_to_diffusers(dict(own))
+    assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in vae.state_dict().items()}
 
 
 def test_it_runs_from_the_shell(published, tmp_path, capsys):

@@ -5,7 +5,6 @@ import pytest
 from scipy import ndimage
 
 from training import checker, world
-from training.evaluate import spectrum, wilson
 
 
 def clip(scene, seed=0, **kwargs):
@@ -71,11 +70,3 @@ def test_objects_stay_inside_the_frame():
         frames = clip(scene, 3)
         for row in (frames[:, 0], frames[:, -1]):  # background only, which is constant along a row
             assert np.abs(row - row[:, :1]).max() <= 1e-6
-
-
-def test_wilson_interval_and_spectrum():
-    low, high = wilson(80, 100)
-    assert low == pytest.approx(0.7112, abs=1e-3) and high == pytest.approx(0.8666, abs=1e-3)
-    frames = clip(world.Scene("circle", "red", "striped", "left", "grey"))
-    soft = ndimage.gaussian_filter(frames, (0, 1, 1, 0))
-    assert (spectrum(frames) - spectrum(soft))[16:].min() > 0.3  # a blur takes the high frequencies

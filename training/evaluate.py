@@ -1,103 +1,221 @@
-"""How often does a plan show what its prompt asks for? Generates prompts through the mini pair and checks the pixels.
+"""How good are a pair's clips under some plans? Generates prompts and measures the pixels.
 
-    python -m training.evaluate --count 240 --plans small large reference handoff=0.3 --json training/results.json
+    python -m training.evaluate --prompts captions --count 201 --rows small large handoff=0.5
+    python -m training.evaluate --prompts riddles --pair training/runs/pair --rows small handoff=0.5,guidance=6
 
-Reports shape, colour, motion and all three with 95% (Wilson) intervals, for prompts whose (shape, colour, motion) was
-in the training captions and for those held out of them; the checker's score on true renderings and what chance
-would score stand beside them. `fidelity` is the distance of the clips' radial power spectrum to that of true
-renderings of the same scenes (mean absolute difference of log10 power; 0 is identical).
+A row is a plan, with options after commas: `split=fft`, `guidance=6`, `guidance_2=2`, `unguided=0.33` (no guidance
+after that share of the steps). Every row sees the same prompts and noises, taken from three seeds; the rows take
+turns, batch by batch, so that a busy machine slows all of them alike. Prompts are never those of training: riddles are
+of held-out triples of kinds; of the captions' scenes a tenth is held out, and reported by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import math
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nexus_rt import NexusPipeline
-from training import world
+from nexus_rt import BlendConfig, NexusPipeline
+from nexus_rt.plan import Plan
+from training import riddles, world
 from training.checker import chance, look
+from training.metrics import consistency, radial_power, texture_similarity, wilson
+
+SEEDS = (11, 12, 13)
+OPTIONS = ("split", "guidance", "guidance_2", "unguided", "steps")
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """95% interval of a share."""
-    if not count:
-        return 0.0, 1.0
-    z, p = 1.96, right / count
-    middle, spread = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return (middle - spread) / (1 + z * z / count), (middle + spread) / (1 + z * z / count)
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A plan and the options it runs under."""
+
+    name: str
+    plan: str
+    split: str = "gaussian"
+    guidance: float | None = None
+    guidance_2: float | None = None
+    unguided: float | None = None
+    steps: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Row:
+        plan, own = [], {}
+        for part in text.split(","):
+            key, _, value = part.partition("=")
+            if key in OPTIONS:
+                own[key] = value if key == "split" else int(value) if key == "steps" else float(value)
+            else:
+                plan.append(part)
+        return cls(text, ",".join(plan), **own)
+
+    def make(self, pipe: NexusPipeline) -> Plan:
+        plan = pipe.make_plan(self.plan, self.steps)
+        if self.unguided is None:
+            return plan
+        first = round(len(plan) * self.unguided)
+        cut = lambda s: dataclasses.replace(s, guidance_small=1.0, guidance_large=1.0) if s.index >= first else s  # noqa: E731
+        return dataclasses.replace(plan, name=self.name, steps=tuple(map(cut, plan.steps)))
 
 
-def spectrum(frames: np.ndarray) -> np.ndarray:
-    """Radial power spectrum [bins] of the luminance of frames [N, H, W, 3], log10."""
-    grey = frames.mean(-1)
-    power = np.abs(np.fft.fft2(grey - grey.mean((1, 2), keepdims=True))) ** 2
-    f = np.fft.fftfreq(grey.shape[1])
-    radius = np.hypot(f[:, None], f[None]) * grey.shape[1]
-    bins = np.clip(radius.astype(int), 1, grey.shape[1] // 2) - 1
-    total = np.bincount(bins.ravel(), power.mean(0).ravel())
-    return np.log10(total / np.bincount(bins.ravel()) + 1e-9)
+def make_prompts(kind: str, seed: int, count: int) -> list[riddles.Riddle]:
+    """Test prompts: "riddles" of held-out triples of kinds, or plain "captions"; the same for a seed, always."""
+    rng = np.random.default_rng([seed, 7])
+    prompts = []
+    for _ in range(count):
+        scene = world.sample_scene(rng, training=False)
+        if kind == "captions":
+            prompts.append(riddles.Riddle(world.caption(scene), scene, ("plain",) * 3))
+        else:
+            prompts.append(riddles.riddle(scene, riddles.sample_kinds(rng, training=False), rng))
+    return prompts
 
 
-def score(seen: list, scenes: list[world.Scene]) -> dict:
-    """Shares right of shape, colour, motion and all three, with the interval of the last."""
-    hits = np.array([s.matches(scene) for s, scene in zip(seen, scenes, strict=True)]).reshape(-1, 3)
-    everything = int(hits.all(1).sum())
-    low, high = wilson(everything, len(hits))
-    names = ("shape", "colour", "motion")
+def measure(frames: np.ndarray, scene: world.Scene) -> dict:
+    """Everything one clip is measured for."""
+    shape, colour, motion = look(frames).matches(scene)
     return {
-        "prompts": len(hits), **{n: round(float(hits[:, i].mean()), 4) if len(hits) else None for i, n in enumerate(names)},
-        "all": round(everything / max(1, len(hits)), 4), "interval": [round(low, 4), round(high, 4)],
+        "shape": shape, "colour": colour, "motion": motion, "power": radial_power(frames[::4]).tolist(),
+        "texture": texture_similarity(frames, scene.texture), "consistency": consistency(frames),
     }  # fmt: skip
 
 
-def evaluate(pipe: NexusPipeline, plans: list[str], count: int, seed: int, batch: int, guidance: float | None) -> dict:
-    rng = np.random.default_rng(seed)
-    scenes = [world.sample_scene(rng, training=False) for _ in range(count)]
+def work(pair: Path | None, rows: list[Row], kind: str, count: int, batch: int, shard: tuple[int, int], out: Path) -> None:
+    """Measure this shard's batches of every row, a line of JSON a clip."""
+    pipe = NexusPipeline.from_pretrained(pair)
+    pipe.set_progress_bar_config(disable=True)
     d = pipe.defaults
-    true = np.stack([(world.render(s, rng, d.num_frames, d.height).transpose(0, 2, 3, 1) + 1) / 2 for s in scenes])
-    target = spectrum(true[:, ::4].reshape(-1, *true.shape[2:]))
-    rows = {"true renderings": {**score([look(v) for v in true], scenes), "fidelity": 0.0}}
-    for plan in plans:
-        seen, clips, start = [], [], time.time()
-        for i in range(0, count, batch):
-            part = scenes[i : i + batch]
-            noise = [torch.Generator().manual_seed(seed * 100003 + i + k) for k in range(len(part))]
-            out = pipe([world.caption(s) for s in part], plan=plan, generator=noise, guidance_scale=guidance)
-            seen += [look(v) for v in out.frames]
-            clips.append(out.frames[:, ::4])
-        frames = np.concatenate(clips)
-        fidelity = float(np.abs(spectrum(frames.reshape(-1, *frames.shape[2:])) - target).mean())
-        held = [world.held_out(s) for s in scenes]
-        scale = d.guidance_scale if guidance is None else guidance
-        rows[plan] = {
-            **score(seen, scenes), "fidelity": round(fidelity, 4),
-            "held_out": score(*[[x for x, h in zip(xs, held, strict=True) if h] for xs in (seen, scenes)]),
-            "forwards": pipe.make_plan(plan).evaluations(scale, scale),
-            "seconds_a_clip": round((time.time() - start) / count, 2),
+    jobs = [(seed, first) for seed in SEEDS for first in range(0, count // len(SEEDS), batch)]
+    with out.open("w") as file:
+        for seed, first in jobs[shard[0] :: shard[1]]:
+            part = make_prompts(kind, seed, count // len(SEEDS))[first : first + batch]
+            rng = np.random.default_rng([seed, first])
+            for prompt in part:
+                clip = (world.render(prompt.scene, rng, d.num_frames, d.height).transpose(0, 2, 3, 1) + 1) / 2
+                file.write(json.dumps({"row": "true renderings", "ms": 0.0, **measure(clip, prompt.scene)}) + "\n")
+            texts = [p.text for p in part]
+            embeds = pipe.encode_prompt(texts)
+            told = dict(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1])
+            if pipe.context is not None:
+                told["context_embeds"], told["negative_context_embeds"] = pipe.encode_context(texts, *embeds)
+            for row in rows:
+                noise = [torch.Generator().manual_seed(seed * 100003 + first + k) for k in range(len(part))]
+                start = time.perf_counter()
+                latents = pipe(
+                    **told, plan=row.make(pipe), generator=noise, guidance_scale=row.guidance, guidance_scale_2=row.guidance_2,
+                    blend=BlendConfig(split=row.split), output_type="latent",
+                ).frames  # fmt: skip
+                ms = 1000 * (time.perf_counter() - start) / len(part)
+                for clip, prompt in zip(pipe.decode(latents), part, strict=True):
+                    seen = {"held_out": world.held_out(prompt.scene), **measure(clip, prompt.scene)}
+                    file.write(json.dumps({"row": row.name, "ms": ms, **seen}) + "\n")
+            file.flush()
+            print(f"shard {shard[0]}: seed {seed}, prompts {first} to {first + len(part) - 1}", flush=True)
+
+
+def interval(right: np.ndarray) -> list[float]:
+    return [round(v, 4) for v in wilson(int(right.sum()), len(right))]
+
+
+def summarise(records: list[dict], rows: list[Row], pipe: NexusPipeline) -> dict:
+    """One entry a row: shares right with the interval of "all", fidelity, consistency, forwards and milliseconds."""
+    table, d = {}, pipe.defaults
+    power = lambda own: np.log10(np.mean([r["power"] for r in own], 0) + 1e-9)  # noqa: E731
+    true = power([r for r in records if r["row"] == "true renderings"])
+    plans = {row.name: row for row in rows}
+    for name in ["true renderings", *plans]:
+        own = [r for r in records if r["row"] == name]
+        hits = np.array([[r[f] for f in ("shape", "colour", "motion")] for r in own])
+        every = hits.all(1)
+        fields = zip(("shape", "colour", "motion"), hits.mean(0), strict=True)
+        entry = {
+            "clips": len(own), **{f: round(float(h), 4) for f, h in fields},
+            "all": round(float(every.mean()), 4), "interval": interval(every),
+            "spectrum_distance": round(float(np.abs(power(own) - true).mean()), 4),
+            "texture": round(float(np.mean([r["texture"] for r in own])), 4),
+            "consistency": round(float(np.mean([r["consistency"] for r in own])), 4),
         }  # fmt: skip
-        print(plan, json.dumps(rows[plan]), flush=True)
-    return {"prompts": count, "seed": seed, "chance": {k: round(v, 4) for k, v in chance().items()}, "plans": rows}
+        if name in plans:
+            row = plans[name]
+            scales = (row.guidance, row.guidance_2)
+            scales = (d.guidance_scale, d.guidance_scale_2) if row.guidance is None else scales
+            forwards = row.make(pipe).evaluations(scales[0], scales[0] if scales[1] is None else scales[1])
+            held = every[[r["held_out"] for r in own]]
+            entry |= {
+                "held_out_scenes": {"clips": len(held), "all": round(float(held.mean()), 4) if len(held) else None},
+                "forwards": forwards, "ms": round(float(np.median([r["ms"] for r in own])), 1),
+            }  # fmt: skip
+        table[name] = entry
+    return table
+
+
+def evaluate(pair: Path | None, rows: list[Row], kind: str, count: int, batch: int, workers: int) -> dict:
+    """Run shards in processes of one thread each, and summarise."""
+    with tempfile.TemporaryDirectory() as folder:
+        spec = json.dumps([dataclasses.asdict(r) for r in rows])
+        command = [sys.executable, "-m", "training.evaluate", "--prompts", kind, "--count", str(count), "--batch", str(batch)]
+        command += ["--spec", spec, *(["--pair", str(pair)] if pair else [])]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        files = [Path(folder) / f"{i}.jsonl" for i in range(workers)]
+        running = [
+            subprocess.Popen([*command, "--shard", f"{i}/{workers}", "--out", str(f)], env=env) for i, f in enumerate(files)
+        ]
+        codes = [p.wait() for p in running]
+        if any(codes):
+            raise SystemExit(f"a worker failed (exit codes {codes}); its error is above")
+        records = [json.loads(line) for f in files for line in f.read_text().splitlines()]
+    pipe = NexusPipeline.from_pretrained(pair)
+    d = {k: v for k, v in dataclasses.asdict(pipe.defaults).items()}
+    head = {"prompts": kind, "count": len(records) // (len(rows) + 1), "seeds": SEEDS, "batch": batch, "workers": workers}
+    return {
+        **head,
+        "defaults": d,
+        "chance": {k: round(v, 4) for k, v in chance().items()},
+        "rows": summarise(records, rows, pipe),
+    }
+
+
+def show(result: dict) -> str:
+    """The table as text."""
+    lines = [f"{'':34} shape colour motion    all  interval        spectrum texture steady  forwards    ms"]
+    for name, r in result["rows"].items():
+        low, high = r["interval"]
+        runs = r.get("forwards", {})
+        lines.append(
+            f"{name:34} {r['shape']:5.1%} {r['colour']:6.1%} {r['motion']:6.1%} {r['all']:6.1%}  [{low:5.1%}, {high:5.1%}]"
+            f" {r['spectrum_distance']:8.3f} {r['texture']:7.3f} {r['consistency']:6.3f}"
+            f"  {runs.get('small', 0):3d}+{runs.get('large', 0):3d} {r.get('ms', 0):6.0f}"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=240)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--guidance", type=float)
     parser.add_argument("--pair", type=Path, help="a pair folder (default: the mini pair)")
-    parser.add_argument("--plans", nargs="+", default=["small", "large", "reference", "handoff=0.3"])
+    parser.add_argument("--prompts", choices=("riddles", "captions"), default="captions")
+    parser.add_argument("--rows", nargs="+", default=["small", "large", "reference", "handoff=0.5"])
+    parser.add_argument("--count", type=int, default=201, help="prompts, over three seeds")
+    parser.add_argument("--batch", type=int, default=17)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
+    for hidden in ("--spec", "--shard", "--out"):  # of the workers
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    pipe = NexusPipeline.from_pretrained(args.pair)
-    pipe.set_progress_bar_config(disable=True)
-    result = evaluate(pipe, args.plans, args.count, args.seed, args.batch, args.guidance)
+    if args.shard:
+        torch.set_num_threads(1)
+        rows = [Row(**r) for r in json.loads(args.spec)]
+        work(args.pair, rows, args.prompts, args.count, args.batch, tuple(map(int, args.shard.split("/"))), Path(args.out))
+        return
+    result = evaluate(args.pair, [Row.parse(r) for r in args.rows], args.prompts, args.count, args.batch, args.workers)
+    print(show(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
