@@ -198,7 +198,7 @@ class Timed:
 
 def bench_mini(runs: int) -> dict:
     """`nexus-rt generate PROMPT` as a process, and what the loop costs outside the two DiTs."""
-    from nexus_rt.denoise import Prompt, denoise
+    from nexus_rt.denoise import denoise
     from nexus_rt.pipeline import NexusPipeline
 
     prompt = "a striped red circle moves left on a black background"
@@ -210,7 +210,7 @@ def bench_mini(runs: int) -> dict:
             subprocess.run(command, check=True)
             walls.append(time.perf_counter() - start)
     pipe = NexusPipeline.from_pretrained()
-    said = Prompt(*pipe.encode_prompt(prompt))
+    said = pipe.encode(prompt)
     d, shares = pipe.defaults, {}
     noise = pipe.prepare_latents(1, d.num_frames, d.height, d.width, torch.Generator().manual_seed(0))
     start = time.perf_counter()
@@ -225,7 +225,7 @@ def bench_mini(runs: int) -> dict:
                 noise,
                 plan,
                 engines,
-                dict.fromkeys(engines, said),
+                said,
                 guidance_scale=d.guidance_scale,
                 guidance_scale_2=d.guidance_scale_2,
             )

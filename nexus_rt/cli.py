@@ -177,16 +177,12 @@ def _step_costs(args: argparse.Namespace, pipe, blend):
             raise InputError(f"--costs is {args.costs!r}; expected two numbers, such as 750,4600.") from None
         return StepCosts(small / 2, small, large / 2, large)
     from nexus_rt.costs import measure_step_costs
-    from nexus_rt.denoise import Prompt
 
     d = pipe.defaults
     width, height = args.size or (d.width, d.height)
     frames = args.frames or d.num_frames
     pipe.check_inputs(height, width, frames, "latent")
-    embeds = pipe.encode_prompt("a prompt")
-    prompts = dict.fromkeys(pipe.engines, Prompt(*embeds))
-    if pipe.context is not None:
-        prompts["small"] = Prompt(*pipe.encode_context("a prompt", *embeds, single_frame=frames == 1))
+    prompts = pipe.encode("a prompt", single_frame=frames == 1)
     latents = pipe.prepare_latents(1, frames, height, width)
     return measure_step_costs(pipe.engines, prompts, latents, blend, args.solver)
 

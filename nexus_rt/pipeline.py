@@ -192,6 +192,14 @@ class NexusPipeline:
         )
         return tuple(c.repeat_interleave(every, 0) for c in made)
 
+    def encode(self, prompt: str | list[str], single_frame: bool = False) -> dict[str, Prompt]:
+        """What each generator is told, as `denoise` takes it."""
+        embeds = self.encode_prompt(prompt)
+        told = dict.fromkeys(self.engines, Prompt(*embeds))
+        if self.context is not None and "small" in told:
+            told["small"] = Prompt(*self.encode_context(prompt, *embeds, single_frame=single_frame))
+        return told
+
     def prepare_latents(
         self, batch: int, num_frames: int, height: int, width: int,
         generator: torch.Generator | list[torch.Generator] | None = None,

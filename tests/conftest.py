@@ -1,10 +1,14 @@
 """A tiny random pair in diffusers' layout, made once: everything but the quality of its pictures is real."""
 
 import json
+import os
 import shutil
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before any kernel is decorated: they run in Triton's interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TRANSFORMERS = {
     "small": dict(num_attention_heads=2, attention_head_dim=16, num_layers=1, ffn_dim=48),

@@ -51,7 +51,8 @@ def verdict(result: dict) -> list[str]:
     rows = result["rows"]
     small, large, full = rows["small"], rows["large"], rows["reference"]["forwards"]["large"]
     lines = [
-        f"small alone {small['all']:.1%} right, large alone {large['all']:.1%}; texture {small['texture']:.3f} and {large['texture']:.3f}"
+        f"small alone {small['all']:.1%} right, large alone {large['all']:.1%}; "
+        f"texture {small['texture']:.3f} and {large['texture']:.3f}"
     ]
     for name, r in rows.items():
         if name in ("small", "large", "true renderings"):

@@ -1,4 +1,4 @@
-"""Draw README's picture: rows of prompts, columns of plans, as one looping gif made by the runtime.
+"""Draw README's picture: a riddle a row, small, large and bridged side by side, as one looping gif made by the runtime.
 
 python -m training.picture training/mini.gif
 """
@@ -15,40 +15,54 @@ from PIL import Image, ImageDraw
 from nexus_rt import NexusPipeline
 
 PROMPTS = (
-    "a striped red circle moves left on a black background",
-    "a dotted blue star moves up on a sand background",
-    "a striped green cross moves right on a white background",
-    "a purple triangle moves down on a grey background",
+    "the shape with three sides, in the colour of grapes, striped, moves the opposite way of left on a white background",
+    "of a star and a circle, the one that is not a circle, dotted, moves as smoke does. it is in what red and green light "
+    "make together and on a black background",
 )
-PLANS = ("small", "large", "handoff=0.7")
-ZOOM, GAP, LABEL = 2, 6, 84
+PLANS = {"small alone": "small", "large alone": "large", "bridged": None}  # None: the pair's own plan
+ZOOM, GAP, LINE = 3, 10, 14
+INK, PAPER = (235, 235, 235), (24, 24, 28)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width` characters."""
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--pair", type=Path, help="a pair folder (default: the mini pair)")
-    parser.add_argument("--plans", nargs="+", default=PLANS)
     parser.add_argument("--seed", type=int, default=3)
     args = parser.parse_args()
     pipe = NexusPipeline.from_pretrained(args.pair)
     columns = []
-    for plan in args.plans:
+    for plan in PLANS.values():
         noise = [torch.Generator().manual_seed(args.seed + i) for i in range(len(PROMPTS))]
         columns.append(pipe(list(PROMPTS), plan=plan, generator=noise).frames)
-    clips = (np.stack(columns) * 255).round().astype(np.uint8)  # [plans, prompts, F, H, W, 3]
+    clips = (np.stack(columns, 1) * 255).round().astype(np.uint8)  # [prompts, plans, F, H, W, 3]
     clips = clips.repeat(ZOOM, 3).repeat(ZOOM, 4)
-    plans, prompts, frames, height, width, _ = clips.shape
-    size = (prompts * (width + GAP) + GAP + LABEL, plans * (height + GAP) + GAP)
+    prompts, plans, frames, height, width, _ = clips.shape
+    texts = [wrap(p, (plans * (width + GAP)) // 6) for p in PROMPTS]
+    head = [LINE * (len(t) + 1) + GAP for t in texts]
+    size = (plans * (width + GAP) + GAP, sum(head) + prompts * (height + GAP) + GAP)
     sheet = []
     for f in range(frames):
-        image = Image.new("RGB", size, (24, 24, 28))
-        draw = ImageDraw.Draw(image)
-        for p in range(plans):
-            top = GAP + p * (height + GAP)
-            draw.text((GAP, top + height // 2 - 6), args.plans[p], fill=(235, 235, 235))
-            for k in range(prompts):
-                image.paste(Image.fromarray(clips[p, k, f]), (LABEL + GAP + k * (width + GAP), top))
+        image = Image.new("RGB", size, PAPER)
+        draw, top = ImageDraw.Draw(image), GAP
+        for p in range(prompts):
+            for i, line in enumerate(texts[p]):
+                draw.text((GAP, top + LINE * i), line, fill=INK)
+            for k, label in enumerate(PLANS):
+                left = GAP + k * (width + GAP)
+                draw.text((left, top + head[p] - LINE - 2), label, fill=(150, 190, 255))
+                image.paste(Image.fromarray(clips[p, k, f]), (left, top + head[p]))
+            top += head[p] + height + GAP
         sheet.append(image.quantize(128, dither=Image.Dither.NONE))
     sheet[0].save(args.output, save_all=True, append_images=sheet[1:] + [sheet[-1]] * 8, duration=90, loop=0, optimize=True)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.2f} MB")

@@ -1,0 +1,99 @@
+"""Compile every kernel variant the runtime launches for GPUs that need not be here, and read what it takes of them.
+
+    python -m nexus_rt.bench.aot                       # a Markdown table: registers, spills, shared memory
+    python -m nexus_rt.bench.aot --arch 90 --json -    # one architecture, as JSON
+
+Needs triton, no GPU and no driver: Triton compiles to PTX, and the `ptxas` it ships assembles that for sm_80, sm_90a,
+sm_100a and sm_120a and prints what the program uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+KERNELS = ("modulate", "qk_norm_rope")  # files of kernels/ with a `variants()`
+ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
+
+
+def all_variants() -> list:
+    """The variants of every kernel file."""
+    return [v for name in KERNELS for v in importlib.import_module(f"nexus_rt.kernels.{name}").variants()]
+
+
+def ptxas() -> Path:
+    """Triton's own assembler (newer architectures have one of their own beside it)."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+
+def compile_variant(variant, arch: int) -> dict:
+    """Registers, spilled bytes, shared memory and PTX of one variant on one architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    signature = {n: "constexpr" if n in variant.constants else variant.signature[n] for n in names}
+    # pointers are aligned to 16 bytes, as PyTorch allocates them: what a launch would specialise on
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    source = ASTSource(variant.kernel, signature, {(names.index(k),): v for k, v in variant.constants.items()}, aligned)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    blackwell = ptxas().with_name("ptxas-blackwell")
+    tool = blackwell if arch >= 100 and blackwell.exists() else ptxas()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        said = subprocess.run(
+            [tool, "-v", f"-arch={ARCHITECTURES[arch]}", file, "-o", Path(folder) / "kernel.cubin"],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said)]
+    return {
+        "variant": variant.label, "arch": ARCHITECTURES[arch], "warps": variant.num_warps,
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]), "spilled_bytes": sum(spills),
+        "shared_bytes": int(compiled.metadata.shared), "wide_loads": len(re.findall(r"ld\.global\S*\.v[24]\.", ptx)),
+        "wgmma": "wgmma" in ptx,
+    }  # fmt: skip
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown, a line a variant: registers / spilled bytes / shared bytes on each architecture."""
+    arches = list(dict.fromkeys(r["arch"] for r in rows))
+    lines = [f"| variant | warps | {' | '.join(arches)} |", "|---|---|" + "---|" * len(arches)]
+    for label in dict.fromkeys(r["variant"] for r in rows):
+        own = {r["arch"]: r for r in rows if r["variant"] == label}
+        cells = [f"{own[a]['registers']} / {own[a]['spilled_bytes']} / {own[a]['shared_bytes']}" for a in arches]
+        lines.append(f"| {label} | {next(iter(own.values()))['warps']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--json", metavar="FILE", help="also write JSON ('-': only print it)")
+    args = parser.parse_args()
+    from nexus_rt.kernels.op import INTERPRETED, triton
+
+    if triton is None or INTERPRETED:
+        raise SystemExit("ahead-of-time compilation needs triton, and TRITON_INTERPRET unset")
+    rows = [compile_variant(v, arch) for v in all_variants() for arch in args.arch]
+    if args.json == "-":
+        json.dump(rows, sys.stdout)
+        return
+    print(table(rows))
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Gated residual, LayerNorm, scale and shift in one pass: what stands between the layers of a Wan block.
+
+    x' = x + gate * y                                   (y and gate optional)
+    out = (x' - mean) / sqrt(var + eps) * (1 + scale) + shift
+
+mean and variance over the last dimension, in float32. Wan's affine norm before cross-attention is the same formula with
+`scale = weight - 1, shift = bias`, and a residual without a gate is `gate = 1`, so one kernel serves a whole block.
+
+Bytes a row of D must move: read x (and y), write out (and x'): 2 D or 4 D elements; scale, shift and gate are read once
+per sample from cache. Flops: about 8 D, nothing beside the bytes. So the roof is the copy bandwidth.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nexus_rt.kernels.op import DTYPES, MAX_ROW, Variant, kernel_op, launchable, row_config, tl, triton
+
+if triton is not None:
+
+    @triton.jit
+    def _modulate_kernel(
+        x_ptr,  # [N, D]
+        y_ptr,  # [N, D] or unused
+        gate_ptr,  # [B, D] float32 or unused
+        scale_ptr,  # [B, D] float32
+        shift_ptr,  # [B, D] float32
+        sum_ptr,  # [N, D] x', or unused
+        out_ptr,  # [N, D]
+        rows_per_sample,  # N // B, or N where one modulation serves all
+        eps,
+        D: tl.constexpr,
+        BLOCK: tl.constexpr,
+        HAS_RESIDUAL: tl.constexpr,
+        HAS_GATE: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        sample = row // rows_per_sample
+        column = tl.arange(0, BLOCK)
+        inside = column < D
+        x = tl.load(x_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            y = tl.load(y_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)
+            if HAS_GATE:
+                y *= tl.load(gate_ptr + sample * D + column, mask=inside, other=0.0)
+            # rounded as it is stored: the norm sees the residual stream that the next layer will read
+            x = (x + y).to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + row * D + column, x, mask=inside)
+            x = x.to(tl.float32)
+        mean = tl.sum(x, 0) / D
+        centred = tl.where(inside, x - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
+        scale = tl.load(scale_ptr + sample * D + column, mask=inside, other=0.0)
+        shift = tl.load(shift_ptr + sample * D + column, mask=inside, other=0.0)
+        out = centred * rstd * (1.0 + scale) + shift
+        tl.store(out_ptr + row * D + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+else:
+    _modulate_kernel = None
+
+
+def launch_config(dim: int) -> dict[str, int]:
+    """A row a program."""
+    block, warps = row_config(dim)
+    return {"BLOCK": block, "num_warps": warps}
+
+
+def variants() -> list[Variant]:
+    """What Wan's transformers launch: widths 1536 and 5120, bfloat16, each mode of a block."""
+    out = []
+    for dim in (1536, 5120):
+        config = launch_config(dim)
+        for mode, residual, gate in (("norm", False, False), ("residual", True, False), ("gated", True, True)):
+            pointers = {n: "*bf16" for n in ("x_ptr", "y_ptr", "sum_ptr", "out_ptr")}
+            pointers |= {n: "*fp32" for n in ("gate_ptr", "scale_ptr", "shift_ptr")}
+            constants = {"D": dim, "BLOCK": config["BLOCK"], "HAS_RESIDUAL": residual, "HAS_GATE": gate}
+            signature = {**pointers, "rows_per_sample": "i32", "eps": "fp32"}
+            out.append(Variant(f"modulate {mode} {dim}", _modulate_kernel, signature, constants, config["num_warps"]))
+    return out
+
+
+def modulate_ref(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, y: Tensor | None = None, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The formula in plain PyTorch, float32; shapes as in `modulate`."""
+    total = x
+    if y is not None:
+        gated = y.float() if gate is None else y.float() * gate.unsqueeze(1)
+        total = (x.float() + gated).to(x.dtype)
+    normed = F.layer_norm(total.float(), total.shape[-1:], eps=eps)
+    return total, torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1)).to(x.dtype)
+
+
+def _check(x: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, gate: Tensor | None) -> None:
+    if x.ndim != 3 or x.dtype not in DTYPES:
+        raise ValueError(f"modulate: x is {x.dtype} {tuple(x.shape)}; expected [B, L, D] in float32, float16 or bfloat16.")
+    if x.shape[-1] > MAX_ROW:
+        raise ValueError(f"modulate: D is {x.shape[-1]}; a row is kept in registers, up to {MAX_ROW}.")
+    if y is None and gate is not None:
+        raise ValueError("modulate: a gate without y has nothing to gate.")
+    for name, t, shape, dtype in (
+        ("x", x, x.shape, x.dtype), ("y", y, x.shape, x.dtype), ("scale", scale, None, torch.float32),
+        ("shift", shift, None, torch.float32), ("gate", gate, None, torch.float32),
+    ):  # fmt: skip
+        if t is None:
+            continue
+        if shape is None:
+            if t.ndim != 2 or t.shape[0] not in (1, x.shape[0]) or t.shape[1] != x.shape[-1] or t.shape[0] != scale.shape[0]:
+                raise ValueError(
+                    f"modulate: {name} has shape {tuple(t.shape)}; expected [1, {x.shape[-1]}] or "
+                    f"[{x.shape[0]}, {x.shape[-1]}], the same for scale, shift and gate."
+                )
+        elif t.shape != shape:
+            raise ValueError(f"modulate: {name} has shape {tuple(t.shape)}; expected x's, {tuple(x.shape)}.")
+        if t.dtype != dtype or t.device != x.device:
+            raise ValueError(f"modulate: {name} is {t.dtype} on {t.device}; expected {dtype} on {x.device}.")
+        if not t.is_contiguous():
+            raise ValueError(f"modulate: {name} has strides {t.stride()}; expected a contiguous tensor (call .contiguous()).")
+
+
+@kernel_op("modulate")
+def _modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, y: Tensor | None = None, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _check(x, scale, shift, y, gate)
+    out = torch.empty_like(x)
+    total = torch.empty_like(x) if y is not None else torch.empty(0, dtype=x.dtype, device=x.device)
+    rows, dim = x.shape[0] * x.shape[1], x.shape[2]
+    if rows and dim:
+        per_sample = rows if scale.shape[0] == 1 else x.shape[1]
+        launchable(_modulate_kernel)[(rows,)](
+            x, x if y is None else y, scale if gate is None else gate, scale, shift, total, out, per_sample, eps,
+            D=dim, HAS_RESIDUAL=y is not None, HAS_GATE=gate is not None, **launch_config(dim),
+        )  # fmt: skip
+    return total, out
+
+
+@_modulate.register_fake
+def _(x, scale, shift, eps, y=None, gate=None):
+    return (torch.empty_like(x) if y is not None else x.new_empty(0)), torch.empty_like(x)
+
+
+def modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, y: Tensor | None = None, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gated residual, LayerNorm without weights, scale and shift.
+
+    Args:
+        x: the residual stream [B, L, D], contiguous; float32, float16 or bfloat16.
+        scale, shift, gate: [B, D] or [1, D], float32, contiguous.
+        y: a layer's output [B, L, D] to add to x first, times `gate` where there is one.
+
+    Returns:
+        (x', out): the new residual stream (x itself where there is no y) and the modulated norm, both in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride that the kernel does not take; says which.
+    """
+    total, out = _modulate(x, scale, shift, eps, y, gate)
+    return (x if y is None else total), out

@@ -1,0 +1,63 @@
+"""What every kernel file shares: triton where it is installed, and how a launcher becomes a torch op.
+
+Compiled kernels are registered with `triton_op`, so that torch.compile, export and AOTInductor see the Triton kernel
+inside and can carry it along. Triton's interpreter (`TRITON_INTERPRET=1`, for tests without a GPU) is opaque to them
+and is registered as a plain custom op.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the references need no triton
+    triton = tl = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_ROW = 16384  # elements that one program keeps in registers
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of a kernel that the runtime launches, for ahead-of-time compilation.
+
+    signature: argument name -> Triton type ("*bf16", "i32", "fp32"); constants: constexpr name -> value.
+    """
+
+    label: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def kernel_op(name: str):
+    """Decorator: register a launcher as the torch op `nexus_rt::name`."""
+    if triton is None or INTERPRETED:
+        return torch.library.custom_op(f"nexus_rt::{name}", mutates_args=())
+    return torch.library.triton_op(f"nexus_rt::{name}", mutates_args=())
+
+
+def launchable(kernel: Any) -> Any:
+    """The kernel as a launcher calls it: visible to tracing where it is compiled.
+
+    Raises:
+        RuntimeError: triton is not installed.
+    """
+    if kernel is None:
+        raise RuntimeError("triton is not installed; install it, or use the PyTorch path (kernels='torch').")
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+def row_config(dim: int) -> tuple[int, int]:
+    """(block, num_warps) for a row of `dim` a program: 16 elements a thread keep loads 16 bytes wide."""
+    block = 1 << (dim - 1).bit_length()
+    return block, max(1, min(16, block // 512))
