@@ -24,12 +24,13 @@ if triton is not None:
     def _modulate_kernel(
         x_ptr,  # [N, D]
         y_ptr,  # [N, D] or unused
-        gate_ptr,  # [B, D] float32 or unused
-        scale_ptr,  # [B, D] float32
-        shift_ptr,  # [B, D] float32
+        gate_ptr,  # [B, D] or [1, D] float32, or unused
+        scale_ptr,  # [B, D] or [1, D] float32
+        shift_ptr,  # as scale
         sum_ptr,  # [N, D] x', or unused
         out_ptr,  # [N, D]
-        rows_per_sample,  # N // B, or N where one modulation serves all
+        rows_a_gate,  # N // B, or N where one gate serves all
+        rows_a_scale,  # the same of scale and shift
         eps,
         D: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -37,14 +38,15 @@ if triton is not None:
         HAS_GATE: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
-        sample = row // rows_per_sample
+        gate_row = row // rows_a_gate
+        scale_row = row // rows_a_scale
         column = tl.arange(0, BLOCK)
         inside = column < D
         x = tl.load(x_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
             y = tl.load(y_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)
             if HAS_GATE:
-                y *= tl.load(gate_ptr + sample * D + column, mask=inside, other=0.0)
+                y *= tl.load(gate_ptr + gate_row * D + column, mask=inside, other=0.0)
             # rounded as it is stored: the norm sees the residual stream that the next layer will read
             x = (x + y).to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + row * D + column, x, mask=inside)
@@ -52,8 +54,8 @@ if triton is not None:
         mean = tl.sum(x, 0) / D
         centred = tl.where(inside, x - mean, 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
-        scale = tl.load(scale_ptr + sample * D + column, mask=inside, other=0.0)
-        shift = tl.load(shift_ptr + sample * D + column, mask=inside, other=0.0)
+        scale = tl.load(scale_ptr + scale_row * D + column, mask=inside, other=0.0)
+        shift = tl.load(shift_ptr + scale_row * D + column, mask=inside, other=0.0)
         out = centred * rstd * (1.0 + scale) + shift
         tl.store(out_ptr + row * D + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -77,7 +79,7 @@ def variants() -> list[Variant]:
             pointers = {n: "*bf16" for n in ("x_ptr", "y_ptr", "sum_ptr", "out_ptr")}
             pointers |= {n: "*fp32" for n in ("gate_ptr", "scale_ptr", "shift_ptr")}
             constants = {"D": dim, "BLOCK": config["BLOCK"], "HAS_RESIDUAL": residual, "HAS_GATE": gate}
-            signature = {**pointers, "rows_per_sample": "i32", "eps": "fp32"}
+            signature = {**pointers, "rows_a_gate": "i32", "rows_a_scale": "i32", "eps": "fp32"}
             out.append(Variant(f"modulate {mode} {dim}", _modulate_kernel, signature, constants, config["num_warps"]))
     return out
 
@@ -101,6 +103,8 @@ def _check(x: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, gate: Tens
         raise ValueError(f"modulate: D is {x.shape[-1]}; a row is kept in registers, up to {MAX_ROW}.")
     if y is None and gate is not None:
         raise ValueError("modulate: a gate without y has nothing to gate.")
+    if scale.shape != shift.shape:
+        raise ValueError(f"modulate: scale and shift have shapes {tuple(scale.shape)} and {tuple(shift.shape)}; expected one.")
     for name, t, shape, dtype in (
         ("x", x, x.shape, x.dtype), ("y", y, x.shape, x.dtype), ("scale", scale, None, torch.float32),
         ("shift", shift, None, torch.float32), ("gate", gate, None, torch.float32),
@@ -108,10 +112,10 @@ def _check(x: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, gate: Tens
         if t is None:
             continue
         if shape is None:
-            if t.ndim != 2 or t.shape[0] not in (1, x.shape[0]) or t.shape[1] != x.shape[-1] or t.shape[0] != scale.shape[0]:
+            if t.ndim != 2 or t.shape[0] not in (1, x.shape[0]) or t.shape[1] != x.shape[-1]:
                 raise ValueError(
-                    f"modulate: {name} has shape {tuple(t.shape)}; expected [1, {x.shape[-1]}] or "
-                    f"[{x.shape[0]}, {x.shape[-1]}], the same for scale, shift and gate."
+                    f"modulate: {name} has shape {tuple(t.shape)}; "
+                    f"expected [1, {x.shape[-1]}] or [{x.shape[0]}, {x.shape[-1]}]."
                 )
         elif t.shape != shape:
             raise ValueError(f"modulate: {name} has shape {tuple(t.shape)}; expected x's, {tuple(x.shape)}.")
@@ -130,9 +134,9 @@ def _modulate(
     total = torch.empty_like(x) if y is not None else torch.empty(0, dtype=x.dtype, device=x.device)
     rows, dim = x.shape[0] * x.shape[1], x.shape[2]
     if rows and dim:
-        per_sample = rows if scale.shape[0] == 1 else x.shape[1]
+        shares = [rows if t is None or t.shape[0] == 1 else x.shape[1] for t in (gate, scale)]
         launchable(_modulate_kernel)[(rows,)](
-            x, x if y is None else y, scale if gate is None else gate, scale, shift, total, out, per_sample, eps,
+            x, x if y is None else y, scale if gate is None else gate, scale, shift, total, out, *shares, eps,
             D=dim, HAS_RESIDUAL=y is not None, HAS_GATE=gate is not None, **launch_config(dim),
         )  # fmt: skip
     return total, out

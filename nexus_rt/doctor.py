@@ -27,12 +27,15 @@ def backends() -> dict[str, tuple[bool, str]]:
     """Backend name -> (works here, in words)."""
     import torch
 
+    from nexus_rt.models.ops import cannot_run_triton
+
     cuda = torch.cuda.is_available()
+    why = cannot_run_triton(torch.device("cuda" if cuda else "cpu"))
     no_gpu = "no CUDA device" if torch.version.cuda else "this PyTorch build has no CUDA"
     return {
         "torch (cpu)": (True, f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
         "torch (cuda)": (cuda, torch.cuda.get_device_name() if cuda else no_gpu),
-        "triton kernels": (False, "not in this version of nexus-rt; the PyTorch path runs instead"),
+        "triton kernels": (why is None, why or "norms, RoPE and modulation of the generators"),
         "aoti, onnx, tensorrt engines": (False, "not in this version of nexus-rt; the torch engine runs instead"),
     }
 

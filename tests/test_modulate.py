@@ -51,6 +51,15 @@ def test_it_is_the_formula(shape, dtype, mode, per_sample):
         assert torch.isfinite(got).all() and (got.double() - wanted).abs().max() <= allowed
 
 
+def test_a_gate_a_sample_beside_one_scale_for_all():
+    """A block's affine norm: its weights serve all samples, the gate is each sample's own."""
+    x, y, scale, shift, gate = inputs((3, 2, 64), torch.float32)
+    _, out = modulate(x, scale[:1], shift[:1], 1e-6, y=y, gate=gate)
+    assert (out.double() - oracle(x, scale[:1], shift[:1], 1e-6, y, gate)[1]).abs().max() <= 1e-5
+    _, out = modulate(x, scale, shift, 1e-6, y=y, gate=gate[:1])
+    assert (out.double() - oracle(x, scale, shift, 1e-6, y, gate[:1])[1]).abs().max() <= 1e-5
+
+
 def test_the_affine_norm_is_the_same_kernel():
     x, *_ = inputs((2, 3, 96), torch.float32)
     norm = torch.nn.LayerNorm(96, 1e-6)
@@ -80,7 +89,8 @@ def test_a_large_mean_does_not_drown_the_variance():
         (lambda x, s: (x[0], s, s), r"x is torch.float32 \(3, 64\); expected \[B, L, D\]"),
         (lambda x, s: (x.double(), s, s), r"float64"),
         (lambda x, s: (x.transpose(0, 1), s, s), r"x has strides"),
-        (lambda x, s: (x, s[:, :32], s), r"scale has shape \(2, 32\); expected \[1, 64\] or \[2, 64\]"),
+        (lambda x, s: (x, s[:, :32], s[:, :32]), r"scale has shape \(2, 32\); expected \[1, 64\] or \[2, 64\]"),
+        (lambda x, s: (x, s[:1], s), r"scale and shift have shapes \(1, 64\) and \(2, 64\)"),
         (lambda x, s: (x, s, s.half()), r"shift is torch.float16"),
         (lambda x, s: (x, s, s.T.contiguous().T), r"shift has strides"),
     ],

@@ -99,6 +99,40 @@ def test_published_sizes_have_diffusers_names_and_shapes(config):
     assert {k: tuple(v.shape) for k, v in split.items()} == checkpoint.diffusers_shapes(ours)
 
 
+@pytest.mark.parametrize("index", range(len(CONFIGS)))
+def test_triton_kernels_compute_the_same(index):
+    """The whole forward by Triton's interpreter, scalar and per-sample timesteps, with and without the affine norm."""
+    pytest.importorskip("triton")
+    torch.manual_seed(4)
+    model = wan.WanTransformer(wan.WanConfig.from_dict(CONFIGS[index])).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    latents = torch.randn(2, model.config.in_channels, 2, 2, 4)
+    context = torch.randn(2, 5, model.config.text_dim)
+    with torch.no_grad():
+        for timestep in (torch.tensor(600.0), torch.tensor([600.0, 30.0])):
+            prepared = model.use_kernels("torch").prepare_context(context)
+            wanted = model(latents, timestep, prepared)
+            got = model.use_kernels("triton")(latents, timestep, prepared)
+            assert (got - wanted).abs().max() <= 2e-5 * max(1, wanted.abs().max())
+    assert model.blocks[0].ops.name == model.blocks[0].attn1.ops.name == "triton"
+
+
+def test_kernels_that_cannot_run_are_refused(monkeypatch):
+    model = wan.WanTransformer(wan.WanConfig.from_dict(CONFIGS[0]))
+    assert model.use_kernels("torch").ops.name == "torch"
+    with pytest.raises(InputError, match="did you mean 'triton'"):
+        model.use_kernels("tritn")
+    pytest.importorskip("triton")
+    monkeypatch.setattr("nexus_rt.kernels.op.INTERPRETED", False)
+    assert model.use_kernels("auto").ops.name == "torch"
+    with pytest.raises(InputError, match="kernels='triton' cannot run here: they need a CUDA device, and this is cpu"):
+        model.use_kernels("triton")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="triton is not installed"):
+        model.use_kernels("triton")
+
+
 def test_context_of_another_width_is_refused():
     model = wan.WanTransformer(wan.WanConfig.from_dict(CONFIGS[0]))
     with pytest.raises(InputError, match="expected .*40"):

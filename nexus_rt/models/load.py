@@ -9,6 +9,7 @@ import torch
 
 from nexus_rt.errors import ModelError
 from nexus_rt.models.checkpoint import fill, find_tensors
+from nexus_rt.models.ops import choose_ops
 from nexus_rt.models.wan import WanConfig, WanTransformer
 
 
@@ -81,19 +82,21 @@ def load_config(folder: Path) -> WanConfig:
 
 
 def load_transformer(
-    folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+    folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu", kernels: str = "auto"
 ) -> WanTransformer:
     """Load a Wan T2V transformer from a folder in diffusers' or Wan's own layout.
 
-    Peak memory is the model in `dtype` plus one stored tensor.
+    Peak memory is the model in `dtype` plus one stored tensor. `kernels`: see `WanTransformer.use_kernels`.
 
     Raises:
+        InputError: kernels that cannot run on the device; said before anything is read.
         ModelError: not a model folder, another architecture, a missing shard, a damaged file, pickles only.
     """
+    choose_ops(kernels, torch.device(device))
     folder = transformer_folder(Path(folder))
     config = load_config(folder)
     tensors = find_tensors(folder)
     with torch.device("meta"):
         model = WanTransformer(config)
     fill(model, tensors, dtype, torch.device(device))
-    return model.eval()
+    return model.use_kernels(kernels).eval()

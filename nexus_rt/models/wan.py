@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_rt.errors import InputError, ModelError
+from nexus_rt.models.ops import TORCH, choose_ops
 
 # our parameter prefix -> diffusers' parameter prefixes, concatenated along the first dimension
 FUSED = {"attn1.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn2.to_kv": ("attn2.to_k", "attn2.to_v")}
@@ -116,41 +116,13 @@ def collapse_padding(context: Tensor, at_least: int = 1) -> tuple[Tensor, Tensor
     return context[:, :kept], count.log()[:, None, None, :]
 
 
-@lru_cache(maxsize=16)
-def rope_table(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines of 3-D RoPE for a grid of (frames, rows, columns) tokens.
-
-    Wan gives rows and columns `2*(d//6)` dimensions each and frames the rest, theta 10000, angles in float64.
-    Returns cos, sin [L, 1, head_dim] float32; sin carries the sign of the rotation (-, +, -, +, ...), so that
-    `rotated = x * cos + swap_pairs(x) * sin`.
-    """
-    side = 2 * (head_dim // 6)
-    angles = []
-    for axis, (size, dim) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
-        freq = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angle = torch.outer(torch.arange(size, dtype=torch.float64), freq)  # [size, dim/2]
-        shape = [1, 1, 1, dim // 2]
-        shape[axis] = size
-        angles.append(angle.view(shape).expand(*grid, dim // 2))
-    angle = torch.cat(angles, -1).reshape(math.prod(grid), 1, head_dim // 2)
-    cos = angle.cos().repeat_interleave(2, -1)
-    sin = torch.stack([-angle.sin(), angle.sin()], -1).flatten(-2)
-    return cos.float().to(device), sin.float().to(device)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate adjacent pairs of x [..., L, heads, head_dim] by the tables of `rope_table`."""
-    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.addcmul(x * cos, torch.stack((x1, x0), -1).flatten(-2), sin)
-
-
 class Attention(nn.Module):
     """Wan's attention: RMSNorm of Q and K over all heads together, then heads."""
 
     def __init__(self, config: WanConfig, cross: bool) -> None:
         super().__init__()
         dim = config.dim
-        self.heads, self.cross = config.num_attention_heads, cross
+        self.heads, self.cross, self.eps, self.ops = config.num_attention_heads, cross, config.eps, TORCH
         if cross:
             self.to_q = nn.Linear(dim, dim)
             self.to_kv = nn.Linear(dim, 2 * dim)
@@ -170,10 +142,9 @@ class Attention(nn.Module):
         return k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
 
     def self_attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = self.to_qkv(x).chunk(3, -1)
-        q = apply_rope(self._heads(self.norm_q(q)), *rope).to(v.dtype)
-        k = apply_rope(self._heads(self.norm_k(k)), *rope).to(v.dtype)
-        return self._attend(q, k.transpose(1, 2), self._heads(v).transpose(1, 2), None)
+        qkv = self.to_qkv(x)
+        q, k = self.ops.qk_norm_rope(qkv, self.norm_q.weight, self.norm_k.weight, *rope, self.heads, self.eps)
+        return self._attend(q, k.transpose(1, 2), self._heads(qkv.chunk(3, -1)[2]).transpose(1, 2), None)
 
     def cross_attention(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         return self._attend(self._heads(self.norm_q(self.to_q(x))), k, v, bias)
@@ -194,17 +165,12 @@ class FeedForward(nn.Module):
         return self.net["2"](F.gelu(self.net["0"]["proj"](x), approximate="tanh"))
 
 
-def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """LayerNorm without weights in float32, then `* (1 + scale) + shift`; in x's dtype."""
-    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), 1 + scale).to(x.dtype)
-
-
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward, the first and last modulated by the timestep."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
-        self.eps = config.eps
+        self.eps, self.ops = config.eps, TORCH
         self.attn1 = Attention(config, cross=False)
         self.attn2 = Attention(config, cross=True)
         self.norm2 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
@@ -212,14 +178,29 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor], k: Tensor, v: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).chunk(6, 1)
-        attended = self.attn1.self_attention(modulate(x, scale1, shift1, self.eps), rope)
-        x = torch.addcmul(x.float(), attended.float(), gate1).to(x.dtype)
-        x = x + self.attn2.cross_attention(self.norm2(x.float()).to(x.dtype), k, v, bias)
-        fed = self.ffn(modulate(x, scale2, shift2, self.eps))
-        return torch.addcmul(x.float(), fed.float(), gate2).to(x.dtype)
+        self, x: Tensor, y: Tensor | None, gate: Tensor | None, modulation: Tensor, rope: tuple[Tensor, Tensor],
+        k: Tensor, v: Tensor, bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """One block, its residuals added where the next norm reads them.
+
+        Args:
+            x, y, gate: the residual stream [N, L, dim] and what the block before still has to add, `gate * y`.
+            modulation: of the timestep [M, 6, dim], M = N or 1.
+
+        Returns:
+            The stream, and this block's own y and gate.
+        """
+        table = (self.scale_shift_table + modulation).transpose(0, 1).contiguous()
+        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(0)  # [M, dim] each
+        x, h = self.ops.modulate(x, scale1, shift1, self.eps, y, gate)
+        attended = self.attn1.self_attention(h, rope)
+        if isinstance(self.norm2, nn.LayerNorm):  # an affine norm is a modulation by weight - 1 and bias
+            scale, shift = self.norm2.weight[None] - 1, self.norm2.bias[None]
+            x, h = self.ops.modulate(x, scale, shift, self.eps, attended, gate1)
+        else:
+            x = h = torch.addcmul(x.float(), attended.float(), gate1.unsqueeze(1)).to(x.dtype)
+        x, h = self.ops.modulate(x, scale2, shift2, self.eps, self.attn2.cross_attention(h, k, v, bias))
+        return x, self.ffn(h), gate2
 
 
 class ConditionEmbedder(nn.Module):
@@ -260,6 +241,19 @@ class WanTransformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.ops = TORCH
+
+    def use_kernels(self, kernels: str) -> WanTransformer:
+        """Run norms, RoPE and modulation by "torch", "triton", or "auto": triton where the device can.
+
+        Raises:
+            InputError: an unknown name, or triton asked for where it cannot run.
+        """
+        ops = choose_ops(kernels, self.device)
+        for module in self.modules():
+            if hasattr(module, "ops"):
+                module.ops = ops
+        return self
 
     @property
     def dtype(self) -> torch.dtype:
@@ -304,13 +298,14 @@ class WanTransformer(nn.Module):
         frames, height, width = latents.shape[2:]
         pt, ph, pw = self.config.patch_size
         grid = (frames // pt, height // ph, width // pw)
-        rope = rope_table(self.config.attention_head_dim, grid, latents.device)
+        rope = self.ops.rope(self.config.attention_head_dim, grid, latents.device)
         x = self.patchify(latents.to(self.dtype))
         embedding, modulation = self.condition_embedder.time(timestep.reshape(-1))
+        y = gate = None
         for block, k, v in zip(self.blocks, context.keys, context.values, strict=True):
-            x = block(x, modulation, rope, k, v, context.bias)
-        shift, scale = (self.scale_shift_table + embedding.float()[:, None]).chunk(2, 1)
-        x = self.proj_out(modulate(x, scale, shift, self.config.eps))
+            x, y, gate = block(x, y, gate, modulation, rope, k, v, context.bias)
+        shift, scale = (self.scale_shift_table + embedding.float()[:, None]).transpose(0, 1).contiguous().unbind(0)
+        x = self.proj_out(self.ops.modulate(x, scale, shift, self.config.eps, y, gate)[1])
         x = x.unflatten(1, grid).unflatten(-1, (pt, ph, pw, -1))  # [N, t, h, w, pt, ph, pw, C]
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(latents.shape[0], -1, *latents.shape[2:])
 

@@ -1,0 +1,125 @@
+"""The memory-bound operations of a Wan block, in PyTorch or as Triton kernels, behind one table of functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nexus_rt.errors import InputError, choose
+
+KERNELS = ("auto", "torch", "triton")
+OLDEST = (8, 0)  # compute capability the kernels are compiled and checked for
+
+
+@lru_cache(maxsize=16)
+def rope_table(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines of 3-D RoPE for a grid of (frames, rows, columns) tokens.
+
+    Wan gives rows and columns `2*(d//6)` dimensions each and frames the rest, theta 10000, angles in float64.
+    Returns cos, sin [L, 1, head_dim] float32; sin carries the sign of the rotation (-, +, -, +, ...), so that
+    `rotated = x * cos + swap_pairs(x) * sin`.
+    """
+    side = 2 * (head_dim // 6)
+    angles = []
+    for axis, (size, dim) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
+        freq = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angle = torch.outer(torch.arange(size, dtype=torch.float64), freq)  # [size, dim/2]
+        shape = [1, 1, 1, dim // 2]
+        shape[axis] = size
+        angles.append(angle.view(shape).expand(*grid, dim // 2))
+    angle = torch.cat(angles, -1).reshape(math.prod(grid), 1, head_dim // 2)
+    cos = angle.cos().repeat_interleave(2, -1)
+    sin = torch.stack([-angle.sin(), angle.sin()], -1).flatten(-2)
+    return cos.float().to(device), sin.float().to(device)
+
+
+@lru_cache(maxsize=16)
+def rope_pairs(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same angles once per pair, as the Triton kernel reads them: cos, sin [L, head_dim / 2] float32."""
+    cos, sin = rope_table(head_dim, grid, device)
+    return cos[:, 0, ::2].contiguous(), sin[:, 0, 1::2].contiguous()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate adjacent pairs of x [..., L, heads, head_dim] by the tables of `rope_table`."""
+    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.addcmul(x * cos, torch.stack((x1, x0), -1).flatten(-2), sin)
+
+
+def _qk_norm_rope(
+    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, L, heads, head_dim] of a fused projection [B, L, 3 D], normed over all heads and rotated."""
+    out = []
+    for x, weight in zip(qkv.chunk(3, -1), (weight_q, weight_k), strict=False):
+        normed = F.rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, (heads, -1))
+        out.append(apply_rope(normed, cos, sin).to(qkv.dtype))
+    return out[0], out[1]
+
+
+def _modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, y: Tensor | None = None, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `nexus_rt.kernels.modulate.modulate`: the stream x + gate y, and its LayerNorm * (1 + scale) + shift."""
+    if y is not None:
+        x = (x.float() + y.float() if gate is None else torch.addcmul(x.float(), y.float(), gate.unsqueeze(1))).to(x.dtype)
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return x, torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One implementation of each operation.
+
+    modulate, qk_norm_rope: as in `nexus_rt.kernels`. rope: the tables that qk_norm_rope reads, for a grid.
+    """
+
+    name: str
+    modulate: Callable
+    qk_norm_rope: Callable
+    rope: Callable
+
+
+TORCH = Ops("torch", _modulate, _qk_norm_rope, rope_table)
+
+
+def choose_ops(kernels: str, device: torch.device) -> Ops:
+    """The operations for a device: "torch", "triton", or "auto" (triton where a GPU can run it).
+
+    Raises:
+        InputError: an unknown name, or triton asked for where it cannot run.
+    """
+    choose("kernels", kernels, KERNELS)
+    why = None if kernels == "torch" else cannot_run_triton(device)
+    if kernels == "torch" or (kernels == "auto" and why):
+        return TORCH
+    if why:
+        raise InputError(f"kernels='triton' cannot run here: {why}; use 'auto' or 'torch'.")
+    from nexus_rt.kernels.modulate import modulate
+    from nexus_rt.kernels.qk_norm_rope import qk_norm_rope
+
+    return Ops("triton", modulate, qk_norm_rope, rope_pairs)
+
+
+def cannot_run_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on a device; None where they can."""
+    if device.type == "cuda":
+        have = torch.cuda.get_device_capability(device)
+        if have < OLDEST:
+            name, (major, minor) = torch.cuda.get_device_name(device), have
+            return f"{name} has compute capability {major}.{minor}, below {OLDEST[0]}.{OLDEST[1]}"
+    from importlib.util import find_spec
+
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        return None
+    from nexus_rt.kernels.op import INTERPRETED
+
+    return None if INTERPRETED and device.type == "cpu" else f"they need a CUDA device, and this is {device.type}"
