@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-KERNELS = ("modulate", "qk_norm_rope")  # files of kernels/ with a `variants()`
+KERNELS = ("modulate", "qk_norm_rope", "attention")  # files of kernels/ with a `variants()`
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
 
 
@@ -43,7 +43,8 @@ def compile_variant(variant, arch: int) -> dict:
     names = variant.kernel.arg_names
     signature = {n: "constexpr" if n in variant.constants else variant.signature[n] for n in names}
     # pointers are aligned to 16 bytes, as PyTorch allocates them: what a launch would specialise on
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    even = lambda n: signature[n].startswith("*") or n in variant.aligned  # noqa: E731
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if even(n)}
     source = ASTSource(variant.kernel, signature, {(names.index(k),): v for k, v in variant.constants.items()}, aligned)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -86,7 +87,7 @@ def main() -> None:
 
     if triton is None or INTERPRETED:
         raise SystemExit("ahead-of-time compilation needs triton, and TRITON_INTERPRET unset")
-    rows = [compile_variant(v, arch) for v in all_variants() for arch in args.arch]
+    rows = [compile_variant(v, arch) for v in all_variants() for arch in args.arch if arch in (v.arches or ARCHITECTURES)]
     if args.json == "-":
         json.dump(rows, sys.stdout)
         return

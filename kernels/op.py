@@ -29,6 +29,7 @@ class Variant:
     """One compilation of a kernel that the runtime launches, for ahead-of-time compilation.
 
     signature: argument name -> Triton type ("*bf16", "i32", "fp32"); constants: constexpr name -> value.
+    arches: where it is launched (None: everywhere). aligned: integers that are multiples of 16 where it is launched.
     """
 
     label: str
@@ -37,6 +38,8 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    arches: tuple[int, ...] | None = None
+    aligned: tuple[str, ...] = ()
 
 
 def kernel_op(name: str):
