@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--connector", metavar="DIR", help="between the two (both: `nexus-rt convert omnivideo` makes them)")
     group.add_argument("--backend", default="torch", help="what runs the generators: torch (default)")
     group.add_argument("--kernels", default="auto", help="norms, RoPE and modulation by torch | triton | auto (default)")
+    group.add_argument("--attention", default="auto", help="auto (default) | sdpa | flash | cudnn | math | triton | fa3 | sage")
     group.add_argument("--dtype", choices=DTYPES, help="of the generators (default: bfloat16 on a GPU, float32 on a CPU)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     group.add_argument("--local-files-only", action="store_true", help="never ask the hub")
@@ -104,7 +105,7 @@ def _pipeline(args: argparse.Namespace):
         args.pair, small=args.small, large=args.large, vae=args.vae, text_encoder=args.text_encoder,
         understanding=args.understanding, connector=args.connector,
         torch_dtype=getattr(torch, args.dtype) if args.dtype else None, device=args.device,
-        backend=args.backend, kernels=args.kernels,
+        backend=args.backend, kernels=args.kernels, attention=args.attention,
         local_files_only=args.local_files_only,
     )  # fmt: skip
 

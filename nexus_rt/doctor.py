@@ -27,7 +27,7 @@ def backends() -> dict[str, tuple[bool, str]]:
     """Backend name -> (works here, in words)."""
     import torch
 
-    from nexus_rt.models.ops import cannot_run_triton
+    from nexus_rt.ops import cannot_run_triton
 
     cuda = torch.cuda.is_available()
     why = cannot_run_triton(torch.device("cuda" if cuda else "cpu"))

@@ -87,6 +87,7 @@ class NexusPipeline:
         device: str | torch.device | None = None,
         backend: str = "torch",
         kernels: str = "auto",
+        attention: str = "auto",
         vae_tiling: bool | str = "auto",
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -110,6 +111,7 @@ class NexusPipeline:
             device: "cuda" where there is one, else "cpu".
             backend: what runs the generators: "torch".
             kernels: of the torch backend's norms, RoPE and modulation: "torch", "triton", or "auto" (triton on a GPU).
+            attention: of the torch backend: a name of `nexus_rt.attention.BACKENDS`, or "auto" (measured on a GPU).
             vae_tiling: True, False, or "auto" (above 1280 x 720).
             cache_dir, local_files_only, revision: as in diffusers.
 
@@ -128,7 +130,9 @@ class NexusPipeline:
         context = ContextEncoder(parts.understanding, parts.connector, dtype, device) if parts.connector else None
         if context is not None:
             parts.check_width(context.text_dim)
-        models = {name: load.load_transformer(folder, dtype, device, kernels) for name, folder in parts.generators.items()}
+        models = {
+            name: load.load_transformer(folder, dtype, device, kernels, attention) for name, folder in parts.generators.items()
+        }
         config = next(iter(models.values())).config
         return cls(
             {name: TorchEngine(model) for name, model in models.items()},

@@ -120,7 +120,9 @@ def test_triton_kernels_compute_the_same(index):
 
 def test_kernels_that_cannot_run_are_refused(monkeypatch):
     model = wan.WanTransformer(wan.WanConfig.from_dict(CONFIGS[0]))
-    assert model.use_kernels("torch").ops.name == "torch"
+    assert model.use_kernels("torch").ops.name == model.use_kernels("auto").ops.name == "torch"
+    with pytest.raises(InputError, match="did you mean 'flash'"):
+        model.use_kernels("auto", attention="flsh")
     with pytest.raises(InputError, match="did you mean 'triton'"):
         model.use_kernels("tritn")
     pytest.importorskip("triton")

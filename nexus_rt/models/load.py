@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from nexus_rt.errors import ModelError
+from nexus_rt.attention import NAMES
+from nexus_rt.errors import ModelError, choose
 from nexus_rt.models.checkpoint import fill, find_tensors
-from nexus_rt.models.ops import choose_ops
 from nexus_rt.models.wan import WanConfig, WanTransformer
+from nexus_rt.ops import choose_ops
 
 
 def resolve(
@@ -82,21 +83,24 @@ def load_config(folder: Path) -> WanConfig:
 
 
 def load_transformer(
-    folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu", kernels: str = "auto"
-) -> WanTransformer:
+    folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu", kernels: str = "auto",
+    attention: str = "auto",
+) -> WanTransformer:  # fmt: skip
     """Load a Wan T2V transformer from a folder in diffusers' or Wan's own layout.
 
-    Peak memory is the model in `dtype` plus one stored tensor. `kernels`: see `WanTransformer.use_kernels`.
+    Peak memory is the model in `dtype` plus one stored tensor. `kernels`, `attention`: see
+    `WanTransformer.use_kernels`.
 
     Raises:
         InputError: kernels that cannot run on the device; said before anything is read.
         ModelError: not a model folder, another architecture, a missing shard, a damaged file, pickles only.
     """
     choose_ops(kernels, torch.device(device))
+    choose("attention backend", attention, NAMES)
     folder = transformer_folder(Path(folder))
     config = load_config(folder)
     tensors = find_tensors(folder)
     with torch.device("meta"):
         model = WanTransformer(config)
     fill(model, tensors, dtype, torch.device(device))
-    return model.use_kernels(kernels).eval()
+    return model.use_kernels(kernels, attention).eval()

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_rt.errors import InputError, ModelError
-from nexus_rt.models.ops import TORCH, choose_ops
+from nexus_rt.attention import NAMES, attend
+from nexus_rt.errors import InputError, ModelError, choose
+from nexus_rt.ops import TORCH, choose_ops
 
 # our parameter prefix -> diffusers' parameter prefixes, concatenated along the first dimension
 FUSED = {"attn1.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn2.to_kv": ("attn2.to_k", "attn2.to_v")}
@@ -84,7 +85,7 @@ class WanConfig:
 class WanContext:
     """A prompt as the transformer reads it: cross-attention keys and values of every block.
 
-    keys, values: one [N, heads, L', head_dim] a block. bias: [N, 1, 1, L'] added to the scores (log of how many tokens
+    keys, values: one [N, L', heads, head_dim] a block. bias: [N, L'] float32 added to the scores (log of how many tokens
     a key stands for, -inf for none), or None where every token is its own key. N is the batch of a step: B samples, or
     2B when each has its unconditional twin behind it.
     """
@@ -103,7 +104,7 @@ def collapse_padding(context: Tensor, at_least: int = 1) -> tuple[Tensor, Tensor
 
     `at_least` tokens are kept, so that a caller can have one length for many prompts.
 
-    Returns the shorter context [N, L', D] and the additive bias [N, 1, 1, L'] in float32 (None if nothing collapses).
+    Returns the shorter context [N, L', D] and the additive bias [N, L'] in float32 (None if nothing collapses).
     """
     length = context.shape[1]
     used = (context != 0).any(-1)  # [N, L]
@@ -113,7 +114,7 @@ def collapse_padding(context: Tensor, at_least: int = 1) -> tuple[Tensor, Tensor
         return context, None
     position = torch.arange(kept, device=context.device)[None]
     count = torch.where(position < real[:, None], 1.0, torch.where(position == real[:, None], length - real[:, None], 0.0))
-    return context[:, :kept], count.log()[:, None, None, :]
+    return context[:, :kept], count.log()
 
 
 class Attention(nn.Module):
@@ -122,7 +123,8 @@ class Attention(nn.Module):
     def __init__(self, config: WanConfig, cross: bool) -> None:
         super().__init__()
         dim = config.dim
-        self.heads, self.cross, self.eps, self.ops = config.num_attention_heads, cross, config.eps, TORCH
+        self.heads, self.cross, self.eps = config.num_attention_heads, cross, config.eps
+        self.ops, self.backend = TORCH, "auto"
         if cross:
             self.to_q = nn.Linear(dim, dim)
             self.to_kv = nn.Linear(dim, 2 * dim)
@@ -136,22 +138,20 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1))
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-attention keys and values [N, heads, L, head_dim] of an embedded context [N, L, dim]."""
+        """Cross-attention keys and values [N, L, heads, head_dim] of an embedded context [N, L, dim]."""
         k, v = self.to_kv(context).chunk(2, -1)
-        k, v = self._heads(self.norm_k(k)), self._heads(v)
-        return k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
+        return self._heads(self.norm_k(k)), self._heads(v).contiguous()
 
     def self_attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         qkv = self.to_qkv(x)
         q, k = self.ops.qk_norm_rope(qkv, self.norm_q.weight, self.norm_k.weight, *rope, self.heads, self.eps)
-        return self._attend(q, k.transpose(1, 2), self._heads(qkv.chunk(3, -1)[2]).transpose(1, 2), None)
+        return self._attend(q, k, self._heads(qkv.chunk(3, -1)[2]), None)
 
     def cross_attention(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         return self._attend(self._heads(self.norm_q(self.to_q(x))), k, v, bias)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bias)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
+        return self.to_out[0](attend(q, k, v, bias, self.backend).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -243,16 +243,23 @@ class WanTransformer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
         self.ops = TORCH
 
-    def use_kernels(self, kernels: str) -> WanTransformer:
-        """Run norms, RoPE and modulation by "torch", "triton", or "auto": triton where the device can.
+    def use_kernels(self, kernels: str = "auto", attention: str = "auto") -> WanTransformer:
+        """Choose what computes norms, RoPE and modulation, and what computes attention.
+
+        Args:
+            kernels: "torch", "triton", or "auto": triton where the device can.
+            attention: a backend of `nexus_rt.attention`.
 
         Raises:
             InputError: an unknown name, or triton asked for where it cannot run.
         """
+        choose("attention backend", attention, NAMES)
         ops = choose_ops(kernels, self.device)
         for module in self.modules():
             if hasattr(module, "ops"):
                 module.ops = ops
+            if hasattr(module, "backend"):
+                module.backend = attention
         return self
 
     @property
@@ -282,7 +289,7 @@ class WanTransformer(nn.Module):
         context, bias = collapse_padding(context, at_least) if collapse else (context, None)
         embedded = self.condition_embedder.text(context)
         pairs = [block.attn2.keys_values(embedded) for block in self.blocks]
-        return WanContext([k for k, _ in pairs], [v for _, v in pairs], None if bias is None else bias.to(self.dtype))
+        return WanContext([k for k, _ in pairs], [v for _, v in pairs], bias)
 
     def forward(self, latents: Tensor, timestep: Tensor, context: WanContext) -> Tensor:
         """Predict the flow velocity.

@@ -96,8 +96,10 @@ def choose_ops(kernels: str, device: torch.device) -> Ops:
         InputError: an unknown name, or triton asked for where it cannot run.
     """
     choose("kernels", kernels, KERNELS)
-    why = None if kernels == "torch" else cannot_run_triton(device)
-    if kernels == "torch" or (kernels == "auto" and why):
+    if kernels == "torch" or (kernels == "auto" and device.type != "cuda"):  # the interpreter is never chosen by itself
+        return TORCH
+    why = cannot_run_triton(device)
+    if kernels == "auto" and why:
         return TORCH
     if why:
         raise InputError(f"kernels='triton' cannot run here: {why}; use 'auto' or 'torch'.")

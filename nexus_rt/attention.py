@@ -1,0 +1,294 @@
+"""Attention backends by name, and the choice between them by measurement.
+
+Tensors are token-major, [B, L, heads, head_dim], as the fused projection has them. `bias` [B, Lk] is added to every
+score of a key (the log-count that stands for Wan's zero padding).
+
+`sdpa` lets PyTorch choose; `flash`, `cudnn` and `math` ask it for one of its own; `triton` is this package's kernel;
+`fa3` (FlashAttention 3) and `sage` (SageAttention, 8-bit: approximate) run where they are installed. `auto` measures the
+exact ones that can run, once per (GPU, shape, dtype, versions), and keeps the answer on disk; on a CPU it is `sdpa`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nexus_rt.errors import InputError, choose
+from nexus_rt.ops import cannot_run_triton
+
+ROWS_CHECKED = 256  # queries of the first head that a candidate is compared with float32 on
+RUNS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a backend is asked for: shapes, dtype and device, not values."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    biased: bool
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, bias: Tensor | None) -> Case:
+        b, n, h, d = q.shape
+        return cls(b, n, k.shape[1], h, d, q.dtype, q.device, bias is not None)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """run(q, k, v, bias) -> out; why_not(case) -> a reason, or None; exact: no lower precision than its inputs'."""
+
+    run: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    why_not: Callable[[Case], str | None]
+    exact: bool = True
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    mask = None if bias is None else bias[:, None, None, :].to(q.dtype)
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask).transpose(1, 2)
+
+
+def _torch_backend(name: str) -> Callable[..., Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(getattr(SDPBackend, name)):
+            return _sdpa(q, k, v, bias)
+
+    return run
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    from nexus_rt.kernels.attention import attention
+
+    return attention(q, k, v, None if bias is None else bias.float().contiguous())
+
+
+def _fa3(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(q, k, v)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _sage(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    from sageattention import sageattn
+
+    return sageattn(q, k, v, tensor_layout="NHD")
+
+
+def _half(case: Case) -> str | None:
+    return None if case.dtype in (torch.float16, torch.bfloat16) else f"takes float16 and bfloat16, not {str(case.dtype)[6:]}"
+
+
+def _on_gpu(case: Case) -> str | None:
+    return None if case.device.type == "cuda" else f"needs a CUDA device, and this is {case.device.type}"
+
+
+def _unbiased(case: Case) -> str | None:
+    return "takes no bias on its keys" if case.biased else None
+
+
+def _installed(package: str) -> Callable[[Case], str | None]:
+    return lambda case: None if find_spec(package) else f"{package} is not installed"
+
+
+def _flash(case: Case) -> str | None:
+    if case.device.type == "cpu":
+        return None
+    return _on_gpu(case) or _half(case) or _unbiased(case)
+
+
+def _triton_why(case: Case) -> str | None:
+    if why := cannot_run_triton(case.device):
+        return why
+    from nexus_rt.kernels.attention import HEAD_DIMS
+
+    return None if case.head_dim in HEAD_DIMS else f"takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {case.head_dim}"
+
+
+def _first(*reasons: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
+    return lambda case: next((why for r in reasons if (why := r(case))), None)
+
+
+BACKENDS = {
+    "sdpa": Backend(_sdpa, lambda case: None),
+    "math": Backend(_torch_backend("MATH"), lambda case: None),
+    "flash": Backend(_torch_backend("FLASH_ATTENTION"), _flash),
+    "cudnn": Backend(_torch_backend("CUDNN_ATTENTION"), _first(_on_gpu, _half)),
+    "triton": Backend(_triton, _triton_why),
+    "fa3": Backend(_fa3, _first(_on_gpu, _half, _unbiased, _installed("flash_attn_interface"))),
+    "sage": Backend(_sage, _first(_on_gpu, _half, _unbiased, _installed("sageattention")), exact=False),
+}
+NAMES = ("auto", *BACKENDS)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Softmax attention of every head.
+
+    Args:
+        q: [B, Lq, heads, head_dim]; k, v: [B, Lk, heads, head_dim]; bias: [B, Lk] float, or None.
+        backend: a name of `BACKENDS`, or "auto".
+
+    Returns:
+        [B, Lq, heads, head_dim] in q's dtype.
+
+    Raises:
+        InputError: an unknown backend, or one that cannot run on these tensors: it is never replaced in silence.
+    """
+    if backend == "auto":
+        backend = automatic(q, k, v, bias)
+    else:
+        choose("attention backend", backend, NAMES)
+        if why := BACKENDS[backend].why_not(Case.of(q, k, bias)):
+            raise InputError(f"attention backend {backend!r} cannot run here: it {why}; use 'auto' or 'sdpa'.")
+    return BACKENDS[backend].run(q, k, v, bias)
+
+
+_chosen: dict[Case, str] = {}
+
+
+def automatic(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
+    """The backend `auto` stands for: measured on a GPU the first time a case is met, `sdpa` on a CPU."""
+    if q.device.type != "cuda" or torch.compiler.is_compiling():
+        return "sdpa"
+    case = Case.of(q, k, bias)
+    if case not in _chosen:
+        _chosen[case] = decide(case)["chosen"]
+    return _chosen[case]
+
+
+def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool = False) -> dict:
+    """Measure the candidates for a case, or read what was measured before.
+
+    Args:
+        candidates: names; by default every exact backend.
+
+    Returns:
+        {"chosen": name, "candidates": {name: {"ms", "error"} or {"why"}}}: the fastest of those whose error against
+        float32 is at most twice that of `math` in the case's own dtype.
+    """
+    names = [n for n in BACKENDS if BACKENDS[n].exact] if candidates is None else list(candidates)
+    known, key = _read_cache(), _key(case, names)
+    if not remeasure and key in known:
+        return known[key]
+    g = torch.Generator(case.device).manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=g, device=case.device).to(case.dtype)  # noqa: E731
+    q = make(case.batch, case.queries, case.heads, case.head_dim)
+    k, v = (make(case.batch, case.keys, case.heads, case.head_dim) for _ in range(2))
+    bias = make(case.batch, case.keys).float() if case.biased else None
+    wanted, part = _reference(q, k, v, bias)
+    error = lambda out: float((out[part].float() - wanted).abs().max())  # noqa: E731
+    first = [t[:1, :, :1] for t in (q[:, :ROWS_CHECKED], k, v)]
+    allowed = 2 * error(BACKENDS["math"].run(*first, None if bias is None else bias[:1])) + 1e-6
+    found: dict[str, dict] = {}
+    for name in names:
+        why = BACKENDS[name].why_not(case)
+        if not why:
+            try:
+                out = BACKENDS[name].run(q, k, v, bias)
+                wrong = error(out)
+                if wrong > allowed:
+                    why = f"its error {wrong:.1e} is above {allowed:.1e}"
+                else:
+                    found[name] = {
+                        "ms": _milliseconds(lambda n=name: BACKENDS[n].run(q, k, v, bias), case.device),
+                        "error": wrong,
+                    }
+            except (RuntimeError, ValueError) as problem:  # a library that says no only when it is run
+                why = str(problem).strip().splitlines()[0]
+        if why:
+            found[name] = {"why": why}
+    timed = {n: f["ms"] for n, f in found.items() if "ms" in f}
+    if not timed:
+        raise InputError(f"no attention backend of {', '.join(names)} can run {case}: {found}")
+    result = {"chosen": min(timed, key=timed.get), "candidates": found}
+    _write_cache({**_read_cache(), key: result})
+    return result
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple]:
+    """The first rows of the first head in float32 [1, rows, D], and where they lie in an output."""
+    rows = slice(0, min(ROWS_CHECKED, q.shape[1]))
+    part = (slice(0, 1), rows, 0)
+    score = q[part].float() @ k[:1, :, 0].float().mT / q.shape[-1] ** 0.5
+    if bias is not None:
+        score = score + bias[:1, None]
+    return score.softmax(-1) @ v[:1, :, 0].float(), part
+
+
+def _milliseconds(call: Callable[[], Tensor], device: torch.device) -> float:
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    times = []
+    for _ in range(RUNS):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        times.append(1000 * (time.perf_counter() - start))
+    return round(sorted(times)[RUNS // 2], 4)
+
+
+def cache_file() -> Path:
+    """Where decisions are kept: `attention.json` under `NEXUS_RT_CACHE`, else the user's cache folder."""
+    base = os.environ.get("NEXUS_RT_CACHE")
+    return (
+        Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nexus_rt"
+    ) / "attention.json"
+
+
+def _read_cache() -> dict:
+    try:
+        known = json.loads(cache_file().read_text())
+        return known if isinstance(known, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_cache(known: dict) -> None:
+    """Keep decisions; a cache that cannot be written costs a measurement next time and nothing else."""
+    path = cache_file()
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(known, indent=1))
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+@lru_cache(maxsize=4)
+def _machine(device: torch.device) -> list[str]:
+    """What a decision holds for: the device, and the versions of whatever may run."""
+    found = []
+    for package in ("torch", "triton", "flash-attn-3", "sageattention", "nexus-rt"):
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue
+    if device.type == "cuda":
+        found += [torch.cuda.get_device_name(device), f"cuda {torch.version.cuda}", f"cudnn {torch.backends.cudnn.version()}"]
+    return [*found, str(device.type)]
+
+
+def _key(case: Case, names: list[str]) -> str:
+    shape = [case.batch, case.queries, case.keys, case.heads, case.head_dim]
+    return json.dumps([*_machine(case.device), *shape, str(case.dtype), case.biased, names])

@@ -1,0 +1,105 @@
+"""Attention: against float64, at Wan's head sizes, odd lengths, biased keys, and tensors that lie inside others."""
+
+import math
+
+import pytest
+import torch
+
+from nexus_rt.kernels.attention import attention, attention_ref
+
+pytest.importorskip("triton")
+CASES = [  # B, Lq, Lk, heads, head_dim, dtype
+    (1, 130, 200, 2, 128, torch.float16), (2, 63, 77, 1, 64, torch.float16), (1, 128, 128, 1, 32, torch.float16),
+    (1, 64, 64, 2, 128, torch.float32), (2, 5, 3, 3, 16, torch.float32), (1, 1, 1, 1, 32, torch.float32),
+]  # fmt: skip
+
+
+def inputs(batch, queries, keys, heads, head_dim, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(batch, n, heads, head_dim, generator=g).to(dtype) for n in (queries, keys, keys))
+    return q * 2, k * 2, v
+
+
+def oracle(q, k, v, bias=None):
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    score = q @ k.mT / math.sqrt(q.shape[-1])
+    score = score if bias is None else score + bias.double()[:, None, None]
+    share = (score - score.amax(-1, keepdim=True)).exp()
+    return (share / share.sum(-1, keepdim=True) @ v).transpose(1, 2)
+
+
+def close(got, q, k, v, bias=None):
+    """Within twice what eager PyTorch loses at the same precision."""
+    wanted = oracle(q, k, v, bias)
+    mask = None if bias is None else bias[:, None, None].to(q.dtype)
+    eager = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
+    allowed = 2 * (eager.transpose(1, 2).double() - wanted).abs().max() + (1e-5 if q.dtype == torch.float32 else 5e-4)
+    assert got.shape == q.shape and got.dtype == q.dtype and torch.isfinite(got).all()
+    assert (got.double() - wanted).abs().max() <= allowed
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_it_is_the_formula(case, biased):
+    q, k, v = inputs(*case)
+    bias = torch.randn(case[0], case[2], generator=torch.Generator().manual_seed(1)) * 3 if biased else None
+    close(attention(q, k, v, bias), q, k, v, bias)
+    close(attention_ref(q, k, v, bias), q, k, v, bias)
+
+
+def test_keys_of_no_count_are_left_out_even_whole_blocks():
+    q, k, v = inputs(2, 20, 100, 1, 32, torch.float32)
+    bias = torch.zeros(2, 100)
+    bias[0, :64] = float("-inf")  # the first block of keys and more
+    bias[1, 1:] = float("-inf")
+    got = attention(q, k, v, bias)
+    close(got[:1], q[:1], k[:1, 64:], v[:1, 64:])
+    assert torch.allclose(got[1], v[1, :1].expand(20, -1, -1), atol=1e-6)
+
+
+def test_a_key_that_stands_for_many():
+    """Wan's zero padding: one key with the logarithm of its count is the same as all of them."""
+    q, k, v = inputs(1, 7, 6, 2, 32, torch.float32)
+    many = [torch.cat([t[:, :5], t[:, 5:].expand(-1, 500, -1, -1)], 1).contiguous() for t in (k, v)]
+    bias = torch.tensor([[0.0] * 5 + [math.log(500)]])
+    assert torch.allclose(attention(q, k, v, bias), attention(q, *many), atol=1e-5)
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = inputs(1, 9, 40, 1, 64, torch.float32)
+    close(attention(q * 30, k * 30, v), q * 30, k * 30, v)
+
+
+def test_it_reads_a_fused_projection_where_it_lies():
+    qkv = torch.randn(2, 33, 3 * 64, generator=torch.Generator().manual_seed(2))
+    q, k, v = (t.unflatten(-1, (2, 32)) for t in qkv.chunk(3, -1))
+    assert not v.is_contiguous()
+    close(attention(q, k, v), q, k, v)
+
+
+def test_what_the_kernel_does_not_take_is_refused():
+    q, k, v = inputs(1, 4, 6, 2, 32, torch.float32)
+    for args, words in (
+        ((q[0], k, v), r"expected \[B, Lq, heads, D\]"),
+        ((q, k, v[:, :3]), r"have shapes"),
+        ((q[..., :24], k[..., :24], v[..., :24]), r"head_dim is 24; the kernel takes 16, 32, 64, 128"),
+        ((q, k.half(), v), r"k is torch.float16"),
+        ((q.double(), k.double(), v.double()), r"q is torch.float64"),
+        ((q, k, v.transpose(-1, -2).contiguous().transpose(-1, -2)), r"v has strides"),
+        ((q, k[:, :0], v[:, :0]), r"there are no keys"),
+        ((q, k, v, torch.zeros(1, 5)), r"expected contiguous float32 \(1, 6\)"),
+        ((torch.randn(1, 4, 2, 33)[..., 1:], k, v), r"q has strides"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attention(*args)
+
+
+def test_the_op_keeps_torchs_rules(monkeypatch):
+    monkeypatch.undo()
+    torch.library.opcheck(torch.ops.nexus_rt.attention.default, (*inputs(1, 4, 6, 2, 16, torch.float32), torch.zeros(1, 6)))
