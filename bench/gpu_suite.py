@@ -1,0 +1,436 @@
+"""Everything there is to measure on a GPU, in one run of at most eight minutes.
+
+    python -m nexus_rt.bench.gpu_suite --out bench/results/h200          # on the GPU
+    python -m nexus_rt.bench.gpu_suite --dry                             # on a CPU: every part, at tiny sizes
+
+Needs torch, triton, numpy and safetensors; `--wheels DIR` adds a folder of wheels (diffusers, say) to the path. Parts run in
+order and each stands alone: one that breaks is written down with its error, and one that the time does not reach is
+written down as not reached. Correctness comes first: a kernel that is wrong gets no speed. Every figure stands beside
+the roof measured in the same run: the bandwidth of a large copy, the rate of a large bf16 matrix product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+LIMIT_S = 480.0
+CONFIGS = {
+    "1.3B": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30),
+    "14B": dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40),
+}
+GRID = (21, 30, 52)  # tokens of 480p x 81 frames: 32,760
+DRY_CONFIG = dict(num_attention_heads=2, attention_head_dim=32, ffn_dim=96, num_layers=2, text_dim=48, freq_dim=32)
+
+
+def figure(value: float) -> float:
+    """Four digits of a measurement."""
+    return float(f"{value:.4g}")
+
+
+@dataclass
+class Suite:
+    """What a run knows: its device and sizes, its deadline, its results."""
+
+    dry: bool
+    deadline: float
+    results: dict[str, Any] = field(default_factory=dict)
+    wrong: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        import torch
+
+        self.device = torch.device("cpu" if self.dry else "cuda")
+        self.dtype = torch.float32 if self.dry else torch.bfloat16  # the interpreter computes bfloat16 wrongly
+        self.grid = (1, 3, 4) if self.dry else GRID
+        self.configs = {"tiny": DRY_CONFIG} if self.dry else CONFIGS
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+    def random(self, *shape: int, dtype=None):
+        import torch
+
+        self.seed = getattr(self, "seed", 0) + 1
+        g = torch.Generator(self.device).manual_seed(self.seed)
+        return torch.randn(*shape, generator=g, device=self.device).to(dtype or self.dtype)
+
+    def ms(self, call: Callable[[], Any], runs: int = 10, warmup: int = 3) -> float:
+        """Median milliseconds, the second-level cache swept between runs on a GPU."""
+        import torch
+
+        if self.dry:
+            runs, warmup = 2, 0
+        for _ in range(warmup):
+            call()
+        if self.device.type != "cuda":
+            times = []
+            for _ in range(runs):
+                start = time.perf_counter()
+                call()
+                times.append(1000 * (time.perf_counter() - start))
+            return median(times)
+        sweep = torch.empty(256 * 2**20, dtype=torch.uint8, device=self.device)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+        for start, stop in events:
+            sweep.zero_()
+            start.record()
+            call()
+            stop.record()
+        torch.cuda.synchronize()
+        return median(a.elapsed_time(b) for a, b in events)
+
+    def of_roof(self, name: str, ms: float, bytes_: float = 0, flops: float = 0) -> dict:
+        """A figure with its rate and its share of the roof."""
+        roofs = self.results.get("roofs", {})
+        row: dict[str, Any] = {"ms": figure(ms)}
+        for kind, amount, unit in (("copy_gbps", bytes_, 1e6), ("matmul_tflops", flops, 1e9)):
+            if amount:
+                rate = amount / ms / unit
+                row["gbps" if bytes_ else "tflops"] = figure(rate)
+                row["percent_of_roof"] = figure(100 * rate / roofs[kind]) if kind in roofs else None
+        return row
+
+
+def roofs(suite: Suite) -> dict:
+    """Copy bandwidth (read + write) of 1 GiB, and the rate of a large matrix product in the suite's dtype."""
+    import torch
+
+    count = 2**14 if suite.dry else 2**29
+    x = torch.empty(count, dtype=torch.bfloat16, device=suite.device).zero_()
+    y = torch.empty_like(x)
+    ms = suite.ms(lambda: y.copy_(x), 20)
+    n = 64 if suite.dry else 8192
+    a, b = suite.random(n, n), suite.random(n, n)
+    product = suite.ms(lambda: a @ b, 20)
+    return {"copy_gbps": figure(2 * x.nbytes / ms / 1e6), "matmul_tflops": figure(2 * n**3 / product / 1e9)}
+
+
+def _compare(got, wanted, eager) -> dict:
+    """Errors against float64 beside what eager PyTorch loses at the same precision; right within twice that."""
+    error, lost = (float((t.double() - wanted).abs().max()) for t in (got, eager))
+    finite = bool(got.isfinite().all())
+    scale = float(wanted.abs().max())
+    return {"error": error, "eager_error": lost, "right": finite and error <= 2 * lost + 1e-6 * max(1.0, scale)}
+
+
+def correctness(suite: Suite) -> dict:
+    """Every kernel in the suite's dtype against float64."""
+    import torch
+
+    from nexus_rt.kernels.attention import attention
+    from nexus_rt.kernels.modulate import modulate, modulate_ref
+    from nexus_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
+
+    rows = {}
+    for heads, head_dim in ((2, 32),) if suite.dry else ((12, 128), (40, 128), (4, 64), (4, 32)):
+        dim, length = heads * head_dim, 7 if suite.dry else 1311
+        x, y = suite.random(2, length, dim), suite.random(2, length, dim)
+        scale, shift, gate = (suite.random(2, dim, dtype=torch.float32) for _ in range(3))
+        total, out = modulate(x, scale, shift, 1e-6, y, gate)
+        stream = (x.double() + y.double() * gate.double()[:, None]).to(x.dtype).double()
+        wanted = _layer_norm64(stream, scale, shift)
+        rows[f"modulate {dim}"] = _compare(out, wanted, modulate_ref(x, scale, shift, 1e-6, y, gate)[1])
+        rows[f"modulate stream {dim}"] = _compare(total, stream, modulate_ref(x, scale, shift, 1e-6, y, gate)[0])
+        qkv = suite.random(2, length, 3 * dim)
+        weights = [suite.random(dim) for _ in range(2)]
+        angle = suite.random(length, head_dim // 2, dtype=torch.float32)
+        args = (qkv, *weights, angle.cos(), angle.sin(), heads, 1e-6)
+        got, eager = qk_norm_rope(*args), qk_norm_rope_ref(*args)
+        for name, g, e, part, weight in zip("qk", got, eager, qkv.double().chunk(3, -1), weights, strict=False):
+            rows[f"qk_norm_rope {name} {dim}"] = _compare(g, _rope64(part, weight, angle, heads), e)
+        for keys, biased in ((length, False), (77, True)):
+            q, k, v = suite.random(2, length, heads, head_dim), *(suite.random(2, keys, heads, head_dim) for _ in range(2))
+            bias = suite.random(2, keys, dtype=torch.float32) if biased else None
+            wanted = _attention64(q, k, v, bias)
+            mask = None if bias is None else bias[:, None, None].to(q.dtype)
+            plain = torch.nn.functional.scaled_dot_product_attention(
+                *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask
+            ).transpose(1, 2)
+            label = f"attention {head_dim} x{heads} {'biased' if biased else 'self'}"
+            rows[label] = _compare(attention(q, k, v, bias), wanted, plain)
+    suite.wrong = {name.split()[0] for name, row in rows.items() if not row["right"]}
+    return rows
+
+
+def _layer_norm64(x, scale, shift):
+    mean = x.mean(-1, keepdim=True)
+    var = ((x - mean) ** 2).mean(-1, keepdim=True)
+    return (x - mean) / (var + 1e-6).sqrt() * (1 + scale.double()[:, None]) + shift.double()[:, None]
+
+
+def _rope64(x, weight, angle, heads):
+    import torch
+
+    n = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    z = torch.view_as_complex(n.unflatten(-1, (heads, -1, 2)).contiguous())
+    turn = torch.complex(angle.cos().double(), angle.sin().double())
+    return torch.view_as_real(z * turn[:, None]).flatten(-2)
+
+
+def _attention64(q, k, v, bias):
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    score = q @ k.mT / math.sqrt(q.shape[-1])
+    score = score if bias is None else score + bias.double()[:, None, None]
+    return (score.softmax(-1) @ v).transpose(1, 2)
+
+
+def kernels(suite: Suite) -> dict:
+    """Each memory-bound kernel at Wan's sizes: milliseconds, GB/s, percent of the copy; eager PyTorch beside it."""
+    import torch
+
+    from nexus_rt.kernels.modulate import modulate, modulate_ref
+    from nexus_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
+
+    rows = {}
+    for name, config in suite.configs.items():
+        heads, dim = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
+        for length in (suite.tokens,) if suite.dry else (suite.tokens, 75600):
+            x, y = suite.random(1, length, dim), suite.random(1, length, dim)
+            scale, shift, gate = (suite.random(1, dim, dtype=torch.float32) for _ in range(3))
+            calls = {
+                "modulate": (modulate, modulate_ref, (x, scale, shift, 1e-6), 2 * x.nbytes),
+                "modulate gated residual": (modulate, modulate_ref, (x, scale, shift, 1e-6, y, gate), 4 * x.nbytes),
+            }
+            qkv = suite.random(1, length, 3 * dim)
+            angle = suite.random(length, config["attention_head_dim"] // 2, dtype=torch.float32)
+            args = (qkv, suite.random(dim), suite.random(dim), angle.cos(), angle.sin(), heads, 1e-6)
+            calls["qk_norm_rope"] = (qk_norm_rope, qk_norm_rope_ref, args, 4 * x.nbytes + 2 * angle.nbytes)
+            for label, (ours, eager, inputs, moved) in calls.items():
+                if label.split()[0] in suite.wrong:
+                    rows[f"{label} {name} {length}"] = {"refused": "it is wrong: see correctness"}
+                    continue
+                row = suite.of_roof(label, suite.ms(lambda f=ours, a=inputs: f(*a)), bytes_=moved)
+                row["eager_ms"] = figure(suite.ms(lambda f=eager, a=inputs: f(*a)))
+                rows[f"{label} {name} {length}"] = {**row, "against_eager": figure(row["eager_ms"] / row["ms"])}
+    return rows
+
+
+def attention(suite: Suite) -> dict:
+    """Every backend at Wan's shapes, self and cross; each one checked by `decide` before it is timed."""
+    from nexus_rt.attention import BACKENDS, Case, decide
+
+    rows = {}
+    for name, config in suite.configs.items():
+        heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+        for label, keys, biased in (("self", suite.tokens, False), ("cross 512", 512, False), ("cross biased", 40, True)):
+            case = Case(
+                1, suite.tokens, min(keys, 8) if suite.dry else keys, heads, head_dim, suite.dtype, suite.device, biased
+            )
+            names = [n for n in BACKENDS if n != "math" or suite.dry or keys < 1000]  # math would hold 86 GB of scores
+            found = decide(case, names, remeasure=True)
+            flops = 4 * case.queries * case.keys * heads * head_dim
+            timed = {n: c["ms"] for n, c in found["candidates"].items() if "ms" in c}
+            best = min(timed.values())
+            rows[f"{label} {name}"] = {
+                "chosen": found["chosen"],
+                "backends": {
+                    n: {**suite.of_roof(n, c["ms"], flops=flops), "error": c["error"], "of_best": round(best / c["ms"], 3)}
+                    if "ms" in c
+                    else c
+                    for n, c in found["candidates"].items()
+                },
+            }
+    return rows
+
+
+def build(suite: Suite, config: dict):
+    """A Wan transformer of random weights on the suite's device: norms at one, the rest small."""
+    import torch
+    from torch import nn
+
+    from nexus_rt.models.checkpoint import KEEP_FP32
+    from nexus_rt.models.wan import WanConfig, WanTransformer
+
+    with torch.device("meta"):
+        model = WanTransformer(WanConfig(**config))
+    for name, parameter in list(model.named_parameters()):
+        dtype = torch.float32 if any(part in name for part in KEEP_FP32) else suite.dtype
+        value = torch.empty(parameter.shape, dtype=dtype, device=suite.device)
+        value.fill_(1.0) if "norm" in name and name.endswith("weight") else value.normal_(std=0.02)
+        owner, leaf = name.rpartition(".")[::2]
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    return model.eval()
+
+
+def dit(suite: Suite, name: str) -> dict:
+    """One forward at 480p x 81 frames: torch and triton kernels, each block compiled, diffusers where it is; peak memory."""
+    import torch
+
+    config = suite.configs[name]
+    t, h, w = suite.grid
+    model = build(suite, config)
+    latents, timestep = suite.random(1, 16, t, 2 * h, 2 * w), torch.tensor(700.0, device=suite.device)
+    embeds = torch.zeros(1, 512, model.config.text_dim, dtype=suite.dtype, device=suite.device)
+    embeds[:, :40] = suite.random(1, 40, model.config.text_dim)
+    dim, length = model.config.dim, suite.tokens
+    linear = 2 * length * config["num_layers"] * (6 * dim * dim + 2 * dim * config["ffn_dim"])
+    flops = linear + 4 * length * length * dim * config["num_layers"]
+    rows: dict[str, Any] = {"tokens": length, "tflop": round(flops / 1e12, 1)}
+    outputs = {}
+    with torch.no_grad():
+        for label, kernel in (("torch", "torch"), ("triton", "triton"), ("torch, blocks compiled", "torch")):
+            try:
+                model.use_kernels(kernel)
+                context = model.prepare_context(embeds)
+                forward = model
+                if "compiled" in label:
+                    if suite.dry:
+                        continue
+                    for block in model.blocks:
+                        block.compile()
+                call = lambda f=forward, c=context: f(latents, timestep, c)  # noqa: E731
+                if suite.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                outputs[label] = call()
+                rows[label] = suite.of_roof(label, suite.ms(call, 3, 1), flops=flops)
+                if suite.device.type == "cuda":
+                    rows[label]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+                first = outputs["torch"].float()
+                rows[label]["difference"] = float((outputs[label].float() - first).abs().max() / first.abs().max())
+            except Exception as error:  # one variant that fails must not take the others with it
+                rows[label] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    del model
+    rows["diffusers"] = _diffusers(suite, config, latents, embeds, flops)
+    return rows
+
+
+def _diffusers(suite: Suite, config: dict, latents, embeds, flops: float) -> dict:
+    """diffusers' transformer of the same size, eager."""
+    import torch
+
+    try:
+        from diffusers import WanTransformer3DModel
+    except ImportError:
+        return {"failed": "diffusers is not installed here"}
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**config)
+    model = model.to_empty(device=suite.device).to(suite.dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.02)
+        for b in model.buffers():
+            b.zero_()
+        timestep = torch.tensor([700], device=suite.device)
+        call = lambda: model(latents, timestep, embeds, return_dict=False)  # noqa: E731
+        return suite.of_roof("diffusers", suite.ms(call, 3, 1), flops=flops)
+
+
+PARTS: dict[str, Callable[[Suite], dict]] = {
+    "correctness": correctness, "roofs": roofs, "kernels": kernels, "attention": attention,
+    "dit small": lambda s: dit(s, next(iter(s.configs))), "dit large": lambda s: dit(s, list(s.configs)[-1]),
+}  # fmt: skip
+
+
+def run(suite: Suite, parts: list[str]) -> dict:
+    """Run the parts in order; what breaks or is not reached is written down."""
+    import torch
+
+    for name in parts:
+        start = time.monotonic()
+        if start > suite.deadline:
+            suite.results[name] = {"not_reached": f"the {LIMIT_S:.0f} s were over"}
+            continue
+        try:
+            suite.results[name] = PARTS[name](suite)
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            said = f"{type(error).__name__}: {str(error)[:500]} ({Path(where.filename).name}:{where.lineno})"
+            suite.results[name] = {"failed": said}
+        if suite.device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+    return suite.results
+
+
+def fingerprint(suite: Suite) -> dict:
+    """Date, commit, versions and device."""
+    import torch
+
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    found = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit, "torch": torch.__version__,
+             "python": platform.python_version(), "command": " ".join(sys.argv), "dry": suite.dry}  # fmt: skip
+    if suite.device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = None
+    return found
+
+
+def markdown(results: dict) -> str:
+    """Tables for reading; correctness first."""
+    lines = ["# " + results["run"].get("gpu", "CPU, dry: no speed here means anything"), ""]
+    lines += [f"{k}: {v}  " for k, v in results["run"].items()]
+    for part, rows in results.items():
+        if part == "run":
+            continue
+        lines += ["", f"## {part}", ""]
+        flat = {}
+        for name, row in rows.items():
+            if isinstance(row, dict) and "backends" in row:
+                flat |= {f"{name}: {b}{' (chosen)' if b == row['chosen'] else ''}": r for b, r in row["backends"].items()}
+            else:
+                flat[name] = row
+        lines += ["| | |", "|---|---|"]
+        for name, row in flat.items():
+            shown = lambda v: f"{v:.3g}" if isinstance(v, float) else v  # noqa: E731
+            items = row.items() if isinstance(row, dict) else [("", row)]
+            lines.append(f"| {name} | {', '.join(f'{k} {shown(v)}'.strip() for k, v in items)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true", help="every part on a CPU at tiny sizes, kernels interpreted")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--out", type=Path, help="a folder for <date>.json and <date>.md")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels to import from (diffusers and what it needs)")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds after which no further part begins")
+    args = parser.parse_args()
+    if args.wheels:
+        sys.path[:0] = [str(w) for w in sorted(args.wheels.glob("*.whl"))]  # pure-Python wheels import as they are
+    if args.dry:
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    if not args.dry and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device here; --dry runs every part on a CPU at tiny sizes")
+    suite = Suite(args.dry, time.monotonic() + args.limit)
+    results = {"run": fingerprint(suite), **run(suite, args.parts)}
+    text = markdown(results)
+    print(text)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        stem = results["run"]["date"][:16].replace(":", "")
+        (args.out / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
+        (args.out / f"{stem}.md").write_text(text)
+    failed = [n for n, r in results.items() if isinstance(r, dict) and "failed" in r]
+    if failed or suite.wrong:
+        raise SystemExit(f"failed: {', '.join(failed) or 'none'}; wrong: {', '.join(sorted(suite.wrong)) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The GPU suite in its dry mode: every part runs, a wrong kernel gets no speed, what breaks or is late is written down."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from nexus_rt.bench import gpu_suite
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))
+
+
+def suite(**change):
+    return gpu_suite.Suite(**{"dry": True, "deadline": time.monotonic() + 300, **change})
+
+
+def test_the_whole_suite_runs_dry(tmp_path):
+    command = [sys.executable, "-m", "nexus_rt.bench.gpu_suite", "--dry", "--out", str(tmp_path / "out")]
+    said = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NEXUS_RT_CACHE": str(tmp_path / "c")})
+    assert said.returncode == 0, said.stderr[-2000:]
+    (file,) = (tmp_path / "out").glob("*.json")
+    results = json.loads(file.read_text())
+    assert results.keys() == {"run", *gpu_suite.PARTS} and results["run"]["dry"]
+    assert all(row["right"] for row in results["correctness"].values()) and len(results["correctness"]) == 6
+    assert all(row["ms"] > 0 and row["percent_of_roof"] > 0 for row in results["kernels"].values())
+    assert all(row["chosen"] in row["backends"] for row in results["attention"].values())
+    for part in ("dit small", "dit large"):
+        assert results[part]["triton"]["difference"] < 1e-5 and results[part]["diffusers"]["ms"] > 0
+    text = file.with_suffix(".md").read_text()
+    assert "CPU, dry: no speed here means anything" in text and "(chosen)" in text
+
+
+def test_a_wrong_kernel_gets_no_speed(monkeypatch):
+    from nexus_rt.kernels import modulate
+
+    right = modulate.modulate
+    monkeypatch.setattr(modulate, "modulate", lambda *a, **k: tuple(t * 1.001 for t in right(*a, **k)))
+    s = suite()
+    results = gpu_suite.run(s, ["correctness", "roofs", "kernels"])
+    assert s.wrong == {"modulate"} and not results["correctness"]["modulate 64"]["right"]
+    for name, row in results["kernels"].items():
+        assert ("refused" in row and "ms" not in row) == name.startswith("modulate")
+
+
+def test_a_kernel_that_writes_nan_is_wrong():
+    bad = torch.full((2, 2), float("nan"))
+    assert not gpu_suite._compare(bad, torch.zeros(2, 2).double(), torch.zeros(2, 2))["right"]
+
+
+def test_a_part_that_breaks_leaves_the_others(monkeypatch):
+    def broken(suite):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setitem(gpu_suite.PARTS, "kernels", broken)
+    results = gpu_suite.run(suite(), ["kernels", "roofs"])
+    assert results["kernels"]["failed"].startswith("RuntimeError: no such thing (test_gpu_suite.py:")
+    assert results["roofs"]["copy_gbps"] > 0
+
+
+def test_what_the_time_does_not_reach_is_said():
+    results = gpu_suite.run(suite(deadline=time.monotonic() - 1), ["roofs", "kernels"])
+    assert all("not_reached" in r for r in results.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu_suite"])
+    with pytest.raises(SystemExit, match="--dry"):
+        gpu_suite.main()
+
+
+def test_every_variant_of_the_dit_is_tried_and_a_failing_one_named(monkeypatch):
+    from nexus_rt.models.wan import WanTransformer
+
+    use = WanTransformer.use_kernels
+
+    def refuse(self, kernels, *rest):
+        if kernels == "triton":
+            raise RuntimeError("out of memory")
+        return use(self, kernels, *rest)
+
+    monkeypatch.setattr(WanTransformer, "use_kernels", refuse)
+    rows = gpu_suite.dit(suite(), "tiny")
+    assert rows["triton"] == {"failed": "RuntimeError: out of memory"} and rows["torch"]["ms"] > 0
