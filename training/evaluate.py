@@ -30,7 +30,7 @@ from training import riddles, world
 from training.checker import chance, look
 from training.metrics import consistency, radial_power, texture_similarity, wilson
 
-SEEDS = (11, 12, 13)
+SEEDS = (11, 12, 13)  # of the reported figures; settings are chosen on others
 OPTIONS = ("split", "guidance", "guidance_2", "unguided", "steps")
 
 
@@ -88,15 +88,18 @@ def measure(frames: np.ndarray, scene: world.Scene) -> dict:
     }  # fmt: skip
 
 
-def work(pair: Path | None, rows: list[Row], kind: str, count: int, batch: int, shard: tuple[int, int], out: Path) -> None:
+def work(
+    pair: Path | None, rows: list[Row], kind: str, seeds: list[int], count: int, batch: int, shard: tuple[int, int], out: Path
+) -> None:  # fmt: skip
     """Measure this shard's batches of every row, a line of JSON a clip."""
     pipe = NexusPipeline.from_pretrained(pair)
     pipe.set_progress_bar_config(disable=True)
     d = pipe.defaults
-    jobs = [(seed, first) for seed in SEEDS for first in range(0, count // len(SEEDS), batch)]
+    each = count // len(seeds)
+    jobs = [(seed, first) for seed in seeds for first in range(0, each, batch)]
     with out.open("w") as file:
         for seed, first in jobs[shard[0] :: shard[1]]:
-            part = make_prompts(kind, seed, count // len(SEEDS))[first : first + batch]
+            part = make_prompts(kind, seed, each)[first : first + batch]
             rng = np.random.default_rng([seed, first])
             for prompt in part:
                 clip = (world.render(prompt.scene, rng, d.num_frames, d.height).transpose(0, 2, 3, 1) + 1) / 2
@@ -157,12 +160,14 @@ def summarise(records: list[dict], rows: list[Row], pipe: NexusPipeline) -> dict
     return table
 
 
-def evaluate(pair: Path | None, rows: list[Row], kind: str, count: int, batch: int, workers: int) -> dict:
+def evaluate(
+    pair: Path | None, rows: list[Row], kind: str, count: int, batch: int, workers: int, seeds: tuple[int, ...] = SEEDS
+) -> dict:
     """Run shards in processes of one thread each, and summarise."""
     with tempfile.TemporaryDirectory() as folder:
         spec = json.dumps([dataclasses.asdict(r) for r in rows])
         command = [sys.executable, "-m", "training.evaluate", "--prompts", kind, "--count", str(count), "--batch", str(batch)]
-        command += ["--spec", spec, *(["--pair", str(pair)] if pair else [])]
+        command += ["--spec", spec, "--seeds", *map(str, seeds), *(["--pair", str(pair)] if pair else [])]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         files = [Path(folder) / f"{i}.jsonl" for i in range(workers)]
         running = [
@@ -174,7 +179,7 @@ def evaluate(pair: Path | None, rows: list[Row], kind: str, count: int, batch: i
         records = [json.loads(line) for f in files for line in f.read_text().splitlines()]
     pipe = NexusPipeline.from_pretrained(pair)
     d = {k: v for k, v in dataclasses.asdict(pipe.defaults).items()}
-    head = {"prompts": kind, "count": len(records) // (len(rows) + 1), "seeds": SEEDS, "batch": batch, "workers": workers}
+    head = {"prompts": kind, "count": len(records) // (len(rows) + 1), "seeds": list(seeds), "batch": batch, "workers": workers}
     return {
         **head,
         "defaults": d,
@@ -203,6 +208,7 @@ def main() -> None:
     parser.add_argument("--prompts", choices=("riddles", "captions"), default="captions")
     parser.add_argument("--rows", nargs="+", default=["small", "large", "reference", "handoff=0.5"])
     parser.add_argument("--count", type=int, default=201, help="prompts, over three seeds")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--batch", type=int, default=17)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
@@ -212,9 +218,20 @@ def main() -> None:
     if args.shard:
         torch.set_num_threads(1)
         rows = [Row(**r) for r in json.loads(args.spec)]
-        work(args.pair, rows, args.prompts, args.count, args.batch, tuple(map(int, args.shard.split("/"))), Path(args.out))
+        work(
+            args.pair,
+            rows,
+            args.prompts,
+            args.seeds,
+            args.count,
+            args.batch,
+            tuple(map(int, args.shard.split("/"))),
+            Path(args.out),
+        )
         return
-    result = evaluate(args.pair, [Row.parse(r) for r in args.rows], args.prompts, args.count, args.batch, args.workers)
+    result = evaluate(
+        args.pair, [Row.parse(r) for r in args.rows], args.prompts, args.count, args.batch, args.workers, tuple(args.seeds)
+    )
     print(show(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
