@@ -54,6 +54,7 @@ class Spy:
     def __init__(self, monkeypatch, pipe):
         self.counts, self.told = {"llm": 0, "connector": 0, "small": 0, "large": 0}, {}
         pipe.context.understanding.load()
+        pipe.context.load()
         self._count(monkeypatch, pipe.context.understanding, "model", "llm")
         self._count(monkeypatch, pipe.context, "connector", "connector")
         for name in ("small", "large"):
@@ -182,7 +183,7 @@ def test_everything_computes_in_the_dtype_asked_for(steered_pair):
     pipe = NexusPipeline.from_pretrained(steered_pair, torch_dtype=torch.bfloat16)
     context, negative = pipe.encode_context("the red panda", *pipe.encode_prompt("the red panda"))
     assert context.dtype == negative.dtype == torch.bfloat16
-    assert {p.dtype for m in (pipe.context.connector, pipe.context.understanding.model) for p in m.parameters()} == {
+    assert {p.dtype for m in (pipe.context.load(), pipe.context.understanding.model) for p in m.parameters()} == {
         torch.bfloat16
     }
 

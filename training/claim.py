@@ -19,7 +19,7 @@ LARGE = "large,guidance=5,guidance_2=2"  # the guidance it draws captions best w
 ROWS = (
     "small", LARGE, "large",
     "reference", "reference,guidance=5,guidance_2=5", "reference,split=fft", "reference,split=dct", "reference,unguided=0.33",
-    "handoff=0.3", "handoff=0.5", "handoff=0.5,split=fft", "handoff=0.5,split=dct", "handoff=0.6",
+    "handoff=0.3", "handoff=0.5", "handoff=0.5,split=fft", "handoff=0.5,split=dct", "handoff=0.6", "handoff=0.65",
     "handoff=0.6,unguided=0.33", "handoff=0.7", "auto=0.02", "auto=0.1", "auto=0.3",
     "small:50% bridge:2 large:20% bridge:1 small:*", "small:60% bridge:1 large:20% bridge:1 small:*",
 )  # fmt: skip
@@ -38,7 +38,8 @@ def markdown(result: dict) -> str:
     for name, r in result["rows"].items():
         a, b = r["interval"]
         runs = r.get("forwards")
-        cost = f"{runs['small']} + {runs['large']} | {r['ms']:.0f}" if runs else " | "
+        ms = "" if r.get("ms") is None else f"{r['ms']:.0f}"
+        cost = f"{runs['small']} + {runs['large']} | {ms}" if runs else " | "
         plan = name if name == "true renderings" else f"`{name}`"
         lines.append(
             f"| {plan} | {r['shape']:.1%} | {r['colour']:.1%} | {r['motion']:.1%} | **{r['all']:.1%}** [{a:.1%}, {b:.1%}] | "
@@ -78,25 +79,28 @@ def plot(result: dict, path: Path) -> None:
 
     rows = {k: v for k, v in result["rows"].items() if k != "true renderings"}
     colour = lambda name: next((c for f, c in FAMILIES.items() if name.split("=")[0].split(",")[0] == f), "tab:orange")  # noqa: E731
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.6))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 5.6))
     for i, (name, r) in enumerate(rows.items(), 1):
         low, high = r["interval"]
         error = [[100 * (r["all"] - low)], [100 * (high - r["all"])]]
         left.errorbar(r["texture"], 100 * r["all"], yerr=error, fmt="o", color=colour(name), capsize=2, lw=0.8)
         left.annotate(str(i), (r["texture"], 100 * r["all"]), xytext=(5, 4), textcoords="offset points", fontsize=9)
+        left.plot([], [], " ", label=f"{i}  {name}")
+        if r["ms"] is None:  # taken from another run
+            continue
         right.plot(r["ms"], 100 * r["all"], "o", color=colour(name))
         right.annotate(str(i), (r["ms"], 100 * r["all"]), xytext=(5, 4), textcoords="offset points", fontsize=9)
         right.plot(r["ms"], 100 * r["texture"], "^", color=colour(name), mfc="none")
-        left.plot([], [], " ", label=f"{i}  {name}")
     left.axhline(100 * result["chance"]["all"], color="grey", lw=0.7, ls=":")
     left.set(title="Meaning against finish", xlabel="texture similarity to true renderings", ylim=(0, 100))
     left.set(ylabel="riddles solved: shape, colour and motion right, %")
     right.set(title="Quality against cost (o: riddles solved, ^: texture)", ylabel="%", ylim=(0, 100))
     right.set(xlabel="milliseconds of denoising a clip")
-    left.legend(fontsize=7, loc="center left", handlelength=0, frameon=False)
     for axis in (left, right):
         axis.grid(alpha=0.25)
-    figure.tight_layout()
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="center right", handlelength=0, frameon=False)
+    figure.tight_layout(rect=(0, 0, 0.77, 1))
     figure.savefig(path, dpi=90)
     plt.close(figure)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import ModelError
-from nexus_rt.models.connector import Connector, load_connector
+from nexus_rt.models.connector import Connector, ConnectorConfig, load_connector
 from nexus_rt.models.load import read_json
 from nexus_rt.models.text import clean_prompt
 from nexus_rt.models.understanding import UnderstandingModel
@@ -22,7 +22,7 @@ def unpad(text: Tensor) -> Tensor:
 
 
 class ContextEncoder:
-    """Understanding model and connector, together the context of the small generator.
+    """Understanding model and connector, together the context of the small generator; each loaded when first used.
 
     Args:
         understanding, connector: their folders.
@@ -30,22 +30,23 @@ class ContextEncoder:
 
     def __init__(self, understanding: Path, connector: Path, dtype: torch.dtype, device: str | torch.device) -> None:
         self.folder, self.dtype, self.device = Path(connector), dtype, torch.device(device)
+        self.config = ConnectorConfig.from_dict(read_json(self.folder / "config.json"))
         self.connector: Connector | None = None
-        self.load()
-        self.understanding = UnderstandingModel(understanding, self.connector.config.template, dtype, device)
+        self.understanding = UnderstandingModel(understanding, self.config.template, dtype, device)
         config = read_json(Path(understanding) / "config.json")
         width = {**config, **config.get("text_config", {})}.get("hidden_size")
-        if width != self.connector.config.llm_hidden_size:
+        if width != self.config.llm_hidden_size:
             raise ModelError(
-                f"the understanding model's hidden size is {width} and the connector reads "
-                f"{self.connector.config.llm_hidden_size}; pair the two that were trained together."
+                f"the understanding model's hidden size is {width} and the connector reads {self.config.llm_hidden_size}; "
+                "pair the two that were trained together."
             )
 
     @property
     def text_dim(self) -> int:
-        return self.connector.config.text_dim
+        return self.config.text_dim
 
     def load(self) -> Connector:
+        """Read the connector, if it is not in memory."""
         if self.connector is None:
             self.connector = load_connector(self.folder, self.dtype, self.device)
         return self.connector
