@@ -19,7 +19,7 @@ PROMPTS = (
     "of a star and a circle, the one that is not a circle, dotted, moves as smoke does. it is in what red and green light "
     "make together and on a black background",
 )
-PLANS = {"small alone": "small", "large alone": "large", "bridged": None}  # None: the pair's own plan
+PLANS = {"small alone": "small", "large alone": "large", "bridged, handoff=0.5": "handoff=0.5"}
 ZOOM, GAP, LINE = 3, 10, 14
 INK, PAPER = (235, 235, 235), (24, 24, 28)
 
