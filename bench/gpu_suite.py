@@ -49,6 +49,7 @@ class Suite:
     deadline: float
     results: dict[str, Any] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
+    seed: int = 0
 
     def __post_init__(self) -> None:
         import torch
@@ -65,7 +66,7 @@ class Suite:
     def random(self, *shape: int, dtype=None):
         import torch
 
-        self.seed = getattr(self, "seed", 0) + 1
+        self.seed += 1
         g = torch.Generator(self.device).manual_seed(self.seed)
         return torch.randn(*shape, generator=g, device=self.device).to(dtype or self.dtype)
 
@@ -94,7 +95,7 @@ class Suite:
         torch.cuda.synchronize()
         return median(a.elapsed_time(b) for a, b in events)
 
-    def of_roof(self, name: str, ms: float, bytes_: float = 0, flops: float = 0) -> dict:
+    def of_roof(self, ms: float, bytes_: float = 0, flops: float = 0) -> dict:
         """A figure with its rate and its share of the roof."""
         roofs = self.results.get("roofs", {})
         row: dict[str, Any] = {"ms": figure(ms)}
@@ -214,7 +215,7 @@ def kernels(suite: Suite) -> dict:
                 if label.split()[0] in suite.wrong:
                     rows[f"{label} {name} {length}"] = {"refused": "it is wrong: see correctness"}
                     continue
-                row = suite.of_roof(label, suite.ms(lambda f=ours, a=inputs: f(*a)), bytes_=moved)
+                row = suite.of_roof(suite.ms(lambda f=ours, a=inputs: f(*a)), bytes_=moved)
                 row["eager_ms"] = figure(suite.ms(lambda f=eager, a=inputs: f(*a)))
                 rows[f"{label} {name} {length}"] = {**row, "against_eager": figure(row["eager_ms"] / row["ms"])}
     return rows
@@ -239,7 +240,7 @@ def attention(suite: Suite) -> dict:
             rows[f"{label} {name}"] = {
                 "chosen": found["chosen"],
                 "backends": {
-                    n: {**suite.of_roof(n, c["ms"], flops=flops), "error": c["error"], "of_best": round(best / c["ms"], 3)}
+                    n: {**suite.of_roof(c["ms"], flops=flops), "error": c["error"], "of_best": round(best / c["ms"], 3)}
                     if "ms" in c
                     else c
                     for n, c in found["candidates"].items()
@@ -297,7 +298,7 @@ def dit(suite: Suite, name: str) -> dict:
                 if suite.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 outputs[label] = call()
-                rows[label] = suite.of_roof(label, suite.ms(call, 3, 1), flops=flops)
+                rows[label] = suite.of_roof(suite.ms(call, 3, 1), flops=flops)
                 if suite.device.type == "cuda":
                     rows[label]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
                 first = outputs["torch"].float()
@@ -327,7 +328,7 @@ def _diffusers(suite: Suite, config: dict, latents, embeds, flops: float) -> dic
             b.zero_()
         timestep = torch.tensor([700], device=suite.device)
         call = lambda: model(latents, timestep, embeds, return_dict=False)  # noqa: E731
-        return suite.of_roof("diffusers", suite.ms(call, 3, 1), flops=flops)
+        return suite.of_roof(suite.ms(call, 3, 1), flops=flops)
 
 
 PARTS: dict[str, Callable[[Suite], dict]] = {

@@ -156,13 +156,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, backend:
     if backend == "auto":
         backend = automatic(q, k, v, bias)
     else:
-        choose("attention backend", backend, NAMES)
-        if why := BACKENDS[backend].why_not(Case.of(q, k, bias)):
-            raise InputError(f"attention backend {backend!r} cannot run here: it {why}; use 'auto' or 'sdpa'.")
+        case = Case.of(q, k, bias)
+        if (backend, case) not in _fit:
+            choose("attention backend", backend, NAMES)
+            if why := BACKENDS[backend].why_not(case):
+                raise InputError(f"attention backend {backend!r} cannot run here: it {why}; use 'auto' or 'sdpa'.")
+            _fit.add((backend, case))
     return BACKENDS[backend].run(q, k, v, bias)
 
 
-_chosen: dict[Case, str] = {}
+_chosen: dict[Case, str] = {}  # what auto stands for
+_fit: set[tuple[str, Case]] = set()  # explicit backends found able: asked once a case, not at every layer
 
 
 def automatic(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:

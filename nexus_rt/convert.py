@@ -139,15 +139,11 @@ class Omnivideo:
             raise ModelError(f"{path} is missing; expected the OmniVideo folder as it was published.")
         return path
 
-    def over(self, *prefixes: str) -> dict[str, Tensor]:
+    def over(self, prefix: str) -> dict[str, Tensor]:
         """The mixed model's tensors under a prefix, without it."""
-        found = {}
-        for prefix in prefixes:
-            for key, value in self.mixed.items():
-                if key.startswith(prefix):
-                    found[key.removeprefix(prefix)] = value
-                    self.taken.add(key)
-        return found
+        found = {k: v for k, v in self.mixed.items() if k.startswith(prefix)}
+        self.taken |= found.keys()
+        return {k.removeprefix(prefix): v for k, v in found.items()}
 
     def transformer(self) -> None:
         """`small/`: Wan 1.3B with the mixed model's weights over it."""

@@ -16,6 +16,7 @@ CPU = torch.device("cpu")
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))
     attention._chosen.clear()
+    attention._fit.clear()
     return tmp_path / "cache" / "attention.json"
 
 

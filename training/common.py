@@ -139,6 +139,11 @@ def render_batch(rng: np.random.Generator, count: int, frames: int, training: bo
     return torch.from_numpy(np.stack(clips)).transpose(1, 2)
 
 
+def object_pixels(x: torch.Tensor) -> torch.Tensor:
+    """Which pixels [B, 1, T, H, W] of clips [B, 3, T, H, W] are not background, which is constant along a row."""
+    return (x - x.median(-1, keepdim=True).values).abs().amax(1, keepdim=True) > 0.06
+
+
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     """PSNR in dB of images in [-1, 1]."""
     mse = ((a.clamp(-1, 1) - b) ** 2).mean()

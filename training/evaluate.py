@@ -5,8 +5,8 @@
 
 A row is a plan, with options after commas: `split=fft`, `guidance=6`, `guidance_2=2`, `unguided=0.33` (no guidance
 after that share of the steps). Every row sees the same prompts and noises, taken from three seeds; the rows take
-turns, batch by batch, so that a busy machine slows all of them alike. Prompts are never those of training: riddles are
-of held-out triples of kinds; of the captions' scenes a tenth is held out, and reported by itself.
+turns, batch by batch, so that a busy machine slows all of them alike. Riddles are of triples
+of kinds held out of training; of the captions' scenes a tenth is held out, and reported by itself.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def evaluate(
             raise SystemExit(f"a worker failed (exit codes {codes}); its error is above")
         records = [json.loads(line) for f in files for line in f.read_text().splitlines()]
     pipe = NexusPipeline.from_pretrained(pair)
-    d = {k: v for k, v in dataclasses.asdict(pipe.defaults).items()}
+    d = dataclasses.asdict(pipe.defaults)
     head = {"prompts": kind, "count": len(records) // (len(rows) + 1), "seeds": list(seeds), "batch": batch, "workers": workers}
     return {
         **head,

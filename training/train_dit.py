@@ -22,11 +22,12 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from nexus_rt.convert import transformer_config
 from nexus_rt.models.checkpoint import to_diffusers
 from nexus_rt.models.load import load_transformer
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from training import world
-from training.common import RUNS, Log, Muon, Schedule, load_checkpoint, save_checkpoint, set_lr
+from training.common import RUNS, Log, Muon, Schedule, load_checkpoint, object_pixels, save_checkpoint, set_lr
 from training.train_text import fillers, tokenize
 
 MINI = Path(__file__).resolve().parent.parent / "nexus_rt" / "mini"
@@ -46,8 +47,7 @@ def config(size: str) -> WanConfig:
 
 def covered(x: torch.Tensor) -> torch.Tensor:
     """Which latent cells [B, 5, 8, 8] of clips [B, 3, 17, 64, 64] the shape touches."""
-    row = x.median(-1, keepdim=True).values  # the background is constant along a row
-    mask = F.max_pool2d(((x - row).abs().amax(1) > 0.06).float(), 8)  # [B, 17, 8, 8]
+    mask = F.max_pool2d(object_pixels(x).squeeze(1).float(), 8)  # [B, 17, 8, 8]
     return torch.stack([mask[:, :1].amax(1)] + [mask[:, 1 + 4 * i : 5 + 4 * i].amax(1) for i in range(4)], 1)
 
 
@@ -191,13 +191,7 @@ def export(size: str, folder: Path, weights: dict[str, torch.Tensor], step: int)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.to(torch.bfloat16).contiguous().clone() for k, v in to_diffusers(weights).items()}
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    c = config(size)
-    fields = {
-        "_class_name": "WanTransformer3DModel", "patch_size": list(c.patch_size), "qk_norm": "rms_norm_across_heads",
-        "in_channels": c.in_channels, "out_channels": c.out_channels, "text_dim": c.text_dim, "freq_dim": c.freq_dim,
-        "cross_attn_norm": True, "eps": c.eps, "rope_max_seq_len": c.rope_max_seq_len, "added_kv_proj_dim": None,
-        "image_dim": None, **SIZES[size],
-    }  # fmt: skip
+    fields = transformer_config(config(size))
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     print(f"{folder}: step {step}")
 

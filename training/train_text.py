@@ -33,7 +33,6 @@ FIELDS = {
     "shape": world.SHAPES, "colour": tuple(world.COLOURS), "texture": world.TEXTURES,
     "motion": tuple(world.MOTIONS), "background": tuple(world.BACKGROUNDS),
 }  # fmt: skip
-MAX_TOKENS = 24  # of a plain caption
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'\"-()"
 WORDS = pre_tokenizers.Sequence(
     [pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]

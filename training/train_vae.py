@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
-from training.common import RUNS, Log, Muon, cosine, load_checkpoint, psnr, render_batch, save_checkpoint, set_lr
+from training.common import RUNS, Log, Muon, cosine, load_checkpoint, object_pixels, psnr, render_batch, save_checkpoint, set_lr
 
 CONFIG = dict(base_dim=8, z_dim=16, num_res_blocks=1)
 LATENT_NOISE = 0.10  # relative to the latents' own spread: the decoder must forgive a generator's small errors
@@ -66,8 +66,7 @@ def inflate(vae: AutoencoderKLWan) -> None:
 
 def foreground_weight(x: torch.Tensor) -> torch.Tensor:
     """Weights of mean about 1 that count a shape's pixels several times: most of a frame is plain background."""
-    row = x.median(-1, keepdim=True).values  # the background is constant along a row
-    weight = 1 + 5 * ((x - row).abs().amax(1, keepdim=True) > 0.06)
+    weight = 1 + 5 * object_pixels(x)
     return weight / weight.float().mean()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from nexus_rt.errors import ModelError
 from nexus_rt.models.connector import Connector, ConnectorConfig, load_connector
-from nexus_rt.models.load import read_json
+from nexus_rt.models.load import read_json, release
 from nexus_rt.models.text import clean_prompt
 from nexus_rt.models.understanding import UnderstandingModel
 
@@ -55,9 +54,7 @@ class ContextEncoder:
         """Free the understanding model and the connector; the next call loads them again."""
         self.understanding.drop()
         self.connector = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(self.device)
 
     def unconditional_text(self) -> Tensor | None:
         """The stored embedding [m, text_dim] that stands for no prompt, if the checkpoint has one."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,6 +67,35 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a {type(value).__name__}; expected a JSON object.")
     return value
+
+
+def pretrained(class_name: str, folder: Path, what: str, device: torch.device | None = None, **options: Any) -> Any:
+    """transformers' `class_name.from_pretrained(folder)`, local files only; a model goes to `device`.
+
+    Raises:
+        ModelError: a damaged folder; `what` names the part.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    try:
+        loaded = getattr(transformers, class_name).from_pretrained(folder, local_files_only=True, **options)
+        return loaded if device is None else loaded.to(device).eval()
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        raise ModelError(f"{folder}: the {what} cannot be loaded ({error}); download it again.") from error
+
+
+def require_safetensors(folder: Path) -> None:
+    """Raise a `ModelError` where a transformers folder has no safetensors."""
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} holds no safetensors; convert its weights (pickles are not read here).")
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of a model just dropped."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def transformer_folder(folder: Path) -> Path:

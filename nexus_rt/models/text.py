@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import html
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import InputError, ModelError
+from nexus_rt.models.load import pretrained, release, require_safetensors
 
 MAX_SEQUENCE_LENGTH = 512  # Wan's text length: the transformer attends to the zero padding too
 
@@ -43,27 +43,21 @@ class TextEncoder:
         """Read tokenizer and weights, if they are not in memory."""
         if self.model is not None:
             return
-        from safetensors import SafetensorError
-        from transformers import AutoTokenizer, UMT5EncoderModel
-
-        weights = self.folder / "text_encoder"
-        if not any(weights.glob("*.safetensors")):
-            raise ModelError(f"{weights} holds no safetensors; convert its weights (pickles are not read here).")
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
-            self.model = UMT5EncoderModel.from_pretrained(
-                weights, dtype=self.dtype, local_files_only=True, use_safetensors=True
-            ).to(self.device)
-        except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-            raise ModelError(f"{self.folder}: the text encoder cannot be loaded ({error}); download it again.") from error
-        self.model.eval()
+        require_safetensors(self.folder / "text_encoder")
+        self.tokenizer = pretrained("AutoTokenizer", self.folder / "tokenizer", "text encoder")
+        self.model = pretrained(
+            "UMT5EncoderModel",
+            self.folder / "text_encoder",
+            "text encoder",
+            self.device,
+            dtype=self.dtype,
+            use_safetensors=True,
+        )
 
     def drop(self) -> None:
         """Free the weights; the next `encode` loads them again."""
         self.model = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(self.device)
 
     @torch.no_grad()
     def encode(self, prompts: list[str], max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> Tensor:

@@ -6,7 +6,6 @@ states of all its tokens go to the connector.
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import InputError, ModelError
+from nexus_rt.models.load import pretrained, release, require_safetensors
 
 SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -85,37 +85,25 @@ class UnderstandingModel:
         """
         if self.model is not None:
             return
-        from safetensors import SafetensorError
-        from transformers import AutoModel, AutoTokenizer
-
-        if not any(self.folder.glob("*.safetensors")):
-            raise ModelError(f"{self.folder} holds no safetensors; convert its weights (pickles are not read here).")
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            for marker in (self.template.video_marker, self.template.image_marker):
-                ids = self.tokenizer(marker, add_special_tokens=False).input_ids
-                known = self.tokenizer.convert_tokens_to_ids(marker)
-                if known is None or known == self.tokenizer.unk_token_id or known not in ids:
-                    raise ModelError(
-                        f"{self.folder}: the tokenizer lacks {marker}, which this template ends in; use the tokenizer "
-                        "that came with the checkpoint, or set the template's markers."
-                    )
-            # the backbone alone: hidden states need no vocabulary head
-            self.model = AutoModel.from_pretrained(
-                self.folder, dtype=self.dtype, local_files_only=True, use_safetensors=True
-            ).to(self.device)
-        except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-            raise ModelError(
-                f"{self.folder}: the understanding model cannot be loaded ({error}); download it again."
-            ) from error
-        self.model.eval()
+        require_safetensors(self.folder)
+        self.tokenizer = pretrained("AutoTokenizer", self.folder, "understanding model")
+        for marker in (self.template.video_marker, self.template.image_marker):
+            ids = self.tokenizer(marker, add_special_tokens=False).input_ids
+            known = self.tokenizer.convert_tokens_to_ids(marker)
+            if known is None or known == self.tokenizer.unk_token_id or known not in ids:
+                raise ModelError(
+                    f"{self.folder}: the tokenizer lacks {marker}, which this template ends in; use the tokenizer "
+                    "that came with the checkpoint, or set the template's markers."
+                )
+        # the backbone alone: hidden states need no vocabulary head
+        self.model = pretrained(
+            "AutoModel", self.folder, "understanding model", self.device, dtype=self.dtype, use_safetensors=True
+        )
 
     def drop(self) -> None:
         """Free the weights; the next call loads them again."""
         self.model = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(self.device)
 
     @torch.no_grad()
     def hidden_states(self, prompt: str, single_frame: bool = False) -> Tensor:
