@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-KERNELS = ("modulate", "qk_norm_rope", "attention")  # files of kernels/ with a `variants()`
+KERNELS = ("band_blend", "solver_step", "modulate", "qk_norm_rope", "attention")  # files of kernels/ with a `variants()`
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
 
 

@@ -64,3 +64,21 @@ def row_config(dim: int) -> tuple[int, int]:
     """(block, num_warps) for a row of `dim` a program: 16 elements a thread keep loads 16 bytes wide."""
     block = 1 << (dim - 1).bit_length()
     return block, max(1, min(16, block // 512))
+
+
+def check_tensor(op: str, name: str, t: torch.Tensor, shape: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """What every launcher asks of an argument that its kernel walks as it lies in memory.
+
+    Raises:
+        ValueError: another shape, dtype or device, a stride, or a view that starts off a 16-byte boundary.
+    """
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; expected {tuple(shape)}.")
+    if t.dtype != dtype or t.device != device:
+        raise ValueError(f"{op}: {name} is {t.dtype} on {t.device}; expected {dtype} on {device}.")
+    if not t.is_contiguous():
+        raise ValueError(f"{op}: {name} has strides {t.stride()}; expected a contiguous tensor (call .contiguous()).")
+    if t.storage_offset() * t.element_size() % 16:  # not data_ptr: there is none while a graph is traced
+        raise ValueError(
+            f"{op}: {name} starts {t.storage_offset()} elements into its memory, off a 16-byte boundary (clone it)."
+        )

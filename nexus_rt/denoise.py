@@ -12,9 +12,11 @@ from torch import Tensor
 
 from nexus_rt.engines.base import Engine
 from nexus_rt.errors import Cancelled, InputError, NumericsError
+from nexus_rt.ops import choose_ops
 from nexus_rt.plan import Plan, Step
 from nexus_rt.solver import make_solver
-from nexus_rt.upfb import BlendConfig, blend, guide
+from nexus_rt.upfb import BlendConfig, combine
+from nexus_rt.velocity import Prediction, Velocity
 
 # The paper's code writes v_c + s (v_c - v_u) with s = 5.0; in diffusers' meaning that is g = s + 1 = 6.0.
 GUIDANCE_SCALE = 6.0
@@ -49,23 +51,42 @@ class Generator:
         own = step.guidance_small if self.name == "small" else step.guidance_large
         return float(self.default if own is None else own)
 
-    def velocity(self, latents: Tensor, step: Step) -> Tensor:
-        """The guided velocity at a step, float32 [B, C, T, H, W]."""
-        scale = self.scale(step)
+    def predict(self, latents: Tensor, step: Step) -> Tensor:
+        """The engine's raw prediction at a step: [B, ...], or [2 B, ...] where it is guided, unconditional samples last."""
         timestep = torch.tensor(float(step.timestep), device=latents.device)
-        raw = self.engine.velocity(latents, timestep, self.contexts[scale != 1.0])
-        v = guide(*raw.chunk(2), scale) if scale != 1.0 else guide(raw, None, 1.0)
-        if not math.isfinite(float(v.sum())):
-            bad = self.engine.not_finite() if hasattr(self.engine, "not_finite") else []
+        return self.engine.velocity(latents, timestep, self.contexts[self.scale(step) != 1.0])
+
+
+class Watch:
+    """Whether predictions are finite, asked without making a GPU wait: a step's sums are read when the next is queued."""
+
+    def __init__(self, generators: Mapping[str, Generator]) -> None:
+        self.generators = generators
+        self.sums: list[tuple[Tensor, str, Step]] = []
+
+    def add(self, raw: Tensor, name: str, step: Step) -> None:
+        self.sums.append((raw.sum(dtype=torch.float32), name, step))
+
+    def settle(self, before: int) -> None:
+        """Check the steps before an index.
+
+        Raises:
+            NumericsError: names the generator, the step and, where its weights are at fault, the weights.
+        """
+        while self.sums and self.sums[0][2].index < before:
+            total, name, step = self.sums.pop(0)
+            if math.isfinite(float(total)):
+                continue
+            engine = self.generators[name].engine
+            bad = engine.not_finite() if hasattr(engine, "not_finite") else []
             cause = (
                 f"its weights hold NaN or infinity in {', '.join(bad[:3])}: load an undamaged checkpoint."
                 if bad
                 else "its weights are finite: try a wider dtype (bfloat16 or float32) or a smaller guidance_scale."
             )
             raise NumericsError(
-                f"the {self.name} generator's velocity is not finite at step {step.index} (timestep {step.timestep}); {cause}"
+                f"the {name} generator's velocity is not finite at step {step.index} (timestep {step.timestep}); {cause}"
             )
-        return v
 
 
 def denoise(
@@ -78,6 +99,7 @@ def denoise(
     guidance_scale_2: float | None = None,
     blend_config: BlendConfig = BlendConfig(),  # noqa: B008 (frozen)
     solver: str = "unipc",
+    kernels: str = "auto",
     on_step: Callable[[Step, Tensor], Tensor | None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Tensor:
@@ -89,6 +111,7 @@ def denoise(
         engines, prompts: under "small" and "large", those the plan runs; any objects with the engine protocol.
         guidance_scale, guidance_scale_2: of the small and the large generator (the latter None: the same), where the
             plan sets none; 1 means no guidance, one forward instead of two.
+        kernels: of the blend and the solver: "torch", "triton", or "auto" (triton on a GPU that can run it).
         on_step: called after every step with it and the new latents; may return latents to go on with.
         should_stop: asked before every step.
 
@@ -107,19 +130,26 @@ def denoise(
                 f"plan {plan.name!r} runs the {name} generator; pass its engine and its prompt, or plan without it."
             )
     generators = {n: Generator(n, engines[n], prompts[n], plan, scales[n]) for n in plan.generators}
-    solve = make_solver(solver, plan.grid)
+    fused = choose_ops(kernels, latents.device).name == "triton"
+    solve, watch = make_solver(solver, plan.grid, fused), Watch(generators)
     latents = latents.float()
     for step in plan.steps:
         if should_stop is not None and should_stop():
             raise Cancelled(f"stopped before step {step.index} of {len(plan)}, as asked.")
-        small = generators["small"].velocity(latents, step) if step.small else None
-        large = generators["large"].velocity(latents, step) if step.large else None
+        said = {}
+        for name in ("small", "large"):
+            if getattr(step, name):
+                raw = generators[name].predict(latents, step)
+                watch.add(raw, name, step)
+                said[name] = Prediction.of(raw, generators[name].scale(step))
         if step.blended:
-            velocity = blend(small, large, step.w, blend_config, step.energy)
+            velocity = combine(said.get("small"), said.get("large"), step.w, blend_config, step.energy, fused)
         else:
-            velocity = small if large is None else large
+            velocity = Velocity(*said.values())
         latents = solve.step(step.index, latents, velocity)
+        watch.settle(step.index + (latents.device.type != "cuda"))
         if on_step is not None:
             replaced = on_step(step, latents)
             latents = latents if replaced is None else replaced.float()
+    watch.settle(len(plan))
     return latents

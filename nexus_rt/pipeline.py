@@ -63,10 +63,10 @@ class NexusPipeline:
     def __init__(
         self, engines: dict[str, Engine], text: TextEncoder | None, vae: VideoDecoder | None,
         device: torch.device, defaults: Defaults | None = None, space: tuple[int, tuple[int, int, int]] = (16, (1, 2, 2)),
-        context: ContextEncoder | None = None, keep_encoders: bool = True,
+        context: ContextEncoder | None = None, keep_encoders: bool = True, kernels: str = "auto",
     ) -> None:  # fmt: skip
         self.engines, self.text, self.vae, self.device, self.defaults = engines, text, vae, device, defaults or Defaults()
-        self.context, self.keep_encoders = context, keep_encoders
+        self.context, self.keep_encoders, self.kernels = context, keep_encoders, kernels
         self.channels, self.patch = space
         self._progress: dict[str, Any] = {}
         self._cancel = threading.Event()
@@ -110,7 +110,8 @@ class NexusPipeline:
                 computes in float32.
             device: "cuda" where there is one, else "cpu".
             backend: what runs the generators: "torch".
-            kernels: of the torch backend's norms, RoPE and modulation: "torch", "triton", or "auto" (triton on a GPU).
+            kernels: of the blend, the solver and the torch backend's norms, RoPE and modulation: "torch", "triton", or
+                "auto" (triton on a GPU).
             attention: of the torch backend: a name of `nexus_rt.attention.BACKENDS`, or "auto" (measured on a GPU).
             vae_tiling: True, False, or "auto" (above 1280 x 720).
             cache_dir, local_files_only, revision: as in diffusers.
@@ -138,7 +139,7 @@ class NexusPipeline:
             {name: TorchEngine(model) for name, model in models.items()},
             TextEncoder(parts.text, dtype, device) if parts.text else None,
             VideoDecoder(parts.vae, torch.float32, device, vae_tiling) if parts.vae else None,
-            device, parts.defaults, (config.in_channels, config.patch_size), context, keep_encoders,
+            device, parts.defaults, (config.in_channels, config.patch_size), context, keep_encoders, kernels,
         )  # fmt: skip
 
     def set_progress_bar_config(self, **options: Any) -> None:
@@ -348,7 +349,7 @@ class NexusPipeline:
             latents = denoise(
                 latents.to(self.device), plan, self.engines, said,
                 guidance_scale=scales[0], guidance_scale_2=scales[1], blend_config=blend, solver=solver,
-                on_step=on_step, should_stop=self._cancel.is_set,
+                kernels=self.kernels, on_step=on_step, should_stop=self._cancel.is_set,
             )  # fmt: skip
         return NexusOutput(self.decode(latents, output_type), plan)
 

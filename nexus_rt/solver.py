@@ -1,7 +1,8 @@
 """Wan's time grid, and the solvers that walk it.
 
 A solver here is a table of scalars: UniPC's predictor and corrector are linear in the samples and predictions of the
-last two steps, so their coefficients are computed once per grid, in float64, and a step is a few scaled additions.
+last two steps, so their coefficients are computed once per grid, in float64, and a step is a few scaled additions (in
+one Triton launch where that is asked for).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from nexus_rt.errors import InputError, choose
+from nexus_rt.velocity import Prediction, Velocity
 
 TRAIN_STEPS = 1000
 SOLVERS = ("unipc", "euler")
@@ -48,28 +50,24 @@ def time_grid(steps: int, shift: float = 5.0) -> TimeGrid:
     return TimeGrid((*map(float, sigmas), 0.0), tuple(map(int, timesteps)))
 
 
-class Euler:
-    """First order: `x + (sigma_next - sigma) v`."""
-
-    def __init__(self, grid: TimeGrid) -> None:
-        self.sigmas = grid.sigmas
-
-    def step(self, index: int, latents: Tensor, velocity: Tensor) -> Tensor:
-        """The latents at step index+1, float32; `velocity` is the blended one at step `index`."""
-        return latents.add(velocity, alpha=self.sigmas[index + 1] - self.sigmas[index])
-
-
 @dataclass(frozen=True)
-class UniPCStep:
+class SolverStep:
     """Scalars of one step. m is a prediction of the clean latents, m_k the one k steps ago.
 
-    corrector: x <- c_x x_(-1) + c_0 m_0 + c_1 m_1 + c_2 m_2 (None at the first step);
-    predictor: x_next = p_x x + p_0 m_0 + p_1 m_1.
+    corrector: x <- c_x x_(-1) + c_0 m_0 + c_1 m_1 + c_2 m_2 (None where there is none);
+    predictor: x_next = p_x x + p_0 m_0 + p_1 m_1. Trailing zeros are left out: what is not read need not exist.
     """
 
     sigma: float
-    corrector: tuple[float, float, float, float] | None
-    predictor: tuple[float, float, float]
+    corrector: tuple[float, ...] | None
+    predictor: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("corrector", "predictor"):
+            scalars = getattr(self, name)
+            while scalars and scalars[-1] == 0.0 and len(scalars) > 2:
+                scalars = scalars[:-1]
+            object.__setattr__(self, name, scalars)
 
 
 def _log_snr(sigma: float) -> float:
@@ -85,7 +83,7 @@ def _phi(h: float) -> tuple[float, float, float]:
     return e1, p1, p1 / -h - 0.5
 
 
-def unipc_table(grid: TimeGrid) -> list[UniPCStep]:
+def unipc_table(grid: TimeGrid) -> list[SolverStep]:
     """Coefficients of UniPC (arXiv 2302.04867), order 2, B(h) = e^h - 1 (`bh2`), predicting clean data, for flow matching.
 
     alpha = 1 - sigma; the last step is first order (`lower_order_final`), as is the first (warm-up).
@@ -116,36 +114,64 @@ def unipc_table(grid: TimeGrid) -> list[UniPCStep]:
         e1 = _phi(h)[0]
         second = 0.5 * h / (lam[i - 1] - lam[i]) if order[i] == 2 else 0.0
         predictor = (sigmas[i + 1] / sigmas[i], -alpha * e1 * (1 - second), -alpha * e1 * second)
-        table.append(UniPCStep(sigmas[i], corrector, predictor))
+        table.append(SolverStep(sigmas[i], corrector, predictor))
     return table
 
 
-class UniPC:
-    """Second-order predictor-corrector with its history: call `step` for index 0, 1, ... in order."""
+def euler_table(grid: TimeGrid) -> list[SolverStep]:
+    """First order: `x + (sigma_next - sigma) v`, written with the clean prediction `x - sigma v`."""
+    pairs = zip(grid.sigmas, grid.sigmas[1:], strict=False)
+    return [SolverStep(s, None, (after / s, 1 - after / s)) for s, after in pairs]
 
-    def __init__(self, grid: TimeGrid) -> None:
-        self.table = unipc_table(grid)
-        self.history: list[Tensor] = []  # clean-latent predictions, newest first
-        self.last: Tensor | None = None  # the corrected latents of the step before
 
-    def step(self, index: int, latents: Tensor, velocity: Tensor) -> Tensor:
+TABLES = {"unipc": unipc_table, "euler": euler_table}
+
+
+class Solver:
+    """Walks a table, with what of the last steps it needs: call `step` for index 0, 1, ... in order.
+
+    fused: a step is one Triton launch, guidance and energy factor included; else PyTorch.
+    """
+
+    def __init__(self, table: list[SolverStep], fused: bool = False) -> None:
+        self.table, self.fused = table, fused
+        self.history: list[Tensor] = []  # the corrected latents of the step before, then clean predictions, newest first
+
+    def step(self, index: int, latents: Tensor, velocity: Velocity | Tensor) -> Tensor:
         """The latents at step index+1, float32; `velocity` is the blended one at step `index`."""
-        c = self.table[index]
-        clean = latents.sub(velocity, alpha=c.sigma)
+        later = index + 1 < len(self.table) and self.table[index + 1]
+        keep = bool(later) and (later.corrector is not None or len(later.predictor) > 2)
+        step = self._triton if self.fused else self._torch
+        latents, last, clean = step(self.table[index], latents, velocity, keep)
+        self.history = [last, clean, *self.history[1:2]] if keep else []
+        return latents
+
+    def _torch(self, c: SolverStep, x: Tensor, velocity: Velocity | Tensor, keep: bool) -> tuple[Tensor, ...]:
+        v = velocity if isinstance(velocity, Tensor) else velocity.tensor()
+        clean = x.sub(v, alpha=c.sigma)
         if c.corrector is not None:
-            latents = self._combine(self.last, c.corrector, [clean, *self.history])
-        self.last, self.history = latents, [clean, *self.history[:1]]
-        return self._combine(latents, c.predictor, self.history)
+            x = self._sum(c.corrector, self.history[0], clean, *self.history[1:])
+        return self._sum(c.predictor, x, clean, *self.history[1:]), x, clean
 
     @staticmethod
-    def _combine(x: Tensor, scalars: tuple[float, ...], predictions: list[Tensor]) -> Tensor:
-        out = x * scalars[0]
-        for scalar, m in zip(scalars[1:], predictions, strict=False):
-            if scalar != 0.0:
-                out.add_(m, alpha=scalar)
+    def _sum(scalars: tuple[float, ...], first: Tensor, *rest: Tensor) -> Tensor:
+        out = first * scalars[0]
+        for scalar, m in zip(scalars[1:], rest, strict=False):
+            out.add_(m, alpha=scalar)
         return out
 
+    def _triton(self, c: SolverStep, x: Tensor, velocity: Velocity | Tensor, keep: bool) -> tuple[Tensor, ...]:
+        from nexus_rt.kernels.solver_step import solver_step
 
-def make_solver(name: str, grid: TimeGrid) -> UniPC | Euler:
-    """A fresh solver for one generation."""
-    return {"unipc": UniPC, "euler": Euler}[choose("solver", name, SOLVERS)](grid)
+        velocity = Velocity(Prediction(velocity)) if isinstance(velocity, Tensor) else velocity
+        p, corrector = velocity.prediction, c.corrector or (0.0,)
+        pad = lambda scalars, size: [*scalars, *[0.0] * (size - len(scalars))]  # noqa: E731
+        return solver_step(
+            x.contiguous(), p.conditional, p.unconditional, p.scale, velocity.sums, velocity.energy, velocity.w,
+            [c.sigma, *pad(corrector, 4), *pad(c.predictor, 3)], self.history, len(corrector) - 1, len(c.predictor) - 1, keep,
+        )  # fmt: skip
+
+
+def make_solver(name: str, grid: TimeGrid, fused: bool = False) -> Solver:
+    """A fresh solver for one generation: "unipc" or "euler"."""
+    return Solver(TABLES[choose("solver", name, SOLVERS)](grid), fused)

@@ -3,8 +3,8 @@
 Lumos-Nexus (arXiv 2605.31603) blends low and high bands of both velocities with a 3x3 Gaussian. Expanded, the large
 generator is never filtered: `u = (1-w) v_L + w (g v_S + (1-g) LF(v_S))` with g = gamma_hf, one filter on one tensor.
 The `fft` and `dct` splits are this runtime's progressive frequency handoff: one share per spatial frequency,
-`a(rho) = w [LP(rho) + g (1 - LP(rho))]`, `u = v_L + F^-1{a . F{v_S - v_L}}`. Every one of these filters is a short
-sum of two-sided matrix products `A_r X B_r^T`, so no transform and no convolution is taken at run time.
+`a(rho) = w [LP(rho) + g (1 - LP(rho))]`, `u = v_L + F^-1{a . F{v_S - v_L}}`. Every one of these filters is a few matrix
+products on both sides of a plane: two where it is separable, four (there, a gain, and back) where it is not.
 
 Velocities are float32 [B, C, T, H, W]; RMS is per sample over C, T, H, W; filters act on each H x W plane.
 """
@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_rt.errors import InputError, choose
+from nexus_rt.ops import choose_ops
+from nexus_rt.velocity import Prediction, Velocity
 
 SPLITS = ("gaussian", "fft", "dct")
 LOWPASSES = ("gaussian", "butterworth", "ideal")
 ENERGIES = ("reference", "progressive", "none")
 EPS = 1e-6
-RANK_TOLERANCE = 1e-7  # of the largest singular value: below float32's own rounding
 
 
 @dataclass(frozen=True)
@@ -84,49 +84,59 @@ def lowpass_gain(rho: Tensor, cutoff: float, lowpass: str, order: int) -> Tensor
     return (ratio <= 1).to(rho.dtype)
 
 
-def _basis(size: int, split: str) -> tuple[Tensor, Tensor]:
-    """Frequencies [K] as fractions of Nyquist and projectors [K, size, size] onto each, float64.
+@dataclass(frozen=True)
+class Filter:
+    """The low-pass of a split on planes X [H, W], as matrices, float32.
 
-    fft: a frequency and its mirror image share one real projector; dct: DCT-II basis vectors (orthonormal).
+    LF(X) = left X right where it is separable (gain is None): the gaussian split, the Gaussian low-pass. Any other is
+    diagonal in its transform: LF(X) = left^T (gain * (left X right)) right^T, of whatever rank the gain is, and two
+    steps of a plan differ in the gain alone.
     """
-    n = torch.arange(size, dtype=torch.float64)
+
+    left: Tensor
+    right: Tensor
+    gain: Tensor | None = None
+
+
+@lru_cache(maxsize=16)
+def _basis(size: int, split: str) -> tuple[Tensor, Tensor]:
+    """Frequencies [size] as fractions of Nyquist and an orthonormal real basis [size, size], a row each, float64.
+
+    dct: DCT-II. fft: cosines and sines of the Fourier series; a real even filter has one gain for both.
+    """
+    k = torch.arange(size, dtype=torch.float64)
     if split == "dct":
-        k = torch.arange(size, dtype=torch.float64)
-        basis = torch.cos(math.pi * (n[None] + 0.5) * k[:, None] / size) * math.sqrt(2 / size)
+        basis = torch.cos(math.pi * (k[None] + 0.5) * k[:, None] / size) * math.sqrt(2 / size)
         basis[0] /= math.sqrt(2)
-        return k / size, basis[:, :, None] * basis[:, None, :]
-    k = torch.arange(size // 2 + 1, dtype=torch.float64)
-    twice = torch.where((k == 0) | (2 * k == size), 1.0, 2.0).double()
-    angle = 2 * math.pi * k[:, None, None] * (n[:, None] - n[None, :]) / size
-    return 2 * k / size, twice[:, None, None] / size * torch.cos(angle)
+        return k / size, basis
+    wave = torch.minimum(k, size - k)  # rows past the middle are the sines of the rows before it
+    angle = 2 * math.pi * wave[:, None] * k[None] / size
+    basis = torch.where((k <= size // 2)[:, None], torch.cos(angle), torch.sin(angle)) * math.sqrt(2 / size)
+    basis[(wave == 0) | (2 * wave == size)] /= math.sqrt(2)
+    return 2 * wave / size, basis
 
 
 @lru_cache(maxsize=512)
-def filter_matrices(
+def split_filter(
     height: int, width: int, split: str, lowpass: str, order: int, cutoff: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The low-pass of a split as matrices: `LF(X) = sum_r A_r X B_r^T`; `cutoff` is sigma for the gaussian split.
-
-    Returns A [H, R*H] (the A_r side by side) and B [R*W, W] (the B_r on top of each other), float32; R is 1 where the
-    filter is separable (gaussian split, Gaussian low-pass), about 10 for Butterworth.
-    """
+) -> Filter:  # fmt: skip
+    """The low-pass of a split for planes of a size; `cutoff` is sigma for the gaussian split."""
     if split == "gaussian":
         taps = gaussian_taps(height, width, cutoff)
-        a, b = (_band(size, taps) for size in (height, width))
-        return a.float().to(device), b.float().to(device)
-    fy, py = _basis(height, split)
-    fx, px = _basis(width, split)
+        return Filter(*(_band(size, taps).float().to(device) for size in (height, width)))
+    (fy, rows), (fx, columns) = _basis(height, split), _basis(width, split)
     if lowpass == "gaussian":
-        left = lowpass_gain(fy, cutoff, lowpass, order)[None]
-        right = lowpass_gain(fx, cutoff, lowpass, order)[None]
-    else:
-        gain = lowpass_gain(torch.hypot(fy[:, None], fx[None]), cutoff, lowpass, order)
-        u, s, v = torch.linalg.svd(gain, full_matrices=False)
-        rank = int((s > RANK_TOLERANCE * s[0]).sum()) if s[0] > 0 else 1
-        left, right = (u[:, :rank] * s[:rank]).T, v[:rank]
-    a = torch.einsum("rk,kij->irj", left, py).reshape(height, -1)
-    b = torch.einsum("rk,kij->rij", right, px).reshape(-1, width)
-    return a.float().to(device), b.float().to(device)
+        left, right = (b.T @ (lowpass_gain(f, cutoff, lowpass, order)[:, None] * b) for f, b in ((fy, rows), (fx, columns)))
+        return Filter(left.float().to(device), right.float().to(device))
+    gain = lowpass_gain(torch.hypot(fy[:, None], fx[None]), cutoff, lowpass, order)
+    return Filter(*_transform(height, width, split, device), gain.float().to(device))
+
+
+@lru_cache(maxsize=16)
+def _transform(height: int, width: int, split: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The matrices that take planes to frequencies, one copy for every cutoff."""
+    rows, columns = _basis(height, split)[1], _basis(width, split)[1]
+    return rows.float().to(device), columns.T.float().contiguous().to(device)
 
 
 def _band(size: int, taps: Tensor) -> Tensor:
@@ -136,16 +146,21 @@ def _band(size: int, taps: Tensor) -> Tensor:
     return torch.where(inside, taps[offset.clamp(0, taps.numel() - 1)], 0.0)
 
 
-def _filtered(v: Tensor, w: float, config: BlendConfig, low: float, keep: float) -> Tensor:
-    """`keep * v + low * LF(v)` of each plane: two matrix products, the first factor riding along in the second."""
-    height, width = v.shape[-2:]
+def _filter_at(w: float, config: BlendConfig, v: Tensor) -> Filter:
     cutoff = config.sigma(w) if config.split == "gaussian" else config.cutoff(w)
-    a, b = filter_matrices(height, width, config.split, config.lowpass, config.order, cutoff, v.device)
-    rank, planes = b.shape[0] // width, v.reshape(-1, height, width)
-    right = F.linear(planes, b)  # [N, H, R*W]: X B_r^T for every r
-    if rank > 1:
-        right = right.unflatten(-1, (rank, width)).transpose(1, 2).flatten(1, 2)  # [N, R*H, W]
-    return torch.baddbmm(planes, a.expand(len(planes), -1, -1), right, beta=keep, alpha=low).view_as(v)
+    return split_filter(*v.shape[-2:], config.split, config.lowpass, config.order, cutoff, v.device)
+
+
+def _filtered(v: Tensor, w: float, config: BlendConfig, low: float, keep: float) -> Tensor:
+    """`keep * v + low * LF(v)` of each plane: two or four matrix products, the first factor riding along in the last."""
+    f = _filter_at(w, config, v)
+    planes = v.reshape(-1, *v.shape[-2:])
+    left = f.left.expand(len(planes), -1, -1)
+    y = planes @ f.right
+    if f.gain is not None:
+        y = torch.bmm(left, y).mul_(f.gain) @ f.right.T
+        left = left.mT
+    return torch.baddbmm(planes, left, y, beta=keep, alpha=low).view_as(v)
 
 
 def low_frequencies(v: Tensor, w: float, config: BlendConfig) -> Tensor:
@@ -176,12 +191,79 @@ def target_rms(v_small: Tensor | None, v_large: Tensor | None, w: float, energy:
     return w * rms(v_small) + (1 - w) * rms(v_large)
 
 
+def combine(
+    small: Prediction | None,
+    large: Prediction | None,
+    w: float,
+    config: BlendConfig = BlendConfig(),
+    energy: str = "reference",
+    fused: bool = False,
+) -> Velocity:
+    """The blend of what two generators said, guidance included; arguments and errors as `blend`.
+
+    Args:
+        fused: one Triton launch, and the energy factor left to the solver's; else PyTorch.
+    """
+    choose("energy", energy, ENERGIES)
+    if not 0 <= w <= 1:
+        raise InputError(f"w is {w}; the small generator's weight lies between 0 and 1.")
+    lone = (small is None) + (large is None)
+    if lone == 2 or (small is None and w != 0) or (large is None and w != 1):
+        raise InputError(f"at w={w} the blend needs the velocity that is missing; leave one out only where it has no share.")
+    if lone and energy == "reference":
+        raise InputError("energy 'reference' needs both velocities; use 'progressive' where one generator runs alone.")
+    if not lone and small.conditional.shape != large.conditional.shape:
+        shapes = tuple(small.conditional.shape), tuple(large.conditional.shape)
+        raise InputError(f"velocities have shapes {shapes[0]} and {shapes[1]}; expected equal ones.")
+    if small is None or (w == 0 and energy != "reference"):
+        return Velocity(large)
+    if large is None and config.split != "gaussian":
+        return Velocity(small)
+    return (_combine_triton if fused else _combine_torch)(small, large, w, config, energy)
+
+
+def _combine_torch(
+    small: Prediction, large: Prediction | None, w: float, config: BlendConfig, energy: str
+) -> Velocity:  # fmt: skip
+    gaussian, gamma = config.split == "gaussian", config.gamma_hf
+    v_small, v_large = small.tensor(), None if large is None else large.tensor()
+    x = v_small if gaussian else v_small - v_large
+    u = _filtered(x.contiguous(), w, config, w * (1 - gamma), w * gamma)
+    if v_large is not None:
+        u.add_(v_large, alpha=1 - w if gaussian else 1.0)
+    if energy != "none":
+        u.mul_(target_rms(v_small, v_large, w, energy) / (rms(u) + EPS))
+    return Velocity(Prediction(u))
+
+
+def _combine_triton(
+    small: Prediction, large: Prediction | None, w: float, config: BlendConfig, energy: str
+) -> Velocity:  # fmt: skip
+    from nexus_rt.kernels.band_blend import band_blend, band_filter
+
+    other = large or Prediction(None)
+    predictions = small.conditional, small.unconditional, other.conditional, other.unconditional
+    scales, gamma = (small.scale, other.scale), config.gamma_hf
+    if config.split == "gaussian":
+        taps = gaussian_taps(*small.conditional.shape[-2:], config.sigma(w))
+        if len(taps) != 3:
+            raise InputError(
+                f"the Triton blend has a 3 x 3 stencil, and these planes need {len(taps)} taps; use kernels='torch'."
+            )
+        u, sums = band_blend(*predictions, scales, 1 - w, w * gamma, w * (1 - gamma), float(taps[0]))
+    else:
+        f = _filter_at(w, config, small.conditional)
+        u, sums = band_filter(*predictions, scales, w * gamma, w * (1 - gamma), f.left, f.right, f.gain)
+    return Velocity(Prediction(u), None if energy == "none" else sums, energy, w)
+
+
 def blend(
     v_small: Tensor | None,
     v_large: Tensor | None,
     w: float,
     config: BlendConfig = BlendConfig(),
     energy: str = "reference",
+    kernels: str = "auto",
 ) -> Tensor:
     """Blend two guided velocities at gate w.
 
@@ -192,39 +274,17 @@ def blend(
             small one keeps it.
         w: the small generator's weight, 0 to 1.
         energy: "reference", "progressive" or "none".
+        kernels: "torch", "triton", or "auto": triton on a GPU that can run it.
 
     Returns:
-        The blended velocity, float32 [B, C, T, H, W].
+        The blended velocity, float32 [B, C, T, H, W], a tensor of its own.
 
     Raises:
         InputError: shapes differ, w outside 0..1, an unknown energy, or a generator missing that the blend needs.
     """
-    choose("energy", energy, ENERGIES)
-    if not 0 <= w <= 1:
-        raise InputError(f"w is {w}; the small generator's weight lies between 0 and 1.")
-    lone = (v_small is None) + (v_large is None)
-    if lone == 2 or (v_small is None and w != 0) or (v_large is None and w != 1):
-        raise InputError(f"at w={w} the blend needs the velocity that is missing; leave one out only where it has no share.")
-    if lone and energy == "reference":
-        raise InputError("energy 'reference' needs both velocities; use 'progressive' where one generator runs alone.")
-    if not lone and v_small.shape != v_large.shape:
-        raise InputError(f"velocities have shapes {tuple(v_small.shape)} and {tuple(v_large.shape)}; expected equal ones.")
-    v_small, v_large = (v if v is None else v.float() for v in (v_small, v_large))
-    if v_small is None or (w == 0 and energy != "reference"):
-        return v_large.clone()
-    if v_large is None and config.split != "gaussian":
-        return v_small.clone()
-    gamma = config.gamma_hf
-    x = v_small if config.split == "gaussian" else v_small - v_large
-    u = _filtered(x.contiguous(), w, config, w * (1 - gamma), w * gamma)
-    if v_large is not None:
-        u.add_(v_large, alpha=1 - w if config.split == "gaussian" else 1.0)
-    if energy == "none":
-        return u
-    return u.mul_(target_rms(v_small, v_large, w, energy) / (rms(u) + EPS))
-
-
-def guide(conditional: Tensor, unconditional: Tensor | None, scale: float) -> Tensor:
-    """Classifier-free guidance `v_u + scale (v_c - v_u)` in float32: diffusers' meaning of `guidance_scale`."""
-    conditional = conditional.float()
-    return conditional if unconditional is None else torch.lerp(unconditional.float(), conditional, scale)
+    single = lambda v: v.float() if v.dtype == torch.float64 else v  # noqa: E731
+    predictions = [None if v is None else Prediction.of(single(v), 1.0) for v in (v_small, v_large)]
+    given = next((v for v in (v_small, v_large) if v is not None), None)
+    fused = given is not None and choose_ops(kernels, given.device).name == "triton"
+    u = combine(*predictions, w, config, energy, fused).tensor()
+    return u.clone() if u is v_small or u is v_large else u

@@ -167,6 +167,7 @@ def test_an_interrupt_leaves_no_file_and_exits_130(tiny_pair, tmp_path):
         [sys.executable, "-m", "nexus_rt.cli", "generate", PROMPT,
          *pair(tiny_pair, "--steps", 20000, "-o", tmp_path / "a.mp4")],
         stderr=inside, env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}, cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
     )  # fmt: skip
     os.close(inside)
     seen, deadline = "", time.time() + 120

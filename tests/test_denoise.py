@@ -1,17 +1,20 @@
 """The loop alone, driven by analytic velocity fields: no model, the engine protocol only."""
 
+import importlib.util
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nexus_rt.denoise import Prompt, denoise
+from nexus_rt.denoise import Prompt, Watch, denoise
 from nexus_rt.errors import Cancelled, InputError, NumericsError
 from nexus_rt.plan import parse_plan
-from nexus_rt.solver import Euler, UniPC, time_grid
+from nexus_rt.solver import make_solver, time_grid
 from nexus_rt.upfb import BlendConfig, blend
 
 B, C, T, H, W = 2, 3, 2, 6, 10
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 class Field:
@@ -48,18 +51,21 @@ def test_one_generator_reaches_the_exact_solution():
     assert (x - exact).abs().max() <= 2e-3
 
 
-@pytest.mark.parametrize("solver, make", [("euler", Euler), ("unipc", UniPC)])
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+@pytest.mark.parametrize("split", ["gaussian", "dct"])
 @pytest.mark.parametrize("spec", ["reference", "auto=0.1", "small:3 bridge:4 large:5", "large:4 bridge:2 small:6@1"])
-def test_the_loop_is_plan_times_blend_times_solver(spec, solver, make):
+def test_the_loop_is_plan_times_blend_times_solver(spec, split, solver, kernels):
     grid = time_grid(12, 5.0)
     plan = parse_plan(spec, grid)
     fields = {"small": Field(0.7, 0.2), "large": Field(0.4, 0.5)}
-    config = BlendConfig(split="dct", lowpass="butterworth")
+    config = BlendConfig(split=split, lowpass="butterworth")
     got = denoise(
-        noise(), plan, fields, prompts(), guidance_scale=4.0, guidance_scale_2=2.0, blend_config=config, solver=solver
-    )
+        noise(), plan, fields, prompts(), guidance_scale=4.0, guidance_scale_2=2.0, blend_config=config, solver=solver,
+        kernels=kernels,
+    )  # fmt: skip
 
-    x, solve = noise(), make(grid)
+    x, solve = noise(), make_solver(solver, grid)
     for i, step in enumerate(plan.steps):
         v = {}
         for name, scale, rate, curve in (("small", 4.0, 0.7, 0.2), ("large", 2.0, 0.4, 0.5)):
@@ -144,3 +150,30 @@ def test_the_callers_latents_are_left_alone():
     x = noise()
     denoise(x, parse_plan("reference", time_grid(4)), {"small": Field(0.7), "large": Field(0.4)}, prompts())
     assert torch.equal(x, noise())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_not_made_to_wait_for_the_checks():
+    """A step's check is read when the next step has been queued; the last one still raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        watch = Watch({"small": None})
+        plan = parse_plan("small", time_grid(2))
+        watch.add(torch.ones(4, device="cuda"), "small", plan.steps[0])
+        watch.settle(0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(watch.sums) == 1
+    watch.settle(1)
+    assert not watch.sums
+
+
+def test_checks_are_settled_in_order_up_to_a_step():
+    plan = parse_plan("small", time_grid(3))
+    watch = Watch({"small": SimpleNamespace(engine=None)})
+    for step in plan.steps:
+        watch.add(torch.full((2,), math.nan if step.index == 1 else 1.0), "small", step)
+    watch.settle(1)
+    assert [s.index for _, _, s in watch.sums] == [1, 2]
+    with pytest.raises(NumericsError, match="step 1"):
+        watch.settle(3)

@@ -1,5 +1,6 @@
 """The time grid and the solvers, against the formulas and against diffusers' solver on the same grid."""
 
+import importlib.util
 import math
 
 import numpy as np
@@ -9,6 +10,8 @@ from diffusers import UniPCMultistepScheduler
 
 from nexus_rt import solver
 from nexus_rt.errors import InputError
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @pytest.mark.parametrize("steps, shift", [(1, 5.0), (4, 3.0), (50, 5.0), (50, 1.0), (30, 8.0)])
@@ -56,10 +59,11 @@ def diffusers_solver(grid: solver.TimeGrid) -> UniPCMultistepScheduler:
     return scheduler
 
 
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_triton)])
 @pytest.mark.parametrize("steps, shift", [(1, 5.0), (2, 5.0), (3, 3.0), (8, 1.0), (50, 5.0), (50, 3.0), (200, 5.0)])
-def test_unipc_equals_diffusers_on_the_same_grid(steps, shift):
+def test_unipc_equals_diffusers_on_the_same_grid(steps, shift, fused):
     grid = solver.time_grid(steps, shift)
-    theirs, ours = diffusers_solver(grid), solver.UniPC(grid)
+    theirs, ours = diffusers_solver(grid), solver.make_solver("unipc", grid, fused)
     torch.manual_seed(0)
     x = y = torch.randn(2, 16, 3, 5, 7)
     for i, t in enumerate(theirs.timesteps):
@@ -82,6 +86,17 @@ def test_order_of_convergence(name, order):
         return abs(float(x) - math.exp(0.8))
 
     assert error(40) / error(80) >= 0.8 * 2**order
+
+
+def test_only_what_the_next_step_reads_is_kept():
+    """The last step keeps nothing, Euler never does: memory that a decoder can use."""
+    for name, most in (("unipc", 3), ("euler", 0)):
+        solve, x = solver.make_solver(name, solver.time_grid(4)), torch.zeros(1, 2)
+        sizes = []
+        for i in range(4):
+            x = solve.step(i, x, x)
+            sizes.append(len(solve.history))
+        assert max(sizes) == most and sizes[-1] == 0
 
 
 def test_unknown_solver_names_the_nearest():

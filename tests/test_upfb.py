@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from nexus_rt.errors import InputError
 from nexus_rt.plan import gate
-from nexus_rt.upfb import BlendConfig, blend, filter_matrices, guide, low_frequencies, rms, target_rms
+from nexus_rt.upfb import BlendConfig, blend, low_frequencies, rms, split_filter, target_rms
+from nexus_rt.velocity import guide
 
 PLANES = [(60, 104), (90, 160), (17, 23), (8, 8), (5, 2)]
 WEIGHTS = [0.0, 0.1, 0.5, 0.93, 1.0]
@@ -101,14 +102,18 @@ def test_two_sided_matrices_are_the_transforms(plane, split, family, order):
         config = BlendConfig(split=split, lowpass=family, order=order)
         got = low_frequencies(v, w, config).double().numpy()
         expected = radial_lf(v.double().numpy(), config.cutoff(w), split, family, order)
-        assert np.abs(got - expected).max() <= 1e-5  # float32 sums of up to 60 rank-one terms of unit-variance planes
+        assert np.abs(got - expected).max() <= 1e-5  # four float32 products of unit-variance planes
 
 
-def test_rank_of_the_filters_on_a_480p_latent():
-    def rank(family):
-        return filter_matrices(60, 104, "fft", family, 2, 0.5, torch.device("cpu"))[1].shape[0] // 104
-
-    assert rank("gaussian") == 1 and rank("butterworth") <= 14 and rank("ideal") <= 31
+@pytest.mark.parametrize("split", ["fft", "dct"])
+@pytest.mark.parametrize("plane", PLANES)
+def test_the_transforms_are_orthonormal_and_one_for_every_cutoff(plane, split):
+    here = torch.device("cpu")
+    narrow, wide = (split_filter(*plane, split, "butterworth", 2, cutoff, here) for cutoff in (0.2, 0.9))
+    for side, matrix in zip(plane, (narrow.left, narrow.right), strict=True):
+        assert (matrix.double() @ matrix.double().T - torch.eye(side)).abs().max() < 1e-6
+    assert narrow.left is wide.left and narrow.right is wide.right and not torch.equal(narrow.gain, wide.gain)
+    assert split_filter(*plane, split, "gaussian", 2, 0.5, here).gain is None  # separable: two products, not four
 
 
 @pytest.mark.parametrize("plane", PLANES)

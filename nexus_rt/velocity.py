@@ -1,0 +1,61 @@
+"""A step's velocity on its way from the generators to the solver.
+
+Guidance and the energy factor are put off until something reads the whole tensor anyway: the fused kernels apply them
+as they read, and `tensor()` applies them in PyTorch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def guide(conditional: Tensor, unconditional: Tensor | None, scale: float) -> Tensor:
+    """Classifier-free guidance `v_u + scale (v_c - v_u)` in float32: diffusers' meaning of `guidance_scale`."""
+    conditional = conditional.float()
+    return conditional if unconditional is None else torch.lerp(unconditional.float(), conditional, scale)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a generator said at a step: [B, C, T, H, W] in its own dtype, and its unconditional twin where it is guided."""
+
+    conditional: Tensor
+    unconditional: Tensor | None = None
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, raw: Tensor, scale: float) -> Prediction:
+        """From an engine's output: [2 B, ...], conditional samples first, where the scale is not 1."""
+        raw = raw.contiguous()  # the kernels read it as it lies
+        return cls(*raw.chunk(2), scale) if scale != 1.0 else cls(raw)
+
+    def tensor(self) -> Tensor:
+        """The guided velocity, float32."""
+        return guide(self.conditional, self.unconditional, self.scale)
+
+
+@dataclass(frozen=True)
+class Velocity:
+    """What the solver takes: a prediction, and the energy factor it still wants.
+
+    sums [3, B, P]: partial sums of squares of v_S, v_L and the prediction, for `energy` at gate `w`; None where there is
+    no factor to apply.
+    """
+
+    prediction: Prediction
+    sums: Tensor | None = None
+    energy: str = "none"
+    w: float = 1.0
+
+    def tensor(self) -> Tensor:
+        """The velocity, float32 [B, C, T, H, W]."""
+        v = self.prediction.tensor()
+        if self.sums is None:
+            return v
+        from nexus_rt.kernels.solver_step import energy_factor
+
+        factor = energy_factor(self.sums, v[0].numel(), self.energy, self.w)
+        return v * factor.view(-1, *[1] * (v.ndim - 1))
