@@ -27,6 +27,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from nexus_rt.bench.gpu_correctness import correctness
+
 LIMIT_S = 480.0
 CONFIGS = {
     "1.3B": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30),
@@ -56,6 +58,7 @@ class Suite:
 
         self.device = torch.device("cpu" if self.dry else "cuda")
         self.dtype = torch.float32 if self.dry else torch.bfloat16  # the interpreter computes bfloat16 wrongly
+        self.half = torch.bfloat16  # moves bytes, computes nothing
         self.grid = (1, 3, 4) if self.dry else GRID
         self.configs = {"tiny": DRY_CONFIG} if self.dry else CONFIGS
 
@@ -70,8 +73,11 @@ class Suite:
         g = torch.Generator(self.device).manual_seed(self.seed)
         return torch.randn(*shape, generator=g, device=self.device).to(dtype or self.dtype)
 
-    def ms(self, call: Callable[[], Any], runs: int = 10, warmup: int = 3) -> float:
-        """Median milliseconds, the second-level cache swept between runs on a GPU."""
+    def ms(self, call: Callable[[], Any], runs: int = 10, warmup: int = 3, graph: bool = False) -> float:
+        """Median milliseconds, the second-level cache swept between runs on a GPU.
+
+        graph: of a replay, without the launches' own time; a call that waits for the GPU cannot be captured and fails.
+        """
         import torch
 
         if self.dry:
@@ -85,10 +91,15 @@ class Suite:
                 call()
                 times.append(1000 * (time.perf_counter() - start))
             return median(times)
-        sweep = torch.empty(256 * 2**20, dtype=torch.uint8, device=self.device)
+        if graph:
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                call()
+            call = captured.replay
+        sweep = torch.ones(64 * 2**20, dtype=torch.int32, device=self.device)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
         for start, stop in events:
-            sweep.zero_()
+            sweep.amax()  # read, not written: dirty lines would be written back at the expense of what is timed
             start.record()
             call()
             stop.record()
@@ -121,104 +132,85 @@ def roofs(suite: Suite) -> dict:
     return {"copy_gbps": figure(2 * x.nbytes / ms / 1e6), "matmul_tflops": figure(2 * n**3 / product / 1e9)}
 
 
-def _compare(got, wanted, eager) -> dict:
-    """Errors against float64 beside what eager PyTorch loses at the same precision; right within twice that."""
-    error, lost = (float((t.double() - wanted).abs().max()) for t in (got, eager))
-    finite = bool(got.isfinite().all())
-    scale = float(wanted.abs().max())
-    return {"error": error, "eager_error": lost, "right": finite and error <= 2 * lost + 1e-6 * max(1.0, scale)}
-
-
-def correctness(suite: Suite) -> dict:
-    """Every kernel in the suite's dtype against float64."""
-    import torch
-
-    from nexus_rt.kernels.attention import attention
-    from nexus_rt.kernels.modulate import modulate, modulate_ref
-    from nexus_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
-
+def kernels(suite: Suite) -> dict:
+    """Each memory-bound kernel at Wan's sizes: milliseconds, GB/s, percent of the copy; eager PyTorch beside it."""
     rows = {}
-    for heads, head_dim in ((2, 32),) if suite.dry else ((12, 128), (40, 128), (4, 64), (4, 32)):
-        dim, length = heads * head_dim, 7 if suite.dry else 1311
-        x, y = suite.random(2, length, dim), suite.random(2, length, dim)
-        scale, shift, gate = (suite.random(2, dim, dtype=torch.float32) for _ in range(3))
-        total, out = modulate(x, scale, shift, 1e-6, y, gate)
-        stream = (x.double() + y.double() * gate.double()[:, None]).to(x.dtype).double()
-        wanted = _layer_norm64(stream, scale, shift)
-        rows[f"modulate {dim}"] = _compare(out, wanted, modulate_ref(x, scale, shift, 1e-6, y, gate)[1])
-        rows[f"modulate stream {dim}"] = _compare(total, stream, modulate_ref(x, scale, shift, 1e-6, y, gate)[0])
-        qkv = suite.random(2, length, 3 * dim)
-        weights = [suite.random(dim) for _ in range(2)]
-        angle = suite.random(length, head_dim // 2, dtype=torch.float32)
-        args = (qkv, *weights, angle.cos(), angle.sin(), heads, 1e-6)
-        got, eager = qk_norm_rope(*args), qk_norm_rope_ref(*args)
-        for name, g, e, part, weight in zip("qk", got, eager, qkv.double().chunk(3, -1), weights, strict=False):
-            rows[f"qk_norm_rope {name} {dim}"] = _compare(g, _rope64(part, weight, angle, heads), e)
-        for keys, biased in ((length, False), (77, True)):
-            q, k, v = suite.random(2, length, heads, head_dim), *(suite.random(2, keys, heads, head_dim) for _ in range(2))
-            bias = suite.random(2, keys, dtype=torch.float32) if biased else None
-            wanted = _attention64(q, k, v, bias)
-            mask = None if bias is None else bias[:, None, None].to(q.dtype)
-            plain = torch.nn.functional.scaled_dot_product_attention(
-                *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask
-            ).transpose(1, 2)
-            label = f"attention {head_dim} x{heads} {'biased' if biased else 'self'}"
-            rows[label] = _compare(attention(q, k, v, bias), wanted, plain)
-    suite.wrong = {name.split()[0] for name, row in rows.items() if not row["right"]}
+    for label, (ours, eager, args, moved) in {**block_calls(suite), **loop_calls(suite)}.items():
+        if label.split()[0] in suite.wrong:
+            rows[label] = {"refused": "it is wrong: see correctness"}
+            continue
+        try:
+            rows[label] = _beside_eager(suite, lambda f=ours, a=args: f(*a), lambda f=eager, a=args: f(*a), moved)
+        except Exception as error:
+            rows[label] = {"failed": f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"}
     return rows
 
 
-def _layer_norm64(x, scale, shift):
-    mean = x.mean(-1, keepdim=True)
-    var = ((x - mean) ** 2).mean(-1, keepdim=True)
-    return (x - mean) / (var + 1e-6).sqrt() * (1 + scale.double()[:, None]) + shift.double()[:, None]
+def _beside_eager(suite: Suite, call: Callable, peer: Callable, moved: int) -> dict:
+    """A kernel and eager PyTorch as graph replays and as calls, and a copy that moves as many bytes."""
+    row = suite.of_roof(suite.ms(call, graph=True), bytes_=moved)
+    like = suite.random(moved // 4, dtype=suite.half)
+    target = like.clone()
+    row["percent_of_like_copy"] = figure(100 * suite.ms(lambda: target.copy_(like), graph=True) / row["ms"])
+    row["eager_ms"] = figure(suite.ms(peer, graph=True))
+    row["called_ms"], row["eager_called_ms"] = figure(suite.ms(call)), figure(suite.ms(peer))
+    return {**row, "against_eager": figure(row["eager_ms"] / row["ms"])}
 
 
-def _rope64(x, weight, angle, heads):
-    import torch
-
-    n = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
-    z = torch.view_as_complex(n.unflatten(-1, (heads, -1, 2)).contiguous())
-    turn = torch.complex(angle.cos().double(), angle.sin().double())
-    return torch.view_as_real(z * turn[:, None]).flatten(-2)
-
-
-def _attention64(q, k, v, bias):
-    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
-    score = q @ k.mT / math.sqrt(q.shape[-1])
-    score = score if bias is None else score + bias.double()[:, None, None]
-    return (score.softmax(-1) @ v).transpose(1, 2)
-
-
-def kernels(suite: Suite) -> dict:
-    """Each memory-bound kernel at Wan's sizes: milliseconds, GB/s, percent of the copy; eager PyTorch beside it."""
+def block_calls(suite: Suite) -> dict[str, tuple]:
+    """Label -> (kernel, eager PyTorch, arguments, bytes to move), for the norms of a Wan block."""
     import torch
 
     from nexus_rt.kernels.modulate import modulate, modulate_ref
     from nexus_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 
-    rows = {}
+    calls = {}
     for name, config in suite.configs.items():
         heads, dim = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
         for length in (suite.tokens,) if suite.dry else (suite.tokens, 75600):
             x, y = suite.random(1, length, dim), suite.random(1, length, dim)
             scale, shift, gate = (suite.random(1, dim, dtype=torch.float32) for _ in range(3))
-            calls = {
-                "modulate": (modulate, modulate_ref, (x, scale, shift, 1e-6), 2 * x.nbytes),
-                "modulate gated residual": (modulate, modulate_ref, (x, scale, shift, 1e-6, y, gate), 4 * x.nbytes),
-            }
-            qkv = suite.random(1, length, 3 * dim)
+            size = f"{name} {length}"
+            calls[f"modulate {size}"] = (modulate, modulate_ref, (x, scale, shift, 1e-6), 2 * x.nbytes)
+            gated = (x, scale, shift, 1e-6, y, gate)
+            calls[f"modulate gated residual {size}"] = (modulate, modulate_ref, gated, 4 * x.nbytes)
             angle = suite.random(length, config["attention_head_dim"] // 2, dtype=torch.float32)
-            args = (qkv, suite.random(dim), suite.random(dim), angle.cos(), angle.sin(), heads, 1e-6)
-            calls["qk_norm_rope"] = (qk_norm_rope, qk_norm_rope_ref, args, 4 * x.nbytes + 2 * angle.nbytes)
-            for label, (ours, eager, inputs, moved) in calls.items():
-                if label.split()[0] in suite.wrong:
-                    rows[f"{label} {name} {length}"] = {"refused": "it is wrong: see correctness"}
-                    continue
-                row = suite.of_roof(suite.ms(lambda f=ours, a=inputs: f(*a)), bytes_=moved)
-                row["eager_ms"] = figure(suite.ms(lambda f=eager, a=inputs: f(*a)))
-                rows[f"{label} {name} {length}"] = {**row, "against_eager": figure(row["eager_ms"] / row["ms"])}
-    return rows
+            args = (
+                suite.random(1, length, 3 * dim),
+                suite.random(dim),
+                suite.random(dim),
+                angle.cos(),
+                angle.sin(),
+                heads,
+                1e-6,
+            )
+            calls[f"qk_norm_rope {size}"] = (qk_norm_rope, qk_norm_rope_ref, args, 4 * x.nbytes + 2 * angle.nbytes)
+    return calls
+
+
+def loop_calls(suite: Suite) -> dict[str, tuple]:
+    """The same for the blend, both generators guided, and the solver step, at 480p and 720p x 81 frames."""
+    import torch
+
+    from nexus_rt.kernels.band_blend import band_blend, band_blend_ref, band_filter, band_filter_ref
+    from nexus_rt.kernels.solver_step import solver_step, solver_step_ref
+    from nexus_rt.upfb import split_filter
+
+    calls = {}
+    for height, width in ((6, 10),) if suite.dry else ((60, 104), (90, 160)):
+        four = [suite.random(1, 16, 3 if suite.dry else 21, height, width) for _ in range(4)]
+        moved = sum(t.nbytes for t in four) + 4 * four[0].numel()
+        args, size = (*four, (5.0, 5.0)), f"{height}x{width}"
+        calls[f"band_blend {size}"] = (band_blend, band_blend_ref, (*args, 0.4, 0.42, 0.18, 0.2), moved)
+        for label, lowpass in (("rank 1", "gaussian"), ("any rank", "butterworth")):
+            f = split_filter(height, width, "dct", lowpass, 2, 0.5, suite.device)
+            filtered = (*args, 0.42, 0.18, f.left, f.right, f.gain)
+            calls[f"band_filter {label} {size}"] = (band_filter, band_filter_ref, filtered, moved)
+        x, v, *history = (suite.random(*four[0].shape, dtype=torch.float32) for _ in range(5))
+        sums, scalars = band_blend(*args, 0.4, 0.42, 0.18, 0.2)[1], [0.9, 0.7, -0.2, 0.35, 0.11, 0.83, 0.4, -0.09]
+        step = (x, v, None, 1.0, sums, "progressive", 0.6, scalars, history, 3, 2)
+        calls[f"solver_step {size}"] = (solver_step, solver_step_ref, step, 8 * x.nbytes)
+    return calls
 
 
 def attention(suite: Suite) -> dict:

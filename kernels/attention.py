@@ -143,7 +143,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
             raise ValueError(
                 f"attention: {name} is {t.dtype} on {t.device}; expected one of q's {q.dtype}, a float, on {q.device}."
             )
-        aligned = all(s % (16 // t.element_size()) == 0 for s in t.stride()[:-1]) and t.data_ptr() % 16 == 0
+        aligned = (
+            all(s % (16 // t.element_size()) == 0 for s in t.stride()[:-1])
+            and t.storage_offset() % (16 // t.element_size()) == 0
+        )
         if t.stride(-1) != 1 or not aligned:
             raise ValueError(
                 f"attention: {name} has strides {t.stride()}; the last dimension must be contiguous and rows start at 16 bytes."

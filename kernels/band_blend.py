@@ -247,7 +247,8 @@ def band_blend_ref(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The formula in plain PyTorch, float32; arguments as in `band_blend`."""
     v_small = guide_ref(small, small_u, scales[0])
-    taps = v_small.new_tensor([side, 1 - 2 * side, side])
+    taps = torch.full((3,), side, device=v_small.device)  # no copy from the host: it can be captured beside the kernel
+    taps[1] = 1 - 2 * side
     planes = v_small.flatten(0, -3).unsqueeze(1)
     filtered = F.conv2d(F.conv2d(planes, taps.view(1, 1, 3, 1), padding=(1, 0)), taps.view(1, 1, 1, 3), padding=(0, 1))
     u = keep * v_small + low * filtered.view_as(v_small)

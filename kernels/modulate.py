@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_rt.kernels.op import DTYPES, MAX_ROW, Variant, kernel_op, launchable, row_config, tl, triton
+from nexus_rt.kernels.op import DTYPES, MAX_ROW, Variant, check_tensor, kernel_op, launchable, row_config, tl, triton
 
 if triton is not None:
 
@@ -105,24 +105,16 @@ def _check(x: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, gate: Tens
         raise ValueError("modulate: a gate without y has nothing to gate.")
     if scale.shape != shift.shape:
         raise ValueError(f"modulate: scale and shift have shapes {tuple(scale.shape)} and {tuple(shift.shape)}; expected one.")
-    for name, t, shape, dtype in (
-        ("x", x, x.shape, x.dtype), ("y", y, x.shape, x.dtype), ("scale", scale, None, torch.float32),
-        ("shift", shift, None, torch.float32), ("gate", gate, None, torch.float32),
-    ):  # fmt: skip
+    for name, t in (("scale", scale), ("shift", shift), ("gate", gate)):
         if t is None:
             continue
-        if shape is None:
-            if t.ndim != 2 or t.shape[0] not in (1, x.shape[0]) or t.shape[1] != x.shape[-1]:
-                raise ValueError(
-                    f"modulate: {name} has shape {tuple(t.shape)}; "
-                    f"expected [1, {x.shape[-1]}] or [{x.shape[0]}, {x.shape[-1]}]."
-                )
-        elif t.shape != shape:
-            raise ValueError(f"modulate: {name} has shape {tuple(t.shape)}; expected x's, {tuple(x.shape)}.")
-        if t.dtype != dtype or t.device != x.device:
-            raise ValueError(f"modulate: {name} is {t.dtype} on {t.device}; expected {dtype} on {x.device}.")
-        if not t.is_contiguous():
-            raise ValueError(f"modulate: {name} has strides {t.stride()}; expected a contiguous tensor (call .contiguous()).")
+        if t.ndim != 2 or t.shape[0] not in (1, x.shape[0]) or t.shape[1] != x.shape[-1]:
+            expected = f"[1, {x.shape[-1]}] or [{x.shape[0]}, {x.shape[-1]}]"
+            raise ValueError(f"modulate: {name} has shape {tuple(t.shape)}; expected {expected}.")
+        check_tensor("modulate", name, t, t.shape, torch.float32, x.device)
+    for name, t in (("x", x), ("y", y)):
+        if t is not None:
+            check_tensor("modulate", name, t, x.shape, x.dtype, x.device)
 
 
 @kernel_op("modulate")

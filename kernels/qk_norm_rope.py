@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nexus_rt.kernels.op import DTYPES, MAX_ROW, Variant, kernel_op, launchable, row_config, tl, triton
+from nexus_rt.kernels.op import DTYPES, MAX_ROW, Variant, check_tensor, kernel_op, launchable, row_config, tl, triton
 
 if triton is not None:
 
@@ -106,12 +106,9 @@ def _check(qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Te
         ("qkv", qkv, qkv.shape), ("weight_q", weight_q, (dim,)), ("weight_k", weight_k, (dim,)),
         ("cos", cos, table), ("sin", sin, table),
     ):  # fmt: skip
-        if tuple(t.shape) != tuple(shape):
-            raise ValueError(f"qk_norm_rope: {name} has shape {tuple(t.shape)}; expected {tuple(shape)}.")
-        if t.device != qkv.device or (name in ("cos", "sin") and t.dtype != torch.float32) or t.dtype not in DTYPES:
-            raise ValueError(f"qk_norm_rope: {name} is {t.dtype} on {t.device}; tables are float32, all on {qkv.device}.")
-        if not t.is_contiguous():
-            raise ValueError(f"qk_norm_rope: {name} has strides {t.stride()}; expected a contiguous tensor.")
+        if t.dtype not in DTYPES:
+            raise ValueError(f"qk_norm_rope: {name} is {t.dtype}; expected float32, float16 or bfloat16.")
+        check_tensor("qk_norm_rope", name, t, shape, torch.float32 if name in ("cos", "sin") else t.dtype, qkv.device)
 
 
 @kernel_op("qk_norm_rope")

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from nexus_rt.bench import gpu_suite
+from nexus_rt.bench import gpu_correctness, gpu_suite
 
 pytest.importorskip("triton")
 
@@ -30,8 +30,15 @@ def test_the_whole_suite_runs_dry(tmp_path):
     (file,) = (tmp_path / "out").glob("*.json")
     results = json.loads(file.read_text())
     assert results.keys() == {"run", *gpu_suite.PARTS} and results["run"]["dry"]
-    assert all(row["right"] for row in results["correctness"].values()) and len(results["correctness"]) == 6
+    assert all(row["right"] for row in results["correctness"].values()) and len(results["correctness"]) == 11
     assert all(row["ms"] > 0 and row["percent_of_roof"] > 0 for row in results["kernels"].values())
+    assert {n.split()[0] for n in results["kernels"]} == {
+        "band_blend",
+        "band_filter",
+        "solver_step",
+        "modulate",
+        "qk_norm_rope",
+    }
     assert all(row["chosen"] in row["backends"] for row in results["attention"].values())
     for part in ("dit small", "dit large"):
         assert results[part]["triton"]["difference"] < 1e-5 and results[part]["diffusers"]["ms"] > 0
@@ -51,9 +58,22 @@ def test_a_wrong_kernel_gets_no_speed(monkeypatch):
         assert ("refused" in row and "ms" not in row) == name.startswith("modulate")
 
 
+def test_a_kernel_that_does_not_run_is_wrong_and_the_others_are_checked(monkeypatch):
+    from nexus_rt.kernels import solver_step
+
+    def broken(*args):
+        raise RuntimeError("PassManager::run failed\nand more")
+
+    monkeypatch.setattr(solver_step, "solver_step", broken)
+    s = suite()
+    rows = gpu_suite.run(s, ["correctness"])["correctness"]
+    assert s.wrong == {"solver_step"} and len(rows) == 11
+    assert rows["solver_step"] == {"failed": "RuntimeError: PassManager::run failed", "right": False}
+
+
 def test_a_kernel_that_writes_nan_is_wrong():
     bad = torch.full((2, 2), float("nan"))
-    assert not gpu_suite._compare(bad, torch.zeros(2, 2).double(), torch.zeros(2, 2))["right"]
+    assert not gpu_correctness.compare(bad, torch.zeros(2, 2).double(), torch.zeros(2, 2))["right"]
 
 
 def test_a_part_that_breaks_leaves_the_others(monkeypatch):

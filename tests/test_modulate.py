@@ -88,7 +88,9 @@ def test_a_large_mean_does_not_drown_the_variance():
     [
         (lambda x, s: (x[0], s, s), r"x is torch.float32 \(3, 64\); expected \[B, L, D\]"),
         (lambda x, s: (x.double(), s, s), r"float64"),
-        (lambda x, s: (x.transpose(0, 1), s, s), r"x has strides"),
+        (lambda x, s: (x.transpose(1, 2).contiguous().transpose(1, 2), s, s), r"x has strides"),
+        (lambda x, s: (torch.zeros(385)[1:].view(x.shape), s, s), r"x starts 1 elements into its memory"),
+        (lambda x, s: (x, torch.zeros(129)[1:].view(s.shape), s), r"scale starts 1 elements"),
         (lambda x, s: (x, s[:, :32], s[:, :32]), r"scale has shape \(2, 32\); expected \[1, 64\] or \[2, 64\]"),
         (lambda x, s: (x, s[:1], s), r"scale and shift have shapes \(1, 64\) and \(2, 64\)"),
         (lambda x, s: (x, s, s.half()), r"shift is torch.float16"),

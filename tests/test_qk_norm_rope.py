@@ -17,7 +17,8 @@ def inputs(grid, heads, head_dim, dtype, batch=2):
     g = torch.Generator().manual_seed(heads)
     length, dim = grid[0] * grid[1] * grid[2], heads * head_dim
     cos, sin = rope_table(head_dim, grid, torch.device("cpu"))
-    tables = cos[:, 0, ::2].contiguous(), sin[:, 0, 1::2].contiguous()
+    tables = cos[:, 0, ::2].clone(), sin[:, 0, 1::2].clone()
+    tables = tuple(t.contiguous() for t in tables)
     qkv = (torch.randn(batch, length, 3 * dim, generator=g) * 2).to(dtype)
     weights = [torch.randn(dim, generator=g).to(dtype) for _ in range(2)]
     return qkv, *weights, *tables, heads, 1e-6
