@@ -86,19 +86,57 @@ def _qk_norm_rope(suite: Any):
 def _attention(suite: Any):
     import torch
 
-    from nexus_rt.kernels.attention import attention
+    from nexus_rt.kernels.attention import LOADS, attention
 
     for heads, head_dim in _heads(suite):
         length = 7 if suite.dry else 1311
-        for keys, biased in ((length, False), (77, True)):
+        for keys, biased in ((length, False), (1280, False), (77, True)):
+            if suite.dry and keys > 77:
+                continue
             q, k, v = suite.random(2, length, heads, head_dim), *(suite.random(2, keys, heads, head_dim) for _ in range(2))
             bias = suite.random(2, keys, dtype=torch.float32) if biased else None
             mask = None if bias is None else bias[:, None, None].to(q.dtype)
             plain = torch.nn.functional.scaled_dot_product_attention(
                 *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask
             ).transpose(1, 2)
-            label = f"{head_dim} x{heads} {'biased' if biased else 'self'}"
-            yield label, compare(attention(q, k, v, bias), _attention64(q, k, v, bias), plain)
+            label = f"{head_dim} x{heads} {keys} keys{' biased' if biased else ''}"
+            wanted = _attention64(q, k, v, bias)
+            for loads in LOADS[:2] if suite.dry else LOADS[: 3 if biased else 4]:
+                yield f"{label}, {loads}", compare(attention(q, k, v, bias, loads), wanted, plain)
+
+
+def _attention_fp8(suite: Any):
+    import torch
+
+    from nexus_rt.attention import APPROXIMATE
+    from nexus_rt.kernels.attention import LOADS
+    from nexus_rt.kernels.attention_fp8 import attention_fp8
+
+    if suite.dry:  # Triton's interpreter rounds to fp8 wrongly
+        return
+    for heads, head_dim in ((12, 128), (4, 64)):
+        for keys, biased in ((1311, False), (1280, False), (77, True)):
+            q, k, v = suite.random(2, 1311, heads, head_dim), *(suite.random(2, keys, heads, head_dim) for _ in range(2))
+            bias = suite.random(2, keys, dtype=torch.float32) if biased else None
+            wanted = _attention64(q, k, v, bias)
+            for loads in LOADS[: 3 if biased else 4]:
+                share = float((attention_fp8(q, k, v, bias, loads).double() - wanted).norm() / wanted.norm())
+                label = f"{head_dim} x{heads} {keys} keys{' biased' if biased else ''}, {loads}"
+                yield label, {"relative_error": share, "allowed": APPROXIMATE, "right": share <= APPROXIMATE}
+
+
+def _linear_gelu(suite: Any):
+    from nexus_rt.ops import TORCH, _linear_gelu_epilogue
+
+    for dim, inner in ((32, 64),) if suite.dry else ((1536, 8960), (5120, 13824)):
+        x, weight, bias = (
+            suite.random(2, 7 if suite.dry else 500, dim),
+            suite.random(inner, dim) / dim**0.5,
+            suite.random(inner),
+        )
+        y = x.double() @ weight.double().T + bias.double()
+        wanted = 0.5 * y * (1 + (math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)).tanh())
+        yield f"{dim}", compare(_linear_gelu_epilogue(x, weight, bias), wanted, TORCH.linear_gelu(x, weight, bias))
 
 
 def _predictions(suite: Any, height: int, width: int):
@@ -154,9 +192,41 @@ def _solver_step(suite: Any):
         yield f"{height}x{width}", compare(solver_step(*args)[0], wanted, solver_step_ref(*args)[0])
 
 
+def _beyond_int32(suite: Any):
+    """Tensors of more than 2^31 elements, checked at their end."""
+    import torch
+
+    from nexus_rt.kernels.band_blend import band_blend, band_blend_ref
+    from nexus_rt.kernels.modulate import modulate, modulate_ref
+    from nexus_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
+
+    if suite.dry:
+        return
+    end, zeros = slice(-64, None), lambda n: torch.zeros(1, n, device=suite.device)
+    x = suite.random(1, 430_000, 5120)
+    got = modulate(x, zeros(5120), zeros(5120), 1e-6)[1][:, end]
+    last = x[:, end].clone()
+    eager = modulate_ref(last, zeros(5120), zeros(5120), 1e-6)[1]
+    yield "modulate", compare(got, _layer_norm64(last.double(), zeros(5120), zeros(5120)), eager)
+    del x
+    qkv, weight, angle = suite.random(1, 145_000, 3 * 5120), suite.random(5120), suite.random(145_000, 64, dtype=torch.float32)
+    got = qk_norm_rope(qkv, weight, weight, angle.cos(), angle.sin(), 40, 1e-6)[1][:, end]
+    last, turn = qkv[:, end].clone(), angle[end].clone()
+    eager = qk_norm_rope_ref(last, weight, weight, turn.cos(), turn.sin(), 40, 1e-6)[1]
+    yield "qk_norm_rope", compare(got, _rope64(last.double().chunk(3, -1)[1], weight, turn, 40), eager)
+    del qkv
+    small = suite.random(1, 16, 9400, 90, 160)
+    got = band_blend(small, None, None, None, (1.0, 1.0), 0.0, 0.7, 0.3, 0.2)[0][:, -1, end]
+    last = small[:, -1, end].clone()[:, None]
+    eager = band_blend_ref(last, None, None, None, (1.0, 1.0), 0.0, 0.7, 0.3, 0.2)[0]
+    yield "band_blend", compare(got[:, None], 0.7 * last.double() + 0.3 * _stencil64(last.double(), 0.2), eager)
+
+
 CHECKS = {
-    "modulate": _modulate, "qk_norm_rope": _qk_norm_rope, "attention": _attention,
+    "modulate": _modulate, "qk_norm_rope": _qk_norm_rope, "linear_gelu": _linear_gelu, "attention": _attention,
+    "attention_fp8": _attention_fp8,
     "band_blend": _band_blend, "band_filter": _band_filter, "solver_step": _solver_step,
+    "beyond_int32": _beyond_int32,
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from statistics import median
 from typing import Any
 
 from nexus_rt.bench.gpu_correctness import correctness
+from nexus_rt.bench.gpu_dit import dit
 
 LIMIT_S = 480.0
 CONFIGS = {
@@ -106,11 +107,11 @@ class Suite:
         torch.cuda.synchronize()
         return median(a.elapsed_time(b) for a, b in events)
 
-    def of_roof(self, ms: float, bytes_: float = 0, flops: float = 0) -> dict:
+    def of_roof(self, ms: float, bytes_: float = 0, flops: float = 0, matmul: str = "matmul_tflops") -> dict:
         """A figure with its rate and its share of the roof."""
         roofs = self.results.get("roofs", {})
         row: dict[str, Any] = {"ms": figure(ms)}
-        for kind, amount, unit in (("copy_gbps", bytes_, 1e6), ("matmul_tflops", flops, 1e9)):
+        for kind, amount, unit in (("copy_gbps", bytes_, 1e6), (matmul, flops, 1e9)):
             if amount:
                 rate = amount / ms / unit
                 row["gbps" if bytes_ else "tflops"] = figure(rate)
@@ -119,7 +120,7 @@ class Suite:
 
 
 def roofs(suite: Suite) -> dict:
-    """Copy bandwidth (read + write) of 1 GiB, and the rate of a large matrix product in the suite's dtype."""
+    """Copy bandwidth (read + write) of 1 GiB, and the rates of a large matrix product in the suite's dtype and in fp8."""
     import torch
 
     count = 2**14 if suite.dry else 2**29
@@ -129,7 +130,15 @@ def roofs(suite: Suite) -> dict:
     n = 64 if suite.dry else 8192
     a, b = suite.random(n, n), suite.random(n, n)
     product = suite.ms(lambda: a @ b, 20)
-    return {"copy_gbps": figure(2 * x.nbytes / ms / 1e6), "matmul_tflops": figure(2 * n**3 / product / 1e9)}
+    found = {"copy_gbps": figure(2 * x.nbytes / ms / 1e6), "matmul_tflops": figure(2 * n**3 / product / 1e9)}
+    try:
+        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
+        one = torch.ones((), device=suite.device)
+        product = suite.ms(lambda: torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16), 20)
+        found["fp8_matmul_tflops"] = figure(2 * n**3 / product / 1e9)
+    except (RuntimeError, NotImplementedError) as error:  # an older GPU, or a CPU
+        print(f"no fp8 roof: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+    return found
 
 
 def kernels(suite: Suite) -> dict:
@@ -225,102 +234,52 @@ def attention(suite: Suite) -> dict:
                 1, suite.tokens, min(keys, 8) if suite.dry else keys, heads, head_dim, suite.dtype, suite.device, biased
             )
             names = [n for n in BACKENDS if n != "math" or suite.dry or keys < 1000]  # math would hold 86 GB of scores
-            found = decide(case, names, remeasure=True)
+            found = decide(case, names, remeasure=True)["candidates"]
+            found |= _other_loads(suite, case)
             flops = 4 * case.queries * case.keys * heads * head_dim
-            timed = {n: c["ms"] for n, c in found["candidates"].items() if "ms" in c}
-            best = min(timed.values())
-            rows[f"{label} {name}"] = {
-                "chosen": found["chosen"],
-                "backends": {
-                    n: {**suite.of_roof(c["ms"], flops=flops), "error": c["error"], "of_best": round(best / c["ms"], 3)}
-                    if "ms" in c
-                    else c
-                    for n, c in found["candidates"].items()
-                },
-            }
+            shown, best = {}, min(c["ms"] for n, c in found.items() if "ms" in c and _exact(n))
+            for backend, c in found.items():
+                roof = "matmul_tflops" if _exact(backend) else "fp8_matmul_tflops"
+                rate = suite.of_roof(c["ms"], flops=flops, matmul=roof) if "ms" in c else {}
+                shown[backend] = {**c, **rate, **({"of_best_exact": round(best / c["ms"], 3)} if rate else {})}
+            chosen = min(
+                (n for n, c in found.items() if "ms" in c and n in BACKENDS and _exact(n)), key=lambda n: found[n]["ms"]
+            )
+            rows[f"{label} {name}"] = {"chosen": chosen, "backends": shown}
     return rows
 
 
-def build(suite: Suite, config: dict):
-    """A Wan transformer of random weights on the suite's device: norms at one, the rest small."""
-    import torch
-    from torch import nn
+def _exact(backend: str) -> bool:
+    from nexus_rt.attention import BACKENDS
 
-    from nexus_rt.models.checkpoint import KEEP_FP32
-    from nexus_rt.models.wan import WanConfig, WanTransformer
-
-    with torch.device("meta"):
-        model = WanTransformer(WanConfig(**config))
-    for name, parameter in list(model.named_parameters()):
-        dtype = torch.float32 if any(part in name for part in KEEP_FP32) else suite.dtype
-        value = torch.empty(parameter.shape, dtype=dtype, device=suite.device)
-        value.fill_(1.0) if "norm" in name and name.endswith("weight") else value.normal_(std=0.02)
-        owner, leaf = name.rpartition(".")[::2]
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    return model.eval()
+    return BACKENDS[backend.split(",")[0]].exact
 
 
-def dit(suite: Suite, name: str) -> dict:
-    """One forward at 480p x 81 frames: torch and triton kernels, each block compiled, diffusers where it is; peak memory."""
-    import torch
+def _other_loads(suite: Suite, case) -> dict[str, dict]:
+    """Our kernel by each of its ways to load a tile: what `launch_config` should choose."""
+    from nexus_rt.kernels.attention import LOADS, attention
+    from nexus_rt.kernels.attention_fp8 import attention_fp8
 
-    config = suite.configs[name]
-    t, h, w = suite.grid
-    model = build(suite, config)
-    latents, timestep = suite.random(1, 16, t, 2 * h, 2 * w), torch.tensor(700.0, device=suite.device)
-    embeds = torch.zeros(1, 512, model.config.text_dim, dtype=suite.dtype, device=suite.device)
-    embeds[:, :40] = suite.random(1, 40, model.config.text_dim)
-    dim, length = model.config.dim, suite.tokens
-    linear = 2 * length * config["num_layers"] * (6 * dim * dim + 2 * dim * config["ffn_dim"])
-    flops = linear + 4 * length * length * dim * config["num_layers"]
-    rows: dict[str, Any] = {"tokens": length, "tflop": round(flops / 1e12, 1)}
-    outputs = {}
-    with torch.no_grad():
-        for label, kernel in (("torch", "torch"), ("triton", "triton"), ("torch, blocks compiled", "torch")):
+    shape = (case.batch, case.queries, case.heads, case.head_dim)
+    q = suite.random(*shape)
+    k, v = (suite.random(case.batch, case.keys, *shape[2:]) for _ in range(2))
+    bias = suite.random(case.batch, case.keys).float() if case.biased else None
+    found = {}
+    checked = suite.results.get("correctness", {})
+    for name, call in (("triton", attention), ("triton-fp8", attention_fp8)):
+        kernel = "attention" if call is attention else "attention_fp8"
+        for loads in LOADS[1:]:
+            wrong = [n for n, row in checked.items() if n.split()[0] == kernel and n.endswith(loads) and not row["right"]]
+            if wrong or (kernel in suite.wrong and kernel in checked):  # it did not run at all
+                found[f"{name}, {loads}"] = {"why": "it is wrong: see correctness"}
+                continue
             try:
-                model.use_kernels(kernel)
-                context = model.prepare_context(embeds)
-                forward = model
-                if "compiled" in label:
-                    if suite.dry:
-                        continue
-                    for block in model.blocks:
-                        block.compile()
-                call = lambda f=forward, c=context: f(latents, timestep, c)  # noqa: E731
-                if suite.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                outputs[label] = call()
-                rows[label] = suite.of_roof(suite.ms(call, 3, 1), flops=flops)
-                if suite.device.type == "cuda":
-                    rows[label]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-                first = outputs["torch"].float()
-                rows[label]["difference"] = float((outputs[label].float() - first).abs().max() / first.abs().max())
-            except Exception as error:  # one variant that fails must not take the others with it
-                rows[label] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    del model
-    rows["diffusers"] = _diffusers(suite, config, latents, embeds, flops)
-    return rows
-
-
-def _diffusers(suite: Suite, config: dict, latents, embeds, flops: float) -> dict:
-    """diffusers' transformer of the same size, eager."""
-    import torch
-
-    try:
-        from diffusers import WanTransformer3DModel
-    except ImportError:
-        return {"failed": "diffusers is not installed here"}
-    with torch.device("meta"):
-        model = WanTransformer3DModel(**config)
-    model = model.to_empty(device=suite.device).to(suite.dtype).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.02)
-        for b in model.buffers():
-            b.zero_()
-        timestep = torch.tensor([700], device=suite.device)
-        call = lambda: model(latents, timestep, embeds, return_dict=False)  # noqa: E731
-        return suite.of_roof(suite.ms(call, 3, 1), flops=flops)
+                ms = suite.ms(lambda c=call, how=loads: c(q, k, v, bias, how), 5, 1)
+                found[f"{name}, {loads}"] = {"ms": ms}
+            except Exception as error:
+                first = (str(error).strip() or "no message").splitlines()[0]
+                found[f"{name}, {loads}"] = {"why": f"{type(error).__name__}: {first[:200]}"}
+    return found
 
 
 PARTS: dict[str, Callable[[Suite], dict]] = {

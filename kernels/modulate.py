@@ -16,7 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_rt.kernels.op import DTYPES, MAX_ROW, Variant, check_tensor, kernel_op, launchable, row_config, tl, triton
+from nexus_rt.kernels.op import (
+    DTYPES,
+    MAX_ROW,
+    Variant,
+    check_rows,
+    check_tensor,
+    kernel_op,
+    launchable,
+    row_config,
+    tl,
+    triton,
+)
 
 if triton is not None:
 
@@ -101,6 +112,7 @@ def _check(x: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, gate: Tens
         raise ValueError(f"modulate: x is {x.dtype} {tuple(x.shape)}; expected [B, L, D] in float32, float16 or bfloat16.")
     if x.shape[-1] > MAX_ROW:
         raise ValueError(f"modulate: D is {x.shape[-1]}; a row is kept in registers, up to {MAX_ROW}.")
+    check_rows("modulate", x.shape[0] * x.shape[1])
     if y is None and gate is not None:
         raise ValueError("modulate: a gate without y has nothing to gate.")
     if scale.shape != shift.shape:

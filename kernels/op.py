@@ -82,3 +82,13 @@ def check_tensor(op: str, name: str, t: torch.Tensor, shape: Any, dtype: torch.d
         raise ValueError(
             f"{op}: {name} starts {t.storage_offset()} elements into its memory, off a 16-byte boundary (clone it)."
         )
+
+
+def check_rows(op: str, rows: int) -> None:
+    """A row a program: the grid's first side ends at 2^31 (elements are indexed in 64 bits).
+
+    Raises:
+        ValueError: more rows than that.
+    """
+    if rows >= 2**31:
+        raise ValueError(f"{op}: {rows} tokens in all are beyond the grid of 2^31; run samples in smaller batches.")

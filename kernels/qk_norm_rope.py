@@ -13,7 +13,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nexus_rt.kernels.op import DTYPES, MAX_ROW, Variant, check_tensor, kernel_op, launchable, row_config, tl, triton
+from nexus_rt.kernels.op import (
+    DTYPES,
+    MAX_ROW,
+    Variant,
+    check_rows,
+    check_tensor,
+    kernel_op,
+    launchable,
+    row_config,
+    tl,
+    triton,
+)
 
 if triton is not None:
 
@@ -101,6 +112,7 @@ def _check(qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Te
         raise ValueError(f"qk_norm_rope: the last dimension {qkv.shape[-1]} is not 3 x {heads} heads of an even size.")
     if dim > MAX_ROW:
         raise ValueError(f"qk_norm_rope: D is {dim}; a row is kept in registers, up to {MAX_ROW}.")
+    check_rows("qk_norm_rope", qkv.shape[0] * qkv.shape[1])
     table = (qkv.shape[1], dim // heads // 2)
     for name, t, shape in (
         ("qkv", qkv, qkv.shape), ("weight_q", weight_q, (dim,)), ("weight_k", weight_k, (dim,)),

@@ -3,9 +3,10 @@
 Tensors are token-major, [B, L, heads, head_dim], as the fused projection has them. `bias` [B, Lk] is added to every
 score of a key (the log-count that stands for Wan's zero padding).
 
-`sdpa` lets PyTorch choose; `flash`, `cudnn` and `math` ask it for one of its own; `triton` is this package's kernel;
-`fa3` (FlashAttention 3) and `sage` (SageAttention, 8-bit: approximate) run where they are installed. `auto` measures the
-exact ones that can run, once per (GPU, shape, dtype, versions), and keeps the answer on disk; on a CPU it is `sdpa`.
+`sdpa` lets PyTorch choose; `flash`, `cudnn` and `math` ask it for one of its own; `triton` is this package's kernel and
+`triton-fp8` the same on 8-bit floats; `fa3` (FlashAttention 3) and `sage` (SageAttention, 8-bit) run where they are
+installed. `auto` measures the exact ones that can run, once per (GPU, shape, dtype, versions), and keeps the answer on
+disk; `auto-fp8` lets the approximate ones take part too; on a CPU both are `sdpa`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ from nexus_rt.errors import InputError, choose
 from nexus_rt.ops import cannot_run_triton
 
 ROWS_CHECKED = 256  # queries of the first head that a candidate is compared with float32 on
+APPROXIMATE = 0.08  # of the output's RMS: what an approximate backend may be off on Gaussian inputs (e4m3 loses 0.055)
 RUNS = 5
 
 
@@ -81,6 +83,12 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return attention(q, k, v, None if bias is None else bias.float().contiguous())
 
 
+def _triton_fp8(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    from nexus_rt.kernels.attention_fp8 import attention_fp8
+
+    return attention_fp8(q, k, v, None if bias is None else bias.float().contiguous())
+
+
 def _fa3(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     from flash_attn_interface import flash_attn_func
 
@@ -124,6 +132,17 @@ def _triton_why(case: Case) -> str | None:
     return None if case.head_dim in HEAD_DIMS else f"takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {case.head_dim}"
 
 
+def _fp8_why(case: Case) -> str | None:
+    if why := _triton_why(case) or _half(case):
+        return why
+    from nexus_rt.kernels.attention_fp8 import FP8_HEAD_DIMS, OLDEST
+
+    if case.device.type == "cuda" and (have := torch.cuda.get_device_capability(case.device)) < OLDEST:
+        return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, and this is {have[0]}.{have[1]}"
+    dims = ", ".join(map(str, FP8_HEAD_DIMS))
+    return None if case.head_dim in FP8_HEAD_DIMS else f"takes head_dim {dims}, not {case.head_dim}"
+
+
 def _first(*reasons: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
     return lambda case: next((why for r in reasons if (why := r(case))), None)
 
@@ -134,10 +153,12 @@ BACKENDS = {
     "flash": Backend(_torch_backend("FLASH_ATTENTION"), _flash),
     "cudnn": Backend(_torch_backend("CUDNN_ATTENTION"), _first(_on_gpu, _half)),
     "triton": Backend(_triton, _triton_why),
+    "triton-fp8": Backend(_triton_fp8, _fp8_why, exact=False),
     "fa3": Backend(_fa3, _first(_on_gpu, _half, _unbiased, _installed("flash_attn_interface"))),
     "sage": Backend(_sage, _first(_on_gpu, _half, _unbiased, _installed("sageattention")), exact=False),
 }
-NAMES = ("auto", *BACKENDS)
+AUTOMATIC = ("auto", "auto-fp8")
+NAMES = (*AUTOMATIC, *BACKENDS)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -145,7 +166,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, backend:
 
     Args:
         q: [B, Lq, heads, head_dim]; k, v: [B, Lk, heads, head_dim]; bias: [B, Lk] float, or None.
-        backend: a name of `BACKENDS`, or "auto".
+        backend: a name of `BACKENDS`, "auto", or "auto-fp8".
 
     Returns:
         [B, Lq, heads, head_dim] in q's dtype.
@@ -153,8 +174,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, backend:
     Raises:
         InputError: an unknown backend, or one that cannot run on these tensors: it is never replaced in silence.
     """
-    if backend == "auto":
-        backend = automatic(q, k, v, bias)
+    if backend in AUTOMATIC:
+        backend = automatic(q, k, v, bias, approximate=backend == "auto-fp8")
     else:
         case = Case.of(q, k, bias)
         if (backend, case) not in _fit:
@@ -165,18 +186,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, backend:
     return BACKENDS[backend].run(q, k, v, bias)
 
 
-_chosen: dict[Case, str] = {}  # what auto stands for
+_chosen: dict[tuple[Case, bool], str] = {}  # what auto and auto-fp8 stand for
 _fit: set[tuple[str, Case]] = set()  # explicit backends found able: asked once a case, not at every layer
 
 
-def automatic(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
-    """The backend `auto` stands for: measured on a GPU the first time a case is met, `sdpa` on a CPU."""
+def takes_bias(backend: str, device: torch.device) -> bool:
+    """Whether a backend takes a bias on its keys on a device; a context for one that does not keeps all its padding."""
+    if backend in AUTOMATIC:
+        return True
+    case = Case(1, 128, 128, 1, 128, torch.bfloat16 if device.type == "cuda" else torch.float32, device, False)
+    run = BACKENDS[backend]
+    return run.why_not(replace(case, biased=True)) is None or run.why_not(case) is not None
+
+
+def automatic(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, approximate: bool = False) -> str:
+    """The backend `auto` stands for: measured on a GPU the first time a case is met, `sdpa` on a CPU.
+
+    approximate: 8-bit backends take part.
+    """
     if q.device.type != "cuda" or torch.compiler.is_compiling():
         return "sdpa"
     case = Case.of(q, k, bias)
-    if case not in _chosen:
-        _chosen[case] = decide(case)["chosen"]
-    return _chosen[case]
+    if (case, approximate) not in _chosen:
+        _chosen[case, approximate] = decide(case, list(BACKENDS) if approximate else None)["chosen"]
+    return _chosen[case, approximate]
 
 
 def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool = False) -> dict:
@@ -186,8 +219,9 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
         candidates: names; by default every exact backend.
 
     Returns:
-        {"chosen": name, "candidates": {name: {"ms", "error"} or {"why"}}}: the fastest of those whose error against
-        float32 is at most twice that of `math` in the case's own dtype.
+        {"chosen": name, "candidates": {name: {"ms", "error", "relative"} or {"why"}}}: the fastest of those within their
+        error against float32: an exact one's largest is at most twice that of `math` in the case's own dtype, an
+        approximate one's RMS at most `APPROXIMATE` of the output's.
     """
     names = [n for n in BACKENDS if BACKENDS[n].exact] if candidates is None else list(candidates)
     known, key = _read_cache(), _key(case, names)
@@ -208,14 +242,13 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
         if not why:
             try:
                 out = BACKENDS[name].run(q, k, v, bias)
-                wrong = error(out)
-                if wrong > allowed:
-                    why = f"its error {wrong:.1e} is above {allowed:.1e}"
+                wrong, share = error(out), float((out[part].float() - wanted).norm() / wanted.norm())
+                if not (wrong <= allowed if BACKENDS[name].exact else share <= APPROXIMATE):  # NaN is wrong too
+                    limit = f"{allowed:.1e}" if BACKENDS[name].exact else f"{APPROXIMATE} of the output's RMS ({share:.2f})"
+                    why = f"its error {wrong:.1e} is above {limit}"
                 else:
-                    found[name] = {
-                        "ms": _milliseconds(lambda n=name: BACKENDS[n].run(q, k, v, bias), case.device),
-                        "error": wrong,
-                    }
+                    ms = _milliseconds(lambda n=name: BACKENDS[n].run(q, k, v, bias), case.device)
+                    found[name] = {"ms": ms, "error": wrong, "relative": share}
             except (RuntimeError, ValueError) as problem:  # a library that says no only when it is run
                 why = str(problem).strip().splitlines()[0]
         if why:

@@ -46,7 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--connector", metavar="DIR", help="between the two (both: `nexus-rt convert omnivideo` makes them)")
     group.add_argument("--backend", default="torch", help="what runs the generators: torch (default)")
     group.add_argument("--kernels", default="auto", help="norms, RoPE and modulation by torch | triton | auto (default)")
-    group.add_argument("--attention", default="auto", help="auto (default) | sdpa | flash | cudnn | math | triton | fa3 | sage")
+    group.add_argument(
+        "--attention",
+        default="auto",
+        help="auto (default) | auto-fp8 | sdpa | flash | cudnn | math | triton | triton-fp8 | fa3 | sage",
+    )
     group.add_argument("--dtype", choices=DTYPES, help="of the generators (default: bfloat16 on a GPU, float32 on a CPU)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     group.add_argument("--local-files-only", action="store_true", help="never ask the hub")

@@ -73,20 +73,37 @@ def _modulate(
     return x, torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1)).to(x.dtype)
 
 
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """tanh-GELU of a linear layer: [..., D] to [..., E]."""
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def _linear_gelu_epilogue(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same where cuBLASLt has it ride along in the product's epilogue: E elements a row less to read and write.
+
+    That epilogue is the tanh form in half precision; on a CPU the same call would be the exact (erf) one.
+    """
+    if not x.is_cuda or x.dtype == torch.float32:
+        return _linear_gelu(x, weight, bias)
+    return torch._addmm_activation(bias, x.flatten(0, -2), weight.T, use_gelu=True).unflatten(0, x.shape[:-1])
+
+
 @dataclass(frozen=True)
 class Ops:
     """One implementation of each operation.
 
     modulate, qk_norm_rope: as in `nexus_rt.kernels`. rope: the tables that qk_norm_rope reads, for a grid.
+    linear_gelu: a linear layer and its tanh-GELU.
     """
 
     name: str
     modulate: Callable
     qk_norm_rope: Callable
     rope: Callable
+    linear_gelu: Callable
 
 
-TORCH = Ops("torch", _modulate, _qk_norm_rope, rope_table)
+TORCH = Ops("torch", _modulate, _qk_norm_rope, rope_table, _linear_gelu)
 
 
 def choose_ops(kernels: str, device: torch.device) -> Ops:
@@ -106,7 +123,7 @@ def choose_ops(kernels: str, device: torch.device) -> Ops:
     from nexus_rt.kernels.modulate import modulate
     from nexus_rt.kernels.qk_norm_rope import qk_norm_rope
 
-    return Ops("triton", modulate, qk_norm_rope, rope_pairs)
+    return Ops("triton", modulate, qk_norm_rope, rope_pairs, _linear_gelu_epilogue)
 
 
 def cannot_run_triton(device: torch.device) -> str | None:

@@ -1,6 +1,7 @@
 """Attention backends: equal where they run, refused where they cannot, chosen by measurement and for a reason."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ def test_every_backend_that_runs_computes_the_same(biased):
 
 def test_an_explicit_backend_is_never_replaced():
     q, k, v = inputs(1, 4, 4, 1, 32, torch.float32)
-    for name, words in (("cudnn", "needs a CUDA device"), ("fa3", "needs a CUDA device"), ("sage", "needs a CUDA device")):
+    for name, words in (("cudnn", "needs a CUDA device"), ("fa3", "needs a CUDA device"), ("sage", "needs a CUDA device"),
+                        ("triton-fp8", "takes float16 and bfloat16, not float32")):  # fmt: skip
         with pytest.raises(InputError, match=f"'{name}' cannot run here: it {words}"):
             attention.attend(q, k, v, backend=name)
     with pytest.raises(InputError, match="did you mean 'triton'"):
@@ -128,5 +130,50 @@ def test_nothing_that_runs_is_an_error():
 
 
 def test_approximate_backends_are_not_in_auto():
-    assert not attention.BACKENDS["sage"].exact
-    assert "sage" not in attention.decide(case())["candidates"]
+    assert {n for n, b in attention.BACKENDS.items() if not b.exact} == {"triton-fp8", "sage"}
+    assert not {"triton-fp8", "sage"} & attention.decide(case())["candidates"].keys()
+
+
+@pytest.mark.parametrize("share, taken", [(0.05, True), (0.3, False), (float("nan"), False)])
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_approximate_backend_is_held_to_its_stated_error(cache, monkeypatch, share, taken, exact):
+    def near(q, k, v, bias):
+        out = attention.BACKENDS["sdpa"].run(q, k, v, bias)
+        return out + share * out.square().mean().sqrt() * torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+
+    monkeypatch.setitem(attention.BACKENDS, "near", attention.Backend(near, lambda case: None, exact))
+    monkeypatch.setattr(attention, "_milliseconds", lambda call, device: 1.0 if "'near'" in str(call.__defaults__) else 2.0)
+    result = attention.decide(case(), ["sdpa", "near"])
+    if taken and not exact:
+        assert result["chosen"] == "near" and result["candidates"]["near"]["relative"] == pytest.approx(share, rel=0.1)
+    else:
+        limit = "is above [0-9.e-]+$" if exact else "above 0.08 of the output's RMS"
+        assert result["chosen"] == "sdpa" and re.search(limit, result["candidates"]["near"]["why"])
+
+
+def test_auto_fp8_asks_for_all_and_is_kept_apart_from_auto(monkeypatch):
+    asked = []
+
+    def decide(case, names=None):
+        asked.append(names)
+        return {"chosen": "sdpa" if names is None else "triton-fp8"}
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(attention, "decide", decide)
+    q = torch.zeros(1, 4, 1, 64).as_subclass(OnGpu)
+    for _ in range(2):
+        assert attention.automatic(q, q, q, None) == "sdpa"
+        assert attention.automatic(q, q, q, None, approximate=True) == "triton-fp8"
+    assert asked == [None, list(attention.BACKENDS)]
+    assert attention.automatic(*inputs(1, 4, 4, 1, 64, torch.float32), None, approximate=True) == "sdpa"
+
+
+def test_a_backend_without_a_bias_keeps_the_padding(monkeypatch):
+    """flash on a GPU cannot count a key many times: its contexts keep every padded token instead of failing."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d=None: (9, 0))
+    gpu = torch.device("cuda")
+    assert not attention.takes_bias("flash", gpu) and attention.takes_bias("flash", CPU)
+    assert all(attention.takes_bias(n, gpu) for n in ("auto", "auto-fp8", "sdpa", "cudnn", "math", "triton"))
+    assert attention.takes_bias("fa3", CPU)  # it cannot run at all: that is said when it is run

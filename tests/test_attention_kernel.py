@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nexus_rt.kernels.attention import attention, attention_ref
+from nexus_rt.kernels.attention import LOADS, _check, attention, attention_ref
 
 pytest.importorskip("triton")
 CASES = [  # B, Lq, Lk, heads, head_dim, dtype
@@ -46,10 +46,15 @@ def poisoned(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-def test_it_is_the_formula(case, biased):
+@pytest.mark.parametrize("loads", LOADS)
+def test_it_is_the_formula(case, biased, loads):
     q, k, v = inputs(*case)
     bias = torch.randn(case[0], case[2], generator=torch.Generator().manual_seed(1)) * 3 if biased else None
-    close(attention(q, k, v, bias), q, k, v, bias)
+    if (loads == "specialised" and biased) or (loads in ("descriptors", "specialised") and q.dtype == torch.float32):
+        with pytest.raises(ValueError, match="use 'auto'"):
+            attention(q, k, v, bias, loads)
+        return
+    close(attention(q, k, v, bias, loads), q, k, v, bias)
     close(attention_ref(q, k, v, bias), q, k, v, bias)
 
 
@@ -103,3 +108,19 @@ def test_what_the_kernel_does_not_take_is_refused():
 def test_the_op_keeps_torchs_rules(monkeypatch):
     monkeypatch.undo()
     torch.library.opcheck(torch.ops.nexus_rt.attention.default, (*inputs(1, 4, 6, 2, 16, torch.float32), torch.zeros(1, 6)))
+
+
+def test_strides_past_32_bits():
+    """Three tokens 2^30 elements apart: memory that is named, not touched, so it costs nothing."""
+    q, k, v = inputs(1, 5, 3, 1, 16, torch.float16)
+    room = torch.HalfTensor(2**31 + 64)  # not torch.empty: that is poisoned here
+    far = room.as_strided((1, 3, 1, 16), (2**31, 2**30, 16, 1))
+    far.copy_(k)
+    assert torch.equal(attention(q, far, v), attention(q, k, v))
+
+
+@pytest.mark.parametrize("shape", [(1, 2**31, 1, 16), (2, 4, 40000, 16)])
+def test_what_is_beyond_the_grid_is_refused(shape):
+    t = torch.zeros(16, dtype=torch.float16).as_strided(shape, (0, 0, 0, 1))
+    with pytest.raises(ValueError, match="beyond the grid: up to 2.31 tokens in all and 65535 samples x heads"):
+        _check(t, t, t, None)

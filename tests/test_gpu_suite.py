@@ -30,7 +30,7 @@ def test_the_whole_suite_runs_dry(tmp_path):
     (file,) = (tmp_path / "out").glob("*.json")
     results = json.loads(file.read_text())
     assert results.keys() == {"run", *gpu_suite.PARTS} and results["run"]["dry"]
-    assert all(row["right"] for row in results["correctness"].values()) and len(results["correctness"]) == 11
+    assert all(row["right"] for row in results["correctness"].values()) and len(results["correctness"]) == 14
     assert all(row["ms"] > 0 and row["percent_of_roof"] > 0 for row in results["kernels"].values())
     assert {n.split()[0] for n in results["kernels"]} == {
         "band_blend",
@@ -67,7 +67,7 @@ def test_a_kernel_that_does_not_run_is_wrong_and_the_others_are_checked(monkeypa
     monkeypatch.setattr(solver_step, "solver_step", broken)
     s = suite()
     rows = gpu_suite.run(s, ["correctness"])["correctness"]
-    assert s.wrong == {"solver_step"} and len(rows) == 11
+    assert s.wrong == {"solver_step"} and len(rows) == 14
     assert rows["solver_step"] == {"failed": "RuntimeError: PassManager::run failed", "right": False}
 
 
@@ -111,3 +111,13 @@ def test_every_variant_of_the_dit_is_tried_and_a_failing_one_named(monkeypatch):
     monkeypatch.setattr(WanTransformer, "use_kernels", refuse)
     rows = gpu_suite.dit(suite(), "tiny")
     assert rows["triton"] == {"failed": "RuntimeError: out of memory"} and rows["torch"]["ms"] > 0
+
+
+def test_a_way_to_load_that_is_wrong_gets_no_speed():
+    from nexus_rt.attention import Case
+
+    s = suite()
+    s.results["correctness"] = {"attention 32 x2 7 keys, pointers": {"right": False}}
+    found = gpu_suite._other_loads(s, Case(1, 8, 8, 2, 32, s.dtype, s.device, False))
+    assert found["triton, pointers"] == {"why": "it is wrong: see correctness"}
+    assert "16-bit" in found["triton, descriptors"]["why"] and len(found) == 6

@@ -1,5 +1,7 @@
 """The DiT against diffusers' `WanTransformer3DModel`, the same weights in both."""
 
+import math
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -151,3 +153,21 @@ def test_other_architectures_are_refused(field, value, words):
         del config[field]
     with pytest.raises(ModelError, match=words):
         wan.WanConfig.from_dict(config)
+
+
+@pytest.mark.parametrize("name", ["auto-fp8", "triton-fp8", "sage"])
+def test_approximate_attention_is_for_self_attention_only(name):
+    model = wan.WanTransformer(wan.WanConfig.from_dict(CONFIGS[0])).use_kernels("auto", attention=name)
+    assert {b.attn1.backend for b in model.blocks} == {name} and {b.attn2.backend for b in model.blocks} == {"auto"}
+    model.use_kernels("auto", attention="math")
+    assert {m.backend for m in model.modules() if hasattr(m, "backend")} == {"math"}
+
+
+def test_the_feed_forwards_gelu_is_the_tanh_form_whoever_computes_it():
+    from nexus_rt import ops
+
+    x, weight, bias = torch.randn(2, 3, 8), torch.randn(16, 8), torch.randn(16)
+    y = (x.double() @ weight.double().T) + bias.double()
+    wanted = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+    for gelu in (ops._linear_gelu, ops._linear_gelu_epilogue):
+        assert (gelu(x, weight, bias) - wanted).abs().max() < 1e-5

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_rt.attention import NAMES, attend
+from nexus_rt.attention import BACKENDS, NAMES, attend, takes_bias
 from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.ops import TORCH, choose_ops
 
@@ -159,10 +159,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
+        self.ops = TORCH
         self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": nn.Linear(dim, inner)}), "2": nn.Linear(inner, dim)})
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net["2"](F.gelu(self.net["0"]["proj"](x), approximate="tanh"))
+        first = self.net["0"]["proj"]
+        return self.net["2"](self.ops.linear_gelu(x, first.weight, first.bias))
 
 
 class Block(nn.Module):
@@ -248,7 +250,8 @@ class WanTransformer(nn.Module):
 
         Args:
             kernels: "torch", "triton", or "auto": triton where the device can.
-            attention: a backend of `nexus_rt.attention`.
+            attention: a backend of `nexus_rt.attention`, or "auto" or "auto-fp8". An approximate one computes
+                self-attention; cross-attention, some 2% of the work, stays exact.
 
         Raises:
             InputError: an unknown name, or triton asked for where it cannot run.
@@ -259,7 +262,8 @@ class WanTransformer(nn.Module):
             if hasattr(module, "ops"):
                 module.ops = ops
             if hasattr(module, "backend"):
-                module.backend = attention
+                exact = attention in BACKENDS and BACKENDS[attention].exact
+                module.backend = attention if exact or not module.cross else "auto"
         return self
 
     @property
@@ -286,6 +290,7 @@ class WanTransformer(nn.Module):
                 "the text encoder's hidden size of this transformer."
             )
         context = context.to(self.device, self.dtype)
+        collapse = collapse and takes_bias(self.blocks[0].attn2.backend, self.device)
         context, bias = collapse_padding(context, at_least) if collapse else (context, None)
         embedded = self.condition_embedder.text(context)
         pairs = [block.attn2.keys_values(embedded) for block in self.blocks]

@@ -1,0 +1,87 @@
+"""The DiTs at their true size in the GPU suite: one forward, ours by PyTorch and by Triton, compiled, and diffusers'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def build(suite: Any, config: dict):
+    """A Wan transformer of random weights on the suite's device: norms at one, the rest small."""
+    import torch
+    from torch import nn
+
+    from nexus_rt.models.checkpoint import KEEP_FP32
+    from nexus_rt.models.wan import WanConfig, WanTransformer
+
+    with torch.device("meta"):
+        model = WanTransformer(WanConfig(**config))
+    for name, parameter in list(model.named_parameters()):
+        dtype = torch.float32 if any(part in name for part in KEEP_FP32) else suite.dtype
+        value = torch.empty(parameter.shape, dtype=dtype, device=suite.device)
+        value.fill_(1.0) if "norm" in name and name.endswith("weight") else value.normal_(std=0.02)
+        owner, leaf = name.rpartition(".")[::2]
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    return model.eval()
+
+
+def dit(suite: Any, name: str) -> dict:
+    """One forward at 480p x 81 frames: torch and triton kernels, each block compiled, diffusers where it is; peak memory."""
+    import torch
+
+    config = suite.configs[name]
+    t, h, w = suite.grid
+    model = build(suite, config)
+    latents, timestep = suite.random(1, 16, t, 2 * h, 2 * w), torch.tensor(700.0, device=suite.device)
+    embeds = torch.zeros(1, 512, model.config.text_dim, dtype=suite.dtype, device=suite.device)
+    embeds[:, :40] = suite.random(1, 40, model.config.text_dim)
+    dim, length = model.config.dim, suite.tokens
+    linear = 2 * length * config["num_layers"] * (6 * dim * dim + 2 * dim * config["ffn_dim"])
+    flops = linear + 4 * length * length * dim * config["num_layers"]
+    rows: dict[str, Any] = {"tokens": length, "tflop": round(flops / 1e12, 1)}
+    outputs = {}
+    with torch.no_grad():
+        for label, kernel in (("torch", "torch"), ("triton", "triton"), ("torch, blocks compiled", "torch")):
+            try:
+                model.use_kernels(kernel)
+                context = model.prepare_context(embeds)
+                forward = model
+                if "compiled" in label:
+                    if suite.dry:
+                        continue
+                    for block in model.blocks:
+                        block.compile()
+                call = lambda f=forward, c=context: f(latents, timestep, c)  # noqa: E731
+                if suite.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                outputs[label] = call()
+                rows[label] = suite.of_roof(suite.ms(call, 3, 1), flops=flops)
+                if suite.device.type == "cuda":
+                    rows[label]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+                first = outputs["torch"].float()
+                rows[label]["difference"] = float((outputs[label].float() - first).abs().max() / first.abs().max())
+            except Exception as error:  # one variant that fails must not take the others with it
+                rows[label] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    del model
+    rows["diffusers"] = _diffusers(suite, config, latents, embeds, flops)
+    return rows
+
+
+def _diffusers(suite: Any, config: dict, latents, embeds, flops: float) -> dict:
+    """diffusers' transformer of the same size, eager."""
+    import torch
+
+    try:
+        from diffusers import WanTransformer3DModel
+    except ImportError:
+        return {"failed": "diffusers is not installed here"}
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**config)
+    model = model.to_empty(device=suite.device).to(suite.dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.02)
+        for b in model.buffers():
+            b.zero_()
+        timestep = torch.tensor([700], device=suite.device)
+        call = lambda: model(latents, timestep, embeds, return_dict=False)  # noqa: E731
+        return suite.of_roof(suite.ms(call, 3, 1), flops=flops)

@@ -1,0 +1,112 @@
+"""Attention on 8-bit floats: the quantisation bit by bit, and the result against float64 within what fp8 costs.
+
+Triton's interpreter rounds float32 to fp8 without the carry into the exponent (0.4999 becomes 0.25), so that one
+conversion is done by PyTorch here; everything else is the kernel's.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nexus_rt.kernels.attention_fp8 import _quantise, attention_fp8, attention_fp8_ref, quantise_ref
+from tests.test_attention_kernel import inputs, oracle
+
+triton = pytest.importorskip("triton")
+# What rounding Q, K', V and the shares to four significant bits may cost, as a share of the output's RMS. The scores of
+# these inputs (q and k of variance 4) are three times as wide as a normed transformer's, so their errors are too.
+ALLOWED = 0.12
+
+
+@pytest.fixture(autouse=True)
+def rounded_right(monkeypatch):
+    from triton.runtime import interpreter
+
+    theirs = interpreter._convert_float
+
+    def convert(data, source, target, mode):
+        if target.name == "fp8e4nv" and source.name == "fp32":
+            return torch.from_numpy(data.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return theirs(data, source, target, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+def relative(got, wanted):
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("shape", [(1, 200, 2, 64), (2, 64, 1, 128), (1, 1, 3, 64)])
+@pytest.mark.parametrize("rows", [64, 128])
+def test_blocks_are_scaled_and_rounded_as_the_formula(shape, rows):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half() * torch.logspace(-2, 1, shape[3]).half()
+    wanted = quantise_ref(x, rows)
+    x8, scale = _quantise(x, rows, None, False)
+    spread = scale.repeat_interleave(rows, -1)[..., : shape[1]].permute(0, 2, 1)[..., None]
+    assert torch.allclose(x8.float() * spread, wanted, rtol=1e-6)
+    assert x8.float().abs().max() == 448
+    t8, scale = _quantise(x, rows, None, True)
+    assert t8.shape == (shape[0], shape[2], shape[3], -(-shape[1] // rows) * rows)
+    back = t8.float() * scale.repeat_interleave(rows, -1)[:, :, None]
+    assert torch.allclose(back[..., : shape[1]].permute(0, 3, 1, 2), wanted, rtol=1e-6)
+    assert torch.count_nonzero(t8.view(torch.uint8)[..., shape[1] :]) == 0  # padding that is read is zero
+
+
+@pytest.mark.parametrize("loads", ["auto", "pointers", "descriptors", "specialised"])
+@pytest.mark.parametrize("case", [(1, 130, 200, 2, 128), (2, 63, 77, 1, 64), (1, 128, 256, 1, 64)], ids=str)
+def test_it_is_attention_within_what_eight_bits_cost(case, loads):
+    q, k, v = inputs(*case, torch.float16)
+    wanted = oracle(q, k, v)
+    got = attention_fp8(q, k, v, loads=loads)
+    assert got.shape == q.shape and got.dtype == q.dtype and torch.isfinite(got).all()
+    assert relative(got, wanted) < ALLOWED
+    # the shares are rounded too: no more than the other operands' error again
+    columns = 128 if loads == "specialised" else 64
+    assert relative(got, wanted) < 1.5 * relative(attention_fp8_ref(q, k, v, columns=columns), wanted)
+
+
+def test_what_all_keys_share_costs_nothing():
+    """Outlier channels that are alike in every key would take the scale of the rest: K is smoothed."""
+    q, k, v = inputs(1, 64, 128, 1, 64, torch.float16)
+    k, q = k / 2, q / 2
+    offset = torch.zeros(64).half()
+    offset[3], offset[40] = 200.0, -150.0
+    wanted = oracle(q, k, v)
+    plain, shifted = (relative(attention_fp8(q, t, v), wanted) for t in (k, k + offset))
+    assert shifted < plain + 0.03  # k + offset in float16 has lost bits of its own
+    rough = relative(oracle(q, quantise_ref(k + offset, 64), v), wanted)
+    assert rough > 3 * shifted
+
+
+def test_biased_keys():
+    q, k, v = inputs(2, 20, 100, 1, 64, torch.float16)
+    bias = torch.randn(2, 100, generator=torch.Generator().manual_seed(1))
+    bias[0, 70:] = -math.inf
+    assert relative(attention_fp8(q, k, v, bias), oracle(q, k, v, bias)) < ALLOWED
+    assert relative(attention_fp8(q, k, v, bias, loads="descriptors"), oracle(q, k, v, bias)) < ALLOWED
+
+
+def test_the_thirds_of_a_fused_projection_are_read_where_they_lie():
+    fused = torch.randn(2, 50, 3 * 128, generator=torch.Generator().manual_seed(2)).half()
+    q, k, v = (t.unflatten(-1, (2, 64)) for t in fused.chunk(3, -1))
+    assert np.array_equal(attention_fp8(q, k, v), attention_fp8(*(t.contiguous() for t in (q, k, v))))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda q: q.float(), "torch.float32 with head_dim 64; expected float16 or bfloat16"),
+        (lambda q: q[..., :32].contiguous(), "head_dim 64, 128"),
+        (lambda q: q.transpose(2, 3).contiguous().transpose(2, 3), "q has strides"),
+    ],
+)
+def test_what_it_does_not_take_is_refused(change, words):
+    q = change(torch.zeros(1, 8, 2, 64).half())
+    with pytest.raises(ValueError, match=words):
+        attention_fp8(q, q, q)
+
+
+def test_the_op_keeps_torchs_rules():
+    q, k, v = inputs(1, 9, 11, 1, 64, torch.float16)
+    torch.library.opcheck(torch.ops.nexus_rt.attention_fp8.default, (q, k, v))
