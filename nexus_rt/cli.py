@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--understanding", metavar="DIR", help="the language model that steers the small generator")
     group.add_argument("--connector", metavar="DIR", help="between the two (both: `nexus-rt convert omnivideo` makes them)")
     group.add_argument("--backend", default="torch", help="what runs the generators: torch (default)")
-    group.add_argument("--kernels", default="auto", help="norms, RoPE and modulation by torch | triton | auto (default)")
+    group.add_argument("--kernels", default="auto", help="blend, solver, norms and RoPE by torch | triton | auto (default)")
     group.add_argument(
         "--attention",
         default="auto",
@@ -191,7 +191,7 @@ def _step_costs(args: argparse.Namespace, pipe, blend):
     pipe.check_inputs(height, width, frames, "latent")
     prompts = pipe.encode("a prompt", single_frame=frames == 1)
     latents = pipe.prepare_latents(1, frames, height, width)
-    return measure_step_costs(pipe.engines, prompts, latents, blend, args.solver)
+    return measure_step_costs(pipe.engines, prompts, latents, blend, args.solver, kernels=pipe.kernels)
 
 
 def plan(args: argparse.Namespace) -> int:

@@ -292,3 +292,16 @@ def test_low_precision_generators_run(tiny_pair):
         pipe.set_progress_bar_config(disable=True)
     a, b = (p(PROMPT, generator=seeded(), output_type="latent").frames for p in (exact, low))
     assert b.dtype == torch.float32 and (a - b).norm() / a.norm() <= 0.05
+
+
+def test_triton_kernels_make_the_same_latents(tiny_pair, tiny_pipe):
+    """Text to latents with every kernel of the runtime, interpreted: DiT, attention, blend, solver."""
+    pytest.importorskip("triton")
+    fused = NexusPipeline.from_pretrained(tiny_pair, kernels="triton")
+    fused.set_progress_bar_config(disable=True)
+    options = dict(
+        height=32, width=32, num_frames=1, num_inference_steps=4, plan="small:1 bridge:2 large:1", output_type="latent"
+    )
+    wanted, got = (p("a red circle", generator=torch.Generator().manual_seed(0), **options).frames for p in (tiny_pipe, fused))
+    assert fused.kernels == "triton" and fused.engines["small"].model.ops.name == "triton"
+    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
