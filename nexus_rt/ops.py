@@ -74,8 +74,16 @@ def _modulate(
 
 
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """tanh-GELU of a linear layer: [..., D] to [..., E]."""
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    """tanh-GELU of a linear layer: [..., D] to [..., E].
+
+    0.5 y (1 + tanh z) is y sigmoid(2 z): in place and by the vectorised sigmoid, it takes less than half as long as
+    PyTorch's own on a CPU.
+    """
+    y = F.linear(x, weight, bias)
+    if y.device.type != "cpu" or y.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.gelu(y, approximate="tanh")
+    twice = 2 * math.sqrt(2 / math.pi)
+    return (y * y).mul_(0.044715 * twice).add_(twice).mul_(y).sigmoid_().mul_(y)
 
 
 def _linear_gelu_epilogue(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
