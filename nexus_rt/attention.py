@@ -63,7 +63,8 @@ class Backend:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    mask = None if bias is None else bias[:, None, None, :].to(q.dtype)
+    # a row a query, all of them one in memory: ONNX's Attention takes no mask that is broadcast over queries
+    mask = None if bias is None else bias[:, None, None, :].to(q.dtype).expand(-1, -1, q.shape[1], -1)
     return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask).transpose(1, 2)
 
 
@@ -176,7 +177,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, backend:
     """
     if backend in AUTOMATIC:
         backend = automatic(q, k, v, bias, approximate=backend == "auto-fp8")
-    else:
+    elif not torch.compiler.is_compiling():  # sizes may be symbols there; an unfit backend says so when it is run
         case = Case.of(q, k, bias)
         if (backend, case) not in _fit:
             choose("attention backend", backend, NAMES)

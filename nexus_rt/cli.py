@@ -1,4 +1,4 @@
-"""The command line: `nexus-rt generate | decode | plan | doctor`."""
+"""The command line: `nexus-rt generate | decode | plan | export | engines | convert | doctor`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,14 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--text-encoder", metavar="DIR", help="holds text_encoder/ and tokenizer/ (default: as --vae)")
     group.add_argument("--understanding", metavar="DIR", help="the language model that steers the small generator")
     group.add_argument("--connector", metavar="DIR", help="between the two (both: `nexus-rt convert omnivideo` makes them)")
-    group.add_argument("--backend", default="torch", help="what runs the generators: torch (default)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    group.add_argument("--local-files-only", action="store_true", help="never ask the hub")
+
+    running = argparse.ArgumentParser(add_help=False)
+    group = running.add_argument_group("what runs them")
+    group.add_argument("--engines", metavar="DIR", help="exported engines (`nexus-rt export`) instead of models")
+    group.add_argument("--force", action="store_true", help="with --engines: load one that failed its parity gate")
+    group.add_argument("--backend", default="torch", help="what runs the models: torch (default)")
     group.add_argument("--kernels", default="auto", help="blend, solver, norms and RoPE by torch | triton | auto (default)")
     group.add_argument(
         "--attention",
@@ -52,8 +59,6 @@ def _parser() -> argparse.ArgumentParser:
         help="auto (default) | auto-fp8 | sdpa | flash | cudnn | math | triton | triton-fp8 | fa3 | sage",
     )
     group.add_argument("--dtype", choices=DTYPES, help="of the generators (default: bfloat16 on a GPU, float32 on a CPU)")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    group.add_argument("--local-files-only", action="store_true", help="never ask the hub")
 
     walk = argparse.ArgumentParser(add_help=False)
     group = walk.add_argument_group("what runs when")
@@ -69,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--size", type=_size, metavar="WxH", help="frame size, such as 832x480 (default: the pair's)")
     group.add_argument("--frames", type=int, metavar="N", help="4k+1 frames (default: the pair's; Wan: 81)")
 
-    generate = commands.add_parser("generate", parents=[models, walk], help="turn a prompt into a video")
+    generate = commands.add_parser("generate", parents=[models, running, walk], help="turn a prompt into a video")
     generate.add_argument("prompt", help="what to show, such as 'a striped red circle moves left on a black background'")
     generate.add_argument("-o", "--output", default="out.mp4", metavar="FILE", help=".mp4, .gif or .png (a contact sheet)")
     generate.add_argument("--negative", default="", metavar="PROMPT", help="what not to show")
@@ -77,16 +82,29 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--fps", type=int, default=16, help="frames per second of the file (default: 16)")
     generate.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    decode = commands.add_parser("decode", parents=[models], help="decode latents that a failed decoding left behind")
+    decode = commands.add_parser("decode", parents=[models, running], help="decode latents that a failed decoding left behind")
     decode.add_argument("latents", metavar="LATENTS", help="the safetensors file that the error named")
     decode.add_argument("-o", "--output", default="out.mp4", metavar="FILE", help=".mp4, .gif or .png (a contact sheet)")
     decode.add_argument("--fps", type=int, default=16, help="frames per second of the file (default: 16)")
 
-    plan = commands.add_parser("plan", parents=[models, walk], help="print which generator runs at which step, and its price")
+    plan = commands.add_parser(
+        "plan", parents=[models, running, walk], help="print which generator runs at which step, and its price"
+    )
     plan.add_argument(
         "--costs", metavar="SMALL,LARGE",
         help="milliseconds of one guided step of each, instead of measuring the models on this machine",
     )  # fmt: skip
+
+    export = commands.add_parser("export", parents=[models], help="make engines of the generators, compared before they count")
+    export.add_argument("--backend", default="onnx", help="onnx (default) | aoti")
+    export.add_argument("--precision", default=None, help="fp32 | fp16 | bf16 (default: bf16 on a GPU, fp32 on a CPU)")
+    export.add_argument("--sizes", metavar="WxHxF,...", help="such as 832x480x81,1280x720x81 (default: the pair's)")
+    export.add_argument("--opset", type=int, default=23, help="of onnx: 23 (default), or 20 for consumers that need it")
+    export.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder for `generate --engines DIR`")
+
+    engines = commands.add_parser("engines", help="the engines in the cache: list, verify, prune")
+    engines.add_argument("action", help="list | verify | prune")
+    engines.add_argument("folders", nargs="*", metavar="DIR", help="of verify: engine folders instead of the cache's")
 
     convert = commands.add_parser("convert", help="make a pair's folder of a published checkpoint; reads pickles safely")
     convert.add_argument("kind", help="what SRC is: omnivideo")
@@ -105,6 +123,11 @@ def _pipeline(args: argparse.Namespace):
 
     from nexus_rt.pipeline import NexusPipeline
 
+    if args.engines:
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        return NexusPipeline.from_engines(
+            args.engines, device=args.device, torch_dtype=dtype, kernels=args.kernels, force=args.force
+        )
     return NexusPipeline.from_pretrained(
         args.pair, small=args.small, large=args.large, vae=args.vae, text_encoder=args.text_encoder,
         understanding=args.understanding, connector=args.connector,
@@ -203,7 +226,7 @@ def plan(args: argparse.Namespace) -> int:
     choose("solver", args.solver, SOLVERS)
     blend = _blend(args)
     _check_device(args.device)
-    real = args.pair or args.small or args.large
+    real = args.pair or args.small or args.large or args.engines
     pipe = NexusPipeline({}, None, None, None, Defaults()) if args.costs and real is None else _pipeline(args)
     chosen = pipe.make_plan(args.plan, args.steps, args.shift, args.energy)
     costs = _step_costs(args, pipe, blend)
@@ -242,6 +265,19 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def export(args: argparse.Namespace) -> int:
+    from nexus_rt.export.command import run
+
+    _check_device(args.device)
+    return run(args, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def engines(args: argparse.Namespace) -> int:
+    from nexus_rt.engines.command import run
+
+    return run(args.action, args.folders)
+
+
 def doctor(args: argparse.Namespace) -> int:
     from nexus_rt.doctor import report
 
@@ -249,7 +285,10 @@ def doctor(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"generate": generate, "decode": decode, "plan": plan, "convert": convert, "doctor": doctor}
+COMMANDS = {
+    "generate": generate, "decode": decode, "plan": plan, "export": export, "engines": engines, "convert": convert,
+    "doctor": doctor,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -260,7 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print("nexus-rt: interrupted; nothing was written.", file=sys.stderr)
+        kept = "what was finished is kept, and the same command goes on" if args.command == "export" else "nothing was written"
+        print(f"nexus-rt: interrupted; {kept}.", file=sys.stderr)
         return 130
     except NexusError as error:
         print(f"nexus-rt: {error}", file=sys.stderr)

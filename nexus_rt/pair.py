@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,29 @@ def _steering(root: Path | None, given: dict[str, Any], small: bool, hub: dict) 
         return dict.fromkeys(sources)
     found = {n: load.resolve(s, (n,), **hub) for n, s in sources.items()}
     return {n: f / n if (f / n / "config.json").is_file() else f for n, f in found.items()}
+
+
+def engine_parts(root: Path, engines: dict[str, Any]) -> Parts:
+    """The encoders and the VAE beside exported engines, and the pair's defaults: a size they were built for.
+
+    Raises:
+        ModelError: the engines are not of one latent space.
+    """
+    architectures = [e.folder.manifest.architecture for e in engines.values()]
+    for field in ("in_channels", "out_channels", "patch_size", "text_dim"):
+        values = {str(a[field]) for a in architectures}
+        if len(values) > 1:
+            raise ModelError(f"{root}: the engines are not of one latent space: their {field} are {' and '.join(values)}.")
+    at = lambda part: root / part if (root / part / "config.json").is_file() else None  # noqa: E731
+    defaults = _pair_defaults(root) if (root / "model_index.json").is_file() else Defaults()
+    sizes = [b for b in next(iter(engines.values())).buckets if all(b in e.buckets for e in engines.values())]
+    if not sizes:
+        each = "; ".join(f"{n}: {', '.join(map(str, e.buckets))}" for n, e in engines.items())
+        raise ModelError(f"{root}: the engines have no size in common ({each}); export both with the same --sizes.")
+    if (defaults.width, defaults.height, defaults.num_frames) not in sizes:
+        defaults = replace(defaults, width=sizes[0].width, height=sizes[0].height, num_frames=sizes[0].frames)
+    text = root if (root / "text_encoder").is_dir() else None
+    return Parts({}, at("vae"), text, at("understanding"), at("connector"), defaults)
 
 
 def find_parts(pretrained: str | Path | None, given: dict[str, Any], hub: dict) -> Parts:

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from nexus_rt.denoise import Prompt, denoise
 from nexus_rt.engines.base import Engine
+from nexus_rt.engines.exported import Bucket
+from nexus_rt.engines.open import open_engines
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.models import load
 from nexus_rt.models.context import ContextEncoder
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH, TextEncoder
 from nexus_rt.models.vae import VideoDecoder
-from nexus_rt.pair import MINI, Defaults, find_parts
+from nexus_rt.pair import MINI, Defaults, engine_parts, find_parts
 from nexus_rt.plan import Plan, Step, parse_plan
 from nexus_rt.solver import time_grid
 from nexus_rt.upfb import BlendConfig
@@ -142,6 +144,44 @@ class NexusPipeline:
             device, parts.defaults, (config.in_channels, config.patch_size), context, keep_encoders, kernels,
         )  # fmt: skip
 
+    @classmethod
+    def from_engines(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        torch_dtype: torch.dtype | None = None,
+        keep_encoders: bool = True,
+        kernels: str = "auto",
+        vae_tiling: bool | str = "auto",
+        force: bool = False,
+        **engine_options: Any,
+    ) -> NexusPipeline:
+        """A pipeline of exported engines: a folder that `nexus-rt export` made.
+
+        Args:
+            folder: holds `small/` and/or `large/` with a `manifest.json` each, and the pair's encoders and VAE.
+            device, torch_dtype, keep_encoders, kernels, vae_tiling: as in `from_pretrained`; torch_dtype is of the encoders.
+            force: load engines that failed their parity gate.
+            engine_options: of the backend, such as `provider=` of ONNX Runtime.
+
+        Raises:
+            ModelError: no engine folder, or one that is damaged, wrong, or built for something else; says what rebuilds it.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = torch_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        root = Path(folder).expanduser()
+        engines = open_engines(root, device, force, **engine_options)
+        parts = engine_parts(root, engines)
+        context = ContextEncoder(parts.understanding, parts.connector, dtype, device) if parts.connector else None
+        architecture = next(iter(engines.values())).folder.manifest.architecture
+        space = architecture["in_channels"], tuple(architecture["patch_size"])
+        return cls(
+            engines, TextEncoder(parts.text, dtype, device) if parts.text else None,
+            VideoDecoder(parts.vae, torch.float32, device, vae_tiling) if parts.vae else None,
+            device, parts.defaults, space, context, keep_encoders, kernels,
+        )  # fmt: skip
+
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm, such as `disable=True`."""
         self._progress = options
@@ -235,6 +275,9 @@ class NexusPipeline:
             low = max(1, (num_frames - 1) // time * time + 1)
             raise InputError(f"num_frames is {num_frames}; expected {time}k+1, such as {low} or {low + time}.")
         choose("output_type", output_type, OUTPUT_TYPES)
+        for engine in self.engines.values():
+            if hasattr(engine, "check_size"):
+                engine.check_size(Bucket(width, height, num_frames))
         if output_type != "latent" and self.vae is None:
             raise ModelError("this pipeline has no VAE; pass vae= to from_pretrained, or output_type='latent'.")
 

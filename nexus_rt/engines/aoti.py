@@ -1,0 +1,47 @@
+"""AOTInductor packages (`.pt2`): compiled code and weights in one file, no model code needed at load.
+
+On a CPU the code is C++, on a GPU Triton kernels, ours among them, compiled for its architecture.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nexus_rt.engines.exported import ExportedEngine
+
+GRAPHS = {"context": ("embeds",), "velocity": ("latents", "timestep", "keys", "values", "bias")}
+
+
+def version() -> str:
+    """Of what compiled code is bound to: PyTorch."""
+    return torch.__version__
+
+
+class AotiEngine(ExportedEngine):
+    """Loaded packages of both graphs."""
+
+    def __init__(self, folder, device: torch.device) -> None:
+        super().__init__(folder, device)
+        self.graphs: dict[str, Callable] = {}
+
+    def load(self) -> None:
+        if not self.graphs:
+            index = {} if self.device.type == "cpu" else {"device_index": self.device.index or 0}
+            self.graphs = {
+                name: torch._inductor.aoti_load_package(str(self.folder.path / f"{name}.pt2"), **index) for name in GRAPHS
+            }
+
+    def unload(self) -> None:
+        self.graphs = {}
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _run(self, graph: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+        made = self.graphs[graph](*(inputs[name] for name in GRAPHS[graph]))
+        for out, t in zip(outputs.values(), made if isinstance(made, list | tuple) else (made,), strict=True):
+            out.copy_(t)

@@ -1,0 +1,62 @@
+"""`nexus-rt engines list | verify | prune`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from nexus_rt.engines.exported import Bucket
+from nexus_rt.engines.folder import EngineFolder, cached, engines_root, unusable
+from nexus_rt.errors import ModelError, choose
+
+ACTIONS = ("list", "verify", "prune")
+
+
+def run(action: str, folders: list[str]) -> int:
+    """Do one; returns the exit code: 1 where verify finds damage."""
+    choose("action", action, ACTIONS)
+    return {"list": _list, "verify": _verify, "prune": _prune}[action](folders)
+
+
+def _line(engine: EngineFolder) -> str:
+    m = engine.manifest
+    size = sum(f["bytes"] for f in m.files.values())
+    where = m.device["name"] or m.device["type"]
+    worst = max((r["relative_error"] for r in m.parity.get("rows", {}).values()), default=float("nan"))
+    sizes = ",".join(str(Bucket(*b)) for b in m.buckets)
+    return (
+        f"{engine.path.name}  {m.generator:5} {m.backend} {m.backend_version} {m.precision} on {where}  {sizes}  "
+        f"{size / 1e6:.1f} MB  parity {'passed' if m.parity.get('passed') else 'FAILED'} ({worst:.1e})"
+    )
+
+
+def _list(folders: list[str]) -> int:
+    found = [EngineFolder.read(f) for f in folders] or list(cached())
+    for engine in found:
+        print(_line(engine))
+    if not found:
+        print(f"no engines in {engines_root()}; `nexus-rt export` makes them.")
+    return 0
+
+
+def _verify(folders: list[str]) -> int:
+    paths = [Path(f) for f in folders] or [e.path for e in cached()]
+    bad = 0
+    for path in paths:
+        try:
+            EngineFolder.read(path).verify(again=True)
+            print(f"{path}: whole")
+        except ModelError as error:
+            bad += 1
+            print(f"{path}: {error}")
+    return 1 if bad else 0
+
+
+def _prune(folders: list[str]) -> int:
+    count = 0
+    for path, why in unusable():
+        shutil.rmtree(path)
+        count += 1
+        print(f"removed {path.name}: {why}")
+    print(f"{count} removed from {engines_root()}")
+    return 0

@@ -1,0 +1,267 @@
+"""Engine folders: `manifest.json` and artefacts, checked before anything is run; and the cache they are built in.
+
+A folder says what it was made of (the weights' hash, the architecture, sizes, precision), for what (backend, version,
+GPU), how right it is (the parity gate's results) and what its files are (sizes and hashes). Loading refuses whatever does
+not match, in one sentence that says what differs and which command rebuilds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from nexus_rt.errors import ModelError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an engine folder says of itself.
+
+    architecture: WanConfig's fields. weights: sha256 of the source's weight files. buckets: [width, height, frames].
+    device: {"type": "cpu" | "cuda", "sm": "9.0" or None, "name"}. parity: see `nexus_rt.export.parity`. files: name ->
+    {"bytes", "sha256"}. command: what rebuilds the engine. lora: hash of what was merged into the weights, or None.
+    """
+
+    generator: str
+    backend: str
+    backend_version: str
+    precision: str
+    architecture: dict[str, Any]
+    weights: str
+    buckets: list[list[int]]
+    device: dict[str, Any]
+    producer: str
+    command: str
+    opset: int | None = None
+    lora: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    parity: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def identity(self) -> str:
+        """What decides that two engines are the same: everything but results, files and words. 16 hex digits."""
+        kept = {k: v for k, v in asdict(self).items() if k not in ("parity", "files", "command", "generator")}
+        kept["device"] = {k: v for k, v in self.device.items() if k != "name"}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def files_of(folder: Path) -> dict[str, dict]:
+    """The files of a folder as a manifest lists them."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+    return found
+
+
+@dataclass(frozen=True)
+class EngineFolder:
+    """An engine folder whose manifest has been read."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def read(cls, path: str | Path) -> EngineFolder:
+        """Read a folder's manifest.
+
+        Raises:
+            ModelError: there is none, it is damaged, or of a newer schema.
+        """
+        path = Path(path)
+        try:
+            said = json.loads((path / MANIFEST).read_text())
+        except FileNotFoundError:
+            raise ModelError(f"{path} holds no {MANIFEST}; expected an engine folder, as `nexus-rt export` makes.") from None
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path / MANIFEST} cannot be read ({error}); export the engine again.") from None
+        schema = said.get("schema") if isinstance(said, dict) else None
+        if not isinstance(schema, int):
+            raise ModelError(f"{path / MANIFEST} is no engine's manifest: it has no schema; export the engine again.")
+        if schema > SCHEMA:
+            raise ModelError(
+                f"{path} has a manifest of schema {schema}, and this nexus-rt reads up to {SCHEMA}; upgrade nexus-rt, or "
+                f"export again: {said.get('command', 'nexus-rt export')}"
+            )
+        known = {f.name for f in fields(Manifest)}
+        missing = known - said.keys()
+        if missing:
+            raise ModelError(f"{path / MANIFEST} lacks {', '.join(sorted(missing))}; export the engine again.")
+        return cls(path, Manifest(**{k: v for k, v in said.items() if k in known}))
+
+    def rebuild(self) -> str:
+        return f"rebuild it: {self.manifest.command}"
+
+    def verify(self, hashes: bool = True, again: bool = False) -> None:
+        """Compare the files with the manifest.
+
+        Args:
+            again: read every file, even one whose hash is remembered.
+
+        Raises:
+            ModelError: a file is missing, truncated or damaged, or one is there that the manifest does not list.
+        """
+        for name, known in self.manifest.files.items():
+            file = self.path / name
+            if not file.is_file():
+                raise ModelError(f"{file} is missing; {self.rebuild()}")
+            size = file.stat().st_size
+            if size != known["bytes"]:
+                raise ModelError(f"{file} has {size} bytes and was written with {known['bytes']}; {self.rebuild()}")
+            if hashes and (file_hash if again else trusted_hash)(file) != known["sha256"]:
+                raise ModelError(f"{file} is damaged: its sha256 is not the manifest's; {self.rebuild()}")
+
+    def check_here(self, versions: dict[str, str], device: dict[str, Any]) -> None:
+        """Compare what it was built for with what is here.
+
+        Args:
+            versions: of the backend as found here, under its name. device: as in the manifest.
+
+        Raises:
+            ModelError: another version, kind of device or GPU architecture; says which.
+        """
+        m = self.manifest
+        different = []
+        if m.device["type"] != device["type"]:
+            different.append(("a " + m.device["type"], "a " + device["type"]))
+        elif m.device.get("sm") and m.device["sm"] != device.get("sm"):
+            different.append((f"compute capability {m.device['sm']}", device.get("sm")))
+        here = versions.get(m.backend)
+        if here is not None and here != m.backend_version:
+            different.append((f"{m.backend} {m.backend_version}", here))
+        if different:
+            theirs, ours = different[0]
+            raise ModelError(f"{self.path} was built for {theirs}, and this is {ours}; {self.rebuild()}")
+
+    def check_parity(self, force: bool = False) -> None:
+        """Raise a `ModelError` unless the parity gate let the engine through, or `force`."""
+        if force or self.manifest.parity.get("passed"):
+            return
+        why = self.manifest.parity.get("why", "it was never compared")
+        raise ModelError(f"{self.path} failed its parity gate ({why}); {self.rebuild()}, or load it with force=True (--force).")
+
+    def write(self) -> None:
+        """Write the manifest; last of a folder's files, so that one without it is unfinished."""
+        part = self.path / f".{MANIFEST}.part"
+        part.write_text(json.dumps(asdict(self.manifest), indent=1) + "\n")
+        os.replace(part, self.path / MANIFEST)
+
+
+def cache_root() -> Path:
+    """`NEXUS_RT_CACHE`, else the user's cache folder."""
+    base = os.environ.get("NEXUS_RT_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nexus_rt"
+
+
+def engines_root() -> Path:
+    """Where engines are built and kept, a folder each, named by identity."""
+    return cache_root() / "engines"
+
+
+def trusted_hash(file: Path) -> str:
+    """sha256 of a file, remembered in the cache for as long as its size and time stay: loading reads 28 GB once."""
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode()).hexdigest()
+    note = cache_root() / "hashes" / key
+    try:
+        found = note.read_text().strip()
+        if len(found) == 64:
+            return found
+    except OSError:
+        pass
+    found = file_hash(file)
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        part = note.with_name(f"{key}.{os.getpid()}")
+        part.write_text(found)
+        os.replace(part, note)
+    except OSError:  # a cache that cannot be written costs a reading next time
+        pass
+    return found
+
+
+def cached() -> Iterator[EngineFolder]:
+    """The engines of the cache, those with a manifest that can be read."""
+    root = engines_root()
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if (path / MANIFEST).is_file():
+            try:
+                yield EngineFolder.read(path)
+            except ModelError:
+                continue
+
+
+def unusable() -> Iterator[tuple[Path, str]]:
+    """What `prune` removes from the cache: unfinished builds no process holds, engines that failed or cannot be read."""
+    root = engines_root()
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if path.suffix == ".lock" or not path.is_dir():
+            continue
+        if path.suffix == ".part":
+            if not _held(path.with_suffix(".lock")):
+                yield path, "an unfinished build"
+            continue
+        if path.suffix == ".failed":
+            yield path, "failed its parity gate"
+            continue
+        try:
+            EngineFolder.read(path).verify(hashes=False)
+        except ModelError as error:
+            yield path, str(error).split(";")[0]
+
+
+def _held(lock: Path) -> bool:
+    """Whether a process builds under this lock."""
+    import fcntl
+
+    if not lock.exists():
+        return False
+    with open(lock) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """A copy of a folder by hard links where the file system has them: a complete pair costs no second 28 GB.
+
+    `target` must not exist; it appears only when complete.
+    """
+    part = target.with_name(f".{target.name}.part-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        for path in sorted(source.rglob("*")):
+            place = part / path.relative_to(source)
+            if path.is_dir():
+                place.mkdir(parents=True, exist_ok=True)
+                continue
+            place.parent.mkdir(parents=True, exist_ok=True)
+            real = path.resolve()  # a hub cache is symlinks to blobs
+            try:
+                os.link(real, place)
+            except OSError:
+                shutil.copy2(real, place)
+        os.rename(part, target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise

@@ -1,0 +1,86 @@
+"""ONNX Runtime: one dynamic graph a generator, on the CPU, CUDA and TensorRT execution providers.
+
+Tensors are bound where they lie, by address, so nothing is copied on either device and bfloat16 needs no numpy.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus_rt.engines.exported import ExportedEngine
+from nexus_rt.errors import InputError
+
+# onnx.TensorProto's numbers
+ELEMENTS = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}
+GRAPHS = ("context", "velocity")
+
+
+def version() -> str | None:
+    """Of ONNX Runtime here, by whichever package brings it; None without it."""
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def why_not() -> str | None:
+    """Why ONNX engines cannot run here; None where they can."""
+    return None if find_spec("onnxruntime") else "onnxruntime is not installed (pip install 'nexus-rt[onnx]')"
+
+
+class OnnxEngine(ExportedEngine):
+    """Sessions of both graphs.
+
+    providers: "cpu", "cuda" or "tensorrt" execution provider; by default the device's own.
+    """
+
+    def __init__(self, folder, device: torch.device, provider: str | None = None, threads: int | None = None) -> None:
+        super().__init__(folder, device)
+        if reason := why_not():
+            raise InputError(f"ONNX engines cannot run here: {reason}.")
+        import onnxruntime
+
+        names = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+        provider = provider or device.type
+        if names.get(provider) not in onnxruntime.get_available_providers():
+            found = ", ".join(onnxruntime.get_available_providers())
+            raise InputError(f"ONNX Runtime here has no provider {provider!r}; it has {found} (onnxruntime-gpu brings CUDA's).")
+        self.providers = (
+            [names[provider]] if provider == "cpu" else [names[provider], names["cuda"]][: 1 + (provider != "cuda")]
+        )
+        self.threads = torch.get_num_threads() if threads is None else threads
+        self.sessions: dict[str, Any] = {}
+
+    def load(self) -> None:
+        if self.sessions:
+            return
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = 3
+        self.sessions = {
+            name: onnxruntime.InferenceSession(str(self.folder.path / f"{name}.onnx"), options, providers=self.providers)
+            for name in GRAPHS
+        }
+
+    def unload(self) -> None:
+        self.sessions = {}
+
+    def _run(self, graph: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+        binding = self.sessions[graph].io_binding()
+        index = self.device.index or 0
+        for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, t in tensors.items():
+                bind(name, self.device.type, index, ELEMENTS[t.dtype], tuple(t.shape), t.data_ptr())
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # the session runs on a stream of its own
+        self.sessions[graph].run_with_iobinding(binding)
+        binding.synchronize_outputs()
