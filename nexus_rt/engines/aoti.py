@@ -28,6 +28,10 @@ class AotiEngine(ExportedEngine):
         super().__init__(folder, device)
         self.graphs: dict[str, Callable] = {}
 
+    @property
+    def resident(self) -> bool:
+        return bool(self.graphs)
+
     def load(self) -> None:
         if not self.graphs:
             index = {} if self.device.type == "cpu" else {"device_index": self.device.index or 0}

@@ -8,7 +8,11 @@ from torch import Tensor
 
 
 class Engine(Protocol):
-    """A generator as the denoising loop sees it. Any object with these two methods will do."""
+    """A generator as the denoising loop sees it: any object with these two methods will do.
+
+    The backends of this package also have what moves engines between memories (`nexus_rt.engines.residency`): `nbytes`
+    of the weights, `resident`, `load()`, `unload()` and `warmup(latent)`.
+    """
 
     def prepare(self, context: Tensor) -> Any:
         """Whatever of a prompt can be computed once: text embeddings [N, L, D] to an opaque context of batch N."""

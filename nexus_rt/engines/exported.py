@@ -78,6 +78,11 @@ class ExportedEngine:
         """Bytes of the artefacts, which are the weights but for some kilobytes."""
         return sum(f["bytes"] for f in self.folder.manifest.files.values())
 
+    @property
+    def resident(self) -> bool:
+        """Whether it is loaded."""
+        raise NotImplementedError
+
     def load(self) -> None:
         """Read the artefacts and make them ready; nothing where that is done."""
         raise NotImplementedError
@@ -90,12 +95,12 @@ class ExportedEngine:
         """Run "context" or "velocity", filling `outputs`; all tensors contiguous and on the engine's device."""
         raise NotImplementedError
 
-    def warmup(self, bucket: Bucket | None = None, batch: int = 2, tokens: int = 24) -> None:
-        """One step on noise at a size (the first by default), so that the first real one is as fast as the rest."""
-        bucket = bucket or self.buckets[0]
-        width = self.folder.manifest.architecture["text_dim"]
-        context = self.prepare(torch.randn(batch, tokens, width, device=self.device))
-        latents = torch.randn(batch, self.folder.manifest.architecture["in_channels"], *bucket.latent, device=self.device)
+    def warmup(self, latent: tuple[int, int, int] | None = None, batch: int = 2, tokens: int = 24) -> None:
+        """One step on noise at a latent size (T, H, W; the first it was built for by default), so that the first real
+        one is as fast as the rest."""
+        a = self.folder.manifest.architecture
+        context = self.prepare(torch.randn(batch, tokens, a["text_dim"], device=self.device))
+        latents = torch.randn(batch, a["in_channels"], *(latent or self.buckets[0].latent), device=self.device)
         self.velocity(latents, torch.tensor(500.0, device=self.device), context)
 
     @torch.no_grad()

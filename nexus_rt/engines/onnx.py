@@ -58,6 +58,10 @@ class OnnxEngine(ExportedEngine):
         self.threads = torch.get_num_threads() if threads is None else threads
         self.sessions: dict[str, Any] = {}
 
+    @property
+    def resident(self) -> bool:
+        return bool(self.sessions)
+
     def load(self) -> None:
         if self.sessions:
             return

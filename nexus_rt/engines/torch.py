@@ -1,4 +1,4 @@
-"""The eager PyTorch backend."""
+"""The PyTorch backend: a Wan transformer, eager with our kernels, or each of its blocks compiled."""
 
 from __future__ import annotations
 
@@ -9,22 +9,53 @@ from nexus_rt.models.wan import WanContext, WanTransformer
 
 
 class TorchEngine:
-    """A Wan transformer behind the engine protocol."""
+    """A Wan transformer behind the engine protocol.
 
-    def __init__(self, model: WanTransformer) -> None:
-        self.model = model
+    compiled: compile each block (one compilation serves them all); the first step at a size pays for it, or `warmup`.
+    """
+
+    def __init__(self, model: WanTransformer, compiled: bool = False) -> None:
+        self.model, self.device = model, model.device
+        if compiled:
+            for block in model.blocks:
+                block.compile()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
+    @property
+    def resident(self) -> bool:
+        """Whether the weights are where the engine runs."""
+        return self.model.device == self.device
+
+    def load(self) -> None:
+        """Bring the weights to the engine's device; nothing where they are there."""
+        if not self.resident:
+            self.model.to(self.device)
+
+    def unload(self) -> None:
+        """Take the weights to host memory, so that another engine has the device's."""
+        if self.device.type != "cpu":
+            self.model.to("cpu")
+            torch.cuda.empty_cache()
+
+    def warmup(self, latent: tuple[int, int, int], batch: int = 2, tokens: int = 24) -> None:
+        """One step on noise at a latent size (T, H, W), so that the first real one is as fast as the rest."""
+        c = self.model.config
+        context = self.prepare(torch.randn(batch, tokens, c.text_dim, device=self.device))
+        latents = torch.randn(batch, c.in_channels, *latent, device=self.device)
+        self.velocity(latents, torch.tensor(500.0, device=self.device), context)
+
     @torch.no_grad()
     def prepare(self, context: Tensor) -> WanContext:
+        self.load()
         return self.model.prepare_context(context)
 
     @torch.no_grad()
     def velocity(self, latents: Tensor, timestep: Tensor, context: WanContext) -> Tensor:
+        self.load()
         repeats = context.batch // latents.shape[0]
         if repeats > 1:
             latents = latents.repeat(repeats, *[1] * (latents.ndim - 1))

@@ -1,0 +1,207 @@
+"""One conformance test over every backend that runs here, and what an engine folder refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from nexus_rt import InputError, ModelError, NexusPipeline
+from nexus_rt.engines import folder as folders
+from nexus_rt.engines.command import run as engines_command
+from nexus_rt.engines.exported import Bucket
+from nexus_rt.engines.folder import EngineFolder
+from nexus_rt.engines.open import open_engine
+from nexus_rt.engines.torch import TorchEngine
+from nexus_rt.export.build import Target, export_generator, export_pair
+from nexus_rt.export.parity import distance
+from nexus_rt.models.load import load_transformer
+
+CPU = torch.device("cpu")
+SIZE = Bucket(48, 32, 5)
+BACKENDS = ["torch", "torch, compiled", "onnx", "onnx 20", "onnx fp16", "aoti"]
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache of this file's own, so that every engine is built once and nothing is left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEXUS_RT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield folders.engines_root()
+
+
+@pytest.fixture(scope="module")
+def make(cache, tiny_pair):
+    """backend name -> engine of the tiny large generator; exported ones are opened from their folder."""
+
+    def build(name):
+        if name.startswith("torch"):
+            model = load_transformer(tiny_pair / "large", torch.float32)
+            return TorchEngine(model, compiled="compiled" in name)
+        backend, *rest = name.split()
+        target = Target(backend, "fp16" if "fp16" in rest else "fp32", (SIZE,), CPU, 20 if "20" in rest else 23)
+        return open_engine(export_generator("large", tiny_pair / "large", target, "nexus-rt export").path, CPU)
+
+    return build
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_conformance(name, make, tiny_pair):
+    """What the loop may ask of any backend: guided and plain steps, several samples, prompts of any length."""
+    engine, model = make(name), load_transformer(tiny_pair / "large", torch.float32)
+    reference = TorchEngine(model)
+    assert engine.nbytes > 0.4 * reference.nbytes
+    g = torch.Generator().manual_seed(0)
+    allowed = 0.02 if "fp16" in name else 1e-5
+    cases = ((1, True, 5, 16), (2, True, 9, 16), (1, False, 1, 40), (1, True, 12, 12))
+    for samples, guided, words, length in cases[:1] if "compiled" in name else cases:  # a shape costs it a compilation
+        embeds = torch.zeros(samples * (1 + guided), length, 32)
+        embeds[:, :words] = torch.randn(len(embeds), words, 32, generator=g)
+        latents = torch.randn(samples, 16, *SIZE.latent, generator=g)
+        kept = latents.clone()
+        mine, theirs = engine.prepare(embeds), reference.prepare(embeds)
+        for timestep in (987.0, 20.0):
+            t = torch.tensor(timestep)
+            got = engine.velocity(latents, t, mine)
+            assert got.shape == (len(embeds), 16, *SIZE.latent) and got.dtype in (torch.float32, model.dtype)
+            assert distance(got, reference.velocity(latents, t, theirs))["relative_error"] < allowed
+        assert torch.equal(latents, kept)
+    first = engine.velocity(latents, t, mine).clone()
+    engine.unload()
+    engine.warmup(SIZE.latent)
+    assert engine.resident and torch.allclose(engine.velocity(latents, t, mine), first, atol=1e-5)  # contexts outlive a swap
+
+
+def test_a_size_it_was_not_built_for_is_named(make):
+    engine = make("onnx")
+    with pytest.raises(InputError, match="size 64x32x5 is none that this large engine was built for: 48x32x5"):
+        engine.velocity(torch.zeros(1, 16, 2, 4, 8), torch.tensor(1.0), None)
+    with pytest.raises(InputError, match="expected .batch, tokens, 32."):
+        engine.prepare(torch.zeros(1, 4, 31))
+
+
+@pytest.mark.parametrize("text", ["832x480", "830x480x81", "832x480x80", "0x16x1", "axbxc"])
+def test_a_size_that_is_none(text):
+    with pytest.raises(InputError, match="size"):
+        Bucket.parse(text)
+
+
+@pytest.fixture
+def own(make, tmp_path):
+    """A copy of an engine folder that a test may damage."""
+    return shutil.copytree(make("onnx").folder.path, tmp_path / "engine")
+
+
+def edit(path, **change):
+    file = path / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda p: (p / "manifest.json").unlink(), "holds no manifest.json"),
+        (lambda p: (p / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda p: (p / "manifest.json").write_text("[]"), "it has no schema"),
+        (lambda p: edit(p, schema=99), "schema 99, and this nexus-rt reads up to 1; upgrade nexus-rt"),
+        (
+            lambda p: (p / "velocity.onnx").write_bytes(b"short"),
+            "has 5 bytes and was written with .* rebuild it: nexus-rt export",
+        ),
+        (lambda p: (p / "velocity.onnx.data").unlink(), "velocity.onnx.data is missing; rebuild it"),
+        (lambda p: edit(p, device={"type": "cuda", "sm": "9.0", "name": "H200"}), "built for a cuda, and this is a cpu"),
+        (lambda p: edit(p, parity={"passed": False, "why": "cosine 0.3"}), r"failed its parity gate \(cosine 0.3\).*--force"),
+        (lambda p: edit(p, parity={}), "it was never compared"),
+    ],
+)
+def test_what_does_not_match_is_one_sentence(own, damage, words):
+    damage(own)
+    with pytest.raises(ModelError, match=words) as said:
+        open_engine(own, CPU)
+    assert "\n" not in str(said.value)
+
+
+def test_a_flipped_byte_is_found(own):
+    file = own / "velocity.onnx.data"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ModelError, match="is damaged: its sha256 is not the manifest's"):
+        open_engine(own, CPU)
+
+
+def test_compiled_code_is_bound_to_its_version(make, tmp_path):
+    path = shutil.copytree(make("aoti").folder.path, tmp_path / "engine")
+    edit(path, backend_version="2.1.0")
+    with pytest.raises(ModelError, match=rf"built for aoti 2.1.0, and this is {torch.__version__.replace('+', '.')}"):
+        open_engine(path, CPU)
+
+
+def test_force_loads_what_failed(own):
+    edit(own, parity={"passed": False, "why": "x"})
+    assert open_engine(own, CPU, force=True).nbytes > 0
+
+
+@pytest.fixture(scope="module")
+def exported(cache, tiny_pair, tmp_path_factory):
+    """A folder of both tiny engines with their encoders beside them."""
+    output = tmp_path_factory.mktemp("pair") / "engines"
+    generators = {n: tiny_pair / n for n in ("small", "large")}
+    encoders = {n: tiny_pair / n for n in ("vae", "text_encoder", "tokenizer")}
+    target = Target("onnx", "fp32", (SIZE,), CPU)
+    export_pair(generators, encoders, tiny_pair / "model_index.json", target, output, "nexus-rt export -o engines")
+    return output
+
+
+def test_a_pipeline_of_engines_makes_the_same_video(exported, tiny_pipe):
+    pipe = NexusPipeline.from_engines(exported)
+    pipe.set_progress_bar_config(disable=True)
+    options = dict(num_frames=5, num_inference_steps=4, plan="small:1 bridge:2 large:1", output_type="latent")
+    got, wanted = (
+        p("a red circle", height=32, width=48, generator=torch.Generator().manual_seed(0), **options).frames
+        for p in (pipe, tiny_pipe)
+    )
+    assert distance(got, wanted)["relative_error"] < 1e-4
+    assert (pipe.defaults.width, pipe.defaults.height, pipe.defaults.num_frames) == SIZE
+    with pytest.raises(InputError, match="size 64x32x5 is none"):  # before anything is encoded
+        pipe("a", height=32, width=64, num_frames=5)
+
+
+def test_a_folder_without_engines_says_what_makes_them(tmp_path):
+    with pytest.raises(ModelError, match="holds no engines .* make them with `nexus-rt export`"):
+        NexusPipeline.from_engines(tmp_path)
+
+
+def test_engines_of_two_spaces_are_refused(exported, tmp_path):
+    path = shutil.copytree(exported, tmp_path / "two")
+    manifest = EngineFolder.read(path / "small").manifest
+    edit(path / "small", architecture={**manifest.architecture, "text_dim": 64})
+    with pytest.raises(ModelError, match="not of one latent space: their text_dim are"):
+        NexusPipeline.from_engines(path)
+
+
+def test_engines_without_a_common_size_are_refused(exported, tmp_path):
+    path = shutil.copytree(exported, tmp_path / "two")
+    edit(path / "small", buckets=[[64, 64, 5]])
+    with pytest.raises(ModelError, match="no size in common .small: 64x64x5; large: 48x32x5."):
+        NexusPipeline.from_engines(path)
+
+
+def test_list_verify_and_prune(make, cache, capsys):
+    good = make("onnx").folder.path
+    bad, part, failed = (cache / n for n in ("0" * 16, "1" * 16 + ".part", "2" * 16 + ".failed"))
+    shutil.copytree(good, bad)
+    (bad / "velocity.onnx").write_bytes(b"short")
+    part.mkdir()
+    failed.mkdir()
+    assert engines_command("list", []) == 0
+    assert f"{good.name}  large onnx" in (said := capsys.readouterr().out) and "parity passed" in said
+    assert engines_command("verify", []) == 1
+    said = capsys.readouterr().out
+    assert f"{good}: whole" in said and "has 5 bytes" in said
+    assert engines_command("prune", []) == 0
+    said = capsys.readouterr().out
+    assert all(f"removed {p.name}" in said and not p.exists() for p in (bad, part, failed)) and good.exists()
+    with pytest.raises(InputError, match="did you mean 'prune'"):
+        engines_command("prun", [])
