@@ -1,0 +1,257 @@
+"""Exporting: wrong engines are caught, interrupted builds go on, builders do not clash, and nothing half-made has a name."""
+
+import errno
+import json
+import multiprocessing
+import shutil
+import time
+from types import SimpleNamespace
+
+import onnx
+import pytest
+import torch
+
+from nexus_rt import InputError, ModelError, cli
+from nexus_rt.engines import folder as folders
+from nexus_rt.engines.exported import Bucket
+from nexus_rt.engines.folder import EngineFolder
+from nexus_rt.engines.torch import TorchEngine
+from nexus_rt.export import build, graph, parity
+from nexus_rt.export import onnx as onnx_builder
+from nexus_rt.export.build import Target, export_generator
+from nexus_rt.models.load import load_transformer
+
+CPU = torch.device("cpu")
+SIZE = Bucket(32, 32, 5)
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "engines"
+
+
+def target(**change):
+    return Target(**{"backend": "onnx", "precision": "fp32", "buckets": (SIZE,), "device": CPU, **change})
+
+
+def export_small(pair, **change):
+    said = []
+    return export_generator("small", pair / "small", target(**change), "nexus-rt export -o x", said.append), said
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Building and comparing replaced by a file and a pass: for what stands around them."""
+    monkeypatch.setattr(build, "trace", lambda model, buckets: dict.fromkeys(build.GRAPHS))
+    monkeypatch.setattr(onnx_builder, "build", lambda name, traced, folder, opset: (folder / f"{name}.onnx").write_text(name))
+    monkeypatch.setattr(build, "engine_of", lambda folder, device: SimpleNamespace(unload=lambda: None))
+    monkeypatch.setattr(build, "gate", lambda *args: {"passed": True, "why": "", "rows": {}})
+
+
+def test_one_graph_serves_several_sizes_and_holds_no_scatter(tiny_pair):
+    sizes = (Bucket(32, 32, 5), Bucket(64, 48, 9), Bucket(48, 32, 1))
+    engine, said = export_small(tiny_pair, buckets=sizes)
+    assert engine.manifest.parity["passed"] and len(engine.manifest.parity["rows"]) == 2 * 3 + 1
+    model = onnx.load(str(engine.path / "velocity.onnx"), load_external_data=False)
+    kinds = {n.op_type for n in model.graph.node}
+    assert not {"ScatterND", "ScatterElements"} & kinds and {"Attention", "RMSNormalization"} <= kinds
+    assert model.opset_import[0].version == engine.manifest.opset == 23
+    assert [line for line in said if "building" in line] == [
+        "small: building context (onnx, fp32)", "small: building velocity (onnx, fp32)",
+    ]  # fmt: skip
+    assert set(engine.manifest.files) >= {"context.onnx", "velocity.onnx", "velocity.onnx.data"}
+    again, said = export_small(tiny_pair, buckets=sizes[::-1])
+    assert again == engine and "found in the cache" in said[-1]  # the same sizes in another order are the same engine
+
+
+def test_what_an_engine_is_made_of_and_for_is_its_name(quick, tiny_pair, own_pair):
+    names = {export_small(tiny_pair)[0].path.name, export_small(own_pair)[0].path.name}
+    assert len(names) == 1  # a copy of the weights is the same weights
+    names.add(export_small(tiny_pair, opset=20)[0].path.name)
+    from safetensors.torch import load_file, save_file
+
+    file = own_pair / "small" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["proj_out.bias"] += 1
+    save_file(weights, file)
+    names.add(export_small(own_pair)[0].path.name)
+    assert len(names) == 3
+
+
+def swapped_weights(monkeypatch, tiny_pair):
+    right = build.load.load_transformer
+
+    def load(folder, dtype, device, *rest):
+        model = right(folder, dtype, device, *rest)
+        if rest != ("torch",):  # the engine's model, not the reference
+            for p in model.blocks[0].ffn.parameters():
+                p.data = p.data.flip(0)
+        return model
+
+    monkeypatch.setattr(build.load, "load_transformer", load)
+
+
+def wrong_rope(monkeypatch, tiny_pair):
+    right = graph.rope_in_graph
+    monkeypatch.setattr(graph, "rope_in_graph", lambda d, grid, device: (right(d, grid, device)[0], -right(d, grid, device)[1]))
+
+
+def not_finite(monkeypatch, tiny_pair):
+    right = graph.VelocityGraph.forward
+
+    def forward(self, latents, timestep, keys, values, bias):
+        return right(self, latents, timestep, keys, values, bias) * float("inf")
+
+    monkeypatch.setattr(graph.VelocityGraph, "forward", forward)
+
+
+@pytest.mark.parametrize("breaks", [swapped_weights, wrong_rope, not_finite])
+def test_a_broken_engine_is_kept_aside_and_refused(breaks, tiny_pair, monkeypatch, cache):
+    with monkeypatch.context() as patch:
+        breaks(patch, tiny_pair)
+        with pytest.raises(
+            ModelError,
+            match=r"the small engine is not the model it was made of: (velocity 32x32x5 t=967: cosine|its velocity is not finite\.)",
+        ):
+            export_small(tiny_pair)
+    (kept,) = cache.glob("*.failed")
+    failed = EngineFolder.read(kept)
+    assert not failed.manifest.parity["passed"] and not any(p.suffix == "" for p in cache.iterdir())
+    with pytest.raises(ModelError, match="failed its parity gate"):
+        failed.check_parity()
+    assert export_small(tiny_pair)[0].manifest.parity["passed"]  # the failure is not in the way
+
+
+def test_an_engine_that_does_not_run_fails_the_gate(tiny_pair):
+    class Broken:
+        def prepare(self, context):
+            raise RuntimeError("no kernel for this\nand more")
+
+    reference = TorchEngine(load_transformer(tiny_pair / "small", torch.float32))
+    result = parity.gate(Broken(), reference, {"text_dim": 32, "in_channels": 16}, [SIZE], "fp32", CPU)
+    assert not result["passed"] and result["why"] == "it does not run: no kernel for this"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_build_goes_on_after_what_it_finished(quick, error, tiny_pair, monkeypatch, cache):
+    right, built = onnx_builder.build, []
+
+    def stop_at_velocity(name, *rest):
+        built.append(name)
+        if name == "velocity" and len(built) == 2:
+            raise error("stop")
+        right(name, *rest)
+
+    monkeypatch.setattr(onnx_builder, "build", stop_at_velocity)
+    with pytest.raises(error):
+        export_small(tiny_pair)
+    assert [p.suffix for p in cache.iterdir() if p.is_dir()] == [".part"]
+    engine, _ = export_small(tiny_pair)
+    assert built == ["context", "velocity", "velocity"] and engine.manifest.parity["passed"]
+    assert [p.name for p in cache.iterdir() if p.is_dir()] == [engine.path.name]
+    assert not list(engine.path.glob(".*"))
+
+
+def test_a_full_disk_leaves_nothing_and_says_how_much(quick, tiny_pair, monkeypatch, cache):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_builder, "build", full)
+        with pytest.raises(
+            ModelError, match=r"filled up: this engine takes about 0\.\d GB; nothing was left .* NEXUS_RT_CACHE"
+        ):
+            export_small(tiny_pair)
+    assert not [p for p in cache.iterdir() if p.is_dir()]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(InputError, match="has 0.0 GB free and this engine takes"):
+        export_small(tiny_pair)
+
+
+def _export_in_a_process(pair, cache, queue):
+    import os
+
+    os.environ["NEXUS_RT_CACHE"] = str(cache)
+    start = time.time()
+    engine, said = export_small(pair)
+    queue.put((str(engine.path), said, time.time() - start))
+
+
+def test_two_processes_build_one_engine(tiny_pair, cache):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_export_in_a_process, args=(tiny_pair, cache.parent, queue)) for _ in range(2)]
+    for p in processes:
+        p.start()
+    results = [queue.get(timeout=200) for _ in processes]
+    for p in processes:
+        p.join()
+    assert len({path for path, _, _ in results}) == 1
+    built = [said for _, said, _ in results if any("building" in line for line in said)]
+    found = [said for _, said, _ in results if any("found in the cache" in line for line in said)]
+    assert len(built) == len(found) == 1
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"backend": "onxn"}, "did you mean 'onnx'"), ({"precision": "fp8"}, "unknown precision 'fp8'"),
+        ({"opset": 17}, "opset is 17; expected one of 23, 20"), ({"buckets": ()}, "no sizes"),
+        ({"precision": "bf16"}, "ONNX Runtime computes no bfloat16 on a CPU; use --precision fp32"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_built_is_said_before_any_work(change, words, tiny_pair, cache):
+    with pytest.raises(InputError, match=words):
+        export_small(tiny_pair, **change)
+    assert not cache.exists()
+
+
+def test_what_is_not_installed_is_named(tiny_pair, monkeypatch):
+    monkeypatch.setattr(onnx_builder, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"onnx, onnxscript, onnxruntime not installed \(pip install 'nexus-rt\[onnx\]'\)"):
+        export_small(tiny_pair)
+
+
+def test_the_command_makes_a_folder_that_generate_takes(tiny_pair, tmp_path, capsys):
+    out = tmp_path / "engines"
+    command = ["export", "--pair", str(tiny_pair), "--sizes", "48x32x5", "-o", str(out)]
+    assert cli.main(command) == 0
+    said = capsys.readouterr()
+    assert f"{out / 'small'}: " in said.out and "7" not in said.out.split("comparisons")[0][-2:]
+    assert "large: comparing with the torch engine" in said.err
+    assert {p.name for p in out.iterdir()} >= {"small", "large", "vae", "text_encoder", "tokenizer", "model_index.json"}
+    video = tmp_path / "a.png"
+    assert cli.main(["generate", "a red circle", "--engines", str(out), "--steps", "2", "-o", str(video), "--quiet"]) == 0
+    assert video.stat().st_size > 0
+    said = json.loads((out / "small" / "manifest.json").read_text())
+    assert said["command"].startswith("nexus-rt ")
+    assert cli.main(["generate", "a", "--engines", str(out), "--size", "64x64", "-o", str(video)]) == 2
+    assert "built for: 48x32x5" in capsys.readouterr().err
+    assert cli.main(["engines", "list", str(out / "small")]) == 0 and "parity passed" in capsys.readouterr().out
+
+
+def test_a_folder_without_weights_is_no_source(tmp_path, tiny_pair):
+    shutil.copytree(tiny_pair / "small", tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ModelError, match="holds no weights"):
+        export_small(tmp_path)
+
+
+def test_links_cost_no_second_copy_and_appear_whole(tmp_path, monkeypatch):
+    source = tmp_path / "a"
+    (source / "inner").mkdir(parents=True)
+    (source / "inner" / "x").write_text("x")
+    folders.link_tree(source, tmp_path / "b")
+    assert (tmp_path / "b" / "inner" / "x").stat().st_ino == (source / "inner" / "x").stat().st_ino
+
+    def refuse(*args):
+        raise OSError(errno.EXDEV, "another disk")
+
+    monkeypatch.setattr(folders.os, "link", refuse)
+    folders.link_tree(source, tmp_path / "c")
+    assert (tmp_path / "c" / "inner" / "x").read_text() == "x"
+    monkeypatch.setattr(folders.shutil, "copy2", refuse)
+    with pytest.raises(OSError):
+        folders.link_tree(source, tmp_path / "d")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
