@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nexus_rt.engines import aoti as backend
+from nexus_rt.engines.open import here
 from nexus_rt.export.graph import Traced
 
+if TYPE_CHECKING:
+    from nexus_rt.export.build import Target
 
-def cannot_build(precision: str, device: torch.device) -> str | None:
+
+def cannot_build(target: Target) -> str | None:
     """Why no AOTInductor engine can be made here; None where it can."""
     from torch._inductor import cpp_builder
 
@@ -22,10 +27,20 @@ def cannot_build(precision: str, device: torch.device) -> str | None:
     return None if shutil.which(compiler) else f"AOTInductor needs a C++ compiler, and {compiler} is not on PATH"
 
 
-def version() -> str:
+def version(target: Target) -> str:
     return backend.version()
 
 
-def build(graph: str, traced: Traced, folder: Path, opset: int) -> None:
+def built_for(target: Target) -> dict[str, Any]:
+    """The device of the manifest: compiled code is for one GPU architecture."""
+    return here(target.device)
+
+
+def can_run() -> bool:
+    """Whether engines can be compared here: where one can be built, it can."""
+    return True
+
+
+def build(graph: str, traced: Traced, folder: Path, target: Target) -> None:
     """Compile `graph`.pt2 into a folder."""
     torch._inductor.aoti_compile_and_package(traced.program, package_path=str(folder / f"{graph}.pt2"))

@@ -25,27 +25,38 @@ import torch
 from nexus_rt import __version__
 from nexus_rt.engines.exported import DTYPES, Bucket
 from nexus_rt.engines.folder import EngineFolder, Manifest, engines_root, files_of, link_tree, trusted_hash
-from nexus_rt.engines.open import engine_of, here
+from nexus_rt.engines.open import engine_of
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.export.graph import trace
 from nexus_rt.export.parity import gate
 from nexus_rt.models import load
 
-BUILDERS = ("onnx", "aoti")
+BUILDERS = {"onnx": "onnx", "aoti": "aoti", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt"}  # backend -> module
 GRAPHS = ("context", "velocity")
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to build: backend, precision ("fp32", "fp16", "bf16"), sizes, ONNX opset, and the device it will run on."""
+    """What to build, and for what.
+
+    device: where it is built, and for onnx and aoti where it will run. opset: of the ONNX graph. sm: the compute
+    capability to build for, of tensorrt-rtx (None: all it knows). weight_streaming, refit: of the TensorRTs.
+    """
 
     backend: str
     precision: str
     buckets: tuple[Bucket, ...]
     device: torch.device
     opset: int = 23
+    sm: str | None = None
+    weight_streaming: bool = False
+    refit: bool = False
+
+    def ordered(self) -> list[Bucket]:
+        """The sizes once each, in the manifest's order."""
+        return sorted(set(self.buckets))
 
     def builder(self) -> ModuleType:
         """The module that builds for the backend.
@@ -57,10 +68,8 @@ class Target:
         choose("precision", self.precision, DTYPES)
         if not self.buckets:
             raise InputError("no sizes to export for; pass --sizes, such as 832x480x81.")
-        module = importlib.import_module(f"nexus_rt.export.{self.backend}")
-        if self.backend == "onnx" and self.opset not in module.OPSETS:
-            raise InputError(f"opset is {self.opset}; expected one of {', '.join(map(str, module.OPSETS))}.")
-        if why := module.cannot_build(self.precision, self.device):
+        module = importlib.import_module(f"nexus_rt.export.{BUILDERS[self.backend]}")
+        if why := module.cannot_build(self):
             raise InputError(f"no {self.backend} engine can be built here: {why}.")
         return module
 
@@ -97,23 +106,27 @@ def export_generator(
     config = load.load_config(folder)
     say(f"{name}: reading {folder}")
     manifest = Manifest(
-        generator=name, backend=target.backend, backend_version=builder.version(), precision=target.precision,
+        generator=name, backend=target.backend, backend_version=builder.version(target), precision=target.precision,
         architecture=json.loads(json.dumps(asdict(config))), weights=weights_hash(folder),
-        buckets=[list(b) for b in sorted(set(target.buckets))], device=here(target.device), producer=f"nexus-rt {__version__}",
+        buckets=[list(b) for b in target.ordered()], device=builder.built_for(target), producer=f"nexus-rt {__version__}",
         command=command, opset=target.opset if target.backend == "onnx" else None,
+        options={k: True for k in ("weight_streaming", "refit") if getattr(target, k)},
     )  # fmt: skip
     final = engines_root() / manifest.identity()
     with _locked(final.with_suffix(".lock"), lambda: say(f"{name}: another process builds this engine; waiting for it")):
         if (done := _finished(final)) is not None:
             say(f"{name}: found in the cache, {final}")
-            return done
+            if done.manifest.parity.get("compared", True) or not builder.can_run():
+                return done
+            os.rename(final, final.with_suffix(".part"))  # built without a GPU, which is here now
+            return _compared(name, folder, final.with_suffix(".part"), final, done.manifest, target, builder, say)
         part = final.with_suffix(".part")
         part.mkdir(parents=True, exist_ok=True)
         need = _bytes_needed(folder, target.precision)
         try:
             _room(part, need)
             _artefacts(name, folder, part, target, builder, say)
-            return _compared(name, folder, part, final, manifest, target, say)
+            return _compared(name, folder, part, final, manifest, target, builder, say)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -176,12 +189,16 @@ def _artefacts(name: str, folder: Path, part: Path, target: Target, builder: Mod
     aside = part / ".building"
     say(f"{name}: tracing")
     model = load.load_transformer(folder, DTYPES[target.precision], target.device, *_kernels(target))
-    traced = trace(model, list(target.buckets))
+    traced = trace(model, target.ordered())
     for graph in todo:
         say(f"{name}: building {graph} ({target.backend}, {target.precision})")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        builder.build(graph, traced[graph], aside, target.opset)
+        try:
+            builder.build(graph, traced[graph], aside, target)
+        except (RuntimeError, ValueError) as error:
+            said = (str(error).strip() or "no message").splitlines()[0][:600]
+            raise ModelError(f"{name}: the {graph} graph could not be built for {target.backend}: {said}") from error
         for file in aside.iterdir():
             os.replace(file, part / file.name)
         (marks / graph).touch()
@@ -198,14 +215,23 @@ def _kernels(target: Target) -> tuple[str, str]:
 
 
 def _compared(
-    name: str, folder: Path, part: Path, final: Path, manifest: Manifest, target: Target, say: Callable[[str], None]
+    name: str, folder: Path, part: Path, final: Path, manifest: Manifest, target: Target, builder: ModuleType,
+    say: Callable[[str], None],
 ) -> EngineFolder:  # fmt: skip
-    """Pass the engine through the gate and give it its name, or put it aside."""
-    shutil.rmtree(part / ".complete")
+    """Pass the engine through the gate and give it its name, or put it aside; name it uncompared where it cannot run."""
+    shutil.rmtree(part / ".complete", ignore_errors=True)
+    if not builder.can_run():
+        say(f"{name}: built; it cannot run here and was not compared: run the same command where it can")
+        why = "it was built where it cannot run and never compared; run the same command on its GPU"
+        parity = {"passed": False, "compared": False, "why": why, "rows": {}}
+        EngineFolder(part, replace(manifest, files=files_of(part), parity=parity)).write()
+        os.rename(part, final)
+        return EngineFolder.read(final)
     say(f"{name}: comparing with the torch engine in float32")
-    engine = engine_of(EngineFolder(part, replace(manifest, files=files_of(part))), target.device)
-    reference = TorchEngine(load.load_transformer(folder, torch.float32, target.device, "torch"))
-    parity = gate(engine, reference, manifest.architecture, list(target.buckets), target.precision, target.device)
+    runs_on = torch.device("cuda") if manifest.device["type"] == "cuda" else target.device
+    engine = engine_of(EngineFolder(part, replace(manifest, files=files_of(part))), runs_on)
+    reference = TorchEngine(load.load_transformer(folder, torch.float32, runs_on, "torch"))
+    parity = gate(engine, reference, manifest.architecture, target.ordered(), target.precision, runs_on)
     engine.unload()
     del reference
     gc.collect()

@@ -25,7 +25,10 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     d = parts.defaults
     sizes = args.sizes.split(",") if args.sizes else [f"{d.width}x{d.height}x{d.num_frames}"]
     precision = args.precision or ("fp32" if device.type == "cpu" else "bf16")
-    target = Target(args.backend, precision, tuple(Bucket.parse(s) for s in sizes), device, args.opset)
+    target = Target(
+        args.backend, precision, tuple(Bucket.parse(s) for s in sizes), device, args.opset, args.sm,
+        args.weight_streaming, args.refit,
+    )  # fmt: skip
     target.builder()  # what cannot be built is said before the encoders are linked
     encoders = {"vae": parts.vae, "understanding": parts.understanding, "connector": parts.connector}
     if parts.text is not None:
@@ -37,7 +40,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     built = export_pair(parts.generators, present, index, target, output, command, say)
     for name, engine in built.items():
         rows = engine.manifest.parity["rows"].values()
-        worst = max(r["relative_error"] for r in rows)
+        worst = max((r["relative_error"] for r in rows), default=0.0)
+        verdict = f"{len(rows)} comparisons passed, relative error at most {worst:.1e}" if rows else "NOT COMPARED"
         megabytes = sum(f["bytes"] for f in engine.manifest.files.values()) / 1e6
-        print(f"{output / name}: {megabytes:.1f} MB, {len(rows)} comparisons passed, relative error at most {worst:.1e}")
+        print(f"{output / name}: {megabytes:.1f} MB, {verdict}")
     return 0

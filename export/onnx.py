@@ -8,31 +8,58 @@ import logging
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nexus_rt.engines import onnx as backend
+from nexus_rt.engines.open import here
 from nexus_rt.export.graph import INPUTS, OUTPUTS, Traced
+
+if TYPE_CHECKING:
+    from nexus_rt.export.build import Target
 
 OPSETS = (23, 20)  # 23 has Attention and RMSNormalization; 20 is for consumers that lack them
 
 
-def cannot_build(precision: str, device: torch.device) -> str | None:
-    """Why no ONNX engine can be made here; None where it can."""
+def cannot_export() -> str | None:
+    """Why no ONNX graph can be written here; None where it can."""
     absent = [p for p in ("onnx", "onnxscript", "onnxruntime") if find_spec(p) is None]
-    if absent:
-        return f"{', '.join(absent)} not installed (pip install 'nexus-rt[onnx]')"
-    if precision == "bf16" and device.type == "cpu":
+    return f"{', '.join(absent)} not installed (pip install 'nexus-rt[onnx]')" if absent else None
+
+
+def cannot_build(target: Target) -> str | None:
+    """Why no ONNX engine can be made here; None where it can."""
+    if why := cannot_export():
+        return why
+    if target.opset not in OPSETS:
+        return f"opset is {target.opset}; expected one of {', '.join(map(str, OPSETS))}"
+    if target.precision == "bf16" and target.device.type == "cpu":
         return "ONNX Runtime computes no bfloat16 on a CPU; use --precision fp32"
     return None
 
 
-def version() -> str:
+def version(target: Target) -> str:
     return backend.version()
 
 
-def build(graph: str, traced: Traced, folder: Path, opset: int) -> None:
-    """Write `graph`.onnx into a folder and check it.
+def built_for(target: Target) -> dict[str, Any]:
+    """The device of the manifest."""
+    return {**here(target.device), "sm": None}  # a graph, not code: any GPU's runtime reads it
+
+
+def can_run() -> bool:
+    """Whether engines can be compared here: where one can be built, it can."""
+    return True
+
+
+def build(graph: str, traced: Traced, folder: Path, target: Target) -> None:
+    """Write `graph`.onnx into a folder and check it; errors as `write`."""
+    write(graph, traced, folder, target.opset)
+
+
+def write(graph: str, traced: Traced, folder: Path, opset: int) -> None:
+    """An exported program as `graph`.onnx and `graph`.onnx.data.
 
     Raises:
         RuntimeError, ValueError: the exporter or the checker refused the graph.

@@ -96,10 +96,13 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     export = commands.add_parser("export", parents=[models], help="make engines of the generators, compared before they count")
-    export.add_argument("--backend", default="onnx", help="onnx (default) | aoti")
+    export.add_argument("--backend", default="onnx", help="onnx (default) | aoti | tensorrt | tensorrt-rtx")
     export.add_argument("--precision", default=None, help="fp32 | fp16 | bf16 (default: bf16 on a GPU, fp32 on a CPU)")
     export.add_argument("--sizes", metavar="WxHxF,...", help="such as 832x480x81,1280x720x81 (default: the pair's)")
     export.add_argument("--opset", type=int, default=23, help="of onnx: 23 (default), or 20 for consumers that need it")
+    export.add_argument("--sm", metavar="X.Y", help="compute capability to build for, of tensorrt-rtx (default: all it knows)")
+    export.add_argument("--weight-streaming", action="store_true", help="of the TensorRTs: weights may stay in host memory")
+    export.add_argument("--refit", action="store_true", help="of the TensorRTs: weights may be replaced in the engine")
     export.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder for `generate --engines DIR`")
 
     engines = commands.add_parser("engines", help="the engines in the cache: list, verify, prune")

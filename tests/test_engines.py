@@ -11,7 +11,7 @@ from nexus_rt.engines import folder as folders
 from nexus_rt.engines.command import run as engines_command
 from nexus_rt.engines.exported import Bucket
 from nexus_rt.engines.folder import EngineFolder
-from nexus_rt.engines.open import open_engine
+from nexus_rt.engines.open import engine_of, open_engine
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.export.build import Target, export_generator, export_pair
 from nexus_rt.export.parity import distance
@@ -20,6 +20,9 @@ from nexus_rt.models.load import load_transformer
 CPU = torch.device("cpu")
 SIZE = Bucket(48, 32, 5)
 BACKENDS = ["torch", "torch, compiled", "onnx", "onnx 20", "onnx fp16", "aoti"]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+ON_GPU = [pytest.param(f"{b} {p}", marks=[pytest.mark.gpu, needs_gpu])
+          for b in ("tensorrt", "tensorrt-rtx") for p in ("fp16", "fp32")]  # fmt: skip
 pytest.importorskip("onnxruntime")
 
 
@@ -46,7 +49,7 @@ def make(cache, tiny_pair):
     return build
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", BACKENDS + ON_GPU)
 def test_conformance(name, make, tiny_pair):
     """What the loop may ask of any backend: guided and plain steps, several samples, prompts of any length."""
     engine, model = make(name), load_transformer(tiny_pair / "large", torch.float32)
@@ -110,7 +113,7 @@ def edit(path, **change):
             "has 5 bytes and was written with .* rebuild it: nexus-rt export",
         ),
         (lambda p: (p / "velocity.onnx.data").unlink(), "velocity.onnx.data is missing; rebuild it"),
-        (lambda p: edit(p, device={"type": "cuda", "sm": "9.0", "name": "H200"}), "built for a cuda, and this is a cpu"),
+        (lambda p: edit(p, device={"type": "cuda", "sm": "9.0", "name": "H200"}), "built for a GPU, and this is a CPU"),
         (lambda p: edit(p, parity={"passed": False, "why": "cosine 0.3"}), r"failed its parity gate \(cosine 0.3\).*--force"),
         (lambda p: edit(p, parity={}), "it was never compared"),
     ],
@@ -136,6 +139,18 @@ def test_compiled_code_is_bound_to_its_version(make, tmp_path):
     edit(path, backend_version="2.1.0")
     with pytest.raises(ModelError, match=rf"built for aoti 2.1.0, and this is {torch.__version__.replace('+', '.')}"):
         open_engine(path, CPU)
+
+
+def test_engines_of_a_gpu_say_so_before_they_are_read(own, monkeypatch):
+    edit(own, backend="tensorrt", device={"type": "cuda", "sm": "9.0", "name": "H200"})
+    folder = EngineFolder.read(own)
+    there = {"type": "cuda", "sm": "8.9", "name": "L40"}
+    with pytest.raises(ModelError, match="built for compute capability 9.0, and this is 8.9"):
+        folder.check_here({}, there)
+    with pytest.raises(ModelError, match="built for tensorrt 1.32.0|built for tensorrt .*, and this is 11.2"):
+        folder.check_here({"tensorrt": "11.2"}, {**there, "sm": "9.0"})
+    with pytest.raises(InputError, match="tensorrt engines run on a CUDA device, and this is cpu"):
+        engine_of(folder, CPU)
 
 
 def test_force_loads_what_failed(own):

@@ -45,7 +45,7 @@ def export_small(pair, **change):
 def quick(monkeypatch):
     """Building and comparing replaced by a file and a pass: for what stands around them."""
     monkeypatch.setattr(build, "trace", lambda model, buckets: dict.fromkeys(build.GRAPHS))
-    monkeypatch.setattr(onnx_builder, "build", lambda name, traced, folder, opset: (folder / f"{name}.onnx").write_text(name))
+    monkeypatch.setattr(onnx_builder, "build", lambda name, traced, folder, target: (folder / f"{name}.onnx").write_text(name))
     monkeypatch.setattr(build, "engine_of", lambda folder, device: SimpleNamespace(unload=lambda: None))
     monkeypatch.setattr(build, "gate", lambda *args: {"passed": True, "why": "", "rows": {}})
 
@@ -113,7 +113,7 @@ def test_a_broken_engine_is_kept_aside_and_refused(breaks, tiny_pair, monkeypatc
         breaks(patch, tiny_pair)
         with pytest.raises(
             ModelError,
-            match=r"the small engine is not the model it was made of: (velocity 32x32x5 t=967: cosine|its velocity is not finite\.)",
+            match=r"the small engine is not the model it was made of: (velocity .* t=967: cosine|its velocity is not finite\.)",
         ):
             export_small(tiny_pair)
     (kept,) = cache.glob("*.failed")
@@ -145,7 +145,7 @@ def test_an_interrupted_build_goes_on_after_what_it_finished(quick, error, tiny_
         right(name, *rest)
 
     monkeypatch.setattr(onnx_builder, "build", stop_at_velocity)
-    with pytest.raises(error):
+    with pytest.raises(error if error is KeyboardInterrupt else ModelError, match="stop"):
         export_small(tiny_pair)
     assert [p.suffix for p in cache.iterdir() if p.is_dir()] == [".part"]
     engine, _ = export_small(tiny_pair)

@@ -141,7 +141,8 @@ class EngineFolder:
         m = self.manifest
         different = []
         if m.device["type"] != device["type"]:
-            different.append(("a " + m.device["type"], "a " + device["type"]))
+            word = {"cuda": "a GPU", "cpu": "a CPU"}
+            different.append(tuple(word.get(d["type"], d["type"]) for d in (m.device, device)))
         elif m.device.get("sm") and m.device["sm"] != device.get("sm"):
             different.append((f"compute capability {m.device['sm']}", device.get("sm")))
         here = versions.get(m.backend)

@@ -11,7 +11,7 @@ from nexus_rt.engines.exported import ExportedEngine
 from nexus_rt.engines.folder import MANIFEST, EngineFolder
 from nexus_rt.errors import ModelError, choose
 
-BACKENDS = ("onnx", "aoti")
+BACKENDS = ("onnx", "aoti", "tensorrt", "tensorrt-rtx")
 
 
 def here(device: torch.device) -> dict[str, Any]:
@@ -24,9 +24,10 @@ def here(device: torch.device) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Backends whose engines are bound to a version: that version here. ONNX graphs are not: any runtime reads them."""
-    from nexus_rt.engines import aoti
+    from nexus_rt.engines import aoti, tensorrt
 
-    return {"aoti": aoti.version()}
+    found = {"aoti": aoti.version(), **{b: tensorrt.version(b) for b in tensorrt.PACKAGES}}
+    return {backend: version for backend, version in found.items() if version}
 
 
 def engine_of(folder: EngineFolder, device: torch.device, **options: Any) -> ExportedEngine:
@@ -36,9 +37,13 @@ def engine_of(folder: EngineFolder, device: torch.device, **options: Any) -> Exp
         from nexus_rt.engines.onnx import OnnxEngine
 
         return OnnxEngine(folder, device, **options)
-    from nexus_rt.engines.aoti import AotiEngine
+    if folder.manifest.backend == "aoti":
+        from nexus_rt.engines.aoti import AotiEngine
 
-    return AotiEngine(folder, device, **options)
+        return AotiEngine(folder, device, **options)
+    from nexus_rt.engines.tensorrt import TensorRTEngine
+
+    return TensorRTEngine(folder, device, **options)
 
 
 def open_engine(path: str | Path, device: torch.device, force: bool = False, **options: Any) -> ExportedEngine:

@@ -1,0 +1,166 @@
+"""Engines of TensorRT and TensorRT for RTX, built from ONNX in a child process.
+
+A crash or a shortage of memory ends the child, not the product. Networks are strongly typed: a precision is what the
+ONNX graph says. TensorRT for RTX builds without a GPU, for one architecture or for all it knows, and compiles the rest
+where it is loaded; such an engine is complete but not compared, and says so until a GPU has compared it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nexus_rt.engines import tensorrt as backend
+from nexus_rt.engines.folder import engines_root
+from nexus_rt.errors import InputError
+from nexus_rt.export import onnx
+from nexus_rt.export.graph import Traced
+
+if TYPE_CHECKING:
+    from nexus_rt.export.build import Target
+
+TOKENS = (2, 128, 2560)  # of a context: fewest, usual, most (Lumos-Nexus cuts at 2560)
+BATCH = (1, 2, 2)  # samples of a step: plain, guided
+
+
+def cannot_build(target: Target) -> str | None:
+    """Why no engine can be made here; None where it can."""
+    try:
+        trt = backend.package(target.backend)
+    except InputError as error:
+        return str(error).rstrip(".")
+    if why := onnx.cannot_export():
+        return why
+    if target.backend == "tensorrt" and not torch.cuda.is_available():
+        return "TensorRT builds for the GPU that is here, and there is none (tensorrt-rtx builds without one)"
+    if target.sm is not None:
+        if target.backend == "tensorrt":
+            return "TensorRT builds for the GPU that is here; --sm is for tensorrt-rtx"
+        known = [n for n in dir(trt.ComputeCapability) if n.startswith("SM")]
+        if "SM" + target.sm.replace(".", "") not in known:
+            return f"tensorrt-rtx has no target {target.sm}; it has {', '.join(f'{n[2:-1]}.{n[-1]}' for n in known)}"
+    return None
+
+
+def version(target: Target) -> str:
+    return backend.version(target.backend)
+
+
+def built_for(target: Target) -> dict[str, Any]:
+    """The device of the manifest: the GPU here, or the architecture asked for (None: all that the package knows)."""
+    if target.backend == "tensorrt":
+        from nexus_rt.engines.open import here
+
+        return here(torch.device("cuda"))
+    return {"type": "cuda", "sm": target.sm, "name": None}
+
+
+def can_run() -> bool:
+    """Whether engines can be compared here."""
+    return torch.cuda.is_available()
+
+
+def profiles(graph: str, traced: Traced, target: Target) -> list[dict[str, list]]:
+    """Ranges of every input, a profile a size: [fewest, usual, most] shapes."""
+    shapes = {name: list(t.shape) for name, t in zip(onnx.INPUTS[graph], traced.inputs, strict=True)}
+    spread = lambda make: [make(b, n) for b, n in zip(BATCH, TOKENS, strict=True)]  # noqa: E731
+    if graph == "context":
+        return [{"embeds": spread(lambda b, n: [b, n, shapes["embeds"][2]])}]
+    found = []
+    for bucket in target.ordered():
+        latents = lambda b, n, size=bucket.latent: [b, shapes["latents"][1], *size]  # noqa: E731
+        stacked = lambda b, n: [shapes["keys"][0], b, n, *shapes["keys"][3:]]  # noqa: E731
+        found.append({"latents": spread(latents), "keys": spread(stacked), "values": spread(stacked),
+                      "bias": spread(lambda b, n: [b, n])})  # fmt: skip
+    return found
+
+
+def build(graph: str, traced: Traced, folder: Path, target: Target) -> None:
+    """Write `graph`.engine into a folder, and what its builder said into `graph`.json.
+
+    Raises:
+        RuntimeError: the builder refused the graph, crashed or was killed; with the last of what it said.
+    """
+    # float32 has no kernel for ONNX's Attention operator, only for the products and the softmax it stands for
+    onnx.write(graph, traced, folder, 20 if target.precision == "fp32" else target.opset)
+    job = {
+        "backend": target.backend, "onnx": str(folder / f"{graph}.onnx"), "engine": str(folder / f"{graph}.engine"),
+        "report": str(folder / f"{graph}.json"), "sm": target.sm, "profiles": profiles(graph, traced, target),
+        "timing_cache": str(engines_root() / f"{target.backend}-{backend.version(target.backend)}.timing"),
+        "weight_streaming": target.weight_streaming, "refit": target.refit,
+    }  # fmt: skip
+    note = folder / f"{graph}.job"
+    note.write_text(json.dumps(job))
+    child = subprocess.run([sys.executable, "-m", "nexus_rt.export.tensorrt", str(note)], capture_output=True, text=True)
+    if child.returncode:
+        said = (child.stderr.strip() or "it said nothing").splitlines()[-1][:500]
+        ended = f"was killed by signal {-child.returncode}" if child.returncode < 0 else "failed"
+        raise RuntimeError(f"{target.backend}'s builder {ended} on the {graph} graph: {said}")
+    for rest in (note, *folder.glob(f"{graph}.onnx*")):
+        rest.unlink()
+
+
+def _child(job: dict[str, Any]) -> dict[str, Any]:
+    """Parse, configure, build; the child's whole life."""
+    import time
+
+    trt = backend.package(job["backend"])
+    errors: list[str] = []
+    log = backend.logger(trt, errors)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(job["onnx"]):
+        raise SystemExit("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or "the parser said no")
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    for ranges in job["profiles"]:
+        profile = builder.create_optimization_profile()
+        for name, (low, usual, high) in ranges.items():
+            profile.set_shape(name, low, usual, high)
+        config.add_optimization_profile(profile)
+    if job["sm"]:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + job["sm"].replace(".", "")), 0)
+    for flag, wanted in (("WEIGHT_STREAMING", job["weight_streaming"]), ("REFIT", job["refit"])):
+        if wanted:
+            if not hasattr(trt.BuilderFlag, flag):
+                raise SystemExit(f"{job['backend']} {trt.__version__} has no {flag}")
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+    timed = job["backend"] == "tensorrt"  # RTX times nothing when it builds
+    file = Path(job["timing_cache"])
+    if timed:
+        config.set_timing_cache(config.create_timing_cache(file.read_bytes() if file.is_file() else b""), False)
+    start = time.monotonic()
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise SystemExit(errors[-1].replace("\n", " ") if errors else "the builder said no")
+    Path(job["engine"]).write_bytes(plan)
+    if timed:
+        file.write_bytes(config.get_timing_cache().serialize())
+    attention = [network.get_layer(i).name for i in range(network.num_layers) if "ATTENTION_INPUT" in str(network.get_layer(i).type)]
+    return {"seconds": round(time.monotonic() - start, 1), "layers": network.num_layers, "bytes": plan.nbytes,
+            "package": trt.__version__, "attention_operators": len(attention), **_inspected(trt, log, plan)}  # fmt: skip
+
+
+def _inspected(trt: Any, log: Any, plan: Any) -> dict[str, Any]:
+    """What the engine's inspector says of attention, where a GPU is there to load it."""
+    if not torch.cuda.is_available():
+        return {"attention_fused": None, "inspected": "needs a GPU"}
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    if engine is None:
+        return {"attention_fused": None, "inspected": "the engine cannot be loaded on this GPU"}
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    fused = sum(text.lower().count(word) for word in ("_mha", "fmha", "flash"))
+    return {"attention_fused": fused > 0, "inspected": f"{fused} fused attention layers"}
+
+
+if __name__ == "__main__":
+    done = json.loads(Path(sys.argv[1]).read_text())
+    said = _child(done)
+    Path(done["report"]).write_text(json.dumps(said, indent=1) + "\n")

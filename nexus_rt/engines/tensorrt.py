@@ -1,0 +1,136 @@
+"""TensorRT and TensorRT for RTX: one module, the package that is installed is the only difference.
+
+A profile a size. Both graphs share one block of activation memory, which the engine asks of PyTorch and gives back when
+it is unloaded; launches go to PyTorch's current stream, so a step needs no synchronisation and can be captured.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus_rt.engines.exported import ExportedEngine
+from nexus_rt.errors import InputError, ModelError
+
+PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+DISTRIBUTIONS = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt-rtx", "tensorrt_rtx")}
+INSTALL = {
+    "tensorrt": "its wheels are in the vendor's own package index, not in the public one",
+    "tensorrt-rtx": "pip install tensorrt-rtx",
+}
+GRAPHS = ("context", "velocity")
+
+
+def version(backend: str) -> str | None:
+    """Of the package here; None without it."""
+    for name in DISTRIBUTIONS[backend]:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def package(backend: str) -> ModuleType:
+    """The Python package of "tensorrt" or "tensorrt-rtx".
+
+    Raises:
+        InputError: it is not installed, or is the stub that has no library.
+    """
+    if find_spec(PACKAGES[backend]) is None:
+        raise InputError(f"{backend} is not installed ({INSTALL[backend]}).")
+    try:
+        found = import_module(PACKAGES[backend])
+        found.Builder  # noqa: B018 (the stub package lacks it)
+    except (ImportError, OSError, AttributeError) as error:
+        raise InputError(f"{backend} is installed without its libraries ({error}); {INSTALL[backend]}.") from None
+    return found
+
+
+def logger(trt: ModuleType, kept: list[str]) -> Any:
+    """A TensorRT logger that keeps errors."""
+
+    class Kept(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                kept.append(message)
+
+    return Kept()
+
+
+class TensorRTEngine(ExportedEngine):
+    """Execution contexts of both graphs on one block of activation memory.
+
+    weight_budget: bytes of the weights that stay on the GPU, the rest streamed at every step; engines built with
+        weight streaming only.
+    """
+
+    def __init__(self, folder, device: torch.device, weight_budget: int | None = None) -> None:
+        super().__init__(folder, device)
+        if device.type != "cuda":
+            raise InputError(f"{folder.manifest.backend} engines run on a CUDA device, and this is {device.type}.")
+        self.trt = package(folder.manifest.backend)
+        self.weight_budget, self.errors = weight_budget, []
+        self.logger = logger(self.trt, self.errors)
+        self.engines: dict[str, Any] = {}
+        self.contexts: dict[str, Any] = {}
+        self.memory: Tensor | None = None
+        self.profile: dict[str, int] = {}
+
+    @property
+    def resident(self) -> bool:
+        return bool(self.contexts)
+
+    def load(self) -> None:
+        if self.contexts:
+            return
+        runtime = self.trt.Runtime(self.logger)
+        for graph in GRAPHS:
+            engine = runtime.deserialize_cuda_engine((self.folder.path / f"{graph}.engine").read_bytes())
+            if engine is None:
+                said = self.errors[-1] if self.errors else "no message"
+                raise ModelError(f"{self.folder.path} cannot be loaded here ({said}); {self.folder.rebuild()}")
+            if self.weight_budget is not None and graph == "velocity":
+                engine.weight_streaming_budget_v2 = min(self.weight_budget, engine.streamable_weights_size)
+            self.engines[graph] = engine
+        size = max(e.device_memory_size_v2 for e in self.engines.values())
+        self.memory = torch.empty(max(1, size), dtype=torch.uint8, device=self.device)
+        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        for graph, engine in self.engines.items():
+            context = engine.create_execution_context(strategy)
+            context.set_device_memory(self.memory.data_ptr(), self.memory.numel())
+            self.contexts[graph] = context
+        self.profile = {}
+
+    def unload(self) -> None:
+        torch.cuda.current_stream(self.device).synchronize()
+        self.contexts, self.engines, self.memory = {}, {}, None
+        torch.cuda.empty_cache()
+
+    def _profile_of(self, graph: str, inputs: dict[str, Tensor]) -> int:
+        if graph == "context":
+            return 0
+        return [b.latent for b in self.buckets].index(tuple(inputs["latents"].shape[2:]))
+
+    def _run(self, graph: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+        context, stream = self.contexts[graph], torch.cuda.current_stream(self.device).cuda_stream
+        profile = self._profile_of(graph, inputs)
+        if self.profile.get(graph) != profile:
+            context.set_optimization_profile_async(profile, stream)
+            self.profile[graph] = profile
+        for name, t in inputs.items():
+            if not context.set_input_shape(name, tuple(t.shape)):
+                raise InputError(f"{self.folder.path}: {name} of shape {tuple(t.shape)} is outside the engine's profile.")
+        for name, t in (*inputs.items(), *outputs.items()):
+            context.set_tensor_address(name, t.data_ptr())
+        if not context.execute_async_v3(stream):
+            said = self.errors[-1] if self.errors else "no message"
+            raise ModelError(f"{self.folder.path} failed to run: {said}")

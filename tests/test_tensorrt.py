@@ -1,0 +1,98 @@
+"""TensorRT for RTX really builds, without a GPU; what has not been compared is not loaded."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from nexus_rt import InputError, ModelError, cli
+from nexus_rt.engines.exported import Bucket
+from nexus_rt.engines.folder import EngineFolder
+from nexus_rt.export import build
+from nexus_rt.export import tensorrt as builder
+from nexus_rt.export.build import Target, export_generator
+
+pytest.importorskip("tensorrt_rtx")
+CPU = torch.device("cpu")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+
+def target(**change):
+    sizes = (Bucket(32, 32, 5), Bucket(48, 32, 5))
+    return Target(**{"backend": "tensorrt-rtx", "precision": "fp16", "buckets": sizes, "device": CPU, **change})
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "engines"
+
+
+@no_gpu
+@pytest.mark.parametrize("precision, sm", [("fp16", None), ("fp32", "8.9")])
+def test_an_engine_is_built_and_waits_for_a_gpu_to_compare_it(precision, sm, tiny_pair, cache, capsys):
+    engine = export_generator("large", tiny_pair / "large", target(precision=precision, sm=sm), "nexus-rt export -o x")
+    m = engine.manifest
+    assert set(m.files) == {f"{g}.{kind}" for g in ("context", "velocity") for kind in ("engine", "json")}
+    assert m.files["velocity.engine"]["bytes"] > 10_000 and m.device == {"type": "cuda", "sm": sm, "name": None}
+    report = json.loads((engine.path / "velocity.json").read_text())
+    assert report["attention_operators"] == (4 if precision == "fp16" else 0)  # two blocks: self and cross
+    assert report["attention_fused"] is None and report["inspected"] == "needs a GPU"
+    assert m.parity["compared"] is False
+    with pytest.raises(ModelError, match="failed its parity gate .it was built where it cannot run and never compared"):
+        engine.check_parity()
+    assert cli.main(["engines", "list"]) == 0 and "parity FAILED" in capsys.readouterr().out
+
+
+@no_gpu
+def test_a_gpu_that_appears_compares_what_is_in_the_cache(tiny_pair, cache, monkeypatch):
+    def quick(graph, traced, folder, target):
+        (folder / f"{graph}.engine").write_text("plan")
+
+    monkeypatch.setattr(builder, "build", quick)
+    monkeypatch.setattr(build, "trace", lambda model, buckets: dict.fromkeys(build.GRAPHS))
+    first = export_generator("small", tiny_pair / "small", target(), "x")
+    monkeypatch.setattr(builder, "can_run", lambda: True)
+    monkeypatch.setattr(builder, "build", lambda *args: pytest.fail("built again"))
+    monkeypatch.setattr(build, "engine_of", lambda *args: type("Engine", (), {"unload": lambda self: None})())
+    monkeypatch.setattr(build, "TorchEngine", lambda model: None)
+    monkeypatch.setattr(build.load, "load_transformer", lambda *args: None)
+    monkeypatch.setattr(build, "gate", lambda *args: {"passed": True, "why": "", "rows": {}})
+    second = export_generator("small", tiny_pair / "small", target(), "x")
+    assert second.path == first.path and second.manifest.parity["passed"] and not first.manifest.parity["passed"]
+    EngineFolder.read(second.path).check_parity()
+
+
+@no_gpu
+def test_a_builder_that_dies_takes_nothing_with_it(tiny_pair, cache, monkeypatch):
+    monkeypatch.setattr(builder, "profiles", lambda *args: [{"embeds": [[1, 2, 3], [1, 2, 3], [1, 2, 3]]}])  # of another width
+    with pytest.raises(ModelError, match="tensorrt-rtx's builder failed on the context graph: "):
+        export_generator("small", tiny_pair / "small", target(), "x")
+    monkeypatch.setattr(builder.sys, "executable", shutil.which("false"))
+    with pytest.raises(ModelError, match="failed on the context graph: it said nothing"):
+        export_generator("small", tiny_pair / "small", target(), "x")
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"backend": "tensorrt"}, "no tensorrt engine can be built here: tensorrt is not installed"),
+        ({"sm": "9.0"}, "tensorrt-rtx has no target 9.0; it has .*8.9"),
+    ],
+)
+def test_what_cannot_be_built_is_said_before_any_work(change, words, tiny_pair, cache):
+    with pytest.raises(InputError, match=words):
+        export_generator("small", tiny_pair / "small", target(**change), "x")
+    assert not cache.exists()
+
+
+def test_a_profile_a_size_and_both_kinds_of_step():
+    from nexus_rt.export.graph import Traced
+
+    shapes = ((2, 16, 2, 4, 4), (), (3, 2, 24, 4, 32), (3, 2, 24, 4, 32), (2, 24))
+    found = builder.profiles("velocity", Traced(None, tuple(torch.empty(s) for s in shapes)), target())
+    assert [p["latents"] for p in found] == [[[n, 16, 2, 4, w] for n in (1, 2, 2)] for w in (4, 6)]
+    assert found[0]["keys"] == [[3, 1, 2, 4, 32], [3, 2, 128, 4, 32], [3, 2, 2560, 4, 32]]
+    assert found[0]["bias"] == [[1, 2], [2, 128], [2, 2560]]
