@@ -143,7 +143,9 @@ def _child(job: dict[str, Any]) -> dict[str, Any]:
     Path(job["engine"]).write_bytes(plan)
     if timed:
         file.write_bytes(config.get_timing_cache().serialize())
-    attention = [network.get_layer(i).name for i in range(network.num_layers) if "ATTENTION_INPUT" in str(network.get_layer(i).type)]
+    attention = [
+        network.get_layer(i).name for i in range(network.num_layers) if "ATTENTION_INPUT" in str(network.get_layer(i).type)
+    ]
     return {"seconds": round(time.monotonic() - start, 1), "layers": network.num_layers, "bytes": plan.nbytes,
             "package": trt.__version__, "attention_operators": len(attention), **_inspected(trt, log, plan)}  # fmt: skip
 

@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     group = running.add_argument_group("what runs them")
     group.add_argument("--engines", metavar="DIR", help="exported engines (`nexus-rt export`) instead of models")
     group.add_argument("--force", action="store_true", help="with --engines: load one that failed its parity gate")
+    group.add_argument("--vram", metavar="SIZE", help="a memory budget such as 24GB: weights come and go to keep within it")
     group.add_argument("--backend", default="torch", help="what runs the models: torch (default)")
     group.add_argument("--kernels", default="auto", help="blend, solver, norms and RoPE by torch | triton | auto (default)")
     group.add_argument(
@@ -129,14 +130,19 @@ def _pipeline(args: argparse.Namespace):
     if args.engines:
         dtype = getattr(torch, args.dtype) if args.dtype else None
         return NexusPipeline.from_engines(
-            args.engines, device=args.device, torch_dtype=dtype, kernels=args.kernels, force=args.force
+            args.engines,
+            device=args.device,
+            torch_dtype=dtype,
+            kernels=args.kernels,
+            force=args.force,
+            vram=args.vram,
         )
     return NexusPipeline.from_pretrained(
         args.pair, small=args.small, large=args.large, vae=args.vae, text_encoder=args.text_encoder,
         understanding=args.understanding, connector=args.connector,
         torch_dtype=getattr(torch, args.dtype) if args.dtype else None, device=args.device,
         backend=args.backend, kernels=args.kernels, attention=args.attention,
-        local_files_only=args.local_files_only,
+        local_files_only=args.local_files_only, vram=args.vram,
     )  # fmt: skip
 
 
@@ -221,6 +227,7 @@ def _step_costs(args: argparse.Namespace, pipe, blend):
 
 
 def plan(args: argparse.Namespace) -> int:
+    from nexus_rt.engines.exported import Bucket
     from nexus_rt.pair import Defaults
     from nexus_rt.pipeline import NexusPipeline
     from nexus_rt.plan import parse_plan
@@ -252,6 +259,9 @@ def plan(args: argparse.Namespace) -> int:
         f"reference: {full['small']} small and {full['large']} large forwards, {whole:.1f} ms; "
         f"this plan takes {100 * total / whole:.0f}% of it ({whole / total:.2f}x faster)"
     )
+    if pipe.engines:
+        width, height = args.size or (pipe.defaults.width, pipe.defaults.height)
+        print(pipe.plan_residency(chosen, Bucket(width, height, args.frames or pipe.defaults.num_frames)).table())
     source = "as given" if args.costs else "measured on this machine"
     print(f"step costs ({source}): small {costs.small_guided:.2f} ms guided, large {costs.large_guided:.2f} ms guided, "
           f"blend {costs.blend:.3f} ms, solver {costs.solver:.3f} ms")  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.engines.base import Engine
+from nexus_rt.engines.residency import Residency
 from nexus_rt.errors import Cancelled, InputError, NumericsError
 from nexus_rt.ops import choose_ops
 from nexus_rt.plan import Plan, Step
@@ -31,21 +32,25 @@ class Prompt:
 
 
 class Generator:
-    """An engine with the contexts a plan needs of it, prepared once."""
+    """An engine with the contexts a plan needs of it, each prepared once, when it is first needed: an engine that comes
+    at the handoff does not come before."""
 
     def __init__(self, name: str, engine: Engine, prompt: Prompt, plan: Plan, guidance_scale: float) -> None:
-        self.name, self.engine, self.default = name, engine, guidance_scale
-        scales = {self.scale(step) for step in plan.steps if getattr(step, name)}
+        self.name, self.engine, self.prompt, self.default = name, engine, prompt, guidance_scale
+        guided = [s for step in plan.steps if getattr(step, name) and (s := self.scale(step)) != 1.0]
+        if guided and prompt.unconditional is None:
+            raise InputError(
+                f"the {name} generator is guided (scale {max(guided):g}) but has no negative prompt embeddings; "
+                "pass them, or a guidance_scale of 1."
+            )
         self.contexts: dict[bool, Any] = {}
-        if any(s != 1.0 for s in scales):
-            if prompt.unconditional is None:
-                raise InputError(
-                    f"the {name} generator is guided (scale {max(scales):g}) but has no negative prompt embeddings; "
-                    "pass them, or a guidance_scale of 1."
-                )
-            self.contexts[True] = engine.prepare(torch.cat([prompt.conditional, prompt.unconditional]))
-        if 1.0 in scales:
-            self.contexts[False] = engine.prepare(prompt.conditional)
+
+    def context(self, guided: bool) -> Any:
+        if guided not in self.contexts:
+            p = self.prompt
+            told = torch.cat([p.conditional, p.unconditional]) if guided else p.conditional
+            self.contexts[guided] = self.engine.prepare(told)
+        return self.contexts[guided]
 
     def scale(self, step: Step) -> float:
         own = step.guidance_small if self.name == "small" else step.guidance_large
@@ -54,7 +59,7 @@ class Generator:
     def predict(self, latents: Tensor, step: Step) -> Tensor:
         """The engine's raw prediction at a step: [B, ...], or [2 B, ...] where it is guided, unconditional samples last."""
         timestep = torch.tensor(float(step.timestep), device=latents.device)
-        return self.engine.velocity(latents, timestep, self.contexts[self.scale(step) != 1.0])
+        return self.engine.velocity(latents, timestep, self.context(self.scale(step) != 1.0))
 
 
 class Watch:
@@ -100,6 +105,7 @@ def denoise(
     blend_config: BlendConfig = BlendConfig(),  # noqa: B008 (frozen)
     solver: str = "unipc",
     kernels: str = "auto",
+    residency: Residency | None = None,
     on_step: Callable[[Step, Tensor], Tensor | None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Tensor:
@@ -112,6 +118,7 @@ def denoise(
         guidance_scale, guidance_scale_2: of the small and the large generator (the latter None: the same), where the
             plan sets none; 1 means no guidance, one forward instead of two.
         kernels: of the blend and the solver: "torch", "triton", or "auto" (triton on a GPU that can run it).
+        residency: moves the engines between memories as the plan goes on; None: they are where they run.
         on_step: called after every step with it and the new latents; may return latents to go on with.
         should_stop: asked before every step.
 
@@ -136,6 +143,8 @@ def denoise(
     for step in plan.steps:
         if should_stop is not None and should_stop():
             raise Cancelled(f"stopped before step {step.index} of {len(plan)}, as asked.")
+        if residency is not None:
+            residency.enter(step.index)
         said = {}
         for name in ("small", "large"):
             if getattr(step, name):

@@ -15,6 +15,7 @@ from nexus_rt.denoise import Prompt, denoise
 from nexus_rt.engines.base import Engine
 from nexus_rt.engines.exported import Bucket
 from nexus_rt.engines.open import open_engines
+from nexus_rt.engines.residency import Residency, ResidencyPlan, call_parts, parse_bytes, plan_residency
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.models import load
@@ -65,11 +66,12 @@ class NexusPipeline:
     def __init__(
         self, engines: dict[str, Engine], text: TextEncoder | None, vae: VideoDecoder | None,
         device: torch.device, defaults: Defaults | None = None, space: tuple[int, tuple[int, int, int]] = (16, (1, 2, 2)),
-        context: ContextEncoder | None = None, keep_encoders: bool = True, kernels: str = "auto",
+        context: ContextEncoder | None = None, keep_encoders: bool = True, kernels: str = "auto", vram: str | int | None = None,
     ) -> None:  # fmt: skip
         self.engines, self.text, self.vae, self.device, self.defaults = engines, text, vae, device, defaults or Defaults()
         self.context, self.keep_encoders, self.kernels = context, keep_encoders, kernels
         self.channels, self.patch = space
+        self.vram = None if vram is None else parse_bytes(str(vram))
         self._progress: dict[str, Any] = {}
         self._cancel = threading.Event()
 
@@ -91,6 +93,7 @@ class NexusPipeline:
         kernels: str = "auto",
         attention: str = "auto",
         vae_tiling: bool | str = "auto",
+        vram: str | int | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         revision: str | None = None,
@@ -116,6 +119,7 @@ class NexusPipeline:
                 "auto" (triton on a GPU).
             attention: of the torch backend: a name of `nexus_rt.attention.BACKENDS`, or "auto" (measured on a GPU).
             vae_tiling: True, False, or "auto" (above 1280 x 720).
+            vram: a budget such as "24GB": engines, encoders and VAE then come and go as `plan_residency` decides.
             cache_dir, local_files_only, revision: as in diffusers.
 
         Raises:
@@ -134,14 +138,15 @@ class NexusPipeline:
         if context is not None:
             parts.check_width(context.text_dim)
         models = {
-            name: load.load_transformer(folder, dtype, device, kernels, attention) for name, folder in parts.generators.items()
+            name: load.load_transformer(folder, dtype, torch.device("cpu") if vram else device, kernels, attention)
+            for name, folder in parts.generators.items()
         }
         config = next(iter(models.values())).config
         return cls(
-            {name: TorchEngine(model) for name, model in models.items()},
+            {name: TorchEngine(model, device=device) for name, model in models.items()},
             TextEncoder(parts.text, dtype, device) if parts.text else None,
             VideoDecoder(parts.vae, torch.float32, device, vae_tiling) if parts.vae else None,
-            device, parts.defaults, (config.in_channels, config.patch_size), context, keep_encoders, kernels,
+            device, parts.defaults, (config.in_channels, config.patch_size), context, keep_encoders, kernels, vram,
         )  # fmt: skip
 
     @classmethod
@@ -155,13 +160,14 @@ class NexusPipeline:
         kernels: str = "auto",
         vae_tiling: bool | str = "auto",
         force: bool = False,
+        vram: str | int | None = None,
         **engine_options: Any,
     ) -> NexusPipeline:
         """A pipeline of exported engines: a folder that `nexus-rt export` made.
 
         Args:
             folder: holds `small/` and/or `large/` with a `manifest.json` each, and the pair's encoders and VAE.
-            device, torch_dtype, keep_encoders, kernels, vae_tiling: as in `from_pretrained`; torch_dtype is of the encoders.
+            device, torch_dtype (of the encoders), keep_encoders, kernels, vae_tiling, vram: as in `from_pretrained`.
             force: load engines that failed their parity gate.
             engine_options: of the backend, such as `provider=` of ONNX Runtime.
 
@@ -179,7 +185,7 @@ class NexusPipeline:
         return cls(
             engines, TextEncoder(parts.text, dtype, device) if parts.text else None,
             VideoDecoder(parts.vae, torch.float32, device, vae_tiling) if parts.vae else None,
-            device, parts.defaults, space, context, keep_encoders, kernels,
+            device, parts.defaults, space, context, keep_encoders, kernels, vram,
         )  # fmt: skip
 
     def set_progress_bar_config(self, **options: Any) -> None:
@@ -201,6 +207,22 @@ class NexusPipeline:
         steps = d.num_inference_steps if num_inference_steps is None else num_inference_steps
         grid = time_grid(steps, d.shift if shift is None else shift)
         return parse_plan(d.plan if plan is None else plan, grid).with_energy(energy)
+
+    def plan_residency(
+        self, plan: Plan, size: Bucket, videos: int = 1, guided: bool = True, vram: int | None = None
+    ) -> ResidencyPlan:  # fmt: skip
+        """What is in memory when, under the pipeline's budget (or this one).
+
+        Raises:
+            InputError: the budget holds no mode of the plan; names the smallest that would do.
+        """
+        folders = {"vae": self.vae.folder} if self.vae else {}
+        if self.text:
+            folders["text encoder"] = self.text.folder / "text_encoder"
+        if self.context:
+            folders |= {"understanding": self.context.understanding.folder, "connector": self.context.folder}
+        parts = call_parts(self.engines, folders, size, videos * (1 + guided))
+        return plan_residency(plan, parts, self.vram if vram is None else vram)
 
     def encode_prompt(
         self, prompt: str | list[str], negative_prompt: str | list[str] | None = None, num_videos_per_prompt: int = 1,
@@ -347,6 +369,14 @@ class NexusPipeline:
                 "the small generator is steered by the understanding model, which reads the prompt; pass prompt, or "
                 "context_embeds made by encode_context besides prompt_embeds."
             )
+        residency = None
+        if self.vram is not None:
+            count = num_videos_per_prompt * (len(prompt) if isinstance(prompt, list) else 1)
+            decided = self.plan_residency(plan, Bucket(width, height, num_frames), count)
+            residency = Residency(decided, self.engines)
+            if decided.mode != "resident":
+                for engine in self.engines.values():
+                    engine.unload()
         if prompt is not None:
             prompt_embeds, negatives = self.encode_prompt(prompt, negative_prompt, num_videos_per_prompt, max_sequence_length)
             negative_prompt_embeds = negatives if negative_prompt_embeds is None else negative_prompt_embeds
@@ -355,7 +385,7 @@ class NexusPipeline:
                 prompt, prompt_embeds, negative_prompt_embeds, num_frames == 1, num_videos_per_prompt
             )
             negative_context_embeds = negatives if negative_context_embeds is None else negative_context_embeds
-        if not self.keep_encoders:
+        if not self.keep_encoders or (residency and residency.plan.mode != "resident"):
             for encoder in (self.text, self.context):
                 if encoder is not None:
                     encoder.drop()
@@ -389,11 +419,18 @@ class NexusPipeline:
             scales = (guidance_scale, guidance_scale_2)
             if guidance_scale is None:
                 scales = (d.guidance_scale, d.guidance_scale_2 if guidance_scale_2 is None else guidance_scale_2)
-            latents = denoise(
-                latents.to(self.device), plan, self.engines, said,
-                guidance_scale=scales[0], guidance_scale_2=scales[1], blend_config=blend, solver=solver,
-                kernels=self.kernels, on_step=on_step, should_stop=self._cancel.is_set,
-            )  # fmt: skip
+            try:
+                latents = denoise(
+                    latents.to(self.device), plan, self.engines, said,
+                    guidance_scale=scales[0], guidance_scale_2=scales[1], blend_config=blend, solver=solver,
+                    kernels=self.kernels, residency=residency, on_step=on_step, should_stop=self._cancel.is_set,
+                )  # fmt: skip
+            finally:
+                if residency is not None:
+                    residency.close()
+        if residency is not None and residency.plan.mode != "resident":
+            for engine in self.engines.values():  # the decoder has the memory
+                engine.unload()
         return NexusOutput(self.decode(latents, output_type), plan)
 
     def decode(self, latents: Tensor, output_type: str = "np", rescue: str | Path | None = None) -> Any:

@@ -12,10 +12,12 @@ class TorchEngine:
     """A Wan transformer behind the engine protocol.
 
     compiled: compile each block (one compilation serves them all); the first step at a size pays for it, or `warmup`.
+    device: where it runs, if not where the model is: `load` brings it there.
     """
 
-    def __init__(self, model: WanTransformer, compiled: bool = False) -> None:
-        self.model, self.device = model, model.device
+    def __init__(self, model: WanTransformer, compiled: bool = False, device: torch.device | None = None) -> None:
+        self.model, self.device = model, device or model.device
+        self.host: dict[str, Tensor] = {}  # pinned copies, made when the weights first leave the device
         if compiled:
             for block in model.blocks:
                 block.compile()
@@ -33,13 +35,21 @@ class TorchEngine:
     def load(self) -> None:
         """Bring the weights to the engine's device; nothing where they are there."""
         if not self.resident:
-            self.model.to(self.device)
+            for p in self.model.parameters():
+                p.data = p.data.to(self.device, non_blocking=True)
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
 
     def unload(self) -> None:
-        """Take the weights to host memory, so that another engine has the device's."""
-        if self.device.type != "cpu":
-            self.model.to("cpu")
-            torch.cuda.empty_cache()
+        """Leave the weights in pinned host memory, so that another engine has the device's; they are copied once."""
+        if self.device.type == "cpu" or not self.resident:
+            return
+        torch.cuda.current_stream(self.device).synchronize()
+        for name, p in self.model.named_parameters():
+            if name not in self.host:
+                self.host[name] = torch.empty(p.shape, dtype=p.dtype, pin_memory=True).copy_(p)
+            p.data = self.host[name]
+        torch.cuda.empty_cache()
 
     def warmup(self, latent: tuple[int, int, int], batch: int = 2, tokens: int = 24) -> None:
         """One step on noise at a latent size (T, H, W), so that the first real one is as fast as the rest."""

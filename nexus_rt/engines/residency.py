@@ -1,0 +1,252 @@
+"""Which weights are where, and when: decided before the first step, from the plan, the engines' bytes and a budget.
+
+A call has phases: encoding, one phase for every run of steps with the same engines, decoding. Four modes, the first that
+fits is taken:
+
+resident    everything stays where it runs;
+freed       both engines stay; the encoders leave before denoising, the VAE comes for decoding;
+prefetched  an engine comes while the one before it runs alone, and that one leaves when it has run for the last time;
+swapped     an engine comes when it is needed: the least memory, and the step after the swap waits for it.
+
+Peaks are weights plus one block of working memory, which engines share as they never run at once. The working memory is
+an estimate (`activation_bytes`), not a measurement.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nexus_rt.engines.exported import Bucket
+from nexus_rt.errors import InputError
+from nexus_rt.models.load import read_json
+from nexus_rt.plan import Plan
+
+MODES = ("resident", "freed", "prefetched", "swapped")
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that takes memory: bytes of its weights, and of what it needs to run."""
+
+    weights: int
+    working: int = 0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a call: steps first to last (-1, -1 outside denoising), what runs, what is there besides, peak bytes."""
+
+    name: str
+    first: int
+    last: int
+    runs: tuple[str, ...]
+    present: tuple[str, ...]
+    arriving: tuple[str, ...]
+    peak: int
+
+
+@dataclass(frozen=True)
+class ResidencyPlan:
+    """A mode and its phases."""
+
+    mode: str
+    phases: tuple[Phase, ...]
+    budget: int | None
+
+    @property
+    def peak(self) -> int:
+        return max(p.peak for p in self.phases)
+
+    def table(self) -> str:
+        """Lines to print: what is resident when, and peak bytes."""
+        lines = [f"{'phase':12} {'steps':>9}  {'GB':>7}  resident (arriving)"]
+        for p in self.phases:
+            steps = "" if p.first < 0 else f"{p.first}-{p.last}"
+            arriving = f" ({', '.join(p.arriving)})" if p.arriving else ""
+            lines.append(f"{p.name:12} {steps:>9}  {p.peak / 1e9:7.2f}  {', '.join(p.present)}{arriving}")
+        budget = "" if self.budget is None else f" of {self.budget / 1e9:.2f} GB"
+        return "\n".join([*lines, f"{self.mode}: at most {self.peak / 1e9:.2f} GB{budget}; working memory is estimated"])
+
+
+def parse_bytes(text: str) -> int:
+    """ "24GB", "22.5GiB", "800MB" or a number of bytes.
+
+    Raises:
+        InputError: none of these, or nothing at all.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    if not found or found[2].upper() not in UNITS or float(found[1]) == 0:
+        raise InputError(f"memory {text!r} is not an amount; expected one such as 24GB or 22GiB.")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def activation_bytes(architecture: Mapping[str, int], size: Bucket, batch: int = 2, element: int = 2) -> int:
+    """An estimate of a Wan transformer's working memory: the widest point of a block, its feed-forward or its projection.
+
+    There the residual stream, the norm's output and the layer's input and output are alive together.
+    """
+    t, h, w = size.latent
+    dim = architecture["num_attention_heads"] * architecture["attention_head_dim"]
+    widest = max(architecture["ffn_dim"], 3 * dim + 2 * dim)
+    return batch * t * (h // 2) * (w // 2) * (widest + 4 * dim) * element
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the weights stored in a folder."""
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+
+
+def call_parts(engines: Mapping[str, Any], folders: Mapping[str, Path], size: Bucket, batch: int = 2) -> dict[str, Part]:
+    """What a call holds in memory.
+
+    Args:
+        engines: "small", "large". folders: of the encoders' weights and of the "vae". batch: samples of a step,
+            unconditional twins counted.
+    """
+    parts = {name: Part(folder_bytes(folder)) for name, folder in folders.items() if name != "vae"}
+    for name, engine in engines.items():
+        exported = getattr(engine, "folder", None)
+        if exported is not None:
+            architecture, element = exported.manifest.architecture, engine.dtype.itemsize
+        else:
+            architecture, element = asdict(engine.model.config), engine.model.dtype.itemsize
+        parts[name] = Part(engine.nbytes, activation_bytes(architecture, size, batch, element))
+    if "vae" in folders:
+        # float32, four frames at a time: six activations of the decoder's last width (96 channels in Wan's)
+        width = read_json(folders["vae"] / "config.json").get("base_dim", 96)
+        parts["vae"] = Part(folder_bytes(folders["vae"]), 6 * width * 4 * size.width * size.height * 4)
+    return parts
+
+
+def _stretches(plan: Plan) -> list[tuple[int, int, tuple[str, ...]]]:
+    """Runs of steps with the same engines: first, last, engines."""
+    found: list[tuple[int, int, tuple[str, ...]]] = []
+    for step in plan.steps:
+        runs = tuple(n for n in ("small", "large") if getattr(step, n))
+        if found and found[-1][2] == runs:
+            found[-1] = (found[-1][0], step.index, runs)
+        else:
+            found.append((step.index, step.index, runs))
+    return found
+
+
+def _phases(plan: Plan, parts: Mapping[str, Part], mode: str) -> tuple[Phase, ...]:
+    """The phases of a mode; parts are "small", "large", and any encoders and "vae"."""
+    encoders = tuple(n for n in parts if n not in ("small", "large", "vae"))
+    engines = tuple(n for n in ("small", "large") if n in plan.generators)
+    vae = ("vae",) if "vae" in parts else ()
+    stretches = _stretches(plan)
+
+    def phase(name: str, first: int, last: int, runs: tuple, present: tuple, arriving: tuple = ()) -> Phase:
+        working = max((parts[n].working for n in runs), default=0)
+        return Phase(name, first, last, runs, present, arriving, sum(parts[n].weights for n in (*present, *arriving)) + working)
+
+    everything = (*encoders, *engines, *vae)
+    found = [phase("encode", -1, -1, encoders, everything if mode == "resident" else encoders)] if encoders else []
+    for i, (first, last, runs) in enumerate(stretches):
+        arriving: tuple[str, ...] = ()
+        if mode == "resident":
+            present = everything
+        elif mode == "freed":
+            present = engines
+        else:
+            present = runs
+            if mode == "prefetched" and i + 1 < len(stretches):
+                arriving = tuple(n for n in stretches[i + 1][2] if n not in runs)
+        found.append(phase("both" if len(runs) > 1 else runs[0], first, last, runs, present, arriving))
+    if vae:
+        found.append(phase("decode", -1, -1, vae, everything if mode == "resident" else vae))
+    return tuple(found)
+
+
+def plan_residency(plan: Plan, parts: Mapping[str, Part], budget: int | None = None, mode: str | None = None) -> ResidencyPlan:
+    """The most comfortable mode that fits a budget.
+
+    Args:
+        parts: "small", "large" (those the plan runs), and any of the encoders and "vae".
+        budget: bytes; None takes "resident". mode: this one, if it fits.
+
+    Raises:
+        InputError: no mode fits; names the smallest budget that would do.
+    """
+    missing = [n for n in plan.generators if n not in parts]
+    if missing:
+        raise InputError(f"plan {plan.name!r} runs the {missing[0]} generator, whose size is not known.")
+    tried = [ResidencyPlan(m, _phases(plan, parts, m), budget) for m in ([mode] if mode else MODES)]
+    for found in tried:
+        if budget is None or found.peak <= budget:
+            return found
+    least = min(tried, key=lambda r: r.peak)
+    worst = max(least.phases, key=lambda p: p.peak)
+    raise InputError(
+        f"{budget / 1e9:.2f} GB do not hold this plan: its {worst.name!r} phase needs {worst.peak / 1e9:.2f} GB for "
+        f"{', '.join(worst.present)}; the smallest budget that would do is {least.peak / 1e9:.2f} GB. A plan without a "
+        "bridge, smaller frames or weights of a lower precision need less."
+    )
+
+
+class Residency:
+    """Moves engines as a `ResidencyPlan` says: call `enter` before every step, `close` at the end.
+
+    An engine that arrives is loaded by a thread of its own, on a stream of its own, while the steps before it run.
+    """
+
+    def __init__(self, plan: ResidencyPlan, engines: Mapping[str, object]) -> None:
+        self.plan, self.engines = plan, engines
+        self.threads: dict[str, threading.Thread] = {}
+        self.failed: dict[str, BaseException] = {}
+        self.current: Phase | None = None
+
+    def enter(self, index: int) -> None:
+        """Bring what a step runs, start what comes next, let go of what is over.
+
+        Raises:
+            Whatever loading an engine raised.
+        """
+        phase = next(p for p in self.plan.phases if p.first <= index <= p.last)
+        if phase is self.current:
+            return
+        self.current = phase
+        for name, engine in self.engines.items():
+            if name not in (*phase.present, *phase.arriving) and engine.resident:
+                engine.unload()
+        for name in phase.runs:
+            self._wait(name)
+            self.engines[name].load()
+        for name in phase.arriving:
+            if name not in self.threads and not self.engines[name].resident:
+                self.threads[name] = threading.Thread(target=self._fetch, args=(name,), daemon=True)
+                self.threads[name].start()
+
+    def close(self) -> None:
+        """Wait for what is on its way: after an error too, so that no thread outlives the call."""
+        for name in list(self.threads):
+            self.threads.pop(name).join()
+
+    def _fetch(self, name: str) -> None:
+        try:
+            device = getattr(self.engines[name], "device", None)
+            if device is None or device.type != "cuda":
+                self.engines[name].load()
+                return
+            stream = torch.cuda.Stream(device)
+            with torch.cuda.stream(stream):
+                self.engines[name].load()
+            stream.synchronize()
+        except BaseException as error:  # raised where the engine is needed
+            self.failed[name] = error
+
+    def _wait(self, name: str) -> None:
+        thread = self.threads.pop(name, None)
+        if thread is not None:
+            thread.join()
+        if name in self.failed:
+            raise self.failed.pop(name)

@@ -1,0 +1,179 @@
+"""What is in memory when: planned from bytes, walked by engines that record their calls on a clock that is simulated."""
+
+import threading
+
+import pytest
+import torch
+
+from nexus_rt import InputError, NexusPipeline
+from nexus_rt.denoise import Prompt, denoise
+from nexus_rt.engines.exported import Bucket
+from nexus_rt.engines.residency import MODES, Part, Residency, activation_bytes, parse_bytes, plan_residency
+from nexus_rt.plan import parse_plan
+from nexus_rt.solver import time_grid
+
+GB = 10**9
+PARTS = {
+    "text encoder": Part(11 * GB, GB), "small": Part(3 * GB, GB), "large": Part(28 * GB, 4 * GB), "vae": Part(GB // 2, 5 * GB),
+}  # fmt: skip
+SANDWICH = parse_plan("small:4 large:4 small:2", time_grid(10))
+BRIDGED = parse_plan("small:4 bridge:2 large:4", time_grid(10))
+
+
+@pytest.mark.parametrize(
+    "plan, budget, mode, peak",
+    [
+        (SANDWICH, None, "resident", 42.5 + 5), (SANDWICH, 48, "resident", 47.5), (SANDWICH, 47, "freed", 31 + 4),
+        (SANDWICH, 34.9, "swapped", 28 + 4), (BRIDGED, 36, "freed", 35), (SANDWICH, 32, "swapped", 32),
+    ],
+)  # fmt: skip
+def test_the_most_comfortable_mode_that_fits(plan, budget, mode, peak):
+    found = plan_residency(plan, PARTS, None if budget is None else int(budget * GB))
+    assert (found.mode, found.peak) == (mode, peak * GB)
+    assert f"{mode}: at most {peak:.2f} GB" in found.table()
+
+
+def test_a_large_working_memory_makes_prefetching_worth_it():
+    """While the small one runs, the large one's weights fit beside it; both and the large one's activations do not."""
+    parts = {"small": Part(3 * GB, GB), "large": Part(28 * GB, 4 * GB)}
+    plan = parse_plan("small:4 large:6", time_grid(10))
+    assert [plan_residency(plan, parts, b * GB).mode for b in (35, 33, 32)] == ["resident", "prefetched", "prefetched"]
+    phases = plan_residency(plan, parts, 33 * GB).phases
+    assert [(p.present, p.arriving, p.peak // GB) for p in phases] == [
+        (("small",), ("large",), 32), (("large",), (), 32),
+    ]  # fmt: skip
+
+
+def test_a_budget_that_cannot_be_met_names_the_smallest_that_would_do():
+    with pytest.raises(InputError, match=r"30.00 GB do not hold this plan: its 'large' phase needs 32.00 GB .* is 32.00 GB"):
+        plan_residency(SANDWICH, PARTS, 30 * GB)
+    with pytest.raises(InputError, match=r"its 'both' phase needs 35.00 GB for small, large; .* is 35.00 GB"):
+        plan_residency(BRIDGED, PARTS, 34 * GB)
+    with pytest.raises(InputError, match="runs the large generator, whose size is not known"):
+        plan_residency(SANDWICH, {"small": Part(1)}, GB)
+
+
+@pytest.mark.parametrize("text, wanted", [("24GB", 24 * GB), ("22.5GiB", int(22.5 * 2**30)), ("800 mb", 800 * 10**6), ("7", 7)])
+def test_amounts_of_memory(text, wanted):
+    assert parse_bytes(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-3GB", "12XB", "0GB", "1,5GB"])
+def test_what_is_no_amount_of_memory(text):
+    with pytest.raises(InputError, match="expected one such as 24GB"):
+        parse_bytes(text)
+
+
+def test_working_memory_of_wan_14b_at_480p():
+    """65,520 tokens of a guided step, two bytes: a fused projection and a normed stream, or the feed-forward's middle."""
+    wan = dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824)
+    assert activation_bytes(wan, Bucket(832, 480, 81)) == 2 * 32760 * (5 * 5120 + 4 * 5120) * 2
+
+
+class Clock:
+    """Simulated seconds, and who was where."""
+
+    def __init__(self):
+        self.now, self.events, self.lock = 0.0, [], threading.Lock()
+
+    def note(self, *event):
+        with self.lock:
+            self.events.append((round(self.now, 3), *event))
+
+
+class Recorded:
+    """An engine whose weights take time to come, and whose steps take time to run, on a simulated clock."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, name, clock, load_s, step_s):
+        self.name, self.clock, self.load_s, self.step_s = name, clock, load_s, step_s
+        self.resident, self.ready_at, self.waited = False, 0.0, []
+
+    def load(self):
+        if self.resident:
+            return
+        self.resident = True
+        self.ready_at = self.clock.now + self.load_s
+        self.clock.note(self.name, "load")
+
+    def unload(self):
+        assert self.resident
+        self.resident = False
+        self.clock.note(self.name, "unload")
+
+    def prepare(self, context):
+        return context.mean(dim=(1, 2)).view(-1, 1, 1, 1, 1)
+
+    def velocity(self, latents, timestep, context):
+        assert self.resident, f"{self.name} ran without its weights"
+        self.waited.append(max(0.0, self.ready_at - self.clock.now))
+        self.clock.now = max(self.clock.now, self.ready_at) + self.step_s
+        return 0.5 * latents.repeat(len(context) // len(latents), 1, 1, 1, 1) + context
+
+
+def walk(mode, plan, load_s=2.0):
+    clock = Clock()
+    engines = {"small": Recorded("small", clock, 0.2, 0.4), "large": Recorded("large", clock, load_s, 2.0)}
+    parts = {"small": Part(3), "large": Part(28)}
+    residency = Residency(plan_residency(plan, parts, mode=mode), engines)
+    prompt = Prompt(torch.ones(1, 2, 4), torch.zeros(1, 2, 4))
+    denoise(torch.zeros(1, 4, 1, 2, 2), plan, engines, dict.fromkeys(engines, prompt), residency=residency)
+    residency.close()
+    return engines, clock
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("plan", [SANDWICH, BRIDGED], ids=["sandwich", "bridged"])
+def test_every_step_finds_its_weights_in_every_mode(mode, plan):
+    _, clock = walk(mode, plan)
+    loads = [e for e in clock.events if e[2] == "load"]
+    if mode in ("resident", "freed"):
+        assert sorted(e[1] for e in loads) == ["large", "small"] and not [e for e in clock.events if e[2] == "unload"]
+    elif plan is SANDWICH:
+        back = ["small"] if mode == "swapped" else []  # prefetched, it is about to run again and does not leave
+        assert sorted(e[1] for e in loads) == ["large", "small", *back]
+    else:
+        assert [e[1:] for e in clock.events if e[2] == "unload"] == [("small", "unload")]
+
+
+def test_a_prefetched_engine_is_there_when_it_is_needed():
+    """Four small steps of 0.4 s cover 1.2 s of loading; swapped, the first large step waits for all of it."""
+    prefetched, _ = walk("prefetched", SANDWICH, load_s=1.2)
+    swapped, _ = walk("swapped", SANDWICH, load_s=1.2)
+    step = prefetched["large"].step_s
+    assert (prefetched["large"].waited[0] + step) / step <= 1.25  # the issue's bound for the step after the swap
+    assert swapped["large"].waited[0] == pytest.approx(1.2)
+    assert sum(prefetched["large"].waited[1:]) == 0
+
+
+def test_an_engine_that_fails_to_come_says_so_where_it_is_needed():
+    clock = Clock()
+    engines = {"small": Recorded("small", clock, 0, 1), "large": Recorded("large", clock, 0, 1)}
+
+    def broken():
+        raise MemoryError("out of memory")
+
+    engines["large"].load = broken
+    plan = parse_plan("small:2 large:2", time_grid(4))
+    residency = Residency(plan_residency(plan, {"small": Part(1), "large": Part(1)}, mode="prefetched"), engines)
+    residency.enter(0)
+    residency.enter(1)
+    with pytest.raises(MemoryError, match="out of memory"):
+        residency.enter(2)
+    residency.close()
+
+
+def test_a_pipeline_keeps_to_its_budget(tiny_pair, tiny_pipe):
+    options = dict(height=32, width=32, num_frames=1, num_inference_steps=4, plan="small:2 large:2", output_type="latent")
+    wanted = tiny_pipe("a red circle", generator=torch.Generator().manual_seed(0), **options)
+    whole = tiny_pipe.plan_residency(wanted.plan, Bucket(32, 32, 1))
+    least = plan_residency(wanted.plan, {n: Part(0) for n in ("small", "large")}, mode="swapped")
+    assert whole.mode == "resident" and [p.name for p in whole.phases] == ["encode", "small", "large", "decode"]
+    pipe = NexusPipeline.from_pretrained(tiny_pair, vram=whole.peak - 1)
+    pipe.set_progress_bar_config(disable=True)
+    got = pipe("a red circle", generator=torch.Generator().manual_seed(0), **options)
+    assert torch.equal(got.frames, wanted.frames) and pipe.text.model is None  # freed before denoising
+    assert pipe.plan_residency(wanted.plan, Bucket(32, 32, 1)).mode == "freed" and least.mode == "swapped"
+    with pytest.raises(InputError, match="the smallest budget that would do is"):
+        NexusPipeline.from_pretrained(tiny_pair, vram="10KB")("a", **options)
