@@ -239,6 +239,10 @@ def plan(args: argparse.Namespace) -> int:
     real = args.pair or args.small or args.large or args.engines
     pipe = NexusPipeline({}, None, None, None, Defaults()) if args.costs and real is None else _pipeline(args)
     chosen = pipe.make_plan(args.plan, args.steps, args.shift, args.energy)
+    memory = None
+    if pipe.engines:  # a budget that cannot be met is said before anything is measured
+        width, height = args.size or (pipe.defaults.width, pipe.defaults.height)
+        memory = pipe.plan_residency(chosen, Bucket(width, height, args.frames or pipe.defaults.num_frames))
     costs = _step_costs(args, pipe, blend)
     guidance = pipe.defaults.guidance_scale if args.guidance is None else args.guidance
     second = pipe.defaults.guidance_scale_2 if args.guidance is None and args.guidance_2 is None else args.guidance_2
@@ -259,9 +263,8 @@ def plan(args: argparse.Namespace) -> int:
         f"reference: {full['small']} small and {full['large']} large forwards, {whole:.1f} ms; "
         f"this plan takes {100 * total / whole:.0f}% of it ({whole / total:.2f}x faster)"
     )
-    if pipe.engines:
-        width, height = args.size or (pipe.defaults.width, pipe.defaults.height)
-        print(pipe.plan_residency(chosen, Bucket(width, height, args.frames or pipe.defaults.num_frames)).table())
+    if memory is not None:
+        print(memory.table())
     source = "as given" if args.costs else "measured on this machine"
     print(f"step costs ({source}): small {costs.small_guided:.2f} ms guided, large {costs.large_guided:.2f} ms guided, "
           f"blend {costs.blend:.3f} ms, solver {costs.solver:.3f} ms")  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.export.build import Target, export_generator, export_pair
 from nexus_rt.export.parity import distance
 from nexus_rt.models.load import load_transformer
+from nexus_rt.pair import MINI
 
 CPU = torch.device("cpu")
 SIZE = Bucket(48, 32, 5)
@@ -181,6 +183,21 @@ def test_a_pipeline_of_engines_makes_the_same_video(exported, tiny_pipe):
     assert (pipe.defaults.width, pipe.defaults.height, pipe.defaults.num_frames) == SIZE
     with pytest.raises(InputError, match="size 64x32x5 is none"):  # before anything is encoded
         pipe("a", height=32, width=64, num_frames=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnx", "aoti"])
+def test_the_mini_pair_draws_the_same_frames(backend, cache, tmp_path):
+    base = NexusPipeline.from_pretrained()
+    size = Bucket(base.defaults.width, base.defaults.height, base.defaults.num_frames)
+    encoders = {n: MINI / n for n in ("vae", "text_encoder", "tokenizer", "understanding", "connector")}
+    generators = {n: MINI / n for n in ("small", "large")}
+    export_pair(generators, encoders, MINI / "model_index.json", Target(backend, "fp32", (size,), CPU), tmp_path / "e", "x")
+    prompt = "the shape that rolls, in the colour of the sky, striped, moves left on a sand background"
+    frames = [
+        p(prompt, generator=torch.Generator().manual_seed(0)).frames for p in (base, NexusPipeline.from_engines(tmp_path / "e"))
+    ]
+    assert 10 * np.log10(1 / ((frames[0] - frames[1]) ** 2).mean()) >= 45
 
 
 def test_a_folder_without_engines_says_what_makes_them(tmp_path):

@@ -67,13 +67,13 @@ class ResidencyPlan:
 
     def table(self) -> str:
         """Lines to print: what is resident when, and peak bytes."""
-        lines = [f"{'phase':12} {'steps':>9}  {'GB':>7}  resident (arriving)"]
+        lines = [f"{'phase':8} {'steps':>7} {'peak':>10}  resident (arriving)"]
         for p in self.phases:
             steps = "" if p.first < 0 else f"{p.first}-{p.last}"
             arriving = f" ({', '.join(p.arriving)})" if p.arriving else ""
-            lines.append(f"{p.name:12} {steps:>9}  {p.peak / 1e9:7.2f}  {', '.join(p.present)}{arriving}")
-        budget = "" if self.budget is None else f" of {self.budget / 1e9:.2f} GB"
-        return "\n".join([*lines, f"{self.mode}: at most {self.peak / 1e9:.2f} GB{budget}; working memory is estimated"])
+            lines.append(f"{p.name:8} {steps:>7} {amount(p.peak):>10}  {', '.join(p.present)}{arriving}")
+        budget = "" if self.budget is None else f" of {amount(self.budget)}"
+        return "\n".join([*lines, f"{self.mode}: at most {amount(self.peak)}{budget}; working memory is estimated"])
 
 
 def parse_bytes(text: str) -> int:
@@ -86,6 +86,11 @@ def parse_bytes(text: str) -> int:
     if not found or found[2].upper() not in UNITS or float(found[1]) == 0:
         raise InputError(f"memory {text!r} is not an amount; expected one such as 24GB or 22GiB.")
     return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def amount(count: int) -> str:
+    """Bytes for reading: 28.01 GB, 3.4 MB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def activation_bytes(architecture: Mapping[str, int], size: Bucket, batch: int = 2, element: int = 2) -> int:
@@ -187,8 +192,8 @@ def plan_residency(plan: Plan, parts: Mapping[str, Part], budget: int | None = N
     least = min(tried, key=lambda r: r.peak)
     worst = max(least.phases, key=lambda p: p.peak)
     raise InputError(
-        f"{budget / 1e9:.2f} GB do not hold this plan: its {worst.name!r} phase needs {worst.peak / 1e9:.2f} GB for "
-        f"{', '.join(worst.present)}; the smallest budget that would do is {least.peak / 1e9:.2f} GB. A plan without a "
+        f"{amount(budget)} do not hold this plan: its {worst.name!r} phase needs {amount(worst.peak)} for "
+        f"{', '.join(worst.present)}; the smallest budget that would do is {amount(least.peak)}. A plan without a "
         "bridge, smaller frames or weights of a lower precision need less."
     )
 
