@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nexus_rt.cache import cache_root
 from nexus_rt.errors import InputError, choose
 from nexus_rt.ops import cannot_run_triton
 
@@ -285,11 +286,8 @@ def _milliseconds(call: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def cache_file() -> Path:
-    """Where decisions are kept: `attention.json` under `NEXUS_RT_CACHE`, else the user's cache folder."""
-    base = os.environ.get("NEXUS_RT_CACHE")
-    return (
-        Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nexus_rt"
-    ) / "attention.json"
+    """Where decisions are kept."""
+    return cache_root() / "attention.json"
 
 
 def _read_cache() -> dict:

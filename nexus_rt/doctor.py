@@ -8,8 +8,10 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from nexus_rt import __version__
+from nexus_rt.errors import InputError
 
-PACKAGES = ("torch", "triton", "transformers", "diffusers", "safetensors", "numpy", "av", "onnx", "onnxruntime", "tensorrt")
+PACKAGES = ("torch", "triton", "transformers", "diffusers", "safetensors", "numpy", "av", "onnx", "onnxruntime", "tensorrt",
+            "tensorrt-rtx")  # fmt: skip
 
 
 def versions() -> dict[str, str | None]:
@@ -27,6 +29,7 @@ def backends() -> dict[str, tuple[bool, str]]:
     """Backend name -> (works here, in words)."""
     import torch
 
+    from nexus_rt.engines import onnx, tensorrt
     from nexus_rt.ops import cannot_run_triton
 
     cuda = torch.cuda.is_available()
@@ -35,9 +38,22 @@ def backends() -> dict[str, tuple[bool, str]]:
     return {
         "torch (cpu)": (True, f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
         "torch (cuda)": (cuda, torch.cuda.get_device_name() if cuda else no_gpu),
-        "triton kernels": (why is None, why or "norms, RoPE and modulation of the generators"),
-        "aoti, onnx, tensorrt engines": (False, "not in this version of nexus-rt; the torch engine runs instead"),
+        "triton kernels": (why is None, why or "blend, solver, norms, RoPE and attention"),
+        "aoti engines": (True, "run here; exporting one needs a C++ compiler"),
+        "onnx engines": (onnx.why_not() is None, onnx.why_not() or f"onnxruntime {onnx.version()}"),
+        **{f"{name} engines": _tensorrt(name, cuda) for name in tensorrt.PACKAGES},
     }
+
+
+def _tensorrt(name: str, cuda: bool) -> tuple[bool, str]:
+    from nexus_rt.engines import tensorrt
+
+    try:
+        tensorrt.package(name)
+    except InputError as error:
+        return False, str(error).rstrip(".")
+    found = f"{name} {tensorrt.version(name)}"
+    return cuda, found if cuda else f"{found} is installed, and engines run on a CUDA device only"
 
 
 def report() -> str:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from nexus_rt.cache import cache_root
 from nexus_rt.errors import ModelError
 
 SCHEMA = 1
@@ -164,12 +165,6 @@ class EngineFolder:
         part = self.path / f".{MANIFEST}.part"
         part.write_text(json.dumps(asdict(self.manifest), indent=1) + "\n")
         os.replace(part, self.path / MANIFEST)
-
-
-def cache_root() -> Path:
-    """`NEXUS_RT_CACHE`, else the user's cache folder."""
-    base = os.environ.get("NEXUS_RT_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nexus_rt"
 
 
 def engines_root() -> Path:
