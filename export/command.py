@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,9 +33,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         encoders |= {part: parts.text / part for part in ("text_encoder", "tokenizer")}
     index = Path(pretrained) / "model_index.json" if pretrained and (Path(pretrained) / "model_index.json").is_file() else None
     output = Path(args.output).expanduser()
-    command = shlex.join(["nexus-rt", *sys.argv[1:]])
     present = {part: folder for part, folder in encoders.items() if folder is not None}
-    built = export_pair(parts.generators, present, index, target, output, command, say)
+    built = export_pair(parts.generators, present, index, target, output, args.line, say)
     for name, engine in built.items():
         rows = engine.manifest.parity["rows"].values()
         worst = max((r["relative_error"] for r in rows), default=0.0)

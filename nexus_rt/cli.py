@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -310,6 +311,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, 1 for a failure, 2 for wrong arguments, 130 when interrupted."""
     args = _parser().parse_args(argv)
+    args.line = shlex.join(["nexus-rt", *(sys.argv[1:] if argv is None else argv)])  # engines remember what made them
     try:
         code = COMMANDS[args.command](args)
         sys.stdout.flush()
