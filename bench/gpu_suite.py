@@ -82,7 +82,7 @@ class Suite:
         import torch
 
         if self.dry:
-            runs, warmup = 2, 0
+            runs, warmup = 1, 0
         for _ in range(warmup):
             call()
         if self.device.type != "cuda":

@@ -78,8 +78,13 @@ def test_the_stencil_is_the_formula(shape, dtype, subset):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("subset", SUBSETS[:4])
-@pytest.mark.parametrize("split, lowpass", [("fft", "gaussian"), ("dct", "gaussian"), ("fft", "butterworth"), ("dct", "ideal")])
+@pytest.mark.parametrize(
+    "subset, split, lowpass",
+    [
+        ("both guided", "fft", "gaussian"), ("both", "dct", "gaussian"), ("small guided", "fft", "butterworth"),
+        ("large guided", "dct", "ideal"), ("both guided", "dct", "butterworth"),
+    ],
+)  # fmt: skip
 def test_the_filter_is_the_formula(shape, dtype, subset, split, lowpass):
     four, scales = predictions(shape, dtype, subset)
     f = split_filter(*shape[-2:], split, lowpass, 2, 0.43, torch.device("cpu"))
