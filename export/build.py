@@ -23,7 +23,7 @@ from types import ModuleType
 import torch
 
 from nexus_rt import __version__
-from nexus_rt.engines.exported import DTYPES, Bucket
+from nexus_rt.engines.exported import DTYPES, GRAPHS, Bucket
 from nexus_rt.engines.folder import EngineFolder, Manifest, engines_root, files_of, link_tree, trusted_hash
 from nexus_rt.engines.open import engine_of
 from nexus_rt.engines.torch import TorchEngine
@@ -33,7 +33,6 @@ from nexus_rt.export.parity import gate
 from nexus_rt.models import load
 
 BUILDERS = {"onnx": "onnx", "aoti": "aoti", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt"}  # backend -> module
-GRAPHS = ("context", "velocity")
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 
 
@@ -220,22 +219,23 @@ def _compared(
 ) -> EngineFolder:  # fmt: skip
     """Pass the engine through the gate and give it its name, or put it aside; name it uncompared where it cannot run."""
     shutil.rmtree(part / ".complete", ignore_errors=True)
+    manifest = replace(manifest, files=files_of(part))
     if not builder.can_run():
         say(f"{name}: built; it cannot run here and was not compared: run the same command where it can")
         why = "it was built where it cannot run and never compared; run the same command on its GPU"
         parity = {"passed": False, "compared": False, "why": why, "rows": {}}
-        EngineFolder(part, replace(manifest, files=files_of(part), parity=parity)).write()
+        EngineFolder(part, replace(manifest, parity=parity)).write()
         os.rename(part, final)
         return EngineFolder.read(final)
     say(f"{name}: comparing with the torch engine in float32")
     runs_on = torch.device("cuda") if manifest.device["type"] == "cuda" else target.device
-    engine = engine_of(EngineFolder(part, replace(manifest, files=files_of(part))), runs_on)
+    engine = engine_of(EngineFolder(part, manifest), runs_on)
     reference = TorchEngine(load.load_transformer(folder, torch.float32, runs_on, "torch"))
     parity = gate(engine, reference, manifest.architecture, target.ordered(), target.precision, runs_on)
     engine.unload()
     del reference
     gc.collect()
-    done = EngineFolder(part, replace(manifest, files=files_of(part), parity=parity))
+    done = EngineFolder(part, replace(manifest, parity=parity))
     done.write()
     where = final if parity["passed"] else final.with_suffix(".failed")
     if where.exists():

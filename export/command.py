@@ -39,6 +39,5 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         rows = engine.manifest.parity["rows"].values()
         worst = max((r["relative_error"] for r in rows), default=0.0)
         verdict = f"{len(rows)} comparisons passed, relative error at most {worst:.1e}" if rows else "NOT COMPARED"
-        megabytes = sum(f["bytes"] for f in engine.manifest.files.values()) / 1e6
-        print(f"{output / name}: {megabytes:.1f} MB, {verdict}")
+        print(f"{output / name}: {engine.nbytes / 1e6:.1f} MB, {verdict}")
     return 0

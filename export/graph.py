@@ -22,7 +22,6 @@ from nexus_rt.ops import TORCH
 
 MAX_BATCH = 64
 MAX_TOKENS = 4096
-INPUTS = {"context": ("embeds",), "velocity": ("latents", "timestep", "keys", "values", "bias")}
 OUTPUTS = {"context": ("keys", "values"), "velocity": ("velocity",)}
 
 

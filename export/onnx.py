@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nexus_rt.engines import onnx as backend
+from nexus_rt.engines.exported import GRAPHS
 from nexus_rt.engines.open import here
-from nexus_rt.export.graph import INPUTS, OUTPUTS, Traced
+from nexus_rt.export.graph import OUTPUTS, Traced
 
 if TYPE_CHECKING:
     from nexus_rt.export.build import Target
@@ -74,7 +75,7 @@ def write(graph: str, traced: Traced, folder: Path, opset: int) -> None:
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 traced.program, dynamo=True, opset_version=opset, verbose=False, optimize=True,
-                input_names=list(INPUTS[graph]), output_names=list(OUTPUTS[graph]),
+                input_names=list(GRAPHS[graph]), output_names=list(OUTPUTS[graph]),
             )  # fmt: skip
             program.save(str(path), external_data=True)
     finally:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nexus_rt.engines import tensorrt as backend
+from nexus_rt.engines.exported import GRAPHS
 from nexus_rt.engines.folder import engines_root
 from nexus_rt.errors import InputError
 from nexus_rt.export import onnx
@@ -67,7 +68,7 @@ def can_run() -> bool:
 
 def profiles(graph: str, traced: Traced, target: Target) -> list[dict[str, list]]:
     """Ranges of every input, a profile a size: [fewest, usual, most] shapes."""
-    shapes = {name: list(t.shape) for name, t in zip(onnx.INPUTS[graph], traced.inputs, strict=True)}
+    shapes = {name: list(t.shape) for name, t in zip(GRAPHS[graph], traced.inputs, strict=True)}
     spread = lambda make: [make(b, n) for b, n in zip(BATCH, TOKENS, strict=True)]  # noqa: E731
     if graph == "context":
         return [{"embeds": spread(lambda b, n: [b, n, shapes["embeds"][2]])}]

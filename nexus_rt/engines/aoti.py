@@ -11,9 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.exported import ExportedEngine
-
-GRAPHS = {"context": ("embeds",), "velocity": ("latents", "timestep", "keys", "values", "bias")}
+from nexus_rt.engines.exported import GRAPHS, ExportedEngine
 
 
 def version() -> str:

@@ -20,13 +20,12 @@ def run(action: str, folders: list[str]) -> int:
 
 def _line(engine: EngineFolder) -> str:
     m = engine.manifest
-    size = sum(f["bytes"] for f in m.files.values())
     where = m.device["name"] or m.device["type"]
     worst = max((r["relative_error"] for r in m.parity.get("rows", {}).values()), default=float("nan"))
     sizes = ",".join(str(Bucket(*b)) for b in m.buckets)
     return (
         f"{engine.path.name}  {m.generator:5} {m.backend} {m.backend_version} {m.precision} on {where}  {sizes}  "
-        f"{size / 1e6:.1f} MB  parity {'passed' if m.parity.get('passed') else 'FAILED'} ({worst:.1e})"
+        f"{engine.nbytes / 1e6:.1f} MB  parity {'passed' if m.parity.get('passed') else 'FAILED'} ({worst:.1e})"
     )
 
 

@@ -15,6 +15,7 @@ from nexus_rt.models.wan import collapse_padding
 if TYPE_CHECKING:
     from nexus_rt.engines.folder import EngineFolder
 
+GRAPHS = {"context": ("embeds",), "velocity": ("latents", "timestep", "keys", "values", "bias")}  # and their inputs
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -76,7 +77,7 @@ class ExportedEngine:
     @property
     def nbytes(self) -> int:
         """Bytes of the artefacts, which are the weights but for some kilobytes."""
-        return sum(f["bytes"] for f in self.folder.manifest.files.values())
+        return self.folder.nbytes
 
     @property
     def resident(self) -> bool:

@@ -108,6 +108,11 @@ class EngineFolder:
             raise ModelError(f"{path / MANIFEST} lacks {', '.join(sorted(missing))}; export the engine again.")
         return cls(path, Manifest(**{k: v for k, v in said.items() if k in known}))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the artefacts."""
+        return sum(f["bytes"] for f in self.manifest.files.values())
+
     def rebuild(self) -> str:
         return f"rebuild it: {self.manifest.command}"
 
@@ -118,7 +123,7 @@ class EngineFolder:
             again: read every file, even one whose hash is remembered.
 
         Raises:
-            ModelError: a file is missing, truncated or damaged, or one is there that the manifest does not list.
+            ModelError: a file is missing, truncated or damaged.
         """
         for name, known in self.manifest.files.items():
             file = self.path / name

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.exported import ExportedEngine
+from nexus_rt.engines.exported import GRAPHS, ExportedEngine
 from nexus_rt.errors import InputError
 
 # onnx.TensorProto's numbers
 ELEMENTS = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}
-GRAPHS = ("context", "velocity")
 
 
 def version() -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.exported import ExportedEngine
+from nexus_rt.engines.exported import GRAPHS, ExportedEngine
 from nexus_rt.errors import InputError, ModelError
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -23,7 +23,6 @@ INSTALL = {
     "tensorrt": "its wheels are in the vendor's own package index, not in the public one",
     "tensorrt-rtx": "pip install tensorrt-rtx",
 }
-GRAPHS = ("context", "velocity")
 
 
 def version(backend: str) -> str | None:
