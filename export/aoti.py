@@ -10,7 +10,7 @@ import torch
 
 from nexus_rt.engines import aoti as backend
 from nexus_rt.engines.open import here
-from nexus_rt.export.graph import Traced
+from nexus_rt.export.symbols import Traced
 
 if TYPE_CHECKING:
     from nexus_rt.export.build import Target

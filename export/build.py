@@ -1,4 +1,4 @@
-"""`nexus-rt export`: from a generator's folder to an engine folder that has proved itself.
+"""`nexus-rt export`: from a model's folder to an engine folder that has proved itself.
 
 Engines are built in the cache, in a folder named by what they are made of and for, under a lock: a second process that
 wants the same engine waits and takes it, an interrupted build goes on after the last artefact it finished, and nothing
@@ -9,31 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
-import hashlib
 import importlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from nexus_rt import __version__
-from nexus_rt.engines.exported import DTYPES, GRAPHS, Bucket
-from nexus_rt.engines.folder import EngineFolder, Manifest, engines_root, files_of, link_tree, trusted_hash
+from nexus_rt.engines.exported import DTYPES, Bucket
+from nexus_rt.engines.folder import EngineFolder, Manifest, engines_root, files_of, link_tree
 from nexus_rt.engines.open import engine_of
-from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError, ModelError, choose
-from nexus_rt.export.graph import trace
 from nexus_rt.export.parity import gate
+from nexus_rt.export.parts import Part, weights_bytes, weights_hash
 from nexus_rt.models import load
 
 BUILDERS = {"onnx": "onnx", "aoti": "aoti", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt"}  # backend -> module
-WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,7 @@ class Target:
 
     device: where it is built, and for onnx and aoti where it will run. opset: of the ONNX graph. sm: the compute
     capability to build for, of tensorrt-rtx (None: all it knows). weight_streaming, refit: of the TensorRTs.
+    range: the buckets are the two ends of a range, and any size between them will do.
     """
 
     backend: str
@@ -52,6 +48,7 @@ class Target:
     sm: str | None = None
     weight_streaming: bool = False
     refit: bool = False
+    range: bool = False
 
     def ordered(self) -> list[Bucket]:
         """The sizes once each, in the manifest's order."""
@@ -73,25 +70,13 @@ class Target:
         return module
 
 
-def weights_hash(folder: Path) -> str:
-    """One hash of a transformer folder's weight files, by name and content."""
-    files = [p for p in sorted(folder.iterdir()) if p.suffix in WEIGHTS]
-    if not files:
-        raise ModelError(f"{folder} holds no weights ({', '.join(WEIGHTS)}); expected a transformer's folder.")
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name} {trusted_hash(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def export_generator(
-    name: str, source: str | Path, target: Target, command: str, say: Callable[[str], None] = lambda text: None
+def export_part(
+    part: Part, target: Target, command: str, say: Callable[[str], None] = lambda text: None
 ) -> EngineFolder:  # fmt: skip
-    """Build, or find in the cache, the engine of one generator.
+    """Build, or find in the cache, the engine of a part.
 
     Args:
-        name: "small" or "large". source: a folder with its weights. command: what rebuilds it, for the manifest.
-        say: called with a line for every stage.
+        command: what rebuilds it, for the manifest. say: called with a line for every stage.
 
     Returns:
         The folder in the cache; its manifest's "parity" says whether it passed.
@@ -100,16 +85,17 @@ def export_generator(
         InputError: the target cannot be built here, or the disk has no room for it; said before any work.
         ModelError: the source is no model, the engine failed its parity gate (it is kept aside), or the disk filled up.
     """
+    name, target = part.name, replace(target, precision=part.precision(target.precision))
     builder = target.builder()
-    folder = load.transformer_folder(Path(source))
-    config = load.load_config(folder)
-    say(f"{name}: reading {folder}")
+    architecture = part.architecture()
+    say(f"{name}: reading {', '.join(map(str, part.folders))}")
+    options = {k: True for k in ("weight_streaming", "refit", "range") if getattr(target, k)} if part.sized else {}
     manifest = Manifest(
-        generator=name, backend=target.backend, backend_version=builder.version(target), precision=target.precision,
-        architecture=json.loads(json.dumps(asdict(config))), weights=weights_hash(folder),
-        buckets=[list(b) for b in target.ordered()], device=builder.built_for(target), producer=f"nexus-rt {__version__}",
-        command=command, opset=target.opset if target.backend == "onnx" else None,
-        options={k: True for k in ("weight_streaming", "refit") if getattr(target, k)},
+        part=name, backend=target.backend, backend_version=builder.version(target), precision=target.precision,
+        architecture=architecture, weights=weights_hash(part.folders),
+        buckets=[list(b) for b in target.ordered()] if part.sized else [], graphs=part.graphs(),
+        device=builder.built_for(target), producer=f"nexus-rt {__version__}", command=command,
+        opset=target.opset if target.backend == "onnx" else None, options={**options, **part.options()},
     )  # fmt: skip
     final = engines_root() / manifest.identity()
     with _locked(final.with_suffix(".lock"), lambda: say(f"{name}: another process builds this engine; waiting for it")):
@@ -118,20 +104,20 @@ def export_generator(
             if done.manifest.parity.get("compared", True) or not builder.can_run():
                 return done
             os.rename(final, final.with_suffix(".part"))  # built without a GPU, which is here now
-            return _compared(name, folder, final.with_suffix(".part"), final, done.manifest, target, builder, say)
-        part = final.with_suffix(".part")
-        part.mkdir(parents=True, exist_ok=True)
-        need = _bytes_needed(folder, target.precision)
+            return _compared(part, final.with_suffix(".part"), final, done.manifest, target, builder, say)
+        work = final.with_suffix(".part")
+        work.mkdir(parents=True, exist_ok=True)
+        need = int(weights_bytes(part.folders) * (2 if target.precision == "fp32" else 1.1)) + (1 << 20)  # stored in half?
         try:
-            _room(part, need)
-            _artefacts(name, folder, part, target, builder, say)
-            return _compared(name, folder, part, final, manifest, target, builder, say)
+            _room(work, need)
+            _artefacts(part, work, target, builder, say)
+            return _compared(part, work, final, manifest, target, builder, say)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
             raise ModelError(
-                f"the disk under {part.parent} filled up: this engine takes about {need / 1e9:.1f} GB; nothing was left "
+                f"the disk under {work.parent} filled up: this engine takes about {need / 1e9:.1f} GB; nothing was left "
                 "behind. Make room, or set NEXUS_RT_CACHE to another disk."
             ) from error
 
@@ -149,16 +135,11 @@ def _finished(final: Path) -> EngineFolder | None:
         return None
 
 
-def _bytes_needed(folder: Path, precision: str) -> int:
-    stored = sum(p.stat().st_size for p in folder.iterdir() if p.suffix in WEIGHTS)
-    return int(stored * (2 if precision == "fp32" else 1.1)) + (1 << 20)  # stored in half precision, written in float32
-
-
-def _room(part: Path, need: int) -> None:
-    free = shutil.disk_usage(part).free
+def _room(work: Path, need: int) -> None:
+    free = shutil.disk_usage(work).free
     if free < need:
         raise InputError(
-            f"{part.parent} has {free / 1e9:.1f} GB free and this engine takes about {need / 1e9:.1f} GB; make room, or set "
+            f"{work.parent} has {free / 1e9:.1f} GB free and this engine takes about {need / 1e9:.1f} GB; make room, or set "
             "NEXUS_RT_CACHE to another disk."
         )
 
@@ -178,17 +159,19 @@ def _locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def _artefacts(name: str, folder: Path, part: Path, target: Target, builder: ModuleType, say: Callable[[str], None]) -> None:
+def _artefacts(part: Part, work: Path, target: Target, builder: ModuleType, say: Callable[[str], None]) -> None:
     """Every graph's artefact, those of an interrupted build kept: each is built aside and moved in when it is complete."""
-    marks = part / ".complete"
+    marks = work / ".complete"
     marks.mkdir(exist_ok=True)
-    todo = [g for g in GRAPHS if not (marks / g).exists()]
+    todo = [g for g in part.graphs() if not (marks / g).exists()]
     if not todo:
         return
-    aside = part / ".building"
+    aside, name = work / ".building", part.name
     say(f"{name}: tracing")
-    model = load.load_transformer(folder, DTYPES[target.precision], target.device, *_kernels(target))
-    traced = trace(model, target.ordered())
+    try:
+        traced = part.trace(target.precision, target.ordered() if part.sized else [], target.device, _kernels(target))
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{name}: it cannot be traced: {_first_line(error)}") from error
     for graph in todo:
         say(f"{name}: building {graph} ({target.backend}, {target.precision})")
         shutil.rmtree(aside, ignore_errors=True)
@@ -196,14 +179,21 @@ def _artefacts(name: str, folder: Path, part: Path, target: Target, builder: Mod
         try:
             builder.build(graph, traced[graph], aside, target)
         except (RuntimeError, ValueError) as error:
-            said = (str(error).strip() or "no message").splitlines()[0][:600]
-            raise ModelError(f"{name}: the {graph} graph could not be built for {target.backend}: {said}") from error
+            raise ModelError(
+                f"{name}: the {graph} graph could not be built for {target.backend}: {_first_line(error)}"
+            ) from error
         for file in aside.iterdir():
-            os.replace(file, part / file.name)
+            os.replace(file, work / file.name)
         (marks / graph).touch()
     shutil.rmtree(aside, ignore_errors=True)
-    del model, traced
+    for graph in traced.values():
+        graph.forget()
+    del traced
     load.release(target.device)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0][:600]
 
 
 def _kernels(target: Target) -> tuple[str, str]:
@@ -214,33 +204,31 @@ def _kernels(target: Target) -> tuple[str, str]:
 
 
 def _compared(
-    name: str, folder: Path, part: Path, final: Path, manifest: Manifest, target: Target, builder: ModuleType,
+    part: Part, work: Path, final: Path, manifest: Manifest, target: Target, builder: ModuleType,
     say: Callable[[str], None],
 ) -> EngineFolder:  # fmt: skip
     """Pass the engine through the gate and give it its name, or put it aside; name it uncompared where it cannot run."""
-    shutil.rmtree(part / ".complete", ignore_errors=True)
-    manifest = replace(manifest, files=files_of(part))
+    name = part.name
+    shutil.rmtree(work / ".complete", ignore_errors=True)
+    manifest = replace(manifest, files=files_of(work))
     if not builder.can_run():
         say(f"{name}: built; it cannot run here and was not compared: run the same command where it can")
         why = "it was built where it cannot run and never compared; run the same command on its GPU"
         parity = {"passed": False, "compared": False, "why": why, "rows": {}}
-        EngineFolder(part, replace(manifest, parity=parity)).write()
-        os.rename(part, final)
+        EngineFolder(work, replace(manifest, parity=parity)).write()
+        os.rename(work, final)
         return EngineFolder.read(final)
-    say(f"{name}: comparing with the torch engine in float32")
+    say(f"{name}: comparing with PyTorch in float32")
     runs_on = torch.device("cuda") if manifest.device["type"] == "cuda" else target.device
-    engine = engine_of(EngineFolder(part, manifest), runs_on)
-    reference = TorchEngine(load.load_transformer(folder, torch.float32, runs_on, "torch"))
-    parity = gate(engine, reference, manifest.architecture, target.ordered(), target.precision, runs_on)
+    engine = engine_of(EngineFolder(work, manifest), runs_on)
+    parity = gate(part, engine, target.ordered(), target.precision, runs_on)
     engine.unload()
-    del reference
-    gc.collect()
-    done = EngineFolder(part, replace(manifest, parity=parity))
+    done = EngineFolder(work, replace(manifest, parity=parity))
     done.write()
     where = final if parity["passed"] else final.with_suffix(".failed")
     if where.exists():
         shutil.rmtree(where)
-    os.rename(part, where)
+    os.rename(work, where)
     if not parity["passed"]:
         raise ModelError(
             f"the {name} engine is not the model it was made of: {parity['why']}. It is kept in {where}, and is not loaded "
@@ -249,36 +237,36 @@ def _compared(
     return EngineFolder(where, done.manifest)
 
 
-def export_pair(
-    generators: dict[str, Path], encoders: dict[str, Path], index: Path | None, target: Target, output: Path, command: str,
+def export_parts(
+    parts: list[Part], beside: dict[str, Path], index: Path | None, target: Target, output: Path, command: str,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, EngineFolder]:  # fmt: skip
-    """Export the generators of a pair into a folder that `NexusPipeline.from_engines` loads by itself.
+    """Export parts of a pair into a folder that `NexusPipeline.from_engines` loads by itself.
 
     Args:
-        generators: "small", "large" -> folder. encoders: part -> folder, linked beside the engines. index: the pair's
-            `model_index.json`, copied for its defaults.
+        beside: the pair's other parts -> folder, linked beside the engines. index: the pair's `model_index.json`, copied
+            for its defaults.
         output: the folder to make; engines that it holds already are replaced, and each appears only when complete.
 
     Raises:
-        InputError, ModelError: as `export_generator`.
+        InputError, ModelError: as `export_part`.
     """
-    target.builder()
+    for part in parts:
+        replace(target, precision=part.precision(target.precision)).builder()
     output.mkdir(parents=True, exist_ok=True)
     built = {}
-    for name, source in generators.items():
-        engine = export_generator(name, source, target, command, say)
-        place = output / name
-        old = output / f".{name}.old"
+    for part in parts:
+        engine = export_part(part, target, command, say)
+        place, old = output / part.name, output / f".{part.name}.old"
         shutil.rmtree(old, ignore_errors=True)
         if place.exists():
             os.rename(place, old)
         link_tree(engine.path, place)
         shutil.rmtree(old, ignore_errors=True)
-        built[name] = EngineFolder(place, engine.manifest)
-    for part, source in encoders.items():
-        if not (output / part).exists():
-            link_tree(source, output / part)
+        built[part.name] = EngineFolder(place, engine.manifest)
+    for name, source in beside.items():
+        if not (output / name).exists():
+            link_tree(source, output / name)
     if index is not None:
         shutil.copy2(index, output / "model_index.json")
     return built

@@ -6,38 +6,70 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 
-from nexus_rt.engines.exported import Bucket
-from nexus_rt.export.build import Target, export_pair
-from nexus_rt.pair import MINI, find_parts
+from nexus_rt.engines.exported import parse_sizes
+from nexus_rt.engines.folder import EngineFolder
+from nexus_rt.errors import InputError, choose
+from nexus_rt.export.build import Target, export_parts
+from nexus_rt.export.parts import DecoderPart, GeneratorPart, Part, StepPart, TextPart
+from nexus_rt.loading import default_device
+from nexus_rt.pair import MINI, Parts, find_parts
+
+NAMES = ("small", "large", "vae", "text_encoder")
 
 
 def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     """Export what the arguments name."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = default_device(args.device)
     names = ("small", "large", "vae", "text_encoder", "understanding", "connector")
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     pretrained = args.pair if args.pair or args.small or args.large else MINI
-    parts = find_parts(pretrained, given, {"local_files_only": args.local_files_only})
-    d = parts.defaults
-    sizes = args.sizes.split(",") if args.sizes else [f"{d.width}x{d.height}x{d.num_frames}"]
+    found = find_parts(pretrained, given, {"local_files_only": args.local_files_only})
+    d = found.defaults
+    sizes, ends = parse_sizes(args.sizes or f"{d.width}x{d.height}x{d.num_frames}")
     precision = args.precision or ("fp32" if device.type == "cpu" else "bf16")
-    target = Target(
-        args.backend, precision, tuple(Bucket.parse(s) for s in sizes), device, args.opset, args.sm,
-        args.weight_streaming, args.refit,
-    )  # fmt: skip
-    target.builder()  # what cannot be built is said before the encoders are linked
-    encoders = {"vae": parts.vae, "understanding": parts.understanding, "connector": parts.connector}
-    if parts.text is not None:
-        encoders |= {part: parts.text / part for part in ("text_encoder", "tokenizer")}
+    target = Target(args.backend, precision, sizes, device, args.opset, args.sm, args.weight_streaming, args.refit, ends)
+    target.builder()  # what cannot be built is said before anything is read
+    parts = chosen_parts(found, args.parts, args.fuse_step)
     index = Path(pretrained) / "model_index.json" if pretrained and (Path(pretrained) / "model_index.json").is_file() else None
     output = Path(args.output).expanduser()
-    present = {part: folder for part, folder in encoders.items() if folder is not None}
-    built = export_pair(parts.generators, present, index, target, output, args.line, say)
+    built = export_parts(parts, folders_beside(found, parts), index, target, output, args.line, say)
     for name, engine in built.items():
-        rows = engine.manifest.parity["rows"].values()
-        worst = max((r["relative_error"] for r in rows), default=0.0)
-        verdict = f"{len(rows)} comparisons passed, relative error at most {worst:.1e}" if rows else "NOT COMPARED"
-        print(f"{output / name}: {engine.nbytes / 1e6:.1f} MB, {verdict}")
+        print(f"{output / name}: {engine.nbytes / 1e6:.1f} MB, {_verdict(engine)}")
     return 0
+
+
+def chosen_parts(found: Parts, names: str | None, fuse_step: bool = False) -> list[Part]:
+    """Parts of a pair to export: those named, or its generators.
+
+    Raises:
+        InputError: an unknown part, or one that the pair has not; a fused step without both generators.
+    """
+    chosen = [n.strip() for n in names.split(",")] if names else list(found.generators)
+    parts: list[Part] = []
+    for name in dict.fromkeys(choose("part", n, NAMES) for n in chosen):
+        folder = {**found.generators, "vae": found.vae, "text_encoder": found.text}.get(name)
+        if folder is None:
+            raise InputError(f"there is no {name} here to export; pass --{name.replace('_', '-')}, or other --parts.")
+        kind = {"vae": DecoderPart, "text_encoder": TextPart}.get(name)
+        parts.append(kind(folder) if kind else GeneratorPart(name, folder))
+    if fuse_step:
+        if len(found.generators) < 2:
+            raise InputError("--fuse-step puts both generators in one graph; pass --small and --large.")
+        parts.append(StepPart(found.generators))
+    return parts
+
+
+def folders_beside(found: Parts, parts: list[Part]) -> dict[str, Path]:
+    """What a folder of engines needs besides them: encoders and VAE that are not exported, and the tokenizer."""
+    folders = {"vae": found.vae, "understanding": found.understanding, "connector": found.connector}
+    if found.text is not None:
+        folders |= {name: found.text / name for name in ("text_encoder", "tokenizer")}
+    exported = {p.name for p in parts}
+    return {name: f for name, f in folders.items() if f is not None and name not in exported}
+
+
+def _verdict(engine: EngineFolder) -> str:
+    rows = engine.manifest.parity["rows"].values()
+    worst = max((r["relative_error"] for r in rows), default=0.0)
+    return f"{len(rows)} comparisons passed, relative error at most {worst:.1e}" if rows else "NOT COMPARED"

@@ -10,19 +10,18 @@ are computed in the graph from the size, so one graph serves all of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram, export
+from torch.export import export
 
 from nexus_rt.engines.exported import Bucket
+from nexus_rt.export.symbols import Shape, Symbols, Traced
 from nexus_rt.models.wan import WanContext, WanTransformer
 from nexus_rt.ops import TORCH
-
-MAX_BATCH = 64
-MAX_TOKENS = 4096
-OUTPUTS = {"context": ("keys", "values"), "velocity": ("velocity",)}
 
 
 def rope_in_graph(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -67,75 +66,68 @@ class VelocityGraph(nn.Module):
         return self.model(latents, timestep, context).float()
 
 
-@dataclass(frozen=True)
-class Traced:
-    """A graph and the inputs it was traced with."""
-
-    program: ExportedProgram
-    inputs: tuple[Tensor, ...]
+def context_shapes(model: WanTransformer) -> dict[str, Shape]:
+    """Inputs of "context"."""
+    return {"embeds": ("batch", "tokens", model.config.text_dim)}
 
 
-def example(model: WanTransformer, bucket: Bucket, batch: int = 2, tokens: int = 24) -> dict[str, tuple[Tensor, ...]]:
-    """Inputs of both graphs at a size: noise, of the shapes and dtypes the engine will be given."""
-    c, device, dtype = model.config, model.device, model.dtype
-    g = torch.Generator(device).manual_seed(0)
-    make = lambda *shape: torch.randn(*shape, generator=g, device=device)  # noqa: E731
-    keys = make(2, c.num_layers, batch, tokens, c.num_attention_heads, c.attention_head_dim).to(dtype)
-    latents = make(batch, c.in_channels, *bucket.latent)
-    velocity = (latents, torch.tensor(500.0, device=device), keys[0], keys[1].clone(), make(batch, tokens))
-    return {"context": (make(batch, tokens, c.text_dim).to(dtype),), "velocity": velocity}
+def velocity_shapes(model: WanTransformer, samples: str = "batch") -> dict[str, Shape]:
+    """Inputs of "velocity"; `samples` is the batch of contexts where it is not that of the latents."""
+    c = model.config
+    stacked = (c.num_layers, samples, "tokens", c.num_attention_heads, c.attention_head_dim)
+    return {
+        "latents": ("batch", c.in_channels, "frames", "2*rows", "2*columns"), "timestep": (), "keys": stacked,
+        "values": stacked, "bias": (samples, "tokens"),
+    }  # fmt: skip
 
 
 @torch.no_grad()
 def trace(model: WanTransformer, buckets: list[Bucket]) -> dict[str, Traced]:
     """Both graphs of a model for one size, or for the range that several span.
 
-    The model's choice of attention and kernels is kept; where sizes range, RoPE is computed in the graph.
+    The model's choice of attention and kernels is kept; where kernels are PyTorch's, RoPE is computed in the graph.
     """
-    inputs = example(model, _spread(buckets))
-    batch, tokens = Dim("batch", min=1, max=MAX_BATCH), Dim("tokens", min=2, max=MAX_TOKENS)
-    sizes = _dynamic_sizes(buckets)
-    stacked = {1: batch, 2: tokens}
-    shapes = {
-        "context": ({0: batch, 1: tokens},),
-        "velocity": ({0: batch, **sizes}, None, stacked, stacked, {0: batch, 1: tokens}),
+    symbols = Symbols(buckets)
+    graphs = {
+        "context": (ContextGraph(model), context_shapes(model), ("keys", "values"), ("embeds",)),
+        "velocity": (VelocityGraph(model), velocity_shapes(model), ("velocity",), ("keys", "values")),
     }
-    graphs = {"context": ContextGraph(model), "velocity": VelocityGraph(model)}
-    own = model.ops
-    if own.name == TORCH.name:
-        _use(model, replace(own, rope=rope_in_graph))
-    try:
+    with rope_in_graphs(model):
         return {
-            name: Traced(export(graph.eval(), inputs[name], dynamic_shapes=shapes[name], strict=False), inputs[name])
-            for name, graph in graphs.items()
+            name: traced(graph, shapes, outputs, symbols, model.device, dict.fromkeys(half, model.dtype))
+            for name, (graph, shapes, outputs, half) in graphs.items()
         }
+
+
+def traced(
+    graph: nn.Module, shapes: dict[str, Shape], outputs: tuple[str, ...], symbols: Symbols, device: torch.device,
+    dtypes: dict[str, torch.dtype],
+) -> Traced:  # fmt: skip
+    """A module exported with inputs of these shapes, float32 where `dtypes` says nothing; scalars are 500."""
+    inputs = {
+        name: symbols.random(shape, dtypes.get(name, torch.float32), device) if shape else torch.tensor(500.0, device=device)
+        for name, shape in shapes.items()
+    }
+    dynamic = tuple(symbols.dynamic(shape) for shape in shapes.values())
+    program = export(graph.eval(), tuple(inputs.values()), dynamic_shapes=dynamic, strict=False)
+    return Traced(program, inputs, shapes, outputs)
+
+
+@contextlib.contextmanager
+def rope_in_graphs(*models: WanTransformer) -> Iterator[None]:
+    """Let models whose kernels are PyTorch's compute RoPE in the graph while they are traced."""
+    own = [model.ops for model in models]
+    for model in models:
+        if model.ops.name == TORCH.name:
+            _use(model, replace(model.ops, rope=rope_in_graph))
+    try:
+        yield
     finally:
-        _use(model, own)
+        for model, ops in zip(models, own, strict=True):
+            _use(model, ops)
 
 
 def _use(model: WanTransformer, ops) -> None:
     for module in model.modules():
         if hasattr(module, "ops"):
             module.ops = ops
-
-
-def _spread(buckets: list[Bucket]) -> Bucket:
-    """The size to trace with: one whose dimensions are not 1, which a tracer would take for a constant."""
-    if len(buckets) == 1:
-        return buckets[0]
-    return Bucket(max(32, *(b.width for b in buckets)), max(32, *(b.height for b in buckets)),
-                  max(5, *(b.frames for b in buckets)))  # fmt: skip
-
-
-def _dynamic_sizes(buckets: list[Bucket]) -> dict[int, Dim]:
-    """Latent dimensions that differ between the sizes, as even multiples of a dimension of their own."""
-    if len(buckets) == 1:
-        return {}
-    frames, rows, columns = (sorted({b.latent[i] for b in buckets}) for i in range(3))
-    found = {}
-    if len(frames) > 1:
-        found[2] = Dim("frames", min=frames[0], max=frames[-1])
-    for index, name, values in ((3, "rows", rows), (4, "columns", columns)):
-        if len(values) > 1:
-            found[index] = 2 * Dim(name, min=values[0] // 2, max=values[-1] // 2)
-    return found

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nexus_rt.engines import onnx as backend
-from nexus_rt.engines.exported import GRAPHS
 from nexus_rt.engines.open import here
-from nexus_rt.export.graph import OUTPUTS, Traced
+from nexus_rt.export.symbols import Traced
 
 if TYPE_CHECKING:
     from nexus_rt.export.build import Target
@@ -75,9 +74,11 @@ def write(graph: str, traced: Traced, folder: Path, opset: int) -> None:
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 traced.program, dynamo=True, opset_version=opset, verbose=False, optimize=True,
-                input_names=list(GRAPHS[graph]), output_names=list(OUTPUTS[graph]),
+                input_names=list(traced.inputs), output_names=list(traced.outputs),
             )  # fmt: skip
             program.save(str(path), external_data=True)
+            for initializer in program.model.graph.initializers.values():  # the exporter keeps graphs, and with them weights
+                initializer.const_value = None
     finally:
         logging.getLogger("torch.onnx").setLevel(level)
     onnx.checker.check_model(str(path), full_check=True)

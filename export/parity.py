@@ -1,8 +1,10 @@
-"""The parity gate: an exported engine against the torch engine in float32, before anybody may load it.
+"""The parity gate: an exported engine against PyTorch in float32, before anybody may load it.
 
-Velocities at three timesteps and at most two sizes, and the final latents of a short guided run. Two numbers each: the
-cosine, and the norm of the difference over the norm of the reference. The thresholds are what rounding weights and
-activations to a precision costs, with room: float32 engines differ in the order of sums alone.
+Both are asked the same questions, one after the other so that only one is in memory: a generator for velocities at three
+timesteps and at most two sizes and the final latents of a short guided run; a fused step for blends and a run of the
+reference plan; a decoder for frames, a text encoder for embeddings. Two numbers each: the cosine, and the norm of the
+difference over the norm of the reference. The thresholds are what rounding weights and activations to a precision
+costs, with room: float32 engines differ in the order of sums alone.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from nexus_rt.engines.base import Engine
 from nexus_rt.engines.exported import Bucket
 from nexus_rt.plan import parse_plan
 from nexus_rt.solver import time_grid
+from nexus_rt.upfb import BlendConfig
 
 TIMESTEPS = (967.0, 500.0, 50.0)
 STEPS = 4
-# precision -> (cosine at least, relative error at most) of a velocity; a run's error may be twice that
+# precision -> (cosine at least, relative error at most) of one call; a run's error may be twice that
 THRESHOLDS = {"fp32": (0.999999, 1e-3), "fp16": (0.9995, 0.02), "bf16": (0.998, 0.06)}
+Answers = dict[str, Tensor]
 
 
 def distance(got: Tensor, wanted: Tensor) -> dict[str, float]:
@@ -39,48 +43,108 @@ def prompt_like(text_dim: int, device: torch.device, tokens: int = 32) -> Prompt
     return Prompt(conditional.to(device), unconditional.to(device))
 
 
-@torch.no_grad()
-def gate(engine: Engine, reference: Engine, architecture: dict[str, Any], buckets: list[Bucket], precision: str,
-         device: torch.device) -> dict[str, Any]:  # fmt: skip
-    """Compare an engine with its reference.
+def noise(channels: int, bucket: Bucket, device: torch.device, frames: int | None = None) -> Tensor:
+    """Latents [1, C, T, H, W] of a size (or of fewer latent frames)."""
+    t, h, w = bucket.latent
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(1, channels, min(t, frames or t), h, w, generator=g).to(device)
 
-    Returns:
-        The manifest's "parity": passed, why not, thresholds, and every comparison made.
-    """
+
+def two_of(buckets: list[Bucket]) -> list[Bucket]:
+    """The first size and the last."""
+    return [buckets[0], *buckets[1:][-1:]]
+
+
+def _after_steps(run, channels: int, bucket: Bucket) -> Answers:
+    """Latents after a short run; NaN where a velocity is not finite."""
+    try:
+        found = run().cpu()
+    except ArithmeticError:
+        found = torch.full((1, channels, *bucket.latent), float("nan"))
+    return {f"latents {bucket} after {STEPS} steps": found}
+
+
+def generator_answers(engine: Engine, architecture: dict[str, Any], buckets: list[Bucket], device: torch.device) -> Answers:
+    """Velocities, and the latents of a guided run."""
     prompt = prompt_like(architecture["text_dim"], device)
-    both = torch.cat([prompt.conditional, prompt.unconditional])
+    context = engine.prepare(torch.cat([prompt.conditional, prompt.unconditional]))
+    channels, found = architecture["in_channels"], {}
+    for bucket in two_of(buckets):
+        latents = noise(channels, bucket, device)
+        for timestep in TIMESTEPS:
+            said = engine.velocity(latents, torch.tensor(timestep, device=device), context)
+            found[f"velocity {bucket} t={timestep:g}"] = said.float().cpu()
+    plan = parse_plan("large", time_grid(STEPS))
+    run = lambda: denoise(latents, plan, {"large": engine}, {"large": prompt}, guidance_scale=3.0)  # noqa: E731
+    return found | _after_steps(run, channels, bucket)
+
+
+def step_answers(
+    engines: dict[str, Engine], step: Any, architecture: dict[str, Any], buckets: list[Bucket], device: torch.device
+) -> Answers:  # fmt: skip
+    """Latents of runs that blend at every step, each split and energy once; by a fused step where one is given."""
+    prompts = {n: prompt_like(architecture[n]["text_dim"], device, 24 + 8 * i) for i, n in enumerate(("small", "large"))}
+    channels, found = architecture["small"]["in_channels"], {}
+    for bucket in two_of(buckets):
+        latents = noise(channels, bucket, device)
+        for energy, split in (("reference", "gaussian"), ("progressive", "dct"), ("none", "fft")):
+            plan = parse_plan("reference", time_grid(STEPS)).with_energy(energy)
+            run = lambda p=plan, s=split, x=latents: denoise(  # noqa: E731
+                x, p, engines, prompts, guidance_scale=3.0, guidance_scale_2=2.0, blend_config=BlendConfig(split=s),
+                kernels="torch", step_engine=step,
+            )  # fmt: skip
+            found |= {f"{k}, {split}, {energy}": v for k, v in _after_steps(run, channels, bucket).items()}
+    return found
+
+
+def decoder_answers(decoder: Any, buckets: list[Bucket]) -> Answers:
+    """Frames of short clips: the first latent frame, the second, and one after it."""
+    decoder.load()
+    z = decoder.space["z_dim"]
+    return {
+        f"frames {b}": decoder._video(noise(z, b, decoder.device, 3).to(decoder.dtype)).float().cpu() for b in two_of(buckets)
+    }
+
+
+def text_answers(encoder: Any, vocabulary: int) -> Answers:
+    """Hidden states of token ids, batches with and without padding."""
+    encoder.load()
+    found = {}
+    for count, words in ((1, 7), (3, 40)):
+        g = torch.Generator().manual_seed(words)
+        ids = torch.randint(0, vocabulary, (count, words), generator=g).to(encoder.device)
+        mask = torch.ones_like(ids)
+        mask[1:, words // 2 :] = 0
+        found[f"embeddings {count}x{words}"] = (encoder._states(ids, mask) * mask[..., None]).float().cpu()
+    return found
+
+
+def judge(got: Answers, wanted: Answers, precision: str) -> dict[str, Any]:
+    """The manifest's "parity": passed, why not, thresholds, and every comparison made."""
     cosine, error = THRESHOLDS[precision]
     rows: dict[str, dict] = {}
-    thresholds = {"cosine": cosine, "relative_error": error}
-    chosen = [buckets[0], *buckets[1:][-1:]]
-    try:
-        mine = engine.prepare(both)
-        engine.velocity(torch.zeros(1, architecture["in_channels"], *buckets[0].latent, device=device), torch.tensor(1.0), mine)
-    except RuntimeError as problem:
-        said = (str(problem).strip() or "no message").splitlines()[0][:300]
-        return {"passed": False, "why": f"it does not run: {said}", "thresholds": thresholds, "rows": {}}
-    theirs = reference.prepare(both)
-    for bucket in chosen:
-        latents = torch.randn(1, architecture["in_channels"], *bucket.latent, generator=torch.Generator().manual_seed(1))
-        latents = latents.to(device)
-        for timestep in TIMESTEPS:
-            t = torch.tensor(timestep, device=device)
-            rows[f"velocity {bucket} t={timestep:g}"] = distance(
-                engine.velocity(latents, t, mine), reference.velocity(latents, t, theirs)
-            )
-    plan = parse_plan("large", time_grid(STEPS))
-    run = lambda e: denoise(latents, plan, {"large": e}, {"large": prompt}, guidance_scale=3.0)  # noqa: E731
-    try:
-        rows[f"latents {chosen[-1]} after {STEPS} steps"] = distance(run(engine), run(reference))
-    except ArithmeticError:
-        rows[f"latents {chosen[-1]} after {STEPS} steps"] = {"cosine": float("nan"), "relative_error": float("nan")}
-        why = "its velocity is not finite"
-    else:
-        why = ""
-    for name, row in rows.items():
-        room = 2 if name.startswith("latents") else 1
+    why = ""
+    for name, reference in wanted.items():
+        row = rows[name] = distance(got[name], reference)
+        room = 2 if " steps" in name else 1
         row["right"] = row["cosine"] >= 1 - room * (1 - cosine) and row["relative_error"] <= room * error
         if not row["right"] and not why:
             why = f"{name}: cosine {row['cosine']:.6f}, relative error {row['relative_error']:.2e}"
-    passed = all(r["right"] for r in rows.values())
-    return {"passed": passed, "why": "" if passed else why, "thresholds": thresholds, "rows": rows}
+            if not torch.isfinite(got[name]).all():
+                why = f"{name}: it is not finite"
+    thresholds = {"cosine": cosine, "relative_error": error}
+    return {"passed": not why, "why": why, "thresholds": thresholds, "rows": rows}
+
+
+def gate(part: Any, engine: Any, buckets: list[Bucket], precision: str, device: torch.device) -> dict[str, Any]:
+    """Compare the engine of a part (`nexus_rt.export.parts`) with PyTorch; returns as `judge`."""
+    with torch.no_grad():
+        wanted = part.answers(None, buckets, device)
+        try:
+            got = part.answers(engine, buckets, device)
+        except RuntimeError as problem:
+            said = (str(problem).strip() or "no message").splitlines()[0][:300]
+            cosine, error = THRESHOLDS[precision]
+            thresholds = {"cosine": cosine, "relative_error": error}
+            return {"passed": False, "why": f"it does not run: {said}", "thresholds": thresholds, "rows": {}}
+    return judge(got, wanted, precision)

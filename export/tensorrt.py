@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nexus_rt.engines import tensorrt as backend
-from nexus_rt.engines.exported import GRAPHS
 from nexus_rt.engines.folder import engines_root
 from nexus_rt.errors import InputError
 from nexus_rt.export import onnx
-from nexus_rt.export.graph import Traced
+from nexus_rt.export.symbols import Traced, concrete, size_of
 
 if TYPE_CHECKING:
     from nexus_rt.export.build import Target
 
-TOKENS = (2, 128, 2560)  # of a context: fewest, usual, most (Lumos-Nexus cuts at 2560)
-BATCH = (1, 2, 2)  # samples of a step: plain, guided
+# what symbols range over in a profile: fewest, usual, most. A step has one or two samples, guided or not; Lumos-Nexus cuts
+# contexts at 2560 tokens, Wan's text at 512.
+RANGES = {"batch": (1, 2, 2), "tokens": (2, 128, 2560), "tokens_small": (2, 128, 2560), "words": (2, 32, 512)}
 
 
 def cannot_build(target: Target) -> str | None:
@@ -66,18 +66,18 @@ def can_run() -> bool:
     return torch.cuda.is_available()
 
 
-def profiles(graph: str, traced: Traced, target: Target) -> list[dict[str, list]]:
-    """Ranges of every input, a profile a size: [fewest, usual, most] shapes."""
-    shapes = {name: list(t.shape) for name, t in zip(GRAPHS[graph], traced.inputs, strict=True)}
-    spread = lambda make: [make(b, n) for b, n in zip(BATCH, TOKENS, strict=True)]  # noqa: E731
-    if graph == "context":
-        return [{"embeds": spread(lambda b, n: [b, n, shapes["embeds"][2]])}]
+def profiles(traced: Traced, target: Target) -> list[dict[str, list]]:
+    """Ranges of every input whose shape is not fixed, [fewest, usual, most]: a profile a size, or one for a range."""
+    sizes = [size_of(b) for b in target.ordered()]
+    spans = [(sizes[0], sizes[-1], sizes[-1])] if target.range else [(s, s, s) for s in sizes]
+    symbols = {s for shape in traced.shapes.values() for s in shape if isinstance(s, str)}
+    if not any(name in s for s in symbols for name in ("rows", "columns", "frames")):
+        spans = spans[:1]
     found = []
-    for bucket in target.ordered():
-        latents = lambda b, n, size=bucket.latent: [b, shapes["latents"][1], *size]  # noqa: E731
-        stacked = lambda b, n: [shapes["keys"][0], b, n, *shapes["keys"][3:]]  # noqa: E731
-        found.append({"latents": spread(latents), "keys": spread(stacked), "values": spread(stacked),
-                      "bias": spread(lambda b, n: [b, n])})  # fmt: skip
+    for span in spans:
+        values = [{**{n: r[i] for n, r in RANGES.items()}, **span[i]} for i in range(3)]
+        shapes = {n: [concrete(shape, v) for v in values] for n, shape in traced.shapes.items()}
+        found.append({n: shapes[n] for n, shape in traced.shapes.items() if any(isinstance(d, str) for d in shape)})
     return found
 
 
@@ -91,7 +91,7 @@ def build(graph: str, traced: Traced, folder: Path, target: Target) -> None:
     onnx.write(graph, traced, folder, 20 if target.precision == "fp32" else target.opset)
     job = {
         "backend": target.backend, "onnx": str(folder / f"{graph}.onnx"), "engine": str(folder / f"{graph}.engine"),
-        "report": str(folder / f"{graph}.json"), "sm": target.sm, "profiles": profiles(graph, traced, target),
+        "report": str(folder / f"{graph}.json"), "sm": target.sm, "profiles": profiles(traced, target),
         "timing_cache": str(engines_root() / f"{target.backend}-{backend.version(target.backend)}.timing"),
         "weight_streaming": target.weight_streaming, "refit": target.refit,
     }  # fmt: skip

@@ -97,10 +97,16 @@ def _parser() -> argparse.ArgumentParser:
         help="milliseconds of one guided step of each, instead of measuring the models on this machine",
     )  # fmt: skip
 
-    export = commands.add_parser("export", parents=[models], help="make engines of the generators, compared before they count")
+    export = commands.add_parser("export", parents=[models], help="make engines of a pair's parts, compared before they count")
     export.add_argument("--backend", default="onnx", help="onnx (default) | aoti | tensorrt | tensorrt-rtx")
     export.add_argument("--precision", default=None, help="fp32 | fp16 | bf16 (default: bf16 on a GPU, fp32 on a CPU)")
-    export.add_argument("--sizes", metavar="WxHxF,...", help="such as 832x480x81,1280x720x81 (default: the pair's)")
+    export.add_argument("--parts", metavar="A,B,...", help="of small, large, vae, text_encoder (default: small,large)")
+    export.add_argument("--fuse-step", action="store_true", help="also both generators, guidance and blend in one graph")
+    export.add_argument(
+        "--sizes",
+        metavar="WxHxF,...",
+        help="such as 832x480x81,1280x720x81, or a range 256x256x17..832x480x81 (default: the pair's)",
+    )
     export.add_argument("--opset", type=int, default=23, help="of onnx: 23 (default), or 20 for consumers that need it")
     export.add_argument("--sm", metavar="X.Y", help="compute capability to build for, of tensorrt-rtx (default: all it knows)")
     export.add_argument("--weight-streaming", action="store_true", help="of the TensorRTs: weights may stay in host memory")
@@ -228,7 +234,10 @@ def _step_costs(args: argparse.Namespace, pipe, blend):
 
 
 def plan(args: argparse.Namespace) -> int:
+    import torch
+
     from nexus_rt.engines.exported import Bucket
+    from nexus_rt.loading import Loaded
     from nexus_rt.pair import Defaults
     from nexus_rt.pipeline import NexusPipeline
     from nexus_rt.plan import parse_plan
@@ -238,7 +247,8 @@ def plan(args: argparse.Namespace) -> int:
     blend = _blend(args)
     _check_device(args.device)
     real = args.pair or args.small or args.large or args.engines
-    pipe = NexusPipeline({}, None, None, None, Defaults()) if args.costs and real is None else _pipeline(args)
+    nothing = Loaded({}, None, None, None, None, Defaults(), (16, (1, 2, 2)))
+    pipe = NexusPipeline(nothing, torch.device("cpu")) if args.costs and real is None else _pipeline(args)
     chosen = pipe.make_plan(args.plan, args.steps, args.shift, args.energy)
     memory = None
     if pipe.engines:  # a budget that cannot be met is said before anything is measured

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from nexus_rt.engines.base import Engine
 from nexus_rt.engines.residency import Residency
+from nexus_rt.engines.step import StepEngine
 from nexus_rt.errors import Cancelled, InputError, NumericsError
 from nexus_rt.ops import choose_ops
 from nexus_rt.plan import Plan, Step
 from nexus_rt.solver import make_solver
-from nexus_rt.upfb import BlendConfig, combine
+from nexus_rt.upfb import BlendConfig, combine, step_inputs
 from nexus_rt.velocity import Prediction, Velocity
 
 # The paper's code writes v_c + s (v_c - v_u) with s = 5.0; in diffusers' meaning that is g = s + 1 = 6.0.
@@ -35,7 +36,7 @@ class Generator:
     """An engine with the contexts a plan needs of it, each prepared once, when it is first needed: an engine that comes
     at the handoff does not come before."""
 
-    def __init__(self, name: str, engine: Engine, prompt: Prompt, plan: Plan, guidance_scale: float) -> None:
+    def __init__(self, name: str, engine: Engine | None, prompt: Prompt, plan: Plan, guidance_scale: float) -> None:
         self.name, self.engine, self.prompt, self.default = name, engine, prompt, guidance_scale
         guided = [s for step in plan.steps if getattr(step, name) and (s := self.scale(step)) != 1.0]
         if guided and prompt.unconditional is None:
@@ -60,6 +61,32 @@ class Generator:
         """The engine's raw prediction at a step: [B, ...], or [2 B, ...] where it is guided, unconditional samples last."""
         timestep = torch.tensor(float(step.timestep), device=latents.device)
         return self.engine.velocity(latents, timestep, self.context(self.scale(step) != 1.0))
+
+
+class Together:
+    """An engine that holds both generators, guidance and blend, for the steps it can take: both run, both are guided, and
+    the split's filter is separable."""
+
+    def __init__(
+        self, engine: StepEngine | None, generators: Mapping[str, Generator], config: BlendConfig, like: Tensor
+    ) -> None:
+        self.engine, self.generators, self.config, self.like = engine, generators, config, like
+        self.contexts: dict[str, Any] = {}
+
+    def inputs(self, step: Step) -> dict[str, Tensor] | None:
+        """What the engine is told of a step; None where it cannot take it."""
+        if self.engine is None or not (step.blended and step.small and step.large):
+            return None
+        scales = tuple(self.generators[n].scale(step) for n in ("small", "large"))
+        return None if 1.0 in scales else step_inputs(step.w, self.config, step.energy, scales, self.like)
+
+    def predict(self, latents: Tensor, step: Step, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The blended velocity, and the RMS of both guided ones [2, B]."""
+        for name, g in self.generators.items() if not self.contexts else ():
+            told = torch.cat([g.prompt.conditional, g.prompt.unconditional])
+            self.contexts[name] = self.engine.prepare(name, told)
+        timestep = torch.tensor(float(step.timestep), device=latents.device)
+        return self.engine.step(latents, timestep, self.contexts, inputs)
 
 
 class Watch:
@@ -94,6 +121,21 @@ class Watch:
             )
 
 
+def predict(
+    generators: Mapping[str, Generator], latents: Tensor, step: Step, config: BlendConfig, watch: Watch, fused: bool
+) -> Velocity:  # fmt: skip
+    """A step's velocity from the generators it runs, blended where it blends."""
+    said = {}
+    for name in ("small", "large"):
+        if getattr(step, name):
+            raw = generators[name].predict(latents, step)
+            watch.add(raw, name, step)
+            said[name] = Prediction.of(raw, generators[name].scale(step))
+    if step.blended:
+        return combine(said.get("small"), said.get("large"), step.w, config, step.energy, fused)
+    return Velocity(*said.values())
+
+
 def denoise(
     latents: Tensor,
     plan: Plan,
@@ -106,6 +148,7 @@ def denoise(
     solver: str = "unipc",
     kernels: str = "auto",
     residency: Residency | None = None,
+    step_engine: StepEngine | None = None,
     on_step: Callable[[Step, Tensor], Tensor | None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Tensor:
@@ -119,6 +162,7 @@ def denoise(
             plan sets none; 1 means no guidance, one forward instead of two.
         kernels: of the blend and the solver: "torch", "triton", or "auto" (triton on a GPU that can run it).
         residency: moves the engines between memories as the plan goes on; None: they are where they run.
+        step_engine: both generators, guidance and blend in one graph, for the steps it can take (`Together`).
         on_step: called after every step with it and the new latents; may return latents to go on with.
         should_stop: asked before every step.
 
@@ -131,12 +175,16 @@ def denoise(
         Cancelled: `should_stop` said so.
     """
     scales = {"small": guidance_scale, "large": guidance_scale if guidance_scale_2 is None else guidance_scale_2}
-    for name in plan.generators:
-        if name not in engines or name not in prompts:
-            raise InputError(
-                f"plan {plan.name!r} runs the {name} generator; pass its engine and its prompt, or plan without it."
-            )
-    generators = {n: Generator(n, engines[n], prompts[n], plan, scales[n]) for n in plan.generators}
+    absent = [name for name in plan.generators if name not in prompts]
+    if not absent:
+        generators = {n: Generator(n, engines.get(n), prompts[n], plan, scales[n]) for n in plan.generators}
+        together = Together(step_engine, generators, blend_config, latents)
+        alone = {n for s in plan.steps if together.inputs(s) is None for n in plan.generators if getattr(s, n)}
+        absent = sorted(alone - engines.keys())
+    if absent:
+        raise InputError(
+            f"plan {plan.name!r} runs the {absent[0]} generator; pass its engine and its prompt, or plan without it."
+        )
     fused = choose_ops(kernels, latents.device).name == "triton"
     solve, watch = make_solver(solver, plan.grid, fused), Watch(generators)
     latents = latents.float()
@@ -145,16 +193,12 @@ def denoise(
             raise Cancelled(f"stopped before step {step.index} of {len(plan)}, as asked.")
         if residency is not None:
             residency.enter(step.index)
-        said = {}
-        for name in ("small", "large"):
-            if getattr(step, name):
-                raw = generators[name].predict(latents, step)
+        if (inputs := together.inputs(step)) is not None:
+            velocity, sizes = together.predict(latents, step, inputs)
+            for raw, name in zip(sizes, ("small", "large"), strict=True):
                 watch.add(raw, name, step)
-                said[name] = Prediction.of(raw, generators[name].scale(step))
-        if step.blended:
-            velocity = combine(said.get("small"), said.get("large"), step.w, blend_config, step.energy, fused)
         else:
-            velocity = Velocity(*said.values())
+            velocity = predict(generators, latents, step, blend_config, watch, fused)
         latents = solve.step(step.index, latents, velocity)
         watch.settle(step.index + (latents.device.type != "cuda"))
         if on_step is not None:

@@ -122,7 +122,7 @@ def engine_parts(root: Path, engines: dict[str, Any]) -> Parts:
         raise ModelError(f"{root}: the engines have no size in common ({each}); export both with the same --sizes.")
     if (defaults.width, defaults.height, defaults.num_frames) not in sizes:
         defaults = replace(defaults, width=sizes[0].width, height=sizes[0].height, num_frames=sizes[0].frames)
-    text = root if (root / "text_encoder").is_dir() else None
+    text = root if at("text_encoder") else None
     return Parts({}, at("vae"), text, at("understanding"), at("connector"), defaults)
 
 

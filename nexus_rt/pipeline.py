@@ -12,17 +12,12 @@ import torch
 from torch import Tensor
 
 from nexus_rt.denoise import Prompt, denoise
-from nexus_rt.engines.base import Engine
 from nexus_rt.engines.exported import Bucket
-from nexus_rt.engines.open import open_engines
-from nexus_rt.engines.residency import Residency, ResidencyPlan, call_parts, parse_bytes, plan_residency
-from nexus_rt.engines.torch import TorchEngine
+from nexus_rt.engines.residency import STEP, Residency, ResidencyPlan, call_parts, parse_bytes, plan_residency
 from nexus_rt.errors import InputError, ModelError, choose
-from nexus_rt.models import load
-from nexus_rt.models.context import ContextEncoder
-from nexus_rt.models.text import MAX_SEQUENCE_LENGTH, TextEncoder
-from nexus_rt.models.vae import VideoDecoder
-from nexus_rt.pair import MINI, Defaults, engine_parts, find_parts
+from nexus_rt.loading import Loaded, default_device, default_dtype, load_engines, load_models
+from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
+from nexus_rt.pair import MINI, find_parts
 from nexus_rt.plan import Plan, Step, parse_plan
 from nexus_rt.solver import time_grid
 from nexus_rt.upfb import BlendConfig
@@ -57,20 +52,19 @@ class NexusPipeline:
     """Text to video through one or two generators. Build it with `from_pretrained`.
 
     Attributes:
-        engines: "small" and "large", those that were given, behind the engine protocol.
+        engines: "small" and "large", those that were given, behind the engine protocol; step_engine: both in one graph.
         text, vae: the text encoder and the video decoder, loaded on first use; `drop()` frees either.
         context: understanding model and connector, which make the small generator's context; None where a pair has
             none and both generators read the text. `drop()` frees it.
     """
 
     def __init__(
-        self, engines: dict[str, Engine], text: TextEncoder | None, vae: VideoDecoder | None,
-        device: torch.device, defaults: Defaults | None = None, space: tuple[int, tuple[int, int, int]] = (16, (1, 2, 2)),
-        context: ContextEncoder | None = None, keep_encoders: bool = True, kernels: str = "auto", vram: str | int | None = None,
+        self, loaded: Loaded, device: torch.device, keep_encoders: bool = True, kernels: str = "auto",
+        vram: str | int | None = None,
     ) -> None:  # fmt: skip
-        self.engines, self.text, self.vae, self.device, self.defaults = engines, text, vae, device, defaults or Defaults()
-        self.context, self.keep_encoders, self.kernels = context, keep_encoders, kernels
-        self.channels, self.patch = space
+        self.engines, self.text, self.vae, self.context = loaded.engines, loaded.text, loaded.vae, loaded.context
+        self.step_engine, self.defaults, (self.channels, self.patch) = loaded.step, loaded.defaults, loaded.space
+        self.device, self.keep_encoders, self.kernels = device, keep_encoders, kernels
         self.vram = None if vram is None else parse_bytes(str(vram))
         self._progress: dict[str, Any] = {}
         self._cancel = threading.Event()
@@ -125,8 +119,7 @@ class NexusPipeline:
         Raises:
             ModelError: a folder is no model, is damaged, or the two are not of one latent space.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = torch_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        device = default_device(device)
         choose("backend", backend, BACKENDS)
         given = {"small": small, "large": large, "vae": vae, "text_encoder": text_encoder}
         steering = {"understanding": understanding, "connector": connector}
@@ -134,20 +127,10 @@ class NexusPipeline:
             pretrained = MINI
         hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, revision=revision)
         parts = find_parts(pretrained, {k: v for k, v in {**given, **steering}.items() if v is not None}, hub)
-        context = ContextEncoder(parts.understanding, parts.connector, dtype, device) if parts.connector else None
-        if context is not None:
-            parts.check_width(context.text_dim)
-        models = {
-            name: load.load_transformer(folder, dtype, torch.device("cpu") if vram else device, kernels, attention)
-            for name, folder in parts.generators.items()
-        }
-        config = next(iter(models.values())).config
+        dtype, first = default_dtype(torch_dtype, device), torch.device("cpu") if vram else device
         return cls(
-            {name: TorchEngine(model, device=device) for name, model in models.items()},
-            TextEncoder(parts.text, dtype, device) if parts.text else None,
-            VideoDecoder(parts.vae, torch.float32, device, vae_tiling) if parts.vae else None,
-            device, parts.defaults, (config.in_channels, config.patch_size), context, keep_encoders, kernels, vram,
-        )  # fmt: skip
+            load_models(parts, dtype, device, first, kernels, attention, vae_tiling), device, keep_encoders, kernels, vram
+        )
 
     @classmethod
     def from_engines(
@@ -174,19 +157,9 @@ class NexusPipeline:
         Raises:
             ModelError: no engine folder, or one that is damaged, wrong, or built for something else; says what rebuilds it.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = torch_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        root = Path(folder).expanduser()
-        engines = open_engines(root, device, force, **engine_options)
-        parts = engine_parts(root, engines)
-        context = ContextEncoder(parts.understanding, parts.connector, dtype, device) if parts.connector else None
-        architecture = next(iter(engines.values())).folder.manifest.architecture
-        space = architecture["in_channels"], tuple(architecture["patch_size"])
-        return cls(
-            engines, TextEncoder(parts.text, dtype, device) if parts.text else None,
-            VideoDecoder(parts.vae, torch.float32, device, vae_tiling) if parts.vae else None,
-            device, parts.defaults, space, context, keep_encoders, kernels, vram,
-        )  # fmt: skip
+        device = default_device(device)
+        dtype, root = default_dtype(torch_dtype, device), Path(folder).expanduser()
+        return cls(load_engines(root, dtype, device, vae_tiling, force, engine_options), device, keep_encoders, kernels, vram)
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm, such as `disable=True`."""
@@ -216,12 +189,11 @@ class NexusPipeline:
         Raises:
             InputError: the budget holds no mode of the plan; names the smallest that would do.
         """
-        folders = {"vae": self.vae.folder} if self.vae else {}
-        if self.text:
-            folders["text encoder"] = self.text.folder / "text_encoder"
+        others = {"text encoder": self.text, "vae": self.vae, STEP: self.step_engine}
         if self.context:
-            folders |= {"understanding": self.context.understanding.folder, "connector": self.context.folder}
-        parts = call_parts(self.engines, folders, size, videos * (1 + guided))
+            others |= {"understanding": self.context.understanding, "connector": self.context}
+        present = {name: other for name, other in others.items() if other is not None}
+        parts = call_parts(self.engines, present, size, videos * (1 + guided))
         return plan_residency(plan, parts, self.vram if vram is None else vram)
 
     def encode_prompt(
@@ -297,7 +269,7 @@ class NexusPipeline:
             low = max(1, (num_frames - 1) // time * time + 1)
             raise InputError(f"num_frames is {num_frames}; expected {time}k+1, such as {low} or {low + time}.")
         choose("output_type", output_type, OUTPUT_TYPES)
-        for engine in self.engines.values():
+        for engine in (*self.engines.values(), self.vae, self.step_engine):
             if hasattr(engine, "check_size"):
                 engine.check_size(Bucket(width, height, num_frames))
         if output_type != "latent" and self.vae is None:
@@ -369,13 +341,14 @@ class NexusPipeline:
                 "the small generator is steered by the understanding model, which reads the prompt; pass prompt, or "
                 "context_embeds made by encode_context besides prompt_embeds."
             )
-        residency = None
+        residency, step_engine = None, self.step_engine
         if self.vram is not None:
             count = num_videos_per_prompt * (len(prompt) if isinstance(prompt, list) else 1)
             decided = self.plan_residency(plan, Bucket(width, height, num_frames), count)
             residency = Residency(decided, self.engines)
             if decided.mode != "resident":
-                for engine in self.engines.values():
+                step_engine = None  # it holds both generators at once
+                for engine in (*self.engines.values(), *((self.step_engine,) if self.step_engine else ())):
                     engine.unload()
         if prompt is not None:
             prompt_embeds, negatives = self.encode_prompt(prompt, negative_prompt, num_videos_per_prompt, max_sequence_length)
@@ -385,10 +358,10 @@ class NexusPipeline:
                 prompt, prompt_embeds, negative_prompt_embeds, num_frames == 1, num_videos_per_prompt
             )
             negative_context_embeds = negatives if negative_context_embeds is None else negative_context_embeds
-        if not self.keep_encoders or (residency and residency.plan.mode != "resident"):
-            for encoder in (self.text, self.context):
-                if encoder is not None:
-                    encoder.drop()
+        leaves = residency is not None and residency.plan.mode != "resident"
+        for encoder in (self.text, self.context) if leaves or not self.keep_encoders else ():
+            if encoder is not None:
+                (encoder.unload if self.keep_encoders else encoder.drop)()
         batch = prompt_embeds.shape[0]
         if latents is None:
             latents = self.prepare_latents(batch, num_frames, height, width, generator)
@@ -423,15 +396,18 @@ class NexusPipeline:
                 latents = denoise(
                     latents.to(self.device), plan, self.engines, said,
                     guidance_scale=scales[0], guidance_scale_2=scales[1], blend_config=blend, solver=solver,
-                    kernels=self.kernels, residency=residency, on_step=on_step, should_stop=self._cancel.is_set,
+                    kernels=self.kernels, residency=residency, step_engine=step_engine, on_step=on_step,
+                    should_stop=self._cancel.is_set,
                 )  # fmt: skip
             finally:
                 if residency is not None:
                     residency.close()
-        if residency is not None and residency.plan.mode != "resident":
-            for engine in self.engines.values():  # the decoder has the memory
-                engine.unload()
-        return NexusOutput(self.decode(latents, output_type), plan)
+        for engine in self.engines.values() if leaves else ():  # the decoder has the memory
+            engine.unload()
+        frames = self.decode(latents, output_type)
+        if leaves and self.vae is not None:
+            self.vae.unload()
+        return NexusOutput(frames, plan)
 
     def decode(self, latents: Tensor, output_type: str = "np", rescue: str | Path | None = None) -> Any:
         """Latents [B, C, T, H, W] to frames as `output_type` asks; see `VideoDecoder.decode`."""

@@ -94,7 +94,7 @@ def test_each_generator_is_told_its_own(pipe, monkeypatch):
     spy = Spy(monkeypatch, pipe)
     pipe("the red panda", generator=generator(), **RUN)
     text = pipe.text.encode(["the red panda"])
-    connector, markers = pipe.context.load(), pipe.context.load().special_tokens
+    connector, markers = pipe.context.connector, pipe.context.connector.special_tokens
     assert spy.told["large"].shape == (2, 512, 32) and torch.equal(spy.told["large"][0], text[0])
     assert torch.equal(spy.told["large"][1, :2], connector.unconditional_text) and not spy.told["large"][1, 2:].any()
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_understanding_changes_the_small_generator_only(pipe, tiny_pipe):
 def test_a_single_frame_takes_the_image_template_and_the_first_token(pipe, monkeypatch):
     spy = Spy(monkeypatch, pipe)
     pipe("the red panda", num_frames=1, generator=generator(), **RUN)
-    connector = pipe.context.load()
+    connector = pipe.context.connector
     with torch.no_grad():
         adapter = connector(pipe.context.understanding.hidden_states("the red panda", True), True)[0]
     assert len(adapter) == 6 and torch.equal(spy.told["small"][0, 1:7], adapter)
@@ -170,7 +170,7 @@ def test_encoders_can_be_dropped_before_denoising(steered_pair, pipe):
     held = []
 
     def look(p, step, timestep, tensors):
-        held.append((p.text.model, p.context.connector, p.context.understanding.model))
+        held.append((p.text.model, p.context.model, p.context.understanding.model))
         return {}
 
     frames = lean("the red panda", generator=generator(), callback_on_step_end=look, **RUN).frames
@@ -183,7 +183,7 @@ def test_everything_computes_in_the_dtype_asked_for(steered_pair):
     pipe = NexusPipeline.from_pretrained(steered_pair, torch_dtype=torch.bfloat16)
     context, negative = pipe.encode_context("the red panda", *pipe.encode_prompt("the red panda"))
     assert context.dtype == negative.dtype == torch.bfloat16
-    assert {p.dtype for m in (pipe.context.load(), pipe.context.understanding.model) for p in m.parameters()} == {
+    assert {p.dtype for m in (pipe.context.connector, pipe.context.understanding.model) for p in m.parameters()} == {
         torch.bfloat16
     }
 
@@ -196,7 +196,7 @@ def test_a_checkpoint_without_stored_negatives_reads_an_empty_prompt(own_pair):
     assert torch.allclose(none, pipe.text.encode([""]), atol=1e-5)
     _, negative = pipe.encode_context("the red panda", text, none)
     with torch.no_grad():
-        adapter = pipe.context.load()(pipe.context.understanding.hidden_states(""))[0]
+        adapter = pipe.context.connector(pipe.context.understanding.hidden_states(""))[0]
     assert torch.equal(negative[0, 1:25], adapter)
 
 

@@ -10,14 +10,18 @@ import torch
 from nexus_rt import InputError, ModelError, NexusPipeline
 from nexus_rt.engines import folder as folders
 from nexus_rt.engines.command import run as engines_command
-from nexus_rt.engines.exported import Bucket
+from nexus_rt.engines.exported import Bucket, parse_sizes
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.engines.open import engine_of, open_engine
 from nexus_rt.engines.torch import TorchEngine
-from nexus_rt.export.build import Target, export_generator, export_pair
+from nexus_rt.export.build import Target, export_part, export_parts
+from nexus_rt.export.command import chosen_parts, folders_beside
 from nexus_rt.export.parity import distance
+from nexus_rt.export.parts import GeneratorPart
+from nexus_rt.errors import DecodeError, NumericsError
 from nexus_rt.models.load import load_transformer
-from nexus_rt.pair import MINI
+from nexus_rt.pair import MINI, find_parts
+from nexus_rt.upfb import BlendConfig
 
 CPU = torch.device("cpu")
 SIZE = Bucket(48, 32, 5)
@@ -46,7 +50,7 @@ def make(cache, tiny_pair):
             return TorchEngine(model, compiled="compiled" in name)
         backend, *rest = name.split()
         target = Target(backend, "fp16" if "fp16" in rest else "fp32", (SIZE,), CPU, 20 if "20" in rest else 23)
-        return open_engine(export_generator("large", tiny_pair / "large", target, "nexus-rt export").path, CPU)
+        return open_engine(export_part(GeneratorPart("large", tiny_pair / "large"), target, "nexus-rt export").path, CPU)
 
     return build
 
@@ -160,26 +164,29 @@ def test_force_loads_what_failed(own):
     assert open_engine(own, CPU, force=True).nbytes > 0
 
 
+def export_whole(pair, target, output, names="small,large,vae,text_encoder", fuse_step=True):
+    """Every part of a pair as an engine."""
+    found = find_parts(pair, {}, {})
+    parts = chosen_parts(found, names, fuse_step)
+    export_parts(parts, folders_beside(found, parts), pair / "model_index.json", target, output, "nexus-rt export -o engines")
+    return output
+
+
 @pytest.fixture(scope="module")
 def exported(cache, tiny_pair, tmp_path_factory):
-    """A folder of both tiny engines with their encoders beside them."""
-    output = tmp_path_factory.mktemp("pair") / "engines"
-    generators = {n: tiny_pair / n for n in ("small", "large")}
-    encoders = {n: tiny_pair / n for n in ("vae", "text_encoder", "tokenizer")}
-    target = Target("onnx", "fp32", (SIZE,), CPU)
-    export_pair(generators, encoders, tiny_pair / "model_index.json", target, output, "nexus-rt export -o engines")
-    return output
+    """A folder of every tiny engine."""
+    return export_whole(tiny_pair, Target("onnx", "fp32", (SIZE,), CPU), tmp_path_factory.mktemp("pair") / "engines")
 
 
 def test_a_pipeline_of_engines_makes_the_same_video(exported, tiny_pipe):
     pipe = NexusPipeline.from_engines(exported)
     pipe.set_progress_bar_config(disable=True)
-    options = dict(num_frames=5, num_inference_steps=4, plan="small:1 bridge:2 large:1", output_type="latent")
+    options = dict(num_frames=5, num_inference_steps=4, plan="small:1 bridge:2 large:1")
     got, wanted = (
         p("a red circle", height=32, width=48, generator=torch.Generator().manual_seed(0), **options).frames
         for p in (pipe, tiny_pipe)
     )
-    assert distance(got, wanted)["relative_error"] < 1e-4
+    assert 10 * np.log10(1 / ((got - wanted) ** 2).mean()) > 80
     assert (pipe.defaults.width, pipe.defaults.height, pipe.defaults.num_frames) == SIZE
     with pytest.raises(InputError, match="size 64x32x5 is none"):  # before anything is encoded
         pipe("a", height=32, width=64, num_frames=5)
@@ -190,14 +197,86 @@ def test_a_pipeline_of_engines_makes_the_same_video(exported, tiny_pipe):
 def test_the_mini_pair_draws_the_same_frames(backend, cache, tmp_path):
     base = NexusPipeline.from_pretrained()
     size = Bucket(base.defaults.width, base.defaults.height, base.defaults.num_frames)
-    encoders = {n: MINI / n for n in ("vae", "text_encoder", "tokenizer", "understanding", "connector")}
-    generators = {n: MINI / n for n in ("small", "large")}
-    export_pair(generators, encoders, MINI / "model_index.json", Target(backend, "fp32", (size,), CPU), tmp_path / "e", "x")
+    export_whole(MINI, Target(backend, "fp32", (size,), CPU), tmp_path / "e")
     prompt = "the shape that rolls, in the colour of the sky, striped, moves left on a sand background"
     frames = [
         p(prompt, generator=torch.Generator().manual_seed(0)).frames for p in (base, NexusPipeline.from_engines(tmp_path / "e"))
     ]
     assert 10 * np.log10(1 / ((frames[0] - frames[1]) ** 2).mean()) >= 45
+
+
+def calls_of(engine, monkeypatch):
+    """Graphs that an engine's sessions ran, as they run."""
+    ran, right = [], engine.sessions.run
+    monkeypatch.setattr(engine.sessions, "run", lambda graph, *args: (ran.append(graph), right(graph, *args)))
+    return ran
+
+
+def test_a_fused_step_is_one_session_run_and_the_same_video(exported, tiny_pipe, monkeypatch):
+    pipe = NexusPipeline.from_engines(exported)
+    pipe.set_progress_bar_config(disable=True)
+    ran = {n: calls_of(e, monkeypatch) for n, e in {**pipe.engines, "step": pipe.step_engine}.items()}
+    make = lambda p, **o: p(  # noqa: E731
+        "a red circle", height=32, width=48, num_frames=5, num_inference_steps=3, guidance_scale_2=2.0,
+        generator=torch.Generator().manual_seed(0), output_type="latent", **o,
+    ).frames  # fmt: skip
+    for options in (dict(plan="reference"), dict(plan="reference", blend=BlendConfig("dct"), energy="progressive")):
+        assert distance(make(pipe, **options), make(tiny_pipe, **options))["relative_error"] < 1e-4
+    assert ran == {"small": [], "large": [], "step": ["context_small", "context_large", *["step"] * 3] * 2}
+    assert not pipe.engines["small"].resident  # what it does not need is not loaded
+    options = dict(plan="reference", blend=BlendConfig("fft", "butterworth"))  # not separable: the generators' own engines
+    assert distance(make(pipe, **options), make(tiny_pipe, **options))["relative_error"] < 1e-4
+    assert ran["small"] == ["context", *["velocity"] * 3] == ran["large"]
+    ran["step"].clear()
+    make(pipe, plan="small:1 bridge:1 large:1@1")
+    assert "step" not in ran["step"] and len(ran["large"]) == 8  # one of them has no guidance
+
+
+def test_a_fused_step_that_is_not_finite_names_the_generator(exported):
+    pipe = NexusPipeline.from_engines(exported)
+    pipe.set_progress_bar_config(disable=True)
+    embeds = torch.zeros(1, 4, 32)
+    with pytest.raises(NumericsError, match="the small generator's velocity is not finite at step 0"):
+        pipe(prompt_embeds=embeds * float("nan"), negative_prompt_embeds=embeds, plan="reference", num_inference_steps=2)
+
+
+def test_a_clip_of_any_length_through_the_decoder(exported, tiny_pipe):
+    decoder = NexusPipeline.from_engines(exported).vae
+    for batch, frames in ((2, 1), (1, 2), (1, 4)):
+        latents = torch.randn(batch, 16, frames, 4, 6, generator=torch.Generator().manual_seed(frames))
+        assert torch.allclose(decoder.decode(latents), tiny_pipe.vae.decode(latents), atol=1e-4)
+    with pytest.raises(DecodeError, match="size 64x32x5 is none that this vae engine was built for: 48x32x5"):
+        decoder.decode(torch.zeros(1, 16, 2, 4, 8))
+
+
+def test_prompts_through_the_text_encoder(exported, tiny_pipe):
+    encoder = NexusPipeline.from_engines(exported).text
+    for prompts in (["a"], ["", "a red circle moves left on black background"], [""]):
+        got, wanted = encoder.encode(prompts, 12), tiny_pipe.text.encode(prompts, 12)
+        assert got.shape == wanted.shape and torch.allclose(got, wanted, atol=1e-5)
+
+
+def test_a_range_of_sizes(cache, tiny_pair):
+    sizes, ends = parse_sizes("32x32x1..64x48x9")
+    target = Target("onnx", "fp32", sizes, CPU, range=ends)
+    path = export_part(GeneratorPart("small", tiny_pair / "small"), target, "x").path
+    engine, reference = open_engine(path, CPU), TorchEngine(load_transformer(tiny_pair / "small", torch.float32))
+    embeds = torch.randn(1, 5, 32)
+    mine, theirs = engine.prepare(embeds), reference.prepare(embeds)
+    for latent in ((1, 4, 4), (3, 6, 8), (2, 4, 6)):
+        x, t = torch.randn(1, 16, *latent), torch.tensor(700.0)
+        assert distance(engine.velocity(x, t, mine), reference.velocity(x, t, theirs))["relative_error"] < 1e-5
+    with pytest.raises(InputError, match="size 80x32x1 is none that .* built for: 32x32x1 to 64x48x9"):
+        engine.check_size(Bucket(80, 32, 1))
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [("32x32x5..16x48x9", "32x32x5 is not below 16x48x9"), ("32x32x5..48x48x5,64x64x5", "stands alone"), ("1..2..3", "alone")],
+)
+def test_a_range_that_is_none(text, words):
+    with pytest.raises(InputError, match=words):
+        parse_sizes(text)
 
 
 def test_a_folder_without_engines_says_what_makes_them(tmp_path):

@@ -16,10 +16,13 @@ from nexus_rt.engines import folder as folders
 from nexus_rt.engines.exported import Bucket
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.engines.torch import TorchEngine
-from nexus_rt.export import build, graph, parity
+from nexus_rt.export import build, graph, parity, parts
 from nexus_rt.export import onnx as onnx_builder
-from nexus_rt.export.build import Target, export_generator
+from nexus_rt.export.build import Target, export_part
+from nexus_rt.export.command import chosen_parts
+from nexus_rt.export.parts import DecoderPart, GeneratorPart, StepPart, TextPart
 from nexus_rt.models.load import load_transformer
+from nexus_rt.pair import find_parts
 
 CPU = torch.device("cpu")
 SIZE = Bucket(32, 32, 5)
@@ -38,13 +41,14 @@ def target(**change):
 
 def export_small(pair, **change):
     said = []
-    return export_generator("small", pair / "small", target(**change), "nexus-rt export -o x", said.append), said
+    return export_part(GeneratorPart("small", pair / "small"), target(**change), "nexus-rt export -o x", said.append), said
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Building and comparing replaced by a file and a pass: for what stands around them."""
-    monkeypatch.setattr(build, "trace", lambda model, buckets: dict.fromkeys(build.GRAPHS))
+    nothing = SimpleNamespace(forget=lambda: None)
+    monkeypatch.setattr(GeneratorPart, "trace", lambda self, *args: dict.fromkeys(self.graphs(), nothing))
     monkeypatch.setattr(onnx_builder, "build", lambda name, traced, folder, target: (folder / f"{name}.onnx").write_text(name))
     monkeypatch.setattr(build, "engine_of", lambda folder, device: SimpleNamespace(unload=lambda: None))
     monkeypatch.setattr(build, "gate", lambda *args: {"passed": True, "why": "", "rows": {}})
@@ -81,7 +85,7 @@ def test_what_an_engine_is_made_of_and_for_is_its_name(quick, tiny_pair, own_pai
 
 
 def swapped_weights(monkeypatch, tiny_pair):
-    right = build.load.load_transformer
+    right = parts.load.load_transformer
 
     def load(folder, dtype, device, *rest):
         model = right(folder, dtype, device, *rest)
@@ -90,7 +94,7 @@ def swapped_weights(monkeypatch, tiny_pair):
                 p.data = p.data.flip(0)
         return model
 
-    monkeypatch.setattr(build.load, "load_transformer", load)
+    monkeypatch.setattr(parts.load, "load_transformer", load)
 
 
 def wrong_rope(monkeypatch, tiny_pair):
@@ -120,13 +124,12 @@ def test_an_engine_whose_velocity_is_not_finite_fails_the_gate(tiny_pair):
         def velocity(self, *args):
             return super().velocity(*args) * float("inf")
 
+    part = GeneratorPart("small", tiny_pair / "small")
     model = load_transformer(tiny_pair / "small", torch.float32)
-    result = parity.gate(Infinite(model), TorchEngine(model), {"text_dim": 32, "in_channels": 16}, [SIZE], "fp32", CPU)
-    assert not result["passed"] and result["why"] == "its velocity is not finite"
-    assert not any(row["right"] for row in result["rows"].values())
-    assert parity.gate(TorchEngine(model), TorchEngine(model), {"text_dim": 32, "in_channels": 16}, [SIZE], "fp32", CPU)[
-        "passed"
-    ]
+    result = parity.gate(part, Infinite(model), [SIZE], "fp32", CPU)
+    assert not result["passed"] and result["why"] == f"velocity {SIZE} t=967: it is not finite"
+    assert len(result["rows"]) == 4 and not any(row["right"] for row in result["rows"].values())
+    assert parity.gate(part, TorchEngine(model), [SIZE], "fp32", CPU)["passed"]
 
 
 def test_an_engine_that_does_not_run_fails_the_gate(tiny_pair):
@@ -134,8 +137,7 @@ def test_an_engine_that_does_not_run_fails_the_gate(tiny_pair):
         def prepare(self, context):
             raise RuntimeError("no kernel for this\nand more")
 
-    reference = TorchEngine(load_transformer(tiny_pair / "small", torch.float32))
-    result = parity.gate(Broken(), reference, {"text_dim": 32, "in_channels": 16}, [SIZE], "fp32", CPU)
+    result = parity.gate(GeneratorPart("small", tiny_pair / "small"), Broken(), [SIZE], "fp32", CPU)
     assert not result["passed"] and result["why"] == "it does not run: no kernel for this"
 
 
@@ -225,7 +227,7 @@ def test_the_command_makes_a_folder_that_generate_takes(tiny_pair, tmp_path, cap
     assert cli.main(command) == 0
     said = capsys.readouterr()
     assert f"{out / 'small'}: " in said.out and "7" not in said.out.split("comparisons")[0][-2:]
-    assert "large: comparing with the torch engine" in said.err
+    assert "large: comparing with PyTorch" in said.err
     assert {p.name for p in out.iterdir()} >= {"small", "large", "vae", "text_encoder", "tokenizer", "model_index.json"}
     video = tmp_path / "a.png"
     assert cli.main(["generate", "a red circle", "--engines", str(out), "--steps", "2", "-o", str(video), "--quiet"]) == 0
@@ -260,3 +262,47 @@ def test_links_cost_no_second_copy_and_appear_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         folders.link_tree(source, tmp_path / "d")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def sources(pair):
+    return {n: pair / n for n in ("small", "large")}
+
+
+def test_a_step_in_one_graph_is_plain_products_and_compared(tiny_pair):
+    engine = export_part(StepPart(sources(tiny_pair)), target(), "x")
+    rows = engine.manifest.parity["rows"]
+    assert engine.manifest.parity["passed"] and set(rows) == {
+        f"latents {SIZE} after 4 steps, {how}" for how in ("gaussian, reference", "dct, progressive", "fft, none")
+    }
+    model = onnx.load(str(engine.path / "step.onnx"), load_external_data=False)
+    assert [i.name for i in model.graph.input] == engine.manifest.graphs["step"]
+    kinds = {n.op_type for n in model.graph.node}
+    assert "MatMul" in kinds and not {"ScatterND", "DFT", "Loop", "If"} & kinds
+    assert [o.name for o in model.graph.output] == ["velocity", "rms"]
+
+
+def test_parts_are_named_or_the_generators(tiny_pair):
+    found = find_parts(tiny_pair, {}, {})
+    names = lambda *args: [p.name for p in chosen_parts(found, *args)]  # noqa: E731
+    assert names(None) == ["small", "large"] and names("vae, small,vae", True) == ["vae", "small", "step"]
+    with pytest.raises(InputError, match="unknown part 'vea'; did you mean 'vae'"):
+        names("vea")
+    alone = find_parts(None, {"small": tiny_pair / "small"}, {})
+    with pytest.raises(InputError, match="there is no text_encoder here to export; pass --text-encoder"):
+        chosen_parts(alone, "text_encoder")
+    with pytest.raises(InputError, match="--fuse-step puts both generators in one graph"):
+        chosen_parts(alone, None, True)
+
+
+def test_a_decoder_keeps_colours_where_the_generators_are_bfloat16(tiny_pair):
+    assert DecoderPart(tiny_pair / "vae").precision("bf16") == "fp32" and TextPart(tiny_pair).precision("bf16") == "bf16"
+
+
+def test_a_decoder_that_forgets_is_refused(tiny_pair, monkeypatch, cache):
+    from nexus_rt.export.coders import DecoderGraph
+
+    right = DecoderGraph.forward
+    monkeypatch.setattr(DecoderGraph, "forward", lambda self, z, states: right(self, z, [0 * s for s in states]))
+    with pytest.raises(ModelError, match="the vae engine is not the model it was made of: frames"):
+        export_part(DecoderPart(tiny_pair / "vae"), target(), "x")
+    assert [p.suffix for p in cache.iterdir() if p.is_dir()] == [".failed"]

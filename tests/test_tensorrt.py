@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from nexus_rt.engines.exported import Bucket
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.export import build
 from nexus_rt.export import tensorrt as builder
-from nexus_rt.export.build import Target, export_generator
+from nexus_rt.export.build import Target, export_part
+from nexus_rt.export.parts import DecoderPart, GeneratorPart, StepPart, TextPart
+from nexus_rt.export.symbols import Traced
 
 pytest.importorskip("tensorrt_rtx")
 CPU = torch.device("cpu")
@@ -23,6 +26,10 @@ def target(**change):
     return Target(**{"backend": "tensorrt-rtx", "precision": "fp16", "buckets": sizes, "device": CPU, **change})
 
 
+def small(pair):
+    return GeneratorPart("small", pair / "small")
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))
@@ -32,7 +39,7 @@ def cache(tmp_path, monkeypatch):
 @no_gpu
 @pytest.mark.parametrize("precision, sm", [("fp16", None), ("fp32", "8.9")])
 def test_an_engine_is_built_and_waits_for_a_gpu_to_compare_it(precision, sm, tiny_pair, cache, capsys):
-    engine = export_generator("small", tiny_pair / "small", target(precision=precision, sm=sm), "nexus-rt export -o x")
+    engine = export_part(small(tiny_pair), target(precision=precision, sm=sm), "nexus-rt export -o x")
     m = engine.manifest
     assert set(m.files) == {f"{g}.{kind}" for g in ("context", "velocity") for kind in ("engine", "json")}
     assert m.files["velocity.engine"]["bytes"] > 10_000 and m.device == {"type": "cuda", "sm": sm, "name": None}
@@ -51,15 +58,14 @@ def test_a_gpu_that_appears_compares_what_is_in_the_cache(tiny_pair, cache, monk
         (folder / f"{graph}.engine").write_text("plan")
 
     monkeypatch.setattr(builder, "build", quick)
-    monkeypatch.setattr(build, "trace", lambda model, buckets: dict.fromkeys(build.GRAPHS))
-    first = export_generator("small", tiny_pair / "small", target(), "x")
+    nothing = SimpleNamespace(forget=lambda: None)
+    monkeypatch.setattr(GeneratorPart, "trace", lambda self, *args: dict.fromkeys(self.graphs(), nothing))
+    first = export_part(small(tiny_pair), target(), "x")
     monkeypatch.setattr(builder, "can_run", lambda: True)
     monkeypatch.setattr(builder, "build", lambda *args: pytest.fail("built again"))
     monkeypatch.setattr(build, "engine_of", lambda *args: type("Engine", (), {"unload": lambda self: None})())
-    monkeypatch.setattr(build, "TorchEngine", lambda model: None)
-    monkeypatch.setattr(build.load, "load_transformer", lambda *args: None)
     monkeypatch.setattr(build, "gate", lambda *args: {"passed": True, "why": "", "rows": {}})
-    second = export_generator("small", tiny_pair / "small", target(), "x")
+    second = export_part(small(tiny_pair), target(), "x")
     assert second.path == first.path and second.manifest.parity["passed"] and not first.manifest.parity["passed"]
     EngineFolder.read(second.path).check_parity()
 
@@ -68,10 +74,10 @@ def test_a_gpu_that_appears_compares_what_is_in_the_cache(tiny_pair, cache, monk
 def test_a_builder_that_dies_takes_nothing_with_it(tiny_pair, cache, monkeypatch):
     monkeypatch.setattr(builder, "profiles", lambda *args: [{"embeds": [[1, 2, 3], [1, 2, 3], [1, 2, 3]]}])  # of another width
     with pytest.raises(ModelError, match="tensorrt-rtx's builder failed on the context graph: "):
-        export_generator("small", tiny_pair / "small", target(), "x")
+        export_part(small(tiny_pair), target(), "x")
     monkeypatch.setattr(builder.sys, "executable", shutil.which("false"))
     with pytest.raises(ModelError, match="failed on the context graph: it said nothing"):
-        export_generator("small", tiny_pair / "small", target(), "x")
+        export_part(small(tiny_pair), target(), "x")
 
 
 @no_gpu
@@ -84,15 +90,33 @@ def test_a_builder_that_dies_takes_nothing_with_it(tiny_pair, cache, monkeypatch
 )
 def test_what_cannot_be_built_is_said_before_any_work(change, words, tiny_pair, cache):
     with pytest.raises(InputError, match=words):
-        export_generator("small", tiny_pair / "small", target(**change), "x")
+        export_part(small(tiny_pair), target(**change), "x")
     assert not cache.exists()
 
 
 def test_a_profile_a_size_and_both_kinds_of_step():
-    from nexus_rt.export.graph import Traced
-
-    shapes = ((2, 16, 2, 4, 4), (), (3, 2, 24, 4, 32), (3, 2, 24, 4, 32), (2, 24))
-    found = builder.profiles("velocity", Traced(None, tuple(torch.empty(s) for s in shapes)), target())
+    stacked = (3, "batch", "tokens", 4, 32)
+    shapes = {"latents": ("batch", 16, "frames", "2*rows", "2*columns"), "timestep": (), "keys": stacked}
+    found = builder.profiles(Traced(None, {}, shapes, ()), target())
     assert [p["latents"] for p in found] == [[[n, 16, 2, 4, w] for n in (1, 2, 2)] for w in (4, 6)]
-    assert found[0]["keys"] == [[3, 1, 2, 4, 32], [3, 2, 128, 4, 32], [3, 2, 2560, 4, 32]]
-    assert found[0]["bias"] == [[1, 2], [2, 128], [2, 2560]]
+    assert found[0]["keys"] == [[3, 1, 2, 4, 32], [3, 2, 128, 4, 32], [3, 2, 2560, 4, 32]] and "timestep" not in found[0]
+    prompt = Traced(None, {}, {"embeds": ("batch", "tokens", 8)}, ())
+    assert builder.profiles(prompt, target()) == [{"embeds": [[1, 2, 8], [2, 128, 8], [2, 2560, 8]]}]  # of no size
+    (span,) = builder.profiles(Traced(None, {}, shapes, ()), target(range=True))
+    assert span["latents"] == [[1, 16, 2, 4, 4], [2, 16, 2, 4, 6], [2, 16, 2, 4, 6]]
+
+
+@no_gpu
+def test_a_fused_step_is_built(tiny_pair, cache):
+    part = StepPart({n: tiny_pair / n for n in ("small", "large")})
+    engine = export_part(part, target(buckets=(Bucket(32, 32, 5),)), "x")
+    assert set(engine.manifest.files) == {f"{g}.{k}" for g in part.graphs() for k in ("engine", "json")}
+    assert json.loads((engine.path / "step.json").read_text())["attention_operators"] == 2 + 4  # one block and two
+
+
+@no_gpu
+@pytest.mark.parametrize("part, graphs", [(DecoderPart, {"first", "next"}), (TextPart, {"encode"})])
+def test_the_other_parts_are_built(part, graphs, tiny_pair, cache):
+    source = tiny_pair / "vae" if part is DecoderPart else tiny_pair
+    engine = export_part(part(source), target(precision="fp32", sm="8.9"), "x")
+    assert {f.split(".")[0] for f in engine.manifest.files} == graphs

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.exported import GRAPHS, ExportedEngine
+from nexus_rt.engines.exported import Sessions
 
 
 def version() -> str:
@@ -19,31 +19,31 @@ def version() -> str:
     return torch.__version__
 
 
-class AotiEngine(ExportedEngine):
-    """Loaded packages of both graphs."""
+class AotiSessions(Sessions):
+    """A loaded package a graph."""
 
     def __init__(self, folder, device: torch.device) -> None:
         super().__init__(folder, device)
-        self.graphs: dict[str, Callable] = {}
+        self.packages: dict[str, Callable] = {}
 
     @property
     def resident(self) -> bool:
-        return bool(self.graphs)
+        return bool(self.packages)
 
     def load(self) -> None:
-        if not self.graphs:
+        if not self.packages:
             index = {} if self.device.type == "cpu" else {"device_index": self.device.index or 0}
-            self.graphs = {
-                name: torch._inductor.aoti_load_package(str(self.folder.path / f"{name}.pt2"), **index) for name in GRAPHS
+            self.packages = {
+                name: torch._inductor.aoti_load_package(str(self.folder.path / f"{name}.pt2"), **index) for name in self.graphs
             }
 
     def unload(self) -> None:
-        self.graphs = {}
+        self.packages = {}
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _run(self, graph: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
-        made = self.graphs[graph](*(inputs[name] for name in GRAPHS[graph]))
+    def run(self, graph: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+        made = self.graphs[graph](*(inputs[name] for name in self.graphs[graph]))
         for out, t in zip(outputs.values(), made if isinstance(made, list | tuple) else (made,), strict=True):
             out.copy_(t)

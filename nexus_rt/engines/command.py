@@ -24,7 +24,7 @@ def _line(engine: EngineFolder) -> str:
     worst = max((r["relative_error"] for r in m.parity.get("rows", {}).values()), default=float("nan"))
     sizes = ",".join(str(Bucket(*b)) for b in m.buckets)
     return (
-        f"{engine.path.name}  {m.generator:5} {m.backend} {m.backend_version} {m.precision} on {where}  {sizes}  "
+        f"{engine.path.name}  {m.part:5} {m.backend} {m.backend_version} {m.precision} on {where}  {sizes}  "
         f"{engine.nbytes / 1e6:.1f} MB  parity {'passed' if m.parity.get('passed') else 'FAILED'} ({worst:.1e})"
     )
 

@@ -1,4 +1,8 @@
-"""What the exported backends share: sizes, the prompt's part prepared once, and the checks before a step."""
+"""What exported engines share: sizes, the sessions a backend gives them, and the generator they make.
+
+An engine is a part of a pair (its role) on the sessions of a backend: the role knows what its graphs mean, the backend
+how to run them. `nexus_rt.engines.open` puts the two together.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,10 @@ from nexus_rt.models.wan import collapse_padding
 if TYPE_CHECKING:
     from nexus_rt.engines.folder import EngineFolder
 
-GRAPHS = {"context": ("embeds",), "velocity": ("latents", "timestep", "keys", "values", "bias")}  # and their inputs
+# an engine's graphs and their inputs, in order; the VAE's further states follow its latents (nexus_rt.export.coders)
+CONTEXT = ("embeds",)
+VELOCITY = ("latents", "timestep", "keys", "values", "bias")
+GRAPHS = {"context": CONTEXT, "velocity": VELOCITY}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -35,6 +42,12 @@ class Bucket(NamedTuple):
         return f"{self.width}x{self.height}x{self.frames}"
 
     @classmethod
+    def of(cls, latents: Tensor) -> Bucket:
+        """Of latents [B, C, T, H, W]."""
+        t, h, w = latents.shape[2:]
+        return cls(8 * w, 8 * h, 4 * t - 3)
+
+    @classmethod
     def parse(cls, text: str) -> Bucket:
         """ "832x480x81" and the like.
 
@@ -50,6 +63,23 @@ class Bucket(NamedTuple):
         return size
 
 
+def parse_sizes(text: str) -> tuple[tuple[Bucket, ...], bool]:
+    """ "832x480x81,1280x720x81", or a range "256x256x17..832x480x81": the sizes, and whether they are a range's ends.
+
+    Raises:
+        InputError: as `Bucket.parse`; a range beside other sizes, or whose end is below its start.
+    """
+    ends = text.split("..")
+    if len(ends) == 1:
+        return tuple(Bucket.parse(s) for s in text.split(",")), False
+    if len(ends) != 2 or "," in text:
+        raise InputError(f"sizes {text!r}: a range stands alone, as in 256x256x17..832x480x81.")
+    low, high = map(Bucket.parse, ends)
+    if any(a > b for a, b in zip(low, high, strict=True)):
+        raise InputError(f"sizes {text!r}: {low} is not below {high} in every dimension.")
+    return (low, high), True
+
+
 @dataclass
 class EngineContext:
     """A prompt as an exported engine reads it: keys, values [layers, N, L, heads, head_dim], bias [N, L] float32."""
@@ -63,25 +93,19 @@ class EngineContext:
         return self.bias.shape[0]
 
 
-class ExportedEngine:
-    """An engine folder behind the engine protocol; a backend adds `load`, `unload` and `_run`.
+class Sessions:
+    """The graphs of an engine folder on a backend, which adds `resident`, `load`, `unload` and `run`.
 
     Loading is put off to the first use, so that a plan's engines can be opened, priced and moved without their weights.
     """
 
     def __init__(self, folder: EngineFolder, device: torch.device) -> None:
         self.folder, self.device = folder, device
-        self.dtype = DTYPES[folder.manifest.precision]
-        self.buckets = [Bucket(*b) for b in folder.manifest.buckets]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the artefacts, which are the weights but for some kilobytes."""
-        return self.folder.nbytes
+        self.graphs: dict[str, list[str]] = folder.manifest.graphs
 
     @property
     def resident(self) -> bool:
-        """Whether it is loaded."""
+        """Whether they are loaded."""
         raise NotImplementedError
 
     def load(self) -> None:
@@ -92,9 +116,54 @@ class ExportedEngine:
         """Give back the memory; the next call loads again."""
         raise NotImplementedError
 
-    def _run(self, graph: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
-        """Run "context" or "velocity", filling `outputs`; all tensors contiguous and on the engine's device."""
+    def run(self, graph: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+        """Run a graph, filling `outputs`; all tensors contiguous and on the device, in the graph's order."""
         raise NotImplementedError
+
+
+class Exported:
+    """An engine folder on its backend's sessions; a role adds what its graphs are for."""
+
+    bound = 3  # how many of width, height and frames its graphs were built for
+
+    def __init__(self, sessions: Sessions) -> None:
+        self.sessions, self.folder, self.device = sessions, sessions.folder, sessions.device
+        self.dtype = DTYPES[self.folder.manifest.precision]
+        self.buckets = [Bucket(*b) for b in self.folder.manifest.buckets]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the artefacts, which are the weights but for some kilobytes."""
+        return self.folder.nbytes
+
+    @property
+    def resident(self) -> bool:
+        return self.sessions.resident
+
+    def load(self) -> None:
+        self.sessions.load()
+
+    def unload(self) -> None:
+        self.sessions.unload()
+
+    def check_size(self, size: Bucket) -> None:
+        """Raise an `InputError` that names the sizes unless the engine was built for this one."""
+        m = self.folder.manifest
+        if m.options.get("range"):
+            low, high = self.buckets
+            right = all(a <= b <= c for a, b, c in list(zip(low, size, high, strict=True))[: self.bound])
+        else:
+            right = size[: self.bound] in [b[: self.bound] for b in self.buckets]
+        if not right:
+            raise InputError(
+                f"size {size} is none that this {m.part} engine was built for: "
+                f"{(' to ' if m.options.get('range') else ', ').join(map(str, self.buckets))}; generate one of them, or "
+                "export with --sizes."
+            )
+
+
+class ExportedEngine(Exported):
+    """A generator behind the engine protocol: graphs "context" and "velocity"."""
 
     def warmup(self, latent: tuple[int, int, int] | None = None, batch: int = 2, tokens: int = 24) -> None:
         """One step on noise at a latent size (T, H, W; the first it was built for by default), so that the first real
@@ -104,22 +173,13 @@ class ExportedEngine:
         latents = torch.randn(batch, a["in_channels"], *(latent or self.buckets[0].latent), device=self.device)
         self.velocity(latents, torch.tensor(500.0, device=self.device), context)
 
-    @torch.no_grad()
     def prepare(self, context: Tensor) -> EngineContext:
-        a = self.folder.manifest.architecture
-        if context.ndim != 3 or context.shape[-1] != a["text_dim"]:
-            raise InputError(f"context has shape {tuple(context.shape)}; expected [batch, tokens, {a['text_dim']}].")
         self.load()
-        embeds, bias = collapse_padding(context.to(self.device, self.dtype), at_least=2)
-        bias = torch.zeros(embeds.shape[:2], device=self.device) if bias is None else bias.float().contiguous()
-        shape = (a["num_layers"], *embeds.shape[:2], a["num_attention_heads"], a["attention_head_dim"])
-        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-        self._run("context", {"embeds": embeds.contiguous()}, {"keys": keys, "values": values})
-        return EngineContext(keys, values, bias)
+        return run_context(self, "context", self.folder.manifest.architecture, context)
 
     @torch.no_grad()
     def velocity(self, latents: Tensor, timestep: Tensor, context: EngineContext) -> Tensor:
-        self.check(latents)
+        self.check_size(Bucket.of(latents))
         self.load()
         repeats = context.batch // latents.shape[0]
         latents = latents.float().repeat(repeats, 1, 1, 1, 1) if repeats > 1 else latents.float().contiguous()
@@ -127,18 +187,19 @@ class ExportedEngine:
         out = torch.empty(latents.shape[0], channels, *latents.shape[2:], device=self.device)
         inputs = {"latents": latents, "timestep": timestep.float().reshape(()).to(self.device), "keys": context.keys,
                   "values": context.values, "bias": context.bias}  # fmt: skip
-        self._run("velocity", inputs, {"velocity": out})
+        self.sessions.run("velocity", inputs, {"velocity": out})
         return out
 
-    def check(self, latents: Tensor) -> None:
-        """Raise an `InputError` that names the sizes unless the engine was built for these latents."""
-        t, h, w = latents.shape[2:]
-        self.check_size(Bucket(8 * w, 8 * h, 4 * t - 3))
 
-    def check_size(self, size: Bucket) -> None:
-        """The same for a clip's size."""
-        if size not in self.buckets:
-            raise InputError(
-                f"size {size} is none that this {self.folder.manifest.generator} engine was built for: "
-                f"{', '.join(map(str, self.buckets))}; generate one of them, or export with --sizes."
-            )
+@torch.no_grad()
+def run_context(engine: Exported, graph: str, architecture: dict, embeds: Tensor) -> EngineContext:
+    """A generator's prompt through a graph of an engine: embeddings [N, L, text_dim], their zero padding counted once."""
+    a = architecture
+    if embeds.ndim != 3 or embeds.shape[-1] != a["text_dim"]:
+        raise InputError(f"context has shape {tuple(embeds.shape)}; expected [batch, tokens, {a['text_dim']}].")
+    embeds, bias = collapse_padding(embeds.to(engine.device, engine.dtype), at_least=2)
+    bias = torch.zeros(embeds.shape[:2], device=engine.device) if bias is None else bias.float().contiguous()
+    shape = (a["num_layers"], *embeds.shape[:2], a["num_attention_heads"], a["attention_head_dim"])
+    keys, values = (torch.empty(shape, dtype=engine.dtype, device=engine.device) for _ in range(2))
+    engine.sessions.run(graph, {"embeds": embeds.contiguous()}, {"keys": keys, "values": values})
+    return EngineContext(keys, values, bias)

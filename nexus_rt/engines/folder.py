@@ -27,18 +27,21 @@ MANIFEST = "manifest.json"
 class Manifest:
     """What an engine folder says of itself.
 
-    architecture: WanConfig's fields. weights: sha256 of the source's weight files. buckets: [width, height, frames].
+    part: "small", "large", "step" (both in one graph), "vae" or "text_encoder". graphs: name -> inputs, in order.
+    architecture: WanConfig's fields; of a step, those of both under "small" and "large"; else the part's own config.
+    weights: sha256 of the source's weight files. buckets: [width, height, frames]; with options["range"], its two ends.
     device: {"type": "cpu" | "cuda", "sm": "9.0" or None, "name"}. parity: see `nexus_rt.export.parity`. files: name ->
     {"bytes", "sha256"}. command: what rebuilds the engine. lora: hash of what was merged into the weights, or None.
     """
 
-    generator: str
+    part: str
     backend: str
     backend_version: str
     precision: str
     architecture: dict[str, Any]
     weights: str
     buckets: list[list[int]]
+    graphs: dict[str, list[str]]
     device: dict[str, Any]
     producer: str
     command: str
@@ -51,7 +54,7 @@ class Manifest:
 
     def identity(self) -> str:
         """What decides that two engines are the same: everything but results, files and words. 16 hex digits."""
-        kept = {k: v for k, v in asdict(self).items() if k not in ("parity", "files", "command", "generator")}
+        kept = {k: v for k, v in asdict(self).items() if k not in ("parity", "files", "command", "part")}
         kept["device"] = {k: v for k, v in self.device.items() if k != "name"}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
-from nexus_rt.engines.exported import ExportedEngine
+from nexus_rt.engines.coders import EngineDecoder, EngineTextEncoder
+from nexus_rt.engines.exported import ExportedEngine, Sessions
 from nexus_rt.engines.folder import MANIFEST, EngineFolder
+from nexus_rt.engines.step import StepEngine
 from nexus_rt.errors import ModelError, choose
 
 BACKENDS = ("onnx", "aoti", "tensorrt", "tensorrt-rtx")
+PARTS = ("small", "large", "step", "vae", "text_encoder")
 
 
 def here(device: torch.device) -> dict[str, Any]:
@@ -30,27 +33,42 @@ def versions() -> dict[str, str]:
     return {backend: version for backend, version in found.items() if version}
 
 
-def engine_of(folder: EngineFolder, device: torch.device, **options: Any) -> ExportedEngine:
-    """The engine of a folder, unchecked."""
+def sessions_of(folder: EngineFolder, device: torch.device, **options: Any) -> Sessions:
+    """The sessions of a folder's backend."""
     choose("backend", folder.manifest.backend, BACKENDS)
     if folder.manifest.backend == "onnx":
-        from nexus_rt.engines.onnx import OnnxEngine
+        from nexus_rt.engines.onnx import OnnxSessions
 
-        return OnnxEngine(folder, device, **options)
+        return OnnxSessions(folder, device, **options)
     if folder.manifest.backend == "aoti":
-        from nexus_rt.engines.aoti import AotiEngine
+        from nexus_rt.engines.aoti import AotiSessions
 
-        return AotiEngine(folder, device, **options)
-    from nexus_rt.engines.tensorrt import TensorRTEngine
+        return AotiSessions(folder, device, **options)
+    from nexus_rt.engines.tensorrt import TensorRTSessions
 
-    return TensorRTEngine(folder, device, **options)
+    return TensorRTSessions(folder, device, **options)
 
 
-def open_engine(path: str | Path, device: torch.device, force: bool = False, **options: Any) -> ExportedEngine:
+def engine_of(folder: EngineFolder, device: torch.device, **options: Any) -> Any:
+    """The engine of a folder, as its part asks: a generator, a step, a decoder or a text encoder; unchecked."""
+    sessions = sessions_of(folder, device, **options)
+    if folder.manifest.part == "step":
+        return StepEngine(sessions)
+    if folder.manifest.part == "vae":
+        return EngineDecoder(sessions)
+    if folder.manifest.part == "text_encoder":
+        return EngineTextEncoder(sessions, folder.path.parent / "tokenizer")
+    return ExportedEngine(sessions)
+
+
+def open_engine(path: str | Path, device: torch.device, force: bool = False, **options: Any) -> Any:
     """Check an engine folder against its manifest and this machine, and open it; its weights are read on first use.
 
     Args:
         force: load an engine that failed its parity gate.
+
+    Returns:
+        What `engine_of` makes of it.
 
     Raises:
         ModelError: no engine folder, damaged files, a newer schema, another version or GPU, or parity that failed.
@@ -63,13 +81,13 @@ def open_engine(path: str | Path, device: torch.device, force: bool = False, **o
     return engine_of(folder, device, **options)
 
 
-def open_engines(root: Path, device: torch.device, force: bool = False, **options: Any) -> dict[str, ExportedEngine]:
-    """The engines "small" and "large" of a folder that `nexus-rt export` made, those that it holds.
+def open_engines(root: Path, device: torch.device, force: bool = False, **options: Any) -> dict[str, Any]:
+    """The engines of a folder that `nexus-rt export` made, by part; "small" or "large" at least.
 
     Raises:
         ModelError: it holds neither, or as `open_engine`.
     """
-    found = {n: root / n for n in ("small", "large") if (root / n / MANIFEST).is_file()}
-    if not found:
+    found = {n: root / n for n in PARTS if (root / n / MANIFEST).is_file()}
+    if not found.keys() & {"small", "large"}:
         raise ModelError(f"{root} holds no engines (small/ or large/ with a {MANIFEST}); make them with `nexus-rt export`.")
     return {name: open_engine(path, device, force, **options) for name, path in found.items()}

@@ -1,12 +1,13 @@
 """Which weights are where, and when: decided before the first step, from the plan, the engines' bytes and a budget.
 
-A call has phases: encoding, one phase for every run of steps with the same engines, decoding. Four modes, the first that
+A call has phases: encoding, one phase for every run of steps with the same engines, decoding. Five modes, the first that
 fits is taken:
 
 resident    everything stays where it runs;
 freed       both engines stay; the encoders leave before denoising, the VAE comes for decoding;
 prefetched  an engine comes while the one before it runs alone, and that one leaves when it has run for the last time;
-swapped     an engine comes when it is needed: the least memory, and the step after the swap waits for it.
+swapped     an engine comes when it is needed, and the step after the swap waits for it;
+streamed    as swapped, and an engine that can comes block by block as it runs: the least memory, slower at every step.
 
 Peaks are weights plus one block of working memory, which engines share as they never run at once. The working memory is
 an estimate (`activation_bytes`), not a measurement.
@@ -18,26 +19,27 @@ import re
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from nexus_rt.engines.exported import Bucket
 from nexus_rt.errors import InputError
-from nexus_rt.models.load import read_json
 from nexus_rt.plan import Plan
 
-MODES = ("resident", "freed", "prefetched", "swapped")
+MODES = ("resident", "freed", "prefetched", "swapped", "streamed")
+STEP = "fused step"
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something that takes memory: bytes of its weights, and of what it needs to run."""
+    """Something that takes memory: bytes of its weights, of what it needs to run, and of its weights while they are
+    streamed (None: it cannot be)."""
 
     weights: int
     working: int = 0
+    streamed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,30 +106,24 @@ def activation_bytes(architecture: Mapping[str, int], size: Bucket, batch: int =
     return batch * t * (h // 2) * (w // 2) * (widest + 4 * dim) * element
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of the weights stored in a folder."""
-    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-
-
-def call_parts(engines: Mapping[str, Any], folders: Mapping[str, Path], size: Bucket, batch: int = 2) -> dict[str, Part]:
+def call_parts(engines: Mapping[str, Any], others: Mapping[str, Any], size: Bucket, batch: int = 2) -> dict[str, Part]:
     """What a call holds in memory.
 
     Args:
-        engines: "small", "large". folders: of the encoders' weights and of the "vae". batch: samples of a step,
-            unconditional twins counted.
+        engines: "small", "large". others: whatever else has `nbytes`: encoders, and under "vae" a decoder, which has
+            `working_bytes(width, height)` too. batch: samples of a step, unconditional twins counted.
     """
-    parts = {name: Part(folder_bytes(folder)) for name, folder in folders.items() if name != "vae"}
+    parts = {name: Part(other.nbytes) for name, other in others.items()}
     for name, engine in engines.items():
         exported = getattr(engine, "folder", None)
         if exported is not None:
             architecture, element = exported.manifest.architecture, engine.dtype.itemsize
         else:
             architecture, element = asdict(engine.model.config), engine.model.dtype.itemsize
-        parts[name] = Part(engine.nbytes, activation_bytes(architecture, size, batch, element))
-    if "vae" in folders:
-        # float32, four frames at a time: six activations of the decoder's last width (96 channels in Wan's)
-        width = read_json(folders["vae"] / "config.json").get("base_dim", 96)
-        parts["vae"] = Part(folder_bytes(folders["vae"]), 6 * width * 4 * size.width * size.height * 4)
+        working = activation_bytes(architecture, size, batch, element)
+        parts[name] = Part(engine.nbytes, working, getattr(engine, "streamed_bytes", None))
+    if "vae" in others:
+        parts["vae"] = Part(others["vae"].nbytes, others["vae"].working_bytes(size.width, size.height))
     return parts
 
 
@@ -145,16 +141,18 @@ def _stretches(plan: Plan) -> list[tuple[int, int, tuple[str, ...]]]:
 
 def _phases(plan: Plan, parts: Mapping[str, Part], mode: str) -> tuple[Phase, ...]:
     """The phases of a mode; parts are "small", "large", and any encoders and "vae"."""
-    encoders = tuple(n for n in parts if n not in ("small", "large", "vae"))
+    encoders = tuple(n for n in parts if n not in ("small", "large", "vae", STEP))
     engines = tuple(n for n in ("small", "large") if n in plan.generators)
     vae = ("vae",) if "vae" in parts else ()
     stretches = _stretches(plan)
 
     def phase(name: str, first: int, last: int, runs: tuple, present: tuple, arriving: tuple = ()) -> Phase:
         working = max((parts[n].working for n in runs), default=0)
-        return Phase(name, first, last, runs, present, arriving, sum(parts[n].weights for n in (*present, *arriving)) + working)
+        there = [parts[n] for n in (*present, *arriving)]
+        weights = sum(p.streamed if mode == "streamed" and p.streamed is not None else p.weights for p in there)
+        return Phase(name, first, last, runs, present, arriving, weights + working)
 
-    everything = (*encoders, *engines, *vae)
+    everything = (*encoders, *engines, *vae, *((STEP,) if STEP in parts else ()))
     found = [phase("encode", -1, -1, encoders, everything if mode == "resident" else encoders)] if encoders else []
     for i, (first, last, runs) in enumerate(stretches):
         arriving: tuple[str, ...] = ()
@@ -176,7 +174,8 @@ def plan_residency(plan: Plan, parts: Mapping[str, Part], budget: int | None = N
     """The most comfortable mode that fits a budget.
 
     Args:
-        parts: "small", "large" (those the plan runs), and any of the encoders and "vae".
+        parts: "small", "large" (those the plan runs), and any of the encoders, "vae", and a fused step, which only
+            "resident" uses.
         budget: bytes; None takes "resident". mode: this one, if it fits.
 
     Raises:
@@ -225,7 +224,10 @@ class Residency:
                 engine.unload()
         for name in phase.runs:
             self._wait(name)
-            self.engines[name].load()
+            if self.plan.mode == "streamed" and hasattr(self.engines[name], "streamed_bytes"):
+                self.engines[name].load(streamed=True)
+            else:
+                self.engines[name].load()
         for name in phase.arriving:
             if name not in self.threads and not self.engines[name].resident:
                 self.threads[name] = threading.Thread(target=self._fetch, args=(name,), daemon=True)

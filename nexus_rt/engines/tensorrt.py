@@ -1,6 +1,6 @@
 """TensorRT and TensorRT for RTX: one module, the package that is installed is the only difference.
 
-A profile a size. Both graphs share one block of activation memory, which the engine asks of PyTorch and gives back when
+A profile a size. All graphs share one block of activation memory, which the engine asks of PyTorch and gives back when
 it is unloaded; launches go to PyTorch's current stream, so a step needs no synchronisation and can be captured.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.exported import GRAPHS, ExportedEngine
+from nexus_rt.engines.exported import Bucket, Sessions
 from nexus_rt.errors import InputError, ModelError
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -65,8 +65,8 @@ def logger(trt: ModuleType, kept: list[str]) -> Any:
     return Kept()
 
 
-class TensorRTEngine(ExportedEngine):
-    """Execution contexts of both graphs on one block of activation memory.
+class TensorRTSessions(Sessions):
+    """Execution contexts of all graphs on one block of activation memory.
 
     weight_budget: bytes of the weights that stay on the GPU, the rest streamed at every step; engines built with
         weight streaming only.
@@ -78,6 +78,9 @@ class TensorRTEngine(ExportedEngine):
             raise InputError(f"{folder.manifest.backend} engines run on a CUDA device, and this is {device.type}.")
         self.trt = package(folder.manifest.backend)
         self.weight_budget, self.errors = weight_budget, []
+        sizes = {g: folder.manifest.files.get(f"{g}.engine", {"bytes": 0})["bytes"] for g in self.graphs}
+        self.largest = max(sizes, key=sizes.get)  # the one whose weights a budget is for
+        self.buckets = [Bucket(*b).latent for b in folder.manifest.buckets]
         self.logger = logger(self.trt, self.errors)
         self.engines: dict[str, Any] = {}
         self.contexts: dict[str, Any] = {}
@@ -92,12 +95,12 @@ class TensorRTEngine(ExportedEngine):
         if self.contexts:
             return
         runtime = self.trt.Runtime(self.logger)
-        for graph in GRAPHS:
+        for graph in self.graphs:
             engine = runtime.deserialize_cuda_engine((self.folder.path / f"{graph}.engine").read_bytes())
             if engine is None:
                 said = self.errors[-1] if self.errors else "no message"
                 raise ModelError(f"{self.folder.path} cannot be loaded here ({said}); {self.folder.rebuild()}")
-            if self.weight_budget is not None and graph == "velocity":
+            if self.weight_budget is not None and graph == self.largest:
                 engine.weight_streaming_budget_v2 = min(self.weight_budget, engine.streamable_weights_size)
             self.engines[graph] = engine
         size = max(e.device_memory_size_v2 for e in self.engines.values())
@@ -115,11 +118,16 @@ class TensorRTEngine(ExportedEngine):
         torch.cuda.empty_cache()
 
     def _profile_of(self, graph: str, inputs: dict[str, Tensor]) -> int:
-        if graph == "context":
+        """Which profile holds these inputs: the latents' size decides, frames aside where a graph takes one at a time."""
+        if "latents" not in inputs or self.folder.manifest.options.get("range"):
             return 0
-        return [b.latent for b in self.buckets].index(tuple(inputs["latents"].shape[2:]))
+        size = tuple(inputs["latents"].shape[2:])
+        same = [i for i, b in enumerate(self.buckets) if b == size] or [
+            i for i, b in enumerate(self.buckets) if b[1:] == size[1:]
+        ]
+        return same[0]
 
-    def _run(self, graph: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+    def run(self, graph: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
         context, stream = self.contexts[graph], torch.cuda.current_stream(self.device).cuda_stream
         profile = self._profile_of(graph, inputs)
         if self.profile.get(graph) != profile:

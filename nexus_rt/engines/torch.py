@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nexus_rt.engines.streaming import BlockStream, streamed_bytes
+from nexus_rt.models.moving import Moved
 from nexus_rt.models.wan import WanContext, WanTransformer
 
 
@@ -17,7 +19,7 @@ class TorchEngine:
 
     def __init__(self, model: WanTransformer, compiled: bool = False, device: torch.device | None = None) -> None:
         self.model, self.device = model, device or model.device
-        self.host: dict[str, Tensor] = {}  # pinned copies, made when the weights first leave the device
+        self.weights = Moved(model, self.device)
         if compiled:
             for block in model.blocks:
                 block.compile()
@@ -25,31 +27,35 @@ class TorchEngine:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return self.weights.nbytes
 
     @property
     def resident(self) -> bool:
         """Whether the weights are where the engine runs."""
-        return self.model.device == self.device
+        return self.weights.resident
 
-    def load(self) -> None:
-        """Bring the weights to the engine's device; nothing where they are there."""
-        if not self.resident:
-            for p in self.model.parameters():
-                p.data = p.data.to(self.device, non_blocking=True)
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes on the device while its blocks are streamed."""
+        return streamed_bytes(self.model)
+
+    def load(self, streamed: bool = False) -> None:
+        """Bring the weights to the engine's device; nothing where they are there.
+
+        streamed: its blocks stay in host memory and come as they run, two at a time.
+        """
+        if self.model.stream is not None:
+            return
+        if streamed:
+            BlockStream(self.model, self.device)
+        else:
+            self.weights.load()
 
     def unload(self) -> None:
         """Leave the weights in pinned host memory, so that another engine has the device's; they are copied once."""
-        if self.device.type == "cpu" or not self.resident:
-            return
-        torch.cuda.current_stream(self.device).synchronize()
-        for name, p in self.model.named_parameters():
-            if name not in self.host:
-                self.host[name] = torch.empty(p.shape, dtype=p.dtype, pin_memory=True).copy_(p)
-            p.data = self.host[name]
-        torch.cuda.empty_cache()
+        if self.model.stream is not None:
+            self.model.stream.close()
+        self.weights.unload()
 
     def warmup(self, latent: tuple[int, int, int], batch: int = 2, tokens: int = 24) -> None:
         """One step on noise at a latent size (T, H, W), so that the first real one is as fast as the rest."""

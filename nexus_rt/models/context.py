@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nexus_rt.errors import ModelError
 from nexus_rt.models.connector import Connector, ConnectorConfig, load_connector
-from nexus_rt.models.load import read_json, release
+from nexus_rt.models.load import folder_bytes, read_json
+from nexus_rt.models.moving import Lazy
 from nexus_rt.models.text import clean_prompt
 from nexus_rt.models.understanding import UnderstandingModel
 
@@ -20,7 +21,7 @@ def unpad(text: Tensor) -> Tensor:
     return text[: int(used[-1]) + 1] if len(used) else text[:0]
 
 
-class ContextEncoder:
+class ContextEncoder(Lazy):
     """Understanding model and connector, together the context of the small generator; each loaded when first used.
 
     Args:
@@ -30,7 +31,6 @@ class ContextEncoder:
     def __init__(self, understanding: Path, connector: Path, dtype: torch.dtype, device: str | torch.device) -> None:
         self.folder, self.dtype, self.device = Path(connector), dtype, torch.device(device)
         self.config = ConnectorConfig.from_dict(read_json(self.folder / "config.json"))
-        self.connector: Connector | None = None
         self.understanding = UnderstandingModel(understanding, self.config.template, dtype, device)
         config = read_json(Path(understanding) / "config.json")
         width = {**config, **config.get("text_config", {})}.get("hidden_size")
@@ -44,26 +44,38 @@ class ContextEncoder:
     def text_dim(self) -> int:
         return self.config.text_dim
 
-    def load(self) -> Connector:
-        """Read the connector, if it is not in memory."""
-        if self.connector is None:
-            self.connector = load_connector(self.folder, self.dtype, self.device)
-        return self.connector
+    @property
+    def connector(self) -> Connector:
+        """The connector, loaded."""
+        self.load()
+        return self.model
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the connector's stored weights; the understanding model counts its own."""
+        return folder_bytes(self.folder)
+
+    def _read(self) -> Connector:
+        return load_connector(self.folder, self.dtype, self.device)
+
+    def unload(self) -> None:
+        """Leave the weights of both in host memory; on a CPU, drop them."""
+        self.understanding.unload()
+        super().unload()
 
     def drop(self) -> None:
         """Free the understanding model and the connector; the next call loads them again."""
         self.understanding.drop()
-        self.connector = None
-        release(self.device)
+        super().drop()
 
     def unconditional_text(self) -> Tensor | None:
         """The stored embedding [m, text_dim] that stands for no prompt, if the checkpoint has one."""
-        return self.load().unconditional_text
+        return self.connector.unconditional_text
 
     @torch.no_grad()
     def encode(self, prompts: list[str], text: Tensor, single_frame: bool = False) -> Tensor:
         """Contexts [B, max_context_len, text_dim] of prompts, given their text embeddings [B, L, text_dim]."""
-        connector = self.load()
+        connector = self.connector
         contexts = []
         for prompt, rows in zip(prompts, text, strict=True):
             hidden = self.understanding.hidden_states(clean_prompt(prompt), single_frame)
@@ -74,7 +86,7 @@ class ContextEncoder:
     def encode_unconditional(self, text: Tensor, single_frame: bool = False) -> Tensor:
         """Contexts [B, max_context_len, text_dim] of the negative branch: its text [B, L, text_dim] behind the stored
         unconditional hidden states (an empty prompt's, where the checkpoint stores none)."""
-        connector = self.load()
+        connector = self.connector
         hidden = connector.unconditional_hidden
         hidden = (
             self.understanding.hidden_states("", single_frame) if hidden is None else hidden.reshape(1, -1, hidden.shape[-1])

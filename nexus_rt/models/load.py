@@ -85,6 +85,11 @@ def pretrained(class_name: str, folder: Path, what: str, device: torch.device | 
         raise ModelError(f"{folder}: the {what} cannot be loaded ({error}); download it again.") from error
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the weights stored in a folder."""
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+
+
 def require_safetensors(folder: Path) -> None:
     """Raise a `ModelError` where a transformers folder has no safetensors."""
     if not any(folder.glob("*.safetensors")):

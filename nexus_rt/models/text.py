@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import InputError, ModelError
-from nexus_rt.models.load import pretrained, release, require_safetensors
+from nexus_rt.models.load import folder_bytes, pretrained, require_safetensors
+from nexus_rt.models.moving import Lazy
 
 MAX_SEQUENCE_LENGTH = 512  # Wan's text length: the transformer attends to the zero padding too
 
@@ -24,40 +25,24 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-class TextEncoder:
-    """A UMT5 encoder with its tokenizer, loaded when first used and dropped when asked.
+class Tokenized:
+    """Prompts to embeddings, whatever computes them; subclasses add `load` and `_states`.
 
     Args:
-        folder: holds `text_encoder/` and `tokenizer/` in diffusers' layout.
+        tokenizer: its folder.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: str | torch.device) -> None:
-        self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
-        for part, file in (("text_encoder", "config.json"), ("tokenizer", "tokenizer_config.json")):
-            if not (self.folder / part / file).is_file():
-                raise ModelError(f"{self.folder} has no {part}/{file}; expected a folder with text_encoder/ and tokenizer/.")
-        self.model: Any = None
+    def __init__(self, tokenizer: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self.tokenizer_folder, self.dtype, self.device = tokenizer, dtype, device
         self.tokenizer: Any = None
 
     def load(self) -> None:
-        """Read tokenizer and weights, if they are not in memory."""
-        if self.model is not None:
-            return
-        require_safetensors(self.folder / "text_encoder")
-        self.tokenizer = pretrained("AutoTokenizer", self.folder / "tokenizer", "text encoder")
-        self.model = pretrained(
-            "UMT5EncoderModel",
-            self.folder / "text_encoder",
-            "text encoder",
-            self.device,
-            dtype=self.dtype,
-            use_safetensors=True,
-        )
+        """Make the weights ready, if they are not."""
+        raise NotImplementedError
 
-    def drop(self) -> None:
-        """Free the weights; the next `encode` loads them again."""
-        self.model = None
-        release(self.device)
+    def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token ids and mask [B, L], int64, to the encoder's last hidden states [B, L, D]."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def encode(self, prompts: list[str], max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> Tensor:
@@ -70,12 +55,44 @@ class TextEncoder:
             raise InputError("the prompt list is empty; pass at least one prompt.")
         if max_sequence_length < 1:
             raise InputError(f"max_sequence_length is {max_sequence_length}; expected 1 to 512.")
+        if self.tokenizer is None:
+            self.tokenizer = pretrained("AutoTokenizer", self.tokenizer_folder, "text encoder")
         self.load()
         batch = self.tokenizer(
             [clean_prompt(p) for p in prompts], padding="longest", max_length=max_sequence_length, truncation=True,
             add_special_tokens=True, return_attention_mask=True, return_tensors="pt",
         )  # fmt: skip
         mask = batch.attention_mask.to(self.device)
-        states = self.model(batch.input_ids.to(self.device), mask).last_hidden_state
+        states = self._states(batch.input_ids.to(self.device), mask)
         states = states.to(self.dtype) * mask[..., None].to(self.dtype)
         return torch.nn.functional.pad(states, (0, 0, 0, max_sequence_length - states.shape[1]))
+
+
+class TextEncoder(Lazy, Tokenized):
+    """A UMT5 encoder in PyTorch with its tokenizer, loaded when first used and dropped when asked.
+
+    Args:
+        folder: holds `text_encoder/` and `tokenizer/` in diffusers' layout.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: str | torch.device) -> None:
+        self.folder = Path(folder)
+        for part, file in (("text_encoder", "config.json"), ("tokenizer", "tokenizer_config.json")):
+            if not (self.folder / part / file).is_file():
+                raise ModelError(f"{self.folder} has no {part}/{file}; expected a folder with text_encoder/ and tokenizer/.")
+        super().__init__(self.folder / "tokenizer", dtype, torch.device(device))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored weights."""
+        return folder_bytes(self.folder / "text_encoder")
+
+    def _read(self) -> torch.nn.Module:
+        require_safetensors(self.folder / "text_encoder")
+        return pretrained(
+            "UMT5EncoderModel", self.folder / "text_encoder", "text encoder", self.device, dtype=self.dtype,
+            use_safetensors=True,
+        )  # fmt: skip
+
+    def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model(ids, mask).last_hidden_state

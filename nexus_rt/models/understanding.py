@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import InputError, ModelError
-from nexus_rt.models.load import pretrained, release, require_safetensors
+from nexus_rt.models.load import folder_bytes, pretrained, require_safetensors
+from nexus_rt.models.moving import Lazy
 
 SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -63,7 +64,7 @@ class Template:
         return (self.image if single_frame else self.video).replace("{prompt}", prompt)
 
 
-class UnderstandingModel:
+class UnderstandingModel(Lazy):
     """A causal or image-text-to-text model with its tokenizer, loaded when first used and dropped when asked.
 
     Args:
@@ -74,17 +75,15 @@ class UnderstandingModel:
         self.folder, self.template, self.dtype, self.device = Path(folder), template, dtype, torch.device(device)
         if not (self.folder / "config.json").is_file():
             raise ModelError(f"{self.folder} is no understanding model: it has no config.json.")
-        self.model: Any = None
         self.tokenizer: Any = None
 
-    def load(self) -> None:
-        """Read tokenizer and weights, if they are not in memory.
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored weights."""
+        return folder_bytes(self.folder)
 
-        Raises:
-            ModelError: no safetensors, a damaged folder, or a tokenizer that lacks a marker.
-        """
-        if self.model is not None:
-            return
+    def _read(self) -> torch.nn.Module:
+        """The backbone alone (hidden states need no vocabulary head), its tokenizer checked for the markers."""
         require_safetensors(self.folder)
         self.tokenizer = pretrained("AutoTokenizer", self.folder, "understanding model")
         for marker in (self.template.video_marker, self.template.image_marker):
@@ -95,15 +94,7 @@ class UnderstandingModel:
                     f"{self.folder}: the tokenizer lacks {marker}, which this template ends in; use the tokenizer "
                     "that came with the checkpoint, or set the template's markers."
                 )
-        # the backbone alone: hidden states need no vocabulary head
-        self.model = pretrained(
-            "AutoModel", self.folder, "understanding model", self.device, dtype=self.dtype, use_safetensors=True
-        )
-
-    def drop(self) -> None:
-        """Free the weights; the next call loads them again."""
-        self.model = None
-        release(self.device)
+        return pretrained("AutoModel", self.folder, "understanding model", self.device, dtype=self.dtype, use_safetensors=True)
 
     @torch.no_grad()
     def hidden_states(self, prompt: str, single_frame: bool = False) -> Tensor:

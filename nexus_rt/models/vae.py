@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import DecodeError, ModelError
-from nexus_rt.models.load import read_json
+from nexus_rt.models.load import folder_bytes, read_json
+from nexus_rt.models.moving import Lazy
 
 TILE_ABOVE = 1280 * 720  # pixels of a frame from which decoding is tiled when `tiling` is "auto"
 TOGETHER = 2**21  # pixels (of all frames) decoded in one call: small clips gain four times from it, large ones go alone
@@ -33,20 +34,11 @@ def vae_space(folder: Path) -> dict[str, Any]:
     return {field: config.get(field, WAN_VAE[field]) for field in LATENT_FIELDS}
 
 
-class VideoDecoder:
-    """A Wan VAE, loaded when first used and dropped when asked.
+class Decoder:
+    """Latents to frames, whatever computes them; `space` is `vae_space` of the VAE. Subclasses add `load` and `_video`."""
 
-    Args:
-        folder: holds `config.json` and safetensors in diffusers' layout.
-        tiling: True, False, or "auto": decode in overlapping tiles above 1280 x 720, where memory would run out.
-    """
-
-    def __init__(self, folder: Path, dtype: torch.dtype, device: str | torch.device, tiling: bool | str = "auto") -> None:
-        self.folder, self.dtype, self.device, self.tiling = Path(folder), dtype, torch.device(device), tiling
-        self.space = vae_space(self.folder)
-        if not any(self.folder.glob("*.safetensors")):
-            raise ModelError(f"{self.folder} holds no safetensors; expected an AutoencoderKLWan in diffusers' layout.")
-        self.model: Any = None
+    def __init__(self, space: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+        self.space, self.dtype, self.device = space, dtype, device
 
     @property
     def spatial(self) -> int:
@@ -59,38 +51,16 @@ class VideoDecoder:
         return int(self.space["scale_factor_temporal"])
 
     def load(self) -> None:
-        """Read the weights, if they are not in memory."""
-        if self.model is not None:
-            return
-        from diffusers import AutoencoderKLWan
-        from safetensors import SafetensorError
+        """Make the weights ready, if they are not."""
+        raise NotImplementedError
 
-        try:
-            model = AutoencoderKLWan.from_pretrained(
-                self.folder, torch_dtype=self.dtype, local_files_only=True, use_safetensors=True
-            )
-        except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-            raise ModelError(f"{self.folder}: the VAE cannot be loaded ({error}); download it again.") from error
-        for parameter in model.parameters():  # convolutions run about twice as fast in this layout on a CPU
-            if parameter.ndim == 5:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
-        self.model = model.to(self.device).eval()
-
-    def drop(self) -> None:
-        """Free the weights; the next `decode` loads them again."""
-        self.model = None
+    def _video(self, z: Tensor) -> Tensor:
+        """The VAE's own latents [B, C, T, H, W] to frames [B, 3, F, 8 H, 8 W] in [-1, 1]."""
+        raise NotImplementedError
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         mean, std = (torch.tensor(self.space[k], device=device).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
         return mean, std
-
-    @torch.no_grad()
-    def encode(self, frames: Tensor) -> Tensor:
-        """Frames [B, 3, F, H, W] in [-1, 1] to normalised latents [B, C, T, H/8, W/8] (the posterior's mode), float32."""
-        self.load()
-        frames = frames.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last_3d)
-        mean, std = self._statistics(self.device)
-        return (self.model.encode(frames).latent_dist.mode().float() - mean) / std
 
     @torch.no_grad()
     def decode(self, latents: Tensor, rescue: str | Path | None = None) -> Tensor:
@@ -105,17 +75,12 @@ class VideoDecoder:
         try:
             self.load()
             height, width = (s * self.spatial for s in latents.shape[-2:])
-            tiled = height * width > TILE_ABOVE if self.tiling == "auto" else bool(self.tiling)
-            self.model.use_tiling = False
-            if tiled:
-                self.model.enable_tiling()
             mean, std = self._statistics(self.device)
             out = []
             frames = (latents.shape[2] - 1) * self.temporal + 1
             together = max(1, TOGETHER // (frames * height * width))
             for sample in latents.to(self.device, torch.float32).split(together):
-                z = (sample * std + mean).to(self.dtype)
-                video = self.model.decode(z.contiguous(memory_format=torch.channels_last_3d), return_dict=False)[0]
+                video = self._video((sample * std + mean).to(self.dtype))
                 out.append(video.float().add_(1).div_(2).clamp_(0, 1))
             return torch.cat(out).transpose(1, 2)
         except Exception as error:
@@ -126,6 +91,61 @@ class VideoDecoder:
                 else "and saving them failed too"
             )
             raise DecodeError(f"decoding failed ({type(error).__name__}: {error}); {saved}.", path) from error
+
+
+class VideoDecoder(Lazy, Decoder):
+    """A Wan VAE in PyTorch, loaded when first used and dropped when asked.
+
+    Args:
+        folder: holds `config.json` and safetensors in diffusers' layout.
+        tiling: True, False, or "auto": decode in overlapping tiles above 1280 x 720, where memory would run out.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: str | torch.device, tiling: bool | str = "auto") -> None:
+        self.folder, self.tiling = Path(folder), tiling
+        super().__init__(vae_space(self.folder), dtype, torch.device(device))
+        if not any(self.folder.glob("*.safetensors")):
+            raise ModelError(f"{self.folder} holds no safetensors; expected an AutoencoderKLWan in diffusers' layout.")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored weights."""
+        return folder_bytes(self.folder)
+
+    def working_bytes(self, width: int, height: int) -> int:
+        """An estimate: float32, four frames at a time, six activations of the decoder's last width (96 in Wan's)."""
+        return 6 * read_json(self.folder / "config.json").get("base_dim", 96) * 4 * width * height * 4
+
+    def _read(self) -> torch.nn.Module:
+        from diffusers import AutoencoderKLWan
+        from safetensors import SafetensorError
+
+        try:
+            model = AutoencoderKLWan.from_pretrained(
+                self.folder, torch_dtype=self.dtype, local_files_only=True, use_safetensors=True
+            )
+        except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+            raise ModelError(f"{self.folder}: the VAE cannot be loaded ({error}); download it again.") from error
+        for parameter in model.parameters():  # convolutions run about twice as fast in this layout on a CPU
+            if parameter.ndim == 5:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+        return model.to(self.device).eval()
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """Frames [B, 3, F, H, W] in [-1, 1] to normalised latents [B, C, T, H/8, W/8] (the posterior's mode), float32."""
+        self.load()
+        frames = frames.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last_3d)
+        mean, std = self._statistics(self.device)
+        return (self.model.encode(frames).latent_dist.mode().float() - mean) / std
+
+    def _video(self, z: Tensor) -> Tensor:
+        height, width = (s * self.spatial for s in z.shape[-2:])
+        tiled = height * width > TILE_ABOVE if self.tiling == "auto" else bool(self.tiling)
+        self.model.use_tiling = False
+        if tiled:
+            self.model.enable_tiling()
+        return self.model.decode(z.contiguous(memory_format=torch.channels_last_3d), return_dict=False)[0]
 
 
 def save_latents(latents: Tensor, folder: str | Path | None = None) -> Path | None:

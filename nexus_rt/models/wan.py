@@ -12,7 +12,9 @@ Parameters carry diffusers' names, but for the fused ones: `FUSED` says which of
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -244,6 +246,13 @@ class WanTransformer(nn.Module):
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
         self.ops = TORCH
+        self.stream: Any = None  # brings each block before it runs (nexus_rt.engines.streaming)
+
+    def _in_turn(self) -> Iterator[Block]:
+        for i, block in enumerate(self.blocks):
+            if self.stream is not None:
+                self.stream.bring(i)
+            yield block
 
     def use_kernels(self, kernels: str = "auto", attention: str = "auto") -> WanTransformer:
         """Choose what computes norms, RoPE and modulation, and what computes attention.
@@ -293,7 +302,7 @@ class WanTransformer(nn.Module):
         collapse = collapse and takes_bias(self.blocks[0].attn2.backend, self.device)
         context, bias = collapse_padding(context, at_least) if collapse else (context, None)
         embedded = self.condition_embedder.text(context)
-        pairs = [block.attn2.keys_values(embedded) for block in self.blocks]
+        pairs = [block.attn2.keys_values(embedded) for block in self._in_turn()]
         return WanContext([k for k, _ in pairs], [v for _, v in pairs], bias)
 
     def forward(self, latents: Tensor, timestep: Tensor, context: WanContext) -> Tensor:
@@ -314,7 +323,7 @@ class WanTransformer(nn.Module):
         x = self.patchify(latents.to(self.dtype))
         embedding, modulation = self.condition_embedder.time(timestep.reshape(-1))
         y = gate = None
-        for block, k, v in zip(self.blocks, context.keys, context.values, strict=True):
+        for block, k, v in zip(self._in_turn(), context.keys, context.values, strict=True):
             x, y, gate = block(x, y, gate, modulation, rope, k, v, context.bias)
         shift, scale = (self.scale_shift_table + embedding.float()[:, None]).transpose(0, 1).contiguous().unbind(0)
         x = self.proj_out(self.ops.modulate(x, scale, shift, self.config.eps, y, gate)[1])

@@ -1,0 +1,231 @@
+"""What can be exported: a generator, both in one step, the VAE's decoder, the text encoder.
+
+A part says what identifies its engine, traces its graphs, and answers the parity gate's questions by PyTorch in float32
+or by an engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from nexus_rt.engines.exported import DTYPES, GRAPHS, VELOCITY, Bucket
+from nexus_rt.engines.folder import trusted_hash
+from nexus_rt.engines.torch import TorchEngine
+from nexus_rt.errors import ModelError
+from nexus_rt.export import parity
+from nexus_rt.export.coders import decoder_states, trace_decoder, trace_text
+from nexus_rt.export.graph import trace
+from nexus_rt.export.step import NAMES, trace_step
+from nexus_rt.export.symbols import Traced
+from nexus_rt.models import load
+from nexus_rt.models.text import TextEncoder
+from nexus_rt.models.vae import VideoDecoder, vae_space
+from nexus_rt.models.wan import WanTransformer
+
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
+
+
+class Part(Protocol):
+    """Something that becomes an engine.
+
+    name: as in `Manifest.part`. folders: of its weights. sized: whether an engine is for certain sizes.
+    """
+
+    name: str
+    sized: bool
+
+    @property
+    def folders(self) -> list[Path]: ...
+
+    def architecture(self) -> dict[str, Any]: ...
+
+    def graphs(self) -> dict[str, list[str]]:
+        """Names of the graphs, and of their inputs in order."""
+        ...
+
+    def options(self) -> dict[str, Any]:
+        """What the runtime needs to know besides."""
+        ...
+
+    def precision(self, asked: str) -> str:
+        """The precision it is built in where the generators' is `asked`."""
+        ...
+
+    def trace(
+        self, precision: str, buckets: list[Bucket], device: torch.device, kernels: tuple[str, str]
+    ) -> dict[str, Traced]: ...
+
+    def answers(self, engine: Any, buckets: list[Bucket], device: torch.device) -> parity.Answers:
+        """What the parity gate asks, by an engine, or by PyTorch in float32 (None)."""
+        ...
+
+
+def weights_hash(folders: list[Path]) -> str:
+    """One hash of folders' weight files, by name and content."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        files = [p for p in sorted(folder.iterdir()) if p.suffix in WEIGHTS]
+        if not files:
+            raise ModelError(f"{folder} holds no weights ({', '.join(WEIGHTS)}); expected a model's folder.")
+        for path in files:
+            digest.update(f"{path.name} {trusted_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def weights_bytes(folders: list[Path]) -> int:
+    return sum(p.stat().st_size for f in folders for p in f.iterdir() if p.suffix in WEIGHTS)
+
+
+def _architecture(folder: Path) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(load.load_config(folder))))
+
+
+def _reference(folder: Path, device: torch.device) -> WanTransformer:
+    return load.load_transformer(folder, torch.float32, device, "torch")
+
+
+@dataclass(frozen=True)
+class GeneratorPart:
+    """A generator: name "small" or "large", folder of its transformer."""
+
+    name: str
+    source: Path
+    sized = True
+
+    @property
+    def folders(self) -> list[Path]:
+        return [load.transformer_folder(self.source)]
+
+    def architecture(self) -> dict[str, Any]:
+        return _architecture(self.folders[0])
+
+    def graphs(self) -> dict[str, list[str]]:
+        return {graph: list(inputs) for graph, inputs in GRAPHS.items()}
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def precision(self, asked: str) -> str:
+        return asked
+
+    def trace(self, precision: str, buckets: list[Bucket], device: torch.device, kernels: tuple[str, str]) -> dict[str, Traced]:
+        return trace(load.load_transformer(self.folders[0], DTYPES[precision], device, *kernels), buckets)
+
+    def answers(self, engine: Any, buckets: list[Bucket], device: torch.device) -> parity.Answers:
+        by = engine or TorchEngine(_reference(self.folders[0], device))
+        return parity.generator_answers(by, self.architecture(), buckets, device)
+
+
+@dataclass(frozen=True)
+class StepPart:
+    """Both generators, guidance and blend in one graph; sources under "small" and "large"."""
+
+    sources: dict[str, Path]
+    name = "step"
+    sized = True
+
+    @property
+    def folders(self) -> list[Path]:
+        return [load.transformer_folder(self.sources[n]) for n in NAMES]
+
+    def architecture(self) -> dict[str, Any]:
+        return {n: _architecture(f) for n, f in zip(NAMES, self.folders, strict=True)}
+
+    def graphs(self) -> dict[str, list[str]]:
+        contexts = [f"{k}_{n}" for n in NAMES for k in VELOCITY[2:]]
+        step = [*VELOCITY[:2], *contexts, "scalars", "left", "right"]
+        return {**{f"context_{n}": list(GRAPHS["context"]) for n in NAMES}, "step": step}
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def precision(self, asked: str) -> str:
+        return asked
+
+    def trace(self, precision: str, buckets: list[Bucket], device: torch.device, kernels: tuple[str, str]) -> dict[str, Traced]:
+        models = {
+            n: load.load_transformer(f, DTYPES[precision], device, *kernels) for n, f in zip(NAMES, self.folders, strict=True)
+        }
+        return trace_step(models, buckets)
+
+    def answers(self, engine: Any, buckets: list[Bucket], device: torch.device) -> parity.Answers:
+        engines = {} if engine else {n: TorchEngine(_reference(f, device)) for n, f in zip(NAMES, self.folders, strict=True)}
+        return parity.step_answers(engines, engine, self.architecture(), buckets, device)
+
+
+@dataclass(frozen=True)
+class DecoderPart:
+    """The VAE's decoder. It is built in float32 where bfloat16 is asked for: eight bits would band the colours."""
+
+    source: Path
+    name = "vae"
+    sized = True
+
+    @property
+    def folders(self) -> list[Path]:
+        return [self.source]
+
+    def architecture(self) -> dict[str, Any]:
+        return vae_space(self.source)
+
+    def graphs(self) -> dict[str, list[str]]:
+        return {"first": ["latents"], "next": ["latents", *(f"state_{i}" for i in range(len(self.options()["states"])))]}
+
+    def options(self) -> dict[str, Any]:
+        from diffusers import AutoencoderKLWan
+
+        with torch.device("meta"):
+            vae = AutoencoderKLWan.from_config(load.read_json(self.source / "config.json"))
+        return {"states": [list(s) for s in decoder_states(vae)]}
+
+    def precision(self, asked: str) -> str:
+        return "fp32" if asked == "bf16" else asked
+
+    def trace(self, precision: str, buckets: list[Bucket], device: torch.device, kernels: tuple[str, str]) -> dict[str, Traced]:
+        decoder = VideoDecoder(self.source, DTYPES[precision], device)
+        decoder.load()
+        return trace_decoder(decoder.model, buckets)
+
+    def answers(self, engine: Any, buckets: list[Bucket], device: torch.device) -> parity.Answers:
+        return parity.decoder_answers(engine or VideoDecoder(self.source, torch.float32, device, tiling=False), buckets)
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """The text encoder; source: a folder with `text_encoder/` and `tokenizer/`."""
+
+    source: Path
+    name = "text_encoder"
+    sized = False
+
+    @property
+    def folders(self) -> list[Path]:
+        return [self.source / "text_encoder"]
+
+    def architecture(self) -> dict[str, Any]:
+        config = load.read_json(self.folders[0] / "config.json")
+        return {k: config[k] for k in ("model_type", "d_model", "vocab_size", "num_layers") if k in config}
+
+    def graphs(self) -> dict[str, list[str]]:
+        return {"encode": ["ids", "mask"]}
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def precision(self, asked: str) -> str:
+        return asked
+
+    def trace(self, precision: str, buckets: list[Bucket], device: torch.device, kernels: tuple[str, str]) -> dict[str, Traced]:
+        encoder = TextEncoder(self.source, DTYPES[precision], device)
+        encoder.load()
+        return trace_text(encoder.model)
+
+    def answers(self, engine: Any, buckets: list[Bucket], device: torch.device) -> parity.Answers:
+        vocabulary = self.architecture()["vocab_size"]
+        return parity.text_answers(engine or TextEncoder(self.source, torch.float32, device), vocabulary)

@@ -1,0 +1,86 @@
+"""From folders to what a pipeline is made of: models in PyTorch, or exported engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nexus_rt.engines.coders import EngineDecoder, EngineTextEncoder
+from nexus_rt.engines.open import open_engines
+from nexus_rt.engines.step import StepEngine
+from nexus_rt.engines.torch import TorchEngine
+from nexus_rt.models import load
+from nexus_rt.models.context import ContextEncoder
+from nexus_rt.models.text import TextEncoder
+from nexus_rt.models.vae import VideoDecoder
+from nexus_rt.pair import Defaults, Parts, engine_parts
+
+
+@dataclass
+class Loaded:
+    """What `NexusPipeline` holds; None for a part that is not there. space: latent channels and patch size."""
+
+    engines: dict[str, Any]
+    text: TextEncoder | EngineTextEncoder | None
+    vae: VideoDecoder | EngineDecoder | None
+    context: ContextEncoder | None
+    step: StepEngine | None
+    defaults: Defaults
+    space: tuple[int, tuple[int, int, int]]
+
+
+def default_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, else "cuda" where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def default_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for, else bfloat16 on a GPU and float32 on a CPU."""
+    return dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
+def _coders(
+    parts: Parts, dtype: torch.dtype, device: torch.device, tiling: bool | str
+) -> tuple[ContextEncoder | None, TextEncoder | None, VideoDecoder | None]:  # fmt: skip
+    context = ContextEncoder(parts.understanding, parts.connector, dtype, device) if parts.connector else None
+    text = TextEncoder(parts.text, dtype, device) if parts.text else None
+    return context, text, VideoDecoder(parts.vae, torch.float32, device, tiling) if parts.vae else None
+
+
+def load_models(
+    parts: Parts, dtype: torch.dtype, device: torch.device, weights: torch.device, kernels: str, attention: str,
+    tiling: bool | str,
+) -> Loaded:  # fmt: skip
+    """A pair in PyTorch; `weights` is where the generators' are read to.
+
+    Raises:
+        ModelError: a folder is no model, is damaged, or the connector is of another width.
+    """
+    context, text, vae = _coders(parts, dtype, device, tiling)
+    if context is not None:
+        parts.check_width(context.text_dim)
+    models = {n: load.load_transformer(f, dtype, weights, kernels, attention) for n, f in parts.generators.items()}
+    config = next(iter(models.values())).config
+    engines = {name: TorchEngine(model, device=device) for name, model in models.items()}
+    return Loaded(engines, text, vae, context, None, parts.defaults, (config.in_channels, config.patch_size))
+
+
+def load_engines(
+    root: Path, dtype: torch.dtype, device: torch.device, tiling: bool | str, force: bool, options: dict[str, Any]
+) -> Loaded:  # fmt: skip
+    """The engines of an exported folder, and PyTorch for what of the pair is no engine.
+
+    Raises:
+        ModelError: no engine folder, or one that is damaged, wrong, or built for something else.
+    """
+    found = open_engines(root, device, force, **options)
+    engines = {n: found[n] for n in ("small", "large") if n in found}
+    parts = engine_parts(root, engines)
+    context, text, vae = _coders(parts, dtype, device, tiling)
+    a = next(iter(engines.values())).folder.manifest.architecture
+    space = a["in_channels"], tuple(a["patch_size"])
+    text, vae = found.get("text_encoder", text), found.get("vae", vae)
+    return Loaded(engines, text, vae, context, found.get("step"), parts.defaults, space)

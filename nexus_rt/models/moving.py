@@ -1,0 +1,85 @@
+"""Weights that leave a device and come back: one copy in pinned host memory, made when they first leave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nexus_rt.models.load import release
+
+
+class Moved:
+    """The parameters and buffers of a module, on `device` or in host memory. On a CPU they stay where they are."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.module, self.device = module, device
+        self.host: dict[str, Tensor] = {}
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [*self.module.named_parameters(), *self.module.named_buffers()]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for _, t in self._tensors())
+
+    @property
+    def resident(self) -> bool:
+        """Whether the weights are on the device."""
+        return all(t.device.type == self.device.type for _, t in self._tensors()[:1])
+
+    def load(self) -> None:
+        """Bring them to the device, on the current stream; nothing where they are there."""
+        if self.resident:
+            return
+        for _, t in self._tensors():
+            t.data = t.data.to(self.device, non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def unload(self) -> None:
+        """Give the device's memory back; what was copied before is not copied again."""
+        if self.device.type == "cpu" or not self.resident:
+            return
+        torch.cuda.current_stream(self.device).synchronize()
+        for name, t in self._tensors():
+            if name not in self.host:
+                self.host[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t)
+            t.data = self.host[name]
+        torch.cuda.empty_cache()
+
+
+class Lazy:
+    """A model that is read when it is first needed; a subclass has `device` and says how in `_read`."""
+
+    device: torch.device
+    model: Any = None
+    weights: Moved | None = None
+
+    def _read(self) -> nn.Module:
+        """The model, on the device."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        """Read the weights, if they are not in memory, and bring them to the device.
+
+        Raises:
+            ModelError: as reading says.
+        """
+        if self.weights is None:
+            self.model = self._read()
+            self.weights = Moved(self.model, self.device)
+        self.weights.load()
+
+    def unload(self) -> None:
+        """Leave the weights in host memory; on a CPU, where that is no gain, drop them."""
+        if self.weights is not None and self.device.type != "cpu":
+            self.weights.unload()
+        else:
+            self.drop()
+
+    def drop(self) -> None:
+        """Free the weights; the next use reads them again."""
+        self.model = self.weights = None
+        release(self.device)
