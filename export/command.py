@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-
 from nexus_rt.engines.exported import parse_sizes
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.errors import InputError, choose

@@ -44,6 +44,6 @@ class AotiSessions(Sessions):
             torch.cuda.empty_cache()
 
     def run(self, graph: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
-        made = self.graphs[graph](*(inputs[name] for name in self.graphs[graph]))
+        made = self.packages[graph](*(inputs[name] for name in self.graphs[graph]))
         for out, t in zip(outputs.values(), made if isinstance(made, list | tuple) else (made,), strict=True):
             out.copy_(t)
