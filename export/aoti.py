@@ -42,5 +42,7 @@ def can_run() -> bool:
 
 
 def build(graph: str, traced: Traced, folder: Path, target: Target) -> None:
-    """Compile `graph`.pt2 into a folder."""
-    torch._inductor.aoti_compile_and_package(traced.program, package_path=str(folder / f"{graph}.pt2"))
+    """Compile `graph`.pt2 into a folder, its weights beside the code: linked into it they would be held three times."""
+    apart = {"aot_inductor.package_constants_in_so": False, "aot_inductor.package_constants_on_disk_format": "pickle_weights"}
+    path = str(folder / f"{graph}.pt2")
+    torch._inductor.aoti_compile_and_package(traced.program, package_path=path, inductor_configs=apart)

@@ -1,7 +1,7 @@
 """The graphs of the VAE's decoder and of the text encoder.
 
-first:   latents [N, C, 1, H, W] -> video [N, 3, 1, 8 H, 8 W], states
-next:    latents, states -> video [N, 3, 4, 8 H, 8 W], states: the two last frames that every convolution over time saw
+first:   latents [1, C, 1, H, W] -> video [1, 3, 1, 8 H, 8 W], states
+next:    latents, states -> video [1, 3, 4, 8 H, 8 W], states: the two last frames that every convolution over time saw
 encode:  ids, mask [N, L] int64 -> states [N, L, D]
 
 Before the first frame there is nothing, which is zeros: diffusers' decoder, whose modules these graphs call, keeps None
@@ -58,9 +58,9 @@ def trace_decoder(vae: Any, buckets: list[Bucket]) -> dict[str, Traced]:
     """Both graphs of a VAE at sizes."""
     states, symbols, parameter = decoder_states(vae), Symbols(buckets), next(vae.parameters())
     names = [f"state_{i}" for i in range(len(states))]
-    latents: Shape = ("batch", vae.config.z_dim, 1, "2*rows", "2*columns")
+    latents: Shape = (1, vae.config.z_dim, 1, "2*rows", "2*columns")
     between: dict[str, Shape] = {
-        n: ("batch", c, 2, f"{2 * s}*rows", f"{2 * s}*columns") for n, (c, s) in zip(names, states, strict=True)
+        n: (1, c, 2, f"{2 * s}*rows", f"{2 * s}*columns") for n, (c, s) in zip(names, states, strict=True)
     }
     outputs = ("video", *(f"new_{n}" for n in names))
     found = {}

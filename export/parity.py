@@ -17,6 +17,7 @@ from torch import Tensor
 from nexus_rt.denoise import Prompt, denoise
 from nexus_rt.engines.base import Engine
 from nexus_rt.engines.exported import Bucket
+from nexus_rt.models import load
 from nexus_rt.plan import parse_plan
 from nexus_rt.solver import time_grid
 from nexus_rt.upfb import BlendConfig
@@ -140,6 +141,7 @@ def gate(part: Any, engine: Any, buckets: list[Bucket], precision: str, device: 
     """Compare the engine of a part (`nexus_rt.export.parts`) with PyTorch; returns as `judge`."""
     with torch.no_grad():
         wanted = part.answers(None, buckets, device)
+        load.release(device)
         try:
             got = part.answers(engine, buckets, device)
         except RuntimeError as problem:

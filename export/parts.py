@@ -16,6 +16,7 @@ import torch
 
 from nexus_rt.engines.exported import DTYPES, GRAPHS, VELOCITY, Bucket
 from nexus_rt.engines.folder import trusted_hash
+from nexus_rt.engines.streaming import BlockStream
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import ModelError
 from nexus_rt.export import parity
@@ -87,7 +88,13 @@ def _architecture(folder: Path) -> dict[str, Any]:
 
 
 def _reference(folder: Path, device: torch.device) -> WanTransformer:
-    return load.load_transformer(folder, torch.float32, device, "torch")
+    """A generator that computes in float32 from weights held as they are stored: its blocks are widened as they run."""
+    stored = load.stored_dtype(folder)
+    if stored.itemsize >= 4 and device.type == "cpu":
+        return load.load_transformer(folder, torch.float32, device, "torch")
+    model = load.load_transformer(folder, stored, "cpu", "torch")
+    BlockStream(model, device, torch.float32)
+    return model
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""AOTInductor packages (`.pt2`): compiled code and weights in one file, no model code needed at load.
+"""AOTInductor packages (`.pt2`): compiled code, and its weights beside it, in one file; no model code needed at load.
 
 On a CPU the code is C++, on a GPU Triton kernels, ours among them, compiled for its architecture.
 """
@@ -31,11 +31,14 @@ class AotiSessions(Sessions):
         return bool(self.packages)
 
     def load(self) -> None:
-        if not self.packages:
-            index = {} if self.device.type == "cpu" else {"device_index": self.device.index or 0}
-            self.packages = {
-                name: torch._inductor.aoti_load_package(str(self.folder.path / f"{name}.pt2"), **index) for name in self.graphs
-            }
+        if self.packages:
+            return
+        from torch.export.pt2_archive._package import load_pt2
+
+        index = -1 if self.device.type == "cpu" else self.device.index or 0
+        for name in self.graphs:
+            found = load_pt2(str(self.folder.path / f"{name}.pt2"), device_index=index, load_weights_from_disk=True)
+            (self.packages[name],) = found.aoti_runners.values()
 
     def unload(self) -> None:
         self.packages = {}

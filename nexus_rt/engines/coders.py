@@ -37,8 +37,12 @@ class EngineDecoder(Exported, Decoder):
 
     def _video(self, z: Tensor) -> Tensor:
         self.check_size(Bucket.of(z))
-        batch, _, frames, height, width = z.shape
-        make = lambda count, c, s: torch.zeros(batch, c, count, s * height, s * width, dtype=self.dtype, device=self.device)  # noqa: E731
+        return torch.cat([self._clip(sample) for sample in z.split(1)]).clamp_(-1, 1)
+
+    def _clip(self, z: Tensor) -> Tensor:
+        """One clip [1, C, T, H, W], a latent frame at a time."""
+        _, _, frames, height, width = z.shape
+        make = lambda count, c, s: torch.zeros(1, c, count, s * height, s * width, dtype=self.dtype, device=self.device)  # noqa: E731
         names = [f"state_{i}" for i in range(len(self.states))]
         states, spare = ([make(2, c, s) for c, s in self.states] for _ in range(2))
         out = []
@@ -49,7 +53,7 @@ class EngineDecoder(Exported, Decoder):
             self.sessions.run(graph, inputs, {"video": video, **{f"new_{n}": t for n, t in zip(names, spare, strict=True)}})
             states, spare = spare, states
             out.append(video)
-        return torch.cat(out, 2).clamp_(-1, 1)
+        return torch.cat(out, 2)
 
 
 class EngineTextEncoder(Exported, Tokenized):

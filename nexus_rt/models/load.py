@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,15 @@ def load_config(folder: Path) -> WanConfig:
     if name not in ("WanTransformer3DModel", "WanModel"):
         raise ModelError(f"{folder} holds a {name}; expected a WanTransformer3DModel (or Wan's own WanModel).")
     return WanConfig.from_dict(config)
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that most of a transformer's weights are stored in; bfloat16 for those of 8 bits."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in find_tensors(transformer_folder(folder)).values():
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    found = max(counts, key=counts.__getitem__)
+    return torch.bfloat16 if found.itemsize == 1 else found
 
 
 def load_transformer(
