@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from tqdm import tqdm
 
 from nexus_rt.engines.exported import parse_sizes
 from nexus_rt.engines.folder import EngineFolder
@@ -17,7 +23,35 @@ from nexus_rt.pair import MINI, Parts, find_parts
 NAMES = ("small", "large", "vae", "text_encoder")
 
 
-def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
+@contextlib.contextmanager
+def progress(parts: list[Part]) -> Iterator[Callable[[str], None]]:
+    """Something to call with a line a stage: on a terminal a bar over the stages, whose clock goes on while one builds for
+    minutes; elsewhere the lines."""
+    if not sys.stderr.isatty():
+        yield lambda line: print(line, file=sys.stderr, flush=True)
+        return
+    stages = sum(3 + len(p.graphs()) for p in parts)  # reading, tracing, each graph, comparing
+    over, width = threading.Event(), shutil.get_terminal_size().columns or 80
+    with tqdm(total=stages, unit="stage", bar_format="{percentage:3.0f}% {elapsed} {desc}", ncols=width, nrows=9) as bar:
+
+        def say(line: str) -> None:
+            bar.update(bar.n < stages)
+            bar.set_description_str(line)
+
+        def tick() -> None:
+            while not over.wait(1):
+                bar.refresh()
+
+        clock = threading.Thread(target=tick, daemon=True)
+        clock.start()
+        try:
+            yield say
+        finally:
+            over.set()
+            clock.join()
+
+
+def run(args: argparse.Namespace) -> int:
     """Export what the arguments name."""
     device = default_device(args.device)
     names = ("small", "large", "vae", "text_encoder", "understanding", "connector")
@@ -32,7 +66,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     parts = chosen_parts(found, args.parts, args.fuse_step)
     index = Path(pretrained) / "model_index.json" if pretrained and (Path(pretrained) / "model_index.json").is_file() else None
     output = Path(args.output).expanduser()
-    built = export_parts(parts, folders_beside(found, parts), index, target, output, args.line, say)
+    with progress(parts) as say:
+        built = export_parts(parts, folders_beside(found, parts), index, target, output, args.line, say)
     for name, engine in built.items():
         print(f"{output / name}: {engine.nbytes / 1e6:.1f} MB, {_verdict(engine)}")
     return 0

@@ -296,7 +296,7 @@ def export(args: argparse.Namespace) -> int:
     from nexus_rt.export.command import run
 
     _check_device(args.device)
-    return run(args, lambda line: print(line, file=sys.stderr, flush=True))
+    return run(args)
 
 
 def engines(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nexus_rt.denoise import Prompt, denoise
 from nexus_rt.engines.exported import Bucket
-from nexus_rt.engines.residency import STEP, Residency, ResidencyPlan, call_parts, parse_bytes, plan_residency
+from nexus_rt.engines.residency import STEP, Part, Residency, ResidencyPlan, call_parts, parse_bytes, plan_residency
 from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.loading import Loaded, default_device, default_dtype, load_engines, load_models
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
@@ -189,12 +189,14 @@ class NexusPipeline:
         Raises:
             InputError: the budget holds no mode of the plan; names the smallest that would do.
         """
+        return plan_residency(plan, self.call_parts(size, videos * (1 + guided)), self.vram if vram is None else vram)
+
+    def call_parts(self, size: Bucket, batch: int = 2) -> dict[str, Part]:
+        """What a call holds in memory; batch: samples of a step, unconditional twins counted."""
         others = {"text encoder": self.text, "vae": self.vae, STEP: self.step_engine}
         if self.context:
             others |= {"understanding": self.context.understanding, "connector": self.context}
-        present = {name: other for name, other in others.items() if other is not None}
-        parts = call_parts(self.engines, present, size, videos * (1 + guided))
-        return plan_residency(plan, parts, self.vram if vram is None else vram)
+        return call_parts(self.engines, {name: other for name, other in others.items() if other is not None}, size, batch)
 
     def encode_prompt(
         self, prompt: str | list[str], negative_prompt: str | list[str] | None = None, num_videos_per_prompt: int = 1,

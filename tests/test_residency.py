@@ -8,7 +8,8 @@ import torch
 from nexus_rt import InputError, NexusPipeline
 from nexus_rt.denoise import Prompt, denoise
 from nexus_rt.engines.exported import Bucket
-from nexus_rt.engines.residency import MODES, Part, Residency, activation_bytes, parse_bytes, plan_residency
+from nexus_rt.engines.residency import MODES, STEP, Part, Residency, activation_bytes, parse_bytes, plan_residency
+from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.plan import parse_plan
 from nexus_rt.solver import time_grid
 
@@ -51,6 +52,38 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_that_would_do():
         plan_residency(BRIDGED, PARTS, 34 * GB)
     with pytest.raises(InputError, match="runs the large generator, whose size is not known"):
         plan_residency(SANDWICH, {"small": Part(1)}, GB)
+
+
+def test_blocks_are_streamed_where_nothing_else_fits():
+    parts = {**PARTS, "large": Part(28 * GB, 4 * GB, streamed=2 * GB)}
+    found = plan_residency(SANDWICH, parts, 16 * GB)  # the text encoder, 12 GB, is the most
+    assert (found.mode, found.peak) == ("streamed", 12 * GB)
+    assert [p.peak // GB for p in found.phases] == [12, 4, 6, 4, 5]
+    with pytest.raises(InputError, match="the smallest budget that would do is 12.00 GB"):
+        plan_residency(SANDWICH, parts, 10 * GB)
+
+
+def test_a_plan_walks_while_both_generators_are_streamed(tiny_pipe):
+    plan = tiny_pipe.make_plan("small:2 bridge:1 large:2", 5)
+    engines = {n: TorchEngine(e.model) for n, e in tiny_pipe.engines.items()}
+    size = Bucket(48, 32, 5)
+    decided = plan_residency(plan, tiny_pipe.call_parts(size), mode="streamed")
+    streamed, phase = engines["large"].streamed_bytes, next(p for p in decided.phases if p.runs == ("large",))
+    assert streamed <= engines["large"].nbytes and phase.peak >= streamed
+    prompts, noise = tiny_pipe.encode("a red circle"), torch.randn(1, 16, *size.latent)
+    wanted = denoise(noise, plan, engines, prompts)
+    residency = Residency(decided, engines)
+    seen = []
+    watch = lambda step, _: seen.append([engines[n].model.stream is not None for n in ("small", "large")])  # noqa: E731
+    got = denoise(noise, plan, engines, prompts, residency=residency, on_step=watch)
+    assert torch.equal(got, wanted) and seen == [[True, False]] * 2 + [[True, True]] + [[False, True]] * 2
+    engines["large"].unload()
+
+
+def test_a_fused_step_counts_only_where_it_is_used():
+    parts = {**PARTS, STEP: Part(31 * GB)}
+    assert plan_residency(BRIDGED, parts).peak == (42.5 + 31 + 5) * GB
+    assert plan_residency(BRIDGED, parts, 40 * GB).mode == "freed"
 
 
 @pytest.mark.parametrize("text, wanted", [("24GB", 24 * GB), ("22.5GiB", int(22.5 * 2**30)), ("800 mb", 800 * 10**6), ("7", 7)])

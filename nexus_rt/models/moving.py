@@ -44,6 +44,8 @@ class Moved:
             return
         torch.cuda.current_stream(self.device).synchronize()
         for name, t in self._tensors():
+            if t.device.type == "cpu":  # streamed from where it is
+                continue
             if name not in self.host:
                 self.host[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t)
             t.data = self.host[name]
