@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--engines", metavar="DIR", help="exported engines (`nexus-rt export`) instead of models")
     group.add_argument("--force", action="store_true", help="with --engines: load one that failed its parity gate")
     group.add_argument("--vram", metavar="SIZE", help="a memory budget such as 24GB: weights come and go to keep within it")
+    group.add_argument("--cuda-graphs", action="store_true", help="record each generator's step once and replay it")
     group.add_argument("--backend", default="torch", help="what runs the models: torch (default)")
     group.add_argument("--kernels", default="auto", help="blend, solver, norms and RoPE by torch | triton | auto (default)")
     group.add_argument(
@@ -143,13 +144,14 @@ def _pipeline(args: argparse.Namespace):
             kernels=args.kernels,
             force=args.force,
             vram=args.vram,
+            cuda_graphs=args.cuda_graphs,
         )
     return NexusPipeline.from_pretrained(
         args.pair, small=args.small, large=args.large, vae=args.vae, text_encoder=args.text_encoder,
         understanding=args.understanding, connector=args.connector,
         torch_dtype=getattr(torch, args.dtype) if args.dtype else None, device=args.device,
         backend=args.backend, kernels=args.kernels, attention=args.attention,
-        local_files_only=args.local_files_only, vram=args.vram,
+        local_files_only=args.local_files_only, vram=args.vram, cuda_graphs=args.cuda_graphs,
     )  # fmt: skip
 
 

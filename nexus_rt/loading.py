@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nexus_rt.engines.coders import EngineDecoder, EngineTextEncoder
+from nexus_rt.engines.graphs import ReplayedEngine
 from nexus_rt.engines.open import open_engines
 from nexus_rt.engines.step import StepEngine
 from nexus_rt.engines.torch import TorchEngine
@@ -30,6 +31,14 @@ class Loaded:
     step: StepEngine | None
     defaults: Defaults
     space: tuple[int, tuple[int, int, int]]
+
+    def replayed(self) -> Loaded:
+        """The same with CUDA graphs of the generators' steps.
+
+        Raises:
+            InputError: they cannot be recorded here.
+        """
+        return replace(self, engines={name: ReplayedEngine(engine) for name, engine in self.engines.items()})
 
 
 def default_device(device: str | torch.device | None) -> torch.device:

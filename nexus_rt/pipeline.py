@@ -88,6 +88,7 @@ class NexusPipeline:
         attention: str = "auto",
         vae_tiling: bool | str = "auto",
         vram: str | int | None = None,
+        cuda_graphs: bool = False,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         revision: str | None = None,
@@ -114,6 +115,7 @@ class NexusPipeline:
             attention: of the torch backend: a name of `nexus_rt.attention.BACKENDS`, or "auto" (measured on a GPU).
             vae_tiling: True, False, or "auto" (above 1280 x 720).
             vram: a budget such as "24GB": engines, encoders and VAE then come and go as `plan_residency` decides.
+            cuda_graphs: record each generator's step once a shape and replay it (`nexus_rt.engines.graphs`).
             cache_dir, local_files_only, revision: as in diffusers.
 
         Raises:
@@ -128,9 +130,8 @@ class NexusPipeline:
         hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, revision=revision)
         parts = find_parts(pretrained, {k: v for k, v in {**given, **steering}.items() if v is not None}, hub)
         dtype, first = default_dtype(torch_dtype, device), torch.device("cpu") if vram else device
-        return cls(
-            load_models(parts, dtype, device, first, kernels, attention, vae_tiling), device, keep_encoders, kernels, vram
-        )
+        loaded = load_models(parts, dtype, device, first, kernels, attention, vae_tiling)
+        return cls(loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram)
 
     @classmethod
     def from_engines(
@@ -144,13 +145,15 @@ class NexusPipeline:
         vae_tiling: bool | str = "auto",
         force: bool = False,
         vram: str | int | None = None,
+        cuda_graphs: bool = False,
         **engine_options: Any,
     ) -> NexusPipeline:
         """A pipeline of exported engines: a folder that `nexus-rt export` made.
 
         Args:
             folder: holds `small/` and/or `large/` with a `manifest.json` each, and the pair's encoders and VAE.
-            device, torch_dtype (of the encoders), keep_encoders, kernels, vae_tiling, vram: as in `from_pretrained`.
+            device, torch_dtype (of the encoders), keep_encoders, kernels, vae_tiling, vram, cuda_graphs: as in
+                `from_pretrained`.
             force: load engines that failed their parity gate.
             engine_options: of the backend, such as `provider=` of ONNX Runtime.
 
@@ -159,7 +162,8 @@ class NexusPipeline:
         """
         device = default_device(device)
         dtype, root = default_dtype(torch_dtype, device), Path(folder).expanduser()
-        return cls(load_engines(root, dtype, device, vae_tiling, force, engine_options), device, keep_encoders, kernels, vram)
+        loaded = load_engines(root, dtype, device, vae_tiling, force, engine_options)
+        return cls(loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram)
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm, such as `disable=True`."""

@@ -1,0 +1,136 @@
+"""Steps recorded once as CUDA graphs and replayed: no launch is paid again, which is what small steps wait for.
+
+One graph for every shape of latents and context. Contexts are padded to a multiple of 64 tokens, so that most prompts
+share a graph; padding has a bias of minus infinity and counts for nothing. All graphs work in one pool of memory, as they
+never run at once, and a velocity leaves it by a copy.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nexus_rt.engines.tensorrt import TensorRTSessions
+from nexus_rt.engines.torch import TorchEngine
+from nexus_rt.errors import InputError
+
+TOKENS = 64  # contexts have a multiple of as many
+KEPT = 4  # graphs an engine
+
+Capture = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
+_pools: dict[torch.device, Any] = {}
+
+
+def capture(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Record a call; returns what replays it and where its result will lie."""
+    if device not in _pools:
+        _pools[device] = torch.cuda.graph_pool_handle()
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # what a first call decides, compiles and allocates is not recorded
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_pools[device]):
+        result = call()
+    return graph.replay, result
+
+
+def mapped(context: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A context (a dataclass of tensors, lists of them and None) with every tensor changed."""
+    new = {}
+    for f in fields(context):
+        value = getattr(context, f.name)
+        if isinstance(value, list):
+            new[f.name] = [change(t) for t in value]
+        elif isinstance(value, Tensor):
+            new[f.name] = change(value)
+    return replace(context, **new)
+
+
+def padded(context: Any) -> Any:
+    """A context with keys to the next multiple of `TOKENS`; one whose keys carry no bias is left alone, it is of Wan's one
+    length."""
+    if context.bias is None:
+        return context
+    short = -context.bias.shape[1] % TOKENS
+    if not short:
+        return context
+    long = mapped(context, lambda t: F.pad(t, (0, 0, 0, 0, 0, short)) if t.ndim >= 4 else t)
+    return replace(long, bias=F.pad(context.bias, (0, short), value=float("-inf")))
+
+
+def tensors_of(context: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    mapped(context, lambda t: (found.append(t), t)[1])
+    return found
+
+
+class ReplayedEngine:
+    """An engine whose velocities are replayed. What is not a velocity goes to the engine itself.
+
+    Raises:
+        InputError: an engine whose launches cannot be recorded.
+    """
+
+    def __init__(self, engine: Any, record: Capture = capture) -> None:
+        if record is capture:
+            why = cannot_replay(engine)
+            if why:
+                raise InputError(f"CUDA graphs cannot be recorded here: {why}.")
+        self.engine, self.record = engine, record
+        self.graphs: OrderedDict[tuple, tuple] = OrderedDict()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def prepare(self, context: Tensor) -> Any:
+        return padded(self.engine.prepare(context))
+
+    def unload(self) -> None:
+        self.graphs.clear()  # they hold the addresses of the weights
+        self.engine.unload()
+
+    def velocity(self, latents: Tensor, timestep: Tensor, context: Any) -> Tensor:
+        model = getattr(self.engine, "model", None)
+        if model is not None and model.stream is not None:  # streamed weights have no one address
+            return self.engine.velocity(latents, timestep, context)
+        self.engine.load()
+        key = (tuple(latents.shape), *(tuple(t.shape) for t in tensors_of(context)))
+        if key not in self.graphs:
+            self.graphs[key] = self._recorded(latents, timestep, context)
+            if len(self.graphs) > KEPT:
+                self.graphs.popitem(last=False)
+        self.graphs.move_to_end(key)
+        replay, result, x, t, told, now = self.graphs[key]
+        x.copy_(latents)
+        t.copy_(timestep.reshape(()))
+        if now[0] is not context:
+            for mine, theirs in zip(tensors_of(told), tensors_of(context), strict=True):
+                mine.copy_(theirs)
+            now[0] = context
+        replay()
+        return result.clone()
+
+    def _recorded(self, latents: Tensor, timestep: Tensor, context: Any) -> tuple:
+        x, t, told = latents.clone(), timestep.reshape(()).float().clone(), mapped(context, Tensor.clone)
+        replay, result = self.record(lambda: self.engine.velocity(x, t, told), self.engine.device)
+        return replay, result, x, t, told, [context]
+
+
+def cannot_replay(engine: Any) -> str | None:
+    """Why an engine's velocities cannot be recorded; None where they can."""
+    if engine.device.type != "cuda":
+        return f"they are of a CUDA device, and the engine runs on {engine.device.type}"
+    sessions = getattr(engine, "sessions", None)
+    if not isinstance(engine, TorchEngine) and not isinstance(sessions, TensorRTSessions):
+        backend = sessions.folder.manifest.backend if sessions else type(engine).__name__
+        return f"{backend} engines launch on streams of their own; torch, tensorrt and tensorrt-rtx engines can be"
+    return None
