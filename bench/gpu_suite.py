@@ -29,6 +29,7 @@ from typing import Any
 
 from nexus_rt.bench.gpu_correctness import correctness
 from nexus_rt.bench.gpu_dit import dit
+from nexus_rt.bench.gpu_engines import engines, swap
 
 LIMIT_S = 480.0
 CONFIGS = {
@@ -285,6 +286,7 @@ def _other_loads(suite: Suite, case) -> dict[str, dict]:
 PARTS: dict[str, Callable[[Suite], dict]] = {
     "correctness": correctness, "roofs": roofs, "kernels": kernels, "attention": attention,
     "dit small": lambda s: dit(s, next(iter(s.configs))), "dit large": lambda s: dit(s, list(s.configs)[-1]),
+    "swap": swap, "engines": engines,
 }  # fmt: skip
 
 

@@ -33,8 +33,8 @@ class Prompt:
 
 
 class Generator:
-    """An engine with the contexts a plan needs of it, each prepared once, when it is first needed: an engine that comes
-    at the handoff does not come before."""
+    """An engine with the contexts a plan needs of it, each prepared once: before the first step, or where engines come and
+    go when it is first needed."""
 
     def __init__(self, name: str, engine: Engine | None, prompt: Prompt, plan: Plan, guidance_scale: float) -> None:
         self.name, self.engine, self.prompt, self.default = name, engine, prompt, guidance_scale
@@ -80,11 +80,15 @@ class Together:
         scales = tuple(self.generators[n].scale(step) for n in ("small", "large"))
         return None if 1.0 in scales else step_inputs(step.w, self.config, step.energy, scales, self.like)
 
-    def predict(self, latents: Tensor, step: Step, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The blended velocity, and the RMS of both guided ones [2, B]."""
+    def prepare(self) -> None:
+        """Prepare both prompts, once."""
         for name, g in self.generators.items() if not self.contexts else ():
             told = torch.cat([g.prompt.conditional, g.prompt.unconditional])
             self.contexts[name] = self.engine.prepare(name, told)
+
+    def predict(self, latents: Tensor, step: Step, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The blended velocity, and the RMS of both guided ones [2, B]."""
+        self.prepare()
         timestep = torch.tensor(float(step.timestep), device=latents.device)
         return self.engine.step(latents, timestep, self.contexts, inputs)
 
@@ -161,7 +165,7 @@ def denoise(
         guidance_scale, guidance_scale_2: of the small and the large generator (the latter None: the same), where the
             plan sets none; 1 means no guidance, one forward instead of two.
         kernels: of the blend and the solver: "torch", "triton", or "auto" (triton on a GPU that can run it).
-        residency: moves the engines between memories as the plan goes on; None: they are where they run.
+        residency: moves the engines between memories as the plan goes on; None: they are where they run, or load first.
         step_engine: both generators, guidance and blend in one graph, for the steps it can take (`Together`).
         on_step: called after every step with it and the new latents; may return latents to go on with.
         should_stop: asked before every step.
@@ -188,6 +192,14 @@ def denoise(
     fused = choose_ops(kernels, latents.device).name == "triton"
     solve, watch = make_solver(solver, plan.grid, fused), Watch(generators)
     latents = latents.float()
+    for step in (
+        plan.steps if residency is None or residency.plan.stays else ()
+    ):  # what is here is made ready before the first step
+        if together.inputs(step) is not None:
+            together.prepare()
+            continue
+        for name in (n for n in plan.generators if getattr(step, n)):
+            generators[name].context(generators[name].scale(step) != 1.0)
     for step in plan.steps:
         if should_stop is not None and should_stop():
             raise Cancelled(f"stopped before step {step.index} of {len(plan)}, as asked.")

@@ -42,6 +42,9 @@ def test_the_whole_suite_runs_dry(tmp_path):
     assert all(row["chosen"] in row["backends"] for row in results["attention"].values())
     for part in ("dit small", "dit large"):
         assert results[part]["triton"]["difference"] < 1e-5 and results[part]["diffusers"]["ms"] > 0
+    assert set(results["swap"]) == {"resident", "prefetched", "swapped", "streamed"}
+    assert all(row["first_over_median"] > 0 and row["small_ms"] > 0 for row in results["swap"].values())
+    assert results["engines"]["onnx"]["difference"] < 1e-4 and results["engines"]["onnx"]["parity_error"] < 1e-3
     text = file.with_suffix(".md").read_text()
     assert "CPU, dry: no speed here means anything" in text and "(chosen)" in text
 

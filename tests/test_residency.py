@@ -162,7 +162,11 @@ def test_every_step_finds_its_weights_in_every_mode(mode, plan):
     _, clock = walk(mode, plan)
     loads = [e for e in clock.events if e[2] == "load"]
     if mode in ("resident", "freed"):
-        assert sorted(e[1] for e in loads) == ["large", "small"] and not [e for e in clock.events if e[2] == "unload"]
+        assert (
+            sorted(e[1] for e in loads) == ["large", "small"]
+            and {e[0] for e in loads} == {0.0}
+            and not [e for e in clock.events if e[2] == "unload"]
+        )
     elif plan is SANDWICH:
         back = ["small"] if mode in ("swapped", "streamed") else []  # prefetched, it is about to run again and does not leave
         assert sorted(e[1] for e in loads) == ["large", "small", *back]

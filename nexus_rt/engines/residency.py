@@ -64,6 +64,11 @@ class ResidencyPlan:
     budget: int | None
 
     @property
+    def stays(self) -> bool:
+        """Whether every engine is there from the first step to the last."""
+        return self.mode in ("resident", "freed")
+
+    @property
     def peak(self) -> int:
         return max(p.peak for p in self.phases)
 
@@ -222,7 +227,7 @@ class Residency:
         for name, engine in self.engines.items():
             if name not in (*phase.present, *phase.arriving) and engine.resident:
                 engine.unload()
-        for name in phase.runs:
+        for name in (n for n in phase.present if n in self.engines):
             self._wait(name)
             if self.plan.mode == "streamed" and hasattr(self.engines[name], "streamed_bytes"):
                 self.engines[name].load(streamed=True)

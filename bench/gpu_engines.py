@@ -1,0 +1,198 @@
+"""Engines and the swap in the GPU suite: what replaying and exporting gain, and what the step after a swap waits for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from nexus_rt.bench.gpu_dit import build
+
+LAYERS = {"small": 30, "large": 10}  # of the swap: a 14B of a quarter of its blocks, so that twelve steps take seconds
+STEPS = "small:6 large:6"
+
+
+def engines(suite: Any) -> dict:
+    """A guided step of a two-block model of the small one's width: eager, replayed, and by every backend that builds here.
+
+    Each is exported as a user would, parity gate and all, from a folder of random weights.
+    """
+    import torch
+
+    from nexus_rt.engines.exported import Bucket
+    from nexus_rt.engines.graphs import ReplayedEngine
+    from nexus_rt.engines.open import open_engine
+    from nexus_rt.engines.torch import TorchEngine
+    from nexus_rt.export.build import Target, export_part
+    from nexus_rt.export.parts import GeneratorPart
+
+    t, h, w = suite.grid
+    size = Bucket(16 * w, 16 * h, 4 * t - 3)
+    config = {**next(iter(suite.configs.values())), "num_layers": 2}
+    latents, rows = suite.random(1, 16, *size.latent, dtype=torch.float32), {}
+    timestep = torch.tensor(700.0, device=suite.device)
+    with tempfile.TemporaryDirectory() as folder, _cache(folder):
+        source = _saved(suite, config, Path(folder) / "model")
+        model = _loaded(suite, source)
+        embeds = suite.random(2, 40, model.config.text_dim)
+        eager = TorchEngine(model)
+        told = eager.prepare(embeds)
+        wanted = eager.velocity(latents, timestep, told).float()
+        rows["torch"] = {"ms": suite.ms(lambda: eager.velocity(latents, timestep, told), 5, 1)}
+        if suite.device.type == "cuda":
+            with _failure_in(rows, "torch, replayed"):
+                replayed = ReplayedEngine(eager)
+                told = replayed.prepare(embeds)
+                rows["torch, replayed"] = _row(suite, replayed, latents, timestep, told, wanted, rows["torch"]["ms"])
+        precision = "fp32" if suite.dry else "bf16"
+        for backend in ("aoti", "onnx", "tensorrt", "tensorrt-rtx"):
+            if suite.dry and backend != "onnx":
+                continue  # compiled and built in tests of their own
+            with _failure_in(rows, backend):
+                start = time.monotonic()
+                target = Target(backend, precision, (size,), suite.device)
+                made = export_part(GeneratorPart("small", source), target, "the GPU suite")
+                built = time.monotonic() - start
+                engine = open_engine(made.path, suite.device)
+                start = time.monotonic()
+                engine.load()
+                loaded = time.monotonic() - start
+                row = _row(suite, engine, latents, timestep, engine.prepare(embeds), wanted, rows["torch"]["ms"])
+                worst = max(r["relative_error"] for r in made.manifest.parity["rows"].values())
+                rows[backend] = {**row, "build_s": round(built, 1), "load_s": round(loaded, 2), "mb": made.nbytes // 10**6,
+                                 "parity_error": worst}  # fmt: skip
+                engine.unload()
+    return rows
+
+
+def swap(suite: Any) -> dict:
+    """The step after the handoff against the median of the large one's steps, and peak memory against what was planned, in
+    every mode of residency."""
+    import torch
+
+    from nexus_rt.denoise import Prompt, denoise
+    from nexus_rt.engines.exported import Bucket
+    from nexus_rt.engines.residency import Residency, call_parts, plan_residency
+    from nexus_rt.engines.torch import TorchEngine
+    from nexus_rt.plan import parse_plan
+    from nexus_rt.solver import time_grid
+
+    cuda = suite.device.type == "cuda"
+    t, h, w = suite.grid
+    size, names = Bucket(16 * w, 16 * h, 4 * t - 3), list(suite.configs)
+    made = {}
+    for role, name in (("small", names[0]), ("large", names[-1])):
+        layers = min(LAYERS[role], suite.configs[name]["num_layers"])
+        model = build(suite, {**suite.configs[name], "num_layers": layers}).use_kernels("auto")
+        made[role] = TorchEngine(model, device=suite.device)
+        made[role].unload()
+    plan = parse_plan(STEPS, time_grid(12))
+    embeds = suite.random(1, 40, made["small"].model.config.text_dim)
+    prompts, noise = dict.fromkeys(made, Prompt(embeds)), suite.random(1, 16, *size.latent, dtype=torch.float32)
+    rows: dict[str, Any] = {}
+    for mode in ("resident", "resident", "prefetched", "swapped", "streamed"):  # the first warms everything up
+        with _failure_in(rows, mode):
+            for engine in made.values():
+                engine.unload()
+            held = torch.cuda.memory_allocated() if cuda else 0
+            decided = plan_residency(plan, call_parts(made, {}, size, 1), mode=mode)
+            for engine in made.values() if mode == "resident" else ():
+                engine.load()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            clock = _Clock(cuda)
+            denoise(noise, plan, made, prompts, guidance_scale=1.0, residency=Residency(decided, made),
+                    on_step=lambda *_, clock=clock: clock.tick())  # fmt: skip
+            steps = clock.durations()
+            large = steps[6:]
+            rows[mode] = {
+                "small_ms": median(steps[1:6]), "large_ms": median(large[1:]), "first_large_ms": large[0],
+                "first_over_median": large[0] / median(large[1:]),
+            }  # fmt: skip
+            if cuda:
+                peak = torch.cuda.max_memory_allocated() - held
+                rows[mode] |= {"peak_gib": peak / 2**30, "planned_over_peak": decided.peak / peak}
+    short = lambda v: float(f"{v:.4g}")  # noqa: E731
+    return {mode: {k: short(v) if isinstance(v, float) else v for k, v in row.items()} for mode, row in rows.items()}
+
+
+class _Clock:
+    """Milliseconds between ticks: by events on a GPU, so that nothing waits."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda, self.marks = cuda, []
+        self.tick()
+
+    def tick(self) -> None:
+        import torch
+
+        if self.cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def durations(self) -> list[float]:
+        import torch
+
+        if self.cuda:
+            torch.cuda.synchronize()
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        return [a.elapsed_time(b) if self.cuda else 1000 * (b - a) for a, b in pairs]
+
+
+def _row(suite: Any, engine: Any, latents, timestep, context, wanted, peer_ms: float) -> dict:
+    got = engine.velocity(latents, timestep, context).float()
+    ms = suite.ms(lambda: engine.velocity(latents, timestep, context), 5, 1)
+    error = float((got - wanted).norm() / wanted.norm())
+    return {"ms": ms, "against_torch": float(f"{peer_ms / ms:.4g}"), "difference": error}
+
+
+@contextlib.contextmanager
+def _failure_in(rows: dict, name: str):
+    """What fails is written down; the next goes on."""
+    try:
+        yield
+    except Exception as error:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        rows[name] = {"failed": f"{type(error).__name__}: {first[:300]}"}
+
+
+@contextlib.contextmanager
+def _cache(folder: str):
+    """Engines built in a folder that goes away."""
+    before = os.environ.get("NEXUS_RT_CACHE")
+    os.environ["NEXUS_RT_CACHE"] = str(Path(folder) / "cache")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["NEXUS_RT_CACHE"]
+        else:
+            os.environ["NEXUS_RT_CACHE"] = before
+
+
+def _saved(suite: Any, config: dict, folder: Path) -> Path:
+    """A random model as a folder of weights."""
+    import json
+
+    from safetensors.torch import save_file
+
+    from nexus_rt.models.checkpoint import to_diffusers
+
+    model = build(suite, config)
+    folder.mkdir()
+    state = {k: v.contiguous().cpu() for k, v in to_diffusers(dict(model.named_parameters())).items()}
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel", **config}))
+    return folder
+
+
+def _loaded(suite: Any, folder: Path):
+    from nexus_rt.models.load import load_transformer
+
+    return load_transformer(folder, suite.dtype, suite.device)
