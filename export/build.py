@@ -95,7 +95,8 @@ def export_part(
         architecture=architecture, weights=weights_hash(part.folders),
         buckets=[list(b) for b in target.ordered()] if part.sized else [], graphs=part.graphs(),
         device=builder.built_for(target), producer=f"nexus-rt {__version__}", command=command,
-        opset=target.opset if target.backend == "onnx" else None, options={**options, **part.options()},
+        opset=target.opset if target.backend == "onnx" else None, lora=part.merged(),
+        options={**options, **part.options()},
     )  # fmt: skip
     final = engines_root() / manifest.identity()
     with _locked(final.with_suffix(".lock"), lambda: say(f"{name}: another process builds this engine; waiting for it")):

@@ -7,7 +7,7 @@ import contextlib
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,6 +18,7 @@ from nexus_rt.errors import InputError, choose
 from nexus_rt.export.build import Target, export_parts
 from nexus_rt.export.parts import DecoderPart, GeneratorPart, Part, StepPart, TextPart
 from nexus_rt.loading import default_device
+from nexus_rt.models.lora import Lora, parse_loras
 from nexus_rt.pair import MINI, Parts, find_parts
 
 NAMES = ("small", "large", "vae", "text_encoder")
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     precision = args.precision or ("fp32" if device.type == "cpu" else "bf16")
     target = Target(args.backend, precision, sizes, device, args.opset, args.sm, args.weight_streaming, args.refit, ends)
     target.builder()  # what cannot be built is said before anything is read
-    parts = chosen_parts(found, args.parts, args.fuse_step)
+    loras = {n: parse_loras(said) for n in ("small", "large") if (said := getattr(args, f"{n}_lora"))}
+    parts = chosen_parts(found, args.parts, args.fuse_step, loras)
     index = Path(pretrained) / "model_index.json" if pretrained and (Path(pretrained) / "model_index.json").is_file() else None
     output = Path(args.output).expanduser()
     with progress(parts) as say:
@@ -73,8 +75,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def chosen_parts(found: Parts, names: str | None, fuse_step: bool = False) -> list[Part]:
-    """Parts of a pair to export: those named, or its generators.
+def chosen_parts(
+    found: Parts, names: str | None, fuse_step: bool = False, loras: Mapping[str, tuple[Lora, ...]] | None = None
+) -> list[Part]:  # fmt: skip
+    """Parts of a pair to export: those named, or its generators, with what is merged into them.
 
     Raises:
         InputError: an unknown part, or one that the pair has not; a fused step without both generators.
@@ -86,11 +90,11 @@ def chosen_parts(found: Parts, names: str | None, fuse_step: bool = False) -> li
         if folder is None:
             raise InputError(f"there is no {name} here to export; pass --{name.replace('_', '-')}, or other --parts.")
         kind = {"vae": DecoderPart, "text_encoder": TextPart}.get(name)
-        parts.append(kind(folder) if kind else GeneratorPart(name, folder))
+        parts.append(kind(folder) if kind else GeneratorPart(name, folder, (loras or {}).get(name, ())))
     if fuse_step:
         if len(found.generators) < 2:
             raise InputError("--fuse-step puts both generators in one graph; pass --small and --large.")
-        parts.append(StepPart(found.generators))
+        parts.append(StepPart(found.generators, dict(loras or {})))
     return parts
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from nexus_rt.export.graph import trace
 from nexus_rt.export.step import NAMES, trace_step
 from nexus_rt.export.symbols import Traced
 from nexus_rt.models import load
+from nexus_rt.models.lora import Lora, loras_hash
 from nexus_rt.models.text import TextEncoder
 from nexus_rt.models.vae import VideoDecoder, vae_space
 from nexus_rt.models.wan import WanTransformer
@@ -52,6 +54,10 @@ class Part(Protocol):
 
     def options(self) -> dict[str, Any]:
         """What the runtime needs to know besides."""
+        ...
+
+    def merged(self) -> str | None:
+        """A hash of what is merged into the weights, or None."""
         ...
 
     def precision(self, asked: str) -> str:
@@ -87,22 +93,23 @@ def _architecture(folder: Path) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(load.load_config(folder))))
 
 
-def _reference(folder: Path, device: torch.device) -> WanTransformer:
+def _reference(folder: Path, device: torch.device, loras: Sequence[Lora] = ()) -> WanTransformer:
     """A generator that computes in float32 from weights held as they are stored: its blocks are widened as they run."""
     stored = load.stored_dtype(folder)
     if stored.itemsize >= 4 and device.type == "cpu":
-        return load.load_transformer(folder, torch.float32, device, "torch")
-    model = load.load_transformer(folder, stored, "cpu", "torch")
+        return load.load_transformer(folder, torch.float32, device, "torch", loras=loras)
+    model = load.load_transformer(folder, stored, "cpu", "torch", loras=loras)
     BlockStream(model, device, torch.float32)
     return model
 
 
 @dataclass(frozen=True)
 class GeneratorPart:
-    """A generator: name "small" or "large", folder of its transformer."""
+    """A generator: name "small" or "large", folder of its transformer, what is merged into it."""
 
     name: str
     source: Path
+    loras: tuple[Lora, ...] = ()
     sized = True
 
     @property
@@ -118,22 +125,26 @@ class GeneratorPart:
     def options(self) -> dict[str, Any]:
         return {}
 
+    def merged(self) -> str | None:
+        return loras_hash({self.name: self.loras})
+
     def precision(self, asked: str) -> str:
         return asked
 
     def trace(self, precision: str, buckets: list[Bucket], device: torch.device, kernels: tuple[str, str]) -> dict[str, Traced]:
-        return trace(load.load_transformer(self.folders[0], DTYPES[precision], device, *kernels), buckets)
+        return trace(load.load_transformer(self.folders[0], DTYPES[precision], device, *kernels, self.loras), buckets)
 
     def answers(self, engine: Any, buckets: list[Bucket], device: torch.device) -> parity.Answers:
-        by = engine or TorchEngine(_reference(self.folders[0], device))
+        by = engine or TorchEngine(_reference(self.folders[0], device, self.loras))
         return parity.generator_answers(by, self.architecture(), buckets, device)
 
 
 @dataclass(frozen=True)
 class StepPart:
-    """Both generators, guidance and blend in one graph; sources under "small" and "large"."""
+    """Both generators, guidance and blend in one graph; sources, and LoRAs, under "small" and "large"."""
 
     sources: dict[str, Path]
+    loras: dict[str, tuple[Lora, ...]] = field(default_factory=dict)
     name = "step"
     sized = True
 
@@ -152,17 +163,24 @@ class StepPart:
     def options(self) -> dict[str, Any]:
         return {}
 
+    def merged(self) -> str | None:
+        return loras_hash(self.loras)
+
     def precision(self, asked: str) -> str:
         return asked
 
     def trace(self, precision: str, buckets: list[Bucket], device: torch.device, kernels: tuple[str, str]) -> dict[str, Traced]:
         models = {
-            n: load.load_transformer(f, DTYPES[precision], device, *kernels) for n, f in zip(NAMES, self.folders, strict=True)
+            n: load.load_transformer(f, DTYPES[precision], device, *kernels, self.loras.get(n, ()))
+            for n, f in zip(NAMES, self.folders, strict=True)
         }
         return trace_step(models, buckets)
 
     def answers(self, engine: Any, buckets: list[Bucket], device: torch.device) -> parity.Answers:
-        engines = {} if engine else {n: TorchEngine(_reference(f, device)) for n, f in zip(NAMES, self.folders, strict=True)}
+        engines = {}
+        if engine is None:
+            pairs = zip(NAMES, self.folders, strict=True)
+            engines = {n: TorchEngine(_reference(f, device, self.loras.get(n, ()))) for n, f in pairs}
         return parity.step_answers(engines, engine, self.architecture(), buckets, device)
 
 
@@ -190,6 +208,9 @@ class DecoderPart:
         with torch.device("meta"):
             vae = AutoencoderKLWan.from_config(load.read_json(self.source / "config.json"))
         return {"states": [list(s) for s in decoder_states(vae)]}
+
+    def merged(self) -> str | None:
+        return None
 
     def precision(self, asked: str) -> str:
         return "fp32" if asked == "bf16" else asked
@@ -224,6 +245,9 @@ class TextPart:
 
     def options(self) -> dict[str, Any]:
         return {}
+
+    def merged(self) -> str | None:
+        return None
 
     def precision(self, asked: str) -> str:
         return asked

@@ -45,6 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--text-encoder", metavar="DIR", help="holds text_encoder/ and tokenizer/ (default: as --vae)")
     group.add_argument("--understanding", metavar="DIR", help="the language model that steers the small generator")
     group.add_argument("--connector", metavar="DIR", help="between the two (both: `nexus-rt convert omnivideo` makes them)")
+    for name in ("small", "large"):
+        group.add_argument(
+            f"--{name}-lora", metavar="FILE[@SCALE]", action="append", default=[],
+            help=f"a LoRA to merge into the {name} generator; may be given again",
+        )  # fmt: skip
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     group.add_argument("--local-files-only", action="store_true", help="never ask the hub")
 
@@ -148,7 +153,7 @@ def _pipeline(args: argparse.Namespace):
         )
     return NexusPipeline.from_pretrained(
         args.pair, small=args.small, large=args.large, vae=args.vae, text_encoder=args.text_encoder,
-        understanding=args.understanding, connector=args.connector,
+        understanding=args.understanding, connector=args.connector, small_lora=args.small_lora, large_lora=args.large_lora,
         torch_dtype=getattr(torch, args.dtype) if args.dtype else None, device=args.device,
         backend=args.backend, kernels=args.kernels, attention=args.attention,
         local_files_only=args.local_files_only, vram=args.vram, cuda_graphs=args.cuda_graphs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from nexus_rt.engines.graphs import ReplayedEngine
 from nexus_rt.engines.open import open_engines
 from nexus_rt.engines.step import StepEngine
 from nexus_rt.engines.torch import TorchEngine
+from nexus_rt.errors import InputError
 from nexus_rt.models import load
 from nexus_rt.models.context import ContextEncoder
+from nexus_rt.models.lora import Lora
 from nexus_rt.models.text import TextEncoder
 from nexus_rt.models.vae import VideoDecoder
 from nexus_rt.pair import Defaults, Parts, engine_parts
@@ -61,9 +64,9 @@ def _coders(
 
 def load_models(
     parts: Parts, dtype: torch.dtype, device: torch.device, weights: torch.device, kernels: str, attention: str,
-    tiling: bool | str,
+    tiling: bool | str, loras: Mapping[str, Sequence[Lora]],
 ) -> Loaded:  # fmt: skip
-    """A pair in PyTorch; `weights` is where the generators' are read to.
+    """A pair in PyTorch; `weights` is where the generators' are read to, `loras` what is merged into which of them.
 
     Raises:
         ModelError: a folder is no model, is damaged, or the connector is of another width.
@@ -71,7 +74,11 @@ def load_models(
     context, text, vae = _coders(parts, dtype, device, tiling)
     if context is not None:
         parts.check_width(context.text_dim)
-    models = {n: load.load_transformer(f, dtype, weights, kernels, attention) for n, f in parts.generators.items()}
+    if lost := [n for n in loras if n not in parts.generators]:
+        raise InputError(f"a LoRA is given for the {lost[0]} generator, which is not loaded; pass {lost[0]}= too.")
+    models = {
+        n: load.load_transformer(f, dtype, weights, kernels, attention, loras.get(n, ())) for n, f in parts.generators.items()
+    }
     config = next(iter(models.values())).config
     engines = {name: TorchEngine(model, device=device) for name, model in models.items()}
     return Loaded(engines, text, vae, context, None, parts.defaults, (config.in_channels, config.patch_size))

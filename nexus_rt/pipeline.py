@@ -16,6 +16,7 @@ from nexus_rt.engines.exported import Bucket
 from nexus_rt.engines.residency import STEP, Part, Residency, ResidencyPlan, call_parts, parse_bytes, plan_residency
 from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.loading import Loaded, default_device, default_dtype, load_engines, load_models
+from nexus_rt.models.lora import LoraSource, parse_loras
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
 from nexus_rt.pair import MINI, find_parts
 from nexus_rt.plan import Plan, Step, parse_plan
@@ -80,6 +81,8 @@ class NexusPipeline:
         text_encoder: str | Path | None = None,
         understanding: str | Path | None = None,
         connector: str | Path | None = None,
+        small_lora: LoraSource = (),
+        large_lora: LoraSource = (),
         keep_encoders: bool = True,
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -104,6 +107,8 @@ class NexusPipeline:
                 `tokenizer/`; by default those of `large`, else of `small`.
             understanding, connector: the language model's folder and the connector's (`nexus-rt convert omnivideo`
                 makes both); by default those of the pair, if it has them. They steer the small generator.
+            small_lora, large_lora: LoRA files to merge into a generator as it is loaded, one or several:
+                "file.safetensors" or "file.safetensors@0.8" (how strongly).
             keep_encoders: False frees text encoder, understanding model and connector once a call's prompts are
                 encoded, before denoising; the next call reads them again.
             torch_dtype: of the generators and the encoders: bfloat16 on a GPU, float32 on a CPU. The VAE always
@@ -123,6 +128,7 @@ class NexusPipeline:
         """
         device = default_device(device)
         choose("backend", backend, BACKENDS)
+        loras = {n: parse_loras(said) for n, said in (("small", small_lora), ("large", large_lora)) if said}
         given = {"small": small, "large": large, "vae": vae, "text_encoder": text_encoder}
         steering = {"understanding": understanding, "connector": connector}
         if pretrained is None and small is None and large is None:
@@ -130,7 +136,7 @@ class NexusPipeline:
         hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, revision=revision)
         parts = find_parts(pretrained, {k: v for k, v in {**given, **steering}.items() if v is not None}, hub)
         dtype, first = default_dtype(torch_dtype, device), torch.device("cpu") if vram else device
-        loaded = load_models(parts, dtype, device, first, kernels, attention, vae_tiling)
+        loaded = load_models(parts, dtype, device, first, kernels, attention, vae_tiling, loras)
         return cls(loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram)
 
     @classmethod

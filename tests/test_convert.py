@@ -96,7 +96,7 @@ def test_the_pipeline_runs_it(converted, published, tiny_pair):
     assert torch.equal(none[0, :5], stored["text_emb"][0]) and not none[0, 5:].any()
     context, negative = pipe.encode_context("the red panda", text, none)
     with torch.no_grad():
-        adapter = pipe.context.load()(stored["vlm_last_hidden_states"])[0]
+        adapter = pipe.context.connector(stored["vlm_last_hidden_states"])[0]
     tokens = published[1]["tokens"]
     rows = [tokens["<ipl_st>"], adapter, tokens["<ipl_ed>"], tokens["<prp_st>"], stored["text_emb"][0], tokens["<prp_ed>"]]
     assert torch.allclose(negative[0, : 24 + 5 + 4], torch.cat(rows), atol=1e-6) and not negative[0, 33:].any()

@@ -115,7 +115,9 @@ def test_a_fused_step_is_built(tiny_pair, cache):
 
 
 @no_gpu
-@pytest.mark.parametrize("part, graphs", [(DecoderPart, {"first", "next"}), (TextPart, {"encode"})])
+@pytest.mark.parametrize(
+    "part, graphs", [pytest.param(DecoderPart, {"first", "next"}, marks=pytest.mark.slow), (TextPart, {"encode"})]
+)
 def test_the_other_parts_are_built(part, graphs, tiny_pair, cache):
     source = tiny_pair / "vae" if part is DecoderPart else tiny_pair
     engine = export_part(part(source), target(precision="fp32", sm="8.9"), "x")

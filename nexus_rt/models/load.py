@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from nexus_rt.attention import NAMES
 from nexus_rt.errors import ModelError, choose
 from nexus_rt.models.checkpoint import fill, find_tensors
+from nexus_rt.models.lora import Lora, merge
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from nexus_rt.ops import choose_ops
 
@@ -130,12 +132,12 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def load_transformer(
     folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu", kernels: str = "auto",
-    attention: str = "auto",
+    attention: str = "auto", loras: Sequence[Lora] = (),
 ) -> WanTransformer:  # fmt: skip
     """Load a Wan T2V transformer from a folder in diffusers' or Wan's own layout.
 
-    Peak memory is the model in `dtype` plus one stored tensor. `kernels`, `attention`: see
-    `WanTransformer.use_kernels`.
+    Peak memory is the model in `dtype` plus one stored tensor (and a LoRA's file). `kernels`, `attention`: see
+    `WanTransformer.use_kernels`; `loras` are merged in their order.
 
     Raises:
         InputError: kernels that cannot run on the device; said before anything is read.
@@ -149,4 +151,6 @@ def load_transformer(
     with torch.device("meta"):
         model = WanTransformer(config)
     fill(model, tensors, dtype, torch.device(device))
+    for lora in loras:
+        merge(model, lora)
     return model.use_kernels(kernels, attention).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,10 @@ class Tokenized:
 
     def __init__(self, tokenizer: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.tokenizer_folder, self.dtype, self.device = tokenizer, dtype, device
-        self.tokenizer: Any = None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return pretrained("AutoTokenizer", self.tokenizer_folder, "text encoder")
 
     def load(self) -> None:
         """Make the weights ready, if they are not."""
@@ -55,8 +59,6 @@ class Tokenized:
             raise InputError("the prompt list is empty; pass at least one prompt.")
         if max_sequence_length < 1:
             raise InputError(f"max_sequence_length is {max_sequence_length}; expected 1 to 512.")
-        if self.tokenizer is None:
-            self.tokenizer = pretrained("AutoTokenizer", self.tokenizer_folder, "text encoder")
         self.load()
         batch = self.tokenizer(
             [clean_prompt(p) for p in prompts], padding="longest", max_length=max_sequence_length, truncation=True,
