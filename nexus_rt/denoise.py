@@ -17,6 +17,7 @@ from nexus_rt.errors import Cancelled, InputError, NumericsError
 from nexus_rt.ops import choose_ops
 from nexus_rt.plan import Plan, Step
 from nexus_rt.solver import make_solver
+from nexus_rt.tracing import span
 from nexus_rt.upfb import BlendConfig, combine, step_inputs
 from nexus_rt.velocity import Prediction, Velocity
 
@@ -50,7 +51,8 @@ class Generator:
         if guided not in self.contexts:
             p = self.prompt
             told = torch.cat([p.conditional, p.unconditional]) if guided else p.conditional
-            self.contexts[guided] = self.engine.prepare(told)
+            with span("prepare", generator=self.name):
+                self.contexts[guided] = self.engine.prepare(told)
         return self.contexts[guided]
 
     def scale(self, step: Step) -> float:
@@ -60,7 +62,9 @@ class Generator:
     def predict(self, latents: Tensor, step: Step) -> Tensor:
         """The engine's raw prediction at a step: [B, ...], or [2 B, ...] where it is guided, unconditional samples last."""
         timestep = torch.tensor(float(step.timestep), device=latents.device)
-        return self.engine.velocity(latents, timestep, self.context(self.scale(step) != 1.0))
+        context = self.context(self.scale(step) != 1.0)
+        with span(self.name, step=step.index):
+            return self.engine.velocity(latents, timestep, context)
 
 
 class Together:
@@ -84,13 +88,15 @@ class Together:
         """Prepare both prompts, once."""
         for name, g in self.generators.items() if not self.contexts else ():
             told = torch.cat([g.prompt.conditional, g.prompt.unconditional])
-            self.contexts[name] = self.engine.prepare(name, told)
+            with span("prepare", generator=name):
+                self.contexts[name] = self.engine.prepare(name, told)
 
     def predict(self, latents: Tensor, step: Step, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The blended velocity, and the RMS of both guided ones [2, B]."""
         self.prepare()
         timestep = torch.tensor(float(step.timestep), device=latents.device)
-        return self.engine.step(latents, timestep, self.contexts, inputs)
+        with span("fused step", step=step.index):
+            return self.engine.step(latents, timestep, self.contexts, inputs)
 
 
 class Watch:
@@ -136,7 +142,8 @@ def predict(
             watch.add(raw, name, step)
             said[name] = Prediction.of(raw, generators[name].scale(step))
     if step.blended:
-        return combine(said.get("small"), said.get("large"), step.w, config, step.energy, fused)
+        with span("blend", step=step.index):
+            return combine(said.get("small"), said.get("large"), step.w, config, step.energy, fused)
     return Velocity(*said.values())
 
 
@@ -192,9 +199,8 @@ def denoise(
     fused = choose_ops(kernels, latents.device).name == "triton"
     solve, watch = make_solver(solver, plan.grid, fused), Watch(generators)
     latents = latents.float()
-    for step in (
-        plan.steps if residency is None or residency.plan.stays else ()
-    ):  # what is here is made ready before the first step
+    stays = residency is None or residency.plan.stays  # then what is here is made ready before the first step
+    for step in plan.steps if stays else ():
         if together.inputs(step) is not None:
             together.prepare()
             continue
@@ -204,14 +210,16 @@ def denoise(
         if should_stop is not None and should_stop():
             raise Cancelled(f"stopped before step {step.index} of {len(plan)}, as asked.")
         if residency is not None:
-            residency.enter(step.index)
+            with span("swap", step=step.index):
+                residency.enter(step.index)
         if (inputs := together.inputs(step)) is not None:
             velocity, sizes = together.predict(latents, step, inputs)
             for raw, name in zip(sizes, ("small", "large"), strict=True):
                 watch.add(raw, name, step)
         else:
             velocity = predict(generators, latents, step, blend_config, watch, fused)
-        latents = solve.step(step.index, latents, velocity)
+        with span("solver", step=step.index):
+            latents = solve.step(step.index, latents, velocity)
         watch.settle(step.index + (latents.device.type != "cuda"))
         if on_step is not None:
             replaced = on_step(step, latents)

@@ -70,8 +70,12 @@ def test_bad_text_folders_and_calls(tiny_pair, tmp_path):
         TextEncoder(broken, torch.float32, "cpu").encode(["a"])
 
 
-def test_decoding_equals_diffusers(tiny_pair, diffusers_pipe):
-    latents = torch.randn(2, 16, 2, 4, 6)
+@pytest.mark.parametrize("frames", [1, 2, 4])
+@pytest.mark.parametrize("whole", [True, False])
+def test_decoding_equals_diffusers(tiny_pair, diffusers_pipe, frames, whole, monkeypatch):
+    if not whole:
+        monkeypatch.setattr("nexus_rt.models.vae.WHOLE", 0)
+    latents = torch.randn(2, 16, frames, 4, 6)
     ours = VideoDecoder(tiny_pair / "vae", torch.float32, "cpu").decode(latents)
     vae = diffusers_pipe.vae
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
@@ -79,7 +83,7 @@ def test_decoding_equals_diffusers(tiny_pair, diffusers_pipe):
     with torch.no_grad():
         video = vae.decode(latents * std + mean, return_dict=False)[0]
     theirs = diffusers_pipe.video_processor.postprocess_video(video, output_type="np")
-    assert ours.shape == (2, 5, 3, 32, 48)
+    assert ours.shape == (2, 4 * frames - 3, 3, 32, 48)
     assert np.abs(ours.permute(0, 1, 3, 4, 2).numpy() - theirs).max() <= 1e-5
 
 
@@ -116,7 +120,9 @@ def test_tiles_are_used_above_the_limit_only(tiny_pair, monkeypatch):
 def test_a_decoding_failure_keeps_the_latents(tiny_pair, tmp_path, monkeypatch):
     vae = VideoDecoder(tiny_pair / "vae", torch.float32, "cpu")
     vae.load()
-    monkeypatch.setattr(type(vae.model), "decode", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    monkeypatch.setattr(
+        "nexus_rt.models.vae.decode_whole", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
+    )
     latents = torch.randn(1, 16, 2, 4, 6)
     with pytest.raises(DecodeError, match=r"OutOfMemoryError: no memory.*latents are saved in") as caught:
         vae.decode(latents, tmp_path)

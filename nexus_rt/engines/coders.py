@@ -29,7 +29,7 @@ class EngineDecoder(Exported, Decoder):
     def drop(self) -> None:
         self.unload()
 
-    def working_bytes(self, width: int, height: int) -> int:
+    def working_bytes(self, width: int, height: int, frames: int) -> int:
         """An estimate: the states twice, and six activations of four frames at the last width."""
         area, (channels, scale) = width * height // 64, self.states[-1]
         states = sum(2 * c * s * s * area for c, s in self.states)

@@ -116,7 +116,7 @@ def call_parts(engines: Mapping[str, Any], others: Mapping[str, Any], size: Buck
 
     Args:
         engines: "small", "large". others: whatever else has `nbytes`: encoders, and under "vae" a decoder, which has
-            `working_bytes(width, height)` too. batch: samples of a step, unconditional twins counted.
+            `working_bytes(width, height, frames)` too. batch: samples of a step, unconditional twins counted.
     """
     parts = {name: Part(other.nbytes) for name, other in others.items()}
     for name, engine in engines.items():
@@ -128,7 +128,7 @@ def call_parts(engines: Mapping[str, Any], others: Mapping[str, Any], size: Buck
         working = activation_bytes(architecture, size, batch, element)
         parts[name] = Part(engine.nbytes, working, getattr(engine, "streamed_bytes", None))
     if "vae" in others:
-        parts["vae"] = Part(others["vae"].nbytes, others["vae"].working_bytes(size.width, size.height))
+        parts["vae"] = Part(others["vae"].nbytes, others["vae"].working_bytes(size.width, size.height, size.frames))
     return parts
 
 

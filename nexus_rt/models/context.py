@@ -13,6 +13,7 @@ from nexus_rt.models.load import folder_bytes, read_json
 from nexus_rt.models.moving import Lazy
 from nexus_rt.models.text import clean_prompt
 from nexus_rt.models.understanding import UnderstandingModel
+from nexus_rt.tracing import span
 
 
 def unpad(text: Tensor) -> Tensor:
@@ -79,7 +80,8 @@ class ContextEncoder(Lazy):
         contexts = []
         for prompt, rows in zip(prompts, text, strict=True):
             hidden = self.understanding.hidden_states(clean_prompt(prompt), single_frame)
-            contexts.append(connector.pack(unpad(rows), connector(hidden, single_frame)[0]))
+            with span("connector"):
+                contexts.append(connector.pack(unpad(rows), connector(hidden, single_frame)[0]))
         return torch.stack(contexts)
 
     @torch.no_grad()
@@ -91,5 +93,6 @@ class ContextEncoder(Lazy):
         hidden = (
             self.understanding.hidden_states("", single_frame) if hidden is None else hidden.reshape(1, -1, hidden.shape[-1])
         )
-        adapter = connector(hidden, single_frame)[0]
-        return torch.stack([connector.pack(unpad(rows), adapter) for rows in text])
+        with span("connector"):
+            adapter = connector(hidden, single_frame)[0]
+            return torch.stack([connector.pack(unpad(rows), adapter) for rows in text])

@@ -14,6 +14,7 @@ from torch import Tensor
 from nexus_rt.errors import InputError, ModelError
 from nexus_rt.models.load import folder_bytes, pretrained, require_safetensors
 from nexus_rt.models.moving import Lazy
+from nexus_rt.tracing import span
 
 MAX_SEQUENCE_LENGTH = 512  # Wan's text length: the transformer attends to the zero padding too
 
@@ -65,7 +66,8 @@ class Tokenized:
             add_special_tokens=True, return_attention_mask=True, return_tensors="pt",
         )  # fmt: skip
         mask = batch.attention_mask.to(self.device)
-        states = self._states(batch.input_ids.to(self.device), mask)
+        with span("text"):
+            states = self._states(batch.input_ids.to(self.device), mask)
         states = states.to(self.dtype) * mask[..., None].to(self.dtype)
         return torch.nn.functional.pad(states, (0, 0, 0, max_sequence_length - states.shape[1]))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from nexus_rt.errors import InputError, ModelError
 from nexus_rt.models.load import folder_bytes, pretrained, require_safetensors
 from nexus_rt.models.moving import Lazy
+from nexus_rt.tracing import span
 
 SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -111,4 +112,5 @@ class UnderstandingModel(Lazy):
         limit = getattr(config, "max_position_embeddings", None)
         if limit and ids.shape[1] > limit:
             raise InputError(f"the prompt is {ids.shape[1]} tokens with its template; the model reads {limit}: shorten it.")
-        return self.model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+        with span("understanding"):
+            return self.model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state

@@ -1,4 +1,4 @@
-"""Latents to pixels through diffusers' `AutoencoderKLWan`."""
+"""Latents to pixels by the modules of diffusers' `AutoencoderKLWan`: small clips in one pass, large ones frame by frame."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import DecodeError, ModelError
+from nexus_rt.models.decoder import can_decode_whole, decode_whole
 from nexus_rt.models.load import folder_bytes, read_json
 from nexus_rt.models.moving import Lazy
+from nexus_rt.tracing import span
 
 TILE_ABOVE = 1280 * 720  # pixels of a frame from which decoding is tiled when `tiling` is "auto"
 TOGETHER = 2**21  # pixels (of all frames) decoded in one call: small clips gain four times from it, large ones go alone
+WHOLE = 2**24  # elements of the decoder's widest activation up to which a clip is decoded in one pass
 LATENT_FIELDS = ("z_dim", "latents_mean", "latents_std", "scale_factor_spatial", "scale_factor_temporal")
 # What AutoencoderKLWan has when a config.json leaves the field out: the published Wan 2.1 VAE's statistics.
 WAN_VAE = {
@@ -80,7 +83,8 @@ class Decoder:
             frames = (latents.shape[2] - 1) * self.temporal + 1
             together = max(1, TOGETHER // (frames * height * width))
             for sample in latents.to(self.device, torch.float32).split(together):
-                video = self._video((sample * std + mean).to(self.dtype))
+                with span("vae"):
+                    video = self._video((sample * std + mean).to(self.dtype))
                 out.append(video.float().add_(1).div_(2).clamp_(0, 1))
             return torch.cat(out).transpose(1, 2)
         except Exception as error:
@@ -112,9 +116,11 @@ class VideoDecoder(Lazy, Decoder):
         """Bytes of the stored weights."""
         return folder_bytes(self.folder)
 
-    def working_bytes(self, width: int, height: int) -> int:
-        """An estimate: float32, four frames at a time, six activations of the decoder's last width (96 in Wan's)."""
-        return 6 * read_json(self.folder / "config.json").get("base_dim", 96) * 4 * width * height * 4
+    def working_bytes(self, width: int, height: int, frames: int) -> int:
+        """An estimate: float32, four frames at a time or the whole clip, six activations of the decoder's last width (96 in
+        Wan's)."""
+        plane = read_json(self.folder / "config.json").get("base_dim", 96) * width * height
+        return 6 * plane * (frames if plane * frames <= WHOLE else 4) * 4
 
     def _read(self) -> torch.nn.Module:
         from diffusers import AutoencoderKLWan
@@ -142,10 +148,14 @@ class VideoDecoder(Lazy, Decoder):
     def _video(self, z: Tensor) -> Tensor:
         height, width = (s * self.spatial for s in z.shape[-2:])
         tiled = height * width > TILE_ABOVE if self.tiling == "auto" else bool(self.tiling)
+        z = z.contiguous(memory_format=torch.channels_last_3d)
+        elements = z.shape[0] * ((z.shape[2] - 1) * self.temporal + 1) * height * width * self.model.config.base_dim
+        if not tiled and elements <= WHOLE and can_decode_whole(self.model):
+            return decode_whole(self.model, z)
         self.model.use_tiling = False
         if tiled:
             self.model.enable_tiling()
-        return self.model.decode(z.contiguous(memory_format=torch.channels_last_3d), return_dict=False)[0]
+        return self.model.decode(z, return_dict=False)[0]
 
 
 def save_latents(latents: Tensor, folder: str | Path | None = None) -> Path | None:
