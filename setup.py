@@ -3,7 +3,20 @@
 from setuptools import setup
 
 setup(
-    packages=["nexus_rt", "nexus_rt.models", "nexus_rt.engines", "nexus_rt.kernels", "nexus_rt.export", "nexus_rt.bench"],
-    package_dir={"nexus_rt.kernels": "kernels", "nexus_rt.export": "export", "nexus_rt.bench": "bench"},
+    packages=[
+        "nexus_rt",
+        "nexus_rt.models",
+        "nexus_rt.engines",
+        "nexus_rt.kernels",
+        "nexus_rt.export",
+        "nexus_rt.bench",
+        "nexus_rt.bench.shapes",
+    ],
+    package_dir={
+        "nexus_rt.kernels": "kernels",
+        "nexus_rt.export": "export",
+        "nexus_rt.bench": "bench",
+        "nexus_rt.bench.shapes": "bench/shapes",
+    },
     package_data={"nexus_rt": ["mini/*.json", "mini/*/*"], "nexus_rt.kernels": ["README.md"]},
 )

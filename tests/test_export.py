@@ -100,8 +100,8 @@ def test_what_an_engine_is_made_of_and_for_is_its_name(quick, tiny_pair, own_pai
 def swapped_weights(monkeypatch, tiny_pair):
     right = parts.load.load_transformer
 
-    def load(folder, dtype, device, *rest):
-        model = right(folder, dtype, device, *rest)
+    def load(folder, dtype, device, *rest, **named):
+        model = right(folder, dtype, device, *rest, **named)
         if rest != ("torch",):  # the engine's model, not the reference
             for p in model.blocks[0].ffn.parameters():
                 p.data = p.data.flip(0)

@@ -5,7 +5,8 @@ import pytest
 from scipy import ndimage
 
 from nexus_rt import NexusPipeline
-from training import metrics, world
+from nexus_rt.bench.shapes import world
+from training import metrics
 from training.evaluate import Row, measure, summarise
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from nexus_rt import NexusPipeline
+from nexus_rt.bench.shapes import world
+from nexus_rt.bench.shapes.checker import look
+from nexus_rt.bench.shapes.riddles import make_prompts
 from nexus_rt.cli import main
 from nexus_rt.pair import MINI
-from training import world
-from training.checker import look
-from training.evaluate import make_prompts
 
 
 @pytest.fixture(scope="module")

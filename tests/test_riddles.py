@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from training import riddles, world
-from training.evaluate import make_prompts
+from nexus_rt.bench.shapes import riddles, world
+from nexus_rt.bench.shapes.riddles import make_prompts
 
 
 def test_sums_add_up():

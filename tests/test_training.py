@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from training import checker, world
+from nexus_rt.bench.shapes import checker, world
 
 
 def clip(scene, seed=0, **kwargs):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from training import world
+from nexus_rt.bench.shapes import world
 
 # five Newton-Schulz steps forgive bfloat16, and processors that multiply in it do so two to three times faster
 NEWTON_SCHULZ = torch.bfloat16 if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else torch.float32

@@ -25,9 +25,10 @@ import numpy as np
 import torch
 
 from nexus_rt import BlendConfig, NexusPipeline
+from nexus_rt.bench.shapes import world
+from nexus_rt.bench.shapes.checker import chance, look
+from nexus_rt.bench.shapes.riddles import make_prompts
 from nexus_rt.plan import Plan
-from training import riddles, world
-from training.checker import chance, look
 from training.metrics import consistency, radial_power, texture_similarity, wilson
 
 SEEDS = (11, 12, 13)  # of the reported figures; settings are chosen on others
@@ -64,19 +65,6 @@ class Row:
         first = round(len(plan) * self.unguided)
         cut = lambda s: dataclasses.replace(s, guidance_small=1.0, guidance_large=1.0) if s.index >= first else s  # noqa: E731
         return dataclasses.replace(plan, name=self.name, steps=tuple(map(cut, plan.steps)))
-
-
-def make_prompts(kind: str, seed: int, count: int) -> list[riddles.Riddle]:
-    """Test prompts: "riddles" of held-out triples of kinds, or plain "captions"; the same for a seed, always."""
-    rng = np.random.default_rng([seed, 7])
-    prompts = []
-    for _ in range(count):
-        scene = world.sample_scene(rng, training=False)
-        if kind == "captions":
-            prompts.append(riddles.Riddle(world.caption(scene), scene, ("plain",) * 3))
-        else:
-            prompts.append(riddles.riddle(scene, riddles.sample_kinds(rng, training=False), rng))
-    return prompts
 
 
 def measure(frames: np.ndarray, scene: world.Scene) -> dict:

@@ -11,8 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from training import world
-from training.checker import object_mask
+from nexus_rt.bench.shapes import world
+from nexus_rt.bench.shapes.checker import object_mask
 
 RINGS, SECTORS = 10, 4  # of the texture's spectrum
 PROTOTYPES = 24  # true renderings behind each texture's typical spectrum

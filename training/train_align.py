@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
+from nexus_rt.bench.shapes import world
 from nexus_rt.models.connector import SPECIAL_TOKENS, Connector, ConnectorConfig, save_connector
 from nexus_rt.models.context import unpad
 from nexus_rt.models.load import load_transformer
 from nexus_rt.models.understanding import Template
 from nexus_rt.models.wan import WanTransformer
-from training import world
 from training.common import RUNS, Log, Muon, Schedule, cosine, load_checkpoint, save_checkpoint, set_lr
 from training.train_dit import EMPTY, MINI, Captions, Clips, average, config, dit_optimizer, export, flow_loss
 from training.train_lm import IMAGE, VIDEO, sample_prompt, tokenize

@@ -22,11 +22,11 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from nexus_rt.bench.shapes import world
 from nexus_rt.convert import transformer_config
 from nexus_rt.models.checkpoint import to_diffusers
 from nexus_rt.models.load import load_transformer
 from nexus_rt.models.wan import WanConfig, WanTransformer
-from training import world
 from training.common import RUNS, Log, Muon, Schedule, load_checkpoint, object_pixels, save_checkpoint, set_lr
 from training.train_text import fillers, tokenize
 

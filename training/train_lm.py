@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from training import riddles, world
+from nexus_rt.bench.shapes import riddles, world
 from training.common import RUNS, Log, Muon, Schedule, load_checkpoint, save_checkpoint, set_lr
 from training.train_text import FIELDS, LETTERS, WORDS
 

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from training import riddles, world
+from nexus_rt.bench.shapes import riddles, world
 from training.common import RUNS, Log, cosine, save_checkpoint, set_lr
 
 FIELDS = {

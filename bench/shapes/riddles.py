@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.world import COLOURS, MOTIONS, SHAPES, Scene
+from nexus_rt.bench.shapes.world import COLOURS, MOTIONS, SHAPES, Scene, caption, sample_scene
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 CORNERS = {"circle": 0, "triangle": 3, "square": 4, "star": 10, "cross": 12}
@@ -183,3 +183,16 @@ def words() -> list[str]:
                             "black"), sample_kinds(rng), rng).text  # fmt: skip
         found |= dict.fromkeys(text.replace(",", " ,").replace(".", " .").split())
     return [*found, *(n for n in NUMBERS if n not in found)]
+
+
+def make_prompts(kind: str, seed: int, count: int) -> list[Riddle]:
+    """Test prompts: "riddles" of held-out triples of kinds, or plain "captions"; the same for a seed, always."""
+    rng = np.random.default_rng([seed, 7])
+    prompts = []
+    for _ in range(count):
+        scene = sample_scene(rng, training=False)
+        if kind == "captions":
+            prompts.append(Riddle(caption(scene), scene, ("plain",) * 3))
+        else:
+            prompts.append(riddle(scene, sample_kinds(rng, training=False), rng))
+    return prompts

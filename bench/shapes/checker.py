@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from training import world
+from nexus_rt.bench.shapes import world
 
 GRID = 48  # side of the square on which outlines are compared
 STILL = 0.10  # of the frame's side: less travel than this is standing still
