@@ -4,24 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-
-def build(suite: Any, config: dict):
-    """A Wan transformer of random weights on the suite's device: norms at one, the rest small."""
-    import torch
-    from torch import nn
-
-    from nexus_rt.models.checkpoint import KEEP_FP32
-    from nexus_rt.models.wan import WanConfig, WanTransformer
-
-    with torch.device("meta"):
-        model = WanTransformer(WanConfig(**config))
-    for name, parameter in list(model.named_parameters()):
-        dtype = torch.float32 if any(part in name for part in KEEP_FP32) else suite.dtype
-        value = torch.empty(parameter.shape, dtype=dtype, device=suite.device)
-        value.fill_(1.0) if "norm" in name and name.endswith("weight") else value.normal_(std=0.02)
-        owner, leaf = name.rpartition(".")[::2]
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    return model.eval()
+from nexus_rt.bench.presets import random_transformer
 
 
 def dit(suite: Any, name: str) -> dict:
@@ -30,7 +13,7 @@ def dit(suite: Any, name: str) -> dict:
 
     config = suite.configs[name]
     t, h, w = suite.grid
-    model = build(suite, config)
+    model = random_transformer(config, suite.dtype, suite.device)
     latents, timestep = suite.random(1, 16, t, 2 * h, 2 * w), torch.tensor(700.0, device=suite.device)
     embeds = torch.zeros(1, 512, model.config.text_dim, dtype=suite.dtype, device=suite.device)
     embeds[:, :40] = suite.random(1, 40, model.config.text_dim)

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from nexus_rt.bench.gpu_dit import build
+from nexus_rt.bench.presets import random_transformer
 
 LAYERS = {"small": 30, "large": 10}  # of the swap: a 14B of a quarter of its blocks, so that twelve steps take seconds
 STEPS = "small:6 large:6"
@@ -87,7 +87,8 @@ def swap(suite: Any) -> dict:
     made = {}
     for role, name in (("small", names[0]), ("large", names[-1])):
         layers = min(LAYERS[role], suite.configs[name]["num_layers"])
-        model = build(suite, {**suite.configs[name], "num_layers": layers}).use_kernels("auto")
+        config = {**suite.configs[name], "num_layers": layers}
+        model = random_transformer(config, suite.dtype, suite.device).use_kernels("auto")
         made[role] = TorchEngine(model, device=suite.device)
         made[role].unload()
     plan = parse_plan(STEPS, time_grid(12))
@@ -184,7 +185,7 @@ def _saved(suite: Any, config: dict, folder: Path) -> Path:
 
     from nexus_rt.models.checkpoint import to_diffusers
 
-    model = build(suite, config)
+    model = random_transformer(config, suite.dtype, suite.device)
     folder.mkdir()
     state = {k: v.contiguous().cpu() for k, v in to_diffusers(dict(model.named_parameters())).items()}
     save_file(state, folder / "diffusion_pytorch_model.safetensors")

@@ -18,52 +18,63 @@ from nexus_rt.upfb import BlendConfig, combine
 from nexus_rt.velocity import Prediction
 
 
+def medians_ms(
+    calls: Mapping[str, Callable[[], object]], repeats: int = 5, warmup: int = 2, cuda: bool = False
+) -> dict[str, float]:  # fmt: skip
+    """Median milliseconds of every call, taken in turn, so that each finds the caches as the others leave them."""
+    durations: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(warmup + repeats):
+        for name, call in calls.items():
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            if cuda:
+                torch.cuda.synchronize()
+            if i >= warmup:
+                durations[name].append(1000 * (time.perf_counter() - start))
+    return {name: median(values) for name, values in durations.items()}
+
+
 def median_ms(call: Callable[[], object], repeats: int = 5, warmup: int = 2, cuda: bool = False) -> float:
     """Median milliseconds of a call."""
-    durations = []
-    for i in range(warmup + repeats):
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if cuda:
-            torch.cuda.synchronize()
-        if i >= warmup:
-            durations.append(1000 * (time.perf_counter() - start))
-    return median(durations)
+    return medians_ms({"": call}, repeats, warmup, cuda)[""]
 
 
-@torch.no_grad()
-def measure_step_costs(
+def step_calls(
     engines: Mapping[str, Engine],
     prompts: Mapping[str, Prompt],
     latents: Tensor,
     blend_config: BlendConfig = BlendConfig(),  # noqa: B008 (frozen)
     solver: str = "unipc",
-    repeats: int = 5,
     kernels: str = "auto",
-) -> StepCosts:
-    """Time one guided and one plain step of each engine, the blend and the solver, on latents [B, C, T, H, W].
-
-    An engine that is not there costs 0.
-    """
-    cuda, fused = latents.is_cuda, choose_ops(kernels, latents.device).name == "triton"
+) -> dict[str, Callable[[], object]]:
+    """What `StepCosts` prices, each as a call: one guided and one plain step of each engine, the blend and the solver, on
+    latents [B, C, T, H, W]."""
+    fused = choose_ops(kernels, latents.device).name == "triton"
     finish = (lambda p: p) if fused else Prediction.tensor  # fused, guidance is the blend's or the solver's
     timestep = torch.tensor(500.0, device=latents.device)
-    cost = {"small": 0.0, "small_guided": 0.0, "large": 0.0, "large_guided": 0.0}
+    calls: dict[str, Callable[[], object]] = {}
     for name, engine in engines.items():
         prompt = prompts[name]
         plain = engine.prepare(prompt.conditional)
-        cost[name] = median_ms(lambda e=engine, c=plain: e.velocity(latents, timestep, c), repeats, cuda=cuda)
+        calls[name] = lambda e=engine, c=plain: e.velocity(latents, timestep, c)
         if prompt.unconditional is not None:
             both = engine.prepare(torch.cat([prompt.conditional, prompt.unconditional]))
-            cost[f"{name}_guided"] = median_ms(
-                lambda e=engine, c=both: finish(Prediction.of(e.velocity(latents, timestep, c), 5.0)), repeats, cuda=cuda
-            )
-    both = Prediction(latents), Prediction(latents)
-    blended = median_ms(lambda: combine(*both, 0.5, blend_config, fused=fused), repeats, cuda=cuda)
+            calls[f"{name}_guided"] = lambda e=engine, c=both: finish(Prediction.of(e.velocity(latents, timestep, c), 5.0))
+    pair = Prediction(latents), Prediction(latents)
+    calls["blend"] = lambda: combine(*pair, 0.5, blend_config, fused=fused)
     solve = make_solver(solver, time_grid(50), fused)
     for i in range(2):  # fill its history
         solve.step(i, latents, latents)
-    solved = median_ms(lambda: solve.step(2, latents, latents), repeats, cuda=cuda)
-    return StepCosts(**cost, blend=blended, solver=solved)
+    calls["solver"] = lambda: solve.step(2, latents, latents)
+    return calls
+
+
+@torch.no_grad()
+def measure_step_costs(
+    calls: Mapping[str, Callable[[], object]], repeats: int = 5, warmup: int = 2, cuda: bool = False
+) -> StepCosts:
+    """Prices of `step_calls`, taken in turn. An engine that is not there costs 0."""
+    nothing = {"small": 0.0, "small_guided": 0.0, "large": 0.0, "large_guided": 0.0}
+    return StepCosts(**nothing | medians_ms(calls, repeats, warmup, cuda))

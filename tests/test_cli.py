@@ -99,10 +99,8 @@ def test_the_output_is_checked_before_the_model_is_read(tmp_path, capsys):
 
 
 def test_latents_of_a_failed_decoding_can_be_decoded_later(tiny_pair, tmp_path, monkeypatch, capsys):
-    from diffusers import AutoencoderKLWan
-
     with monkeypatch.context() as broken:
-        broken.setattr(AutoencoderKLWan, "decode", lambda *a, **k: (_ for _ in ()).throw(MemoryError("no memory")))
+        broken.setattr("nexus_rt.models.vae.decode_whole", lambda *a, **k: (_ for _ in ()).throw(MemoryError("no memory")))
         assert main(["generate", PROMPT, *pair(tiny_pair, "-o", tmp_path / "a.png")]) == 1
     saved = re.search(r"\S+\.safetensors", capsys.readouterr().err)[0]
     assert os.path.dirname(saved) == str(tmp_path) and not (tmp_path / "a.png").exists()

@@ -1,0 +1,270 @@
+"""Results as one self-contained HTML page, and its drawings alone as SVG; everything that was not written here is escaped."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from typing import Any
+
+COLOURS = {"small": "#2a9d8f", "large": "#264653", "both": "#e9c46a", "fused step": "#f4a261", "text": "#8ab17d",
+           "understanding": "#b5838d", "connector": "#6d6875", "prepare": "#a8dadc", "blend": "#e9c46a", "solver": "#e76f51",
+           "swap": "#c1121f", "vae": "#457b9d", "encode-to-mp4": "#adb5bd"}  # fmt: skip
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1180px;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2rem}
+table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
+th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid #e5e5e5;white-space:nowrap}
+th:first-child,td:first-child,td.l,th.l{text-align:left}thead th{border-bottom:2px solid #999;color:#555;font-weight:600}
+.note{color:#666;font-size:13px}.bad{color:#a4161a}figure{margin:0 0 1.2rem}figcaption{font-size:13px;color:#444}
+img{height:96px;image-rendering:pixelated;border:1px solid #ddd}code{background:#f4f4f4;padding:.1rem .3rem}
+.key span{display:inline-block;margin-right:1rem;font-size:12px}
+.key i{display:inline-block;width:11px;height:11px;margin-right:4px}
+"""
+
+
+def figure(value: float | None, digits: int = 1, unit: str = "") -> str:
+    return "—" if value is None else f"{value:,.{digits}f}{unit}"
+
+
+def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """An HTML table of cells already escaped; the first `left` columns are text."""
+    mark = lambda i: ' class="l"' if i < left else ""  # noqa: E731
+    top = "".join(f"<th{mark(i)}>{h}</th>" for i, h in enumerate(head))
+    body = "".join("<tr>" + "".join(f"<td{mark(i)}>{c}</td>" for i, c in enumerate(r)) + "</tr>" for r in rows)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _quality(row: dict[str, Any]) -> list[str]:
+    q = row["quality"]
+    shown = "identical" if q.get("identical") else figure(q.get("psnr_db"), 1, " dB")
+    accuracy = f"{q['right']}/{q['count']}" if "accuracy" in q else "—"
+    return [shown, figure(q.get("ssim"), 4), f"{q['latent_error']:.1e}", accuracy]
+
+
+def _megabytes(count: int | None) -> str:
+    return "—" if count is None else f"{count / 1e6:,.0f} MB"
+
+
+def rows_table(rows: list[dict[str, Any]]) -> str:
+    head = ["plan", "engine", "p50 ms", "p95 ms", "denoise ms", "vae ms", "cold ms", "preview ms", "swap", "predicted",
+            "PSNR", "SSIM", "latent error", "accuracy", "host peak", "device peak"]  # fmt: skip
+    body = []
+    for r in rows:
+        name = [escape(r["plan"]), escape(r["engine"])]
+        if "failed" in r:
+            body.append([*name, f'<span class="bad">{escape(r["failed"])}</span>', *[""] * (len(head) - 3)])
+            continue
+        off = r.get("prediction_error")
+        body.append([
+            *name, figure(r["total_duration_ms"]), figure(r["total_p95_ms"]), figure(r["denoise_ms"]),
+            figure(r["components_ms"].get("vae")), figure(r.get("cold_ms"), 0), figure(r.get("first_preview_ms")),
+            figure(r.get("swap_ratio"), 2), "—" if off is None else f"{100 * off:+.1f}%", *_quality(r),
+            _megabytes(r["peak_host_bytes"]), _megabytes(r["peak_device_bytes"]),
+        ])  # fmt: skip
+    return table(head, body, 2)
+
+
+def peers_table(rows: list[dict[str, Any]]) -> str:
+    head = ["peer", "our plan", "ours ms", "theirs ms", "theirs / ours", "PSNR", "SSIM", "latent difference"]
+    body = []
+    for r in rows:
+        if "failed" in r:
+            body.append([escape(r["peer"]), f'<span class="bad">{escape(r["failed"])}</span>', *[""] * 6])
+            continue
+        same = "" if r["same_mathematics"] else " (another plan)"
+        shown = "identical" if r.get("identical") else figure(r.get("psnr_db"), 1, " dB")
+        body.append([
+            escape(r["peer"]), escape(r["plan"]) + same, figure(r["ours_ms"]["p50"]), figure(r["theirs_ms"]["p50"]),
+            f"<b>{r['ratio']:.2f}x</b>", shown, figure(r.get("ssim"), 4), f"{r['latent_error']:.1e}",
+        ])  # fmt: skip
+    return table(head, body, 2)
+
+
+def key(names: list[str]) -> str:
+    items = (f'<span><i style="background:{COLOURS.get(n, "#888")}"></i>{escape(n)}</span>' for n in names)
+    return '<p class="key">' + "".join(items) + "</p>"
+
+
+def _bars(pieces: list[tuple[str, float, str]], scale: float, y: float, height: float, left: float) -> str:
+    """Rectangles side by side: (colour's name, milliseconds, tip)."""
+    out, x = [], left
+    for name, ms, tip in pieces:
+        width = ms * scale
+        out.append(
+            f'<rect x="{x:.2f}" y="{y}" width="{max(width, 0.1):.2f}" height="{height}" fill="{COLOURS.get(name, "#888")}" '
+            f'stroke="#fff" stroke-width=".4"><title>{escape(tip)}: {ms:.2f} ms</title></rect>'
+        )
+        x += width
+    return "".join(out)
+
+
+def timeline(rows: list[dict[str, Any]]) -> str:
+    """A bar a row: what comes before the steps, every step in the colour of what it ran, what comes after."""
+    rows = [r for r in rows if "failed" not in r]
+    left, width, pitch = 230, 900, 26
+    longest = max((r["total_duration_ms"] for r in rows), default=1.0)
+    scale, out = width / longest, []
+    before, after = ("text", "understanding", "connector", "prepare"), ("vae", "encode-to-mp4")
+    for i, r in enumerate(rows):
+        parts, y = r["components_ms"], 8 + i * pitch
+        pieces = [(n, parts[n], n) for n in before if n in parts]
+        pieces += [(s["runs"], s["duration_ms"], f"step {s['step']} ({s['runs']})") for s in r["denoise_steps_ms"]]
+        pieces += [(n, parts[n], n) for n in after if n in parts]
+        label = f"{r['plan']} on {r['engine']}"
+        out.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end" font-size="12">{escape(label[:36])}</text>')
+        out.append(_bars(pieces, scale, y, 18, left))
+    y = 14 + len(rows) * pitch
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x = left + share * width
+        out.append(
+            f'<text x="{x:.0f}" y="{y + 8}" text-anchor="middle" font-size="11" fill="#666">{share * longest:.0f} ms</text>'
+        )
+    return _svg(left + width + 40, y + 16, "".join(out))
+
+
+def scatter(rows: list[dict[str, Any]]) -> str:
+    """Every row's time against its frames' PSNR to the reference; the same frames stand at the top."""
+    shown = [r for r in rows if "failed" not in r and ("psnr_db" in r["quality"])]
+    if not shown:
+        return ""
+    left, top, width, height = 60, 20, 720, 300
+    known = [r["quality"]["psnr_db"] for r in shown if not r["quality"]["identical"]]
+    high, low = max([*known, 40.0]) * 1.06, min([*known, 20.0]) * 0.9
+    slowest = 1.1 * max(r["total_duration_ms"] for r in shown)
+    out = [f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#bbb"/>']
+    for i in range(5):
+        value, ms = low + (high - low) * i / 4, slowest * i / 4
+        y, x = top + height * (1 - i / 4), left + width * i / 4
+        out.append(f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end" font-size="11" fill="#666">{value:.0f}</text>')
+        out.append(f'<text x="{x:.0f}" y="{top + height + 16}" text-anchor="middle" font-size="11" fill="#666">{ms:.0f}</text>')
+    engines = list(dict.fromkeys(r["engine"] for r in shown))
+    palette = ["#264653", "#e76f51", "#2a9d8f", "#e9c46a", "#6d6875"]
+    for i, r in enumerate(shown):
+        value = high if r["quality"]["identical"] else r["quality"]["psnr_db"]
+        x = left + width * r["total_duration_ms"] / slowest
+        y = top + height * (1 - (value - low) / (high - low))
+        fill = palette[engines.index(r["engine"]) % len(palette)]
+        said = f"{r['plan']} on {r['engine']}"
+        out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}"><title>{escape(said)}</title></circle>')
+        shift = 4 + 12 * (i % 2)
+        out.append(f'<text x="{x + 8:.1f}" y="{y + shift:.1f}" font-size="11">{escape(said)}</text>')
+    out.append(
+        f'<text x="{left + width / 2}" y="{top + height + 34}" text-anchor="middle" font-size="12">end to end, ms</text>'
+    )
+    out.append(f'<text x="14" y="{top - 6}" font-size="12">PSNR to the reference plan, dB (top: the same bits)</text>')
+    return _svg(left + width + 220, top + height + 44, "".join(out))
+
+
+def lines(points: list[tuple[float, float]], fit: dict[str, Any] | None, x_name: str) -> str:
+    """Measured points and the fitted curve."""
+    if len(points) < 2:
+        return ""
+    left, top, width, height = 52, 10, 300, 170
+    xs, ys = zip(*points, strict=True)
+    wide, tall = 1.05 * max(xs), 1.1 * max(ys)
+    at = lambda x, y: f"{left + width * x / wide:.1f},{top + height * (1 - y / tall):.1f}"  # noqa: E731
+    out = [f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#bbb"/>']
+    if fit:
+        curve = [
+            (x, sum(c * x**p for c, p in zip(fit["coefficients"], fit["powers"], strict=True)))
+            for x in (wide * i / 40 for i in range(41))
+        ]
+        path = " ".join(at(x, min(max(y, 0), tall)) for x, y in curve)
+        out.append(f'<polyline points="{path}" fill="none" stroke="#e76f51" stroke-width="1.5"/>')
+    for x, y in points:
+        px, py = at(x, y).split(",")
+        out.append(f'<circle cx="{px}" cy="{py}" r="3.5" fill="#264653"><title>{x:g}: {y:g} ms</title></circle>')
+    for i in range(3):
+        out.append(f'<text x="{left - 5}" y="{top + height * (1 - i / 2) + 4:.0f}" text-anchor="end" font-size="10" '
+                   f'fill="#666">{tall * i / 2:.0f}</text>')  # fmt: skip
+        out.append(f'<text x="{left + width * i / 2:.0f}" y="{top + height + 13}" text-anchor="middle" font-size="10" '
+                   f'fill="#666">{wide * i / 2:.0f}</text>')  # fmt: skip
+    out.append(
+        f'<text x="{left + width / 2}" y="{top + height + 27}" text-anchor="middle" font-size="11">{escape(x_name)}</text>'
+    )
+    return _svg(left + width + 20, top + height + 34, "".join(out))
+
+
+def _svg(width: float, height: float, inside: str) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
+        f'font-family="system-ui,sans-serif" style="max-width:100%">{inside}</svg>'
+    )
+
+
+def _scaling(found: dict[str, Any]) -> str:
+    out = []
+    for axis, curves in found.items():
+        for name, said in curves.items():
+            x = "steps" if axis == "steps" else "tokens"
+            points = [(p[x], p["ms"]) for p in said["points"]]
+            fit = said["fit"]
+            words = "too few points to fit"
+            if fit:
+                terms = " + ".join(f"{c:.3g}" + ("" if p == 0 else f" {x}" + (f"^{p}" if p > 1 else ""))
+                                   for c, p in zip(fit["coefficients"], fit["powers"], strict=True))  # fmt: skip
+                words = f"ms = {terms} (R² {fit['r2']:.4f})"
+            out.append(
+                f"<figure>{lines(points, fit, x)}<figcaption>{escape(f'over {axis}, {name}: {words}')}</figcaption></figure>"
+            )
+    return "<h2>Scaling</h2>" + "".join(out)
+
+
+def page(results: dict[str, Any]) -> str:
+    """The whole page of a results file."""
+    mark, rows = results["fingerprint"], results.get("rows", [])
+    hardware = mark["hardware"]
+    machine = f"{hardware.get('gpu') or hardware['processor']}, {hardware['threads']} threads"
+    body = [
+        f"<h1>Latency: {escape(str(results['preset']))}</h1>",
+        f'<p class="note">{escape(machine)}; {escape(mark["when"])}; <code>{escape(mark["command"])}</code></p>',
+        *(f'<p class="note">{escape(note)}</p>' for note in results.get("notes", [])),
+    ]
+    if results.get("prompt"):
+        body.append(f"<p>Prompt: {escape(results['prompt'])}</p>")
+    if "estimate" in results:
+        e = results["estimate"]
+        made = [[escape(r["plan"]), str(r["steps"]), figure(r["denoise_ms_at_least"])] for r in e["rows"]]
+        body += ["<h2>Estimate</h2>", table(["plan", "steps", "denoising takes at least, ms"], made)]
+    if rows:
+        names = [n for n in COLOURS if n in ("both", "small", "large") or any(n in r.get("components_ms", {}) for r in rows)]
+        body += ["<h2>Plans and engines</h2>", rows_table(rows), "<h2>Where the time goes</h2>", key(names), timeline(rows)]
+        if drawn := scatter(rows):
+            body += ["<h2>Speed and quality</h2>", drawn]
+    if results.get("peers"):
+        body += ["<h2>Peers, in the same run</h2>", peers_table(results["peers"])]
+    if results.get("scaling"):
+        body.append(_scaling(results["scaling"]))
+    if pictures := [r for r in rows if r.get("thumbnail")]:
+        body.append("<h2>Clips</h2>")
+        body += [
+            f'<figure><img src="{escape(r["thumbnail"], quote=True)}" alt="frames"><figcaption>{escape(r["plan"])} on '
+            f"{escape(r['engine'])}: {figure(r['total_duration_ms'])} ms</figcaption></figure>"
+            for r in pictures
+        ]
+    kept = ", ".join(f"{k} {v}" for k, v in mark["versions"].items())
+    body.append(f'<p class="note">{escape(kept)}; weights {escape(str(mark["weights"] or "random"))}</p>')
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>Latency: {escape(str(results['preset']))}</title><style>{STYLE}</style></head>"
+        f"<body>{''.join(body)}</body></html>\n"
+    )
+
+
+def drawing(results: dict[str, Any]) -> str:
+    """Timeline and scatter as one SVG file."""
+    rows = [r for r in results.get("rows", []) if "failed" not in r]
+    height = 40 + 26 * len(rows)
+    parts = [timeline(rows).replace("<svg ", '<svg x="0" y="0" ', 1)]
+    if drawn := scatter(rows):
+        parts.append(drawn.replace("<svg ", f'<svg x="0" y="{height}" ', 1))
+    return _svg(1180, height + (380 if len(parts) > 1 else 0), "".join(parts))
+
+
+def finite(value: Any) -> Any:
+    """The same without infinities and NaN, which JSON has not."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value

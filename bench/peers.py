@@ -1,0 +1,269 @@
+"""What users would run instead, in the same process, with the same weights, seed and embeddings.
+
+diffusers     `WanPipeline` with the large generator alone, against our plan `large`
+switch        `WanPipeline` with `transformer_2` and `boundary_ratio`, against our plan with the same switch
+naive         the paper's schedule as it is written down, with diffusers' transformers and VAE, against `reference`
+naive-ours    the same with our transformers and decoder, so that the schedule alone differs
+
+"+compile" after the first two: their transformers through `torch.compile`. Each pair is compared before it is timed, and
+timed in turn: ours, theirs, ours, theirs.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nexus_rt.bench.measure import interleaved, summary
+from nexus_rt.bench.naive import four_filter_blend
+from nexus_rt.bench.quality import distance
+from nexus_rt.errors import InputError, choose
+from nexus_rt.models.checkpoint import to_diffusers
+from nexus_rt.models.context import unpad
+from nexus_rt.models.wan import WanTransformer
+from nexus_rt.pipeline import NexusPipeline
+
+PEERS = ("diffusers", "diffusers+compile", "switch", "switch+compile", "naive", "naive-ours")
+SWITCH_AT = 0.3  # of the steps
+
+
+def parse_peers(text: str | None) -> tuple[str, ...]:
+    """Names of `--vs`: "diffusers" stands for the pipeline and its switch, "naive" for both forms, "all" for everything."""
+    groups = {"diffusers": ("diffusers", "switch"), "naive": ("naive", "naive-ours"), "all": PEERS}
+    found: dict[str, None] = {}
+    for name in (text or "").split(","):
+        if name.strip():
+            found |= dict.fromkeys(groups.get(name.strip()) or (choose("peer", name.strip(), PEERS),))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One clip: its plan's steps, seed and what the generators are told. prompt None: embeddings are given."""
+
+    size: tuple[int, int, int]  # height, width, frames
+    steps: int
+    seed: int
+    prompt: str | None
+    embeds: dict[str, Tensor]
+
+
+def diffusers_transformer(model: WanTransformer) -> Any:
+    """diffusers' transformer on the same memory as ours."""
+    from diffusers import WanTransformer3DModel
+    from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+
+    config = asdict(model.config)
+    taken = {k: v for k, v in config.items() if k in inspect.signature(WanTransformer3DModel.__init__).parameters}
+    with torch.device("meta"):
+        theirs = WanTransformer3DModel(**taken)
+    theirs.load_state_dict(to_diffusers(dict(model.named_parameters())), assign=True)
+    c = theirs.config
+    theirs.rope = WanRotaryPosEmbed(c.attention_head_dim, c.patch_size, c.rope_max_seq_len).to(model.device)
+    return theirs.eval()
+
+
+class Peers:
+    """The others, made of a PyTorch pipeline when they are first asked for."""
+
+    def __init__(self, pipe: NexusPipeline, setting: Setting, scales: tuple[float, float]) -> None:
+        self.pipe, self.setting, self.scales = pipe, setting, scales
+        self.models: dict[str, Any] = {}
+        self.vae: Any = None
+
+    def noise(self) -> Tensor:
+        height, width, frames = self.setting.size
+        generator = torch.Generator().manual_seed(self.setting.seed)
+        return self.pipe.prepare_latents(1, frames, height, width, generator)
+
+    def transformer(self, name: str) -> Any:
+        if name not in self.pipe.engines:
+            raise InputError(f"it runs the {name} generator, which is not loaded")
+        if name not in self.models:
+            self.models[name] = diffusers_transformer(self.pipe.engines[name].model)
+        return self.models[name]
+
+    def decoder(self) -> Any:
+        if self.vae is None and self.pipe.vae is not None:
+            self.pipe.vae.load()
+            self.vae = copy.deepcopy(self.pipe.vae.model).to(memory_format=torch.contiguous_format)
+        return self.vae
+
+    def scheduler(self) -> Any:
+        """diffusers' UniPC on Wan's published time grid, whatever number of steps it is asked for: its own grid differs by up
+        to 5e-3 in sigma, and another grid is another clip."""
+        from diffusers import UniPCMultistepScheduler
+
+        grid = self.pipe.make_plan("large", self.setting.steps).grid
+
+        class OnOurGrid(UniPCMultistepScheduler):
+            def set_timesteps(self, count: int, device: Any = None, **ignored: Any) -> None:
+                super().set_timesteps(count, device=device)
+                self.sigmas = torch.tensor(grid.sigmas)
+                self.timesteps = torch.tensor(grid.timesteps, device=device)
+
+        shift = self.pipe.defaults.shift
+        return OnOurGrid(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+    def ours(self, plan: str, **told: Any) -> Callable[[], tuple[Tensor, np.ndarray | None]]:
+        """A call of our pipeline: final latents and frames."""
+        height, width, frames = self.setting.size
+
+        def call() -> tuple[Tensor, np.ndarray | None]:
+            latents = self.pipe(
+                height=height, width=width, num_frames=frames, num_inference_steps=self.setting.steps, plan=plan,
+                latents=self.noise(), output_type="latent", guidance_scale=self.scales[0], guidance_scale_2=self.scales[1],
+                **told,
+            ).frames  # fmt: skip
+            return latents, self.pipe.decode(latents, "np") if self.pipe.vae is not None else None
+
+        return call
+
+    def told(self) -> dict[str, Tensor]:
+        """Embeddings for both sides; both of our generators read the text, as theirs do."""
+        embeds = self.setting.embeds
+        if self.pipe.context is not None:
+            names = {"context_embeds": "prompt_embeds", "negative_context_embeds": "negative_prompt_embeds"}
+            embeds = {**embeds, **{ours: embeds[name] for ours, name in names.items()}}
+        return embeds
+
+    def wan_pipeline(self, switch: bool, compiled: bool) -> tuple[Callable, Callable, str]:
+        """Ours, diffusers' pipeline, and our plan."""
+        from diffusers import WanPipeline
+
+        height, width, frames = self.setting.size
+        grid = self.pipe.make_plan("large", self.setting.steps).grid
+        at, guidance = max(1, round(SWITCH_AT * self.setting.steps)), {"guidance_scale": self.scales[1]}
+        plan, parts = "large", {"transformer": self.transformer("large")}
+        if switch:
+            plan = f"small:{at} large:*"
+            parts = {"transformer": self.transformer("small"), "transformer_2": self.transformer("large")}
+            parts["boundary_ratio"] = (float(grid.timesteps[at - 1]) + float(grid.timesteps[at])) / 2000
+            guidance = {"guidance_scale": self.scales[0], "guidance_scale_2": self.scales[1]}
+        if compiled:
+            for name in ("transformer", "transformer_2"):
+                if name in parts:
+                    parts[name] = copy.copy(parts[name])
+                    parts[name].compile()
+        vae = self.decoder()
+        theirs = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=self.scheduler(), **parts)
+        theirs.set_progress_bar_config(disable=True)
+        embeds = self.setting.embeds
+
+        def call() -> tuple[Tensor, np.ndarray | None]:
+            latents = theirs(
+                height=height, width=width, num_frames=frames, num_inference_steps=self.setting.steps, latents=self.noise(),
+                output_type="latent", **guidance, **embeds,
+            ).frames  # fmt: skip
+            if vae is None:
+                return latents, None
+            mean, std = (torch.tensor(vae.config[k]).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
+            with torch.no_grad():
+                video = vae.decode((latents * std.to(latents) + mean.to(latents)).to(vae.dtype), return_dict=False)[0]
+            return latents, theirs.video_processor.postprocess_video(video, output_type="np")
+
+        return self.ours(plan, **self.told()), call, plan
+
+    def naive(self, own: bool) -> tuple[Callable, Callable, str]:
+        """Ours, the paper's schedule written down: both generators at every step, each guided by two calls, the connector
+        run for every one of the small one's, four blurs a blend."""
+        pipe, setting = self.pipe, self.setting
+        plan = pipe.make_plan("reference", setting.steps)
+        models = {n: pipe.engines[n].model if own else self.transformer(n) for n in ("small", "large")}
+        vae = None if own else self.decoder()
+
+        def velocity(name: str, latents: Tensor, timestep: Tensor, rows: Tensor) -> Tensor:
+            model = models[name]
+            if own:
+                return model(latents, timestep, model.prepare_context(rows))
+            return model(latents.to(rows.dtype), timestep[None], rows, return_dict=False)[0].float()
+
+        @torch.no_grad()
+        def call() -> tuple[Tensor, np.ndarray | None]:
+            text = pipe.encode_prompt(setting.prompt) if setting.prompt else tuple(setting.embeds.values())
+            connect, hidden = None, None
+            if pipe.context is not None:
+                connect, stored = pipe.context.connector, pipe.context.connector.unconditional_hidden
+                from nexus_rt.models.text import clean_prompt
+
+                say = pipe.context.understanding.hidden_states
+                hidden = (
+                    say(clean_prompt(setting.prompt)),
+                    say("") if stored is None else stored.reshape(1, -1, stored.shape[-1]),
+                )
+            scheduler, latents = self.scheduler(), self.noise()
+            scheduler.set_timesteps(setting.steps, device=latents.device)
+            for step, t in zip(plan.steps, scheduler.timesteps, strict=True):
+                said = {}
+                for name, scale in zip(("small", "large"), self.scales, strict=True):
+                    pair = []
+                    for branch in (0, 1) if scale != 1.0 else (0,):
+                        rows = text[branch]
+                        if name == "small" and connect is not None:
+                            rows = connect.pack(unpad(rows[0]), connect(hidden[branch])[0])[None]
+                        pair.append(velocity(name, latents, t, rows))
+                    said[name] = pair[-1] + scale * (pair[0] - pair[-1])
+                blended = four_filter_blend(said["small"], said["large"], step.w)
+                latents = scheduler.step(blended, t, latents, return_dict=False)[0]
+            if own or vae is None:
+                return latents, pipe.decode(latents, "np") if pipe.vae is not None else None
+            mean, std = (torch.tensor(vae.config[k]).view(1, -1, 1, 1, 1).to(latents) for k in ("latents_mean", "latents_std"))
+            video = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+            return latents, video.add(1).div(2).clamp(0, 1).permute(0, 2, 3, 4, 1).float().cpu().numpy()
+
+        told = {"prompt": setting.prompt} if setting.prompt else setting.embeds
+        return self.ours("reference", **told), call, "reference"
+
+    def pair(self, name: str) -> tuple[Callable, Callable, str]:
+        kind, _, compiled = name.partition("+")
+        if kind.startswith("naive"):
+            return self.naive(own=kind == "naive-ours")
+        return self.wan_pipeline(kind == "switch", bool(compiled))
+
+
+def measure_peers(
+    pipe: NexusPipeline, names: tuple[str, ...], setting: Setting, runs: int, warmup: int, others: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
+    """A row for every peer; others: plans of ours that are timed in turn with the naive schedule, their distance shown.
+
+    Returns:
+        Rows {"peer", "plan", "ours_ms", "theirs_ms", "ratio" (theirs over ours, the median over pairs), "difference",
+        "psnr_db", ...}, or {"peer", "failed": why}.
+    """
+    d = pipe.defaults
+    scales = (d.guidance_scale, d.guidance_scale if d.guidance_scale_2 is None else d.guidance_scale_2)
+    made, rows = Peers(pipe, setting, scales), []
+    for name in names:
+        try:
+            ours, theirs, plan = made.pair(name)
+            calls = {plan: ours}
+            if name.startswith("naive"):
+                told = {"prompt": setting.prompt} if setting.prompt else setting.embeds
+                calls |= {p: made.ours(p, **told) for p in others if p != plan}
+            wanted, wanted_frames = theirs()
+            distances = {p: distance(*call(), wanted, wanted_frames) for p, call in calls.items()}
+            timed = interleaved({**calls, "": theirs}, pipe.device, runs, warmup)
+        except ImportError as error:
+            rows.append({"peer": name, "failed": f"{error.name or 'a package'} is not installed here"})
+            continue
+        except Exception as error:  # a peer that does not run is a row that says so, not the end of the others
+            rows.append(
+                {"peer": name, "failed": f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"}
+            )
+            continue
+        their_ms = [r.total_ms for r in timed[""]]
+        for p in calls:
+            ms = [r.total_ms for r in timed[p]]
+            rows.append({
+                "peer": name, "plan": p, "same_mathematics": p == plan, "ours_ms": summary(ms), "theirs_ms": summary(their_ms),
+                "ratio": float(f"{median(b / a for a, b in zip(ms, their_ms, strict=True)):.4g}"), **distances[p],
+            })  # fmt: skip
+    return rows

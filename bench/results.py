@@ -1,0 +1,153 @@
+"""Results as files: what made them, reading them back, and comparing two."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from nexus_rt.doctor import versions
+from nexus_rt.errors import InputError, ModelError
+from nexus_rt.models.load import transformer_folder
+
+SCHEMA, KIND = 1, "nexus-rt bench"
+NOISE = 0.02  # a slowdown that counts, beyond what the runs' own spread explains
+MEMORY = 0.05
+PSNR_DB, ACCURACY = 1.0, 0.05
+
+
+def processor() -> str:
+    """The CPU's name, where the system says."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(), "system": platform.system(),
+    }  # fmt: skip
+    if device.type == "cuda":
+        said = torch.cuda.get_device_properties(device)
+        found |= {"gpu": said.name, "gpu_bytes": said.total_memory, "sm": f"{said.major}.{said.minor}"}
+    return found
+
+
+def weights_fingerprint(folders: dict[str, Path]) -> dict[str, str]:
+    """A short hash of every generator's weight files: names, sizes, and the first and last MiB of each."""
+    found = {}
+    for name, folder in folders.items():
+        digest = hashlib.sha256()
+        for path in sorted(transformer_folder(folder).glob("*.safetensors")):
+            with open(path, "rb") as file:
+                head = file.read(1 << 20)
+                file.seek(max(0, path.stat().st_size - (1 << 20)))
+                digest.update(f"{path.name} {path.stat().st_size} ".encode() + head + file.read())
+        found[name] = digest.hexdigest()[:16]
+    return found
+
+
+def fingerprint(device: torch.device, weights: dict[str, str], command: str) -> dict[str, Any]:
+    """Hardware, versions, weights and command of a run."""
+    return {
+        "hardware": hardware(device), "device": str(device), "python": platform.python_version(),
+        "versions": {k: v for k, v in versions().items() if v}, "weights": weights, "command": command,
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A results file.
+
+    Raises:
+        InputError: there is none. ModelError: it is damaged, something else, or of another schema.
+    """
+    path = Path(path)
+    try:
+        said = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}); expected a file that `nexus-rt bench --json` wrote."
+        ) from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error}); write it again with `nexus-rt bench --json`.") from None
+    if not isinstance(said, dict) or said.get("kind") != KIND:
+        raise ModelError(f"{path} holds no results of `nexus-rt bench`; expected a file that its --json wrote.")
+    if said.get("schema") != SCHEMA:
+        raise ModelError(
+            f"{path} has schema {said.get('schema')!r}, and this nexus-rt reads {SCHEMA}; measure again, or use the "
+            "version that wrote it."
+        )
+    return said
+
+
+def ratio_interval(before: list[float], after: list[float], draws: int = 2000) -> tuple[float, float, float]:
+    """Median of `after` over median of `before`, with its bootstrap 95% interval."""
+    rng = np.random.default_rng(0)
+    pick = lambda v: np.median(rng.choice(v, (draws, len(v))), 1)  # noqa: E731
+    ratios = pick(np.asarray(after)) / pick(np.asarray(before))
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return median(after) / median(before), float(low), float(high)
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    return row["plan"], row["engine"], tuple(row["size"]), row["steps"]
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Lines on every row both have, and the regressions among them.
+
+    A row regresses where its median is slower by more than NOISE even at the near end of the ratio's 95% interval, its
+    peak memory grows by more than MEMORY, its PSNR falls by more than PSNR_DB decibels, or its accuracy by more than
+    ACCURACY.
+
+    Raises:
+        InputError: no row is in both.
+    """
+    lines, worse = [], []
+    old = {_key(r): r for r in before["rows"] if "failed" not in r}
+    shared = [r for r in after["rows"] if _key(r) in old]
+    if not shared:
+        raise InputError("the two files have no plan and engine in common at one size and number of steps; nothing to compare.")
+    for name in ("processor", "gpu", "threads"):
+        a, b = (f["fingerprint"]["hardware"].get(name) for f in (before, after))
+        if a != b:
+            lines.append(f"note: {name} differs ({a} and {b}); what follows compares machines as well")
+    for row in shared:
+        was, title = old[_key(row)], f"{row['plan']} on {row['engine']}"
+        if "failed" in row:
+            worse.append(f"{title}: failed ({row['failed']})")
+            continue
+        ratio, low, high = ratio_interval(was["total_runs_ms"], row["total_runs_ms"])
+        line = (
+            f"{title}: {was['total_duration_ms']:.1f} -> {row['total_duration_ms']:.1f} ms, {ratio:.3f}x "
+            f"[{low:.3f}, {high:.3f}]"
+        )
+        lines.append(line)
+        if low > 1 + NOISE:
+            worse.append(f"{line}: slower")
+        for name in ("peak_host_bytes", "peak_device_bytes"):
+            a, b = was.get(name), row.get(name)
+            if a and b and b > a * (1 + MEMORY):
+                worse.append(f"{title}: {name} {a / 1e6:.0f} -> {b / 1e6:.0f} MB")
+        a, b = was["quality"].get("psnr_db"), row["quality"].get("psnr_db")
+        if b is not None and not row["quality"].get("identical") and (a is None or b < a - PSNR_DB):
+            worse.append(f"{title}: PSNR to the reference {'identical' if a is None else f'{a:.1f}'} -> {b:.1f} dB")
+        a, b = (r["quality"].get("accuracy") for r in (was, row))
+        if a is not None and b is not None and b < a - ACCURACY:
+            worse.append(f"{title}: accuracy {a:.2f} -> {b:.2f}")
+    gone = [k for k in old if k not in {_key(r) for r in after["rows"]}]
+    lines += [f"{k[0]} on {k[1]}: not in the second file" for k in gone]
+    return lines, worse
