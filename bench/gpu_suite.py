@@ -30,14 +30,11 @@ from typing import Any
 from nexus_rt.bench.gpu_correctness import correctness
 from nexus_rt.bench.gpu_dit import dit
 from nexus_rt.bench.gpu_engines import engines, swap
+from nexus_rt.bench.presets import DRY, WAN_1_3B, WAN_14B
 
 LIMIT_S = 480.0
-CONFIGS = {
-    "1.3B": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30),
-    "14B": dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40),
-}
+CONFIGS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
 GRID = (21, 30, 52)  # tokens of 480p x 81 frames: 32,760
-DRY_CONFIG = dict(num_attention_heads=2, attention_head_dim=32, ffn_dim=96, num_layers=2, text_dim=48, freq_dim=32)
 
 
 def figure(value: float) -> float:
@@ -62,7 +59,7 @@ class Suite:
         self.dtype = torch.float32 if self.dry else torch.bfloat16  # the interpreter computes bfloat16 wrongly
         self.half = torch.bfloat16  # moves bytes, computes nothing
         self.grid = (1, 3, 4) if self.dry else GRID
-        self.configs = {"tiny": DRY_CONFIG} if self.dry else CONFIGS
+        self.configs = {"tiny": DRY} if self.dry else CONFIGS
 
     @property
     def tokens(self) -> int:

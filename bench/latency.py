@@ -29,6 +29,7 @@ from nexus_rt.denoise import Prompt
 from nexus_rt.errors import Cancelled
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan import Plan, StepCosts
+from nexus_rt.solver import TimeGrid
 from nexus_rt.tracing import span
 from nexus_rt.upfb import BlendConfig
 from nexus_rt.video import save_video
@@ -76,6 +77,12 @@ def generate(pipe: NexusPipeline, plan: str, clip: Clip, folder: Path) -> tuple[
     return latents, frames[0]
 
 
+def clean_latents(noise: Tensor, after: Tensor, grid: TimeGrid) -> Tensor:
+    """Where the first step's velocity points: that step is one of Euler's in every solver here."""
+    a, b = grid.sigmas[:2]
+    return after - b * (after - noise) / (b - a)
+
+
 def first_preview(pipe: NexusPipeline, plan: str, clip: Clip) -> float | None:
     """Milliseconds to the first picture that can be shown: the clean latents that the first step's velocity points at, of
     which the first frame is decoded."""
@@ -85,10 +92,7 @@ def first_preview(pipe: NexusPipeline, plan: str, clip: Clip) -> float | None:
     done: list[float] = []
 
     def look(pipe: NexusPipeline, index: int, timestep: int, tensors: dict[str, Tensor]) -> dict:
-        a, b = grid.sigmas[0], grid.sigmas[1]
-        after = tensors["latents"]
-        clean = after - b * (after - noise) / (b - a)  # the first step is one of Euler's, in every solver here
-        pipe.vae.decode(clean[:, :, :1])
+        pipe.vae.decode(clean_latents(noise, tensors["latents"], grid)[:, :, :1])
         synchronize(pipe.device)
         done.append(1000 * (time.perf_counter() - start))
         pipe.cancel()

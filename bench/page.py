@@ -9,6 +9,8 @@ from typing import Any
 COLOURS = {"small": "#2a9d8f", "large": "#264653", "both": "#e9c46a", "fused step": "#f4a261", "text": "#8ab17d",
            "understanding": "#b5838d", "connector": "#6d6875", "prepare": "#a8dadc", "blend": "#e9c46a", "solver": "#e76f51",
            "swap": "#c1121f", "vae": "#457b9d", "encode-to-mp4": "#adb5bd"}  # fmt: skip
+BEFORE, AFTER = ("text", "understanding", "connector", "prepare"), ("vae", "encode-to-mp4")  # the steps
+CEILING = 60.0  # decibels
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1180px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2rem}
@@ -17,6 +19,7 @@ th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid #e5e5e5;white
 th:first-child,td:first-child,td.l,th.l{text-align:left}thead th{border-bottom:2px solid #999;color:#555;font-weight:600}
 .note{color:#666;font-size:13px}.bad{color:#a4161a}figure{margin:0 0 1.2rem}figcaption{font-size:13px;color:#444}
 img{height:96px;image-rendering:pixelated;border:1px solid #ddd}code{background:#f4f4f4;padding:.1rem .3rem}
+.clips{display:flex;flex-wrap:wrap;gap:0 1.5rem}
 .key span{display:inline-block;margin-right:1rem;font-size:12px}
 .key i{display:inline-block;width:11px;height:11px;margin-right:4px}
 """
@@ -104,12 +107,11 @@ def timeline(rows: list[dict[str, Any]]) -> str:
     left, width, pitch = 230, 900, 26
     longest = max((r["total_duration_ms"] for r in rows), default=1.0)
     scale, out = width / longest, []
-    before, after = ("text", "understanding", "connector", "prepare"), ("vae", "encode-to-mp4")
     for i, r in enumerate(rows):
         parts, y = r["components_ms"], 8 + i * pitch
-        pieces = [(n, parts[n], n) for n in before if n in parts]
+        pieces = [(n, parts[n], n) for n in BEFORE if n in parts]
         pieces += [(s["runs"], s["duration_ms"], f"step {s['step']} ({s['runs']})") for s in r["denoise_steps_ms"]]
-        pieces += [(n, parts[n], n) for n in after if n in parts]
+        pieces += [(n, parts[n], n) for n in AFTER if n in parts]
         label = f"{r['plan']} on {r['engine']}"
         out.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end" font-size="12">{escape(label[:36])}</text>')
         out.append(_bars(pieces, scale, y, 18, left))
@@ -123,36 +125,35 @@ def timeline(rows: list[dict[str, Any]]) -> str:
 
 
 def scatter(rows: list[dict[str, Any]]) -> str:
-    """Every row's time against its frames' PSNR to the reference; the same frames stand at the top."""
+    """Every row's time against its frames' PSNR to the reference, numbered; above CEILING no eye tells them apart."""
     shown = [r for r in rows if "failed" not in r and ("psnr_db" in r["quality"])]
     if not shown:
         return ""
-    left, top, width, height = 60, 20, 720, 300
-    known = [r["quality"]["psnr_db"] for r in shown if not r["quality"]["identical"]]
-    high, low = max([*known, 40.0]) * 1.06, min([*known, 20.0]) * 0.9
-    slowest = 1.1 * max(r["total_duration_ms"] for r in shown)
+    left, top, width, height = 60, 24, 620, 300
+    heights = [CEILING if r["quality"]["identical"] else min(r["quality"]["psnr_db"], CEILING) for r in shown]
+    low, slowest = min([*heights, 20.0]) - 5, 1.1 * max(r["total_duration_ms"] for r in shown)
     out = [f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#bbb"/>']
     for i in range(5):
-        value, ms = low + (high - low) * i / 4, slowest * i / 4
+        value, ms = low + (CEILING - low) * i / 4, slowest * i / 4
         y, x = top + height * (1 - i / 4), left + width * i / 4
-        out.append(f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end" font-size="11" fill="#666">{value:.0f}</text>')
+        out.append(f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end" font-size="11" fill="#666">{value:.0f}</text>')
         out.append(f'<text x="{x:.0f}" y="{top + height + 16}" text-anchor="middle" font-size="11" fill="#666">{ms:.0f}</text>')
     engines = list(dict.fromkeys(r["engine"] for r in shown))
-    palette = ["#264653", "#e76f51", "#2a9d8f", "#e9c46a", "#6d6875"]
-    for i, r in enumerate(shown):
-        value = high if r["quality"]["identical"] else r["quality"]["psnr_db"]
+    palette = ["#264653", "#e76f51", "#2a9d8f", "#b08900", "#6d6875"]
+    for i, (r, value) in enumerate(zip(shown, heights, strict=True)):
         x = left + width * r["total_duration_ms"] / slowest
-        y = top + height * (1 - (value - low) / (high - low))
+        y = top + height * (1 - (value - low) / (CEILING - low))
         fill = palette[engines.index(r["engine"]) % len(palette)]
-        said = f"{r['plan']} on {r['engine']}"
-        out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}"><title>{escape(said)}</title></circle>')
-        shift = 4 + 12 * (i % 2)
-        out.append(f'<text x="{x + 8:.1f}" y="{y + shift:.1f}" font-size="11">{escape(said)}</text>')
-    out.append(
-        f'<text x="{left + width / 2}" y="{top + height + 34}" text-anchor="middle" font-size="12">end to end, ms</text>'
-    )
-    out.append(f'<text x="14" y="{top - 6}" font-size="12">PSNR to the reference plan, dB (top: the same bits)</text>')
-    return _svg(left + width + 220, top + height + 44, "".join(out))
+        said = escape(f"{i + 1} {r['plan']} on {r['engine']}")
+        quality = "identical" if r["quality"]["identical"] else f"{r['quality']['psnr_db']:.1f} dB"
+        out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="{fill}" fill-opacity=".85"><title>{said}</title></circle>')
+        out.append(f'<text x="{x:.1f}" y="{y + 3.5:.1f}" text-anchor="middle" font-size="10" fill="#fff">{i + 1}</text>')
+        out.append(f'<text x="{left + width + 20}" y="{top + 12 + 17 * i}" font-size="12" fill="{fill}">{said}: '
+                   f"{r['total_duration_ms']:.0f} ms, {quality}</text>")  # fmt: skip
+    middle = left + width / 2
+    out.append(f'<text x="{middle}" y="{top + height + 34}" text-anchor="middle" font-size="12">end to end, ms</text>')
+    out.append(f'<text x="14" y="{top - 10}" font-size="12">PSNR to the reference plan, dB (top: {CEILING:.0f} up)</text>')
+    return _svg(left + width + 400, max(top + height + 44, top + 20 + 17 * len(shown)), "".join(out))
 
 
 def lines(points: list[tuple[float, float]], fit: dict[str, Any] | None, x_name: str) -> str:
@@ -227,7 +228,7 @@ def page(results: dict[str, Any]) -> str:
         made = [[escape(r["plan"]), str(r["steps"]), figure(r["denoise_ms_at_least"])] for r in e["rows"]]
         body += ["<h2>Estimate</h2>", table(["plan", "steps", "denoising takes at least, ms"], made)]
     if rows:
-        names = [n for n in COLOURS if n in ("both", "small", "large") or any(n in r.get("components_ms", {}) for r in rows)]
+        names = [n for n in COLOURS if n in ("both", "small", "large", *BEFORE, *AFTER)]
         body += ["<h2>Plans and engines</h2>", rows_table(rows), "<h2>Where the time goes</h2>", key(names), timeline(rows)]
         if drawn := scatter(rows):
             body += ["<h2>Speed and quality</h2>", drawn]
@@ -236,12 +237,13 @@ def page(results: dict[str, Any]) -> str:
     if results.get("scaling"):
         body.append(_scaling(results["scaling"]))
     if pictures := [r for r in rows if r.get("thumbnail")]:
-        body.append("<h2>Clips</h2>")
+        body.append('<h2>Clips</h2><div class="clips">')
         body += [
             f'<figure><img src="{escape(r["thumbnail"], quote=True)}" alt="frames"><figcaption>{escape(r["plan"])} on '
             f"{escape(r['engine'])}: {figure(r['total_duration_ms'])} ms</figcaption></figure>"
             for r in pictures
         ]
+        body.append("</div>")
     kept = ", ".join(f"{k} {v}" for k, v in mark["versions"].items())
     body.append(f'<p class="note">{escape(kept)}; weights {escape(str(mark["weights"] or "random"))}</p>')
     return (

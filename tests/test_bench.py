@@ -1,0 +1,299 @@
+"""`nexus-rt bench`: every row has its quality, peers are the same mathematics, results are read, compared and drawn safely."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from nexus_rt import InputError, ModelError, NexusPipeline
+from nexus_rt.bench import command, estimate, peers, presets, results, scaling
+from nexus_rt.bench.latency import Clip
+from nexus_rt.bench.page import drawing, page
+from nexus_rt.bench.presets import DRY, Preset
+from nexus_rt.cli import main
+from nexus_rt.engines.exported import Bucket
+from nexus_rt.models.wan import WanConfig
+
+SCRIPT = "<script>document.title='owned'</script>"
+TINY = {"small": {**DRY, "num_layers": 1}, "large": DRY}
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_pair, tmp_path_factory):
+    """A results file of the tiny pair, with everything that can be asked for, and what the command printed."""
+    folder = tmp_path_factory.mktemp("bench")
+    out = subprocess.run(
+        [sys.executable, "-m", "nexus_rt.cli", "bench", "--pair", str(tiny_pair), "--prompt", f"a red circle {SCRIPT}",
+         "--plans", "reference,handoff=0.5,bridge=2,auto=0.02", "--runs", "2", "--warmup", "1", "--vs", "diffusers,naive",
+         "--engines", "torch,tensorrt", "--scaling", "--json", folder / "a.json", "--html", folder / "a.html",
+         "--plot", folder / "a.svg", "--trace", folder / "traces"],
+        capture_output=True, text=True, env={**os.environ, "NEXUS_RT_CACHE": str(folder / "cache")},
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    return folder, results.read(folder / "a.json"), out.stdout
+
+
+def test_no_speed_without_its_quality(measured):
+    _, found, printed = measured
+    rows = [r for r in found["rows"] if r["engine"] == "torch"]
+    assert [r["plan"] for r in rows] == ["reference", "handoff=0.5,bridge=2", "auto=0.02"]
+    for row in rows:
+        assert row["total_duration_ms"] > row["denoise_ms"] > 0 and len(row["total_runs_ms"]) == 2
+        steps = row["denoise_steps_ms"]
+        assert [s["step"] for s in steps] == list(range(6)) and all(s["duration_ms"] > 0 for s in steps)
+        assert row["denoise_ms"] == pytest.approx(sum(s["duration_ms"] for s in steps), rel=1e-3)
+        assert {"text", "prepare", "large", "solver", "vae", "encode-to-mp4"} <= row["components_ms"].keys()
+        assert row["quality"]["latent_error"] >= 0 and -1 <= row["quality"]["ssim"] <= 1 and row["peak_host_bytes"] > 1e8
+        assert row["first_preview_ms"] > 0 and -0.9 < row["prediction_error"] < 2
+        assert f"{row['total_duration_ms']:.1f}" in printed
+    assert rows[0]["quality"]["identical"] and rows[0]["cold_ms"] > 0  # the same plan, engine and seed: the same bits
+    assert not rows[1]["quality"]["identical"] and rows[1]["quality"]["latent_error"] > 1e-3
+    assert found["fingerprint"]["weights"].keys() == {"small", "large"} and "bench" in found["fingerprint"]["command"]
+    assert found["costs"]["large_guided"] > 0 and found["baseline"] == "reference"
+
+
+def test_an_engine_that_cannot_be_built_is_a_row_that_says_so(measured):
+    rows = [r for r in measured[1]["rows"] if r["engine"] == "tensorrt"]
+    assert len(rows) == 3 and all("no tensorrt engine can be built here" in r["failed"] for r in rows)
+
+
+def test_peers_are_the_same_mathematics(measured):
+    rows = {(r["peer"], r["plan"]): r for r in measured[1]["peers"]}
+    assert {k[0] for k in rows} == {"diffusers", "switch", "naive", "naive-ours"}
+    for (_, plan), row in rows.items():
+        assert "failed" not in row and row["ratio"] > 0 and len(row["ours_ms"]["runs"]) == 2
+        if row["same_mathematics"]:
+            assert row["latent_error"] < 1e-3 and (row["identical"] or row["psnr_db"] >= 45), plan
+    assert rows["switch", "small:2 large:*"]["same_mathematics"] and rows["naive", "reference"]["same_mathematics"]
+    assert rows["naive", "auto=0.02"]["same_mathematics"] is False  # another schedule, its distance shown
+
+
+def test_traces_open_in_a_viewer(measured):
+    folder, found, _ = measured
+    files = sorted((folder / "traces").iterdir())
+    assert len(files) == 3 and {r["trace"] for r in found["rows"] if "failed" not in r} == set(map(str, files))
+    events = json.loads(files[0].read_text())["traceEvents"]
+    assert {"small", "large", "vae"} <= {e["name"] for e in events} and all(e["dur"] >= 0 for e in events)
+
+
+def test_scaling_is_fitted(measured):
+    found = measured[1]["scaling"]
+    assert found.keys() == {"frames", "size", "batch", "steps"}
+    for axis in ("frames", "size", "batch"):
+        for said in found[axis].values():
+            assert len(said["points"]) >= 3 and len(said["fit"]["coefficients"]) == len(said["fit"]["powers"])
+    tokens = [4 * n for n in (10, 20, 40, 80)]
+    fit = scaling.fit(tokens, [0.5 * n + 0.01 * n * n for n in tokens], (1, 2))
+    assert fit["coefficients"] == pytest.approx([0.5, 0.01]) and fit["r2"] == pytest.approx(1)
+
+
+def test_the_connector_is_part_of_the_naive_schedule():
+    """The mini pair, whose small generator is steered: the naive form makes the same frames."""
+    pipe = NexusPipeline.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    embeds = dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt(presets.PROMPT), strict=True))
+    setting = peers.Setting((64, 64, 17), 4, 0, presets.PROMPT, embeds)
+    for row in peers.measure_peers(pipe, ("naive", "naive-ours", "diffusers"), setting, 1, 0):
+        assert row["latent_error"] < 1e-3 and row["psnr_db"] >= 45
+
+
+def test_a_peer_that_is_not_installed_or_cannot_run_is_a_row(tiny_pipe, monkeypatch):
+    embeds = dict(zip(("prompt_embeds", "negative_prompt_embeds"), tiny_pipe.encode_prompt("a"), strict=True))
+    setting = peers.Setting((32, 48, 5), 2, 0, "a", embeds)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    (row,) = peers.measure_peers(tiny_pipe, ("diffusers",), setting, 1, 0)
+    assert row == {"peer": "diffusers", "failed": "diffusers is not installed here"}
+    monkeypatch.undo()
+    alone = copy.copy(tiny_pipe)
+    alone.engines = {"large": tiny_pipe.engines["large"]}
+    (row,) = peers.measure_peers(alone, ("switch",), setting, 1, 0)
+    assert "it runs the small generator, which is not loaded" in row["failed"]
+
+
+def test_random_weights_of_the_true_architecture_say_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(presets.PRESETS, "wan-480p", Preset("wan-480p", Bucket(48, 32, 5), TINY))
+    decoder = dict(base_dim=4, num_res_blocks=1)
+    whole = command.random_pipeline
+    monkeypatch.setattr(command, "random_pipeline", lambda *args: whole(*args, decoder=decoder))
+    line = ["bench", "--preset", "wan-480p", "--runs", "1", "--warmup", "0", "--steps", "3", "--vs", "diffusers,naive",
+            "--engines", "torch,onnx", "--json", str(tmp_path / "a.json")]  # fmt: skip
+    assert main(line) == 0
+    found, said = results.read(tmp_path / "a.json"), capsys.readouterr()
+    assert "the pictures are not" in said.out and found["fingerprint"]["weights"] == {} and found["prompt"] is None
+    rows = [r for r in found["rows"] if "failed" not in r]
+    assert len(rows) == 3 and "text" not in rows[0]["components_ms"]
+    assert all(r["latent_error"] < 1e-3 for r in found["peers"] if r["same_mathematics"]) and len(found["peers"]) == 8
+    assert {r["failed"] for r in found["rows"] if "failed" in r} == {
+        "engines are exported of folders of weights; pass --small and --large"
+    }
+
+
+def test_what_does_not_fit_is_counted_instead(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(presets, "free_bytes", lambda device: 5_000_000_000)
+    line = ["bench", "--preset", "wan-480p", "--dtype", "bfloat16"]
+    assert main([*line, "--estimate", "never"]) == 1
+    err = capsys.readouterr().err
+    assert re.search(
+        r"takes 37\.\d GB \(small 2\.8, large 28\.6, working 6\.0\) and 5\.0 GB are free on cpu: [\d,]{14} bytes", err
+    )
+    assert "What would do: a device with 37" in err
+    assert main([*line, "--tflops", "800", "--plans", "large,reference", "--json", str(tmp_path / "a.json")]) == 0
+    found = results.read(tmp_path / "a.json")
+    assert found["estimate"]["estimated"] and not found["rows"] and "Estimated on the meta device" in capsys.readouterr().out
+    large, both = (r["denoise_ms_at_least"] for r in found["estimate"]["rows"])
+    assert large == pytest.approx(50 * 2 * found["estimate"]["tflop"]["large forward"] / 800 * 1000, rel=1e-3)
+    assert both == pytest.approx(large + 50 * 2 * found["estimate"]["tflop"]["small forward"] / 800 * 1000, rel=1e-3)
+
+
+def test_arithmetic_is_that_of_the_layers():
+    """Linear layers and attention, by hand."""
+    config, size = WanConfig(**TINY["large"]), Bucket(64, 48, 9)
+    t, h, w = size.latent
+    n, d, f, m = t * h * w // 4, config.dim, config.ffn_dim, 512
+    block = n * d * d * (4 + 2) + 2 * n * n * d + 2 * n * m * d + 2 * n * d * f
+    ends = n * d * 16 * 4 * 2
+    time_ = config.freq_dim * d + d * d + 6 * d * d
+    by_hand = 2 * (config.num_layers * block + ends + time_)
+    counted = estimate.forward_flops(TINY["large"], size)
+    assert counted == pytest.approx(by_hand, rel=0.01)
+
+
+def changed(found, **change):
+    """The same results with columns of the first row replaced."""
+    other = copy.deepcopy(found)
+    other["rows"][0] |= change
+    return other
+
+
+@pytest.fixture
+def two(tmp_path, measured):
+    def write(**change):
+        runs = [100.0, 101.0, 99.0, 100.5, 100.0]
+        before = changed(measured[1], total_runs_ms=runs, total_duration_ms=100.0)
+        (tmp_path / "a.json").write_text(json.dumps(before))
+        (tmp_path / "b.json").write_text(json.dumps(changed(before, **change)))
+        return main(["bench", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+
+    return write
+
+
+def test_comparing_finds_what_is_worse_beyond_noise(two, capsys):
+    assert two() == 0 and "no regression beyond noise" in capsys.readouterr().out
+    noisy = [97.0, 105.0, 99.0, 108.0, 95.0]
+    assert two(total_runs_ms=noisy, total_duration_ms=99.0) == 0
+    assert two(total_runs_ms=[x * 1.1 for x in (100, 101, 99, 100, 100)], total_duration_ms=110.0) == 1
+    assert "reference on torch: 100.0 -> 110.0 ms, 1.100x" in (said := capsys.readouterr().out) and "slower" in said
+    assert two(total_runs_ms=[x * 0.8 for x in (100, 101, 99, 100, 100)], total_duration_ms=80.0) == 0
+    assert two(peak_host_bytes=10**12) == 1 and "peak_host_bytes" in capsys.readouterr().out
+    assert two(quality={"latent_error": 0.1, "psnr_db": 30.0, "identical": False}) == 1
+    assert "identical -> 30.0 dB" in capsys.readouterr().out
+    assert two(failed="no memory") == 1 and "failed (no memory)" in capsys.readouterr().out
+
+
+def test_results_of_something_else_are_refused(tmp_path, measured):
+    good = tmp_path / "good.json"
+    good.write_text(json.dumps(measured[1]))
+    with pytest.raises(InputError, match="cannot be read"):
+        results.read(tmp_path / "none.json")
+    for content, words in (("{", "is not JSON"), ("[]", "holds no results"), ('{"kind": "other"}', "holds no results")):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(ModelError, match=words):
+            results.read(tmp_path / "bad.json")
+    (tmp_path / "new.json").write_text(json.dumps({**measured[1], "schema": 99}))
+    assert main(["bench", "compare", str(good), str(tmp_path / "new.json")]) == 1
+    other = changed(measured[1])
+    for row in other["rows"]:
+        row["steps"] = 77
+    with pytest.raises(InputError, match="no plan and engine in common"):
+        results.compare(measured[1], other)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--preset", "huge"], "unknown preset 'huge'"),
+        (["--engines", "torch,fast"], "unknown engine 'fast'"),
+        (["--vs", "everyone"], "unknown peer 'everyone'"),
+        (["--estimate", "maybe"], "unknown estimate 'maybe'"),
+        (["--plot", "a.png"], "expected a name that ends in .svg"),
+        (["--html", "/nowhere/a.html"], "/nowhere does not exist"),
+        (["--runs", "0"], "--runs is 0"),
+        (["compare", "a.json"], "'compare a.json' is nothing to do"),
+        (["--plans", "reference,handover"], "handover"),
+        (["--frames", "6"], "num_frames is 6; expected 4k+1"),
+    ],
+)
+def test_wrong_arguments_are_said_before_anything_is_measured(arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr(command, "suite", lambda *args: pytest.fail("measured"))
+    assert main(["bench", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found, self.links = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href")]
+
+
+def hostile(found):
+    """Results whose every word is a script."""
+    other = copy.deepcopy(found)
+    other |= {"prompt": SCRIPT, "preset": SCRIPT, "notes": [SCRIPT]}
+    other["fingerprint"]["command"] = other["fingerprint"]["hardware"]["processor"] = SCRIPT
+    other["fingerprint"]["versions"] = {SCRIPT: SCRIPT}
+    for row in [*other["rows"], *other["peers"]]:
+        row |= {"plan": SCRIPT, "engine": SCRIPT, "peer": SCRIPT}
+    other["rows"][0]["thumbnail"] = f'x" onerror="alert(1){SCRIPT}'
+    other["rows"][-1] |= {"failed": SCRIPT}
+    other["scaling"] = {SCRIPT: {SCRIPT: found["scaling"]["frames"]["small"]}}
+    return other
+
+
+def test_the_page_is_one_file_and_escapes_everything(measured):
+    folder, found, _ = measured
+    text = (folder / "a.html").read_text()
+    tags = Tags()
+    tags.feed(text)
+    assert tags.found.count("table") == 2 and tags.found.count("img") == 3 and "svg" in tags.found
+    assert all(link.startswith("data:image/png;base64,") for link in tags.links)  # self-contained
+    for text in (text, page(hostile(found)), drawing(hostile(found))):
+        tags = Tags()
+        tags.feed(text)
+        assert "script" not in tags.found and SCRIPT not in text and 'onerror="' not in made
+    assert "a red circle &lt;script&gt;" in (folder / "a.html").read_text()
+    assert drawing(found).count("<rect") > 3 * 6 and (folder / "a.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no headless browser here")
+def test_a_browser_shows_the_page(measured, tmp_path):
+    (tmp_path / "a.html").write_text(page(hostile(measured[1])))
+    out = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom",
+         f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'a.html'}"],
+        capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert "<title>Latency: " in out.stdout and "<title>owned" not in out.stdout and "<h2>Scaling</h2>" in out.stdout
+
+
+def test_a_clip_says_what_the_call_takes():
+    clip = Clip(32, 48, 5, 6, prompt="a")
+    assert clip.options() == dict(height=32, width=48, num_frames=5, num_inference_steps=6, prompt="a")
+    given = Clip(32, 48, 5, 6, embeds={"prompt_embeds": torch.zeros(1, 2, 3)}).options()
+    assert "prompt" not in given and given["prompt_embeds"].shape == (1, 2, 3)
+
+
+def test_a_table_of_numbers_is_what_was_measured(measured):
+    rows = [r for r in measured[1]["rows"] if "failed" not in r]
+    assert np.allclose([r["total_duration_ms"] for r in rows], [np.median(r["total_runs_ms"]) for r in rows])
