@@ -30,6 +30,7 @@ from typing import Any
 from nexus_rt.bench.gpu_correctness import correctness
 from nexus_rt.bench.gpu_dit import dit
 from nexus_rt.bench.gpu_engines import engines, swap
+from nexus_rt.bench.gpu_pipeline import pipeline
 from nexus_rt.bench.presets import DRY, WAN_1_3B, WAN_14B
 
 LIMIT_S = 480.0
@@ -283,7 +284,7 @@ def _other_loads(suite: Suite, case) -> dict[str, dict]:
 PARTS: dict[str, Callable[[Suite], dict]] = {
     "correctness": correctness, "roofs": roofs, "kernels": kernels, "attention": attention,
     "dit small": lambda s: dit(s, next(iter(s.configs))), "dit large": lambda s: dit(s, list(s.configs)[-1]),
-    "swap": swap, "engines": engines,
+    "swap": swap, "engines": engines, "pipeline": pipeline,
 }  # fmt: skip
 
 

@@ -45,18 +45,20 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def folder_fingerprint(folder: Path) -> str:
+    """A short hash of a folder's weight files: names, sizes, and the first and last MiB of each."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            head = file.read(1 << 20)
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + head + file.read())
+    return digest.hexdigest()[:16]
+
+
 def weights_fingerprint(folders: dict[str, Path]) -> dict[str, str]:
-    """A short hash of every generator's weight files: names, sizes, and the first and last MiB of each."""
-    found = {}
-    for name, folder in folders.items():
-        digest = hashlib.sha256()
-        for path in sorted(transformer_folder(folder).glob("*.safetensors")):
-            with open(path, "rb") as file:
-                head = file.read(1 << 20)
-                file.seek(max(0, path.stat().st_size - (1 << 20)))
-                digest.update(f"{path.name} {path.stat().st_size} ".encode() + head + file.read())
-        found[name] = digest.hexdigest()[:16]
-    return found
+    """`folder_fingerprint` of every generator."""
+    return {name: folder_fingerprint(transformer_folder(folder)) for name, folder in folders.items()}
 
 
 def fingerprint(device: torch.device, weights: dict[str, str], command: str) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """How latency grows: a guided step with frames, frame size and batch, a clip with steps, and what fits the growth.
 
-A step is fitted as `linear n + quadratic n^2` over the tokens n of its batch (linear layers, and attention, which is
-quadratic in the tokens of a clip, so that a batch only adds to the linear term: the fit over batches shows that), a clip
-as `fixed + each steps`.
+A step is fitted as `fixed + linear n + quadratic n^2` over the tokens n of its batch (launches; linear layers; attention, which
+is quadratic in the tokens of a clip, so that over batches there is no such term), a clip as `fixed + each steps`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from nexus_rt.bench.latency import Clip, prompts_of
 from nexus_rt.costs import median_ms
 from nexus_rt.pipeline import NexusPipeline
 
-FRAMES, SIZES, BATCHES, STEPS = (0.25, 0.5, 1.0, 1.5, 2.0), (0.5, 0.75, 1.0, 1.5, 2.0), (1, 2, 3, 4), (0.25, 0.5, 1.0, 1.5)
+FRAMES, SIZES = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0), (0.5, 0.75, 1.0, 1.5, 2.0, 2.5)  # shares of the clip's
+BATCHES, STEPS = (1, 2, 3, 4), (0.25, 0.5, 1.0, 1.5)
 
 
 def fit(x: list[float], y: list[float], powers: tuple[int, ...]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def scaling(pipe: NexusPipeline, clip: Clip, repeats: int, say: Callable[[str], 
                 tokens = 2 * batch * (t // p[0]) * (h // p[1]) * (w // p[2])
                 rows.append({"batch": batch, "frames": frames, "height": height, "width": width, "tokens": tokens,
                              "ms": round(ms, 3)})  # fmt: skip
-            powers = (1,) if axis == "batch" else (1, 2)
+            powers = (0, 1) if axis == "batch" else (0, 1, 2)
             line = fit([r["tokens"] for r in rows], [r["ms"] for r in rows], powers) if len(rows) > len(powers) else None
             found.setdefault(axis, {})[name] = {"points": rows, "fit": line, "out_of_memory": left_out}
     say("scaling over steps")

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from nexus_rt import InputError, ModelError, NexusPipeline
-from nexus_rt.bench import command, estimate, peers, presets, results, scaling
+from nexus_rt.bench import command, estimate, peers, presets, results, scaling, tables
 from nexus_rt.bench.latency import Clip
 from nexus_rt.bench.page import drawing, page
 from nexus_rt.bench.presets import DRY, Preset
@@ -22,6 +23,7 @@ from nexus_rt.cli import main
 from nexus_rt.engines.exported import Bucket
 from nexus_rt.models.wan import WanConfig
 
+ROOT = Path(__file__).parents[1]
 SCRIPT = "<script>document.title='owned'</script>"
 TINY = {"small": {**DRY, "num_layers": 1}, "large": DRY}
 
@@ -91,8 +93,8 @@ def test_scaling_is_fitted(measured):
         for said in found[axis].values():
             assert len(said["points"]) >= 3 and len(said["fit"]["coefficients"]) == len(said["fit"]["powers"])
     tokens = [4 * n for n in (10, 20, 40, 80)]
-    fit = scaling.fit(tokens, [0.5 * n + 0.01 * n * n for n in tokens], (1, 2))
-    assert fit["coefficients"] == pytest.approx([0.5, 0.01]) and fit["r2"] == pytest.approx(1)
+    fit = scaling.fit(tokens, [3 + 0.5 * n + 0.01 * n * n for n in tokens], (0, 1, 2))
+    assert fit["coefficients"] == pytest.approx([3, 0.5, 0.01]) and fit["r2"] == pytest.approx(1)
 
 
 def test_the_connector_is_part_of_the_naive_schedule():
@@ -268,10 +270,10 @@ def test_the_page_is_one_file_and_escapes_everything(measured):
     tags.feed(text)
     assert tags.found.count("table") == 2 and tags.found.count("img") == 3 and "svg" in tags.found
     assert all(link.startswith("data:image/png;base64,") for link in tags.links)  # self-contained
-    for text in (text, page(hostile(found)), drawing(hostile(found))):
+    for made in (text, page(hostile(found)), drawing(hostile(found))):
         tags = Tags()
-        tags.feed(text)
-        assert "script" not in tags.found and SCRIPT not in text and 'onerror="' not in made
+        tags.feed(made)
+        assert "script" not in tags.found and SCRIPT not in made and 'onerror="' not in made
     assert "a red circle &lt;script&gt;" in (folder / "a.html").read_text()
     assert drawing(found).count("<rect") > 3 * 6 and (folder / "a.svg").read_text().startswith("<svg")
 
@@ -297,3 +299,15 @@ def test_a_clip_says_what_the_call_takes():
 def test_a_table_of_numbers_is_what_was_measured(measured):
     rows = [r for r in measured[1]["rows"] if "failed" not in r]
     assert np.allclose([r["total_duration_ms"] for r in rows], [np.median(r["total_runs_ms"]) for r in rows])
+
+
+def test_tables_in_the_readme_are_those_of_their_files():
+    """No figure in a table was typed."""
+    text = (ROOT / "bench" / "README.md").read_text()
+    assert "<!-- results results/cpu/mini.json -->" in text and tables.fill(text, ROOT / "bench") == text
+
+
+def test_tables_hold_what_was_measured(measured):
+    text = tables.tables(measured[1])
+    assert f"{measured[1]['rows'][0]['total_duration_ms']:.0f}, " in text and "identical" in text and "| tensorrt |" in text
+    assert "(another plan)" in text and " tokens²" in text and "| steps |" in text

@@ -1,0 +1,47 @@
+"""Whole clips at true size in the GPU suite: plans end to end, their prices, the swap, and diffusers beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+STEPS = 4
+PLANS = ["reference", "small:1 bridge:1 large:*", "large"]
+
+
+def pipeline(suite: Any) -> dict:
+    """480p and 81 frames, random weights, few steps: a step costs what it costs in fifty.
+
+    Returns:
+        A row for every plan, every peer, and "vae" (one decoding) where diffusers is installed; "costs" of a step.
+    """
+    from nexus_rt.bench.latency import Clip, Engine, quiet
+    from nexus_rt.bench.latency import suite as measure
+    from nexus_rt.bench.peers import Setting, measure_peers
+    from nexus_rt.bench.presets import random_pipeline, random_prompt
+    from nexus_rt.engines.exported import Bucket
+
+    t, h, w = suite.grid
+    size = Bucket(16 * w, 16 * h, 4 * (t - 1) + 1)
+    names = list(suite.configs)
+    configs = {"small": suite.configs[names[0]], "large": suite.configs[names[-1]]}
+    decoder = dict(base_dim=4, num_res_blocks=1) if suite.dry else None
+    pipe = quiet(random_pipeline(configs, suite.dtype, suite.device, size, decoder=decoder))
+    vae, pipe.vae = pipe.vae, None
+    embeds = random_prompt(pipe, suite.dtype)
+    clip = Clip(size.height, size.width, size.frames, STEPS, embeds=embeds)
+    found = measure([Engine("torch", pipe)], PLANS, clip, runs=1, warmup=0 if suite.dry else 1, pictures=False)
+    rows: dict[str, Any] = {"costs": found["costs"]}
+    kept = ("total_duration_ms", "denoise_ms", "predicted_ms", "prediction_error", "swap_ratio", "peak_device_bytes",
+            "energy_joules")  # fmt: skip
+    for row in found["rows"]:
+        rows[row["plan"]] = {k: row[k] for k in kept} | {
+            "latent_error": row["quality"]["latent_error"], "steps_ms": [s["duration_ms"] for s in row["denoise_steps_ms"]],
+        }  # fmt: skip
+    setting = Setting((size.height, size.width, size.frames), STEPS, 0, None, embeds)
+    for row in measure_peers(pipe, ("diffusers", "switch"), setting, 1, 0):
+        rows[f"peer {row['peer']}"] = row
+    if vae is not None:
+        pipe.vae = vae
+        latents = clip.noise(pipe)
+        rows["vae"] = {"ms": suite.ms(lambda: pipe.decode(latents, "pt"), 1, 1)}
+    return rows

@@ -1,0 +1,90 @@
+"""The tables of bench/README.md, made from results files, so that no figure there was typed.
+
+python -m nexus_rt.bench.tables bench/README.md      # replaces what stands between <!-- results F --> and <!-- end -->
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from nexus_rt.bench.results import read
+
+PLACE = re.compile(r"(<!-- results (\S+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def _psnr(q: dict[str, Any]) -> str:
+    return "identical" if q.get("identical") else "-" if q.get("psnr_db") is None else f"{q['psnr_db']:.1f}"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _head(*names: str) -> str:
+    return _line(list(names)) + "\n" + "|---" * len(names) + "|"
+
+
+def _row(r: dict[str, Any]) -> str:
+    if "failed" in r:
+        return _line([r["plan"], r["engine"], r["failed"], *[""] * 8])
+    q, off, preview = r["quality"], r.get("prediction_error"), r.get("first_preview_ms")
+    return _line([
+        r["plan"], r["engine"], f"{r['total_duration_ms']:.0f}, {r['total_p95_ms']:.0f}", f"{r['denoise_ms']:.0f}",
+        f"{r['components_ms'].get('vae', 0):.0f}", "-" if preview is None else f"{preview:.0f}",
+        "-" if off is None else f"{100 * off:+.1f}%", _psnr(q), "-" if q.get("ssim") is None else f"{q['ssim']:.4f}",
+        f"{q['latent_error']:.1e}", f"{q['right']}/{q['count']}" if "accuracy" in q else "-",
+    ])  # fmt: skip
+
+
+def _peer(r: dict[str, Any]) -> str:
+    if "failed" in r:
+        return _line([r["peer"], r["failed"], *[""] * 5])
+    plan = r["plan"] if r["same_mathematics"] else f"{r['plan']} (another plan)"
+    times = f"{r['theirs_ms']['p50']:.0f}", f"{r['ours_ms']['p50']:.0f}"
+    return _line([r["peer"], plan, *times, f"**{r['ratio']:.2f}x**", _psnr(r), f"{r['latent_error']:.1e}"])
+
+
+def _fits(scaling: dict[str, Any]) -> list[str]:
+    found = []
+    for axis, curves in scaling.items():
+        for name, curve in curves.items():
+            if fit := curve["fit"]:
+                n = "steps" if axis == "steps" else "tokens"
+                terms = [
+                    f"{c:.3g}" + ("", f" {n}", f" {n}²")[p] for c, p in zip(fit["coefficients"], fit["powers"], strict=True)
+                ]
+                found.append(_line([axis, name, " + ".join(terms), f"{fit['r2']:.4f}"]))
+    return found
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Plans and engines, peers, and scaling, as markdown."""
+    mark = found["fingerprint"]
+    h, v = mark["hardware"], mark["versions"]
+    made = f"{h.get('gpu') or h['processor']}, {h['threads']} threads, torch {v['torch']}, {mark['when'][:10]}"
+    names = ("plan", "engine", "end to end, ms (p50, p95)", "denoising", "VAE", "preview", "predicted", "PSNR, dB", "SSIM",
+             "latent error", "riddles")  # fmt: skip
+    out = [f"{made}; `{mark['command']}`", "", _head(*names), *(_row(r) for r in found["rows"])]
+    if found.get("peers"):
+        head = _head("peer", "ours", "theirs, ms", "ours, ms", "ratio", "frames, dB", "latents differ by")
+        out += ["", head, *(_peer(r) for r in found["peers"])]
+    if fits := _fits(found.get("scaling", {})):
+        out += ["", _head("over", "of", "milliseconds", "R2"), *fits]
+    return "\n".join(out) + "\n"
+
+
+def fill(text: str, folder: Path) -> str:
+    """A document with every marked table made again from its file, named relative to `folder`."""
+    return PLACE.sub(lambda m: m[1] + tables(read(folder / m[2])) + m[3], text)
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    path.write_text(fill(path.read_text(), path.parent))
+
+
+if __name__ == "__main__":
+    main()
