@@ -85,6 +85,16 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--fps", type=int, default=16, help="frames per second of the file (default: 16)")
     generate.add_argument("--quiet", action="store_true", help="no progress bar")
 
+    batch = commands.add_parser("batch", parents=[models, running, walk], help="turn a list of prompts into a folder of videos")
+    batch.add_argument("prompts", metavar="LIST", help="a prompt a line (.txt), .json, .jsonl, or VR-Bench's files")
+    batch.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="for the clips and results.jsonl; goes on where it was"
+    )
+    batch.add_argument("--seed", type=int, default=0, help="of every clip whose entry names none (default: 0)")
+    batch.add_argument("--fps", type=int, default=16, help="frames per second of the files (default: 16)")
+    batch.add_argument("--format", default="mp4", help="mp4 (default) | gif | png (contact sheets)")
+    batch.add_argument("--shard", default="1/1", metavar="I/N", help="this process's part of the list, such as 1/4")
+
     decode = commands.add_parser("decode", parents=[models, running], help="decode latents that a failed decoding left behind")
     decode.add_argument("latents", metavar="LATENTS", help="the safetensors file that the error named")
     decode.add_argument("-o", "--output", default="out.mp4", metavar="FILE", help=".mp4, .gif or .png (a contact sheet)")

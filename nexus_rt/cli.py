@@ -1,4 +1,4 @@
-"""The command line: `nexus-rt generate | decode | plan | export | engines | convert | bench | doctor`."""
+"""The command line: `nexus-rt generate | batch | decode | plan | export | engines | convert | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -85,6 +85,47 @@ def generate(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(f"{output}: {frames.shape[1]} frames of {frames.shape[3]}x{frames.shape[2]}, plan {latents.plan.name}")
     return 0
+
+
+def batch(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from nexus_rt.batch import Job, parse_shard, run
+    from nexus_rt.prompts import read_prompts
+    from nexus_rt.solver import SOLVERS
+
+    items = read_prompts(args.prompts)
+    choose("solver", args.solver, SOLVERS)
+    if args.fps < 1:
+        raise InputError(f"--fps is {args.fps}; expected at least 1.")
+    width, height = args.size or (None, None)
+    options = dict(
+        height=height, width=width, num_frames=args.frames, num_inference_steps=args.steps, guidance_scale=args.guidance,
+        guidance_scale_2=args.guidance_2, plan=args.plan, shift=args.shift, blend=_blend(args), energy=args.energy,
+        solver=args.solver,
+    )  # fmt: skip
+    names = (
+        "engines",
+        "pair",
+        "small",
+        "large",
+        "vae",
+        "text_encoder",
+        "understanding",
+        "connector",
+        "small_lora",
+        "large_lora",
+    )
+    models = " ".join(f"{n}={said}" for n in names if (said := getattr(args, n)))
+    folder = Path(args.output).expanduser()
+    job = Job(folder, args.seed, args.fps, f".{args.format.lstrip('.')}", parse_shard(args.shard), options, models)
+    _check_device(args.device)
+    pipe = _pipeline(args)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.make_plan(args.plan, args.steps, args.shift, args.energy)  # what does not parse is said before the first clip
+    counts = run(pipe, items, job, lambda line: print(line, file=sys.stderr, flush=True))
+    print(f"{folder}: {counts['made']} made, {counts['kept']} kept, {counts['failed']} failed")
+    return 1 if counts["failed"] else 0
 
 
 def decode(args: argparse.Namespace) -> int:
@@ -212,7 +253,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 COMMANDS = {
     "generate": generate, "decode": decode, "plan": plan, "export": export, "engines": engines, "convert": convert,
-    "bench": bench, "doctor": doctor,
+    "batch": batch, "bench": bench, "doctor": doctor,
 }  # fmt: skip
 
 
@@ -225,7 +266,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        kept = "what was finished is kept, and the same command goes on" if args.command == "export" else "nothing was written"
+        kept = (
+            "what was finished is kept, and the same command goes on"
+            if args.command in ("export", "batch")
+            else "nothing was written"
+        )
         print(f"nexus-rt: interrupted; {kept}.", file=sys.stderr)
         return 130
     except NexusError as error:

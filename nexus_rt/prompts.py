@@ -1,0 +1,150 @@
+"""Prompt lists: a text file, JSON, JSON lines, or VR-Bench's prompt files, as items with a name, a seed and a size."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nexus_rt.errors import InputError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+FIELDS = {"prompt": str, "id": (str, int), "seed": int, "size": str, "frames": int, "negative": str}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One clip to make. seed, size (width, height), frames None: the run's own."""
+
+    id: str
+    prompt: str
+    seed: int | None = None
+    size: tuple[int, int] | None = None
+    frames: int | None = None
+    negative: str | None = None
+
+
+def read_prompts(path: str | Path) -> list[Item]:
+    """The items of a list.
+
+    A `.txt` file has a prompt a line (empty lines and those that begin with # are left out) and names them by their place;
+    `.json` is an array of objects (or of strings), or VR-Bench's object of categories; `.jsonl` an object a line. A folder
+    is read as all its `.json` files. An object's fields are prompt, and if wanted id, seed, size ("832x480"), frames, negative.
+
+    Raises:
+        InputError: no such file, one that breaks this (with the place and what was expected), no prompts, an id twice.
+    """
+    path = Path(path).expanduser()
+    items = [item for file in prompt_files(path) for item in _file(file)]
+    check_ids([item.id for item in items], path)
+    return items
+
+
+def prompt_files(path: Path) -> list[Path]:
+    """The file, or a folder's `.json` files in order of name."""
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{path} holds no .json files; expected prompt lists.")
+    return files
+
+
+def check_ids(ids: list[str], path: Path) -> None:
+    """Raise unless there are ids, each once."""
+    if not ids:
+        raise InputError(f"{path} holds no prompts; expected at least one.")
+    twice = next((name for name, count in Counter(ids).items() if count > 1), None)
+    if twice is not None:
+        raise InputError(f"{path}: id {twice!r} is there twice; every clip needs a name of its own.")
+
+
+def read_text(path: Path) -> str:
+    """A list's text, whichever editor saved it."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); expected a .txt, .json or .jsonl list of prompts.") from None
+
+
+def _file(path: Path) -> list[Item]:
+    text = read_text(path)
+    if path.suffix == ".txt":
+        lines = [line.strip() for line in text.splitlines()]
+        lines = [line for line in lines if line and not line.startswith("#")]
+        width = max(4, len(str(len(lines))))
+        return [Item(f"{i:0{width}}", line) for i, line in enumerate(lines)]
+    if path.suffix not in (".json", ".jsonl"):
+        raise InputError(f"{path} ends in {path.suffix or 'nothing'}; expected .txt, .json or .jsonl.")
+    if path.suffix == ".jsonl":
+        rows = [(f"line {n}", parse_json(line, f"{path}, line {n}")) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        return [_item(row, f"{path}, {place}", i) for i, (place, row) in enumerate(rows)]
+    said = parse_json(text, str(path))
+    if isinstance(said, list):
+        return [_item(row, f"{path}: [{i}]", i) for i, row in enumerate(said)]
+    if not isinstance(said, dict):
+        raise InputError(f"{path} holds a {type(said).__name__}; expected an array of prompts, or VR-Bench's categories.")
+    return [
+        _item({"id": row["id"], "prompt": row["prompt_en"]}, place, i)
+        for name, category in said.items()
+        for i, (row, place) in enumerate(category_prompts(category, f"{path}: {name}"))
+    ]
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value, or an `InputError` that names the place."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON ({error}).") from None
+
+
+def category_prompts(said: Any, where: str) -> list[tuple[dict[str, Any], str]]:
+    """The rows under `prompts` of one of VR-Bench's categories, each with its place; `id` and `prompt_en` are there.
+
+    Raises:
+        InputError: they are not; names the field's place and what was expected.
+    """
+    rows = said.get("prompts") if isinstance(said, dict) else None
+    if not isinstance(rows, list):
+        raise InputError(f"{where}.prompts is {type(rows).__name__}; expected an array, as in VR-Bench's files.")
+    for i, row in enumerate(rows):
+        place = f"{where}.prompts[{i}]"
+        if not isinstance(row, dict):
+            raise InputError(f"{place} is a {type(row).__name__}; expected an object.")
+        for field in ("id", "prompt_en"):
+            value = row.get(field)
+            if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
+                raise InputError(f"{place}.{field} is {value!r}; expected text.")
+    return [(row, f"{where}.prompts[{i}]") for i, row in enumerate(rows)]
+
+
+def check_name(value: Any, where: str) -> str:
+    """An id that can be a file's name."""
+    if not NAME.fullmatch(str(value)):
+        raise InputError(f"{where}.id is {value!r}; expected a file's name: letters, digits, '.', '_' and '-', at most 120.")
+    return str(value)
+
+
+def _item(row: Any, where: str, index: int) -> Item:
+    row = {"prompt": row} if isinstance(row, str) else row
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is a {type(row).__name__}; expected an object with a prompt.")
+    for field, kind in FIELDS.items():
+        value = row.get(field)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            wanted = "text" if kind is str else "a whole number" if kind is int else "text or a whole number"
+            raise InputError(f"{where}.{field} is {value!r}; expected {wanted}.")
+    if unknown := sorted(set(row) - set(FIELDS)):
+        raise InputError(f"{where} sets an unknown {unknown[0]!r}; expected {', '.join(FIELDS)}.")
+    if not str(row.get("prompt") or "").strip():
+        raise InputError(f"{where}.prompt is {row.get('prompt')!r}; expected text.")
+    name = check_name(row.get("id", f"{index:04}"), where)
+    size = None
+    if row.get("size") is not None:
+        found = re.fullmatch(r"(\d+)x(\d+)", row["size"].lower())
+        if not found:
+            raise InputError(f"{where}.size is {row['size']!r}; expected WIDTHxHEIGHT, such as 832x480.")
+        size = int(found[1]), int(found[2])
+    return Item(name, row["prompt"].strip(), row.get("seed"), size, row.get("frames"), row.get("negative"))

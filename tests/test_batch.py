@@ -1,0 +1,192 @@
+"""Prompt lists and batches: every item has a clip or a reason, nothing is made twice, and nothing half-made has a name."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from nexus_rt import InputError, batch
+from nexus_rt.batch import Job, run
+from nexus_rt.cli import main
+from nexus_rt.prompts import Item, read_prompts
+
+PROMPTS = ["a red circle", "a blue square moves left", "the panda"]
+QUICK = dict(height=32, width=48, num_frames=5, num_inference_steps=2, plan="small:1 large:1")
+
+
+def written(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_every_kind_of_list(tmp_path):
+    text = written(tmp_path, "a.txt", "# shapes\na red circle\n\n  a blue square \n")
+    assert read_prompts(text) == [Item("0000", "a red circle"), Item("0001", "a blue square")]
+    rows = [{"prompt": "x", "id": 7, "seed": 3, "size": "64x32", "frames": 9, "negative": "y"}, "z"]
+    wanted = [Item("7", "x", 3, (64, 32), 9, "y"), Item("0001", "z")]
+    assert read_prompts(written(tmp_path, "a.json", rows)) == wanted
+    lines = "\n".join(json.dumps(r) for r in rows) + "\n\n"
+    assert read_prompts(written(tmp_path, "a.jsonl", lines)) == wanted
+    question = {"id": "q1", "question": "?", "weight": 1, "importance_score": 1}
+    prompt = {"id": "drf_1", "category": "DRF", "prompt_en": "a train", "evaluation": {"evaluation_questions": [question]}}
+    folder = tmp_path / "vr"
+    folder.mkdir()
+    written(folder, "1.json", {"DRF": {"category_description": "d", "prompts": [prompt]}})
+    written(folder, "2.json", {"CAR": {"prompts": [{"id": "car_1", "prompt_en": "a dog"}]}})
+    assert read_prompts(folder) == [Item("drf_1", "a train"), Item("car_1", "a dog")]
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.json", "{", "a.json is not JSON"),
+        ("a.jsonl", '"x"\n{', "line 2 is not JSON"),
+        ("a.json", 3, "holds a int; expected an array of prompts"),
+        ("a.json", [], "holds no prompts"),
+        ("a.txt", "# nothing\n", "holds no prompts"),
+        ("a.csv", "x", "ends in .csv; expected .txt, .json or .jsonl"),
+        ("a.json", [{"id": "a"}], r"\[0\].prompt is None; expected text"),
+        ("a.json", [{"prompt": "x", "seed": "1"}], r"\[0\].seed is '1'; expected a whole number"),
+        ("a.json", [{"prompt": "x", "seed": True}], r"\[0\].seed is True"),
+        ("a.json", [{"prompt": "x", "size": "big"}], r"\[0\].size is 'big'; expected WIDTHxHEIGHT"),
+        ("a.json", [{"prompt": "x", "colour": 1}], "sets an unknown 'colour'"),
+        ("a.json", [{"prompt": "x", "id": "../../x"}], "id is '../../x'; expected a file's name"),
+        ("a.json", [{"prompt": "x", "id": "a"}, {"prompt": "y", "id": "a"}], "id 'a' is there twice"),
+        ("a.json", {"DRF": {"prompts": {}}}, "DRF.prompts is dict; expected an array"),
+        ("a.json", {"DRF": {"prompts": [{"id": "x"}]}}, r"DRF.prompts\[0\].prompt_en is None; expected text"),
+    ],
+)
+def test_a_list_that_breaks_its_form_says_where(name, content, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        read_prompts(written(tmp_path, name, content))
+
+
+def test_no_list_and_no_shard(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        read_prompts(tmp_path / "none.txt")
+    with pytest.raises(InputError, match="holds no .json files"):
+        read_prompts(tmp_path)
+    for text in ("0/2", "3/2", "x", "1"):
+        with pytest.raises(InputError, match="shard"):
+            Job(tmp_path, shard=batch.parse_shard(text))
+
+
+def rows(folder):
+    return [json.loads(line) for path in sorted(folder.glob("results*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def test_a_batch_is_the_clips_that_single_calls_make(tiny_pipe, tmp_path):
+    items = [Item("a", PROMPTS[0]), Item("b", PROMPTS[1], seed=5), Item("c", PROMPTS[2], size=(32, 32), frames=1)]
+    job = Job(tmp_path / "out", seed=2, suffix=".png", options=QUICK)
+    assert run(tiny_pipe, items, job) == {"made": 3, "kept": 0, "failed": 0}
+    assert [r["id"] for r in rows(job.folder)] == ["a", "b", "c"] and {r["status"] for r in rows(job.folder)} == {"done"}
+    assert {p.name for p in job.folder.glob("*.png")} == {"a.png", "b.png", "c.png"}
+    from nexus_rt.video import save_video
+
+    for item, seed, change in ((items[0], 2, {}), (items[1], 5, {}), (items[2], 2, dict(height=32, width=32, num_frames=1))):
+        frames = tiny_pipe(item.prompt, generator=torch.Generator().manual_seed(seed), **{**QUICK, **change}).frames
+        save_video(frames[0], tmp_path / "one.png")
+        from PIL import Image, ImageChops
+
+        a, b = Image.open(tmp_path / "one.png"), Image.open(job.clip(item))
+        assert a.size == b.size and max(high for _, high in ImageChops.difference(a, b).getextrema()) <= 1
+
+
+def test_the_same_command_makes_nothing_twice_and_other_settings_make_it_again(tiny_pipe, tmp_path):
+    items, job = [Item(str(i), p) for i, p in enumerate(PROMPTS)], Job(tmp_path, suffix=".png", options=QUICK)
+    assert run(tiny_pipe, items, job)["made"] == 3
+    stamps = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.png")}
+    assert run(tiny_pipe, items, job) == {"made": 0, "kept": 3, "failed": 0}
+    assert stamps == {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.png")}
+    (tmp_path / "1.png").unlink()
+    with open(job.results, "a") as file:
+        file.write('{"id": "2", "status": "do')  # killed in the middle of a line
+    assert run(tiny_pipe, items, job) == {"made": 1, "kept": 2, "failed": 0}
+    assert run(tiny_pipe, items, job)["kept"] == 3
+    changed = [Item("0", "the panda moves"), Item("1", PROMPTS[1], seed=9), items[2]]
+    assert run(tiny_pipe, changed, job) == {"made": 2, "kept": 1, "failed": 0}
+    assert run(tiny_pipe, changed, Job(tmp_path, suffix=".png", options={**QUICK, "plan": "large"}))["made"] == 3
+
+
+def test_shards_share_the_list_and_know_of_each_other(tiny_pipe, tmp_path):
+    items = [Item(str(i), "a red circle", seed=i) for i in range(5)]
+    made = [run(tiny_pipe, items, Job(tmp_path, suffix=".png", shard=(i, 2), options=QUICK))["made"] for i in (1, 2)]
+    assert made == [3, 2] and sorted(r["id"] for r in rows(tmp_path)) == list("01234")
+    assert run(tiny_pipe, items, Job(tmp_path, suffix=".png", options=QUICK)) == {"made": 0, "kept": 5, "failed": 0}
+
+
+def test_a_failure_is_recorded_and_the_rest_goes_on(tiny_pipe, tmp_path, monkeypatch):
+    items = [Item("a", PROMPTS[0]), Item("bad", PROMPTS[1], size=(50, 32)), Item("worse", PROMPTS[2]), Item("d", PROMPTS[0])]
+    right, calls = batch.save_video, []
+
+    def save(frames, path, fps):
+        calls.append(path.stem)
+        if path.stem == "worse" and calls.count("worse") == 1:
+            raise OSError(28, "No space left on device")
+        return right(frames, path, fps)
+
+    monkeypatch.setattr(batch, "save_video", save)
+    job = Job(tmp_path, suffix=".png", options=QUICK)
+    assert run(tiny_pipe, items, job) == {"made": 2, "kept": 0, "failed": 2}
+    said = {r["id"]: r for r in rows(tmp_path)}
+    assert "width is 50; expected a multiple of 16" in said["bad"]["error"] and "No space left" in said["worse"]["error"]
+    assert not (tmp_path / "worse.png").exists()
+    assert run(tiny_pipe, items, job) == {"made": 1, "kept": 2, "failed": 1}  # what failed is tried again
+
+
+def test_a_prompt_that_cannot_be_encoded_fails_alone(tiny_pipe, tmp_path, monkeypatch):
+    right = tiny_pipe.encode_prompt
+
+    def encode(prompts, *rest):
+        if "bad" in prompts:
+            raise InputError("the prompt is too long")
+        return right(prompts, *rest)
+
+    monkeypatch.setattr(tiny_pipe, "encode_prompt", encode)
+    items = [Item("a", PROMPTS[0]), Item("b", "bad"), Item("c", PROMPTS[1])]
+    assert run(tiny_pipe, items, Job(tmp_path, suffix=".png", options=QUICK)) == {"made": 2, "kept": 0, "failed": 1}
+
+
+def test_two_processes_do_not_share_a_shard(tiny_pipe, tmp_path):
+    job = Job(tmp_path, options=QUICK)
+    with batch._alone(job.results), pytest.raises(InputError, match="another process works on results.jsonl"):
+        run(tiny_pipe, [Item("a", "a")], job)
+
+
+def test_the_command_resumes_after_a_kill(tiny_pair, tmp_path):
+    """Killed outright after the first clip; the second run makes the rest, and no clip twice."""
+    prompts = written(tmp_path, "p.txt", "\n".join(["a red circle"] * 6))
+    line = [sys.executable, "-m", "nexus_rt.cli", "batch", str(prompts), "-o", str(tmp_path / "out"), "--pair", str(tiny_pair),
+            "--steps", "4", "--format", "png"]  # fmt: skip
+    first = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "out" / "results.jsonl"
+    until = time.time() + 60
+    while not (log.exists() and log.read_text().count("\n") >= 1) and time.time() < until:
+        time.sleep(0.005)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = {r["id"]: r["when"] for r in rows(tmp_path / "out")}
+    assert before
+    out = subprocess.run(line, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    after = rows(tmp_path / "out")
+    assert sorted(r["id"] for r in after) == [f"{i:04}" for i in range(6)]  # each once: what had a line was kept
+    assert all(r["when"] == before[r["id"]] for r in after if r["id"] in before)
+    assert {p.suffix for p in (tmp_path / "out").iterdir()} <= {".png", ".jsonl", ".lock"}
+    assert f"{6 - len(before)} made, {len(before)} kept, 0 failed" in out.stdout
+
+
+def test_the_commands_exit_code_says_whether_all_is_there(tiny_pair, tmp_path, capsys):
+    prompts = written(tmp_path, "p.json", [{"prompt": "a"}, {"prompt": "b", "frames": 6}])
+    line = ["batch", str(prompts), "-o", str(tmp_path / "out"), "--pair", str(tiny_pair), "--steps", "2", "--format", "gif"]
+    assert main(line) == 1
+    said = capsys.readouterr()
+    assert "1 made, 0 kept, 1 failed" in said.out and "expected 4k+1" in said.err
+    assert os.listdir(tmp_path / "out").count("0000.gif") == 1
+    assert main(["batch", str(tmp_path / "none.txt"), "-o", str(tmp_path / "x")]) == 2 and not (tmp_path / "x").exists()
