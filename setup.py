@@ -11,12 +11,18 @@ setup(
         "nexus_rt.export",
         "nexus_rt.bench",
         "nexus_rt.bench.shapes",
+        "nexus_rt.bench.vrbench",
     ],
     package_dir={
         "nexus_rt.kernels": "kernels",
         "nexus_rt.export": "export",
         "nexus_rt.bench": "bench",
         "nexus_rt.bench.shapes": "bench/shapes",
+        "nexus_rt.bench.vrbench": "bench/vrbench",
     },
-    package_data={"nexus_rt": ["mini/*.json", "mini/*/*"], "nexus_rt.kernels": ["README.md"]},
+    package_data={
+        "nexus_rt": ["mini/*.json", "mini/*/*"],
+        "nexus_rt.kernels": ["README.md"],
+        "nexus_rt.bench.vrbench": ["*.json"],
+    },
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -80,10 +79,7 @@ def write(found: dict[str, Any], args: argparse.Namespace) -> None:
     )  # fmt: skip
     for path, content in made:
         if path:
-            target = Path(path).expanduser()
-            part = target.with_name(f".{target.name}.{os.getpid()}.part")
-            part.write_text(content())
-            part.replace(target)
+            files.write_text(Path(path).expanduser(), content())
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

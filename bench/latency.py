@@ -7,9 +7,7 @@ packages are imported by then.
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.bench.measure import Run, interleaved, measured, percentile, step_durations, synchronize
+from nexus_rt.bench.pictures import thumbnail
 from nexus_rt.bench.quality import distance, mini_accuracy
 from nexus_rt.costs import measure_step_costs, step_calls
 from nexus_rt.denoise import Prompt
@@ -111,18 +110,6 @@ class Engine:
     name: str
     pipe: NexusPipeline
     make: Callable[[], NexusPipeline] | None = None
-
-
-def thumbnail(frames: np.ndarray, count: int = 4, height: int = 96) -> str:
-    """Frames side by side as a PNG's data URL."""
-    from PIL import Image
-
-    picked = frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
-    strip = Image.fromarray((np.concatenate(list(picked), 1) * 255).round().astype(np.uint8))
-    strip = strip.resize((max(1, round(strip.width * height / strip.height)), height))
-    out = io.BytesIO()
-    strip.save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def cost_calls(pipe: NexusPipeline, clip: Clip) -> dict[str, Callable[[], object]]:

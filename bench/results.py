@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import threading
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
@@ -68,6 +69,22 @@ def fingerprint(device: torch.device, weights: dict[str, str], command: str) -> 
         "versions": {k: v for k, v in versions().items() if v}, "weights": weights, "command": command,
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
+
+
+def write_text(path: Path, text: str) -> None:
+    """A whole file or none.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} could not be written ({error}); free some space or write somewhere else.") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -85,15 +85,42 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--fps", type=int, default=16, help="frames per second of the file (default: 16)")
     generate.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    batch = commands.add_parser("batch", parents=[models, running, walk], help="turn a list of prompts into a folder of videos")
-    batch.add_argument("prompts", metavar="LIST", help="a prompt a line (.txt), .json, .jsonl, or VR-Bench's files")
-    batch.add_argument(
+    many = argparse.ArgumentParser(add_help=False)
+    many.add_argument("prompts", metavar="LIST", help="a prompt a line (.txt), .json, .jsonl, or VR-Bench's files")
+    group = many.add_argument_group("the folder of clips")
+    group.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="for the clips and results.jsonl; goes on where it was"
     )
-    batch.add_argument("--seed", type=int, default=0, help="of every clip whose entry names none (default: 0)")
-    batch.add_argument("--fps", type=int, default=16, help="frames per second of the files (default: 16)")
-    batch.add_argument("--format", default="mp4", help="mp4 (default) | gif | png (contact sheets)")
-    batch.add_argument("--shard", default="1/1", metavar="I/N", help="this process's part of the list, such as 1/4")
+    group.add_argument("--seed", type=int, default=0, help="of every clip whose entry names none (default: 0)")
+    group.add_argument("--fps", type=int, default=16, help="frames per second of the files (default: 16)")
+    group.add_argument("--format", default="mp4", help="mp4 (default) | gif | png (contact sheets)")
+    group.add_argument("--shard", default="1/1", metavar="I/N", help="this process's part of the list, such as 1/4")
+    group.add_argument("--ray", action="store_true", help="share the list among Ray workers (pip install 'nexus-rt[ray]')")
+    group.add_argument("--workers", type=int, metavar="N", help="of --ray: how many (default: one a GPU, or one)")
+    commands.add_parser("batch", parents=[models, running, walk, many], help="turn a list of prompts into a folder of videos")
+
+    vrbench = commands.add_parser("vrbench", help="VR-Bench: make the clips of its prompts, judge them, report the scores")
+    actions = vrbench.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser(
+        "generate", parents=[models, running, walk, many], help="make the clips: as batch, of VR-Bench's prompt files"
+    )
+    judge = actions.add_parser("judge", help="ask a vision-language model every clip's questions; goes on where it was")
+    judge.add_argument("prompts", metavar="PROMPTS", help='VR-Bench\'s file or folder of files, or "example"')
+    judge.add_argument("clips", metavar="DIR", help="holds a clip for every prompt's id, as generate makes them")
+    judge.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible server, such as http://localhost:8000/v1")
+    judge.add_argument(
+        "--judge-model", metavar="MODEL", help="what the server calls it; without a URL, a folder such as Qwen3-VL's"
+    )
+    judge.add_argument("--requests", type=int, default=4, metavar="N", help="clips asked about at a time (default: 4)")
+    judge.add_argument("--device", help="of a judge that runs here (default: cuda where there is one)")
+    judge.add_argument("--dtype", choices=DTYPES, help="of a judge that runs here")
+    report = actions.add_parser("report", help="tables of judged folders, the first of them compared with the others")
+    report.add_argument("runs", nargs="+", metavar="DIR", help="folders that were judged, or their judgment.json")
+    report.add_argument("--markdown", metavar="FILE", help="the tables that are printed")
+    report.add_argument("--json", metavar="FILE", help="everything")
+    report.add_argument("--html", metavar="FILE", help="one self-contained page with frames, answers and reasons")
+    for command in (judge, report):
+        command.add_argument("--taxonomy", metavar="FILE", help="categories, layers and groups of your own (JSON)")
 
     decode = commands.add_parser("decode", parents=[models, running], help="decode latents that a failed decoding left behind")
     decode.add_argument("latents", metavar="LATENTS", help="the safetensors file that the error named")

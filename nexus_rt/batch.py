@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -54,6 +55,11 @@ class Job:
         part, count = self.shard
         return self.folder / ("results.jsonl" if count == 1 else f"results.{part}-of-{count}.jsonl")
 
+    def mine(self, items: list[Item]) -> list[Item]:
+        """This shard's items."""
+        part, count = self.shard
+        return items[part - 1 :: count]
+
     def clip(self, item: Item) -> Path:
         return self.folder / f"{item.id}{self.suffix}"
 
@@ -81,45 +87,36 @@ def settings(item: Item, job: Job, pipe: NexusPipeline) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def finished(job: Job) -> dict[str, dict[str, Any]]:
-    """The last line on every id, of all shards in the folder; a line cut short by a killed process counts for nothing."""
-    found: dict[str, dict[str, Any]] = {}
+def finished(job: Job) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+    """The last line on every id that ended, of all shards and workers in the folder, and how often each was begun since.
+
+    A line cut short by a killed process counts for nothing.
+    """
+    ended: dict[str, dict[str, Any]] = {}
+    starts: dict[str, list[float]] = {}
     for path in sorted(job.folder.glob("results*.jsonl")):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 row = json.loads(line)
-                if row["when"] >= found.get(row["id"], row)["when"]:
-                    found[row["id"]] = row
-    return found
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Refuse a second process on one shard of a folder."""
-    import fcntl
-
-    with open(path.with_suffix(".lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"another process works on {path.name} in {path.parent}; wait for it, or give each a --shard of its own."
-            ) from None
-        yield
+                if row["status"] == "begun":
+                    starts.setdefault(row["id"], []).append(row["when"])
+                elif row["when"] >= ended.get(row["id"], row)["when"]:
+                    ended[row["id"]] = row
+    return ended, {i: sum(t > ended.get(i, {"when": 0.0})["when"] for t in times) for i, times in starts.items()}
 
 
 class Lines:
     """A file that gets a whole line at a time, on disk when `add` returns."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._order = path, threading.Lock()
         text = path.read_bytes() if path.exists() else b""
         if text and not text.endswith(b"\n"):  # a process was killed in the middle of one
             with open(path, "ab") as file:
                 file.write(b"\n")
 
     def add(self, row: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with self._order, open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -136,46 +133,94 @@ def run(
     Raises:
         InputError: the folder cannot be made, or another process works on the shard.
     """
-    try:
-        job.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{job.folder} cannot be made ({error.strerror}); choose a place you may write to.") from error
-    part, count = job.shard
-    mine, counts = items[part - 1 :: count], {"made": 0, "kept": 0, "failed": 0}
-    with _alone(job.results):
-        known, todo = finished(job), []
-        for item in mine:
-            row, said = known.get(item.id), settings(item, job, pipe)
-            if row and row["status"] == "done" and row["settings"] == said and job.clip(item).is_file():
-                counts["kept"] += 1
-            else:
-                todo.append((item, said))
-        say(f"{len(todo)} clips to make, {counts['kept']} are there")
-        lines, order = Lines(job.results), threading.Lock()
-
-        def ended(row: dict[str, Any]) -> None:
-            with order:
-                lines.add(row)
-                counts["made" if row["status"] == "done" else "failed"] += 1
-                number = counts["made"] + counts["failed"]
-                ending = f"{row['seconds']:.1f} s" if row["status"] == "done" else f"FAILED: {row['error']}"
-                say(f"[{number}/{len(todo)}] {row['id']}: {ending}")
-
-        _make(pipe, todo, job, ended)
+    with open_folder(job):
+        counts = {"made": 0, "kept": 0, "failed": 0}
+        mine = job.mine(items)
+        for kind, name, ending in work(pipe, mine, job, job.results):
+            counts[kind] += 1
+            if kind != "kept":
+                say(f"[{sum(counts.values())}/{len(mine)}] {name}: {ending}")
+    if counts["kept"]:
+        say(f"{counts['kept']} clips were there")
     return counts
 
 
+@contextlib.contextmanager
+def open_folder(job: Job) -> Iterator[None]:
+    """Make a job's folder, and refuse a second process on its shard."""
+    import fcntl
+
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        lock = open(job.results.with_suffix(".lock"), "w")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"{job.folder} cannot be made ({error.strerror}); choose a place you may write to.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"another process works on {job.results.name} in {job.folder}; wait for it, or give each a --shard of its own."
+            ) from None
+        yield
+
+
+def work(
+    pipe: NexusPipeline, items: list[Item], job: Job, log: Path, attempts: int | None = None
+) -> Iterator[tuple[str, str, str]]:  # fmt: skip
+    """Make the clips of items that are not there yet, and write a line of `log` as each ends.
+
+    Args:
+        attempts: also write a line as each begins, and give up one that was begun so often and never ended: it takes
+            the process down with it.
+
+    Yields:
+        ("made" | "kept" | "failed", id, in words), as each ends.
+    """
+    known, begun = finished(job)
+    todo, lines = [], Lines(log)
+    for item in items:
+        row, said = known.get(item.id), settings(item, job, pipe)
+        if row and row["status"] == "done" and row["settings"] == said and job.clip(item).is_file():
+            yield "kept", item.id, "was there"
+        elif attempts is not None and begun.get(item.id, 0) >= attempts:
+            why = f"its process died {begun[item.id]} times"
+            lines.add(_failed({"id": item.id, "file": job.clip(item).name, "settings": said}, NexusError(why)))
+            yield "failed", item.id, f"FAILED: {why}"
+        else:
+            todo.append((item, said))
+    ends: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    def begins(item: Item) -> None:
+        if attempts is not None:
+            lines.add({"id": item.id, "status": "begun", "when": time.time()})
+
+    def ended(row: dict[str, Any]) -> None:
+        lines.add(row)
+        ends.put(row)
+
+    for _ in _make(pipe, todo, job, begins, ended):
+        while not ends.empty():
+            row = ends.get()
+            if row["status"] == "done":
+                yield "made", row["id"], f"{row['seconds']:.1f} s"
+            else:
+                yield "failed", row["id"], f"FAILED: {row['error']}"
+
+
 def _make(
-    pipe: NexusPipeline, todo: list[tuple[Item, dict[str, Any]]], job: Job, ended: Callable[[dict[str, Any]], None]
-) -> None:  # fmt: skip
+    pipe: NexusPipeline, todo: list[tuple[Item, dict[str, Any]]], job: Job, begins: Callable[[Item], None],
+    ended: Callable[[dict[str, Any]], None],
+) -> Iterator[None]:  # fmt: skip
     """Every item; `ended` is called with its row when its clip is written, or has failed. One is decoded and written while the
-    next is denoised, where nothing has to make room for the decoder."""
+    next is denoised, where nothing has to make room for the decoder. Yields now and then."""
     with ThreadPoolExecutor(1) as decoder:
         pending: Future | None = None
         for start in range(0, len(todo), TOGETHER):
             part = todo[start : start + TOGETHER]
             for (item, said), told in zip(part, _told(pipe, part), strict=True):
                 began = time.perf_counter()
+                begins(item)
                 row = {"id": item.id, "file": job.clip(item).name, "settings": said}
                 try:
                     if isinstance(told, Exception):
@@ -183,14 +228,17 @@ def _make(
                     latents = _denoise(pipe, said, told, job)
                 except Exception as error:  # an item's failure is the item's
                     ended(_failed(row, error))
+                    yield
                     continue
                 if pending is not None:
                     pending.result()
                 pending = decoder.submit(lambda *a: ended(_write(*a)), pipe, latents, row, job, began)
                 if pipe.vram is not None:
                     pending.result()
+                yield
         if pending is not None:
             pending.result()
+            yield
 
 
 def _told(pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]) -> list[dict[str, Tensor] | Exception]:

@@ -1,4 +1,4 @@
-"""The command line: `nexus-rt generate | batch | decode | plan | export | engines | convert | bench | doctor`."""
+"""The command line: `nexus-rt generate | batch | vrbench | decode | plan | export | engines | convert | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -87,14 +87,22 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
+MODEL_ARGUMENTS = ("engines", "pair", "small", "large", "vae", "text_encoder", "understanding", "connector", "small_lora",
+                   "large_lora")  # fmt: skip
+
+
 def batch(args: argparse.Namespace) -> int:
+    from nexus_rt.prompts import read_prompts
+
+    return _batch(args, read_prompts(args.prompts))
+
+
+def _batch(args: argparse.Namespace, items: list) -> int:
     from pathlib import Path
 
     from nexus_rt.batch import Job, parse_shard, run
-    from nexus_rt.prompts import read_prompts
     from nexus_rt.solver import SOLVERS
 
-    items = read_prompts(args.prompts)
     choose("solver", args.solver, SOLVERS)
     if args.fps < 1:
         raise InputError(f"--fps is {args.fps}; expected at least 1.")
@@ -104,28 +112,38 @@ def batch(args: argparse.Namespace) -> int:
         guidance_scale_2=args.guidance_2, plan=args.plan, shift=args.shift, blend=_blend(args), energy=args.energy,
         solver=args.solver,
     )  # fmt: skip
-    names = (
-        "engines",
-        "pair",
-        "small",
-        "large",
-        "vae",
-        "text_encoder",
-        "understanding",
-        "connector",
-        "small_lora",
-        "large_lora",
-    )
-    models = " ".join(f"{n}={said}" for n in names if (said := getattr(args, n)))
+    models = " ".join(f"{n}={said}" for n in MODEL_ARGUMENTS if (said := getattr(args, n)))
     folder = Path(args.output).expanduser()
     job = Job(folder, args.seed, args.fps, f".{args.format.lstrip('.')}", parse_shard(args.shard), options, models)
-    _check_device(args.device)
-    pipe = _pipeline(args)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.make_plan(args.plan, args.steps, args.shift, args.energy)  # what does not parse is said before the first clip
-    counts = run(pipe, items, job, lambda line: print(line, file=sys.stderr, flush=True))
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    if args.ray:
+        from nexus_rt.batch_ray import run_on_ray
+
+        counts = run_on_ray(_quiet_pipeline, args, items, job, args.workers, say)
+    else:
+        if args.workers is not None:
+            raise InputError("--workers is for --ray; without it, start a process a --shard.")
+        _check_device(args.device)
+        counts = run(_quiet_pipeline(args), items, job, say)
     print(f"{folder}: {counts['made']} made, {counts['kept']} kept, {counts['failed']} failed")
     return 1 if counts["failed"] else 0
+
+
+def _quiet_pipeline(args: argparse.Namespace):
+    pipe = _pipeline(args)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def vrbench(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from nexus_rt.bench.vrbench import command
+
+    logging.disable_progress_bar()
+    if args.action == "generate":
+        return _batch(args, command.items(args.prompts))
+    return {"judge": command.judge, "report": command.report}[args.action](args)
 
 
 def decode(args: argparse.Namespace) -> int:
@@ -253,7 +271,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 COMMANDS = {
     "generate": generate, "decode": decode, "plan": plan, "export": export, "engines": engines, "convert": convert,
-    "batch": batch, "bench": bench, "doctor": doctor,
+    "batch": batch, "vrbench": vrbench, "bench": bench, "doctor": doctor,
 }  # fmt: skip
 
 
@@ -268,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         kept = (
             "what was finished is kept, and the same command goes on"
-            if args.command in ("export", "batch")
+            if args.command in ("export", "batch", "vrbench")
             else "nothing was written"
         )
         print(f"nexus-rt: interrupted; {kept}.", file=sys.stderr)

@@ -78,8 +78,8 @@ def _file(path: Path) -> list[Item]:
     if path.suffix not in (".json", ".jsonl"):
         raise InputError(f"{path} ends in {path.suffix or 'nothing'}; expected .txt, .json or .jsonl.")
     if path.suffix == ".jsonl":
-        rows = [(f"line {n}", parse_json(line, f"{path}, line {n}")) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-        return [_item(row, f"{path}, {place}", i) for i, (place, row) in enumerate(rows)]
+        lines = [(line, f"{path}, line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        return [_item(parse_json(line, place), place, i) for i, (line, place) in enumerate(lines)]
     said = parse_json(text, str(path))
     if isinstance(said, list):
         return [_item(row, f"{path}: [{i}]", i) for i, row in enumerate(said)]

@@ -68,6 +68,24 @@ def save_video(frames: np.ndarray, path: str | Path, fps: int = FPS) -> Path:
     return path
 
 
+def read_frames(path: str | Path) -> np.ndarray:
+    """Every frame of an mp4 or gif: [F, H, W, 3], uint8.
+
+    Raises:
+        InputError: no such file, or one that holds no video that can be read.
+    """
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (OSError, av.FFmpegError, IndexError) as error:
+        raise InputError(f"{path} cannot be read as a video ({error}); make the clip again.") from error
+    if not frames:
+        raise InputError(f"{path} holds no frames; make the clip again.")
+    return np.stack(frames)
+
+
 def _mp4(frames: np.ndarray, path: Path, fps: int) -> None:
     import av
 

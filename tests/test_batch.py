@@ -155,7 +155,7 @@ def test_a_prompt_that_cannot_be_encoded_fails_alone(tiny_pipe, tmp_path, monkey
 
 def test_two_processes_do_not_share_a_shard(tiny_pipe, tmp_path):
     job = Job(tmp_path, options=QUICK)
-    with batch._alone(job.results), pytest.raises(InputError, match="another process works on results.jsonl"):
+    with batch.open_folder(job), pytest.raises(InputError, match="another process works on results.jsonl"):
         run(tiny_pipe, [Item("a", "a")], job)
 
 

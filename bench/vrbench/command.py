@@ -1,0 +1,76 @@
+"""`nexus-rt vrbench generate | judge | report`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from nexus_rt.bench.results import write_text
+from nexus_rt.bench.vrbench.judges import find_judge
+from nexus_rt.bench.vrbench.judging import FILE, judge_clips
+from nexus_rt.bench.vrbench.page import page
+from nexus_rt.bench.vrbench.report import make_report, markdown, shown
+from nexus_rt.bench.vrbench.schema import read_bench, read_taxonomy
+from nexus_rt.bench.vrbench.scoring import summary
+from nexus_rt.errors import InputError
+from nexus_rt.prompts import Item
+
+EXAMPLE = Path(__file__).with_name("example.json")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def prompts_path(given: str) -> Path:
+    """The prompts' file or folder; "example" is the small file that comes with the package."""
+    path = Path(given).expanduser()
+    return EXAMPLE if given == "example" and not path.exists() else path
+
+
+def items(given: str) -> list[Item]:
+    """The clips to make of a prompts' file or folder, checked against the whole schema."""
+    return [Item(p.id, p.text) for p in read_bench(prompts_path(given), read_taxonomy())]
+
+
+def judge(args: argparse.Namespace) -> int:
+    """Judge a folder of clips; 0 where every prompt has answers, else 1."""
+    taxonomy = read_taxonomy(args.taxonomy)
+    prompts = read_bench(prompts_path(args.prompts), taxonomy)
+    if args.requests < 1:
+        raise InputError(f"--requests is {args.requests}; expected at least 1.")
+    asked = find_judge(args.judge_url, args.judge_model, args.device, getattr(torch, args.dtype) if args.dtype else None)
+    folder = Path(args.clips).expanduser()
+    found = judge_clips(prompts, folder, asked, taxonomy, args.requests, say)
+    scores = summary(found["clips"], taxonomy)
+    for kind in ("missing", "failed"):
+        for name, why in found[kind].items():
+            say(f"{kind}: {name}: {why}")
+    whole = scores["overall"]
+    print(f"{folder / FILE}: {shown(whole)} over {whole['count']} clips, {whole['unknown']} of {whole['questions']} answers "
+          f"Unknown, {len(found['missing'])} clips missing, {len(found['failed'])} not judged")  # fmt: skip
+    return 1 if found["missing"] or found["failed"] else 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Print the tables of judged folders, and write them as asked."""
+    for given in (args.markdown, args.json, args.html):
+        if given and not Path(given).expanduser().parent.is_dir():
+            raise InputError(f"{Path(given).parent} does not exist; make the folder first, or write somewhere else.")
+    taxonomy = read_taxonomy(args.taxonomy)
+    found = make_report([Path(p) for p in args.runs], taxonomy)
+    text = markdown(found, taxonomy)
+    made: list[tuple[str | None, Callable[[], str]]] = [
+        (args.markdown, lambda: text), (args.html, lambda: page(found, taxonomy)),
+        (args.json, lambda: json.dumps(found, indent=1, ensure_ascii=False) + "\n"),
+    ]  # fmt: skip
+    for given, content in made:
+        if given:
+            write_text(Path(given).expanduser(), content())
+    print(text, end="")
+    return 0

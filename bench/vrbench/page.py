@@ -1,0 +1,86 @@
+"""A report as one self-contained HTML page: tables, and every clip with its answers and reasons; all text is escaped."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from nexus_rt.bench.page import STYLE, figure, table
+from nexus_rt.bench.pictures import thumbnail
+from nexus_rt.bench.vrbench.report import absent, sections
+from nexus_rt.bench.vrbench.schema import Taxonomy
+from nexus_rt.bench.vrbench.scoring import UNKNOWN, YES
+from nexus_rt.errors import InputError
+from nexus_rt.video import read_frames
+
+OWN = """
+details{border-bottom:1px solid #e5e5e5;padding:.4rem 0}summary{cursor:pointer}
+.clip td{white-space:normal;vertical-align:top;text-align:left}.yes{color:#2a7d4f}.no{color:#a4161a}.unknown{color:#8a6d00}
+.clip{margin:.4rem 0 1rem}summary code{font-size:12px}
+"""
+
+
+def picture(run: dict[str, Any], name: str) -> str | None:
+    """A clip's frames as a data URL; None where the clip is no longer there."""
+    clip = run["clips"].get(name)
+    path = clip and Path(run["folder"]) / Path(clip["file"]).name
+    if not path or not path.is_file():
+        return None
+    try:
+        return thumbnail(read_frames(path), 6, 80, "JPEG")
+    except InputError:
+        return None
+
+
+def _answer(said: dict[str, Any] | None) -> str:
+    if said is None:
+        return "—"
+    kind = "yes" if said["answer"] == YES else "unknown" if said["answer"] == UNKNOWN else "no"
+    return f'<b class="{kind}">{escape(str(said["answer"]))}</b> {escape(str(said["reason"]))}'
+
+
+def clip_details(report: dict[str, Any], name: str) -> str:
+    """A prompt: what it was to show, and every run's frames, score, answers and reasons side by side."""
+    runs = report["runs"]
+    known = [(r, r["clips"].get(name)) for r in runs]
+    any_clip = next(c for _, c in known if c)
+    scores = " / ".join(figure(c["score"] if c else None, 4) for _, c in known)
+    pictures = []
+    for run, clip in known:
+        shown = picture(run, name) if clip else None
+        pictures.append(f'<img src="{escape(shown, quote=True)}" alt="frames">' if shown else "—")
+    rows = [["", "", *pictures]]
+    questions = {q: a for _, c in known if c for q, a in c["answers"].items()}
+    for q, asked in questions.items():
+        cells = [_answer(c["answers"].get(q) if c else None) for _, c in known]
+        rows.append([escape(f"{q} ({asked['weight']:g})"), escape(asked["question"]), *cells])
+    head = ["", "question", *(escape(r["name"]) for r in runs)]
+    inside = table(head, rows, len(head)).replace("<table>", '<table class="clip">', 1)
+    return (
+        f"<details><summary><b>{escape(name)}</b> {escape(any_clip['category'])} {escape(any_clip['difficulty'])} "
+        f"<code>{scores}</code> {escape(any_clip['prompt'])}</summary>{inside}</details>"
+    )
+
+
+def page(report: dict[str, Any], taxonomy: Taxonomy) -> str:
+    """The whole page; pictures are read from the runs' folders."""
+    runs = report["runs"]
+    names = list(dict.fromkeys(i for r in runs for i in r["clips"]))
+    body = ["<h1>VR-Bench</h1>"]
+    body += [
+        f'<p class="note">{escape(r["name"])}: judged by {escape(r["judge"])}, {escape(r["when"])}</p>' for r in runs
+    ]  # fmt: skip
+    body += [f'<p class="note">{escape(note)}</p>' for note in report["notes"]]
+    body.append('<p class="note">Means of clips\' weighted shares of Yes, with bootstrap 95% intervals over clips.</p>')
+    for title, rows in sections(report, taxonomy):
+        head = ["", *(escape(r["name"]) for r in runs)]
+        body += [f"<h2>{escape(title)}</h2>", table(head, [[escape(n), *map(escape, cells)] for n, cells in rows])]
+    if lost := absent(report):
+        rows = [[escape(cell) for cell in row] for row in lost]
+        body += ["<h2>Without answers</h2>", table(["run", "prompt", "why"], rows, 3)]
+    body += ["<h2>Clips</h2>", *(clip_details(report, name) for name in names)]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>VR-Bench</title><style>{STYLE}{OWN}</style></head><body>{''.join(body)}</body></html>\n"
+    )

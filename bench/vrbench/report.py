@@ -1,0 +1,139 @@
+"""Judged runs as one report: scores beside each other, and every run compared with the first, clip by clip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nexus_rt.bench.vrbench.judging import read_judgment
+from nexus_rt.bench.vrbench.schema import Taxonomy
+from nexus_rt.bench.vrbench.scoring import clip_scores, paired, summary
+from nexus_rt.errors import InputError
+
+
+def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
+    """{"runs": [{"name", "judge", "scores", "against_first", "clips", "missing", "failed", ...}], "notes"}.
+
+    Scores are made anew from the answers, under this taxonomy.
+
+    Raises:
+        InputError: a run was not judged, or none holds a clip. ModelError: a damaged file.
+    """
+    found: dict[str, Any] = {"kind": "nexus-rt vrbench report", "runs": [], "notes": []}
+    for path, name in zip(runs, _names(runs), strict=True):
+        said = read_judgment(path)
+        clips = {i: c | clip_scores(c["answers"], taxonomy.layer_names(c["category"])) for i, c in said["clips"].items()}
+        found["runs"].append({
+            "name": name, "folder": str(path if path.is_dir() else path.parent), "judge": said["judge"], "when": said["when"],
+            "template": said["template"], "scores": summary(clips, taxonomy), "clips": clips, "missing": said["missing"],
+            "failed": said["failed"],
+        })  # fmt: skip
+    if not any(run["clips"] for run in found["runs"]):
+        raise InputError("no run holds a judged clip; nothing to report.")
+    first = found["runs"][0]
+    for run in found["runs"][1:]:
+        run["against_first"] = paired(first["clips"], run["clips"])
+        for field, words in (("judge", "judges"), ("template", "prompt templates")):
+            if run[field] != first[field]:
+                found["notes"].append(f"{first['name']} and {run['name']} had different {words}: their scores do not compare")
+    for run in found["runs"]:
+        if absent := len(run["missing"]) + len(run["failed"]):
+            found["notes"].append(f"{run['name']}: {absent} prompts have no answers (listed below), and are in no mean")
+        if unknown := run["scores"]["overall"]["unknown"]:
+            found["notes"].append(
+                f"{run['name']}: {unknown} of {run['scores']['overall']['questions']} answers are Unknown (could not be read), "
+                "and are in no mean"
+            )
+    return found
+
+
+def _names(runs: list[Path]) -> list[str]:
+    """The folders' names, made longer where two are the same."""
+    whole = [r.resolve() if r.is_dir() else r.resolve().parent for r in runs]
+    for depth in range(1, 20):
+        names = ["/".join(w.parts[-depth:]) for w in whole]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{i + 1}: {w.name}" for i, w in enumerate(whole)]
+
+
+def shown(score: dict[str, Any]) -> str:
+    """A mean and its interval."""
+    if score["mean"] is None:
+        return "-"
+    return f"{score['mean']:.4f}" + ("" if score["low"] is None else f" [{score['low']:.4f}, {score['high']:.4f}]")
+
+
+def sections(report: dict[str, Any], taxonomy: Taxonomy) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """Title and rows (what it is, a cell a run) of every table."""
+    runs = report["runs"]
+    none = {"mean": None, "low": None, "high": None, "count": 0}
+
+    def cells(*keys: str) -> list[str]:
+        out = []
+        for run in runs:
+            at: Any = run["scores"]
+            for key in keys:
+                at = at.get(key, {})
+            out.append(shown(at or none))
+        return out
+
+    every = lambda kind: list(dict.fromkeys(k for r in runs for k in r["scores"][kind]))  # noqa: E731
+    whole = [r["scores"]["overall"] for r in runs]
+    overall = [
+        ("all clips", cells("overall")), ("clips scored", [str(w["count"]) for w in whole]),
+        ("Unknown answers", [f"{w['unknown']}/{w['questions']}" for w in whole]),
+    ]  # fmt: skip
+    if len(runs) > 1:
+        counted = lambda a: f"{a['better']}, {a['same']}, {a['worse']}"  # noqa: E731
+        for name, words in ((f"minus {runs[0]['name']}, paired", _signed), ("better, same, worse", counted)):
+            overall.append((name, ["-", *(words(r["against_first"]) for r in runs[1:])]))
+    found = [("Overall", overall)]
+    found.append(("Groups", [(g, cells("groups", g)) for g in every("groups")]))
+    found.append(("Categories", [(_titled(c, taxonomy), cells("categories", c)) for c in every("categories")]))
+    layers = [
+        (f"{c}: {layer}", cells("categories", c, "layers", layer))
+        for c in every("categories") for layer in taxonomy.layer_names(c)
+    ]  # fmt: skip
+    found.append(("Layers", layers))
+    found.append(("Difficulty", [(d, cells("difficulties", d)) for d in every("difficulties")]))
+    return [(title, rows) for title, rows in found if rows]
+
+
+def _titled(code: str, taxonomy: Taxonomy) -> str:
+    return f"{code} {taxonomy.names[code]}" if code in taxonomy.names else code
+
+
+def _signed(score: dict[str, Any]) -> str:
+    if score["mean"] is None:
+        return "-"
+    return f"{score['mean']:+.4f}" + ("" if score["low"] is None else f" [{score['low']:+.4f}, {score['high']:+.4f}]")
+
+
+def absent(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(run, id, why) of every prompt without answers."""
+    return [(r["name"], i, why) for r in report["runs"] for kind in ("missing", "failed") for i, why in r[kind].items()]
+
+
+def _escaped(text: str) -> str:
+    """Text as markdown shows it, HTML and table marks included."""
+    for mark in "\\`*_{}[]<>|&":
+        text = text.replace(mark, "\\" + mark if mark not in "<>&" else {"<": "&lt;", ">": "&gt;", "&": "&amp;"}[mark])
+    return " ".join(text.split())
+
+
+def markdown(report: dict[str, Any], taxonomy: Taxonomy) -> str:
+    """Tables as markdown: means with bootstrap 95% intervals."""
+    runs = report["runs"]
+    out = ["# VR-Bench", ""]
+    out += [f"- {_escaped(r['name'])}: judged by {_escaped(r['judge'])}, {r['when'][:10]}" for r in runs]
+    out += [f"- {_escaped(note)}" for note in report["notes"]]
+    out += ["", "Means of clips' weighted shares of Yes, with bootstrap 95% intervals."]
+    for title, rows in sections(report, taxonomy):
+        head = "| " + " | ".join(["", *(_escaped(r["name"]) for r in runs)]) + " |"
+        out += ["", f"## {title}", "", head, "|---" * (len(runs) + 1) + "|"]
+        out += ["| " + " | ".join([_escaped(name), *cells]) + " |" for name, cells in rows]
+    if lost := absent(report):
+        out += ["", "## Without answers", ""]
+        out += [f"- {_escaped(run)}, {_escaped(i)}: {_escaped(why)}" for run, i, why in lost]
+    return "\n".join(out) + "\n"

@@ -1,0 +1,179 @@
+"""VR-Bench's prompt files (Lumos-Nexus, arXiv 2605.31603) as categories, prompts and weighted questions.
+
+A file is one object keyed by category name -> `category_description`, optional `evaluation_principle`, `prompts`: `[{id,
+category, prompt_en, description, difficulty, evaluation: {overall_instruction, evaluation_description, scoring_method?,
+evaluation_questions: [{id: "q1", question, weight, importance_score}]}}]`. The generation-only variant has no `evaluation`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nexus_rt.errors import InputError
+from nexus_rt.prompts import category_prompts, check_ids, check_name, parse_json, prompt_files, read_text
+
+LAYERS = 3
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a clip. weight: what its Yes counts; importance: the file's `importance_score`, kept and not used."""
+
+    id: str
+    text: str
+    weight: float
+    importance: float | None = None
+
+    @property
+    def layer(self) -> int:
+        """Its layer from 0: questions 1 and 2, 3 to 5, 6 and on."""
+        number = int(self.id[1:])
+        return 0 if number <= 2 else 1 if number <= 5 else 2
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One clip to make and what to ask of it; `questions` is empty in the generation-only variant."""
+
+    id: str
+    category: str
+    text: str
+    difficulty: str = ""
+    description: str = ""
+    instruction: str = ""
+    behaviour: str = ""
+    principle: str = ""
+    questions: tuple[Question, ...] = ()
+
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """Categories by code: their names, the names of their three layers, and the groups they are reported in."""
+
+    names: dict[str, str]
+    layers: dict[str, tuple[str, ...]]
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def code(self, name: str) -> str:
+        """The code of a category named by its code, its name, or both ("Energy Transfer Visualization (ETV)"); an unknown
+        name is its own code."""
+        plain = re.sub(r"[^a-z]+", " ", re.sub(r"\(.*?\)", "", name).lower()).strip()
+        for code, full in self.names.items():
+            if name.strip().upper() == code or f"({code})" in name or plain == full.lower():
+                return code
+        return name.strip()
+
+    def layer_names(self, code: str) -> tuple[str, ...]:
+        return self.layers.get(code) or tuple(f"layer {i + 1}" for i in range(LAYERS))
+
+
+def read_taxonomy(path: str | Path | None = None) -> Taxonomy:
+    """Names, layers and groups of categories: a file of your own in `taxonomy.json`'s form, else that.
+
+    Raises:
+        InputError: it breaks the form.
+    """
+    path = Path(path).expanduser() if path else Path(__file__).with_name("taxonomy.json")
+    said = parse_json(read_text(path), str(path))
+    names, layers, groups = {}, {}, {}
+    categories = said.get("categories") if isinstance(said, dict) else None
+    if not isinstance(categories, dict) or not isinstance(said.get("groups"), dict):
+        raise InputError(f'{path}: expected an object with "categories" and "groups".')
+    for code, row in categories.items():
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+            raise InputError(f"{path}: categories.{code}.name is missing; expected text.")
+        names[code] = row["name"]
+        layers[code] = tuple(row.get("layers") or ())
+        if len(layers[code]) not in (0, LAYERS):
+            raise InputError(f"{path}: categories.{code}.layers has {len(layers[code])} names; expected {LAYERS}.")
+    for group, codes in said["groups"].items():
+        if unknown := [c for c in codes if c not in names]:
+            raise InputError(f"{path}: groups.{group} holds {unknown[0]!r}; expected categories, of {', '.join(names)}.")
+        groups[group] = tuple(codes)
+    return Taxonomy(names, layers, groups)
+
+
+def read_bench(path: str | Path, taxonomy: Taxonomy) -> list[Prompt]:
+    """The prompts of a VR-Bench file, or of all the `.json` files of a folder.
+
+    Raises:
+        InputError: a file that breaks the schema (with the field's place and what was expected), an id that is there twice,
+            weights that sum to zero.
+    """
+    path = Path(path).expanduser()
+    prompts = [prompt for file in prompt_files(path) for prompt in _file(file, taxonomy)]
+    check_ids([p.id for p in prompts], path)
+    return prompts
+
+
+def _file(path: Path, taxonomy: Taxonomy) -> list[Prompt]:
+    said = parse_json(read_text(path), str(path))
+    if not isinstance(said, dict) or not said:
+        kind = "nothing" if said == {} else f"a {type(said).__name__}"
+        raise InputError(f"{path} holds {kind}; expected an object keyed by category name, as VR-Bench's files are.")
+    return [
+        _prompt(row, place, taxonomy.code(name), _text(category, "evaluation_principle", f"{path}: {name}"))
+        for name, category in said.items()
+        for row, place in category_prompts(category, f"{path}: {name}")
+    ]
+
+
+def _text(row: dict[str, Any], name: str, where: str) -> str:
+    """A field that may be absent; an object or a list is kept as JSON text."""
+    value = row.get(name)
+    if value is None:
+        return ""
+    if isinstance(value, (dict, list)):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise InputError(f"{where}.{name} is {value!r}; expected text.")
+    return str(value).strip()
+
+
+def _prompt(row: dict[str, Any], where: str, category: str, principle: str) -> Prompt:
+    found = Prompt(
+        check_name(row["id"], where), category, str(row["prompt_en"]).strip(), _text(row, "difficulty", where),
+        _text(row, "description", where), principle=principle,
+    )  # fmt: skip
+    if row.get("evaluation") is None:
+        return found
+    said, place = row["evaluation"], f"{where}.evaluation"
+    if not isinstance(said, dict):
+        raise InputError(f"{place} is a {type(said).__name__}; expected an object.")
+    rows = said.get("evaluation_questions")
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{place}.evaluation_questions is {rows!r}; expected an array of questions.")
+    questions = tuple(_question(q, f"{place}.evaluation_questions[{i}]") for i, q in enumerate(rows))
+    ids = [q.id for q in questions]
+    if len(set(ids)) < len(ids):
+        raise InputError(f"{place}.evaluation_questions: id {max(ids, key=ids.count)!r} is there twice; expected each once.")
+    if sum(q.weight for q in questions) <= 0:
+        raise InputError(f"{place}.evaluation_questions: the weights sum to zero; expected one above zero at least.")
+    return Prompt(
+        found.id, category, found.text, found.difficulty, found.description, _text(said, "overall_instruction", place),
+        _text(said, "evaluation_description", place), principle, questions,
+    )  # fmt: skip
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _question(row: Any, where: str) -> Question:
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is a {type(row).__name__}; expected an object.")
+    if not isinstance(row.get("id"), str) or not re.fullmatch(r"q[1-9]\d*", row["id"]):
+        raise InputError(f'{where}.id is {row.get("id")!r}; expected "q1", "q2", ...')
+    if not isinstance(row.get("question"), str) or not row["question"].strip():
+        raise InputError(f"{where}.question is {row.get('question')!r}; expected text.")
+    if not _number(row.get("weight")):
+        raise InputError(f"{where}.weight is {row.get('weight')!r}; expected a number from 0 up.")
+    importance = row.get("importance_score")
+    if importance is not None and not _number(importance):
+        raise InputError(f"{where}.importance_score is {importance!r}; expected a number from 0 up.")
+    return Question(row["id"], row["question"].strip(), float(row["weight"]), importance)
