@@ -1,10 +1,11 @@
 """Compile every kernel variant the runtime launches for GPUs that need not be here, and read what it takes of them.
 
-    python -m nexus_rt.bench.aot                       # a Markdown table: registers, spills, shared memory
+    python -m nexus_rt.bench.aot                       # a Markdown table: registers, spills, shared memory, occupancy
     python -m nexus_rt.bench.aot --arch 90 --json -    # one architecture, as JSON
 
 Needs triton, no GPU and no driver: Triton compiles to PTX, and the `ptxas` it ships assembles that for sm_80, sm_90a,
-sm_100a and sm_120a and prints what the program uses.
+sm_100a and sm_120a and prints what the program uses. Occupancy is computed from that by the rules of the CUDA C++ programming
+guide ("Compute Capabilities"), not measured.
 """
 
 from __future__ import annotations
@@ -19,11 +20,46 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 # files of kernels/ with a `variants()`
 KERNELS = ("band_blend", "solver_step", "modulate", "qk_norm_rope", "attention", "attention_fp8")
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
+REGISTERS = 65536  # a multiprocessor, on all of them
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a multiprocessor holds: resident warps, blocks, bytes of shared memory; each block takes 1 KiB more than it asks."""
+
+    warps: int
+    blocks: int
+    shared: int
+
+
+LIMITS = {80: Limits(64, 32, 164 << 10), 90: Limits(64, 32, 228 << 10), 100: Limits(64, 32, 228 << 10),
+          120: Limits(48, 24, 100 << 10)}  # fmt: skip
+
+
+def occupancy(arch: int, warps: int, registers: int, shared: int) -> tuple[int, str]:
+    """Warps that a multiprocessor holds at once of a program, and what keeps it from more: "registers", "shared memory",
+    "warps" or "blocks".
+
+    Args:
+        warps: of a block. registers: of a thread; given out to warps in units of 256, a quarter of them in each of four
+            partitions. shared: bytes of a block.
+    """
+    most = LIMITS[arch]
+    each = -(-registers * 32 // 256) * 256
+    fit = {
+        "warps": most.warps // warps,
+        "blocks": most.blocks,
+        "registers": REGISTERS // 4 // each * 4 // warps,
+        "shared memory": most.shared // (shared + 1024),
+    }
+    by = min(fit, key=fit.__getitem__)
+    return fit[by] * warps, by
 
 
 def all_variants() -> list:
@@ -62,11 +98,15 @@ def compile_variant(variant, arch: int) -> dict:
             [tool, "-v", f"-arch={ARCHITECTURES[arch]}", file, "-o", Path(folder) / "kernel.cubin"],
             capture_output=True, text=True, check=True,
         ).stderr  # fmt: skip
+    registers, shared = int(re.search(r"Used (\d+) registers", said)[1]), int(compiled.metadata.shared)
+    threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)  # warp groups of a specialised kernel are counted there
+    warps = int(threads[1]) // 32 if threads else variant.num_warps
+    resident, limit = occupancy(arch, warps, registers, shared)
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said)]
     return {
         "variant": variant.label, "arch": ARCHITECTURES[arch], "warps": variant.num_warps,
-        "registers": int(re.search(r"Used (\d+) registers", said)[1]), "spilled_bytes": sum(spills),
-        "shared_bytes": int(compiled.metadata.shared), "wide_loads": len(re.findall(r"ld\.global\S*\.v[24]\.", ptx)),
+        "registers": registers, "spilled_bytes": sum(spills), "shared_bytes": shared, "block_warps": warps,
+        "resident_warps": resident, "limited_by": limit, "wide_loads": len(re.findall(r"ld\.global\S*\.v[24]\.", ptx)),
         "wgmma": "wgmma" in ptx, "fp8_products": "e4m3.e4m3" in ptx or "kind::f8f6f4" in ptx,
         "copied_by_descriptor": ptx.count("cp.async.bulk.tensor"), "warp_specialised": "setmaxnreg" in ptx,
     }  # fmt: skip
@@ -78,14 +118,16 @@ def _compile_one(which: tuple[int, int]) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, a line a variant: registers / spilled bytes / shared bytes on each architecture that launches it."""
+    """Markdown, a line a variant: registers / spilled bytes / shared bytes / resident warps (and of how many a multiprocessor
+    holds) on each architecture that launches it."""
     arches = list(dict.fromkeys(r["arch"] for r in rows))
     lines = [f"| variant | warps | {' | '.join(arches)} |", "|---|---|" + "---|" * len(arches)]
     for label in dict.fromkeys(r["variant"] for r in rows):
         own = {r["arch"]: r for r in rows if r["variant"] == label}
         cells = [
-            f"{r['registers']} / {r['spilled_bytes']} / {r['shared_bytes']}" if (r := own.get(arch)) else "" for arch in arches
-        ]
+            f"{r['registers']} / {r['spilled_bytes']} / {r['shared_bytes']} / {r['resident_warps']}" if (r := own.get(arch))
+            else "" for arch in arches
+        ]  # fmt: skip
         lines.append(f"| {label} | {next(iter(own.values()))['warps']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -17,10 +17,16 @@ STEPS = "small:6 large:6"
 
 
 def engines(suite: Any) -> dict:
-    """A guided step of a two-block model of the small one's width: eager, replayed, and by every backend that builds here.
+    """A guided step of two blocks of each generator's width: eager, replayed, and by every backend that builds here."""
+    names = dict.fromkeys((next(iter(suite.configs)), list(suite.configs)[-1]))
+    rows: dict[str, Any] = {}
+    for name in names:
+        rows |= {f"{name}: {label}": row for label, row in _engines(suite, suite.configs[name]).items()}
+    return rows
 
-    Each is exported as a user would, parity gate and all, from a folder of random weights.
-    """
+
+def _engines(suite: Any, config: dict) -> dict:
+    """Each is exported as a user would, parity gate and all, from a folder of random weights."""
     import torch
 
     from nexus_rt.engines.exported import Bucket
@@ -32,7 +38,7 @@ def engines(suite: Any) -> dict:
 
     t, h, w = suite.grid
     size = Bucket(16 * w, 16 * h, 4 * t - 3)
-    config = {**next(iter(suite.configs.values())), "num_layers": 2}
+    config = {**config, "num_layers": 2}
     latents, rows = suite.random(1, 16, *size.latent, dtype=torch.float32), {}
     timestep = torch.tensor(700.0, device=suite.device)
     with tempfile.TemporaryDirectory() as folder, _cache(folder):

@@ -31,9 +31,11 @@ from nexus_rt.bench.gpu_correctness import correctness
 from nexus_rt.bench.gpu_dit import dit
 from nexus_rt.bench.gpu_engines import engines, swap
 from nexus_rt.bench.gpu_pipeline import pipeline
+from nexus_rt.bench.gpu_tables import markdown
 from nexus_rt.bench.presets import DRY, WAN_1_3B, WAN_14B
 
 LIMIT_S = 480.0
+KIND = "nexus-rt gpu suite"
 CONFIGS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
 GRID = (21, 30, 52)  # tokens of 480p x 81 frames: 32,760
 
@@ -284,7 +286,7 @@ def _other_loads(suite: Suite, case) -> dict[str, dict]:
 PARTS: dict[str, Callable[[Suite], dict]] = {
     "correctness": correctness, "roofs": roofs, "kernels": kernels, "attention": attention,
     "dit small": lambda s: dit(s, next(iter(s.configs))), "dit large": lambda s: dit(s, list(s.configs)[-1]),
-    "swap": swap, "engines": engines, "pipeline": pipeline,
+    "pipeline": pipeline, "swap": swap, "engines": engines,
 }  # fmt: skip
 
 
@@ -319,8 +321,10 @@ def fingerprint(suite: Suite) -> dict:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    found = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit, "torch": torch.__version__,
-             "python": platform.python_version(), "command": " ".join(sys.argv), "dry": suite.dry}  # fmt: skip
+    found = {
+        "kind": KIND, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit,
+        "torch": torch.__version__, "python": platform.python_version(), "command": " ".join(sys.argv), "dry": suite.dry,
+    }  # fmt: skip
     if suite.device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     try:
@@ -330,28 +334,6 @@ def fingerprint(suite: Suite) -> dict:
     except ImportError:
         found["triton"] = None
     return found
-
-
-def markdown(results: dict) -> str:
-    """Tables for reading; correctness first."""
-    lines = ["# " + results["run"].get("gpu", "CPU, dry: no speed here means anything"), ""]
-    lines += [f"{k}: {v}  " for k, v in results["run"].items()]
-    for part, rows in results.items():
-        if part == "run":
-            continue
-        lines += ["", f"## {part}", ""]
-        flat = {}
-        for name, row in rows.items():
-            if isinstance(row, dict) and "backends" in row:
-                flat |= {f"{name}: {b}{' (chosen)' if b == row['chosen'] else ''}": r for b, r in row["backends"].items()}
-            else:
-                flat[name] = row
-        lines += ["| | |", "|---|---|"]
-        for name, row in flat.items():
-            shown = lambda v: f"{v:.3g}" if isinstance(v, float) else v  # noqa: E731
-            items = row.items() if isinstance(row, dict) else [("", row)]
-            lines.append(f"| {name} | {', '.join(f'{k} {shown(v)}'.strip() for k, v in items)} |")
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

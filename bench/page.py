@@ -208,7 +208,7 @@ def _scaling(found: dict[str, Any]) -> str:
             out.append(
                 f"<figure>{lines(points, fit, x)}<figcaption>{escape(f'over {axis}, {name}: {words}')}</figcaption></figure>"
             )
-    return "<h2>Scaling</h2>" + "".join(out)
+    return f'<h2>Scaling</h2><div class="clips">{"".join(out)}</div>'
 
 
 def page(results: dict[str, Any]) -> str:

@@ -1,16 +1,20 @@
-"""The tables of bench/README.md, made from results files, so that no figure there was typed.
+"""Tables of documents, made from results files, so that no figure there was typed.
 
-python -m nexus_rt.bench.tables bench/README.md      # replaces what stands between <!-- results F --> and <!-- end -->
+python -m nexus_rt.bench.tables README.md bench/README.md     # replaces what stands between <!-- results F --> and <!-- end -->
+
+F, named from the document's folder: what `nexus-rt bench --json` wrote, or the GPU suite.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.bench.results import read
+from nexus_rt.bench.gpu_tables import targets_table
+from nexus_rt.bench.results import KIND, read
 
 PLACE = re.compile(r"(<!-- results (\S+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -78,12 +82,23 @@ def tables(found: dict[str, Any]) -> str:
 
 def fill(text: str, folder: Path) -> str:
     """A document with every marked table made again from its file, named relative to `folder`."""
-    return PLACE.sub(lambda m: m[1] + tables(read(folder / m[2])) + m[3], text)
+    return PLACE.sub(lambda m: m[1] + made_of(folder / m[2]) + m[3], text)
+
+
+def made_of(path: Path) -> str:
+    """The tables of one results file, of either kind."""
+    found = json.loads(path.read_text())
+    if "run" not in found or found.get("kind") == KIND:
+        return tables(read(path))
+    run = found["run"]
+    made = [run.get("gpu", "CPU, dry: no speed here means anything"), f"torch {run['torch']}", f"triton {run['triton']}",
+            run["date"][:10], f"commit {run['commit']}"]  # fmt: skip
+    return f"{', '.join(made)}; `{run['command']}`\n\n{targets_table(found)}\n"
 
 
 def main() -> None:
-    path = Path(sys.argv[1])
-    path.write_text(fill(path.read_text(), path.parent))
+    for path in map(Path, sys.argv[1:]):
+        path.write_text(fill(path.read_text(), path.parent))
 
 
 if __name__ == "__main__":

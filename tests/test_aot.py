@@ -47,3 +47,25 @@ def test_attention_uses_hoppers_matrix_units_and_fits_shared_memory(rows):
 def test_loads_are_wide(rows):
     """16 bytes a thread where rows are whole: what a kernel at the copy's roof needs."""
     assert [r["variant"] for r in rows if not r["wide_loads"] and not r["variant"].startswith("attention")] == []
+
+
+def test_occupancy_follows_the_programming_guides_rules():
+    """Worked by hand from its tables: 65,536 registers, out in units of 256 a warp, four partitions; 1 KiB more a block."""
+    from nexus_rt.bench.aot import occupancy
+
+    assert occupancy(90, 4, 32, 0) == (64, "warps")
+    assert occupancy(90, 8, 255, 0) == (8, "registers")  # 8,192 registers a warp: two in each partition
+    assert occupancy(90, 4, 168, 0) == (12, "registers")  # 5,376 a warp: three in each
+    assert occupancy(90, 4, 40, 100 << 10) == (8, "shared memory")  # 228 / 101
+    assert occupancy(120, 4, 40, 49 << 10) == (8, "shared memory")  # 100 / 50
+    assert occupancy(120, 16, 40, 0) == (48, "warps") and occupancy(90, 1, 32, 0) == (32, "blocks")
+
+
+def test_every_program_fits_and_memory_bound_ones_fill_half_a_multiprocessor(rows):
+    """Latency is hidden by warps: a kernel at the copy's roof needs many, a product's tile does not."""
+    from nexus_rt.bench.aot import ARCHITECTURES, LIMITS
+
+    limits = {name: LIMITS[arch].warps for arch, name in ARCHITECTURES.items()}
+    assert all(r["resident_warps"] >= r["block_warps"] for r in rows)
+    rowwise = [r for r in rows if r["variant"].split()[0] in ("modulate", "qk_norm_rope", "solver_step")]
+    assert rowwise and all(r["resident_warps"] >= limits[r["arch"]] / 2 for r in rowwise)

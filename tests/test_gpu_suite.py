@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from nexus_rt.bench import gpu_correctness, gpu_suite
+from nexus_rt.bench import gpu_correctness, gpu_pipeline, gpu_suite, gpu_tables, tables
 
 pytest.importorskip("triton")
 
@@ -44,8 +44,16 @@ def test_the_whole_suite_runs_dry(tmp_path):
         assert results[part]["triton"]["difference"] < 1e-5 and results[part]["diffusers"]["ms"] > 0
     assert set(results["swap"]) == {"resident", "prefetched", "swapped", "streamed"}
     assert all(row["first_over_median"] > 0 and row["small_ms"] > 0 for row in results["swap"].values())
-    assert results["engines"]["onnx"]["difference"] < 1e-4 and results["engines"]["onnx"]["parity_error"] < 1e-3
+    exported = results["engines"]["tiny: onnx"]
+    assert exported["difference"] < 1e-4 and exported["parity_error"] < 1e-3 and exported["build_s"] > 0
+    assert {f"peer {p}" for p in ("diffusers", "switch", "naive")} <= results["pipeline"].keys()
+    assert all(results["pipeline"][plan]["predicted_ms"] > 0 for plan in gpu_pipeline.PLANS)
+    assert all(results["pipeline"][f"peer {p}"]["latent_error"] < 1e-3 for p in ("diffusers", "switch", "naive"))
+    found = {name: value for name, _, value, _ in gpu_tables.targets(results)}
+    missing = [n for n, v in found.items() if v is None]  # on a CPU: a GPU's memory, the blend at true size, fp8
+    assert all("memory" in n or "fp8" in n or n.startswith("band_blend") for n in missing) and len(missing) == 7, missing
     text = file.with_suffix(".md").read_text()
+    assert "not measured" in text and tables.made_of(file).count("not measured") == 7
     assert "CPU, dry: no speed here means anything" in text and "(chosen)" in text
 
 
@@ -125,3 +133,34 @@ def test_a_way_to_load_that_is_wrong_gets_no_speed():
     found = gpu_suite._other_loads(s, Case(1, 8, 8, 2, 32, s.dtype, s.device, False))
     assert found["triton, pointers"] == {"why": "it is wrong: see correctness"}
     assert "16-bit" in found["triton, descriptors"]["why"] and len(found) == 6
+
+
+def test_what_was_wanted_stands_beside_what_was_measured():
+    """A miss stays in the table, and what was not measured is not met."""
+    blend = {"eager_called_ms": 0.09, "called_ms": 0.01, "percent_of_roof": 71.0}
+    backends = {"sdpa": {"ms": 4.0}, "cudnn": {"ms": 3.0}, "triton": {"ms": 3.2}, "triton, pointers": {"ms": 5.0},
+                "triton-fp8": {"ms": 2.0}, "flash": {"why": "not there"}}  # fmt: skip
+    results = {
+        "run": {}, "kernels": {"band_blend 90x160": blend, "modulate 14B 9": {"percent_of_roof": 90.0},
+                               "modulate 1.3B 9": {"failed": "x"}},
+        "attention": {"self 14B": {"chosen": "cudnn", "backends": backends}, "cross": {"chosen": "sdpa", "backends": {}}},
+        "dit large": {"torch": {"ms": 2200.0}, "triton": {"ms": 2000.0}, "diffusers": {"ms": 4000.0},
+                      "diffusers, blocks compiled": {"ms": 2200.0}},
+        "swap": {"resident": {"first_over_median": 1.3, "planned_over_peak": 0.97}},
+        "pipeline": {"costs": {"large_guided": 4100.0}, "reference": {"prediction_error": -0.07}, "peer naive": {"ratio": 2}},
+    }  # fmt: skip
+    found = {name: (value, met) for name, _, value, met in gpu_tables.targets(results)}
+    assert found["band_blend 90x160, against eager"] == (pytest.approx(9), True)
+    assert found["band_blend 90x160, percent of the copy"] == (71.0, False)
+    assert found["band_blend 60x104, against eager"] == (None, None)
+    assert found["modulate, percent of the copy, the least of 2"] == (None, None)  # one of the two failed
+    assert found["attention self 14B: auto against the best of PyTorch's"] == (1.0, True)
+    assert found["attention self 14B: triton"] == (pytest.approx(3.0 / 3.2), True)
+    assert found["attention self 14B: triton-fp8"] == (1.5, True)
+    assert found["14B, a guided step in seconds"] == (4.1, True)
+    assert found["14B, a forward against the best of diffusers'"] == (1.1, False)
+    assert found["the step after the swap over the median, resident"] == (1.3, False)
+    assert found["peak memory off the plan, percent, resident"] == (pytest.approx(3), True)
+    assert found["plan reference: price off its time, percent"] == (pytest.approx(7), False)
+    assert "| at most 5 | 7 | **no** |" in gpu_tables.targets_table(results)
+    assert all(value is None for _, _, value, _ in gpu_tables.targets({"run": {}, "pipeline": {"not_reached": "late"}}))

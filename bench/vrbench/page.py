@@ -17,7 +17,8 @@ from nexus_rt.video import read_frames
 OWN = """
 details{border-bottom:1px solid #e5e5e5;padding:.4rem 0}summary{cursor:pointer}
 .clip td{white-space:normal;vertical-align:top;text-align:left}.yes{color:#2a7d4f}.no{color:#a4161a}.unknown{color:#8a6d00}
-.clip{margin:.4rem 0 1rem}summary code{font-size:12px}
+.clip{margin:.4rem 0 1rem;display:table;width:100%}.clip td:nth-child(2){min-width:14rem}
+.clip img{height:auto;max-width:100%}summary code{font-size:12px}
 """
 
 
