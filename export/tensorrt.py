@@ -114,7 +114,8 @@ def _child(job: dict[str, Any]) -> dict[str, Any]:
     errors: list[str] = []
     log = backend.logger(trt, errors)
     builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows no other kind
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(job["onnx"]):
         raise SystemExit("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or "the parser said no")

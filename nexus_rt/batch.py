@@ -1,5 +1,5 @@
-"""A list of prompts to a folder of clips: prompts encoded together, a clip decoded while the next is denoised, and a line of
-`results.jsonl` for each as it ends, so that the same command goes on where an interrupted one stopped.
+"""A list of prompts to a folder of clips: prompts encoded together, a clip decoded while the next is denoised where there is
+room for both, and a line of `results.jsonl` for each as it ends, so that the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -106,7 +106,11 @@ def finished(job: Job) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
 
 
 class Lines:
-    """A file that gets a whole line at a time, on disk when `add` returns."""
+    """A file that gets a whole line at a time, on disk when `add` returns.
+
+    Raises:
+        NexusError: the disk is full, or the folder went away.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self._order = path, threading.Lock()
@@ -116,10 +120,15 @@ class Lines:
                 file.write(b"\n")
 
     def add(self, row: dict[str, Any]) -> None:
-        with self._order, open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self._order, open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise NexusError(
+                f"{self.path} cannot be written ({error}); free some space and run the same command: what was finished is kept."
+            ) from error
 
 
 def run(
@@ -212,8 +221,7 @@ def _make(
     pipe: NexusPipeline, todo: list[tuple[Item, dict[str, Any]]], job: Job, begins: Callable[[Item], None],
     ended: Callable[[dict[str, Any]], None],
 ) -> Iterator[None]:  # fmt: skip
-    """Every item; `ended` is called with its row when its clip is written, or has failed. One is decoded and written while the
-    next is denoised, where nothing has to make room for the decoder. Yields now and then."""
+    """Every item; `ended` is called with its row when its clip is written, or has failed. Yields now and then."""
     with ThreadPoolExecutor(1) as decoder:
         pending: Future | None = None
         for start in range(0, len(todo), TOGETHER):
@@ -232,9 +240,13 @@ def _make(
                     continue
                 if pending is not None:
                     pending.result()
-                pending = decoder.submit(lambda *a: ended(_write(*a)), pipe, latents, row, job, began)
-                if pipe.vram is not None:
-                    pending.result()
+                    pending = None
+                ready = torch.cuda.current_stream().record_event() if latents.is_cuda else None
+                finish = lambda *a: ended(_write(*a))  # noqa: E731
+                if decodes_beside(pipe, said):
+                    pending = decoder.submit(finish, pipe, latents, ready, row, job, began)
+                else:  # in this thread: another would bring a team of OpenMP's of its own, that waits for cores
+                    finish(pipe, latents, ready, row, job, began)
                 yield
         if pending is not None:
             pending.result()
@@ -279,9 +291,40 @@ def _denoise(pipe: NexusPipeline, said: dict[str, Any], told: dict[str, Tensor],
     return pipe(generator=seed, output_type="latent", **options).frames
 
 
-def _write(pipe: NexusPipeline, latents: Tensor, row: dict[str, Any], job: Job, began: float) -> dict[str, Any]:
+def decodes_beside(pipe: NexusPipeline, said: dict[str, Any]) -> bool:
+    """Whether a clip is decoded and written while the next is denoised.
+
+    On a GPU, where the decoder's working memory is free; on a CPU, where each of the two has cores of its own: two that share
+    two cores take 1.5 times as long as one after the other, on one core each 0.85 times (mini pair, 12 clips).
+    """
+    if pipe.vram is not None or pipe.vae is None:
+        return False
+    if pipe.device.type != "cuda":
+        return 2 * torch.get_num_threads() <= (os.cpu_count() or 1)
+    width, height = (int(n) for n in said["size"].split("x"))
+    unused = torch.cuda.memory_reserved(pipe.device) - torch.cuda.memory_allocated(pipe.device)
+    return torch.cuda.mem_get_info(pipe.device)[0] + unused >= pipe.vae.working_bytes(width, height, said["frames"])
+
+
+@contextlib.contextmanager
+def _after(ready: torch.cuda.Event | None, latents: Tensor) -> Iterator[None]:
+    """On a GPU, a stream of its own that begins when the latents are there."""
+    if ready is None:
+        yield
+        return
+    stream = torch.cuda.Stream(latents.device)
+    stream.wait_event(ready)
+    latents.record_stream(stream)
+    with torch.cuda.stream(stream):
+        yield
+
+
+def _write(
+    pipe: NexusPipeline, latents: Tensor, ready: torch.cuda.Event | None, row: dict[str, Any], job: Job, began: float
+) -> dict[str, Any]:  # fmt: skip
     try:
-        frames = pipe.decode(latents, "np", rescue=job.folder)
+        with _after(ready, latents):
+            frames = pipe.decode(latents, "np", rescue=job.folder)
         save_video(frames[0], job.folder / row["file"], job.fps)
     except Exception as error:
         return _failed(row, error)

@@ -140,6 +140,49 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(tiny_pipe, tmp_path, monkeyp
     assert run(tiny_pipe, items, job) == {"made": 1, "kept": 2, "failed": 1}  # what failed is tried again
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_clip_is_decoded_beside_the_next_only_where_there_is_room(beside, tiny_pipe, tmp_path, monkeypatch):
+    """What a slow decoder holds up, and what it does not."""
+    monkeypatch.setattr(batch, "decodes_beside", lambda pipe, said: beside)
+    events, decode, denoise = [], tiny_pipe.decode, batch._denoise
+
+    def slow(latents, output_type, **options):
+        if output_type != "latent":
+            time.sleep(0.3)
+            events.append("decoded")
+        return decode(latents, output_type, **options)
+
+    def watched(*args):
+        events.append("denoised")
+        return denoise(*args)
+
+    monkeypatch.setattr(tiny_pipe, "decode", slow)
+    monkeypatch.setattr(batch, "_denoise", watched)
+    run(tiny_pipe, [Item("a", "a"), Item("b", "b")], Job(tmp_path, suffix=".png", options=QUICK))
+    assert events == (["denoised", "denoised", "decoded", "decoded"] if beside else ["denoised", "decoded"] * 2)
+
+
+def test_where_there_is_room(tiny_pipe, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for threads, wanted in ((1, True), (2, True), (3, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        assert batch.decodes_beside(tiny_pipe, {}) == wanted
+    monkeypatch.setattr(tiny_pipe, "vram", 10**9)  # a budget was planned for one thing at a time
+    assert not batch.decodes_beside(tiny_pipe, {})
+
+
+def test_a_full_disk_is_one_sentence(tiny_pipe, tmp_path, monkeypatch, capsys):
+    def full(self, row):
+        raise batch.NexusError(f"{self.path} cannot be written (No space left on device)")
+
+    lines = batch.Lines(tmp_path / "r" / "results.jsonl")
+    with pytest.raises(batch.NexusError, match="cannot be written .* what was finished is kept"):
+        lines.add({"id": "a"})  # its folder is gone
+    monkeypatch.setattr(batch.Lines, "add", full)
+    with pytest.raises(batch.NexusError, match="No space left"):
+        run(tiny_pipe, [Item("a", "a"), Item("b", "b")], Job(tmp_path, suffix=".png", options=QUICK))
+
+
 def test_a_prompt_that_cannot_be_encoded_fails_alone(tiny_pipe, tmp_path, monkeypatch):
     right = tiny_pipe.encode_prompt
 

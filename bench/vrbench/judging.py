@@ -22,7 +22,7 @@ from nexus_rt.bench.results import write_text
 from nexus_rt.bench.vrbench.judges import Conversation, Judge, JudgeError
 from nexus_rt.bench.vrbench.schema import Prompt, Taxonomy
 from nexus_rt.bench.vrbench.scoring import NO, UNKNOWN, YES, clip_scores
-from nexus_rt.errors import InputError, ModelError
+from nexus_rt.errors import InputError, ModelError, NexusError
 from nexus_rt.video import read_frames
 
 SCHEMA, KIND, FRAMES = 1, "nexus-rt vrbench", 16
@@ -121,6 +121,10 @@ def ask(judge: Judge, prompt: Prompt, frames: np.ndarray) -> dict[str, dict[str,
     return {q: found.get(q, left_out) for q in wanted}
 
 
+class Unreadable(NexusError):
+    """A clip that is no video."""
+
+
 @dataclass(frozen=True)
 class Clip:
     """A prompt's clip as it was found."""
@@ -173,7 +177,8 @@ def judge_clips(
         What the file holds: {"judge", "clips": {id: answers and scores}, "missing": {id: why}, "failed": {id: why}, ...}.
 
     Raises:
-        InputError: prompts without questions. JudgeUnusable: nothing can be judged; what was answered is kept.
+        InputError: prompts without questions, or answers that cannot be written down. JudgeUnusable: nothing can be judged;
+            what was answered is kept.
     """
     if silent := [p.id for p in prompts if not p.questions]:
         raise InputError(
@@ -188,7 +193,11 @@ def judge_clips(
     say(f"{len(todo)} clips to judge, {len(answers)} were judged before, {len(missing)} are missing")
 
     def one(clip: Clip) -> dict[str, dict[str, str]]:
-        said = ask(judge, clip.prompt, read_frames(clip.path))
+        try:
+            frames = read_frames(clip.path)
+        except InputError as error:
+            raise Unreadable(str(error)) from error
+        said = ask(judge, clip.prompt, frames)
         _write(store / f"{clip.key}.json", {"clip": clip.path.name, "judge": judge.name, "answers": said})
         return said
 
@@ -212,7 +221,7 @@ def judge_clips(
                 except JudgeError as error:
                     failed[name] = str(error)
                     say(f"[{done}/{len(todo)}] {name}: FAILED: {error}")
-                except InputError as error:  # the clip, not the judge
+                except Unreadable as error:
                     missing[name] = str(error)
                     say(f"[{done}/{len(todo)}] {name}: {error}")
     except BaseException:
