@@ -88,26 +88,31 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A results file.
+    """A results file; errors as `read_as`."""
+    return read_as(Path(path), KIND, SCHEMA, "`nexus-rt bench --json`", "measure again")
+
+
+def read_as(path: Path, kind: str, schema: int, maker: str, remedy: str) -> dict[str, Any]:
+    """A JSON object that says what it is under "kind" and "schema".
+
+    Args:
+        maker: what writes such files. remedy: what to do about a bad one, to put into the errors.
 
     Raises:
         InputError: there is none. ModelError: it is damaged, something else, or of another schema.
     """
-    path = Path(path)
     try:
-        said = json.loads(path.read_text())
+        said = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}); expected a file that `nexus-rt bench --json` wrote."
-        ) from None
+        raise InputError(f"{path} cannot be read ({error.strerror}); expected a file that {maker} wrote.") from None
     except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}); write it again with `nexus-rt bench --json`.") from None
-    if not isinstance(said, dict) or said.get("kind") != KIND:
-        raise ModelError(f"{path} holds no results of `nexus-rt bench`; expected a file that its --json wrote.")
-    if said.get("schema") != SCHEMA:
+        raise ModelError(f"{path} is not JSON ({error}); {remedy}.") from None
+    if not isinstance(said, dict) or said.get("kind") != kind:
+        raise ModelError(f"{path} holds no results of {kind}; expected a file that {maker} wrote.")
+    if said.get("schema") != schema:
         raise ModelError(
-            f"{path} has schema {said.get('schema')!r}, and this nexus-rt reads {SCHEMA}; measure again, or use the "
-            "version that wrote it."
+            f"{path} has schema {said.get('schema')!r}, and this nexus-rt reads {schema}; {remedy}, or use the version that "
+            "wrote it."
         )
     return said
 

@@ -15,6 +15,7 @@ from nexus_rt.denoise import Prompt, denoise
 from nexus_rt.engines.exported import Bucket
 from nexus_rt.engines.residency import STEP, Part, Residency, ResidencyPlan, call_parts, parse_bytes, plan_residency
 from nexus_rt.errors import InputError, ModelError, choose
+from nexus_rt.latents import LatentGrid, random_latents
 from nexus_rt.loading import Loaded, default_device, default_dtype, load_engines, load_models
 from nexus_rt.models.lora import LoraSource, parse_loras
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
@@ -22,6 +23,7 @@ from nexus_rt.pair import MINI, find_parts
 from nexus_rt.plan import Plan, Step, parse_plan
 from nexus_rt.solver import time_grid
 from nexus_rt.upfb import BlendConfig
+from nexus_rt.video import as_output
 
 BACKENDS = ("torch",)  # engine backends that can run a generator
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
@@ -258,28 +260,17 @@ class NexusPipeline:
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:  # fmt: skip
         """Noise [B, C, T, H, W], float32; a list of generators gives each sample its own."""
-        space, time = (self.vae.spatial, self.vae.temporal) if self.vae else (8, 4)
-        shape = (batch, self.channels, (num_frames - 1) // time + 1, height // space, width // space)
-        if isinstance(generator, list):
-            if len(generator) != batch:
-                raise InputError(f"{len(generator)} generators for {batch} videos; pass one for each, or a single one.")
-            return torch.cat([self._noise((1, *shape[1:]), g) for g in generator])
-        return self._noise(shape, generator)
+        shape = (batch, self.channels, *self._grid.latent(num_frames, height, width))
+        return random_latents(shape, generator, self.device)
 
-    def _noise(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-        source = generator.device if generator is not None else self.device
-        return torch.randn(shape, generator=generator, device=source, dtype=torch.float32).to(self.device)
+    @property
+    def _grid(self) -> LatentGrid:
+        space, time = (self.vae.spatial, self.vae.temporal) if self.vae else (8, 4)
+        return LatentGrid(space, time, self.patch)
 
     def check_inputs(self, height: int, width: int, num_frames: int, output_type: str) -> None:
         """Raise an `InputError` that names the nearest valid value."""
-        space, time = (self.vae.spatial, self.vae.temporal) if self.vae else (8, 4)
-        for name, value, unit in (("height", height, space * self.patch[1]), ("width", width, space * self.patch[2])):
-            if value < unit or value % unit:
-                near = sorted({max(unit, value // unit * unit), max(unit, -(-value // unit) * unit)})
-                raise InputError(f"{name} is {value}; expected a multiple of {unit}, such as {' or '.join(map(str, near))}.")
-        if num_frames < 1 or (num_frames - 1) % time:
-            low = max(1, (num_frames - 1) // time * time + 1)
-            raise InputError(f"num_frames is {num_frames}; expected {time}k+1, such as {low} or {low + time}.")
+        self._grid.check(num_frames, height, width)
         choose("output_type", output_type, OUTPUT_TYPES)
         for engine in (*self.engines.values(), self.vae, self.step_engine):
             if hasattr(engine, "check_size"):
@@ -426,12 +417,4 @@ class NexusPipeline:
         choose("output_type", output_type, OUTPUT_TYPES)
         if output_type == "latent":
             return latents
-        video = self.vae.decode(latents, rescue)
-        if output_type == "pt":
-            return video
-        array = video.permute(0, 1, 3, 4, 2).cpu().numpy()
-        if output_type == "np":
-            return array
-        from PIL import Image
-
-        return [[Image.fromarray((f * 255).round().astype("uint8")) for f in clip] for clip in array]
+        return as_output(self.vae.decode(latents, rescue), output_type)

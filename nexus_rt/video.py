@@ -6,10 +6,14 @@ import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nexus_rt.errors import InputError, choose
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = (".mp4", ".gif", ".png")
 FPS = 16  # Wan's frame rate
@@ -66,6 +70,18 @@ def save_video(frames: np.ndarray, path: str | Path, fps: int = FPS) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def as_output(video: Tensor, output_type: str) -> Any:
+    """Frames [B, F, 3, H, W] in [0, 1] as "pt" (as they are), "np" [B, F, H, W, 3], or "pil" (a list of images a clip)."""
+    if output_type == "pt":
+        return video
+    array = video.permute(0, 1, 3, 4, 2).cpu().numpy()
+    if output_type == "np":
+        return array
+    from PIL import Image
+
+    return [[Image.fromarray((f * 255).round().astype("uint8")) for f in clip] for clip in array]
 
 
 def read_frames(path: str | Path) -> np.ndarray:

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from nexus_rt.bench.presets import DRY, Preset
 from nexus_rt.cli import main
 from nexus_rt.engines.exported import Bucket
 from nexus_rt.models.wan import WanConfig
+from tests.pages import Tags, dump
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = "<script>document.title='owned'</script>"
@@ -239,16 +239,6 @@ def test_wrong_arguments_are_said_before_anything_is_measured(arguments, words, 
     assert words in capsys.readouterr().err
 
 
-class Tags(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.found, self.links = [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append(tag)
-        self.links += [v for k, v in attrs if k in ("src", "href")]
-
-
 def hostile(found):
     """Results whose every word is a script."""
     other = copy.deepcopy(found)
@@ -281,12 +271,8 @@ def test_the_page_is_one_file_and_escapes_everything(measured):
 @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no headless browser here")
 def test_a_browser_shows_the_page(measured, tmp_path):
     (tmp_path / "a.html").write_text(page(hostile(measured[1])))
-    out = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom",
-         f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'a.html'}"],
-        capture_output=True, text=True, timeout=90,
-    )  # fmt: skip
-    assert "<title>Latency: " in out.stdout and "<title>owned" not in out.stdout and "<h2>Scaling</h2>" in out.stdout
+    shown = dump("chromium", tmp_path / "a.html", tmp_path / "profile")
+    assert "<title>Latency: " in shown and "<title>owned" not in shown and "<h2>Scaling</h2>" in shown
 
 
 def test_a_clip_says_what_the_call_takes():

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from nexus_rt.errors import InputError
-from nexus_rt.video import check_output, save_video
+from nexus_rt.video import check_output, read_frames, save_video
 
 
 def clip(frames=9, height=32, width=48):
@@ -82,3 +82,19 @@ def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.touch", refuse)
     with pytest.raises(InputError, match="cannot be written .Permission denied."):
         check_output(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_every_frame_is_read_back(suffix, tmp_path):
+    frames = clip(7)
+    back = read_frames(save_video(frames, tmp_path / f"a{suffix}"))
+    assert back.shape == frames.shape and back.dtype == np.uint8
+    assert ((back / 255.0 - frames) ** 2).mean() < 1e-3
+
+
+def test_what_is_no_video_says_so(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"not a video at all")
+    (tmp_path / "b.mp4").write_bytes(save_video(clip(), tmp_path / "c.mp4").read_bytes()[:200])
+    for name in ("a.mp4", "b.mp4", "none.mp4"):
+        with pytest.raises(InputError, match=f"{name} (cannot be read as a video|holds no frames)"):
+            read_frames(tmp_path / name)

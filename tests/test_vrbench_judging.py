@@ -3,8 +3,8 @@
 import base64
 import io
 import json
+import shutil
 import time
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from nexus_rt.bench.vrbench.judging import judge_clips
 from nexus_rt.bench.vrbench.page import page
 from nexus_rt.bench.vrbench.schema import read_bench
 from nexus_rt.cli import main
+from tests.pages import Tags, dump
 from tests.vrbench import TAXONOMY, Server, asked_id, bench_file, first, questions, reply_to
 
 SCRIPT = "<script>document.title='owned'</script>"
@@ -271,17 +272,6 @@ def test_a_local_judge_that_cannot_be_loaded(tmp_path):
         judges.LocalJudge(tmp_path)
 
 
-class Tags(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.found, self.links = [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append(tag)
-        self.links += [v for k, v in attrs if k in ("src", "href")]
-        assert not any(k.startswith("on") for k, _ in attrs)
-
-
 def test_a_report_of_two_runs(clips, tmp_path, serve, capsys):
     """Tables with intervals, paired differences, frames; everything a judge or a prompt said is text."""
     path = bench_file(tmp_path, lambda s: first(s).update(prompt_en=f"a circle {SCRIPT}"))
@@ -311,6 +301,9 @@ def test_a_report_of_two_runs(clips, tmp_path, serve, capsys):
     tags.feed(html)
     assert "script" not in tags.found and SCRIPT not in html and tags.found.count("img") == 5
     assert all(link.startswith("data:image/jpeg;base64,") for link in tags.links) and len(tags.links) == 5
+    if browser := shutil.which("chromium"):
+        shown = dump(browser, tmp_path / "r.html", tmp_path / "profile")
+        assert "<title>VR-Bench</title>" in shown and "<title>owned" not in shown and "<h2>Categories</h2>" in shown
     assert "a circle &lt;script&gt;" in html and html.count("as seen") == 0 and "no cac_example_1.mp4" in html
 
 
@@ -321,9 +314,10 @@ def test_a_report_without_its_clips_and_of_other_files(clips, serve, tmp_path, c
     for path in clips.glob("*.mp4"):
         path.unlink()
     assert "<img" not in page(found, TAXONOMY)
-    assert main(["vrbench", "report", str(tmp_path)]) == 2 and "judge the clips first" in capsys.readouterr().err
+    assert main(["vrbench", "report", str(tmp_path)]) == 2
+    assert "expected a file that `nexus-rt vrbench judge PROMPTS" in capsys.readouterr().err
     bad = tmp_path / "x.json"
-    for content, words in (("{", "is not JSON"), ("{}", "holds no judgment"),
+    for content, words in (("{", "is not JSON"), ("{}", "holds no results of nexus-rt vrbench"),
                            (json.dumps({"kind": judging.KIND, "schema": 99}), "has schema 99")):  # fmt: skip
         bad.write_text(content)
         with pytest.raises(ModelError, match=words):

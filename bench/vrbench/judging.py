@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from nexus_rt.bench.results import write_text
+from nexus_rt.bench.results import read_as, write_text
 from nexus_rt.bench.vrbench.judges import Conversation, Judge, JudgeError
 from nexus_rt.bench.vrbench.schema import Prompt, Taxonomy
 from nexus_rt.bench.vrbench.scoring import NO, UNKNOWN, YES, clip_scores
-from nexus_rt.errors import InputError, ModelError, NexusError
+from nexus_rt.errors import InputError, NexusError
 from nexus_rt.video import read_frames
 
 SCHEMA, KIND, FRAMES = 1, "nexus-rt vrbench", 16
@@ -249,26 +249,8 @@ def _row(clip: Clip, said: dict[str, dict[str, str]], taxonomy: Taxonomy) -> dic
 
 
 def read_judgment(path: Path) -> dict[str, Any]:
-    """A folder's `judgment.json`, or such a file.
-
-    Raises:
-        InputError: there is none. ModelError: damaged, something else, or of another schema.
-    """
+    """A folder's `judgment.json`, or such a file; errors as `read_as`."""
     path = path.expanduser()
     path = path / FILE if path.is_dir() else path
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(
-            f"{path} cannot be read; judge the clips first: nexus-rt vrbench judge PROMPTS {path.parent}"
-        ) from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}); judge again: what was answered is kept.") from None
-    if not isinstance(said, dict) or said.get("kind") != KIND:
-        raise ModelError(f"{path} holds no judgment; expected what `nexus-rt vrbench judge` wrote.")
-    if said.get("schema") != SCHEMA:
-        raise ModelError(
-            f"{path} has schema {said.get('schema')!r}, and this nexus-rt reads {SCHEMA}; judge again: what was answered is "
-            "kept, or use the version that wrote it."
-        )
-    return said
+    maker = f"`nexus-rt vrbench judge PROMPTS {path.parent}`"
+    return read_as(path, KIND, SCHEMA, maker, "judge the clips again: what was answered is kept")

@@ -1,0 +1,43 @@
+"""Sizes that are refused come with sizes that are not; noise belongs to its generator."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nexus_rt import InputError
+from nexus_rt.latents import LatentGrid, random_latents
+
+WAN = LatentGrid(8, 4, (1, 2, 2))
+
+
+def test_wans_grid():
+    assert WAN.latent(81, 480, 832) == (21, 60, 104) and WAN.latent(1, 16, 16) == (1, 2, 2)
+
+
+@given(st.integers(-40, 2000), st.integers(-40, 2000), st.integers(-5, 200))
+def test_what_the_message_offers_is_accepted(height, width, frames):
+    values = {"num_frames": frames, "height": height, "width": width}
+    for _ in range(4):
+        try:
+            WAN.check(**values)
+            break
+        except InputError as error:
+            name, offers = re.match(r"(\w+) is", str(error))[1], re.findall(r"\d+", str(error).split("such as")[1])
+            assert all(abs(int(o) - values[name]) <= abs(values[name]) + 16 for o in offers)
+            values[name] = int(offers[0])
+    else:
+        pytest.fail(f"no offer was accepted: {values}")
+    good = height >= 16 and height % 16 == 0 and width >= 16 and width % 16 == 0 and frames >= 1 and frames % 4 == 1
+    assert (values == {"num_frames": frames, "height": height, "width": width}) == good
+
+
+def test_noise_is_its_generators():
+    seed = lambda s: torch.Generator().manual_seed(s)  # noqa: E731
+    both = random_latents((2, 16, 1, 2, 3), [seed(1), seed(2)], torch.device("cpu"))
+    assert torch.equal(both[:1], random_latents((1, 16, 1, 2, 3), seed(1), torch.device("cpu"))) and both.dtype == torch.float32
+    assert not torch.equal(both[0], both[1])
+    with pytest.raises(InputError, match="1 generators for 2 videos"):
+        random_latents((2, 16, 1, 2, 3), [seed(1)], torch.device("cpu"))
