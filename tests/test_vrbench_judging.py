@@ -329,6 +329,8 @@ def test_generate_makes_the_clips_of_the_prompts(tiny_pair, tmp_path, capsys):
     assert main(line) == 0 and "3 made, 0 kept, 0 failed" in capsys.readouterr().out
     assert {p.stem for p in (tmp_path / "out").glob("*.mp4")} == {p.id for p in read_bench(EXAMPLE, TAXONOMY)}
     assert main(line) == 0 and "0 made, 3 kept" in capsys.readouterr().out
+    assert report.made_with(tmp_path / "out") == f"handoff=0.3, 2 steps, 48x32x5 pair={tiny_pair}"
+    assert report.made_with(tmp_path) == ""
     bad = bench_file(tmp_path, lambda s: questions(s)[0].update(weight=None))
     assert main(["vrbench", "generate", str(bad), "-o", str(tmp_path / "x")]) == 2 and not (tmp_path / "x").exists()
 

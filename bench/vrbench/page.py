@@ -8,7 +8,7 @@ from typing import Any
 
 from nexus_rt.bench.page import STYLE, figure, table
 from nexus_rt.bench.pictures import thumbnail
-from nexus_rt.bench.vrbench.report import absent, sections
+from nexus_rt.bench.vrbench.report import absent, introduction, sections
 from nexus_rt.bench.vrbench.schema import Taxonomy
 from nexus_rt.bench.vrbench.scoring import UNKNOWN, YES
 from nexus_rt.errors import InputError
@@ -69,9 +69,7 @@ def page(report: dict[str, Any], taxonomy: Taxonomy) -> str:
     runs = report["runs"]
     names = list(dict.fromkeys(i for r in runs for i in r["clips"]))
     body = ["<h1>VR-Bench</h1>"]
-    body += [
-        f'<p class="note">{escape(r["name"])}: judged by {escape(r["judge"])}, {escape(r["when"])}</p>' for r in runs
-    ]  # fmt: skip
+    body += [f'<p class="note">{escape(introduction(r))}</p>' for r in runs]
     body += [f'<p class="note">{escape(note)}</p>' for note in report["notes"]]
     body.append('<p class="note">Means of clips\' weighted shares of Yes, with bootstrap 95% intervals over clips.</p>')
     for title, rows in sections(report, taxonomy):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nexus_rt.batch import Job, finished
 from nexus_rt.bench.vrbench.judging import read_judgment
 from nexus_rt.bench.vrbench.schema import Taxonomy
 from nexus_rt.bench.vrbench.scoring import clip_scores, paired, summary
@@ -21,13 +22,11 @@ def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"kind": "nexus-rt vrbench report", "runs": [], "notes": []}
     for path, name in zip(runs, _names(runs), strict=True):
-        said = read_judgment(path)
+        said, folder = read_judgment(path), path if path.is_dir() else path.parent
         clips = {i: c | clip_scores(c["answers"], taxonomy.layer_names(c["category"])) for i, c in said["clips"].items()}
-        found["runs"].append({
-            "name": name, "folder": str(path if path.is_dir() else path.parent), "judge": said["judge"], "when": said["when"],
-            "template": said["template"], "scores": summary(clips, taxonomy), "clips": clips, "missing": said["missing"],
-            "failed": said["failed"],
-        })  # fmt: skip
+        kept = {k: said[k] for k in ("judge", "when", "template", "missing", "failed")}
+        scores = {"scores": summary(clips, taxonomy), "clips": clips}
+        found["runs"].append({"name": name, "folder": str(folder), "made_with": made_with(folder), **kept, **scores})
     if not any(run["clips"] for run in found["runs"]):
         raise InputError("no run holds a judged clip; nothing to report.")
     first = found["runs"][0]
@@ -45,6 +44,13 @@ def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
                 "and are in no mean"
             )
     return found
+
+
+def made_with(folder: Path) -> str:
+    """Plan, steps, size and models of a folder's clips, where `nexus-rt batch` or `vrbench generate` made them."""
+    rows = [r["settings"] for r in finished(Job(folder))[0].values() if r["status"] == "done"]
+    said = {f"{s['plan']}, {s['steps']} steps, {s['size']}x{s['frames']} {s['models']}".strip() for s in rows}
+    return "; ".join(sorted(said)[:3]) + ("; ..." if len(said) > 3 else "")
 
 
 def _names(runs: list[Path]) -> list[str]:
@@ -115,6 +121,12 @@ def absent(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [(r["name"], i, why) for r in report["runs"] for kind in ("missing", "failed") for i, why in r[kind].items()]
 
 
+def introduction(run: dict[str, Any]) -> str:
+    """A run in one line."""
+    made = f"{run['made_with']}; " if run["made_with"] else ""
+    return f"{run['name']}: {made}judged by {run['judge']}, {run['when'][:10]}"
+
+
 def _escaped(text: str) -> str:
     """Text as markdown shows it, HTML and table marks included."""
     for mark in "\\`*_{}[]<>|&":
@@ -126,7 +138,7 @@ def markdown(report: dict[str, Any], taxonomy: Taxonomy) -> str:
     """Tables as markdown: means with bootstrap 95% intervals."""
     runs = report["runs"]
     out = ["# VR-Bench", ""]
-    out += [f"- {_escaped(r['name'])}: judged by {_escaped(r['judge'])}, {r['when'][:10]}" for r in runs]
+    out += [f"- {_escaped(introduction(r))}" for r in runs]
     out += [f"- {_escaped(note)}" for note in report["notes"]]
     out += ["", "Means of clips' weighted shares of Yes, with bootstrap 95% intervals."]
     for title, rows in sections(report, taxonomy):
