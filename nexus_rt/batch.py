@@ -241,7 +241,7 @@ def _make(
                 if pending is not None:
                     pending.result()
                     pending = None
-                ready = torch.cuda.current_stream().record_event() if latents.is_cuda else None
+                ready = torch.cuda.current_stream(latents.device).record_event() if latents.is_cuda else None
                 finish = lambda *a: ended(_write(*a))  # noqa: E731
                 if decodes_beside(pipe, said):
                     pending = decoder.submit(finish, pipe, latents, ready, row, job, began)
@@ -270,18 +270,15 @@ def _told(pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]) -> list[
 def _encode(pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]) -> list[dict[str, Tensor]]:
     prompts = [item.prompt for item, _ in part]
     negatives = [item.negative or "" for item, _ in part] if any(item.negative for item, _ in part) else None
-    text = pipe.encode_prompt(prompts, negatives)
-    names = ["prompt_embeds", "negative_prompt_embeds"]
-    tensors = list(text)
-    if pipe.context is not None and "small" in pipe.engines:
-        single = [said["frames"] == 1 for _, said in part]
-        contexts = [
-            pipe.encode_context(p, text[0][i : i + 1], text[1][i : i + 1], s)
-            for i, (p, s) in enumerate(zip(prompts, single, strict=True))
-        ]
-        names += ["context_embeds", "negative_context_embeds"]
-        tensors += [torch.cat(c) for c in zip(*contexts, strict=True)]
-    return [{n: t[i : i + 1] for n, t in zip(names, tensors, strict=True)} for i in range(len(part))]
+    embeds, none = pipe.encode_prompt(prompts, negatives)
+    found = []
+    for i, (_, said) in enumerate(part):
+        told = {"prompt_embeds": embeds[i : i + 1], "negative_prompt_embeds": none[i : i + 1]}
+        if pipe.context is not None and "small" in pipe.engines:
+            own = pipe.encode_context(prompts[i], *told.values(), single_frame=said["frames"] == 1)
+            told |= dict(zip(("context_embeds", "negative_context_embeds"), own, strict=True))
+        found.append(told)
+    return found
 
 
 def _denoise(pipe: NexusPipeline, said: dict[str, Any], told: dict[str, Tensor], job: Job) -> Tensor:

@@ -233,3 +233,21 @@ def test_the_commands_exit_code_says_whether_all_is_there(tiny_pair, tmp_path, c
     assert "1 made, 0 kept, 1 failed" in said.out and "expected 4k+1" in said.err
     assert os.listdir(tmp_path / "out").count("0000.gif") == 1
     assert main(["batch", str(tmp_path / "none.txt"), "-o", str(tmp_path / "x")]) == 2 and not (tmp_path / "x").exists()
+
+
+def test_prompts_are_read_together(tiny_pipe, tmp_path, monkeypatch):
+    """One call for eight prompts, whatever their lengths; what they say does not depend on their neighbours."""
+    right, calls = tiny_pipe.encode_prompt, []
+
+    def encode(prompts, *rest):
+        calls.append(len(prompts))
+        return right(prompts, *rest)
+
+    monkeypatch.setattr(tiny_pipe, "encode_prompt", encode)
+    part = [(Item(str(i), " ".join(["red"] * (1 + 3 * i))), {"frames": 5}) for i in range(9)]
+    told = batch._told(tiny_pipe, part)
+    alone = batch._told(tiny_pipe, part[2:3])
+    assert calls == [9, 1] and torch.allclose(told[2]["prompt_embeds"], alone[0]["prompt_embeds"], atol=1e-5)
+    calls.clear()
+    run(tiny_pipe, [Item(str(i), "a") for i in range(9)], Job(tmp_path, suffix=".png", options=QUICK))
+    assert calls == [8, 1]
