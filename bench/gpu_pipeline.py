@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 STEPS, PEER_STEPS = 4, 2
 # the paper's schedule, a handoff early, in the middle and late, the gate snapped, and the large one alone
 PLANS = ["reference", "small:1 bridge:1 large:*", "small:2 bridge:1 large:*", "small:3 large:*", "auto=0.02", "large"]
 PEERS = ("diffusers", "switch", "naive")
+PEER_WITHOUT_DIFFUSERS = ("naive-ours",)
 
 
 def pipeline(suite: Any) -> dict:
@@ -40,7 +42,8 @@ def pipeline(suite: Any) -> dict:
             "latent_error": row["quality"]["latent_error"], "steps_ms": [s["duration_ms"] for s in row["denoise_steps_ms"]],
         }  # fmt: skip
     setting = Setting((size.height, size.width, size.frames), PEER_STEPS, 0, None, embeds)
-    for row in measure_peers(pipe, PEERS, setting, 1, 0, ("reference",)):
+    peers = PEERS if find_spec("diffusers") else PEER_WITHOUT_DIFFUSERS
+    for row in measure_peers(pipe, peers, setting, 1, 0):
         rows[f"peer {row['peer']}"] = row
     if vae is not None:
         pipe.vae = vae

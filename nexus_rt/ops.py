@@ -17,7 +17,6 @@ KERNELS = ("auto", "torch", "triton")
 OLDEST = (8, 0)  # compute capability the kernels are compiled and checked for
 
 
-@lru_cache(maxsize=16)
 def rope_table(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of 3-D RoPE for a grid of (frames, rows, columns) tokens.
 
@@ -25,6 +24,17 @@ def rope_table(head_dim: int, grid: tuple[int, int, int], device: torch.device) 
     Returns cos, sin [L, 1, head_dim] float32; sin carries the sign of the rotation (-, +, -, +, ...), so that
     `rotated = x * cos + swap_pairs(x) * sin`.
     """
+    return _rope_table(head_dim, grid, device)
+
+
+def rope_pairs(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same angles once per pair, as the Triton kernel reads them: cos, sin [L, head_dim / 2] float32."""
+    return _rope_pairs(head_dim, grid, device)
+
+
+# Cached behind plain functions: PyTorch 2.11's compiler takes a cached function in an `Ops` for a method of it.
+@lru_cache(maxsize=16)
+def _rope_table(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     side = 2 * (head_dim // 6)
     angles = []
     for axis, (size, dim) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
@@ -40,9 +50,8 @@ def rope_table(head_dim: int, grid: tuple[int, int, int], device: torch.device) 
 
 
 @lru_cache(maxsize=16)
-def rope_pairs(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The same angles once per pair, as the Triton kernel reads them: cos, sin [L, head_dim / 2] float32."""
-    cos, sin = rope_table(head_dim, grid, device)
+def _rope_pairs(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    cos, sin = _rope_table(head_dim, grid, device)
     return cos[:, 0, ::2].contiguous(), sin[:, 0, 1::2].contiguous()
 
 
