@@ -297,3 +297,12 @@ def test_tables_hold_what_was_measured(measured):
     text = tables.tables(measured[1])
     assert f"{measured[1]['rows'][0]['total_duration_ms']:.0f}, " in text and "identical" in text and "| tensorrt |" in text
     assert "(another plan)" in text and " tokens²" in text and "| steps |" in text
+
+
+def test_the_naive_schedule_without_diffusers_is_the_same(tiny_pipe, monkeypatch):
+    """Our DiTs and our UniPC: a machine without diffusers has a schedule to compare with too."""
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    told, none = tiny_pipe.encode_prompt("a red circle")
+    setting = peers.Setting((32, 48, 5), 4, 0, None, {"prompt_embeds": told, "negative_prompt_embeds": none})
+    (row,) = peers.measure_peers(tiny_pipe, ("naive-ours",), setting, 1, 0)
+    assert row["latent_error"] < 1e-5 and row["ratio"] > 0
