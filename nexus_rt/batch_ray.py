@@ -1,7 +1,7 @@
 """A batch on a Ray cluster: workers of one pipeline each, fed by Ray Data, that do what `nexus-rt batch` does in one process.
 
 The folder is one that every worker can write to. A worker keeps a `results.*.jsonl` of its own there, so what a killed worker
-had finished is kept when its share is given to another, and a clip that takes its worker down three times is given up.
+had finished is kept when its share is given to another, and a clip that takes its worker down again and again is given up.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ SHARES = 4  # of the list, for each worker: the last ones to end are then nearly
 class Worker:
     """One pipeline in one process; called by Ray Data with a share of the list."""
 
-    def __init__(self, make: Callable[[Any], Any], argument: Any, job: Job, place: str) -> None:
+    def __init__(self, make: Callable[[Any], Any], argument: Any, job: Job, attempts: int, place: str) -> None:
         if os.path.isdir(place):  # relative names of models mean what they mean to whoever started the batch
             os.chdir(place)
-        self.pipe, self.job = make(argument), job
+        self.pipe, self.job, self.attempts = make(argument), job, attempts
         self.log = job.folder / f"results.{uuid.uuid4().hex[:12]}.jsonl"
 
     def __call__(self, share: dict[str, Any]) -> dict[str, list[str]]:
         items = [_item(json.loads(text)) for text in share["item"]]
         found: dict[str, list[str]] = {"kind": [], "id": [], "said": []}
-        for kind, name, said in work(self.pipe, items, self.job, self.log, ATTEMPTS):
+        for kind, name, said in work(self.pipe, items, self.job, self.log, self.attempts):
             for column, value in zip(found.values(), (kind, name, said), strict=True):
                 column.append(value)
         return found
@@ -47,13 +47,14 @@ def _item(row: dict[str, Any]) -> Item:
 
 def run_on_ray(
     make: Callable[[Any], Any], argument: Any, items: list[Item], job: Job, workers: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None, attempts: int = ATTEMPTS,
 ) -> dict[str, int]:  # fmt: skip
     """Make every clip of a job that is not there yet, on the cluster that `RAY_ADDRESS` names, or on this machine.
 
     Args:
         make: called with `argument` in every worker; returns its pipeline. Importable there, as the job's folder is writable.
         workers: how many; by default one a GPU of the cluster, or one.
+        attempts: how often a clip may take its process down before it is given up.
 
     Returns:
         How many were "made", "kept" and "failed".
@@ -81,7 +82,7 @@ def run_on_ray(
             unit = f"{gpus} GPUs" if gpus else f"{int(resources.get('CPU', 0))} CPUs"
             raise InputError(f"--workers is {count}, and the cluster has {unit}; ask for fewer, or add machines.")
         with open_folder(job):
-            return _share_out(ray.data, Worker, (make, argument, job, os.getcwd()), job.mine(items), count, each, say)
+            return _share_out(ray.data, Worker, (make, argument, job, attempts, os.getcwd()), job.mine(items), count, each, say)
     finally:
         if started:
             ray.shutdown()
