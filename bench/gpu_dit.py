@@ -73,6 +73,8 @@ def _diffusers(suite: Any, config: dict, latents, embeds, flops: float) -> dict:
         from diffusers import WanTransformer3DModel
     except ImportError:
         return {"diffusers": {"failed": "diffusers is not installed here"}}
+    except Exception as error:  # one that does not fit the packages here says so in many ways
+        return {"diffusers": {"failed": f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}"}}
     with torch.device("meta"):
         model = WanTransformer3DModel(**config)
     model = model.to_empty(device=suite.device).to(suite.dtype).eval()

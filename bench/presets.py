@@ -99,7 +99,7 @@ def random_pipeline(
         import diffusers  # noqa: F401
 
         vae: Any = RandomDecoder(device, decoder)
-    except ImportError:
+    except Exception:  # not installed, or not for the packages that are here
         vae = None
     defaults = Defaults(height=size.height, width=size.width, num_frames=size.frames)
     engines = {name: TorchEngine(model) for name, model in models.items()}
