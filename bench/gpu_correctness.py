@@ -10,14 +10,6 @@ import math
 from typing import Any
 
 
-def _compare(got, wanted, eager) -> dict:
-    """Errors against float64 beside what eager PyTorch loses at the same precision; right within twice that."""
-    error, lost = (float((t.double() - wanted).abs().max()) for t in (got, eager))
-    finite = bool(got.isfinite().all())
-    scale = float(wanted.abs().max())
-    return {"error": error, "eager_error": lost, "right": finite and error <= 2 * lost + 1e-6 * max(1.0, scale)}
-
-
 def correctness(suite: Any) -> dict:
     """Every kernel in the suite's dtype against float64; `suite.wrong` gets the names of those that are not right.
 
