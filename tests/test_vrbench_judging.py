@@ -266,10 +266,17 @@ def test_a_model_of_this_process_judges(clips, tiny_judge, monkeypatch, capsys):
     assert {a["answer"] for a in judging.ask(judge, prompt, np.stack([dark, light])).values()} == {"Yes"}
 
 
-def test_a_local_judge_that_cannot_be_loaded(tmp_path):
+def test_a_local_judge_that_cannot_be_loaded(tmp_path, tiny_judge, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="holds no safetensors"):
         judges.LocalJudge(tmp_path)
+
+    def needs(*args, **options):
+        raise ImportError("\nQwen3VLVideoProcessor requires the Torchvision library\nand more")
+
+    monkeypatch.setattr(judges, "pretrained", needs)
+    with pytest.raises(ModelError, match="not installed here .Qwen3VLVideoProcessor requires the Torchvision library.; Qwen-VL"):
+        judges.LocalJudge(tiny_judge).reply([], [])
 
 
 def test_a_report_of_two_runs(clips, tmp_path, serve, capsys):

@@ -181,6 +181,19 @@ class LocalJudge:
     def stop(self) -> None:
         """Nothing waits here."""
 
+    def _load(self) -> None:
+        if self._model is not None:
+            return
+        try:
+            self._processor = pretrained("AutoProcessor", self.folder, "judge's processor")
+            self._model = pretrained("AutoModelForImageTextToText", self.folder, "judge", self.device, dtype=self.dtype)
+        except (ImportError, AttributeError) as error:  # transformers says either where a package is missing
+            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+            raise ModelError(
+                f"{self.folder}: the judge needs a package that is not installed here ({first[:300]}); Qwen-VL's processors "
+                "need torchvision."
+            ) from error
+
     def reply(self, talk: Conversation, frames: Sequence[np.ndarray]) -> str:
         """As `Judge.reply`.
 
@@ -190,9 +203,7 @@ class LocalJudge:
         import torch
         from PIL import Image
 
-        if self._model is None:
-            self._processor = pretrained("AutoProcessor", self.folder, "judge's processor")
-            self._model = pretrained("AutoModelForImageTextToText", self.folder, "judge", self.device, dtype=self.dtype)
+        self._load()
         left = iter(frames)
         told = [
             {"role": m["role"], "content": [
