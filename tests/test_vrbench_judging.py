@@ -275,7 +275,7 @@ def test_a_local_judge_that_cannot_be_loaded(tmp_path, tiny_judge, monkeypatch):
         raise ImportError("\nQwen3VLVideoProcessor requires the Torchvision library\nand more")
 
     monkeypatch.setattr(judges, "pretrained", needs)
-    with pytest.raises(ModelError, match="not installed here .Qwen3VLVideoProcessor requires the Torchvision library.; Qwen-VL"):
+    with pytest.raises(ModelError, match="not installed here .Qwen3VLVideoProcessor requires the Torchvision library."):
         judges.LocalJudge(tiny_judge).reply([], [])
 
 
