@@ -4,9 +4,10 @@
     python -m nexus_rt.bench.gpu_suite --dry                             # on a CPU: every part, at tiny sizes
 
 Needs torch, triton, numpy and safetensors; `--wheels DIR` adds a folder of wheels (diffusers, say) to the path. Parts run in
-order and each stands alone: one that breaks is written down with its error, and one that the time does not reach is
-written down as not reached. Correctness comes first: a kernel that is wrong gets no speed. Every figure stands beside
-the roof measured in the same run: the bandwidth of a large copy, the rate of a large bf16 matrix product.
+order and each stands alone: one that breaks is written down with its error, one that the time does not reach is written
+down as not reached, and the files are written anew after each, so that a run that is killed leaves what it had measured.
+Correctness comes first: a kernel that is wrong gets no speed. Every figure stands beside the roof measured in the same
+run: the bandwidth of a large copy, the rate of a large bf16 matrix product.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from nexus_rt.bench.gpu_engines import engines, swap
 from nexus_rt.bench.gpu_pipeline import pipeline
 from nexus_rt.bench.gpu_tables import markdown
 from nexus_rt.bench.presets import DRY, WAN_1_3B, WAN_14B
+from nexus_rt.bench.results import write_text
 
 LIMIT_S = 480.0
 KIND = "nexus-rt gpu suite"
@@ -290,8 +292,8 @@ PARTS: dict[str, Callable[[Suite], dict]] = {
 }  # fmt: skip
 
 
-def run(suite: Suite, parts: list[str]) -> dict:
-    """Run the parts in order; what breaks or is not reached is written down."""
+def run(suite: Suite, parts: list[str], done: Callable[[dict], None] = lambda results: None) -> dict:
+    """Run the parts in order; what breaks or is not reached is written down. `done` is called with all results after each."""
     import torch
 
     for name in parts:
@@ -308,7 +310,17 @@ def run(suite: Suite, parts: list[str]) -> dict:
         if suite.device.type == "cuda":
             torch.cuda.empty_cache()
         print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+        done(suite.results)
+    done(suite.results)
     return suite.results
+
+
+def keep(out: Path, results: dict) -> None:
+    """Write <date>.json and <date>.md; again after every part, so that a run that is killed leaves what it had measured."""
+    out.mkdir(parents=True, exist_ok=True)
+    stem = results["run"]["date"][:16].replace(":", "")
+    write_text(out / f"{stem}.json", json.dumps(results, indent=1) + "\n")
+    write_text(out / f"{stem}.md", markdown(results))
 
 
 def fingerprint(suite: Suite) -> dict:
@@ -353,14 +365,10 @@ def main() -> None:
     if not args.dry and not torch.cuda.is_available():
         raise SystemExit("no CUDA device here; --dry runs every part on a CPU at tiny sizes")
     suite = Suite(args.dry, time.monotonic() + args.limit)
-    results = {"run": fingerprint(suite), **run(suite, args.parts)}
-    text = markdown(results)
-    print(text)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        stem = results["run"]["date"][:16].replace(":", "")
-        (args.out / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
-        (args.out / f"{stem}.md").write_text(text)
+    mark = fingerprint(suite)
+    done = lambda results: keep(args.out, {"run": mark, **results}) if args.out else None  # noqa: E731
+    results = {"run": mark, **run(suite, args.parts, done)}
+    print(markdown(results))
     failed = [n for n, r in results.items() if isinstance(r, dict) and "failed" in r]
     if failed or suite.wrong:
         raise SystemExit(f"failed: {', '.join(failed) or 'none'}; wrong: {', '.join(sorted(suite.wrong)) or 'none'}")

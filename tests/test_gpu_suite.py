@@ -98,6 +98,18 @@ def test_a_part_that_breaks_leaves_the_others(monkeypatch):
     assert results["roofs"]["copy_gbps"] > 0
 
 
+def test_a_run_that_is_killed_leaves_what_it_had_measured(monkeypatch, tmp_path):
+    def killed(suite):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(gpu_suite.PARTS, "kernels", killed)
+    mark = {"date": "2026-01-02T03:04:05+00:00"}
+    with pytest.raises(KeyboardInterrupt):
+        gpu_suite.run(suite(), ["roofs", "kernels"], lambda found: gpu_suite.keep(tmp_path, {"run": mark, **found}))
+    assert json.loads((tmp_path / "2026-01-02T0304.json").read_text())["roofs"]["copy_gbps"] > 0
+    assert "## roofs" in (tmp_path / "2026-01-02T0304.md").read_text()
+
+
 def test_what_the_time_does_not_reach_is_said():
     results = gpu_suite.run(suite(deadline=time.monotonic() - 1), ["roofs", "kernels"])
     assert all("not_reached" in r for r in results.values())
