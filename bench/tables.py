@@ -2,7 +2,8 @@
 
 python -m nexus_rt.bench.tables README.md bench/README.md     # replaces what stands between <!-- results F --> and <!-- end -->
 
-F, named from the document's folder: what `nexus-rt bench --json` wrote, or the GPU suite.
+F, named from the document's folder: what `nexus-rt bench --json` wrote, or the GPU suite. `<!-- headline F -->` gives the
+former in a few rows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from typing import Any
 from nexus_rt.bench.gpu_tables import targets_table
 from nexus_rt.bench.results import KIND, read
 
-PLACE = re.compile(r"(<!-- results (\S+) -->\n).*?(<!-- end -->)", re.S)
+PLACE = re.compile(r"(<!-- (results|headline) (\S+) -->\n).*?(<!-- end -->)", re.S)
+PEERS = {
+    "naive": "the paper's schedule written down, diffusers' transformers",
+    "naive-ours": "the paper's schedule written down, our transformers",
+    "diffusers": "diffusers' `WanPipeline`",
+    "diffusers+compile": "the same, `torch.compile`d",
+}
 
 
 def _psnr(q: dict[str, Any]) -> str:
@@ -64,14 +71,37 @@ def _fits(scaling: dict[str, Any]) -> list[str]:
     return found
 
 
-def tables(found: dict[str, Any]) -> str:
-    """Plans and engines, peers, and scaling, as markdown."""
+def headline(found: dict[str, Any]) -> str:
+    """Our plans against their peers, and the engines of the first plan, as markdown."""
+    ours = [r for r in found.get("peers", []) if r["peer"] in PEERS and "failed" not in r]
+    out = [_head("ours", "against, in the same run", "ms", "theirs", "ratio", "frames")] if ours else []
+    right = {r["plan"]: f", {r['quality']['right']}/{r['quality']['count']} riddles" for r in found["rows"]
+             if "accuracy" in r.get("quality", {})}  # fmt: skip
+    for r in sorted(ours, key=lambda r: (not r["same_mathematics"], list(PEERS).index(r["peer"]))):
+        shown = _psnr(r) + (" dB" if r.get("psnr_db") is not None else "") + ("" if r["same_mathematics"] else ", another clip")
+        times = f"{r['ours_ms']['p50']:.0f}", f"{r['theirs_ms']['p50']:.0f}"
+        ratio = f"**{r['ratio']:.2f}x**"
+        out.append(_line([f"`{r['plan']}`", PEERS[r["peer"]], *times, ratio, shown + right.get(r["plan"], "")]))
+    rows = [r for r in found["rows"] if "failed" not in r and r["plan"] == found["rows"][0]["plan"]]
+    out += [*[""] * bool(out), _head(f"engine, plan `{rows[0]['plan']}`", "denoising, ms", "VAE", "whole call")]
+    for r in rows:
+        times = (r["denoise_ms"], r["components_ms"].get("vae", 0), r["total_duration_ms"])
+        out.append(_line([r["engine"], *(f"{t:.0f}" for t in times)]))
+    return f"{_made(found)}\n\n" + "\n".join(out) + "\n"
+
+
+def _made(found: dict[str, Any]) -> str:
     mark = found["fingerprint"]
     h, v = mark["hardware"], mark["versions"]
     made = f"{h.get('gpu') or h['processor']}, {h['threads']} threads, torch {v['torch']}, {mark['when'][:10]}"
+    return f"{made}; `{mark['command']}`"
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Plans and engines, peers, and scaling, as markdown."""
     names = ("plan", "engine", "end to end, ms (p50, p95)", "denoising", "VAE", "preview", "predicted", "PSNR, dB", "SSIM",
              "latent error", "riddles")  # fmt: skip
-    out = [f"{made}; `{mark['command']}`", "", _head(*names), *(_row(r) for r in found["rows"])]
+    out = [_made(found), "", _head(*names), *(_row(r) for r in found["rows"])]
     if found.get("peers"):
         head = _head("peer", "ours", "theirs, ms", "ours, ms", "ratio", "frames, dB", "latents differ by")
         out += ["", head, *(_peer(r) for r in found["peers"])]
@@ -82,7 +112,8 @@ def tables(found: dict[str, Any]) -> str:
 
 def fill(text: str, folder: Path) -> str:
     """A document with every marked table made again from its file, named relative to `folder`."""
-    return PLACE.sub(lambda m: m[1] + made_of(folder / m[2]) + m[3], text)
+    made = {"results": made_of, "headline": lambda path: headline(read(path))}
+    return PLACE.sub(lambda m: m[1] + made[m[2]](folder / m[3]) + m[4], text)
 
 
 def made_of(path: Path) -> str:

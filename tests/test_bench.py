@@ -291,12 +291,19 @@ def test_tables_in_the_readme_are_those_of_their_files():
     """No figure in a table was typed."""
     text = (ROOT / "bench" / "README.md").read_text()
     assert "<!-- results results/cpu/mini.json -->" in text and tables.fill(text, ROOT / "bench") == text
+    text = (ROOT / "README.md").read_text()
+    assert "<!-- headline bench/results/cpu/mini.json -->" in text and tables.fill(text, ROOT) == text
 
 
 def test_tables_hold_what_was_measured(measured):
     text = tables.tables(measured[1])
     assert f"{measured[1]['rows'][0]['total_duration_ms']:.0f}, " in text and "identical" in text and "| tensorrt |" in text
     assert "(another plan)" in text and " tokens²" in text and "| steps |" in text
+    head = tables.headline(measured[1])
+    assert "| `reference` | the paper's schedule written down, diffusers' transformers |" in head and ", another clip" in head
+    assert "| torch |" in head and "tensorrt" not in head.split("engine, plan")[1]  # it failed here
+    alone = tables.headline({**measured[1], "peers": [{"peer": "naive", "failed": "not installed"}]})
+    assert "schedule" not in alone and "| torch |" in alone
 
 
 def test_the_naive_schedule_without_diffusers_is_the_same(tiny_pipe, monkeypatch):
