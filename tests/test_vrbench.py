@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexus_rt import InputError
@@ -125,6 +125,7 @@ def test_replies_are_read_tolerantly_and_never_guessed(reply, found):
     assert parse(reply, ["q1", "q2"]) == found
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200))
 def test_no_text_breaks_the_reader(text):
     assert set(parse(text, ["q1"])) <= {"q1"}
@@ -157,6 +158,7 @@ def test_scores_are_weighted_and_unknown_is_neither_yes_nor_no():
 ROWS = st.lists(st.tuples(st.sampled_from(["Yes", "No", "Unknown"]), st.integers(0, 100)), min_size=1, max_size=10)
 
 
+@settings(deadline=None)
 @given(ROWS, st.floats(0.1, 10))
 def test_scores_are_shares(rows, factor):
     make = lambda f: [{"answer": a, "weight": w * f} for a, w in rows]  # noqa: E731
