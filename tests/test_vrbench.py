@@ -166,7 +166,7 @@ def test_scores_are_shares(rows, factor):
     if score is None:
         assert sum(w for a, w in rows if a != "Unknown") == 0
         return
-    assert 0 <= score <= 1 and score == pytest.approx(scoring.weighted(make(factor)), abs=1e-4)
+    assert 0 <= score <= 1 and score == pytest.approx(scoring.weighted(make(factor)), abs=1.01e-4)
     swapped = [{**r, "answer": {"Yes": "No", "No": "Yes"}.get(r["answer"], r["answer"])} for r in make(1)]
     assert scoring.weighted(swapped) == pytest.approx(1 - score, abs=1.01e-4)
 
