@@ -212,8 +212,8 @@ def _engine(
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     pretrained = args.pair if args.pair or args.small or args.large else MINI
     parts_found = find_parts(pretrained, given, {"local_files_only": args.local_files_only})
-    exported = [n for n in (*parts_found.generators, "vae", "text_encoder") if n in parts_found.generators
-                or {"vae": parts_found.vae, "text_encoder": parts_found.text}[n] is not None]  # fmt: skip
+    others = {"vae": parts_found.vae, "text_encoder": parts_found.text}
+    exported = args.parts.split(",") if args.parts else [*parts_found.generators, *(n for n, f in others.items() if f)]
     loras = {n: parse_loras(said) for n in ("small", "large") if (said := getattr(args, f"{n}_lora"))}
     parts = chosen_parts(parts_found, ",".join(exported), False, loras)
     index = Path(pretrained) / "model_index.json" if pretrained else None

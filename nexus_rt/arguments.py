@@ -172,6 +172,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--engines", default="torch", metavar="A,B,...", help="torch | compiled | onnx | aoti | tensorrt | tensorrt-rtx"
     )
+    group.add_argument("--parts", metavar="A,B,...", help="of exported engines: small, large, vae, text_encoder (default: all)")
     group.add_argument(
         "--vs", metavar="A,B,...",
         help="peers in the same run: diffusers | switch (each with +compile) | naive | naive-ours | all",

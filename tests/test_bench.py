@@ -313,3 +313,11 @@ def test_the_naive_schedule_without_diffusers_is_the_same(tiny_pipe, monkeypatch
     setting = peers.Setting((32, 48, 5), 4, 0, None, {"prompt_embeds": told, "negative_prompt_embeds": none})
     (row,) = peers.measure_peers(tiny_pipe, ("naive-ours",), setting, 1, 0)
     assert row["latent_error"] < 1e-5 and row["ratio"] > 0
+
+
+def test_parts_of_an_engine_are_chosen(tiny_pair, tmp_path, capsys):
+    """One that there is not fails its rows, and says which there are."""
+    line = ["bench", "--pair", str(tiny_pair), "--engines", "onnx", "--parts", "small,lage", "--plans", "small:2 large:*"]
+    assert main([*line, "--runs", "1", "--warmup", "0", "--json", str(tmp_path / "a.json")]) == 0
+    failed = [r for r in results.read(tmp_path / "a.json")["rows"] if "failed" in r]
+    assert [r["engine"] for r in failed] == ["onnx"] and "did you mean 'large'" in failed[0]["failed"]
