@@ -203,8 +203,8 @@ def judge_clips(
 
     at_once = requests if judge.parallel else 1
     pool = ThreadPoolExecutor(at_once)
+    running: dict[Future, Clip] = {}
     try:
-        running: dict[Future, Clip] = {}
         waiting = iter(todo)
         done = 0
         while True:
@@ -226,6 +226,8 @@ def judge_clips(
                     say(f"[{done}/{len(todo)}] {name}: {error}")
     except BaseException:
         judge.stop()
+        if begun := sum(f.running() for f in running):
+            say(f"stopping; {begun} replies are on their way, and are kept")
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)  # what is on its way is paid for: it is kept
