@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from nexus_rt.bench.measure import failure
+
 
 def correctness(suite: Any) -> dict:
     """Every kernel in the suite's dtype against float64; `suite.wrong` gets the names of those that are not right.
@@ -21,8 +23,7 @@ def correctness(suite: Any) -> dict:
             for label, row in check(suite):
                 rows[f"{name} {label}"] = row
         except Exception as error:
-            first = (str(error).strip() or "no message").splitlines()[0]
-            rows[name] = {"failed": f"{type(error).__name__}: {first[:300]}", "right": False}
+            rows[name] = {"failed": failure(error), "right": False}
     suite.wrong = {name.split()[0] for name, row in rows.items() if not row["right"]}
     return rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nexus_rt.bench.measure import failure, failure_in
 from nexus_rt.bench.presets import random_transformer
 
 
@@ -25,7 +26,7 @@ def dit(suite: Any, name: str) -> dict:
     seen: dict[str, tuple] = {}
     with torch.no_grad():
         for label, kernel in (("torch", "torch"), ("triton", "triton"), ("torch, blocks compiled", "torch")):
-            try:
+            with failure_in(rows, label):  # one variant that fails must not take the others with it
                 model.use_kernels(kernel)
                 context = model.prepare_context(embeds)
                 forward = model
@@ -44,29 +45,19 @@ def dit(suite: Any, name: str) -> dict:
                 rows[label] = suite.of_roof(suite.ms(call, 3, 1), flops=flops)
                 one = suite.ms(lambda block=model.blocks[-1], args=seen[kernel]: block(*args), 5, 1)
                 rows[f"block, {label}"] = suite.of_roof(one, flops=flops / config["num_layers"])
-                if kernel == "triton":
-                    rows[f"{label}, replayed"] = _replayed(suite, call, flops)
                 if suite.device.type == "cuda":
                     rows[label]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
                 first = outputs["torch"].float()
                 rows[label]["difference"] = float((outputs[label].float() - first).abs().max() / first.abs().max())
-            except Exception as error:  # one variant that fails must not take the others with it
-                rows[label] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+                if kernel == "triton":  # after the peak: a graph has memory of its own
+                    with failure_in(rows, f"{label}, replayed"):  # what launches cost is the difference
+                        rows[f"{label}, replayed"] = suite.of_roof(suite.ms(call, 3, 1, graph=True), flops=flops)
     del model
     return rows | _diffusers(suite, config, latents, embeds, flops)
 
 
-def _replayed(suite: Any, call: Any, flops: float) -> dict:
-    """The same forward as a CUDA graph: what its launches cost is the difference."""
-    try:
-        return suite.of_roof(suite.ms(call, 3, 1, graph=True), flops=flops)
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
-
-
 def _diffusers(suite: Any, config: dict, latents, embeds, flops: float) -> dict:
-    """diffusers' transformer of the same size: eager, and its blocks compiled (as its documentation advises: the same speed as
-    the whole of it, in a thirtieth of the time to compile)."""
+    """diffusers' transformer of the same size: eager, and its blocks compiled, as its documentation advises."""
     import torch
 
     try:
@@ -74,7 +65,7 @@ def _diffusers(suite: Any, config: dict, latents, embeds, flops: float) -> dict:
     except ImportError:
         return {"diffusers": {"failed": "diffusers is not installed here"}}
     except Exception as error:  # one that does not fit the packages here says so in many ways
-        return {"diffusers": {"failed": f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}"}}
+        return {"diffusers": {"failed": failure(error)}}
     with torch.device("meta"):
         model = WanTransformer3DModel(**config)
     model = model.to_empty(device=suite.device).to(suite.dtype).eval()
@@ -89,7 +80,7 @@ def _diffusers(suite: Any, config: dict, latents, embeds, flops: float) -> dict:
         for label in ("diffusers", "diffusers, blocks compiled"):
             if suite.dry and "compiled" in label:
                 continue
-            try:
+            with failure_in(rows, label):
                 for block in model.blocks if "compiled" in label else ():
                     block.compile()
                 if suite.device.type == "cuda":
@@ -97,6 +88,4 @@ def _diffusers(suite: Any, config: dict, latents, embeds, flops: float) -> dict:
                 rows[label] = suite.of_roof(suite.ms(call, 3, 1), flops=flops)
                 if suite.device.type == "cuda":
                     rows[label]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            except Exception as error:
-                rows[label] = {"failed": f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}"}
     return rows

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from nexus_rt.bench.measure import failure_in
 from nexus_rt.bench.presets import random_transformer
 
 LAYERS = {"small": 30, "large": 10}  # of the swap: a 14B of a quarter of its blocks, so that twelve steps take seconds
@@ -18,10 +19,9 @@ STEPS = "small:6 large:6"
 
 def engines(suite: Any) -> dict:
     """A guided step of two blocks of each generator's width: eager, replayed, and by every backend that builds here."""
-    names = dict.fromkeys((next(iter(suite.configs)), list(suite.configs)[-1]))
     rows: dict[str, Any] = {}
-    for name in names:
-        rows |= {f"{name}: {label}": row for label, row in _engines(suite, suite.configs[name]).items()}
+    for name, config in suite.configs.items():
+        rows |= {f"{name}: {label}": row for label, row in _engines(suite, config).items()}
     return rows
 
 
@@ -29,16 +29,13 @@ def _engines(suite: Any, config: dict) -> dict:
     """Each is exported as a user would, parity gate and all, from a folder of random weights."""
     import torch
 
-    from nexus_rt.engines.exported import Bucket
     from nexus_rt.engines.graphs import ReplayedEngine
     from nexus_rt.engines.open import open_engine
     from nexus_rt.engines.torch import TorchEngine
     from nexus_rt.export.build import Target, export_part
     from nexus_rt.export.parts import GeneratorPart
 
-    t, h, w = suite.grid
-    size = Bucket(16 * w, 16 * h, 4 * t - 3)
-    config = {**config, "num_layers": 2}
+    size, config = suite.size, {**config, "num_layers": 2}
     latents, rows = suite.random(1, 16, *size.latent, dtype=torch.float32), {}
     timestep = torch.tensor(700.0, device=suite.device)
     with tempfile.TemporaryDirectory() as folder, _cache(folder):
@@ -50,7 +47,7 @@ def _engines(suite: Any, config: dict) -> dict:
         wanted = eager.velocity(latents, timestep, told).float()
         rows["torch"] = {"ms": suite.ms(lambda: eager.velocity(latents, timestep, told), 5, 1)}
         if suite.device.type == "cuda":
-            with _failure_in(rows, "torch, replayed"):
+            with failure_in(rows, "torch, replayed"):
                 replayed = ReplayedEngine(eager)
                 told = replayed.prepare(embeds)
                 rows["torch, replayed"] = _row(suite, replayed, latents, timestep, told, wanted, rows["torch"]["ms"])
@@ -58,7 +55,7 @@ def _engines(suite: Any, config: dict) -> dict:
         for backend in ("aoti", "onnx", "tensorrt", "tensorrt-rtx"):
             if suite.dry and backend != "onnx":
                 continue  # compiled and built in tests of their own
-            with _failure_in(rows, backend):
+            with failure_in(rows, backend):
                 start = time.monotonic()
                 target = Target(backend, precision, (size,), suite.device)
                 made = export_part(GeneratorPart("small", source), target, "the GPU suite")
@@ -81,15 +78,13 @@ def swap(suite: Any) -> dict:
     import torch
 
     from nexus_rt.denoise import Prompt, denoise
-    from nexus_rt.engines.exported import Bucket
     from nexus_rt.engines.residency import Residency, call_parts, plan_residency
     from nexus_rt.engines.torch import TorchEngine
     from nexus_rt.plan import parse_plan
     from nexus_rt.solver import time_grid
 
     cuda = suite.device.type == "cuda"
-    t, h, w = suite.grid
-    size, names = Bucket(16 * w, 16 * h, 4 * t - 3), list(suite.configs)
+    size, names = suite.size, list(suite.configs)
     made = {}
     for role, name in (("small", names[0]), ("large", names[-1])):
         layers = min(LAYERS[role], suite.configs[name]["num_layers"])
@@ -102,7 +97,7 @@ def swap(suite: Any) -> dict:
     prompts, noise = dict.fromkeys(made, Prompt(embeds)), suite.random(1, 16, *size.latent, dtype=torch.float32)
     rows: dict[str, Any] = {}
     for mode in ("resident", "resident", "prefetched", "swapped", "streamed"):  # the first warms everything up
-        with _failure_in(rows, mode):
+        with failure_in(rows, mode):
             for engine in made.values():
                 engine.unload()
             held = torch.cuda.memory_allocated() if cuda else 0
@@ -157,16 +152,6 @@ def _row(suite: Any, engine: Any, latents, timestep, context, wanted, peer_ms: f
     ms = suite.ms(lambda: engine.velocity(latents, timestep, context), 5, 1)
     error = float((got - wanted).norm() / wanted.norm())
     return {"ms": ms, "against_torch": float(f"{peer_ms / ms:.4g}"), "difference": error}
-
-
-@contextlib.contextmanager
-def _failure_in(rows: dict, name: str):
-    """What fails is written down; the next goes on."""
-    try:
-        yield
-    except Exception as error:
-        first = (str(error).strip() or "no message").splitlines()[0]
-        rows[name] = {"failed": f"{type(error).__name__}: {first[:300]}"}
 
 
 @contextlib.contextmanager

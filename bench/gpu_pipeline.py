@@ -6,6 +6,8 @@ import time
 from importlib.util import find_spec
 from typing import Any
 
+from nexus_rt.bench.measure import failure_in
+
 STEPS, PEER_STEPS = 4, 2
 # the paper's schedule, a handoff early, in the middle and late, the gate snapped, and the large one alone
 PLANS = ["reference", "small:1 bridge:1 large:*", "small:2 bridge:1 large:*", "small:3 large:*", "auto=0.02", "large"]
@@ -23,11 +25,8 @@ def pipeline(suite: Any) -> dict:
     from nexus_rt.bench.latency import suite as measure
     from nexus_rt.bench.peers import Setting, measure_peers
     from nexus_rt.bench.presets import random_pipeline, random_prompt
-    from nexus_rt.engines.exported import Bucket
 
-    t, h, w = suite.grid
-    size = Bucket(16 * w, 16 * h, 4 * (t - 1) + 1)
-    names = list(suite.configs)
+    size, names = suite.size, list(suite.configs)
     configs = {"small": suite.configs[names[0]], "large": suite.configs[names[-1]]}
     decoder = dict(base_dim=4, num_res_blocks=1) if suite.dry else None
     pipe = quiet(random_pipeline(configs, suite.dtype, suite.device, size, decoder=decoder))
@@ -50,7 +49,8 @@ def pipeline(suite: Any) -> dict:
             continue
         rows |= {f"peer {row['peer']}": row for row in measure_peers(pipe, (name,), setting, 1, 0)}
     if vae is not None:
-        pipe.vae = vae
-        latents = clip.noise(pipe)
-        rows["vae"] = {"ms": suite.ms(lambda: pipe.decode(latents, "pt"), 1, 1)}
+        with failure_in(rows, "vae"):
+            pipe.vae = vae
+            latents = clip.noise(pipe)
+            rows["vae"] = {"ms": suite.ms(lambda: pipe.decode(latents, "pt"), 1, 1)}
     return rows

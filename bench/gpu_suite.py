@@ -33,11 +33,12 @@ from nexus_rt.bench.gpu_dit import dit
 from nexus_rt.bench.gpu_engines import engines, swap
 from nexus_rt.bench.gpu_pipeline import pipeline
 from nexus_rt.bench.gpu_tables import markdown
+from nexus_rt.bench.measure import failure, failure_in
 from nexus_rt.bench.presets import DRY, WAN_1_3B, WAN_14B
 from nexus_rt.bench.results import write_text
+from nexus_rt.engines.exported import Bucket
 
 LIMIT_S = 480.0
-KIND = "nexus-rt gpu suite"
 CONFIGS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
 GRID = (21, 30, 52)  # tokens of 480p x 81 frames: 32,760
 
@@ -65,6 +66,12 @@ class Suite:
         self.half = torch.bfloat16  # moves bytes, computes nothing
         self.grid = (1, 3, 4) if self.dry else GRID
         self.configs = {"tiny": DRY} if self.dry else CONFIGS
+
+    @property
+    def size(self) -> Bucket:
+        """The clip's size in pixels and frames."""
+        t, h, w = self.grid
+        return Bucket(16 * w, 16 * h, 4 * t - 3)
 
     @property
     def tokens(self) -> int:
@@ -151,10 +158,8 @@ def kernels(suite: Suite) -> dict:
         if label.split()[0] in suite.wrong:
             rows[label] = {"refused": "it is wrong: see correctness"}
             continue
-        try:
+        with failure_in(rows, label):
             rows[label] = _beside_eager(suite, lambda f=ours, a=args: f(*a), lambda f=eager, a=args: f(*a), moved)
-        except Exception as error:
-            rows[label] = {"failed": f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"}
     return rows
 
 
@@ -280,8 +285,7 @@ def _other_loads(suite: Suite, case) -> dict[str, dict]:
                 ms = suite.ms(lambda c=call, how=loads: c(q, k, v, bias, how), 5, 1)
                 found[f"{name}, {loads}"] = {"ms": ms}
             except Exception as error:
-                first = (str(error).strip() or "no message").splitlines()[0]
-                found[f"{name}, {loads}"] = {"why": f"{type(error).__name__}: {first[:200]}"}
+                found[f"{name}, {loads}"] = {"why": failure(error, 200)}
     return found
 
 
@@ -300,18 +304,17 @@ def run(suite: Suite, parts: list[str], done: Callable[[dict], None] = lambda re
         start = time.monotonic()
         if start > suite.deadline:
             suite.results[name] = {"not_reached": f"the {LIMIT_S:.0f} s were over"}
-            continue
-        try:
-            suite.results[name] = PARTS[name](suite)
-        except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            said = f"{type(error).__name__}: {str(error)[:500]} ({Path(where.filename).name}:{where.lineno})"
-            suite.results[name] = {"failed": said}
-        if suite.device.type == "cuda":
-            torch.cuda.empty_cache()
-        print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+        else:
+            try:
+                suite.results[name] = PARTS[name](suite)
+            except Exception as error:
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                said = f"{type(error).__name__}: {str(error)[:500]} ({Path(where.filename).name}:{where.lineno})"
+                suite.results[name] = {"failed": said}
+            if suite.device.type == "cuda":
+                torch.cuda.empty_cache()
+            print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
         done(suite.results)
-    done(suite.results)
     return suite.results
 
 
@@ -334,7 +337,7 @@ def fingerprint(suite: Suite) -> dict:
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     found = {
-        "kind": KIND, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit,
         "torch": torch.__version__, "python": platform.python_version(), "command": " ".join(sys.argv), "dry": suite.dry,
     }  # fmt: skip
     if suite.device.type == "cuda":

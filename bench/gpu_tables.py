@@ -76,19 +76,18 @@ def targets(results: dict[str, Any]) -> Iterator[tuple[str, str, float | None, b
     for name in _rows(results, "attention", "self"):
         found = results["attention"][name]["backends"]
         peers = [found[b]["ms"] for b in EXACT_PEERS if "ms" in found.get(b, {})]
-        best = min(peers) if peers else None
+        best = min(peers, default=None)
         chosen = _number(found, results["attention"][name]["chosen"], "ms")
         ours = [c["ms"] for b, c in found.items() if b.split(",")[0] == "triton" and "ms" in c]
         eighth = [c["ms"] for b, c in found.items() if b.split(",")[0] == "triton-fp8" and "ms" in c]
         yield row(f"attention {name}: auto against the best of PyTorch's", "at least", 1, _ratio(best, chosen), "x")
         yield row(f"attention {name}: triton", "at least", 0.9, _ratio(best, min(ours, default=None)), "x")
         yield row(f"attention {name}: triton-fp8", "at least", 1.4, _ratio(best, min(eighth, default=None)), "x")
-    large = results.get("dit large")
     ours = [v for n in ("torch", "triton", "torch, blocks compiled") if (v := _number(results, "dit large", n, "ms"))]
     theirs = [v for n in _rows(results, "dit large", "diffusers") if (v := _number(results, "dit large", n, "ms"))]
     guided = _number(results, "pipeline", "costs", "large_guided")
     yield row("14B, a guided step in seconds", "at most", 4.6, _ratio(guided, 1000))
-    ratio = min(theirs) / min(ours) if isinstance(large, dict) and ours and theirs else None
+    ratio = _ratio(min(theirs, default=None), min(ours, default=None))
     yield row("14B, a forward against the best of diffusers'", "at least", 1.15, ratio, "x")
     for mode, most in (("resident", 1.10), ("prefetched", 1.25)):
         value = _number(results, "swap", mode, "first_over_median")

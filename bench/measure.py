@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,20 @@ import torch
 from nexus_rt.tracing import Trace, record
 
 STATM = Path("/proc/self/statm")
+
+
+def failure(error: BaseException, most: int = 300) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:most]}"
+
+
+@contextlib.contextmanager
+def failure_in(rows: dict, name: str) -> Iterator[None]:
+    """What fails is written down as a row; the next goes on."""
+    try:
+        yield
+    except Exception as error:
+        rows[name] = {"failed": failure(error)}
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -96,11 +96,11 @@ def random_pipeline(
     models = {n: random_transformer(c, dtype, device).use_kernels(kernels, attention) for n, c in configs.items()}
     config = next(iter(models.values())).config
     try:
-        import diffusers  # noqa: F401
-
-        vae: Any = RandomDecoder(device, decoder)
+        from diffusers import AutoencoderKLWan  # noqa: F401
     except Exception:  # not installed, or not for the packages that are here
-        vae = None
+        vae: Any = None
+    else:
+        vae = RandomDecoder(device, decoder)
     defaults = Defaults(height=size.height, width=size.width, num_frames=size.frames)
     engines = {name: TorchEngine(model) for name, model in models.items()}
     loaded = Loaded(engines, None, vae, None, None, defaults, (config.in_channels, config.patch_size))

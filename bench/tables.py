@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_rt.bench.gpu_tables import targets_table
-from nexus_rt.bench.results import KIND, read
+from nexus_rt.bench.results import read
 
 PLACE = re.compile(r"(<!-- (results|headline) (\S+) -->\n).*?(<!-- end -->)", re.S)
 PEERS = {
@@ -119,7 +119,7 @@ def fill(text: str, folder: Path) -> str:
 def made_of(path: Path) -> str:
     """The tables of one results file, of either kind."""
     found = json.loads(path.read_text())
-    if "run" not in found or found.get("kind") == KIND:
+    if "run" not in found:
         return tables(read(path))
     run = found["run"]
     made = [run.get("gpu", "CPU, dry: no speed here means anything"), f"torch {run['torch']}", f"triton {run['triton']}",
