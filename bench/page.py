@@ -211,6 +211,14 @@ def _scaling(found: dict[str, Any]) -> str:
     return f'<h2>Scaling</h2><div class="clips">{"".join(out)}</div>'
 
 
+def document(title: str, body: list[str], style: str = "") -> str:
+    """A page of elements already escaped; style: beside `STYLE`."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head><body>{''.join(body)}</body></html>\n"
+    )
+
+
 def page(results: dict[str, Any]) -> str:
     """The whole page of a results file."""
     mark, rows = results["fingerprint"], results.get("rows", [])
@@ -246,11 +254,7 @@ def page(results: dict[str, Any]) -> str:
         body.append("</div>")
     kept = ", ".join(f"{k} {v}" for k, v in mark["versions"].items())
     body.append(f'<p class="note">{escape(kept)}; weights {escape(str(mark["weights"] or "random"))}</p>')
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>Latency: {escape(str(results['preset']))}</title><style>{STYLE}</style></head>"
-        f"<body>{''.join(body)}</body></html>\n"
-    )
+    return document(f"Latency: {results['preset']}", body)
 
 
 def drawing(results: dict[str, Any]) -> str:

@@ -7,6 +7,8 @@ import io
 
 import numpy as np
 
+from nexus_rt.video import uniform
+
 
 def data_url(picture: np.ndarray, kind: str = "PNG", height: int | None = None) -> str:
     """A picture [H, W, 3], uint8 or floats in [0, 1], as a `data:` URL of a "PNG" or a "JPEG"; `height` in pixels scales it."""
@@ -24,5 +26,4 @@ def data_url(picture: np.ndarray, kind: str = "PNG", height: int | None = None) 
 
 def thumbnail(frames: np.ndarray, count: int = 4, height: int = 96, kind: str = "PNG") -> str:
     """Frames [F, H, W, 3] side by side, uniformly picked, as a data URL."""
-    picked = frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
-    return data_url(np.concatenate(list(picked), 1), kind, height)
+    return data_url(np.concatenate(list(uniform(frames, count)), 1), kind, height)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -73,28 +72,32 @@ def parse_shard(text: str) -> tuple[int, int]:
     return part, count
 
 
-def settings(item: Item, job: Job, pipe: NexusPipeline) -> dict[str, Any]:
-    """Everything that decides what an item's clip is, as it is written down."""
-    d, o = pipe.defaults, job.options
-    width, height = item.size or (o.get("width") or d.width, o.get("height") or d.height)
-    frames = item.frames or o.get("num_frames") or d.num_frames
+def common_settings(job: Job, pipe: NexusPipeline) -> dict[str, Any]:
+    """What is the same for every clip of a job, as it is written down."""
+    o = job.options
     plan = pipe.make_plan(o.get("plan"), o.get("num_inference_steps"), o.get("shift"), o.get("energy"))
     rest = {k: str(v) for k, v in o.items() if v is not None and k not in ("width", "height", "num_frames", "plan")}
+    return {"steps": len(plan), "plan": plan.name, "fps": job.fps, "options": rest, "models": job.models}
+
+
+def settings(item: Item, job: Job, pipe: NexusPipeline, common: dict[str, Any]) -> dict[str, Any]:
+    """Everything that decides what an item's clip is: `common_settings`, and what is the item's own."""
+    d, o = pipe.defaults, job.options
+    width, height = item.size or (o.get("width") or d.width, o.get("height") or d.height)
     return {
         "prompt": item.prompt, "negative": item.negative or "", "seed": job.seed if item.seed is None else item.seed,
-        "size": f"{width}x{height}", "frames": frames, "steps": len(plan), "plan": plan.name, "fps": job.fps,
-        "options": rest, "models": job.models,
+        "size": f"{width}x{height}", "frames": item.frames or o.get("num_frames") or d.num_frames, **common,
     }  # fmt: skip
 
 
-def finished(job: Job) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
-    """The last line on every id that ended, of all shards and workers in the folder, and how often each was begun since.
+def finished(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+    """The last line on every id that ended, of all shards and workers of a folder, and how often each was begun since.
 
     A line cut short by a killed process counts for nothing.
     """
     ended: dict[str, dict[str, Any]] = {}
     starts: dict[str, list[float]] = {}
-    for path in sorted(job.folder.glob("results*.jsonl")):
+    for path in sorted(folder.glob("results*.jsonl")):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 row = json.loads(line)
@@ -119,7 +122,7 @@ class Lines:
             with open(path, "ab") as file:
                 file.write(b"\n")
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
             with self._order, open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -129,6 +132,7 @@ class Lines:
             raise NexusError(
                 f"{self.path} cannot be written ({error}); free some space and run the same command: what was finished is kept."
             ) from error
+        return row
 
 
 def run(
@@ -186,42 +190,41 @@ def work(
     Yields:
         ("made" | "kept" | "failed", id, in words), as each ends.
     """
-    known, begun = finished(job)
-    todo, lines = [], Lines(log)
+    known, begun = finished(job.folder)
+    todo, lines, common = [], Lines(log), common_settings(job, pipe)
     for item in items:
-        row, said = known.get(item.id), settings(item, job, pipe)
+        row, said = known.get(item.id), settings(item, job, pipe, common)
         if row and row["status"] == "done" and row["settings"] == said and job.clip(item).is_file():
             yield "kept", item.id, "was there"
         elif attempts is not None and begun.get(item.id, 0) >= attempts:
-            why = f"its process died {begun[item.id]} times"
-            lines.add(_failed({"id": item.id, "file": job.clip(item).name, "settings": said}, NexusError(why)))
-            yield "failed", item.id, f"FAILED: {why}"
+            why = NexusError(f"its process died {begun[item.id]} times")
+            yield _words(lines.add(_failed({"id": item.id, "file": job.clip(item).name, "settings": said}, why)))
         else:
             todo.append((item, said))
-    ends: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
 
     def begins(item: Item) -> None:
         if attempts is not None:
             lines.add({"id": item.id, "status": "begun", "when": time.time()})
 
-    def ended(row: dict[str, Any]) -> None:
-        lines.add(row)
-        ends.put(row)
+    yield from map(_words, _make(pipe, todo, job, begins, lines.add))
 
-    for _ in _make(pipe, todo, job, begins, ended):
-        while not ends.empty():
-            row = ends.get()
-            if row["status"] == "done":
-                yield "made", row["id"], f"{row['seconds']:.1f} s"
-            else:
-                yield "failed", row["id"], f"FAILED: {row['error']}"
+
+def _words(row: dict[str, Any]) -> tuple[str, str, str]:
+    """A row as `work` yields it."""
+    if row["status"] == "done":
+        return "made", row["id"], f"{row['seconds']:.1f} s"
+    return "failed", row["id"], f"FAILED: {row['error']}"
 
 
 def _make(
     pipe: NexusPipeline, todo: list[tuple[Item, dict[str, Any]]], job: Job, begins: Callable[[Item], None],
-    ended: Callable[[dict[str, Any]], None],
-) -> Iterator[None]:  # fmt: skip
-    """Every item; `ended` is called with its row when its clip is written, or has failed. Yields now and then."""
+    ended: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The row of every item, after `ended` has had it: as soon as its clip is written, or has failed."""
+
+    def finish(*of: Any) -> dict[str, Any]:
+        return ended(_write(pipe, job, *of))
+
     with ThreadPoolExecutor(1) as decoder:
         pending: Future | None = None
         for start in range(0, len(todo), TOGETHER):
@@ -235,22 +238,18 @@ def _make(
                         raise told
                     latents = _denoise(pipe, said, told, job)
                 except Exception as error:  # an item's failure is the item's
-                    ended(_failed(row, error))
-                    yield
+                    yield ended(_failed(row, error))
                     continue
                 if pending is not None:
-                    pending.result()
+                    yield pending.result()
                     pending = None
                 ready = torch.cuda.current_stream(latents.device).record_event() if latents.is_cuda else None
-                finish = lambda *a: ended(_write(*a))  # noqa: E731
                 if decodes_beside(pipe, said):
-                    pending = decoder.submit(finish, pipe, latents, ready, row, job, began)
+                    pending = decoder.submit(finish, latents, ready, row, began)
                 else:  # in this thread: another would bring a team of OpenMP's of its own, that waits for cores
-                    finish(pipe, latents, ready, row, job, began)
-                yield
+                    yield finish(latents, ready, row, began)
         if pending is not None:
-            pending.result()
-            yield
+            yield pending.result()
 
 
 def _told(pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]) -> list[dict[str, Tensor] | Exception]:
@@ -317,7 +316,7 @@ def _after(ready: torch.cuda.Event | None, latents: Tensor) -> Iterator[None]:
 
 
 def _write(
-    pipe: NexusPipeline, latents: Tensor, ready: torch.cuda.Event | None, row: dict[str, Any], job: Job, began: float
+    pipe: NexusPipeline, job: Job, latents: Tensor, ready: torch.cuda.Event | None, row: dict[str, Any], began: float
 ) -> dict[str, Any]:  # fmt: skip
     try:
         with _after(ready, latents):

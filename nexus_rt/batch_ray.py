@@ -82,21 +82,21 @@ def run_on_ray(
             unit = f"{gpus} GPUs" if gpus else f"{int(resources.get('CPU', 0))} CPUs"
             raise InputError(f"--workers is {count}, and the cluster has {unit}; ask for fewer, or add machines.")
         with open_folder(job):
-            return _share_out(ray.data, Worker, (make, argument, job, attempts, os.getcwd()), job.mine(items), count, each, say)
+            return _share_out(ray.data, (make, argument, job, attempts, os.getcwd()), job.mine(items), count, each, say)
     finally:
         if started:
             ray.shutdown()
 
 
 def _share_out(
-    data: Any, worker: type, made_of: tuple, items: list[Item], count: int, each: dict[str, int], say: Callable[[str], None]
+    data: Any, made_of: tuple, items: list[Item], count: int, each: dict[str, int], say: Callable[[str], None]
 ) -> dict[str, int]:  # fmt: skip
     size = max(1, min(TOGETHER, math.ceil(len(items) / (SHARES * count))))
     rows = [{"item": json.dumps(asdict(item))} for item in items]
     data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     shares = data.from_items(rows, override_num_blocks=math.ceil(len(rows) / size)).map_batches(
-        worker, fn_constructor_args=made_of, batch_size=size, compute=data.ActorPoolStrategy(size=count), **each
+        Worker, fn_constructor_args=made_of, batch_size=size, compute=data.ActorPoolStrategy(size=count), **each
     )
     counts = {"made": 0, "kept": 0, "failed": 0}
     for row in shares.iter_rows():

@@ -46,6 +46,21 @@ def _blend(args: argparse.Namespace):
     return BlendConfig(split=args.split, lowpass=args.lowpass)
 
 
+def _call_options(args: argparse.Namespace) -> dict:
+    """What the arguments say of every clip, as the pipeline's call takes it; checked before any model is read."""
+    from nexus_rt.solver import SOLVERS
+
+    choose("solver", args.solver, SOLVERS)
+    if args.fps < 1:
+        raise InputError(f"--fps is {args.fps}; expected at least 1.")
+    width, height = args.size or (None, None)
+    return dict(
+        height=height, width=width, num_frames=args.frames, num_inference_steps=args.steps, guidance_scale=args.guidance,
+        guidance_scale_2=args.guidance_2, plan=args.plan, shift=args.shift, blend=_blend(args), energy=args.energy,
+        solver=args.solver,
+    )  # fmt: skip
+
+
 def _check_device(name: str | None) -> None:
     import torch
 
@@ -59,27 +74,19 @@ def _check_device(name: str | None) -> None:
 
 
 def generate(args: argparse.Namespace) -> int:
-    from nexus_rt.solver import SOLVERS
     from nexus_rt.video import check_output, save_video
 
     output = check_output(args.output)  # before any model is read
-    choose("solver", args.solver, SOLVERS)
-    blend = _blend(args)
+    options = _call_options(args)
     if not args.prompt.strip():
         raise InputError("the prompt is empty; say what the video should show.")
-    if args.fps < 1:
-        raise InputError(f"--fps is {args.fps}; expected at least 1.")
     _check_device(args.device)
     import torch
 
     pipe = _pipeline(args)
     pipe.set_progress_bar_config(disable=args.quiet or None)
-    width, height = args.size or (None, None)
-    latents = pipe(
-        args.prompt, args.negative, height, width, args.frames, args.steps, args.guidance, args.guidance_2,
-        generator=torch.Generator("cpu").manual_seed(args.seed), output_type="latent",
-        plan=args.plan, shift=args.shift, blend=blend, energy=args.energy, solver=args.solver,
-    )  # fmt: skip
+    seed = torch.Generator("cpu").manual_seed(args.seed)
+    latents = pipe(args.prompt, args.negative, generator=seed, output_type="latent", **options)
     frames = pipe.decode(latents.frames, "np", rescue=output.parent)
     save_video(frames[0], output, args.fps)
     if not args.quiet:
@@ -101,17 +108,8 @@ def _batch(args: argparse.Namespace, items: list) -> int:
     from pathlib import Path
 
     from nexus_rt.batch import Job, parse_shard, run
-    from nexus_rt.solver import SOLVERS
 
-    choose("solver", args.solver, SOLVERS)
-    if args.fps < 1:
-        raise InputError(f"--fps is {args.fps}; expected at least 1.")
-    width, height = args.size or (None, None)
-    options = dict(
-        height=height, width=width, num_frames=args.frames, num_inference_steps=args.steps, guidance_scale=args.guidance,
-        guidance_scale_2=args.guidance_2, plan=args.plan, shift=args.shift, blend=_blend(args), energy=args.energy,
-        solver=args.solver,
-    )  # fmt: skip
+    options = _call_options(args)
     models = " ".join(f"{n}={said}" for n in MODEL_ARGUMENTS if (said := getattr(args, n)))
     folder = Path(args.output).expanduser()
     job = Job(folder, args.seed, args.fps, f".{args.format.lstrip('.')}", parse_shard(args.shard), options, models)

@@ -109,6 +109,7 @@ def category_prompts(said: Any, where: str) -> list[tuple[dict[str, Any], str]]:
     rows = said.get("prompts") if isinstance(said, dict) else None
     if not isinstance(rows, list):
         raise InputError(f"{where}.prompts is {type(rows).__name__}; expected an array, as in VR-Bench's files.")
+    found = []
     for i, row in enumerate(rows):
         place = f"{where}.prompts[{i}]"
         if not isinstance(row, dict):
@@ -117,7 +118,8 @@ def category_prompts(said: Any, where: str) -> list[tuple[dict[str, Any], str]]:
             value = row.get(field)
             if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
                 raise InputError(f"{place}.{field} is {value!r}; expected text.")
-    return [(row, f"{where}.prompts[{i}]") for i, row in enumerate(rows)]
+        found.append((row, place))
+    return found
 
 
 def check_name(value: Any, where: str) -> str:

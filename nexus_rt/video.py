@@ -72,6 +72,11 @@ def save_video(frames: np.ndarray, path: str | Path, fps: int = FPS) -> Path:
     return path
 
 
+def uniform(frames: np.ndarray, count: int) -> np.ndarray:
+    """`count` frames uniformly from first to last; all of them where there are fewer."""
+    return frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
+
+
 def as_output(video: Tensor, output_type: str) -> Any:
     """Frames [B, F, 3, H, W] in [0, 1] as "pt" (as they are), "np" [B, F, H, W, 3], or "pil" (a list of images a clip)."""
     if output_type == "pt":
@@ -124,7 +129,7 @@ def _gif(frames: np.ndarray, path: Path, fps: int) -> None:
 def _contact_sheet(frames: np.ndarray, path: Path, fps: int) -> None:
     from PIL import Image
 
-    picked = frames[np.linspace(0, len(frames) - 1, min(16, len(frames))).round().astype(int)]
+    picked = uniform(frames, 16)
     columns = min(8, len(picked))
     rows = -(-len(picked) // columns)
     sheet = np.zeros((rows * columns, *picked.shape[1:]), np.uint8)

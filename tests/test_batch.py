@@ -167,6 +167,13 @@ def test_where_there_is_room(tiny_pipe, monkeypatch):
     for threads, wanted in ((1, True), (2, True), (3, False)):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
         assert batch.decodes_beside(tiny_pipe, {}) == wanted
+    need = tiny_pipe.vae.working_bytes(48, 32, 5)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 60)
+    monkeypatch.setattr(tiny_pipe, "device", torch.device("cuda"))
+    for free, wanted in ((need - 40, True), (need - 41, False)):  # what PyTorch holds and does not use is free too
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, n=free: (n, 10**12))
+        assert batch.decodes_beside(tiny_pipe, {"size": "48x32", "frames": 5}) == wanted
     monkeypatch.setattr(tiny_pipe, "vram", 10**9)  # a budget was planned for one thing at a time
     assert not batch.decodes_beside(tiny_pipe, {})
 

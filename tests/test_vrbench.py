@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from nexus_rt import InputError
 from nexus_rt.bench.vrbench import scoring
 from nexus_rt.bench.vrbench.command import EXAMPLE
-from nexus_rt.bench.vrbench.judging import parse, render, sample
+from nexus_rt.bench.vrbench.judging import FRAMES, parse, render
 from nexus_rt.bench.vrbench.schema import Question, read_bench, read_taxonomy
+from nexus_rt.video import uniform
 from tests.vrbench import TAXONOMY, bench_file, first, questions
 
 
@@ -91,9 +92,9 @@ def test_a_taxonomy_of_ones_own(tmp_path):
 
 def test_frames_are_sampled_uniformly():
     frames = np.arange(81)[:, None, None, None]
-    picked = sample(frames)[:, 0, 0, 0]
+    picked = uniform(frames, FRAMES)[:, 0, 0, 0]
     assert len(picked) == 16 and picked[0] == 0 and picked[-1] == 80 and set(np.diff(picked)) <= {5, 6}
-    assert len(sample(frames[:16])) == 16 and len(sample(frames[:3])) == 3
+    assert len(uniform(frames[:16], FRAMES)) == 16 and len(uniform(frames[:3], FRAMES)) == 3
 
 
 WHOLE = {"video_id": "v", "answers": {"q1": {"answer": "Yes", "reason": "a"}, "q2": {"answer": "No", "reason": ""}}}

@@ -63,7 +63,7 @@ def report(args: argparse.Namespace) -> int:
         if given and not Path(given).expanduser().parent.is_dir():
             raise InputError(f"{Path(given).parent} does not exist; make the folder first, or write somewhere else.")
     taxonomy = read_taxonomy(args.taxonomy)
-    found = make_report([Path(p) for p in args.runs], taxonomy)
+    found = make_report([Path(p).expanduser() for p in args.runs], taxonomy)
     text = markdown(found, taxonomy)
     made: list[tuple[str | None, Callable[[], str]]] = [
         (args.markdown, lambda: text), (args.html, lambda: page(found, taxonomy)),

@@ -16,7 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from nexus_rt.bench.pictures import data_url
+from nexus_rt.bench.results import folder_fingerprint
 from nexus_rt.errors import InputError, ModelError, NexusError
+from nexus_rt.loading import default_device, default_dtype
 from nexus_rt.models.load import pretrained, require_safetensors
 
 NEW_TOKENS = 1024
@@ -164,9 +166,6 @@ class LocalJudge:
     parallel = False
 
     def __init__(self, folder: str | Path, device: Any = None, dtype: Any = None) -> None:
-        from nexus_rt.bench.results import folder_fingerprint
-        from nexus_rt.loading import default_device, default_dtype
-
         self.folder = Path(folder).expanduser()
         if not (self.folder / "config.json").is_file():
             raise ModelError(

@@ -23,7 +23,7 @@ from nexus_rt.bench.vrbench.judges import Conversation, Judge, JudgeError
 from nexus_rt.bench.vrbench.schema import Prompt, Taxonomy
 from nexus_rt.bench.vrbench.scoring import NO, UNKNOWN, YES, clip_scores
 from nexus_rt.errors import InputError, NexusError
-from nexus_rt.video import read_frames
+from nexus_rt.video import read_frames, uniform
 
 SCHEMA, KIND, FRAMES = 1, "nexus-rt vrbench", 16
 FILE = "judgment.json"
@@ -39,13 +39,6 @@ Weights say how much a question counts.
 Reply with this JSON and nothing else, one entry a question:
 {{"video_id": "{id}", "answers": {{{shape}}}}}"""
 AGAIN = "That could not be read as the JSON asked for with an answer to every question. Reply with the JSON alone."
-
-
-def sample(frames: np.ndarray, count: int = FRAMES) -> np.ndarray:
-    """`count` frames uniformly from first to last; all of them where there are fewer."""
-    if len(frames) <= count:
-        return frames
-    return frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
 
 
 def render(prompt: Prompt, count: int) -> str:
@@ -106,7 +99,7 @@ def ask(judge: Judge, prompt: Prompt, frames: np.ndarray) -> dict[str, dict[str,
     Raises:
         JudgeError, JudgeUnusable: no reply.
     """
-    picked = sample(frames)
+    picked = uniform(frames, FRAMES)
     content = [*({"type": "image"} for _ in picked), {"type": "text", "text": render(prompt, len(picked))}]
     talk: Conversation = [{"role": "user", "content": content}]
     wanted = [q.id for q in prompt.questions]
@@ -252,7 +245,6 @@ def _row(clip: Clip, said: dict[str, dict[str, str]], taxonomy: Taxonomy) -> dic
 
 def read_judgment(path: Path) -> dict[str, Any]:
     """A folder's `judgment.json`, or such a file; errors as `read_as`."""
-    path = path.expanduser()
     path = path / FILE if path.is_dir() else path
     maker = f"`nexus-rt vrbench judge PROMPTS {path.parent}`"
     return read_as(path, KIND, SCHEMA, maker, "judge the clips again: what was answered is kept")

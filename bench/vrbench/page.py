@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.bench.page import STYLE, figure, table
+from nexus_rt.bench.page import document, figure, table
 from nexus_rt.bench.pictures import thumbnail
 from nexus_rt.bench.vrbench.report import absent, introduction, sections
 from nexus_rt.bench.vrbench.schema import Taxonomy
@@ -22,16 +22,13 @@ details{border-bottom:1px solid #e5e5e5;padding:.4rem 0}summary{cursor:pointer}
 """
 
 
-def picture(run: dict[str, Any], name: str) -> str | None:
-    """A clip's frames as a data URL; None where the clip is no longer there."""
-    clip = run["clips"].get(name)
-    path = clip and Path(run["folder"]) / Path(clip["file"]).name
-    if not path or not path.is_file():
-        return None
+def picture(run: dict[str, Any], clip: dict[str, Any] | None) -> str:
+    """A clip's frames as an element; a dash where there is no clip, or no longer."""
     try:
-        return thumbnail(read_frames(path), 6, 80, "JPEG")
+        shown = clip and thumbnail(read_frames(Path(run["folder"]) / Path(clip["file"]).name), 6, 80, "JPEG")
     except InputError:
-        return None
+        shown = None
+    return f'<img src="{escape(shown, quote=True)}" alt="frames">' if shown else "—"
 
 
 def _answer(said: dict[str, Any] | None) -> str:
@@ -47,11 +44,7 @@ def clip_details(report: dict[str, Any], name: str) -> str:
     known = [(r, r["clips"].get(name)) for r in runs]
     any_clip = next(c for _, c in known if c)
     scores = " / ".join(figure(c["score"] if c else None, 4) for _, c in known)
-    pictures = []
-    for run, clip in known:
-        shown = picture(run, name) if clip else None
-        pictures.append(f'<img src="{escape(shown, quote=True)}" alt="frames">' if shown else "—")
-    rows = [["", "", *pictures]]
+    rows = [["", "", *(picture(run, clip) for run, clip in known)]]
     questions = {q: a for _, c in known if c for q, a in c["answers"].items()}
     for q, asked in questions.items():
         cells = [_answer(c["answers"].get(q) if c else None) for _, c in known]
@@ -79,7 +72,4 @@ def page(report: dict[str, Any], taxonomy: Taxonomy) -> str:
         rows = [[escape(cell) for cell in row] for row in lost]
         body += ["<h2>Without answers</h2>", table(["run", "prompt", "why"], rows, 3)]
     body += ["<h2>Clips</h2>", *(clip_details(report, name) for name in names)]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>VR-Bench</title><style>{STYLE}{OWN}</style></head><body>{''.join(body)}</body></html>\n"
-    )
+    return document("VR-Bench", body, OWN)

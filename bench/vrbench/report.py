@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.batch import Job, finished
+from nexus_rt.batch import finished
 from nexus_rt.bench.vrbench.judging import read_judgment
 from nexus_rt.bench.vrbench.schema import Taxonomy
-from nexus_rt.bench.vrbench.scoring import clip_scores, paired, summary
+from nexus_rt.bench.vrbench.scoring import clip_scores, mean_interval, paired, summary
 from nexus_rt.errors import InputError
 
 
@@ -21,8 +21,9 @@ def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
         InputError: a run was not judged, or none holds a clip. ModelError: a damaged file.
     """
     found: dict[str, Any] = {"kind": "nexus-rt vrbench report", "runs": [], "notes": []}
-    for path, name in zip(runs, _names(runs), strict=True):
-        said, folder = read_judgment(path), path if path.is_dir() else path.parent
+    folders = [path if path.is_dir() else path.parent for path in runs]
+    for path, folder, name in zip(runs, folders, _names(folders), strict=True):
+        said = read_judgment(path)
         clips = {i: c | clip_scores(c["answers"], taxonomy.layer_names(c["category"])) for i, c in said["clips"].items()}
         kept = {k: said[k] for k in ("judge", "when", "template", "missing", "failed")}
         scores = {"scores": summary(clips, taxonomy), "clips": clips}
@@ -48,14 +49,14 @@ def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
 
 def made_with(folder: Path) -> str:
     """Plan, steps, size and models of a folder's clips, where `nexus-rt batch` or `vrbench generate` made them."""
-    rows = [r["settings"] for r in finished(Job(folder))[0].values() if r["status"] == "done"]
+    rows = [r["settings"] for r in finished(folder)[0].values() if r["status"] == "done"]
     said = {f"{s['plan']}, {s['steps']} steps, {s['size']}x{s['frames']} {s['models']}".strip() for s in rows}
     return "; ".join(sorted(said)[:3]) + ("; ..." if len(said) > 3 else "")
 
 
-def _names(runs: list[Path]) -> list[str]:
+def _names(folders: list[Path]) -> list[str]:
     """The folders' names, made longer where two are the same."""
-    whole = [r.resolve() if r.is_dir() else r.resolve().parent for r in runs]
+    whole = [folder.resolve() for folder in folders]
     for depth in range(1, 20):
         names = ["/".join(w.parts[-depth:]) for w in whole]
         if len(set(names)) == len(names):
@@ -73,7 +74,6 @@ def shown(score: dict[str, Any]) -> str:
 def sections(report: dict[str, Any], taxonomy: Taxonomy) -> list[tuple[str, list[tuple[str, list[str]]]]]:
     """Title and rows (what it is, a cell a run) of every table."""
     runs = report["runs"]
-    none = {"mean": None, "low": None, "high": None, "count": 0}
 
     def cells(*keys: str) -> list[str]:
         out = []
@@ -81,7 +81,7 @@ def sections(report: dict[str, Any], taxonomy: Taxonomy) -> list[tuple[str, list
             at: Any = run["scores"]
             for key in keys:
                 at = at.get(key, {})
-            out.append(shown(at or none))
+            out.append(shown(at or mean_interval([])))
         return out
 
     every = lambda kind: list(dict.fromkeys(k for r in runs for k in r["scores"][kind]))  # noqa: E731

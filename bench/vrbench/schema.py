@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +154,8 @@ def _prompt(row: dict[str, Any], where: str, category: str, principle: str) -> P
         raise InputError(f"{place}.evaluation_questions: id {max(ids, key=ids.count)!r} is there twice; expected each once.")
     if sum(q.weight for q in questions) <= 0:
         raise InputError(f"{place}.evaluation_questions: the weights sum to zero; expected one above zero at least.")
-    return Prompt(
-        found.id, category, found.text, found.difficulty, found.description, _text(said, "overall_instruction", place),
-        _text(said, "evaluation_description", place), principle, questions,
-    )  # fmt: skip
+    instruction, behaviour = (_text(said, name, place) for name in ("overall_instruction", "evaluation_description"))
+    return replace(found, instruction=instruction, behaviour=behaviour, questions=questions)
 
 
 def _number(value: Any) -> bool:
