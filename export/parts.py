@@ -94,8 +94,12 @@ def _architecture(folder: Path) -> dict[str, Any]:
 
 
 def _reference(folder: Path, device: torch.device, loras: Sequence[Lora] = ()) -> WanTransformer:
-    """A generator that computes in float32 from weights held as they are stored: its blocks are widened as they run."""
-    stored = load.stored_dtype(folder)
+    """A generator that computes in float32 from weights held as they are stored: its blocks are widened as they run.
+
+    With LoRAs the weights are their sums in float32, as a float32 engine has them: rounded to what is stored, they would be
+    another model.
+    """
+    stored = torch.float32 if loras else load.stored_dtype(folder)
     if stored.itemsize >= 4 and device.type == "cpu":
         return load.load_transformer(folder, torch.float32, device, "torch", loras=loras)
     model = load.load_transformer(folder, stored, "cpu", "torch", loras=loras)

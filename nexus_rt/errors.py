@@ -35,11 +35,17 @@ class DecodeError(NexusError):
         self.latents_path = latents_path
 
 
+def cut(text: object, limit: int = 300) -> str:
+    """Somebody else's words on one line, at most `limit` characters: what an error quotes."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
 def choose(kind: str, name: str, known: Iterable[str]) -> str:
     """Return `name` if it is one of `known`, else raise an `InputError` that suggests the nearest."""
     known = list(known)
     if name in known:
         return name
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(name)[:80], known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise InputError(f"unknown {kind} {name!r}: expected one of {', '.join(known)}{hint}")
+    raise InputError(f"unknown {kind} {cut(repr(name), 120)}: expected one of {', '.join(known)}{hint}")

@@ -19,7 +19,8 @@ from nexus_rt.bench.pictures import data_url
 from nexus_rt.bench.results import folder_fingerprint
 from nexus_rt.errors import InputError, ModelError, NexusError
 from nexus_rt.loading import default_device, default_dtype
-from nexus_rt.models.load import pretrained, require_safetensors
+from nexus_rt.models.load import require_safetensors
+from nexus_rt.models.pretrained import pretrained
 
 NEW_TOKENS = 1024
 KEY = "OPENAI_API_KEY"

@@ -6,18 +6,21 @@ pages are given back, so that resident memory stays at the model's own bytes plu
 
 from __future__ import annotations
 
-import json
 import mmap
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nexus_rt.errors import ModelError
+from nexus_rt import documents
+from nexus_rt.documents import parse
+from nexus_rt.errors import ModelError, cut
 from nexus_rt.models.wan import FUSED, KEEP_FP32
 
 DTYPES = {
@@ -39,51 +42,93 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file.
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 
-    Raises:
-        ModelError: the file is missing, truncated, corrupted, or holds a type this runtime does not read.
-    """
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header, and where its data begins."""
     if not path.is_file():
         raise ModelError(f"{path} is missing; download the folder again.")
     try:
-        with safe_open(path, "pt"):  # the library's own validation: offsets, overlaps, length
+        with safe_open(path, "pt"):  # the library's own validation: offsets, overlaps, shapes against bytes, length
             pass
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
         raise ModelError(
-            f"{path} is not a whole safetensors file ({error}); it is truncated, corrupted or of another format: "
+            f"{path} is not a whole safetensors file ({cut(error)}); it is truncated, corrupted or of another format: "
             "download or convert it again."
         ) from error
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        return parse(file.read(size), f"{path}: the header", remedy="download or convert the file again"), 8 + size
+
+
+def read_header(path: Path, integers: bool = False) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file.
+
+    Args:
+        integers: whole numbers too, which are no weights of ours but a LoRA's alpha may be.
+
+    Raises:
+        ModelError: the file is missing, truncated, corrupted, holds a name twice, or a type this runtime does not read.
+    """
+    header, begin = _header(path)
+    known = DTYPES | (INTEGERS if integers else {})
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] not in DTYPES:
-            raise ModelError(f"{path}: {name} has type {entry['dtype']}; expected one of {', '.join(DTYPES)}.")
+        if entry["dtype"] not in known:
+            raise ModelError(f"{path}: {cut(name, 120)} has type {entry['dtype']}; expected one of {', '.join(known)}.")
         start, stop = entry["data_offsets"]
-        tensors[name] = StoredTensor(path, 8 + size + start, 8 + size + stop, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        tensors[name] = StoredTensor(path, begin + start, begin + stop, known[entry["dtype"]], tuple(entry["shape"]))
     return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings under `__metadata__` of a safetensors file; errors as `read_header`."""
+    return _header(path)[0].get("__metadata__") or {}
+
+
+class _Index(msgspec.Struct):
+    """`*.safetensors.index.json`: which shard holds which tensor."""
+
+    weight_map: dict[str, str]
+
+
+def _shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
+    """The tensors of an index's shards, each where the index says."""
+    remedy = "download the folder again"
+    where = documents.read(index, _Index, remedy=remedy).weight_map
+    if not where:
+        raise ModelError(f"{index} names no tensor; {remedy}.")
+    if outside := [s for s in where.values() if not re.fullmatch(r"[^/\\\0]+\.safetensors", s)]:
+        raise ModelError(f"{index} names {cut(outside[0], 120)!r}; expected names of safetensors files in its folder.")
+    shards = sorted(set(where.values()))
+    if lost := [s for s in shards if not (folder / s).is_file()]:
+        raise ModelError(f"{folder}: {index.name} names {len(shards)} shards, but {cut(', '.join(lost))} is missing.")
+    found: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for name, stored in read_header(folder / shard).items():
+            if name in found:
+                raise ModelError(f"{folder}: {cut(name, 120)} is in {found[name].path.name} and in {shard}; {remedy}.")
+            found[name] = stored
+    for name, shard in where.items():
+        if name not in found or found[name].path.name != shard:
+            raise ModelError(f"{folder}: {shard} lacks {cut(name, 120)}, which {index.name} says it holds; {remedy}.")
+    return found
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a model folder: one file, or the shards an index names.
 
     Raises:
-        ModelError: no safetensors here (pickles are named), or a shard is missing.
+        ModelError: no safetensors here (pickles are named), a shard is missing, or a tensor is there twice.
     """
     for name in WEIGHT_NAMES:
         for variant in ("", ".fp16", ".bf16"):
             index = folder / f"{name}.safetensors.index{variant}.json"
             if index.is_file():
-                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                lost = [s for s in shards if not (folder / s).is_file()]
-                if lost:
-                    raise ModelError(f"{folder}: {index.name} names {len(shards)} shards, but {', '.join(lost)} is missing.")
-                return {k: v for s in shards for k, v in read_header(folder / s).items()}
+                return _shards(folder, index)
             single = folder / f"{name}{variant}.safetensors"
             if single.is_file():
                 return read_header(single)
@@ -181,20 +226,46 @@ def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def fill(model: nn.Module, tensors: dict[str, StoredTensor], dtype: torch.dtype, device: torch.device) -> None:
-    """Give a meta-device Wan model its memory and copy a checkpoint of either layout into it.
+def in_diffusers_names(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """A checkpoint of either layout under diffusers' names.
 
     Raises:
-        ModelError: a parameter is missing, unknown, or of another shape.
+        ModelError: two keys are one parameter (as `x` and `model.x` are).
+    """
+    found: dict[str, StoredTensor] = {}
+    keys: dict[str, str] = {}
+    for key, stored in tensors.items():
+        name = diffusers_name(key)
+        if name in found:
+            raise ModelError(
+                f"{stored.path}: {cut(keys[name], 120)} and {cut(key, 120)} are one parameter, stored twice; "
+                "save the checkpoint again with one of them."
+            )
+        found[name], keys[name] = stored, key
+    return found
+
+
+def fill(
+    model: nn.Module, tensors: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device,
+    changes: Callable[[str, Tensor], Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Give a meta-device Wan model its memory and copy a checkpoint of either layout into it.
+
+    Args:
+        changes: diffusers' name of a parameter and the stored tensor to what goes into the model instead; rounded to `dtype`
+            once, after it.
+
+    Raises:
+        ModelError: a parameter is missing, unknown, there twice, or of another shape.
     """
     expected = diffusers_shapes(model)
-    stored = {diffusers_name(k): v for k, v in tensors.items()}
+    stored = in_diffusers_names(tensors)
     stored = {k: v for k, v in stored.items() if "norm_added_q" not in k}  # some published files carry this unused one
     missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing or unknown:
-        some = lambda names: f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"  # noqa: E731
+        some = lambda names: f"{len(names)} ({cut(', '.join(names[:3]))}{', ...' if len(names) > 3 else ''})"  # noqa: E731
         raise ModelError(
-            f"{next(iter(tensors.values())).path.parent}: the checkpoint is not this architecture: "
+            f"{next(iter(tensors.values())).path.parent if tensors else 'the file'}: the checkpoint is not this architecture: "
             f"missing {some(missing)}, unknown {some(unknown)}; check config.json against the weights."
         )
     for name, shape in expected.items():
@@ -210,4 +281,5 @@ def fill(model: nn.Module, tensors: dict[str, StoredTensor], dtype: torch.dtype,
     with torch.no_grad():
         for name, tensor in read_tensors(stored.items()):
             target, rows = fused_place(name, lambda n: tuple(places[n].shape))
-            (places[target] if rows is None else places[target][rows]).copy_(tensor)
+            place = places[target] if rows is None else places[target][rows]
+            place.copy_(tensor if changes is None else changes(name, tensor.to(device)))

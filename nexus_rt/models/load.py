@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from nexus_rt.attention import NAMES
+from nexus_rt.documents import read_object
 from nexus_rt.errors import ModelError, choose
-from nexus_rt.models.checkpoint import fill, find_tensors
-from nexus_rt.models.lora import Lora, merge
+from nexus_rt.models.checkpoint import diffusers_shapes, fill, find_tensors
+from nexus_rt.models.lora import Changes, Lora
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from nexus_rt.ops import choose_ops
+
+FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".onnx", ".json", ".zip", ".tar")
 
 
 def resolve(
@@ -36,6 +37,11 @@ def resolve(
     path = Path(source).expanduser()
     if path.is_dir():
         return path
+    if path.is_file() or path.suffix.lower() in FILES:
+        raise ModelError(
+            f"{source} is {'a file' if path.is_file() else 'the name of a file, and none is here'}; single files are not read: "
+            "pass a folder with config.json and safetensors, in diffusers' or Wan's own layout."
+        )
     if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
         raise ModelError(f"{source} is not a folder; expected a model folder or a hub id such as 'owner/name'.")
     from huggingface_hub import snapshot_download
@@ -61,31 +67,9 @@ def resolve(
 
 def read_json(path: Path) -> dict:
     """A JSON object, or a `ModelError` that names the file."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ModelError(f"{path.parent} is not a model folder: it has no {path.name}.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}); download the folder again.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds a {type(value).__name__}; expected a JSON object.")
-    return value
-
-
-def pretrained(class_name: str, folder: Path, what: str, device: torch.device | None = None, **options: Any) -> Any:
-    """transformers' `class_name.from_pretrained(folder)`, local files only; a model goes to `device`.
-
-    Raises:
-        ModelError: a damaged folder; `what` names the part.
-    """
-    import transformers
-    from safetensors import SafetensorError
-
-    try:
-        loaded = getattr(transformers, class_name).from_pretrained(folder, local_files_only=True, **options)
-        return loaded if device is None else loaded.to(device).eval()
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        raise ModelError(f"{folder}: the {what} cannot be loaded ({error}); download it again.") from error
+    if not path.is_file():
+        raise ModelError(f"{path.parent} is not a model folder: it has no {path.name}.")
+    return read_object(path)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -137,11 +121,12 @@ def load_transformer(
     """Load a Wan T2V transformer from a folder in diffusers' or Wan's own layout.
 
     Peak memory is the model in `dtype` plus one stored tensor (and a LoRA's file). `kernels`, `attention`: see
-    `WanTransformer.use_kernels`; `loras` are merged in their order.
+    `WanTransformer.use_kernels`; `loras` are added to the stored weights in float32, and the sum rounded to `dtype` once.
 
     Raises:
         InputError: kernels that cannot run on the device; said before anything is read.
-        ModelError: not a model folder, another architecture, a missing shard, a damaged file, pickles only.
+        ModelError: not a model folder, another architecture, a missing shard, a damaged file, pickles only, a LoRA that
+            does not fit.
     """
     choose_ops(kernels, torch.device(device))
     choose("attention backend", attention, NAMES)
@@ -150,7 +135,6 @@ def load_transformer(
     tensors = find_tensors(folder)
     with torch.device("meta"):
         model = WanTransformer(config)
-    fill(model, tensors, dtype, torch.device(device))
-    for lora in loras:
-        merge(model, lora)
+    changes = Changes(loras, diffusers_shapes(model))
+    fill(model, tensors, dtype, torch.device(device), changes.apply if changes else None)
     return model.use_kernels(kernels, attention).eval()

@@ -1,16 +1,15 @@
-"""LoRA files merged into a transformer's weights as it is loaded: low-rank products, and plain differences.
+"""LoRAs merged into a transformer's weights as it is loaded: low-rank products, and plain differences.
 
-Read are the names that publishers of Wan LoRAs use: diffusers' and PEFT's (`transformer.blocks.0.attn1.to_q.lora_A.weight`),
-Wan's own (`diffusion_model.blocks.0.self_attn.q.lora_down.weight`, `.alpha`, `.diff`, `.diff_b`, and `.diff_m` of the
-modulation tables), and kohya's (`lora_unet_blocks_0_self_attn_q.lora_down.weight`). Merging costs nothing at a step, and an
-engine can be exported of it.
+Merging costs nothing at a step, and an engine can be exported of it. A file is read and checked whole before anything is
+changed; sums are made in float32 and rounded once, into whatever the weights are kept in.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nexus_rt.errors import InputError, ModelError
-from nexus_rt.models.checkpoint import diffusers_name, diffusers_shapes, fused_place, read_header, read_tensors
+from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.models.checkpoint import diffusers_shapes, fused_place, read_header, read_tensors
+from nexus_rt.models.lora_file import ENDINGS, Key, Scaling, is_image_key, module_names, read_key, read_scaling
 
-ENDINGS = {  # of a key -> what it is, and what is missing of the parameter's name
-    ".lora_A.weight": ("down", ".weight"), ".lora_A.default.weight": ("down", ".weight"),
-    ".lora_B.weight": ("up", ".weight"), ".lora_B.default.weight": ("up", ".weight"),
-    ".lora_down.weight": ("down", ".weight"), ".lora_up.weight": ("up", ".weight"), ".alpha": ("alpha", ".weight"),
-    ".diff": ("add", ".weight"), ".diff_b": ("add", ".bias"), ".diff_m": ("add", ".modulation"),
-}  # fmt: skip
-PREFIX = re.compile(r"^(base_model\.model\.|diffusion_model\.|transformer\.|model\.)+")
-KOHYA = (  # underscores that were dots, where names have none of their own
-    (r"^lora_unet_", ""), (r"^blocks_(\d+)_", r"blocks.\1."), (r"(self_attn|cross_attn)_([qkvo])$", r"\1.\2"),
-    (r"ffn_(\d)$", r"ffn.\1"), (r"^(text|time)_(embedding|projection)_(\d)$", r"\1_\2.\3"), (r"^head_head$", "head.head"),
-)  # fmt: skip
+FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # as diffusers and PEFT name them
+LARGEST = float(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
@@ -41,33 +32,52 @@ class Lora:
     path: Path
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise InputError(f"LoRA {self.path}: scale {self.scale} is not finite; expected a number, such as 0.8.")
+
     @classmethod
     def parse(cls, text: str | Path) -> Lora:
-        """ "FILE" or "FILE@SCALE".
+        """ "FILE" or "FILE@SCALE"; a folder is its one safetensors file, or the one that diffusers or PEFT would name.
 
         Raises:
-            InputError: no such safetensors file, or a scale that is no number.
+            InputError: no such safetensors file, or a scale that is no finite number.
         """
         name, at, scale = str(text).rpartition("@")
-        if not at or Path(text).expanduser().is_file():
+        if not at or Path(text).expanduser().exists():
             name, scale = str(text), "1"
         try:
             found = cls(Path(name).expanduser(), float(scale))
-        except ValueError:
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(
-                f"LoRA {text}: {scale!r} is no scale; expected FILE@SCALE, such as distill.safetensors@0.8."
+                f"LoRA {text}: {cut(repr(scale), 80)} is no scale; expected FILE@SCALE, such as distill.safetensors@0.8."
             ) from None
-        if not found.path.is_file() or found.path.suffix != ".safetensors":
-            raise InputError(f"LoRA {found.path} is not a safetensors file here; expected FILE or FILE@SCALE.")
-        return found
+        path = _in_folder(found.path) if found.path.is_dir() else found.path
+        if not path.is_file() or path.suffix != ".safetensors":
+            raise InputError(f"LoRA {path} is not a safetensors file here; expected FILE or FILE@SCALE.")
+        return cls(path, found.scale)
+
+
+def _in_folder(folder: Path) -> Path:
+    """The LoRA file of a folder."""
+    for name in FOLDER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        several = ", ".join(f.name for f in files[:3]) or "none"
+        raise InputError(f"LoRA {folder} is a folder with {len(files)} safetensors files ({several}); name the one to merge.")
+    return files[0]
 
 
 LoraSource = str | Path | Lora | Sequence[str | Path | Lora]
 
 
-def parse_loras(said: LoraSource) -> tuple[Lora, ...]:
+def parse_loras(source: LoraSource) -> tuple[Lora, ...]:
     """One LoRA or several, each as `Lora.parse` reads it."""
-    several = [said] if isinstance(said, (str, Path, Lora)) else said
+    several = [source] if isinstance(source, (str, Path, Lora)) else source
     return tuple(s if isinstance(s, Lora) else Lora.parse(s) for s in several)
 
 
@@ -75,78 +85,192 @@ def loras_hash(loras: Mapping[str, Sequence[Lora]]) -> str | None:
     """A hash of what is merged into which generator: contents, scales and order. None where nothing is."""
     if not any(loras.values()):
         return None
-    said = {}
+    content = {}
     for name, files in loras.items():
-        said[name] = [(hashlib.sha256(lora.path.read_bytes()).hexdigest(), lora.scale) for lora in files]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        content[name] = [(hashlib.sha256(_content(lora.path)).hexdigest(), lora.scale) for lora in files]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _place(key: str) -> tuple[str, str] | None:
-    """The parameter, in diffusers' names, that a stored key changes, and what it is to it; None for an unknown one."""
-    for ending, (kind, rest) in ENDINGS.items():
-        if key.endswith(ending):
-            name = PREFIX.sub("", key[: -len(ending)])
-            if name.startswith("lora_unet_"):
-                for pattern, replacement in KOHYA:
-                    name = re.sub(pattern, replacement, name)
-            return diffusers_name(name + rest), kind
-    return None
+def _content(path: Path) -> bytes:
+    """Everything that decides a LoRA's meaning: the file, and the config beside it where there is one."""
+    beside = path.with_name("adapter_config.json")
+    return path.read_bytes() + (beside.read_bytes() if beside.is_file() else b"")
 
 
-def _changes(lora: Lora) -> dict[str, dict[str, Tensor]]:
-    """Parameter in diffusers' names -> "down" and "up" (and "alpha") of a product, and/or "add"."""
+@dataclass(frozen=True)
+class _Product:
+    """`scale * up @ down`, or what a bias gets of it (down None)."""
+
+    up: Tensor
+    down: Tensor | None
+    scale: float
+
+
+class Changes:
+    """What LoRAs add to a transformer's parameters, all files read and checked against its shapes.
+
+    Args:
+        shapes: of the parameters, in diffusers' names.
+
+    Raises:
+        ModelError: a damaged file, keys that are none of a LoRA's or of this architecture, halves or shapes that do not fit,
+            one place under two namings, numbers that are not finite, or a file that changes nothing.
+    """
+
+    def __init__(self, loras: Sequence[Lora], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        self.parts: dict[str, list[tuple[float, Tensor | _Product]]] = {}
+        for lora in loras:
+            self._add(lora)
+
+    def __bool__(self) -> bool:
+        return bool(self.parts)
+
+    def apply(self, name: str, weight: Tensor) -> Tensor:
+        """A parameter with everything added, float32 where anything is."""
+        if name not in self.parts:
+            return weight
+        total = weight.float() if weight.dtype != torch.float32 else weight.clone()
+        for strength, part in self.parts[name]:
+            if isinstance(part, Tensor):
+                total.add_(part.to(weight.device).float().view(total.shape), alpha=strength)
+            elif part.down is None:
+                total.add_(part.up.to(weight.device).float().view(total.shape), alpha=strength * part.scale)
+            else:
+                up, down = (t.to(weight.device).float() for t in (part.up, part.down))
+                total.add_((up @ down).view(total.shape), alpha=strength * part.scale)
+        return total
+
+    def _add(self, lora: Lora) -> None:
+        found, keys = _read(lora.path)
+        if strange := sorted(found.keys() - self.shapes.keys()):
+            raise ModelError(
+                f"{lora.path} changes {len(strange)} parameters that this model has not, such as {cut(strange[0], 120)}; "
+                "it was made for another architecture."
+            )
+        scaling, own = read_scaling(lora.path), []
+        for name, tensors in found.items():
+            for part in _parts(tensors, self.shapes[name], keys[name], scaling, f"{lora.path}: {name}"):
+                own.append((name, part))
+        for name, tensors in found.items():  # a bias of a product has its product's scale
+            if "up_bias" in tensors:
+                own.append((name, self._bias(name, tensors["up_bias"], found, keys, scaling, lora.path)))
+        if not any(_nonzero(part) for _, part in own):
+            raise ModelError(f"{lora.path} changes nothing: it holds no differences, or only zeros; download it again.")
+        for name, part in own:
+            self.parts.setdefault(name, []).append((lora.scale, part))
+
+    def _bias(self, name: str, bias: Tensor, found: dict, keys: dict, scaling: Scaling | None, path: Path) -> _Product:
+        weight = name.removesuffix("bias") + "weight"
+        if not {"down", "up"} <= found.get(weight, {}).keys():
+            raise ModelError(f"{path}: {name} has a bias of a product that is not there; download the file again.")
+        if bias.numel() != math.prod(self.shapes[name]):
+            raise ModelError(f"{path}: {name} is {tuple(bias.shape)}, and the model's {self.shapes[name]}.")
+        tensors = found[weight]
+        return _Product(bias, None, _scale(tensors, keys[weight], scaling, tensors["down"].shape[0], f"{path}: {weight}"))
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Key]]:
+    """Parameter in diffusers' names -> its tensors by kind, and a key of it."""
     found: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, tensor in read_tensors(read_header(lora.path).items()):
-        if (place := _place(key)) is None:
-            unknown.append(key)
-        else:
-            found.setdefault(place[0], {})[place[1]] = tensor.clone()
+    keys: dict[str, Key] = {}
+    named: dict[tuple[str, str], str] = {}
+    unknown, image = [], 0
+    for name, tensor in read_tensors(read_header(path, integers=True).items()):
+        if is_image_key(name):
+            image += 1
+            continue
+        if (key := read_key(name)) is None:
+            unknown.append(name)
+            continue
+        if other := named.get((key.parameter, key.kind)):
+            raise ModelError(
+                f"{path}: {cut(other, 120)} and {cut(name, 120)} are one place under two names; keep one of them."
+            )
+        named[key.parameter, key.kind] = name
+        if not tensor.is_floating_point() and key.kind != "alpha":
+            raise ModelError(f"{path}: {cut(name, 120)} holds whole numbers ({tensor.dtype}); expected a LoRA's floats.")
+        if not bool(tensor.float().isfinite().all()):
+            raise ModelError(f"{path}: {cut(name, 120)} holds NaN or infinity; download the file again.")
+        found.setdefault(key.parameter, {})[key.kind] = tensor.clone()
+        keys.setdefault(key.parameter, key)
     if unknown:
         raise ModelError(
-            f"{lora.path}: {len(unknown)} of its keys are none of a LoRA's, such as {sorted(unknown)[0]}; expected names that "
-            f"end in {', '.join(ENDINGS)}."
+            f"{path}: {len(unknown)} of its keys are none of a LoRA's, such as {cut(sorted(unknown)[0], 120)}; expected names "
+            f"that end in {', '.join(ENDINGS)}."
         )
-    return found
+    if image:
+        warnings.warn(
+            f"{path}: {image} keys of the image branch (k_img, v_img, img_emb) are skipped; this is a text-to-video model.",
+            stacklevel=2,
+        )
+    return found, keys
 
 
-def _delta(parts: dict[str, Tensor], shape: tuple[int, ...], device: torch.device, where: str) -> Tensor:
-    """What is added to a parameter of `shape`, float32 [*shape]; where: for errors."""
-    total = torch.zeros(shape, device=device)
-    if "add" in parts:
-        if parts["add"].numel() != total.numel():
-            raise ModelError(f"{where} is {tuple(parts['add'].shape)}, and the model's {shape}.")
-        total += parts["add"].to(device, torch.float32).view(shape)
-    if parts.keys() & {"down", "up"}:
-        if not {"down", "up"} <= parts.keys():
+def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
+
+
+def _parts(
+    tensors: dict[str, Tensor], shape: tuple[int, ...], key: Key, scaling: Scaling | None, where: str
+) -> list[Tensor | _Product]:  # fmt: skip
+    """What a parameter of `shape` gets; where: for errors."""
+    parts: list[Tensor | _Product] = []
+    if "add" in tensors:
+        if _squeezed(tensors["add"].shape) != _squeezed(shape):
+            raise ModelError(f"{where} is {tuple(tensors['add'].shape)}, and the model's {shape}.")
+        parts.append(tensors["add"])
+    if tensors.keys() & {"down", "up"}:
+        if not {"down", "up"} <= tensors.keys():
             raise ModelError(f"{where}: only one half of its product is there; download the file again.")
-        down, up = (parts[k].to(device, torch.float32).flatten(1) for k in ("down", "up"))
-        if up.shape[1] != down.shape[0] or (up.shape[0], down.shape[1]) != (shape[0], total[0].numel()):
+        down, up = tensors["down"], tensors["up"]
+        if down.ndim < 2 or up.ndim < 2:
+            raise ModelError(f"{where} is {tuple(up.shape)} times {tuple(down.shape)}; expected two matrices.")
+        down, up = down.flatten(1), up.flatten(1)
+        rank = down.shape[0]
+        if not rank or up.shape[1] != rank or (up.shape[0], down.shape[1]) != (shape[0], math.prod(shape[1:])):
             raise ModelError(f"{where} is {tuple(up.shape)} times {tuple(down.shape)}, and the model's {shape}.")
-        strength = float(parts["alpha"]) / down.shape[0] if "alpha" in parts else 1.0
-        total += strength * (up @ down).view(shape)
-    return total
+        scale = _scale(tensors, key, scaling, rank, where)
+        if float(up.float().abs().max()) * float(down.float().abs().max()) * rank * abs(scale) > LARGEST:
+            raise ModelError(f"{where}: the product of its halves is beyond float32; download the file again.")
+        parts.append(_Product(up, down, scale))
+    return parts
+
+
+def _scale(tensors: dict[str, Tensor], key: Key, scaling: Scaling | None, rank: int, where: str) -> float:
+    """A product's own factor: of its `.alpha`, else of the header or the config beside the file, else 1."""
+    stored = None
+    if "alpha" in tensors:
+        if tensors["alpha"].numel() != 1:
+            raise ModelError(f"{where}: its alpha is {tuple(tensors['alpha'].shape)}; expected one number.")
+        stored = float(tensors["alpha"]) / rank
+    if scaling is None:
+        return 1.0 if stored is None else stored
+    scale = scaling.scale(rank, *module_names(key))
+    if stored is not None and not math.isclose(stored, scale, rel_tol=1e-3):
+        raise ModelError(f"{where}: its alpha scales by {stored:g}, and {scaling.where} by {scale:g}; remove the wrong one.")
+    return scale
+
+
+def _nonzero(part: Tensor | _Product) -> bool:
+    if isinstance(part, Tensor):
+        return bool(part.float().any())
+    return part.scale != 0 and bool(part.up.float().any()) and (part.down is None or bool(part.down.float().any()))
 
 
 @torch.no_grad()
 def merge(model: nn.Module, lora: Lora) -> int:
-    """Add a LoRA to a Wan transformer's weights, in float32 a parameter at a time; returns how many it changed.
+    """Add a LoRA to a Wan transformer in memory, in float32 a parameter at a time; returns how many it changed.
 
-    A product adds `scale * alpha / rank * up @ down` (alpha: the rank where none is stored), a difference `scale * diff`.
+    Rounding to the weights' own dtype comes after the sum; where several are merged into weights that are being loaded,
+    `load_transformer(loras=...)` rounds once for all of them.
 
     Raises:
-        ModelError: a damaged file, keys that are none of a LoRA's or of this architecture, halves or shapes that do not
-            fit. Nothing has been changed then, or the model is not to be used.
+        ModelError: as `Changes`; nothing has been changed then.
     """
-    changes, expected, places = _changes(lora), diffusers_shapes(model), dict(model.named_parameters())
-    if strange := sorted(changes.keys() - expected.keys()):
-        raise ModelError(
-            f"{lora.path} changes {len(strange)} parameters that this model has not, such as {strange[0]}; it was made for "
-            "another architecture."
-        )
-    for name, parts in changes.items():
+    changes, places = Changes([lora], diffusers_shapes(model)), dict(model.named_parameters())
+    for name in changes.parts:
         target, rows = fused_place(name, lambda n: tuple(places[n].shape))
         place = places[target] if rows is None else places[target][rows]
-        delta = _delta(parts, expected[name], place.device, f"{lora.path}: {name}")
-        place.copy_(place.float() + lora.scale * delta)
-    return len(changes)
+        place.copy_(changes.apply(name, place))
+    return len(changes.parts)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import InputError, ModelError
-from nexus_rt.models.load import folder_bytes, pretrained, require_safetensors
+from nexus_rt.models.load import folder_bytes, require_safetensors
 from nexus_rt.models.moving import Lazy
+from nexus_rt.models.pretrained import pretrained
 from nexus_rt.tracing import span
 
 MAX_SEQUENCE_LENGTH = 512  # Wan's text length: the transformer attends to the zero padding too

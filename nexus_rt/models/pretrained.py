@@ -1,0 +1,164 @@
+"""transformers' models, tokenizers and processors from a local folder: complete, of the stored weights, and only data.
+
+transformers gives weights that are missing, foreign or of another shape random values and goes on with a log line. Here its
+own loading report decides, and a folder that is not whole is refused. No code of a folder is ever run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nexus_rt.documents import read_object
+from nexus_rt.errors import ModelError, cut
+from nexus_rt.models.checkpoint import read_header
+
+# Stored beside the weights that are used, and rightly left out: vocabulary heads, the decoder of an encoder-decoder, and
+# tables that are computed.
+SPARE = ("lm_head.", "decoder.", "score.", "rotary_emb.inv_freq", "position_ids", "masked_bias", ".attn.bias")
+# A layer count or width above these is no model's, and building its modules alone would hang or exhaust the machine.
+MOST_LAYERS, MOST_WIDTH = 1024, 2**24
+HARMLESS_LARGE = ("theta", "max_position", "model_max_length", "seed", "token", "length", "bytes", "size_in", "factor")
+
+
+def pretrained(class_name: str, folder: Path, what: str, device: torch.device | None = None, **options: Any) -> Any:
+    """transformers' `class_name.from_pretrained(folder)`, local files only; a model (given a device) goes there, complete.
+
+    Raises:
+        ModelError: a damaged folder, or weights that are missing, foreign or of other shapes; `what` names the part.
+    """
+    import transformers
+
+    check_config(folder, what)
+    if device is not None:
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        _check_size(folder, what)
+    try:
+        with _quiet(transformers):
+            loaded = getattr(transformers, class_name).from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **options
+            )
+    except (ImportError, AttributeError):  # a package that the class needs is not here: the caller knows which
+        raise
+    except Exception as error:  # transformers, tokenizers and safetensors raise nearly everything on damaged files
+        raise ModelError(f"{folder}: the {what} cannot be loaded ({cut(error)}); download it again.") from error
+    if device is None:
+        return loaded
+    model, info = loaded
+    _check_complete(model, info, folder, what)
+    return model.to(device).eval()
+
+
+def check_config(folder: Path, what: str) -> dict[str, Any]:
+    """A transformers folder's `config.json` ({} where there is none), refused where it reaches for code or is absurd.
+
+    Raises:
+        ModelError: an attention implementation from elsewhere, layer counts or widths of no model.
+    """
+    path = folder / "config.json"
+    config = read_object(path) if path.is_file() else {}
+    for where, value in _leaves(config):
+        key = where.rpartition(".")[2]
+        if "implementation" in key and isinstance(value, str) and not value.replace("_", "").replace("|", "").isalnum():
+            raise ModelError(
+                f"{path} sets {where}={cut(value, 80)!r}, code from elsewhere; this runtime runs none: remove the field."
+            )
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            layers = "layers" in key or key in ("n_layer", "depth")
+            limit = MOST_LAYERS if layers else MOST_WIDTH
+            large = not layers and any(word in key for word in HARMLESS_LARGE)
+            if not large and (abs(value) > limit or not math.isfinite(value)):
+                raise ModelError(f"{path} sets {where}={value:.6g}; expected at most {limit}: the {what} is no such model.")
+    return config
+
+
+def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Every plain value of a document with its dotted place."""
+    if isinstance(value, (dict, list)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(inner, f"{where}.{key}" if where else str(key))
+    else:
+        yield where, value
+
+
+def _check_size(folder: Path, what: str) -> None:
+    """Raise where config.json asks for far more parameters than the files hold: they would be made up."""
+    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    number = lambda *names: next((v for n in names if isinstance(v := text.get(n), int)), 1)  # noqa: E731
+    width, layers = number("hidden_size", "d_model"), number("num_hidden_layers", "num_layers")
+    least = width * (number("vocab_size") + layers * number("intermediate_size", "d_ff"))
+    try:
+        stored = sum(math.prod(t.shape) for path in folder.glob("*.safetensors") for t in read_header(path, integers=True).values())
+    except ModelError as error:
+        raise ModelError(f"{folder}: the {what} cannot be loaded: {error}") from error
+    if stored and least > 8 * stored:  # packed formats hold up to eight weights in a number
+        raise ModelError(
+            f"{folder}: config.json describes a {what} of at least {least:.3g} weights and the files hold {stored:.3g}; "
+            "it is not their config: download the folder again."
+        )
+
+
+def _spare(name: str) -> bool:
+    return any(name.startswith(s) or f".{s}" in f".{name}" for s in SPARE) and "scale" not in name
+
+
+def _some(names: Iterable[Any]) -> str:
+    names = sorted(map(str, names))
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+def _check_complete(model: torch.nn.Module, info: dict[str, Any], folder: Path, what: str) -> None:
+    """Raise unless every weight of the model is a stored one, and every stored weight is in the model or rightly spare."""
+    missing = set(info.get("missing_keys", ())) | set(_untied(model, folder))
+    unknown = {n for n in info.get("unexpected_keys", ()) if not _spare(n)}
+    mismatched = {f"{m[0]}: {tuple(m[1])} stored, {tuple(m[2])} in config.json" for m in info.get("mismatched_keys", ())}
+    found = [f"{words} {_some(names)}" for words, names in (
+        ("missing are", missing), ("unknown are", unknown), ("of another shape are", mismatched),
+    ) if names]  # fmt: skip
+    found += [cut(m) for m in list(info.get("error_msgs") or ())[:2]]
+    if found:
+        raise ModelError(
+            f"{folder}: the weights are not this {what}'s: {'; '.join(found)}. Loaded so, it would compute with random values: "
+            "get the folder in transformers' own layout, unquantised."
+        )
+
+
+def _untied(model: torch.nn.Module, folder: Path) -> list[str]:
+    """Weights that a class ties to others and the files hold once, where the loaded two differ: one of them was left random
+    (transformers 5.0 to 5.2 do so with `tie_word_embeddings: false`)."""
+    tied = getattr(type(model), "_tied_weights_keys", None) or {}
+    base = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    stored = {n for path in folder.glob("*.safetensors") for n in read_header(path, integers=True)}
+    places = dict(model.named_parameters(remove_duplicate=False))
+    lost = []
+    for name in tied:
+        source = places.get(tied[name]) if isinstance(tied, dict) else getattr(base, "weight", None)
+        place = places.get(name)
+        if place is None or source is None or any(s.endswith(name) for s in stored):
+            continue
+        if place.shape != source.shape or not (place.data_ptr() == source.data_ptr() or torch.equal(place, source)):
+            lost.append(name)
+    return lost
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without transformers' load report: what it says is an error here, or of no concern."""
+    import logging
+
+    log = logging.getLogger("transformers.modeling_utils")
+    report = logging.getLogger("transformers.utils.loading_report")
+    before = log.level, report.level
+    log.setLevel(logging.ERROR)
+    report.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before[0])
+        report.setLevel(before[1])
