@@ -9,31 +9,35 @@ SRC is the published folder; its pickles are read without running them, one tens
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import InputError, ModelError
+from nexus_rt import documents
+from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.models import load
-from nexus_rt.models.checkpoint import diffusers_name, diffusers_shapes, find_tensors, read_tensors
-from nexus_rt.models.connector import SPECIAL_TOKENS, Connector, ConnectorConfig
+from nexus_rt.models.checkpoint import Index, diffusers_name, diffusers_shapes, find_tensors, in_diffusers_names, read_tensors
+from nexus_rt.models.connector import SPECIAL_TOKENS, TEXT_MARKERS, Connector, ConnectorConfig
 from nexus_rt.models.pickles import read_pickle, read_state
 from nexus_rt.models.understanding import Template
 from nexus_rt.models.wan import WanConfig, WanTransformer
+from nexus_rt.pair import Defaults
+from nexus_rt.shards import Report, check_shapes, write_json, write_shards
 
-SHARD_BYTES = 2 * 10**9
+PICKLED = (".bin", ".pt", ".pth", ".pkl")
 LAYOUT = {  # part of the published folder -> where it lies
     "transformer": "transformer/model.pt",
     "adapter": "adapter/model.pt",
     "vision_head": "vision_head/vision_head/pytorch_model.bin",
     "wan": "wan/wanxiang1_3b",
+    "wan_14b": "Wan2.1-T2V-14B",
     "t5": "wan/wanxiang1_3b/models_t5_umt5-xxl-enc-bf16.pth",
     "tokenizer": "wan/wanxiang1_3b/google/umt5-xxl",
     "vae": "wan/wanxiang1_3b/Wan2.1_VAE.pth",
@@ -54,83 +58,13 @@ T5_NAMES = [  # Wan's own UMT5 -> transformers' UMT5EncoderModel
 ]
 
 
-@dataclass
-class Report:
-    """What became of every key, by source file."""
-
-    used: dict[str, int] = field(default_factory=dict)
-    overridden: dict[str, list[str]] = field(default_factory=dict)
-    unused: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, source: str, used: int, overridden: Iterable[str] = (), unused: Iterable[str] = ()) -> None:
-        self.used[source] = used
-        for kept, names in ((self.overridden, overridden), (self.unused, unused)):
-            if listed := sorted(names):
-                kept[source] = listed
-
-    def __str__(self) -> str:
-        lines = []
-        for source, count in self.used.items():
-            over, left = self.overridden.get(source, []), self.unused.get(source, [])
-            extra = [f"{len(over)} overridden by the whole model's"] if over else []
-            extra += [f"{len(left)} unused ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})"] if left else []
-            lines.append(f"{source}: {count} used" + "".join(f", {e}" for e in extra))
-        return "\n".join(lines)
-
-
-def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES) -> None:
-    """Write tensors as safetensors, in files of at most about `limit` bytes with an index where there are several."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    shard: dict[str, Tensor] = {}
-    names: list[list[str]] = []
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal shard, size
-        save_file(shard, folder / f"part-{len(names)}.safetensors", {"format": "pt"})
-        names.append(list(shard))
-        shard, size = {}, 0
-
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > limit:
-            flush()
-        shard[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-    count, weight_map = len(names), {}
-    for i, own in enumerate(names):
-        file = f"{stem}.safetensors" if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
-        os.replace(folder / f"part-{i}.safetensors", folder / file)
-        weight_map |= dict.fromkeys(own, file)
-    if count > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
-
-
-def _check(source: Path, got: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
-    """Raise unless every wanted tensor is there with its shape."""
-    lost = sorted(wanted.keys() - got.keys())
-    if lost:
-        raise ModelError(f"{source} lacks {len(lost)} tensors ({', '.join(lost[:3])}); get the published files again.")
-    for name, shape in wanted.items():
-        if got[name] != tuple(shape):
-            raise ModelError(f"{source}: {name} has shape {got[name]}; expected {tuple(shape)}.")
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
 class Omnivideo:
     """One conversion: the source, the folder being filled, and the account of keys."""
 
     def __init__(self, source: Path, target: Path) -> None:
         self.source, self.target, self.report = source, target, Report()
         # the whole mixed model's state dict, laid non-strictly over its parts
-        self.mixed = read_state(self.part("transformer"), "module", "model_state_dict", "state_dict")
+        self.mixed = self.optional("transformer", "module", "model_state_dict", "state_dict")
         self.taken: set[str] = set()
 
     def part(self, name: str) -> Path:
@@ -138,6 +72,13 @@ class Omnivideo:
         if not path.exists():
             raise ModelError(f"{path} is missing; expected the OmniVideo folder as it was published.")
         return path
+
+    def optional(self, name: str, *wrappers: str) -> dict[str, Tensor]:
+        """A part's state dict; empty, and said so, where the file is absent: the others may hold all of it."""
+        if (self.source / LAYOUT[name]).exists():
+            return read_state(self.part(name), *wrappers)
+        self.report.notes[LAYOUT[name]] = "absent; what it would hold is taken from the other files"
+        return {}
 
     def over(self, prefix: str) -> dict[str, Tensor]:
         """The mixed model's tensors under a prefix, without it."""
@@ -147,38 +88,53 @@ class Omnivideo:
 
     def transformer(self) -> None:
         """`small/`: Wan 1.3B with the mixed model's weights over it."""
-        folder = self.part("wan")
-        config = load.load_config(folder)
-        stored = {diffusers_name(k): v for k, v in find_tensors(folder).items()}
-        over = {diffusers_name(k): v for k, v in self.over("wan_model.").items()}
+        self._generator("small", self.part("wan"), LAYOUT["wan"], "wan_model.")
+
+    def large(self) -> None:
+        """`large/`, where the mixed model holds tensors of it (`wan_2_model.*`): over Wan 14B's, or alone where whole."""
+        if not any(k.startswith("wan_2_model.") for k in self.mixed):
+            return
+        self._generator("large", self.source / LAYOUT["wan_14b"], LAYOUT["wan_14b"], "wan_2_model.")
+
+    def _generator(self, name: str, folder: Path, label: str, prefix: str) -> None:
+        over: dict[str, Tensor] = {}
+        for key, value in self.over(prefix).items():
+            if diffusers_name(key) in over:
+                raise ModelError(f"{self.source / LAYOUT['transformer']} holds {prefix}{key} twice, under two names.")
+            over[diffusers_name(key)] = value
+        if folder.is_dir():
+            config, stored = load.load_config(folder), in_diffusers_names(find_tensors(folder))
+        else:
+            config, stored = _shapes_config(over, folder), {}
+            self.report.notes[label] = f"absent; all of {name} is {prefix}* of {LAYOUT['transformer']}"
         with torch.device("meta"):
             wanted = diffusers_shapes(WanTransformer(config))
         shapes = {k: v.shape for k, v in stored.items()} | {k: tuple(v.shape) for k, v in over.items()}
-        _check(folder, shapes, wanted)
+        check_shapes(folder, shapes, wanted)
         base = {k: v for k, v in stored.items() if k in wanted and k not in over}
 
         def tensors() -> Iterable[tuple[str, Tensor]]:
             yield from read_tensors(base.items())
             yield from ((k, v) for k, v in over.items() if k in wanted)
 
-        write_shards(self.target / "small", "diffusion_pytorch_model", tensors())
-        _write_json(self.target / "small" / "config.json", transformer_config(config))
-        self.report.add(LAYOUT["wan"], len(base), stored.keys() & over.keys(), stored.keys() - wanted.keys())
+        write_shards(self.target / name, "diffusion_pytorch_model", tensors())
+        write_json(self.target / name / "config.json", transformer_config(config))
+        self.report.add(label, len(base), stored.keys() & over.keys(), stored.keys() - wanted.keys())
         self.report.unused.setdefault(LAYOUT["transformer"], []).extend(
-            sorted(f"wan_model.{k}" for k in over.keys() - wanted.keys())
+            sorted(f"{prefix}{k}" for k in over.keys() - wanted.keys())
         )
 
     def connector(self) -> None:
         """`connector/`: vision head, adapter, special tokens, and what guidance is measured against."""
         sources = {
-            "vision_head": (read_state(self.part("vision_head")), self.over("ar_vision_head.")),
-            "adapter": (read_state(self.part("adapter"), "model_state_dict", "state_dict"), self.over("adapter.")),
+            "vision_head": (self.optional("vision_head"), self.over("ar_vision_head.")),
+            "adapter": (self.optional("adapter", "model_state_dict", "state_dict"), self.over("adapter.")),
         }
         merged = {f"{name}.{k}": v for name, (own, over) in sources.items() for k, v in {**own, **over}.items()}
-        config = connector_config(merged, self.part("vision_head"))
+        config = connector_config(merged, self.source)
         with torch.device("meta"):
             wanted = {k: tuple(v.shape) for k, v in Connector(config).state_dict().items()}
-        _check(self.part("adapter"), {k: tuple(v.shape) for k, v in merged.items()}, wanted)
+        check_shapes(self.source / LAYOUT["adapter"], {k: tuple(v.shape) for k, v in merged.items()}, wanted)
         folder = self.target / "connector"
         write_shards(folder, "model", ((k, v) for k, v in merged.items() if k in wanted))
         config.save(folder)
@@ -186,27 +142,36 @@ class Omnivideo:
             left = [k for k in own if f"{name}.{k}" not in wanted]
             self.report.add(LAYOUT[name], len(own.keys() - over.keys()) - len(left), own.keys() & over.keys(), left)
 
-        rows = lambda value, width: torch.as_tensor(value).reshape(-1, width)  # noqa: E731
-        tokens = read_pickle(self.part("tokens"))
-        lost = [t for t in SPECIAL_TOKENS if t not in tokens] if isinstance(tokens, dict) else list(SPECIAL_TOKENS)
+        self._markers(folder, config)
+        self._unconditional(folder, config)
+
+    def _markers(self, folder: Path, config: ConnectorConfig) -> None:
+        """`special_tokens`: the rows that the parts of a context stand between."""
+        path, tokens = self.part("tokens"), read_pickle(self.part("tokens"))
+        lost = [t for t in TEXT_MARKERS if t not in tokens] if isinstance(tokens, dict) else list(TEXT_MARKERS)
         if lost:
-            raise ModelError(f"{self.part('tokens')} lacks the special tokens {', '.join(lost)}; get the published file again.")
-        try:
-            special = {t: rows(tokens[t], config.text_dim) for t in SPECIAL_TOKENS}
-            context = read_pickle(self.part("context"))
-            unconditional = {
-                "text": rows(context["text_emb"], config.text_dim),
-                "hidden": rows(context["vlm_last_hidden_states"], config.llm_hidden_size),
-            }
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ModelError(
-                f"{self.part('context').parent.name} and {self.part('tokens').parent.name} do not fit the connector ({error}); "
-                f"expected text_emb and tokens of width {config.text_dim}, vlm_last_hidden_states of {config.llm_hidden_size}."
-            ) from error
+            raise ModelError(f"{path} lacks the special tokens {', '.join(lost)}; get the published file again.")
+        known = [t for t in SPECIAL_TOKENS if t in tokens]
+        if absent := [t for t in SPECIAL_TOKENS if t not in tokens]:
+            self.report.notes[LAYOUT["tokens"]] = f"without {', '.join(absent)}, which text-to-video does not use"
+        special = {t: _rows(tokens[t], config.text_dim, f"{path}: {t}")[0] for t in known}
         write_shards(folder, "special_tokens", special.items())
-        write_shards(folder, "unconditional", unconditional.items())
         self.report.add(LAYOUT["tokens"], len(special), unused=tokens.keys() - special.keys())
-        self.report.add(LAYOUT["context"], 2, unused=context.keys() - {"text_emb", "vlm_last_hidden_states"})
+
+    def _unconditional(self, folder: Path, config: ConnectorConfig) -> None:
+        """`unconditional`: the embeddings that guidance is measured against."""
+        path, context = self.part("context"), read_pickle(self.part("context"))
+        keys = {"text": ("text_emb", config.text_dim), "hidden": ("vlm_last_hidden_states", config.llm_hidden_size)}
+        lost = [k for k, _ in keys.values() if k not in context] if isinstance(context, dict) else [k for k, _ in keys.values()]
+        if lost:
+            raise ModelError(f"{path} lacks {' and '.join(lost)}; expected a dictionary that holds both.")
+        rows, forms = {}, []
+        for name, (key, width) in keys.items():
+            rows[name], form = _rows(context[key], width, f"{path}: {key}")
+            forms.append(f"{key} is {form}")
+        write_shards(folder, "unconditional", rows.items())
+        self.report.notes[LAYOUT["context"]] = ", ".join(forms)
+        self.report.add(LAYOUT["context"], 2, unused=context.keys() - {key for key, _ in keys.values()})
 
     def text(self) -> None:
         """`text_encoder/` and `tokenizer/`."""
@@ -231,7 +196,7 @@ class Omnivideo:
         with torch.device("meta"):
             model = UMT5EncoderModel(config)
         wanted = {k: tuple(v.shape) for k, v in model.named_parameters()}
-        _check(path, {k: tuple(v.shape) for k, v in stored.items()}, wanted)
+        check_shapes(path, {k: tuple(v.shape) for k, v in stored.items()}, wanted)
         write_shards(self.target / "text_encoder", "model", ((k, v) for k, v in stored.items() if k in wanted))
         config.save_pretrained(self.target / "text_encoder")
         self.report.add(LAYOUT["t5"], len(wanted), unused=stored.keys() - wanted.keys())
@@ -251,40 +216,128 @@ class Omnivideo:
         with torch.device("meta"):
             model = AutoencoderKLWan(base_dim=base.shape[0], z_dim=z.shape[0])
         wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-        _check(path, {k: tuple(v.shape) for k, v in stored.items()}, wanted)
+        check_shapes(path, {k: tuple(v.shape) for k, v in stored.items()}, wanted)
         write_shards(self.target / "vae", "diffusion_pytorch_model", ((k, v) for k, v in stored.items() if k in wanted))
         model.save_config(self.target / "vae")
         self.report.add(LAYOUT["vae"], len(wanted), unused=stored.keys() - wanted.keys())
 
     def understanding(self) -> None:
-        """`understanding/`: the language model as it is; its safetensors are linked where the disk allows it."""
-        folder = self.part("llm")
-        if not any(folder.glob("*.safetensors")):
-            raise ModelError(
-                f"{folder} holds no safetensors; save the language model with transformers' save_pretrained first."
-            )
-        count = len(find_tensors(folder))
-        target = self.target / "understanding"
+        """`understanding/`: the language model as it is; its safetensors are linked where the disk allows it, `.bin` files
+        read without running them and written as safetensors."""
+        folder, target = self.part("llm"), self.target / "understanding"
         target.mkdir()
+        safe = any(folder.glob("*.safetensors"))
+        count = len(find_tensors(folder)) if safe else self._from_bins(folder, target)
         skipped = []
         for file in sorted(folder.iterdir()):
-            if file.suffix in (".bin", ".pt", ".pth", ".pkl") or not file.is_file():
+            if file.suffix in PICKLED or not file.is_file() or (not safe and file.name.endswith(".bin.index.json")):
                 skipped.append(file.name)
                 continue
+            _inside(file, self.source)
             try:
-                os.link(file, target / file.name)
+                os.link(file.resolve(), target / file.name)
             except OSError:
                 shutil.copyfile(file, target / file.name)
         self.report.add(LAYOUT["llm"], count, unused=skipped)
+
+    def _from_bins(self, folder: Path, target: Path) -> int:
+        """transformers' `pytorch_model.bin`, whole or in shards, as safetensors."""
+        files = sorted(folder.glob("pytorch_model*.bin"))
+        index = folder / "pytorch_model.bin.index.json"
+        if index.is_file():
+            named = documents.read(index, Index).weight_map.values()
+            if odd := [n for n in named if not re.fullmatch(r"[\w.-]+\.bin", n)]:
+                raise ModelError(f"{index} names {cut(odd[0], 120)!r}; expected names of .bin files in its folder.")
+            files = sorted({folder / n for n in named})
+        if not files or (lost := [f.name for f in files if not f.is_file()]):
+            what = f"lacks {', '.join(lost)}" if files else "holds neither safetensors nor pytorch_model*.bin"
+            raise ModelError(f"{folder} {what}; get the published files again.")
+        seen: dict[str, str] = {}
+
+        def tensors() -> Iterable[tuple[str, Tensor]]:
+            for file in files:
+                for name, tensor in read_state(file).items():
+                    if name in seen:
+                        raise ModelError(f"{folder}: {name} is in {seen[name]} and in {file.name}; get the files again.")
+                    seen[name] = file.name
+                    yield name, tensor
+
+        write_shards(target, "model", tensors())
+        self.report.notes[LAYOUT["llm"]] = f"{len(files)} pickled files, read safely and written as safetensors"
+        return len(seen)
 
     def finish(self) -> None:
         name = LAYOUT["transformer"]
         left = self.mixed.keys() - self.taken
         unused = [*self.report.unused.pop(name, []), *left]
         self.report.add(name, len(self.mixed) - len(unused), unused=unused)
-        _write_json(self.target / "model_index.json", {"_class_name": "NexusPipeline", "defaults": {}})
+        # The published scripts run both generators at every step: `--plan reference --as-published` does as they do. A pair's
+        # default is the faster handoff, and is whatever its model_index.json says.
+        index = {"_class_name": "NexusPipeline", "defaults": {"plan": Defaults.plan}}
+        write_json(self.target / "model_index.json", index)
         report = {"source": "omnivideo", **vars(self.report)}
-        _write_json(self.target / "conversion.json", report)
+        write_json(self.target / "conversion.json", report)
+
+
+def _rows(value: Any, width: int, where: str) -> tuple[Tensor, str]:
+    """An embedding [L, width], and which form it was stored in: a tensor, or a list or tuple of it; [L, D], [1, L, D], or
+    [N, L, D], of which the published code takes the first.
+
+    Raises:
+        ModelError: any other form or width, no rows, or numbers that are not finite.
+    """
+    expected = f"expected a tensor [L, {width}], [1, L, {width}] or [2, L, {width}], or a list of one"
+    form = "a tensor"
+    while isinstance(value, (list, tuple)):
+        if not value:
+            raise ModelError(f"{where} is an empty {type(value).__name__}; {expected}.")
+        form, value = f"a {type(value).__name__} of {len(value)}", value[0]
+    try:
+        rows = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ModelError(f"{where} is a {type(value).__name__}; {expected}.") from None
+    form += f" {list(rows.shape)}"
+    if rows.ndim == 3 and rows.shape[0] > 1:
+        form += ", the first is used"
+    if rows.ndim == 3 and rows.shape[0]:
+        rows = rows[0]
+    if rows.ndim == 1:
+        rows = rows[None]
+    if rows.ndim != 2 or rows.shape[-1] != width or not len(rows) or not rows.is_floating_point():
+        kind = str(rows.dtype).removeprefix("torch.")
+        raise ModelError(f"{where} does not fit the connector: it is {form} of {kind}; {expected}.")
+    if not bool(rows.isfinite().all()):
+        raise ModelError(f"{where} holds NaN or infinity; get the published file again.")
+    return rows, form
+
+
+def _inside(file: Path, root: Path) -> None:
+    """Raise where a link leads out of the folder that is converted (a hub cache's own links lead into its blobs)."""
+    real, home = file.resolve(), root.resolve()
+    cache = next((p.parent for p in home.parents if p.name == "snapshots"), home)
+    if not real.is_relative_to(home) and not real.is_relative_to(cache / "blobs"):
+        raise ModelError(f"{file} is a link to {real}, outside {root}; copy the file there, if it is meant to be converted.")
+
+
+def _shapes_config(weights: dict[str, Tensor], folder: Path) -> WanConfig:
+    """The architecture that a whole Wan transformer's tensors have, heads being 128 wide as in every published one."""
+    try:
+        patch, text = weights["patch_embedding.weight"], weights["condition_embedder.text_embedder.linear_1.weight"]
+        ffn = weights["blocks.0.ffn.net.0.proj.weight"]
+        time = weights["condition_embedder.time_embedder.linear_1.weight"]
+        out = weights["proj_out.weight"]
+    except KeyError as error:
+        raise ModelError(
+            f"{folder} is missing, and the mixed model lacks {error} of that generator; put Wan's folder there: what is tuned "
+            "goes over its weights."
+        ) from None
+    dim, layers = patch.shape[0], 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
+    head = 128 if dim % 128 == 0 else dim
+    return WanConfig(
+        patch_size=tuple(patch.shape[2:]), num_attention_heads=dim // head, attention_head_dim=head, in_channels=patch.shape[1],
+        out_channels=out.shape[0] // math.prod(patch.shape[2:]), text_dim=text.shape[1], freq_dim=time.shape[1],
+        ffn_dim=ffn.shape[0], num_layers=layers,
+    )  # fmt: skip
 
 
 def t5_name(name: str) -> str:
@@ -339,7 +392,7 @@ def convert_omnivideo(source: str | Path, target: str | Path, say: Callable[[str
     try:
         part.mkdir(parents=True)
         job = Omnivideo(source, part)
-        for step in (job.connector, job.transformer, job.vae, job.text, job.understanding):
+        for step in (job.connector, job.transformer, job.large, job.vae, job.text, job.understanding):
             say(f"{step.__name__} ...")
             step()
         job.finish()

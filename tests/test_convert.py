@@ -11,10 +11,11 @@ import torch
 
 from nexus_rt import NexusPipeline
 from nexus_rt.cli import main
-from nexus_rt.convert import LAYOUT, convert_omnivideo, t5_name, write_shards
+from nexus_rt.convert import LAYOUT, convert_omnivideo, t5_name
 from nexus_rt.errors import InputError, ModelError
 from nexus_rt.models.checkpoint import find_tensors, read_tensors
 from nexus_rt.models.pickles import read_pickle
+from nexus_rt.shards import write_shards
 from tests.omnivideo import make_published, original_t5_names, original_vae_names
 
 
@@ -188,7 +189,7 @@ DAMAGE = {
     "no zip": (lambda s: (s / LAYOUT["vae"]).write_bytes(b"PK\x03\x04not a zip"), r"Wan2.1_VAE.pth is refused"),
     "one token": (
         lambda s: (s / LAYOUT["tokens"]).write_bytes(pickle.dumps({"<img_st>": torch.zeros(32)})),
-        r"lacks the special tokens <img_ed>",
+        r"lacks the special tokens <ipl_st>, <ipl_ed>, <prp_st>, <prp_ed>",
     ),
     "half a context": (
         lambda s: (s / LAYOUT["context"]).write_bytes(pickle.dumps({"text_emb": torch.zeros(32)})),
@@ -243,3 +244,137 @@ def test_shards_hold_everything_once(tmp_path):
     assert len(list(tmp_path.glob("model-*-of-00004.safetensors"))) == 4 and not list(tmp_path.glob("part-*"))
     got = tensors(tmp_path)
     assert all(torch.equal(got[k], v) for k, v in wanted.items()) and got.keys() == wanted.keys()
+
+
+def rewrite(path, change):
+    value = read_pickle(path)
+    change(value)
+    path.write_bytes(pickle.dumps(value))
+
+
+FORMS = {  # how an embedding of L rows may be stored -> the words of the report
+    "a list of one": (lambda x: [x[0]], "a list of 1 [{L}, {D}]"),
+    "a tuple of one": (lambda x: (x,), "a tuple of 1 [1, {L}, {D}]"),
+    "[1, L, D]": (lambda x: x, "a tensor [1, {L}, {D}]"),
+    "[2, L, D]": (lambda x: torch.cat([x, x + 1]), "a tensor [2, {L}, {D}], the first is used"),
+    "[L, D]": (lambda x: x[0], "a tensor [{L}, {D}]"),
+    "numpy": (lambda x: x.numpy(), "a tensor [1, {L}, {D}]"),
+}
+
+
+@pytest.mark.parametrize("form, words", FORMS.values(), ids=FORMS)
+def test_every_form_of_the_unconditional_embeddings_is_read_and_named(damaged, published, tmp_path, form, words):
+    stored = published[1]["context"]
+
+    def change(value):
+        value |= {k: form(stored[k]) for k in ("text_emb", "vlm_last_hidden_states")}
+
+    rewrite(damaged / LAYOUT["context"], change)
+    report = convert_omnivideo(damaged, tmp_path / "dst")
+    got = tensors_of(tmp_path / "dst" / "connector" / "unconditional.safetensors")
+    assert torch.equal(got["text"], stored["text_emb"][0]) and torch.equal(got["hidden"], stored["vlm_last_hidden_states"][0])
+    assert "text_emb is " + words.format(L=5, D=32) in report.notes[LAYOUT["context"]]
+    assert "vlm_last_hidden_states is " + words.format(L=9, D=40) in json.loads(
+        (tmp_path / "dst" / "conversion.json").read_text())["notes"][LAYOUT["context"]]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        ([], "text_emb is an empty list"), (torch.zeros(1, 5, 31), r"\[1, 5, 31\] of float32; expected a tensor \[L, 32\]"),
+        (torch.zeros(1, 5, 32, dtype=torch.int64), "of int64"), (torch.full((5, 32), float("nan")), "holds NaN or infinity"),
+        (torch.zeros(0, 32), "does not fit"), (torch.zeros(1, 1, 5, 32), "does not fit"), ("words", "is a str"),
+        (None, "NoneType"),
+    ],
+)  # fmt: skip
+def test_other_forms_are_refused(damaged, tmp_path, value, words):
+    rewrite(damaged / LAYOUT["context"], lambda v: v.update(text_emb=value))
+    with pytest.raises(ModelError, match=words):
+        convert_omnivideo(damaged, tmp_path / "dst")
+
+
+def test_what_is_absent_and_not_needed_is_said(damaged, published, tmp_path):
+    """No mixed model: Wan's own weights and the adapters' stand; no image markers: text-to-video uses none."""
+    (damaged / LAYOUT["transformer"]).unlink()
+    rewrite(damaged / LAYOUT["tokens"], lambda v: [v.pop("<img_st>"), v.pop("<img_ed>")])
+    report = convert_omnivideo(damaged, tmp_path / "dst")
+    assert "absent" in report.notes[LAYOUT["transformer"]] and "without <img_st>, <img_ed>" in str(report)
+    got = tensors(tmp_path / "dst" / "small")
+    assert all(torch.allclose(got[k], v - 0.5, atol=1e-6) for k, v in published[1]["small"].items())
+    pipe = NexusPipeline.from_pretrained(tmp_path / "dst")
+    text, none = pipe.encode_prompt("the red panda")
+    assert pipe.encode_context("the red panda", text, none)[0].shape == (1, 2560, 32)
+    with pytest.raises(ModelError, match="no special token <img_st>"):
+        pipe.context.connector.pack(text[0], None, visual=text[0])
+
+
+def test_an_adapter_that_the_mixed_model_holds_whole_need_not_be_there(damaged, tmp_path):
+    adapter = read_pickle(damaged / LAYOUT["adapter"])["model_state_dict"]
+    head = read_pickle(damaged / LAYOUT["vision_head"])
+    mixed = read_pickle(damaged / LAYOUT["transformer"])["module"]
+    mixed = {k: v.clone() for k, v in mixed.items()}
+    mixed |= {k.replace("module.", "adapter."): v + 1 for k, v in adapter.items()}
+    mixed |= {f"ar_vision_head.{k}": v + 2 for k, v in head.items()}
+    torch.save({"module": mixed}, damaged / LAYOUT["transformer"])
+    for part in ("adapter", "vision_head"):
+        (damaged / LAYOUT[part]).unlink()
+    report = convert_omnivideo(damaged, tmp_path / "dst")
+    assert {LAYOUT["adapter"], LAYOUT["vision_head"]} <= report.notes.keys()
+    got = tensors(tmp_path / "dst" / "connector")
+    assert torch.equal(got["adapter.fc.0.bias"], mixed["adapter.fc.0.bias"])
+
+
+def test_a_language_model_of_pickled_shards_is_read_safely(damaged, published, tmp_path):
+    llm = damaged / LAYOUT["llm"]
+    state = tensors_of(llm / "model.safetensors")
+    (llm / "model.safetensors").unlink()
+    names = sorted(state)
+    shards = {f"pytorch_model-0000{i + 1}-of-00002.bin": names[i::2] for i in range(2)}
+    for file, own in shards.items():
+        torch.save({k: state[k] for k in own}, llm / file)
+    index = {"metadata": {}, "weight_map": {k: file for file, own in shards.items() for k in own}}
+    (llm / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    report = convert_omnivideo(damaged, tmp_path / "dst")
+    assert "2 pickled files" in report.notes[LAYOUT["llm"]]
+    assert all(torch.equal(v, state[k]) for k, v in tensors(tmp_path / "dst" / "understanding").items())
+    NexusPipeline.from_pretrained(tmp_path / "dst").context.understanding.load()
+    index["weight_map"][names[0]] = "../../adapter/model.bin"
+    (llm / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="expected names of .bin files in its folder"):
+        convert_omnivideo(damaged, tmp_path / "other")
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["alone", "over Wan's"])
+def test_the_second_wan_of_the_mixed_model_is_the_large_generator(damaged, published, tiny_pair, tmp_path, whole):
+    """The published scripts load `wan_2_model.*` over Wan2.1-T2V-14B, beside wan/, non-strictly."""
+    from diffusers import WanTransformer3DModel
+
+    from tests.omnivideo import WAN, original_wan_names
+
+    torch.manual_seed(4)
+    large = WanTransformer3DModel(**{**WAN, "num_attention_heads": 1, "attention_head_dim": 48, "num_layers": 2})
+    state = large.state_dict()
+    mixed = {k: v.clone() for k, v in read_pickle(damaged / LAYOUT["transformer"])["module"].items()}
+    tuned = {k: v + 1 for k, v in state.items() if whole or k.startswith("blocks.1.")}
+    mixed |= {f"wan_2_model.{k}": v for k, v in original_wan_names(tuned).items()}
+    torch.save({"module": mixed}, damaged / LAYOUT["transformer"])
+    if not whole:
+        with pytest.raises(ModelError, match=r"Wan2.1-T2V-14B is missing, and the mixed model lacks .*put Wan's folder there"):
+            convert_omnivideo(damaged, tmp_path / "dst")
+        large.save_pretrained(damaged / LAYOUT["wan_14b"])
+    report = convert_omnivideo(damaged, tmp_path / "dst")
+    got = tensors(tmp_path / "dst" / "large")
+    assert got.keys() == state.keys() and all(torch.equal(v, tuned.get(k, state[k])) for k, v in got.items())
+    assert not any("wan_2_model" in k for k in report.unused.get(LAYOUT["transformer"], []))
+    pipe = NexusPipeline.from_pretrained(tmp_path / "dst")
+    assert set(pipe.engines) == {"small", "large"} and pipe.defaults.plan == "handoff=0.3"
+    assert json.loads((tmp_path / "dst" / "model_index.json").read_text())["defaults"]["plan"] == "handoff=0.3"
+
+
+def test_links_out_of_the_published_folder_are_not_followed(damaged, tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("private")
+    (damaged / LAYOUT["llm"] / "notes.txt").symlink_to(secret)
+    with pytest.raises(ModelError, match=r"notes.txt is a link to .*secret.txt, outside"):
+        convert_omnivideo(damaged, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()

@@ -89,8 +89,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _header(path)[0].get("__metadata__") or {}
 
 
-class _Index(msgspec.Struct):
-    """`*.safetensors.index.json`: which shard holds which tensor."""
+class Index(msgspec.Struct):
+    """`*.index.json`: which shard holds which tensor."""
 
     weight_map: dict[str, str]
 
@@ -98,7 +98,7 @@ class _Index(msgspec.Struct):
 def _shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     """The tensors of an index's shards, each where the index says."""
     remedy = "download the folder again"
-    where = documents.read(index, _Index, remedy=remedy).weight_map
+    where = documents.read(index, Index, remedy=remedy).weight_map
     if not where:
         raise ModelError(f"{index} names no tensor; {remedy}.")
     if outside := [s for s in where.values() if not re.fullmatch(r"[^/\\\0]+\.safetensors", s)]:
@@ -283,3 +283,37 @@ def fill(
             target, rows = fused_place(name, lambda n: tuple(places[n].shape))
             place = places[target] if rows is None else places[target][rows]
             place.copy_(tensor if changes is None else changes(name, tensor.to(device)))
+
+
+def compare(stored: Mapping[str, StoredTensor], module: nn.Module, where: Path, what: str) -> None:
+    """Raise unless a checkpoint's names and shapes are exactly a module's (which may be on the meta device).
+
+    Raises:
+        ModelError: names the first that are missing, unknown or of another shape.
+    """
+    expected = module.state_dict()
+    missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing or unknown:
+        some = lambda names: cut(", ".join(names[:3])) or "none"  # noqa: E731
+        raise ModelError(
+            f"{where}: the weights are not this {what}'s: {len(missing)} missing ({some(missing)}), {len(unknown)} unknown "
+            f"({some(unknown)}); check config.json against the weights, or download the folder again."
+        )
+    for name, place in expected.items():
+        if stored[name].shape != tuple(place.shape):
+            raise ModelError(f"{where}: {name} has shape {stored[name].shape}; config.json asks for {tuple(place.shape)}.")
+
+
+def fill_exactly(
+    module: nn.Module, stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
+) -> None:  # fmt: skip
+    """Give a meta-device module that `compare` has passed its memory; each tensor goes from the mapped file to its place."""
+    for name, tensor in read_tensors(stored.items()):
+        owner, leaf = name.rpartition(".")[::2]
+        value = torch.empty(tensor.shape, dtype=dtype, device=device)
+        value.copy_(tensor)
+        place = module.get_submodule(owner)
+        if leaf in place._parameters:
+            setattr(place, leaf, nn.Parameter(value, requires_grad=False))
+        else:
+            place._buffers[leaf] = value

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_rt.errors import InputError, ModelError
-from nexus_rt.models.checkpoint import StoredTensor, find_tensors, read_header, read_tensors
+from nexus_rt.models.checkpoint import compare, fill_exactly, find_tensors, read_header, read_tensors
 from nexus_rt.models.load import read_json
 from nexus_rt.models.understanding import Template
 
 SPECIAL_TOKENS = ("<img_st>", "<img_ed>", "<ipl_st>", "<ipl_ed>", "<prp_st>", "<prp_ed>")
+TEXT_MARKERS = SPECIAL_TOKENS[2:]  # what text-to-video needs of them: no visual part, no reference
 MAX_CONTEXT_LEN = 2560
 
 
@@ -205,23 +206,11 @@ def load_connector(folder: str | Path, dtype: torch.dtype = torch.bfloat16, devi
     config = ConnectorConfig.from_dict(read_json(folder / "config.json"))
     with torch.device("meta"):
         connector = Connector(config)
-    stored, expected = find_tensors(folder), connector.state_dict()
-    missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
-    if missing or unknown:
-        raise ModelError(
-            f"{folder}: the weights are not this connector's: {len(missing)} missing ({', '.join(missing[:3]) or 'none'}), "
-            f"{len(unknown)} unknown ({', '.join(unknown[:3]) or 'none'}); check config.json against the weights."
-        )
-    for name, place in expected.items():
-        if stored[name].shape != tuple(place.shape):
-            raise ModelError(f"{folder}: {name} has shape {stored[name].shape}; config.json asks for {tuple(place.shape)}.")
-    for name, tensor in read_tensors(stored.items()):
-        owner, leaf = name.rpartition(".")[::2]
-        value = torch.empty(tensor.shape, dtype=dtype, device=device)
-        value.copy_(tensor)
-        setattr(connector.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    stored = find_tensors(folder)
+    compare(stored, connector, folder, "connector")
+    fill_exactly(connector, stored, dtype, device)
     connector.special_tokens = _rows(folder / "special_tokens.safetensors", dtype, device)
-    lost = [t for t in SPECIAL_TOKENS if t not in connector.special_tokens]
+    lost = [t for t in TEXT_MARKERS if t not in connector.special_tokens]
     if lost:
         raise ModelError(f"{folder}/special_tokens.safetensors lacks {', '.join(lost)}; convert the checkpoint again.")
     file = folder / "unconditional.safetensors"
@@ -231,5 +220,4 @@ def load_connector(folder: str | Path, dtype: torch.dtype = torch.bfloat16, devi
 
 
 def _rows(path: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    header: dict[str, StoredTensor] = read_header(path)
-    return {name: tensor.to(device, dtype, copy=True) for name, tensor in read_tensors(header.items())}
+    return {name: tensor.to(device, dtype, copy=True) for name, tensor in read_tensors(read_header(path).items())}

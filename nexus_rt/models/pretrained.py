@@ -69,7 +69,7 @@ def check_config(folder: Path, what: str) -> dict[str, Any]:
                 f"{path} sets {where}={cut(value, 80)!r}, code from elsewhere; this runtime runs none: remove the field."
             )
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            layers = "layers" in key or key in ("n_layer", "depth")
+            layers = any(word in key for word in ("layers", "blocks", "n_layer", "depth"))
             limit = MOST_LAYERS if layers else MOST_WIDTH
             large = not layers and any(word in key for word in HARMLESS_LARGE)
             if not large and (abs(value) > limit or not math.isfinite(value)):
@@ -94,7 +94,7 @@ def _check_size(folder: Path, what: str) -> None:
     width, layers = number("hidden_size", "d_model"), number("num_hidden_layers", "num_layers")
     least = width * (number("vocab_size") + layers * number("intermediate_size", "d_ff"))
     try:
-        stored = sum(math.prod(t.shape) for path in folder.glob("*.safetensors") for t in read_header(path, integers=True).values())
+        stored = sum(math.prod(t.shape) for p in folder.glob("*.safetensors") for t in read_header(p, integers=True).values())
     except ModelError as error:
         raise ModelError(f"{folder}: the {what} cannot be loaded: {error}") from error
     if stored and least > 8 * stored:  # packed formats hold up to eight weights in a number

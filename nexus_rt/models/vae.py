@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import DecodeError, ModelError
+from nexus_rt.errors import DecodeError, ModelError, cut
+from nexus_rt.models.checkpoint import StoredTensor, compare, fill_exactly, find_tensors
 from nexus_rt.models.decoder import can_decode_whole, decode_whole
 from nexus_rt.models.load import folder_bytes, read_json
 from nexus_rt.models.moving import Lazy
+from nexus_rt.models.pretrained import check_config
 from nexus_rt.tracing import span
 
 TILE_ABOVE = 1280 * 720  # pixels of a frame from which decoding is tiled when `tiling` is "auto"
@@ -110,6 +112,26 @@ class VideoDecoder(Lazy, Decoder):
         super().__init__(vae_space(self.folder), dtype, torch.device(device))
         if not any(self.folder.glob("*.safetensors")):
             raise ModelError(f"{self.folder} holds no safetensors; expected an AutoencoderKLWan in diffusers' layout.")
+        self._empty()  # what does not fit is found now, and not after the last step
+
+    def _empty(self) -> tuple[torch.nn.Module, dict[str, StoredTensor]]:
+        """The module on the meta device, and the stored tensors, which are exactly its own."""
+        from diffusers import AutoencoderKLWan
+
+        config = check_config(self.folder, "VAE")
+        if config.get("_class_name", "AutoencoderKLWan") != "AutoencoderKLWan":
+            raise ModelError(f"{self.folder} holds a {cut(config['_class_name'], 80)}; expected an AutoencoderKLWan.")
+        try:
+            with torch.device("meta"):
+                model = AutoencoderKLWan.from_config(config)
+        except Exception as error:  # diffusers checks no value of a config
+            raise ModelError(f"{self.folder}/config.json is no AutoencoderKLWan's ({cut(error)}); get it again.") from error
+        try:
+            stored = find_tensors(self.folder)
+            compare(stored, model, self.folder, "VAE")
+        except ModelError as error:
+            raise ModelError(f"{self.folder}: the VAE cannot be loaded: {error}") from error
+        return model, stored
 
     @property
     def nbytes(self) -> int:
@@ -123,19 +145,12 @@ class VideoDecoder(Lazy, Decoder):
         return 6 * plane * (frames if plane * frames <= WHOLE else 4) * 4
 
     def _read(self) -> torch.nn.Module:
-        from diffusers import AutoencoderKLWan
-        from safetensors import SafetensorError
-
-        try:
-            model = AutoencoderKLWan.from_pretrained(
-                self.folder, torch_dtype=self.dtype, local_files_only=True, use_safetensors=True
-            )
-        except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-            raise ModelError(f"{self.folder}: the VAE cannot be loaded ({error}); download it again.") from error
+        model, stored = self._empty()
+        fill_exactly(model, stored, self.dtype, self.device)
         for parameter in model.parameters():  # convolutions run about twice as fast in this layout on a CPU
             if parameter.ndim == 5:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
-        return model.to(self.device).eval()
+        return model.eval()
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
