@@ -18,13 +18,13 @@ from nexus_rt.bench.page import drawing, finite, page
 from nexus_rt.bench.peers import Setting, measure_peers, parse_peers
 from nexus_rt.bench.presets import PROMPT, Preset, find_preset, need_of, random_pipeline, random_prompt
 from nexus_rt.bench.scaling import scaling
-from nexus_rt.engines.exported import Bucket
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError, ModelError, NexusError, choose
 from nexus_rt.loading import default_device, default_dtype
 from nexus_rt.pair import MINI, Defaults, find_parts
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan import parse_plan
+from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
 
 ENGINES = ("torch", "compiled", "onnx", "aoti", "tensorrt", "tensorrt-rtx")
@@ -113,11 +113,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         embeds, found["fingerprint"] = random_prompt(pipe, dtype), mark({})
     quiet(pipe)
     d = pipe.defaults
-    size = _size(args, preset.size or Bucket(d.width, d.height, d.num_frames))
+    size = _size(args, preset.size or ClipSize(d.width, d.height, d.num_frames))
     steps = args.steps or d.num_inference_steps
     pipe.check_inputs(size.height, size.width, size.frames, "latent")
     shipped = real and not (args.pair or args.small or args.large)
-    riddles = args.accuracy if shipped and len(pipe.engines) > 1 and size == Bucket(d.width, d.height, d.num_frames) else 0
+    riddles = args.accuracy if shipped and len(pipe.engines) > 1 and size == ClipSize(d.width, d.height, d.num_frames) else 0
     clip = Clip(size.height, size.width, size.frames, steps, args.seed, prompt, embeds, riddles)
     plans = _plans(args.plans, pipe)
     for name in plans:  # a plan that does not parse is said before anything is measured
@@ -150,9 +150,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _size(args: argparse.Namespace, usual: Bucket) -> Bucket:
+def _size(args: argparse.Namespace, usual: ClipSize) -> ClipSize:
     width, height = args.size or usual[:2]
-    return Bucket(width, height, args.frames or usual.frames)
+    return ClipSize(width, height, args.frames or usual.frames)
 
 
 def _plans(text: str | None, pipe: NexusPipeline) -> list[str]:
@@ -189,7 +189,7 @@ def _real(args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
 
 
 def _engine(
-    name: str, args: argparse.Namespace, pipe: NexusPipeline, real: bool, size: Bucket, device: torch.device, place: Path,
+    name: str, args: argparse.Namespace, pipe: NexusPipeline, real: bool, size: ClipSize, device: torch.device, place: Path,
     notes: list[str],
 ) -> Engine:  # fmt: skip
     """The pair on another engine: its blocks compiled, or exported (and kept in the cache) with its VAE and text encoder."""
@@ -242,7 +242,7 @@ def _embeds(pipe: NexusPipeline, prompt: str) -> dict[str, torch.Tensor]:
     return {"prompt_embeds": told, "negative_prompt_embeds": none}
 
 
-def _estimate(args, configs, need, size: Bucket, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _estimate(args, configs, need, size: ClipSize, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     d = Defaults()
     grid = time_grid(args.steps or d.num_inference_steps, d.shift)
     both = ["reference", d.plan, "auto=0.02"] if len(configs) > 1 else list(configs)

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nexus_rt.bench.presets import Need
 from nexus_rt.costs import median_ms
-from nexus_rt.engines.exported import Bucket
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from nexus_rt.plan import Plan, StepCosts
+from nexus_rt.size import ClipSize
 
 
 def matrix_tflops(device: torch.device, dtype: torch.dtype) -> float:
@@ -23,7 +23,7 @@ def matrix_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def forward_flops(config: dict[str, Any], size: Bucket, tokens: int = 512) -> int:
+def forward_flops(config: dict[str, Any], size: ClipSize, tokens: int = 512) -> int:
     """Multiplications and additions of one forward of one sample, counted operation by operation."""
     with torch.device("meta"):
         model = WanTransformer(WanConfig(**config)).use_kernels("torch", "sdpa").eval()
@@ -37,7 +37,7 @@ def forward_flops(config: dict[str, Any], size: Bucket, tokens: int = 512) -> in
 
 
 @torch.no_grad()
-def decode_flops(size: Bucket, config: dict[str, Any] | None = None) -> int | None:
+def decode_flops(size: ClipSize, config: dict[str, Any] | None = None) -> int | None:
     """Of Wan's VAE decoding one clip: the first frame and one more are counted, the others are as the second. None without
     diffusers."""
     try:
@@ -58,7 +58,7 @@ def decode_flops(size: Bucket, config: dict[str, Any] | None = None) -> int | No
 
 
 def estimate(
-    configs: dict[str, dict[str, Any]], need: Need, size: Bucket, plans: list[Plan], scales: tuple[float, float],
+    configs: dict[str, dict[str, Any]], need: Need, size: ClipSize, plans: list[Plan], scales: tuple[float, float],
     tflops: float,
 ) -> dict[str, Any]:  # fmt: skip
     """TFLOP by part, and the time each plan's denoising takes at least at `tflops`.

@@ -36,7 +36,7 @@ from nexus_rt.bench.gpu_tables import markdown
 from nexus_rt.bench.measure import failure, failure_in
 from nexus_rt.bench.presets import DRY, WAN_1_3B, WAN_14B
 from nexus_rt.bench.results import write_text
-from nexus_rt.engines.exported import Bucket
+from nexus_rt.size import ClipSize
 
 LIMIT_S = 480.0
 CONFIGS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
@@ -68,10 +68,10 @@ class Suite:
         self.configs = {"tiny": DRY} if self.dry else CONFIGS
 
     @property
-    def size(self) -> Bucket:
+    def size(self) -> ClipSize:
         """The clip's size in pixels and frames."""
         t, h, w = self.grid
-        return Bucket(16 * w, 16 * h, 4 * t - 3)
+        return ClipSize(16 * w, 16 * h, 4 * t - 3)
 
     @property
     def tokens(self) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nexus_rt.engines.exported import Bucket
 from nexus_rt.engines.residency import activation_bytes
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import choose
@@ -21,6 +20,7 @@ from nexus_rt.models.vae import WAN_VAE, VideoDecoder
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from nexus_rt.pair import Defaults
 from nexus_rt.pipeline import NexusPipeline
+from nexus_rt.size import ClipSize
 
 WAN_1_3B = dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30)
 WAN_14B = dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40)
@@ -34,14 +34,14 @@ class Preset:
     """size None: the pair's own. configs: architectures of the random generators; None for the pair that is shipped."""
 
     name: str
-    size: Bucket | None = None
+    size: ClipSize | None = None
     configs: dict[str, dict[str, Any]] | None = None
 
 
 PRESETS = {
     "mini": Preset("mini"),
-    "wan-480p": Preset("wan-480p", Bucket(832, 480, 81), {"small": WAN_1_3B, "large": WAN_14B}),
-    "wan-720p": Preset("wan-720p", Bucket(1280, 720, 81), {"small": WAN_1_3B, "large": WAN_14B}),
+    "wan-480p": Preset("wan-480p", ClipSize(832, 480, 81), {"small": WAN_1_3B, "large": WAN_14B}),
+    "wan-720p": Preset("wan-720p", ClipSize(1280, 720, 81), {"small": WAN_1_3B, "large": WAN_14B}),
 }
 
 
@@ -89,7 +89,7 @@ class RandomDecoder(VideoDecoder):
 
 
 def random_pipeline(
-    configs: dict[str, dict[str, Any]], dtype: torch.dtype, device: torch.device, size: Bucket, kernels: str = "auto",
+    configs: dict[str, dict[str, Any]], dtype: torch.dtype, device: torch.device, size: ClipSize, kernels: str = "auto",
     attention: str = "auto", decoder: dict[str, Any] | None = None,
 ) -> NexusPipeline:  # fmt: skip
     """A pipeline of random generators and, where diffusers is installed, a random VAE; it takes embeddings, no prompts."""
@@ -159,7 +159,7 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def need_of(configs: dict[str, dict[str, Any]], dtype: torch.dtype, device: torch.device, size: Bucket) -> Need:
+def need_of(configs: dict[str, dict[str, Any]], dtype: torch.dtype, device: torch.device, size: ClipSize) -> Need:
     """What random generators of these architectures take at a size, guided; the VAE works when they do not."""
     parts, working = {}, 0
     for name, config in configs.items():

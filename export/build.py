@@ -20,13 +20,14 @@ from types import ModuleType
 import torch
 
 from nexus_rt import __version__
-from nexus_rt.engines.exported import DTYPES, Bucket
+from nexus_rt.engines.exported import DTYPES
 from nexus_rt.engines.folder import EngineFolder, Manifest, engines_root, files_of, link_tree
 from nexus_rt.engines.open import engine_of
 from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.export.parity import gate
 from nexus_rt.export.parts import Part, weights_bytes, weights_hash
 from nexus_rt.models import load
+from nexus_rt.size import ClipSize
 
 BUILDERS = {"onnx": "onnx", "aoti": "aoti", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt"}  # backend -> module
 
@@ -42,7 +43,7 @@ class Target:
 
     backend: str
     precision: str
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[ClipSize, ...]
     device: torch.device
     opset: int = 23
     sm: str | None = None
@@ -50,7 +51,7 @@ class Target:
     refit: bool = False
     range: bool = False
 
-    def ordered(self) -> list[Bucket]:
+    def ordered(self) -> list[ClipSize]:
         """The sizes once each, in the manifest's order."""
         return sorted(set(self.buckets))
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import export
 
-from nexus_rt.engines.exported import Bucket
 from nexus_rt.export.symbols import Shape, Symbols, Traced
+from nexus_rt.size import ClipSize
 
 
 class DecoderGraph(nn.Module):
@@ -54,7 +54,7 @@ def decoder_states(vae: Any) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def trace_decoder(vae: Any, buckets: list[Bucket]) -> dict[str, Traced]:
+def trace_decoder(vae: Any, buckets: list[ClipSize]) -> dict[str, Traced]:
     """Both graphs of a VAE at sizes."""
     states, symbols, parameter = decoder_states(vae), Symbols(buckets), next(vae.parameters())
     names = [f"state_{i}" for i in range(len(states))]

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nexus_rt.engines.exported import parse_sizes
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.errors import InputError, choose
 from nexus_rt.export.build import Target, export_parts
@@ -20,6 +19,7 @@ from nexus_rt.export.parts import DecoderPart, GeneratorPart, Part, StepPart, Te
 from nexus_rt.loading import default_device
 from nexus_rt.models.lora import Lora, parse_loras
 from nexus_rt.pair import MINI, Parts, find_parts
+from nexus_rt.size import parse_sizes
 
 NAMES = ("small", "large", "vae", "text_encoder")
 

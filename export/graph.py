@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import export
 
-from nexus_rt.engines.exported import Bucket
 from nexus_rt.export.symbols import Shape, Symbols, Traced
 from nexus_rt.models.wan import WanContext, WanTransformer
 from nexus_rt.ops import TORCH
+from nexus_rt.size import ClipSize
 
 
 def rope_in_graph(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def velocity_shapes(model: WanTransformer, samples: str = "batch") -> dict[str, 
 
 
 @torch.no_grad()
-def trace(model: WanTransformer, buckets: list[Bucket]) -> dict[str, Traced]:
+def trace(model: WanTransformer, buckets: list[ClipSize]) -> dict[str, Traced]:
     """Both graphs of a model for one size, or for the range that several span.
 
     The model's choice of attention and kernels is kept; where kernels are PyTorch's, RoPE is computed in the graph.

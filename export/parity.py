@@ -16,9 +16,9 @@ from torch import Tensor
 
 from nexus_rt.denoise import Prompt, denoise
 from nexus_rt.engines.base import Engine
-from nexus_rt.engines.exported import Bucket
 from nexus_rt.models import load
 from nexus_rt.plan import parse_plan
+from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
 from nexus_rt.upfb import BlendConfig
 
@@ -44,19 +44,19 @@ def prompt_like(text_dim: int, device: torch.device, tokens: int = 32) -> Prompt
     return Prompt(conditional.to(device), unconditional.to(device))
 
 
-def noise(channels: int, bucket: Bucket, device: torch.device, frames: int | None = None) -> Tensor:
+def noise(channels: int, bucket: ClipSize, device: torch.device, frames: int | None = None) -> Tensor:
     """Latents [1, C, T, H, W] of a size (or of fewer latent frames)."""
     t, h, w = bucket.latent
     g = torch.Generator().manual_seed(1)
     return torch.randn(1, channels, min(t, frames or t), h, w, generator=g).to(device)
 
 
-def two_of(buckets: list[Bucket]) -> list[Bucket]:
+def two_of(buckets: list[ClipSize]) -> list[ClipSize]:
     """The first size and the last."""
     return [buckets[0], *buckets[1:][-1:]]
 
 
-def _after_steps(run, channels: int, bucket: Bucket) -> Answers:
+def _after_steps(run, channels: int, bucket: ClipSize) -> Answers:
     """Latents after a short run; NaN where a velocity is not finite."""
     try:
         found = run().cpu()
@@ -65,7 +65,7 @@ def _after_steps(run, channels: int, bucket: Bucket) -> Answers:
     return {f"latents {bucket} after {STEPS} steps": found}
 
 
-def generator_answers(engine: Engine, architecture: dict[str, Any], buckets: list[Bucket], device: torch.device) -> Answers:
+def generator_answers(engine: Engine, architecture: dict[str, Any], buckets: list[ClipSize], device: torch.device) -> Answers:
     """Velocities, and the latents of a guided run."""
     prompt = prompt_like(architecture["text_dim"], device)
     context = engine.prepare(torch.cat([prompt.conditional, prompt.unconditional]))
@@ -81,7 +81,7 @@ def generator_answers(engine: Engine, architecture: dict[str, Any], buckets: lis
 
 
 def step_answers(
-    engines: dict[str, Engine], step: Any, architecture: dict[str, Any], buckets: list[Bucket], device: torch.device
+    engines: dict[str, Engine], step: Any, architecture: dict[str, Any], buckets: list[ClipSize], device: torch.device
 ) -> Answers:  # fmt: skip
     """Latents of runs that blend at every step, each split and energy once; by a fused step where one is given."""
     prompts = {n: prompt_like(architecture[n]["text_dim"], device, 24 + 8 * i) for i, n in enumerate(("small", "large"))}
@@ -98,7 +98,7 @@ def step_answers(
     return found
 
 
-def decoder_answers(decoder: Any, buckets: list[Bucket]) -> Answers:
+def decoder_answers(decoder: Any, buckets: list[ClipSize]) -> Answers:
     """Frames of short clips: the first latent frame, the second, and one after it."""
     decoder.load()
     z = decoder.space["z_dim"]
@@ -137,7 +137,7 @@ def judge(got: Answers, wanted: Answers, precision: str) -> dict[str, Any]:
     return {"passed": not why, "why": why, "thresholds": thresholds, "rows": rows}
 
 
-def gate(part: Any, engine: Any, buckets: list[Bucket], precision: str, device: torch.device) -> dict[str, Any]:
+def gate(part: Any, engine: Any, buckets: list[ClipSize], precision: str, device: torch.device) -> dict[str, Any]:
     """Compare the engine of a part (`nexus_rt.export.parts`) with PyTorch; returns as `judge`."""
     with torch.no_grad():
         wanted = part.answers(None, buckets, device)

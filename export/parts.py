@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nexus_rt.engines.exported import DTYPES, GRAPHS, VELOCITY, Bucket
+from nexus_rt.engines.exported import DTYPES, GRAPHS, VELOCITY
 from nexus_rt.engines.folder import trusted_hash
 from nexus_rt.engines.streaming import BlockStream
 from nexus_rt.engines.torch import TorchEngine
@@ -30,6 +30,7 @@ from nexus_rt.models.lora import Lora, loras_hash
 from nexus_rt.models.text import TextEncoder
 from nexus_rt.models.vae import VideoDecoder, vae_space
 from nexus_rt.models.wan import WanTransformer
+from nexus_rt.size import ClipSize
 
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 
@@ -65,10 +66,10 @@ class Part(Protocol):
         ...
 
     def trace(
-        self, precision: str, buckets: list[Bucket], device: torch.device, kernels: tuple[str, str]
+        self, precision: str, buckets: list[ClipSize], device: torch.device, kernels: tuple[str, str]
     ) -> dict[str, Traced]: ...
 
-    def answers(self, engine: Any, buckets: list[Bucket], device: torch.device) -> parity.Answers:
+    def answers(self, engine: Any, buckets: list[ClipSize], device: torch.device) -> parity.Answers:
         """What the parity gate asks, by an engine, or by PyTorch in float32 (None)."""
         ...
 
@@ -135,10 +136,12 @@ class GeneratorPart:
     def precision(self, asked: str) -> str:
         return asked
 
-    def trace(self, precision: str, buckets: list[Bucket], device: torch.device, kernels: tuple[str, str]) -> dict[str, Traced]:
+    def trace(
+        self, precision: str, buckets: list[ClipSize], device: torch.device, kernels: tuple[str, str]
+    ) -> dict[str, Traced]:  # fmt: skip
         return trace(load.load_transformer(self.folders[0], DTYPES[precision], device, *kernels, self.loras), buckets)
 
-    def answers(self, engine: Any, buckets: list[Bucket], device: torch.device) -> parity.Answers:
+    def answers(self, engine: Any, buckets: list[ClipSize], device: torch.device) -> parity.Answers:
         by = engine or TorchEngine(_reference(self.folders[0], device, self.loras))
         return parity.generator_answers(by, self.architecture(), buckets, device)
 
@@ -173,14 +176,16 @@ class StepPart:
     def precision(self, asked: str) -> str:
         return asked
 
-    def trace(self, precision: str, buckets: list[Bucket], device: torch.device, kernels: tuple[str, str]) -> dict[str, Traced]:
+    def trace(
+        self, precision: str, buckets: list[ClipSize], device: torch.device, kernels: tuple[str, str]
+    ) -> dict[str, Traced]:  # fmt: skip
         models = {
             n: load.load_transformer(f, DTYPES[precision], device, *kernels, self.loras.get(n, ()))
             for n, f in zip(NAMES, self.folders, strict=True)
         }
         return trace_step(models, buckets)
 
-    def answers(self, engine: Any, buckets: list[Bucket], device: torch.device) -> parity.Answers:
+    def answers(self, engine: Any, buckets: list[ClipSize], device: torch.device) -> parity.Answers:
         engines = {}
         if engine is None:
             pairs = zip(NAMES, self.folders, strict=True)
@@ -219,12 +224,14 @@ class DecoderPart:
     def precision(self, asked: str) -> str:
         return "fp32" if asked == "bf16" else asked
 
-    def trace(self, precision: str, buckets: list[Bucket], device: torch.device, kernels: tuple[str, str]) -> dict[str, Traced]:
+    def trace(
+        self, precision: str, buckets: list[ClipSize], device: torch.device, kernels: tuple[str, str]
+    ) -> dict[str, Traced]:  # fmt: skip
         decoder = VideoDecoder(self.source, DTYPES[precision], device)
         decoder.load()
         return trace_decoder(decoder.model, buckets)
 
-    def answers(self, engine: Any, buckets: list[Bucket], device: torch.device) -> parity.Answers:
+    def answers(self, engine: Any, buckets: list[ClipSize], device: torch.device) -> parity.Answers:
         return parity.decoder_answers(engine or VideoDecoder(self.source, torch.float32, device, tiling=False), buckets)
 
 
@@ -256,11 +263,13 @@ class TextPart:
     def precision(self, asked: str) -> str:
         return asked
 
-    def trace(self, precision: str, buckets: list[Bucket], device: torch.device, kernels: tuple[str, str]) -> dict[str, Traced]:
+    def trace(
+        self, precision: str, buckets: list[ClipSize], device: torch.device, kernels: tuple[str, str]
+    ) -> dict[str, Traced]:  # fmt: skip
         encoder = TextEncoder(self.source, DTYPES[precision], device)
         encoder.load()
         return trace_text(encoder.model)
 
-    def answers(self, engine: Any, buckets: list[Bucket], device: torch.device) -> parity.Answers:
+    def answers(self, engine: Any, buckets: list[ClipSize], device: torch.device) -> parity.Answers:
         vocabulary = self.architecture()["vocab_size"]
         return parity.text_answers(engine or TextEncoder(self.source, torch.float32, device), vocabulary)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nexus_rt.engines.exported import Bucket
 from nexus_rt.export.graph import (
     ContextGraph,
     VelocityGraph,
@@ -24,6 +23,7 @@ from nexus_rt.export.graph import (
 )
 from nexus_rt.export.symbols import Shape, Symbols, Traced
 from nexus_rt.models.wan import WanTransformer
+from nexus_rt.size import ClipSize
 from nexus_rt.upfb import EPS, STEP_SCALARS
 
 NAMES = ("small", "large")
@@ -60,7 +60,7 @@ class StepGraph(nn.Module):
 
 
 @torch.no_grad()
-def trace_step(models: dict[str, WanTransformer], buckets: list[Bucket]) -> dict[str, Traced]:
+def trace_step(models: dict[str, WanTransformer], buckets: list[ClipSize]) -> dict[str, Traced]:
     """The step's graph and both contexts', for one size, or for the range that several span."""
     symbols = Symbols(buckets)
     some = models["small"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from nexus_rt.engines.exported import Bucket
+from nexus_rt.size import ClipSize
 
 Shape = tuple[int | str, ...]
 
@@ -39,7 +39,7 @@ class Traced:
 class Symbols:
     """What symbols stand for where a graph is built for sizes; those with one value are that number."""
 
-    def __init__(self, buckets: list[Bucket]) -> None:
+    def __init__(self, buckets: list[ClipSize]) -> None:
         sizes = [size_of(b) for b in buckets]
         spans = {n: (min(s[n] for s in sizes), max(s[n] for s in sizes)) for n in (sizes[0] if sizes else ())}
         self.ranges = {**LIMITS, **spans}
@@ -62,7 +62,7 @@ class Symbols:
         return torch.randn(concrete(shape, self.example), generator=g).to(device, dtype)
 
 
-def size_of(bucket: Bucket) -> dict[str, int]:
+def size_of(bucket: ClipSize) -> dict[str, int]:
     """The symbols of a size."""
     frames, height, width = bucket.latent
     return {"frames": frames, "rows": height // 2, "columns": width // 2}

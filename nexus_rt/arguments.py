@@ -12,6 +12,16 @@ PLAN_HELP = (
     "segments take steps, percentages (30%%) or * for the rest, and a guidance scale of their own after @"
 )
 DTYPES = ("float32", "bfloat16", "float16")
+BLEND_NUMBERS = {  # of BlendConfig
+    "gamma_hf": "the small generator's share of high frequencies (default: 0.7)",
+    "sigma_min": "of gaussian: the filter's width in latent cells at w = 0 (default: 0.35)",
+    "sigma_max": "of gaussian: the filter's width in latent cells at w = 1 (default: 0.7)",
+    "rho_min": "of fft and dct: the cutoff at w = 0, as a fraction of Nyquist (default: 0.1)",
+    "rho_max": "of fft and dct: the cutoff at w = 1, as a fraction of Nyquist (default: 0.9)",
+    "order": "of butterworth: its order (default: 2)",
+}
+SEED_HELP = "0 to 2^64 - 1; the same seed gives the same video, -1 draws a fresh one and prints it (default: 0)"
+FPS_HELP = "frames per second of the file, such as 16, 23.976 or 30000/1001 (default: 16)"
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -70,10 +80,17 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--shift", type=float, help="of the time grid (default: 5.0; 3.0 for small frames)")
     group.add_argument("--guidance", type=float, metavar="G", help="v_u + G (v_c - v_u); 1 is none (default: 6.0)")
     group.add_argument("--guidance-2", type=float, metavar="G", help="of the large generator, where it differs")
-    group.add_argument("--split", default="gaussian", help="gaussian (the paper's) | fft | dct (default: gaussian)")
-    group.add_argument("--lowpass", default="gaussian", help="of fft and dct: gaussian | butterworth | ideal")
+    group.add_argument(
+        "--as-published", action="store_true",
+        help="the published scripts' defaults and numerics: plan reference, 50 steps, shift 5, guidance 6 (their s = 5)",
+    )  # fmt: skip
+    group.add_argument("--split", help="gaussian (the paper's) | fft | dct (default: gaussian)")
+    group.add_argument("--lowpass", help="of fft and dct: gaussian | butterworth | ideal (default: gaussian)")
+    for name, words in BLEND_NUMBERS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=int if name == "order" else float, help=words)
+    group.add_argument("--gamma-w", type=float, help="exponent of the gate, of reference and auto (default: 0.3)")
     group.add_argument("--energy", help="reference | progressive | none (default: the plan's own)")
-    group.add_argument("--solver", default="unipc", help="unipc | euler (default: unipc)")
+    group.add_argument("--solver", help="unipc | euler (default: unipc)")
     group.add_argument("--size", type=_size, metavar="WxH", help="frame size, such as 832x480 (default: the pair's)")
     group.add_argument("--frames", type=int, metavar="N", help="4k+1 frames (default: the pair's; Wan: 81)")
 
@@ -81,8 +98,8 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", help="what to show, such as 'a striped red circle moves left on a black background'")
     generate.add_argument("-o", "--output", default="out.mp4", metavar="FILE", help=".mp4, .gif or .png (a contact sheet)")
     generate.add_argument("--negative", default="", metavar="PROMPT", help="what not to show")
-    generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same video (default: 0)")
-    generate.add_argument("--fps", type=int, default=16, help="frames per second of the file (default: 16)")
+    generate.add_argument("--seed", type=int, default=0, help=SEED_HELP)
+    generate.add_argument("--fps", default="16", help=FPS_HELP)
     generate.add_argument("--quiet", action="store_true", help="no progress bar")
 
     many = argparse.ArgumentParser(add_help=False)
@@ -91,8 +108,8 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="for the clips and results.jsonl; goes on where it was"
     )
-    group.add_argument("--seed", type=int, default=0, help="of every clip whose entry names none (default: 0)")
-    group.add_argument("--fps", type=int, default=16, help="frames per second of the files (default: 16)")
+    group.add_argument("--seed", type=int, default=0, help="of every clip whose entry names none; " + SEED_HELP)
+    group.add_argument("--fps", default="16", help=FPS_HELP)
     group.add_argument("--format", default="mp4", help="mp4 (default) | gif | png (contact sheets)")
     group.add_argument("--shard", default="1/1", metavar="I/N", help="this process's part of the list, such as 1/4")
     group.add_argument("--ray", action="store_true", help="share the list among Ray workers (pip install 'nexus-rt[ray]')")
@@ -125,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     decode = commands.add_parser("decode", parents=[models, running], help="decode latents that a failed decoding left behind")
     decode.add_argument("latents", metavar="LATENTS", help="the safetensors file that the error named")
     decode.add_argument("-o", "--output", default="out.mp4", metavar="FILE", help=".mp4, .gif or .png (a contact sheet)")
-    decode.add_argument("--fps", type=int, default=16, help="frames per second of the file (default: 16)")
+    decode.add_argument("--fps", default="16", help=FPS_HELP)
 
     plan = commands.add_parser(
         "plan", parents=[models, running, walk], help="print which generator runs at which step, and its price"

@@ -21,8 +21,10 @@ from torch import Tensor
 from nexus_rt.errors import InputError, NexusError
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.prompts import Item
-from nexus_rt.video import SUFFIXES, save_video
+from nexus_rt.request import check_seed
+from nexus_rt.video import SUFFIXES, frame_rate, made_with, save_video
 
+PLAN_OPTIONS = ("plan", "num_inference_steps", "shift", "energy", "gamma_w")  # of a call, as `make_plan` takes them
 TOGETHER = 8  # prompts encoded in one call
 
 
@@ -35,7 +37,7 @@ class Job:
 
     folder: Path
     seed: int = 0
-    fps: int = 16
+    fps: str | int | float = 16
     suffix: str = ".mp4"
     shard: tuple[int, int] = (1, 1)
     options: dict[str, Any] = field(default_factory=dict)
@@ -75,9 +77,12 @@ def parse_shard(text: str) -> tuple[int, int]:
 def common_settings(job: Job, pipe: NexusPipeline) -> dict[str, Any]:
     """What is the same for every clip of a job, as it is written down."""
     o = job.options
-    plan = pipe.make_plan(o.get("plan"), o.get("num_inference_steps"), o.get("shift"), o.get("energy"))
-    rest = {k: str(v) for k, v in o.items() if v is not None and k not in ("width", "height", "num_frames", "plan")}
-    return {"steps": len(plan), "plan": plan.name, "fps": job.fps, "options": rest, "models": job.models}
+    plan = pipe.make_plan(*(o.get(n) for n in PLAN_OPTIONS), as_published=o.get("as_published", False))
+    left_out = ("width", "height", "num_frames", "plan")
+    rest = {k: str(v) for k, v in o.items() if v not in (None, False) and k not in left_out}
+    fps = frame_rate(job.fps)
+    rate = fps.numerator if fps.denominator == 1 else str(fps)
+    return {"steps": len(plan), "plan": plan.name, "fps": rate, "options": rest, "models": job.models}
 
 
 def settings(item: Item, job: Job, pipe: NexusPipeline, common: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +103,7 @@ def finished(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     ended: dict[str, dict[str, Any]] = {}
     starts: dict[str, list[float]] = {}
     for path in sorted(folder.glob("results*.jsonl")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 row = json.loads(line)
                 if row["status"] == "begun":
@@ -194,6 +199,9 @@ def work(
     todo, lines, common = [], Lines(log), common_settings(job, pipe)
     for item in items:
         row, said = known.get(item.id), settings(item, job, pipe, common)
+        if said["seed"] == -1:  # a fresh one, once: the clip that is there keeps its own
+            kept = row["settings"].get("seed") if row and isinstance(row.get("settings"), dict) else None
+            said["seed"] = kept if isinstance(kept, int) else check_seed("seed", -1)
         if row and row["status"] == "done" and row["settings"] == said and job.clip(item).is_file():
             yield "kept", item.id, "was there"
         elif attempts is not None and begun.get(item.id, 0) >= attempts:
@@ -321,7 +329,9 @@ def _write(
     try:
         with _after(ready, latents):
             frames = pipe.decode(latents, "np", rescue=job.folder)
-        save_video(frames[0], job.folder / row["file"], job.fps)
+        s = row["settings"]
+        made = made_with(s["prompt"], s["negative"], s["seed"], s["plan"], job.options, job.models)
+        save_video(frames[0], job.folder / row["file"], job.fps, made, truncate=job.options.get("as_published", False))
     except Exception as error:
         return _failed(row, error)
     return {**row, "status": "done", "seconds": round(time.perf_counter() - began, 3), "when": time.time()}

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from nexus_rt.arguments import parser
+from nexus_rt.arguments import BLEND_NUMBERS, parser
 from nexus_rt.errors import InputError, NexusError, choose
 
 
@@ -41,24 +41,48 @@ def _pipeline(args: argparse.Namespace):
 
 
 def _blend(args: argparse.Namespace):
+    """The blend that the arguments describe; None where they say nothing of it.
+
+    Raises:
+        InputError: a number that the chosen split or low-pass does not have.
+    """
     from nexus_rt.upfb import BlendConfig
 
-    return BlendConfig(split=args.split, lowpass=args.lowpass)
+    given = {n: v for n in ("split", "lowpass", *BLEND_NUMBERS) if (v := getattr(args, n)) is not None}
+    split, lowpass = given.get("split", "gaussian"), given.get("lowpass", "gaussian")
+    blend = BlendConfig(**given)
+    if split == "gaussian" and lowpass != "gaussian":
+        print(f"nexus-rt: --lowpass {lowpass} has no part in --split gaussian, and changes nothing.", file=sys.stderr)
+    for name in given:
+        flag = "--" + name.replace("_", "-")
+        if split == "gaussian" and name in ("rho_min", "rho_max", "order"):
+            raise InputError(f"{flag} is of the splits fft and dct; pass --split fft or dct too.")
+        if split != "gaussian" and name in ("sigma_min", "sigma_max"):
+            raise InputError(f"{flag} is of the split gaussian; with --split {split} use --rho-min and --rho-max.")
+        if name == "order" and lowpass != "butterworth":
+            raise InputError(f"--order is of the Butterworth low-pass; pass --lowpass butterworth too, not {lowpass}.")
+    return blend if given else None
 
 
 def _call_options(args: argparse.Namespace) -> dict:
     """What the arguments say of every clip, as the pipeline's call takes it; checked before any model is read."""
-    from nexus_rt.solver import SOLVERS
+    from nexus_rt.pair import Defaults
+    from nexus_rt.request import make_request
+    from nexus_rt.video import frame_rate
 
-    choose("solver", args.solver, SOLVERS)
-    if args.fps < 1:
-        raise InputError(f"--fps is {args.fps}; expected at least 1.")
+    frame_rate(args.fps, "--fps")
     width, height = args.size or (None, None)
-    return dict(
+    options = dict(
         height=height, width=width, num_frames=args.frames, num_inference_steps=args.steps, guidance_scale=args.guidance,
         guidance_scale_2=args.guidance_2, plan=args.plan, shift=args.shift, blend=_blend(args), energy=args.energy,
-        solver=args.solver,
+        gamma_w=args.gamma_w, solver=args.solver,
     )  # fmt: skip
+    # with any pair's defaults: what no pair would take is said before one is read
+    make_request(Defaults(), **options, output_type="np", num_videos_per_prompt=1, published=args.as_published)
+    for name, value in (("--size", min(args.size or (1,))), ("--frames", args.frames)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} has {value}; expected positive numbers, such as --size 832x480 --frames 81.")
+    return {**options, "as_published": args.as_published}
 
 
 def _check_device(name: str | None) -> None:
@@ -74,7 +98,8 @@ def _check_device(name: str | None) -> None:
 
 
 def generate(args: argparse.Namespace) -> int:
-    from nexus_rt.video import check_output, save_video
+    from nexus_rt.request import check_seed
+    from nexus_rt.video import check_output, made_with, save_video
 
     output = check_output(args.output)  # before any model is read
     options = _call_options(args)
@@ -83,15 +108,24 @@ def generate(args: argparse.Namespace) -> int:
     _check_device(args.device)
     import torch
 
+    seed = check_seed("--seed", args.seed)
+    if args.seed == -1:
+        print(f"seed {seed}", file=sys.stderr)
     pipe = _pipeline(args)
     pipe.set_progress_bar_config(disable=args.quiet or None)
-    seed = torch.Generator("cpu").manual_seed(args.seed)
-    latents = pipe(args.prompt, args.negative, generator=seed, output_type="latent", **options)
+    noise = torch.Generator("cpu").manual_seed(seed)
+    latents = pipe(args.prompt, args.negative, generator=noise, output_type="latent", **options)
     frames = pipe.decode(latents.frames, "np", rescue=output.parent)
-    save_video(frames[0], output, args.fps)
+    made = made_with(args.prompt, args.negative, seed, latents.plan.name, options, model_words(args))
+    save_video(frames[0], output, args.fps, made, truncate=args.as_published)
     if not args.quiet:
         print(f"{output}: {frames.shape[1]} frames of {frames.shape[3]}x{frames.shape[2]}, plan {latents.plan.name}")
     return 0
+
+
+def model_words(args: argparse.Namespace) -> str:
+    """Where the models are from, as the arguments say it."""
+    return " ".join(f"{n}={value}" for n in MODEL_ARGUMENTS if (value := getattr(args, n)))
 
 
 MODEL_ARGUMENTS = ("engines", "pair", "small", "large", "vae", "text_encoder", "understanding", "connector", "small_lora",
@@ -110,7 +144,10 @@ def _batch(args: argparse.Namespace, items: list) -> int:
     from nexus_rt.batch import Job, parse_shard, run
 
     options = _call_options(args)
-    models = " ".join(f"{n}={said}" for n in MODEL_ARGUMENTS if (said := getattr(args, n)))
+    from nexus_rt.request import whole
+
+    whole("--seed", args.seed, -1, 2**64 - 1)
+    models = model_words(args)
     folder = Path(args.output).expanduser()
     job = Job(folder, args.seed, args.fps, f".{args.format.lstrip('.')}", parse_shard(args.shard), options, models)
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
@@ -146,8 +183,9 @@ def vrbench(args: argparse.Namespace) -> int:
 
 def decode(args: argparse.Namespace) -> int:
     from nexus_rt.models.vae import read_latents
-    from nexus_rt.video import check_output, save_video
+    from nexus_rt.video import check_output, frame_rate, save_video
 
+    frame_rate(args.fps, "--fps")
     output = check_output(args.output)
     latents = read_latents(args.latents)
     frames = _pipeline(args).decode(latents, "np", rescue=output.parent)
@@ -181,28 +219,34 @@ def _step_costs(args: argparse.Namespace, pipe, blend):
 def plan(args: argparse.Namespace) -> int:
     import torch
 
-    from nexus_rt.engines.exported import Bucket
     from nexus_rt.loading import Loaded
     from nexus_rt.pair import Defaults
     from nexus_rt.pipeline import NexusPipeline
     from nexus_rt.plan import parse_plan
+    from nexus_rt.request import PUBLISHED, Guidance, whole
+    from nexus_rt.size import ClipSize
     from nexus_rt.solver import SOLVERS
+    from nexus_rt.upfb import BlendConfig
 
-    choose("solver", args.solver, SOLVERS)
-    blend = _blend(args)
+    args.solver = choose("solver", args.solver or "unipc", SOLVERS)
+    for name, value in (("--frames", args.frames), *(("--size", side) for side in args.size or ())):
+        if value is not None:
+            whole(name, value, 1, 16_384)
+    blend = _blend(args) or BlendConfig()
     _check_device(args.device)
     real = args.pair or args.small or args.large or args.engines
     nothing = Loaded({}, None, None, None, None, Defaults(), (16, (1, 2, 2)))
     pipe = NexusPipeline(nothing, torch.device("cpu")) if args.costs and real is None else _pipeline(args)
-    chosen = pipe.make_plan(args.plan, args.steps, args.shift, args.energy)
+    chosen = pipe.make_plan(args.plan, args.steps, args.shift, args.energy, args.gamma_w, args.as_published)
     memory = None
     if pipe.engines:  # a budget that cannot be met is said before anything is measured
         width, height = args.size or (pipe.defaults.width, pipe.defaults.height)
-        memory = pipe.plan_residency(chosen, Bucket(width, height, args.frames or pipe.defaults.num_frames))
+        memory = pipe.plan_residency(chosen, ClipSize(width, height, args.frames or pipe.defaults.num_frames))
     costs = _step_costs(args, pipe, blend)
-    guidance = pipe.defaults.guidance_scale if args.guidance is None else args.guidance
-    second = pipe.defaults.guidance_scale_2 if args.guidance is None and args.guidance_2 is None else args.guidance_2
-    scales = (guidance, guidance if second is None else second)
+    d = pipe.defaults
+    own = (PUBLISHED["guidance_scale"], None) if args.as_published else (d.guidance_scale, d.guidance_scale_2)
+    guidance = Guidance.of(args.guidance, args.guidance_2, *own)
+    scales = (guidance.small, guidance.large)
     cutoff = "sigma" if blend.split == "gaussian" else "cutoff"
     print(f"{'step':>4} {'timestep':>8} {'w':>6} {cutoff:>6}  {'runs':5} {'guidance':>11} {'ms':>10}")
     for step in chosen.steps:

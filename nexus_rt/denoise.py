@@ -33,6 +33,14 @@ class Prompt:
     unconditional: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Change:
+    """What a callback goes on with: latents, and/or prompts by generator; None keeps what is."""
+
+    latents: Tensor | None = None
+    prompts: Mapping[str, Prompt] | None = None
+
+
 class Generator:
     """An engine with the contexts a plan needs of it, each prepared once: before the first step, or where engines come and
     go when it is first needed."""
@@ -54,6 +62,10 @@ class Generator:
             with span("prepare", generator=self.name):
                 self.contexts[guided] = self.engine.prepare(told)
         return self.contexts[guided]
+
+    def tell(self, prompt: Prompt) -> None:
+        """Another prompt from the next step on."""
+        self.prompt, self.contexts = prompt, {}
 
     def scale(self, step: Step) -> float:
         own = step.guidance_small if self.name == "small" else step.guidance_large
@@ -160,8 +172,9 @@ def denoise(
     kernels: str = "auto",
     residency: Residency | None = None,
     step_engine: StepEngine | None = None,
-    on_step: Callable[[Step, Tensor], Tensor | None] | None = None,
+    on_step: Callable[[Step, Tensor], Tensor | Change | None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    should_finish: Callable[[], bool] | None = None,
 ) -> Tensor:
     """Walk a plan from noise to clean latents.
 
@@ -174,8 +187,9 @@ def denoise(
         kernels: of the blend and the solver: "torch", "triton", or "auto" (triton on a GPU that can run it).
         residency: moves the engines between memories as the plan goes on; None: they are where they run, or load first.
         step_engine: both generators, guidance and blend in one graph, for the steps it can take (`Together`).
-        on_step: called after every step with it and the new latents; may return latents to go on with.
-        should_stop: asked before every step.
+        on_step: called after every step with it and the new latents; may return latents to go on with, or a `Change`.
+        should_stop, should_finish: asked before every step; the first ends in `Cancelled`, the second in the latents as
+            they are.
 
     Returns:
         Clean latents, float32 [B, C, T, H, W].
@@ -209,6 +223,8 @@ def denoise(
     for step in plan.steps:
         if should_stop is not None and should_stop():
             raise Cancelled(f"stopped before step {step.index} of {len(plan)}, as asked.")
+        if should_finish is not None and should_finish():
+            break
         if residency is not None:
             with span("swap", step=step.index):
                 residency.enter(step.index)
@@ -222,7 +238,11 @@ def denoise(
             latents = solve.step(step.index, latents, velocity)
         watch.settle(step.index + (latents.device.type != "cuda"))
         if on_step is not None:
-            replaced = on_step(step, latents)
-            latents = latents if replaced is None else replaced.float()
+            answer = on_step(step, latents)
+            change = answer if isinstance(answer, Change) else Change(answer)
+            latents = latents if change.latents is None else change.latents.float()
+            for name in (change.prompts or {}).keys() & generators.keys():
+                generators[name].tell(change.prompts[name])
+                together.contexts = {}
     watch.settle(len(plan))
     return latents

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.denoise import Prompt, denoise
-from nexus_rt.engines.exported import Bucket
+from nexus_rt.denoise import Change, Prompt, denoise
 from nexus_rt.engines.residency import STEP, Part, Residency, ResidencyPlan, call_parts, parse_bytes, plan_residency
-from nexus_rt.errors import InputError, ModelError, choose
+from nexus_rt.engines.step import StepEngine
+from nexus_rt.errors import Cancelled, InputError, ModelError, choose, cut
 from nexus_rt.latents import LatentGrid, random_latents
 from nexus_rt.loading import Loaded, default_device, default_dtype, load_engines, load_models
 from nexus_rt.models.lora import LoraSource, parse_loras
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
 from nexus_rt.pair import MINI, find_parts
-from nexus_rt.plan import Plan, Step, parse_plan
-from nexus_rt.solver import time_grid
+from nexus_rt.plan import Plan, Step
+from nexus_rt.request import (
+    CALLBACK_TENSORS,
+    OUTPUT_TYPES,
+    GenerationRequest,
+    check_callback,
+    check_embeddings,
+    check_generators,
+    check_latents,
+    make_plan,
+    make_request,
+    prompt_lists,
+    whole,
+)
+from nexus_rt.size import ClipSize
 from nexus_rt.upfb import BlendConfig
 from nexus_rt.video import as_output
 
 BACKENDS = ("torch",)  # engine backends that can run a generator
-OUTPUT_TYPES = ("np", "pt", "pil", "latent")
-CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "context_embeds", "negative_context_embeds")
 
 
 @dataclass
@@ -36,19 +47,6 @@ class NexusOutput:
 
     frames: Any
     plan: Plan
-
-
-def _prompt_lists(prompt: str | list[str], negative: str | list[str] | None) -> tuple[list[str], list[str] | None]:
-    """Prompts as a list, and as many negative prompts (None: none was given)."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise InputError("the prompt list is empty; pass at least one prompt.")
-    if not negative:
-        return prompts, None
-    negatives = list(negative) if isinstance(negative, list) else [negative] * len(prompts)
-    if len(negatives) != len(prompts):
-        raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; pass one for each, or one for all.")
-    return prompts, negatives
 
 
 class NexusPipeline:
@@ -71,6 +69,7 @@ class NexusPipeline:
         self.vram = None if vram is None else parse_bytes(str(vram))
         self._progress: dict[str, Any] = {}
         self._cancel = threading.Event()
+        self._interrupt = False
 
     @classmethod
     def from_pretrained(
@@ -183,18 +182,13 @@ class NexusPipeline:
 
     def make_plan(
         self, plan: str | Plan | None = None, num_inference_steps: int | None = None, shift: float | None = None,
-        energy: str | None = None,
+        energy: str | None = None, gamma_w: float | None = None, as_published: bool = False,
     ) -> Plan:  # fmt: skip
         """The plan a call with these arguments would walk."""
-        if isinstance(plan, Plan):
-            return plan.with_energy(energy)
-        d = self.defaults
-        steps = d.num_inference_steps if num_inference_steps is None else num_inference_steps
-        grid = time_grid(steps, d.shift if shift is None else shift)
-        return parse_plan(d.plan if plan is None else plan, grid).with_energy(energy)
+        return make_plan(self.defaults, plan, num_inference_steps, shift, energy, gamma_w, as_published)
 
     def plan_residency(
-        self, plan: Plan, size: Bucket, videos: int = 1, guided: bool = True, vram: int | None = None
+        self, plan: Plan, size: ClipSize, videos: int = 1, guided: bool = True, vram: int | None = None
     ) -> ResidencyPlan:  # fmt: skip
         """What is in memory when, under the pipeline's budget (or this one).
 
@@ -203,7 +197,7 @@ class NexusPipeline:
         """
         return plan_residency(plan, self.call_parts(size, videos * (1 + guided)), self.vram if vram is None else vram)
 
-    def call_parts(self, size: Bucket, batch: int = 2) -> dict[str, Part]:
+    def call_parts(self, size: ClipSize, batch: int = 2) -> dict[str, Part]:
         """What a call holds in memory; batch: samples of a step, unconditional twins counted."""
         others = {"text encoder": self.text, "vae": self.vae, STEP: self.step_engine}
         if self.context:
@@ -217,7 +211,7 @@ class NexusPipeline:
         """Embeddings of prompts and negative prompts, each [B * num_videos_per_prompt, L, D], zero-padded to L."""
         if self.text is None:
             raise ModelError("this pipeline has no text encoder; pass text_encoder= to from_pretrained, or prompt_embeds.")
-        prompts, negatives = _prompt_lists(prompt, negative_prompt)
+        prompts, negatives = prompt_lists(prompt, negative_prompt)
         # Encoded one by one where they differ in length the results differ by rounding; together they are reproducible.
         stored = self.context.unconditional_text() if self.context and negatives is None else None
         if stored is None:
@@ -239,7 +233,7 @@ class NexusPipeline:
         `encode_prompt` made of them."""
         if self.context is None:
             raise ModelError("this pipeline has no understanding model; pass understanding= and connector= to from_pretrained.")
-        prompts, _ = _prompt_lists(prompt, None)
+        prompts, _ = prompt_lists(prompt, None)
         every = num_videos_per_prompt
         made = (
             self.context.encode(prompts, prompt_embeds[::every], single_frame),
@@ -274,7 +268,7 @@ class NexusPipeline:
         choose("output_type", output_type, OUTPUT_TYPES)
         for engine in (*self.engines.values(), self.vae, self.step_engine):
             if hasattr(engine, "check_size"):
-                engine.check_size(Bucket(width, height, num_frames))
+                engine.check_size(ClipSize(width, height, num_frames))
         if output_type != "latent" and self.vae is None:
             raise ModelError("this pipeline has no VAE; pass vae= to from_pretrained, or output_type='latent'.")
 
@@ -303,20 +297,28 @@ class NexusPipeline:
         negative_context_embeds: Tensor | None = None,
         plan: str | Plan | None = None,
         shift: float | None = None,
-        blend: BlendConfig = BlendConfig(),  # noqa: B008 (frozen)
+        blend: BlendConfig | None = None,
         energy: str | None = None,
-        solver: str = "unipc",
+        gamma_w: float | None = None,
+        solver: str | None = None,
+        as_published: bool = False,
     ) -> NexusOutput:
         """Generate videos; arguments as in diffusers' `WanPipeline`, and these:
 
         Args:
             guidance_scale: of the small generator (and the large, unless `guidance_scale_2` is given), in diffusers'
                 meaning `v_u + g (v_c - v_u)`; the default 6.0 is the paper's s = 5.0. 1 runs without guidance.
+            callback_on_step_end: may return new values of the tensors it was given (latents and any embeddings), used from
+                the next step on; setting `pipe._interrupt = True` in it ends the loop and decodes what there is.
             context_embeds, negative_context_embeds: the small generator's contexts [B, L, D], as `encode_context` makes
                 them; made from the prompt where they are not given.
             plan: which generator runs when: a `Plan` or what `nexus_rt.plan.parse_plan` reads.
-            shift: of the time grid. blend: the frequency split. energy: overrides the plan's rule.
-            solver: "unipc" or "euler".
+            shift: of the time grid. blend: the frequency split (default: the published one). energy: overrides the plan's
+                rule. gamma_w: exponent of the gate, for the plans that follow it (default: 0.3).
+            solver: "unipc" (default) or "euler".
+            as_published: the defaults and numerics of the published scripts: plan `reference`, 50 steps, shift 5, s = 5 and
+                their gates; timesteps of float64 sigmas, residual stream and velocity in float32, pixels by truncation
+                (of "pil" here; `save_video(truncate=True)`).
 
         Raises:
             InputError: an argument is out of range; said before any work.
@@ -324,97 +326,205 @@ class NexusPipeline:
             Cancelled: `cancel()` was called.
             DecodeError: decoding failed; its `latents_path` names the saved latents.
         """
-        d = self.defaults
-        height, width = height or d.height, width or d.width
-        num_frames = d.num_frames if num_frames is None else num_frames
-        self.check_inputs(height, width, num_frames, output_type)
-        for name in callback_on_step_end_tensor_inputs:
-            choose("callback tensor", name, CALLBACK_TENSORS)
-        plan = self.make_plan(plan, num_inference_steps, shift, energy)
-        absent = [g for g in plan.generators if g not in self.engines]
-        if absent:
+        self._cancel.clear()
+        self._interrupt = False
+        request = make_request(
+            self.defaults, height=height, width=width, num_frames=num_frames, plan=plan, shift=shift, energy=energy,
+            num_inference_steps=num_inference_steps, gamma_w=gamma_w, guidance_scale=guidance_scale, blend=blend,
+            guidance_scale_2=guidance_scale_2, solver=solver, output_type=output_type, published=as_published,
+            num_videos_per_prompt=num_videos_per_prompt,
+        )  # fmt: skip
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        given = {
+            "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
+            "context_embeds": context_embeds, "negative_context_embeds": negative_context_embeds,
+        }  # fmt: skip
+        batch = self._check_call(request, prompt, negative_prompt, given, generator, latents, max_sequence_length)
+        residency, step_engine = self._place(request, batch)
+        embeds = self._encode_call(request, prompt, negative_prompt, given, max_sequence_length)
+        leaves = residency is not None and residency.plan.mode != "resident"
+        self._leave_encoders(leaves)
+        if latents is None:
+            latents = self.prepare_latents(batch, request.size.frames, request.size.height, request.size.width, generator)
+        latents = self._sample(
+            request, latents, embeds, residency, step_engine, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+        for engine in self.engines.values() if leaves else ():  # the decoder has the memory
+            engine.unload()
+        frames = self.decode(latents, request.output_type, truncate=request.published)
+        if leaves and self.vae is not None:
+            self.vae.unload()
+        return NexusOutput(frames, request.plan)
+
+    def _check_call(
+        self, request: GenerationRequest, prompt: Any, negative: Any, given: dict[str, Tensor | None], generator: Any,
+        latents: Any, max_sequence_length: Any,
+    ) -> int:  # fmt: skip
+        """How many videos a call makes, everything about it checked.
+
+        Raises:
+            InputError: before any work.
+        """
+        size, plan = request.size, request.plan
+        self.check_inputs(size.height, size.width, size.frames, request.output_type)
+        whole("max_sequence_length", max_sequence_length, 1, MAX_SEQUENCE_LENGTH)
+        if absent := [g for g in plan.generators if g not in self.engines]:
             raise InputError(f"plan {plan.name!r} runs the {absent[0]} generator, which was not loaded; pass {absent[0]}=.")
-        if (prompt is None) == (prompt_embeds is None):
+        if (prompt is None) == (given["prompt_embeds"] is None):
             raise InputError("pass either prompt or prompt_embeds, and not both.")
-        if num_videos_per_prompt < 1:
-            raise InputError(f"num_videos_per_prompt is {num_videos_per_prompt}; expected at least 1.")
-        steered = self.context is not None and "small" in plan.generators and context_embeds is None
-        if steered and prompt is None:
+        if negative and given["negative_prompt_embeds"] is not None:
+            raise InputError("pass either negative_prompt or negative_prompt_embeds, and not both.")
+        check_embeddings(given)
+        if prompt is not None:
+            count = len(prompt_lists(prompt, negative)[0])
+            for name in ("negative_prompt_embeds", "context_embeds"):
+                if given[name] is not None and len(given[name]) != count:
+                    raise InputError(f"{name} are for {len(given[name])} prompts of {count}; expected one for each.")
+            told = given["negative_prompt_embeds"]
+            if told is not None and told.shape[1] != max_sequence_length:
+                raise InputError(
+                    f"negative_prompt_embeds have {told.shape[1]} tokens; expected {max_sequence_length}, as the prompt's."
+                )
+        else:
+            if negative:
+                raise InputError("negative_prompt goes with prompt; pass negative_prompt_embeds beside prompt_embeds.")
+            count = len(given["prompt_embeds"])
+        if self._steered(plan, given) and prompt is None:
             raise InputError(
                 "the small generator is steered by the understanding model, which reads the prompt; pass prompt, or "
                 "context_embeds made by encode_context besides prompt_embeds."
             )
-        residency, step_engine = None, self.step_engine
-        if self.vram is not None:
-            count = num_videos_per_prompt * (len(prompt) if isinstance(prompt, list) else 1)
-            decided = self.plan_residency(plan, Bucket(width, height, num_frames), count)
-            residency = Residency(decided, self.engines)
-            if decided.mode != "resident":
-                step_engine = None  # it holds both generators at once
-                for engine in (*self.engines.values(), *((self.step_engine,) if self.step_engine else ())):
-                    engine.unload()
+        videos = count * request.videos_per_prompt
+        check_generators(generator, videos)
+        if latents is not None:
+            check_latents(latents, (videos, self.channels, *self._grid.latent(size.frames, size.height, size.width)))
+        return videos
+
+    def _steered(self, plan: Plan, given: dict[str, Tensor | None]) -> bool:
+        """Whether the small generator's context is to be made of the prompt."""
+        return self.context is not None and "small" in plan.generators and given["context_embeds"] is None
+
+    def _place(self, request: GenerationRequest, batch: int) -> tuple[Residency | None, StepEngine | None]:
+        """What moves the engines under a memory budget, and the fused step where both generators may be in memory."""
+        if self.vram is None:
+            return None, self.step_engine
+        residency = Residency(self.plan_residency(request.plan, request.size, batch), self.engines)
+        if residency.plan.mode == "resident":
+            return residency, self.step_engine
+        for engine in (*self.engines.values(), *((self.step_engine,) if self.step_engine else ())):
+            engine.unload()
+        return residency, None
+
+    def _encode_call(
+        self, request: GenerationRequest, prompt: Any, negative: Any, given: dict[str, Tensor | None],
+        max_sequence_length: int,
+    ) -> dict[str, Tensor | None]:  # fmt: skip
+        """A call's embeddings and contexts under its arguments' names, one for each video: those given, the rest encoded.
+
+        Raises:
+            Cancelled: `cancel()` was called meanwhile.
+        """
+        every = request.videos_per_prompt
+        embeds = {k: None if v is None else v.repeat_interleave(every, 0) for k, v in given.items()}
         if prompt is not None:
-            prompt_embeds, negatives = self.encode_prompt(prompt, negative_prompt, num_videos_per_prompt, max_sequence_length)
-            negative_prompt_embeds = negatives if negative_prompt_embeds is None else negative_prompt_embeds
-        if steered:
-            context_embeds, negatives = self.encode_context(
-                prompt, prompt_embeds, negative_prompt_embeds, num_frames == 1, num_videos_per_prompt
-            )
-            negative_context_embeds = negatives if negative_context_embeds is None else negative_context_embeds
-        leaves = residency is not None and residency.plan.mode != "resident"
+            positive, none = self.encode_prompt(prompt, negative, every, max_sequence_length)
+            embeds["prompt_embeds"] = positive
+            if given["negative_prompt_embeds"] is None:
+                embeds["negative_prompt_embeds"] = none
+            self._check_cancelled("after the prompt was encoded")
+        if self._steered(request.plan, given):
+            texts = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
+            context, none = self.encode_context(prompt, *texts, request.size.frames == 1, every)
+            embeds["context_embeds"] = context
+            if given["negative_context_embeds"] is None:
+                embeds["negative_context_embeds"] = none
+            self._check_cancelled("after the prompt was understood")
+        return embeds
+
+    def _check_cancelled(self, when: str) -> None:
+        if self._cancel.is_set():
+            raise Cancelled(f"stopped {when}, as asked.")
+
+    def _leave_encoders(self, leaves: bool) -> None:
+        """Free what the rest of a call does not need: where memory is budgeted, or encoders are not kept."""
         for encoder in (self.text, self.context) if leaves or not self.keep_encoders else ():
             if encoder is not None:
                 (encoder.unload if self.keep_encoders else encoder.drop)()
-        batch = prompt_embeds.shape[0]
-        if latents is None:
-            latents = self.prepare_latents(batch, num_frames, height, width, generator)
-        elif latents.ndim != 5 or latents.shape[0] != batch or latents.shape[1] != self.channels:
-            raise InputError(f"latents have shape {tuple(latents.shape)}; expected [{batch}, {self.channels}, T, H, W].")
 
-        said = dict.fromkeys(self.engines, Prompt(prompt_embeds, negative_prompt_embeds))
-        if context_embeds is not None:
-            said["small"] = Prompt(context_embeds, negative_context_embeds)
-        tensors = {
-            "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
-            "context_embeds": context_embeds, "negative_context_embeds": negative_context_embeds,
-        }  # fmt: skip
-        self._cancel.clear()
+    def _prompts(self, embeds: dict[str, Tensor | None]) -> dict[str, Prompt]:
+        """What each generator is told."""
+        prompts = dict.fromkeys(self.engines, Prompt(embeds["prompt_embeds"], embeds["negative_prompt_embeds"]))
+        if embeds["context_embeds"] is not None:
+            prompts["small"] = Prompt(embeds["context_embeds"], embeds["negative_context_embeds"])
+        return prompts
+
+    def _sample(
+        self, request: GenerationRequest, latents: Tensor, embeds: dict[str, Tensor | None], residency: Residency | None,
+        step_engine: StepEngine | None, callback: Callable | None, tensors: Sequence[str],
+    ) -> Tensor:  # fmt: skip
+        """Noise to clean latents, with the progress bar and the caller's callback."""
         from tqdm import tqdm
 
+        plan = request.plan
+        running = [self.engines[name] for name in plan.generators] if request.published else []
         with tqdm(**{"total": len(plan), "desc": plan.name, "unit": "step", **self._progress}) as bar:
 
-            def on_step(step: Step, latents: Tensor) -> Tensor | None:
+            def on_step(step: Step, latents: Tensor) -> Change | None:
                 bar.set_postfix_str(step.runs, refresh=False)
                 bar.update()
-                if callback_on_step_end is None:
+                if callback is None:
                     return None
-                known = {"latents": latents, **tensors}
-                given = {k: known[k] for k in callback_on_step_end_tensor_inputs}
-                return (callback_on_step_end(self, step.index, step.timestep, given) or {}).get("latents")
+                known = {"latents": latents, **embeds}
+                answer = callback(self, step.index, step.timestep, {name: known[name] for name in tensors})
+                return self._change(answer, known, embeds)
 
-            scales = (guidance_scale, guidance_scale_2)
-            if guidance_scale is None:
-                scales = (d.guidance_scale, d.guidance_scale_2 if guidance_scale_2 is None else guidance_scale_2)
             try:
-                latents = denoise(
-                    latents.to(self.device), plan, self.engines, said,
-                    guidance_scale=scales[0], guidance_scale_2=scales[1], blend_config=blend, solver=solver,
-                    kernels=self.kernels, residency=residency, step_engine=step_engine, on_step=on_step,
-                    should_stop=self._cancel.is_set,
+                for engine in running:
+                    engine.published_numerics(True)
+                return denoise(
+                    latents.to(self.device), plan, self.engines, self._prompts(embeds),
+                    guidance_scale=request.guidance.small, guidance_scale_2=request.guidance.large,
+                    blend_config=request.blend, solver=request.solver, kernels=self.kernels, residency=residency,
+                    step_engine=None if request.published else step_engine, on_step=on_step,
+                    should_stop=self._cancel.is_set, should_finish=lambda: self._interrupt,
                 )  # fmt: skip
             finally:
+                for engine in running:
+                    engine.published_numerics(False)
                 if residency is not None:
                     residency.close()
-        for engine in self.engines.values() if leaves else ():  # the decoder has the memory
-            engine.unload()
-        frames = self.decode(latents, output_type)
-        if leaves and self.vae is not None:
-            self.vae.unload()
-        return NexusOutput(frames, plan)
 
-    def decode(self, latents: Tensor, output_type: str = "np", rescue: str | Path | None = None) -> Any:
-        """Latents [B, C, T, H, W] to frames as `output_type` asks; see `VideoDecoder.decode`."""
+    def _change(self, answer: Any, known: dict[str, Tensor | None], embeds: dict[str, Tensor | None]) -> Change | None:
+        """What a callback's answer changes; embeddings are replaced in `embeds`.
+
+        Raises:
+            InputError: anything but a dictionary of tensors like those there are.
+        """
+        if answer is None:
+            return None
+        if not isinstance(answer, dict):
+            raise InputError(f"the callback returned {cut(repr(answer), 80)}; expected a dictionary of tensors, or None.")
+        for name, value in answer.items():
+            choose("callback tensor", name, CALLBACK_TENSORS)
+            there = known[name]
+            if not isinstance(value, Tensor) or there is None or value.shape != there.shape:
+                shape = None if there is None else list(there.shape)
+                found = list(value.shape) if isinstance(value, Tensor) else cut(repr(value), 80)
+                raise InputError(f"the callback returned {name} as {found}; expected a tensor of shape {shape}.")
+        new = {name: value for name, value in answer.items() if name != "latents" and value is not known[name]}
+        embeds.update(new)
+        return Change(answer.get("latents"), self._prompts(embeds) if new else None)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the running call ends after its step, as diffusers' pipelines have it."""
+        return self._interrupt
+
+    def decode(
+        self, latents: Tensor, output_type: str = "np", rescue: str | Path | None = None, truncate: bool = False
+    ) -> Any:  # fmt: skip
+        """Latents [B, C, T, H, W] to frames as `output_type` asks; see `VideoDecoder.decode`. truncate: see `save_video`."""
         choose("output_type", output_type, OUTPUT_TYPES)
         if output_type == "latent":
             return latents
-        return as_output(self.vae.decode(latents, rescue), output_type)
+        return as_output(self.vae.decode(latents, rescue), output_type, truncate)

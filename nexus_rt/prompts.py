@@ -71,14 +71,14 @@ def read_text(path: Path) -> str:
 def _file(path: Path) -> list[Item]:
     text = read_text(path)
     if path.suffix == ".txt":
-        lines = [line.strip() for line in text.splitlines()]
+        lines = [line.strip() for line in text.split("\n")]  # at line feeds alone: U+2028 and U+0085 are text
         lines = [line for line in lines if line and not line.startswith("#")]
         width = max(4, len(str(len(lines))))
         return [Item(f"{i:0{width}}", line) for i, line in enumerate(lines)]
     if path.suffix not in (".json", ".jsonl"):
         raise InputError(f"{path} ends in {path.suffix or 'nothing'}; expected .txt, .json or .jsonl.")
     if path.suffix == ".jsonl":
-        lines = [(line, f"{path}, line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = [(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         return [_item(parse_json(line, place), place, i) for i, (line, place) in enumerate(lines)]
     said = parse_json(text, str(path))
     if isinstance(said, list):

@@ -31,7 +31,7 @@ class TimeGrid:
         return len(self.timesteps)
 
 
-def time_grid(steps: int, shift: float = 5.0) -> TimeGrid:
+def time_grid(steps: int, shift: float = 5.0, float64_timesteps: bool = False) -> TimeGrid:
     """Wan's official grid.
 
     `s = linspace(0.999, 0, steps+1)[:-1]`, `sigma = shift s / (1 + (shift-1) s)` in float32, timestep `int(1000 sigma)`.
@@ -39,14 +39,18 @@ def time_grid(steps: int, shift: float = 5.0) -> TimeGrid:
 
     Args:
         shift: larger spends more steps at high noise; 5.0 is Wan's default, 3.0 its advice for small frames.
+        float64_timesteps: timesteps of the sigmas before they are rounded to float32, from s = float32(0.999), as the
+            published scheduler computes them: a timestep in a few hundred is another.
     """
     if isinstance(steps, bool) or int(steps) != steps or steps < 1:
         raise InputError(f"num_inference_steps is {steps}; expected a whole number of at least 1.")
     if not (shift > 0 and math.isfinite(shift)):
         raise InputError(f"shift is {shift}; expected a positive number, such as 5.0.")
-    s = np.linspace(1 - 1 / TRAIN_STEPS, 0, int(steps) + 1)[:-1]
-    sigmas = (shift * s / (1 + (shift - 1) * s)).astype(np.float32)
-    timesteps = (sigmas * np.float32(TRAIN_STEPS)).astype(np.int64)
+    first = 1 - 1 / TRAIN_STEPS
+    s = np.linspace(float(np.float32(first)) if float64_timesteps else first, 0, int(steps) + 1)[:-1]
+    exact = shift * s / (1 + (shift - 1) * s)
+    sigmas = exact.astype(np.float32)
+    timesteps = (exact * TRAIN_STEPS if float64_timesteps else sigmas * np.float32(TRAIN_STEPS)).astype(np.int64)
     return TimeGrid((*map(float, sigmas), 0.0), tuple(map(int, timesteps)))
 
 

@@ -125,11 +125,11 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(tiny_pipe, tmp_path, monkeyp
     items = [Item("a", PROMPTS[0]), Item("bad", PROMPTS[1], size=(50, 32)), Item("worse", PROMPTS[2]), Item("d", PROMPTS[0])]
     right, calls = batch.save_video, []
 
-    def save(frames, path, fps):
+    def save(frames, path, *rest, **options):
         calls.append(path.stem)
         if path.stem == "worse" and calls.count("worse") == 1:
             raise OSError(28, "No space left on device")
-        return right(frames, path, fps)
+        return right(frames, path, *rest, **options)
 
     monkeypatch.setattr(batch, "save_video", save)
     job = Job(tmp_path, suffix=".png", options=QUICK)

@@ -19,8 +19,8 @@ from nexus_rt.bench.latency import Clip
 from nexus_rt.bench.page import drawing, page
 from nexus_rt.bench.presets import DRY, Preset
 from nexus_rt.cli import main
-from nexus_rt.engines.exported import Bucket
 from nexus_rt.models.wan import WanConfig
+from nexus_rt.size import ClipSize
 from tests.pages import Tags, dump
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +121,7 @@ def test_a_peer_that_is_not_installed_or_cannot_run_is_a_row(tiny_pipe, monkeypa
 
 
 def test_random_weights_of_the_true_architecture_say_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(presets.PRESETS, "wan-480p", Preset("wan-480p", Bucket(48, 32, 5), TINY))
+    monkeypatch.setitem(presets.PRESETS, "wan-480p", Preset("wan-480p", ClipSize(48, 32, 5), TINY))
     decoder = dict(base_dim=4, num_res_blocks=1)
     whole = command.random_pipeline
     monkeypatch.setattr(command, "random_pipeline", lambda *args: whole(*args, decoder=decoder))
@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_counted_instead(monkeypatch, tmp_path, capsys):
 
 def test_arithmetic_is_that_of_the_layers():
     """Linear layers and attention, by hand."""
-    config, size = WanConfig(**TINY["large"]), Bucket(64, 48, 9)
+    config, size = WanConfig(**TINY["large"]), ClipSize(64, 48, 9)
     t, h, w = size.latent
     n, d, f, m = t * h * w // 4, config.dim, config.ffn_dim, 512
     block = n * d * d * (4 + 2) + 2 * n * n * d + 2 * n * m * d + 2 * n * d * f

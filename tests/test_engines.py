@@ -11,7 +11,6 @@ import torch
 from nexus_rt import InputError, ModelError, NexusPipeline
 from nexus_rt.engines import folder as folders
 from nexus_rt.engines.command import run as engines_command
-from nexus_rt.engines.exported import Bucket, parse_sizes
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.engines.open import engine_of, open_engine
 from nexus_rt.engines.torch import TorchEngine
@@ -22,10 +21,11 @@ from nexus_rt.export.parity import distance
 from nexus_rt.export.parts import GeneratorPart
 from nexus_rt.models.load import load_transformer
 from nexus_rt.pair import MINI, find_parts
+from nexus_rt.size import ClipSize, parse_sizes
 from nexus_rt.upfb import BlendConfig
 
 CPU = torch.device("cpu")
-SIZE = Bucket(48, 32, 5)
+SIZE = ClipSize(48, 32, 5)
 BACKENDS = ["torch", "torch, compiled", "onnx", "onnx 20", "onnx fp16", "aoti"]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ON_GPU = [pytest.param(f"{b} {p}", marks=[pytest.mark.gpu, needs_gpu])
@@ -94,7 +94,7 @@ def test_a_size_it_was_not_built_for_is_named(make):
 @pytest.mark.parametrize("text", ["832x480", "830x480x81", "832x480x80", "0x16x1", "axbxc"])
 def test_a_size_that_is_none(text):
     with pytest.raises(InputError, match="size"):
-        Bucket.parse(text)
+        ClipSize.parse(text)
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def test_a_pipeline_of_engines_makes_the_same_video(exported, tiny_pipe):
 @pytest.mark.parametrize("backend", ["onnx", "aoti"])
 def test_the_mini_pair_draws_the_same_frames(backend, cache, tmp_path):
     base = NexusPipeline.from_pretrained()
-    size = Bucket(base.defaults.width, base.defaults.height, base.defaults.num_frames)
+    size = ClipSize(base.defaults.width, base.defaults.height, base.defaults.num_frames)
     export_whole(MINI, Target(backend, "fp32", (size,), CPU), tmp_path / "e")
     prompt = "the shape that rolls, in the colour of the sky, striped, moves left on a sand background"
     frames = [

@@ -14,7 +14,6 @@ import torch
 
 from nexus_rt import InputError, ModelError, cli
 from nexus_rt.engines import folder as folders
-from nexus_rt.engines.exported import Bucket
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.engines.open import engine_of
 from nexus_rt.engines.torch import TorchEngine
@@ -26,9 +25,10 @@ from nexus_rt.export.parts import DecoderPart, GeneratorPart, TextPart
 from nexus_rt.models.load import load_transformer
 from nexus_rt.models.vae import VideoDecoder
 from nexus_rt.pair import find_parts
+from nexus_rt.size import ClipSize
 
 CPU = torch.device("cpu")
-SIZE = Bucket(32, 32, 5)
+SIZE = ClipSize(32, 32, 5)
 pytest.importorskip("onnxruntime")
 
 
@@ -58,7 +58,7 @@ def quick(monkeypatch):
 
 
 def test_one_graph_serves_several_sizes_and_holds_no_scatter(tiny_pair):
-    sizes = (Bucket(32, 32, 5), Bucket(64, 48, 9), Bucket(48, 32, 1))
+    sizes = (ClipSize(32, 32, 5), ClipSize(64, 48, 9), ClipSize(48, 32, 1))
     engine, said = export_small(tiny_pair, buckets=sizes)
     assert engine.manifest.parity["passed"] and len(engine.manifest.parity["rows"]) == 2 * 3 + 1
     model = onnx.load(str(engine.path / "velocity.onnx"), load_external_data=False)
@@ -80,7 +80,7 @@ def test_one_graph_serves_several_sizes_and_holds_no_scatter(tiny_pair):
     got, wanted = (e.velocity(x, t, e.prepare(embeds)) for e in (runs, reference))
     assert parity.distance(got, wanted)["relative_error"] < 1e-5
     with pytest.raises(InputError, match="size 80x32x1 is none that .* built for: 32x32x1 to 64x48x9"):
-        runs.check_size(Bucket(80, 32, 1))
+        runs.check_size(ClipSize(80, 32, 1))
 
 
 def test_what_an_engine_is_made_of_and_for_is_its_name(quick, tiny_pair, own_pair):
@@ -303,6 +303,6 @@ def test_a_decoder_that_forgets_fails_the_gate(tiny_pair):
 
     part = DecoderPart(tiny_pair / "vae")
     engine = Forgets(tiny_pair / "vae", torch.float32, CPU)
-    assert parity.gate(part, engine, [Bucket(32, 32, 5)], "fp32", CPU)["passed"]  # two latent frames: nothing to forget
-    result = parity.gate(part, engine, [Bucket(32, 32, 9)], "fp32", CPU)
+    assert parity.gate(part, engine, [ClipSize(32, 32, 5)], "fp32", CPU)["passed"]  # two latent frames: nothing to forget
+    result = parity.gate(part, engine, [ClipSize(32, 32, 9)], "fp32", CPU)
     assert not result["passed"] and result["why"].startswith("frames 32x32x9: cosine")

@@ -13,7 +13,7 @@ CHILD = """
 import json, sys, threading, time
 from pathlib import Path
 import torch
-from nexus_rt.engines.exported import Bucket
+from nexus_rt.size import ClipSize
 from nexus_rt.export.build import Target, export_part
 from nexus_rt.export.parts import GeneratorPart
 
@@ -22,7 +22,7 @@ def held():
     return int(line.split()[1]) * 1024
 
 backend, tiny, wide = sys.argv[1:]
-target = Target(backend, "fp32", (Bucket(32, 32, 5),), torch.device("cpu"))
+target = Target(backend, "fp32", (ClipSize(32, 32, 5),), torch.device("cpu"))
 export_part(GeneratorPart("small", Path(tiny)), target, "x")  # imports and compilers: what the tools take for any model
 before, peak, over = held(), [0], threading.Event()
 

@@ -7,10 +7,10 @@ import torch
 
 from nexus_rt import InputError, NexusPipeline
 from nexus_rt.denoise import Prompt, denoise
-from nexus_rt.engines.exported import Bucket
 from nexus_rt.engines.residency import MODES, STEP, Part, Residency, activation_bytes, parse_bytes, plan_residency
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.plan import parse_plan
+from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
 
 GB = 10**9
@@ -66,7 +66,7 @@ def test_blocks_are_streamed_where_nothing_else_fits():
 def test_a_plan_walks_while_both_generators_are_streamed(tiny_pipe):
     plan = tiny_pipe.make_plan("small:2 bridge:1 large:2", 5)
     engines = {n: TorchEngine(e.model) for n, e in tiny_pipe.engines.items()}
-    size = Bucket(48, 32, 5)
+    size = ClipSize(48, 32, 5)
     decided = plan_residency(plan, tiny_pipe.call_parts(size), mode="streamed")
     streamed, phase = engines["large"].streamed_bytes, next(p for p in decided.phases if p.runs == ("large",))
     assert streamed <= engines["large"].nbytes and phase.peak >= streamed
@@ -100,7 +100,7 @@ def test_what_is_no_amount_of_memory(text):
 def test_working_memory_of_wan_14b_at_480p():
     """65,520 tokens of a guided step, two bytes: a fused projection and a normed stream, or the feed-forward's middle."""
     wan = dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824)
-    assert activation_bytes(wan, Bucket(832, 480, 81)) == 2 * 32760 * (5 * 5120 + 4 * 5120) * 2
+    assert activation_bytes(wan, ClipSize(832, 480, 81)) == 2 * 32760 * (5 * 5120 + 4 * 5120) * 2
 
 
 class Clock:
@@ -204,13 +204,13 @@ def test_an_engine_that_fails_to_come_says_so_where_it_is_needed():
 def test_a_pipeline_keeps_to_its_budget(tiny_pair, tiny_pipe):
     options = dict(height=32, width=32, num_frames=1, num_inference_steps=4, plan="small:2 large:2", output_type="latent")
     wanted = tiny_pipe("a red circle", generator=torch.Generator().manual_seed(0), **options)
-    whole = tiny_pipe.plan_residency(wanted.plan, Bucket(32, 32, 1))
+    whole = tiny_pipe.plan_residency(wanted.plan, ClipSize(32, 32, 1))
     least = plan_residency(wanted.plan, {n: Part(0) for n in ("small", "large")}, mode="swapped")
     assert whole.mode == "resident" and [p.name for p in whole.phases] == ["encode", "small", "large", "decode"]
     pipe = NexusPipeline.from_pretrained(tiny_pair, vram=whole.peak - 1)
     pipe.set_progress_bar_config(disable=True)
     got = pipe("a red circle", generator=torch.Generator().manual_seed(0), **options)
     assert torch.equal(got.frames, wanted.frames) and pipe.text.model is None  # freed before denoising
-    assert pipe.plan_residency(wanted.plan, Bucket(32, 32, 1)).mode == "freed" and least.mode == "swapped"
+    assert pipe.plan_residency(wanted.plan, ClipSize(32, 32, 1)).mode == "freed" and least.mode == "swapped"
     with pytest.raises(InputError, match="the smallest budget that would do is"):
         NexusPipeline.from_pretrained(tiny_pair, vram="10KB")("a", **options)

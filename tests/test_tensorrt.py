@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from nexus_rt import InputError, ModelError, cli
-from nexus_rt.engines.exported import Bucket
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.export import build
 from nexus_rt.export import tensorrt as builder
 from nexus_rt.export.build import Target, export_part
 from nexus_rt.export.parts import DecoderPart, GeneratorPart, StepPart, TextPart
 from nexus_rt.export.symbols import Traced
+from nexus_rt.size import ClipSize
 
 pytest.importorskip("tensorrt_rtx")
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU he
 
 
 def target(**change):
-    sizes = (Bucket(32, 32, 5), Bucket(48, 32, 5))
+    sizes = (ClipSize(32, 32, 5), ClipSize(48, 32, 5))
     return Target(**{"backend": "tensorrt-rtx", "precision": "fp16", "buckets": sizes, "device": CPU, **change})
 
 
@@ -109,7 +109,7 @@ def test_a_profile_a_size_and_both_kinds_of_step():
 @no_gpu
 def test_a_fused_step_is_built(tiny_pair, cache):
     part = StepPart({n: tiny_pair / n for n in ("small", "large")})
-    engine = export_part(part, target(buckets=(Bucket(32, 32, 5),)), "x")
+    engine = export_part(part, target(buckets=(ClipSize(32, 32, 5),)), "x")
     assert set(engine.manifest.files) == {f"{g}.{k}" for g in part.graphs() for k in ("engine", "json")}
     assert json.loads((engine.path / "step.json").read_text())["attention_operators"] == 2 + 4  # one block and two
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.exported import DTYPES, Bucket, Exported, Sessions
+from nexus_rt.engines.exported import DTYPES, Exported, Sessions
 from nexus_rt.models.text import Tokenized
 from nexus_rt.models.vae import Decoder
+from nexus_rt.size import ClipSize
 
 
 class EngineDecoder(Exported, Decoder):
@@ -36,7 +37,7 @@ class EngineDecoder(Exported, Decoder):
         return (2 * states + 6 * 4 * channels * scale * scale * area) * self.dtype.itemsize
 
     def _video(self, z: Tensor) -> Tensor:
-        self.check_size(Bucket.of(z))
+        self.check_size(ClipSize.of(z))
         return torch.cat([self._clip(sample) for sample in z.split(1)]).clamp_(-1, 1)
 
     def _clip(self, z: Tensor) -> Tensor:

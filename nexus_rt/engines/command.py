@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from nexus_rt.engines.exported import Bucket
 from nexus_rt.engines.folder import EngineFolder, cached, engines_root, unusable
 from nexus_rt.errors import ModelError, choose
+from nexus_rt.size import ClipSize
 
 ACTIONS = ("list", "verify", "prune")
 
@@ -22,7 +22,7 @@ def _line(engine: EngineFolder) -> str:
     m = engine.manifest
     where = m.device["name"] or m.device["type"]
     worst = max((r["relative_error"] for r in m.parity.get("rows", {}).values()), default=float("nan"))
-    sizes = ",".join(str(Bucket(*b)) for b in m.buckets)
+    sizes = ",".join(str(ClipSize(*b)) for b in m.buckets)
     return (
         f"{engine.path.name}  {m.part:5} {m.backend} {m.backend_version} {m.precision} on {where}  {sizes}  "
         f"{engine.nbytes / 1e6:.1f} MB  parity {'passed' if m.parity.get('passed') else 'FAILED'} ({worst:.1e})"

@@ -6,15 +6,15 @@ how to run them. `nexus_rt.engines.open` puts the two together.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nexus_rt.errors import InputError
 from nexus_rt.models.wan import collapse_padding
+from nexus_rt.size import ClipSize
 
 if TYPE_CHECKING:
     from nexus_rt.engines.folder import EngineFolder
@@ -24,60 +24,6 @@ CONTEXT = ("embeds",)
 VELOCITY = ("latents", "timestep", "keys", "values", "bias")
 GRAPHS = {"context": CONTEXT, "velocity": VELOCITY}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class Bucket(NamedTuple):
-    """A clip's size in pixels and frames."""
-
-    width: int
-    height: int
-    frames: int
-
-    @property
-    def latent(self) -> tuple[int, int, int]:
-        """T, H, W of its latents (Wan's VAE: 8 pixels and 4 frames a cell)."""
-        return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
-
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}x{self.frames}"
-
-    @classmethod
-    def of(cls, latents: Tensor) -> Bucket:
-        """Of latents [B, C, T, H, W]."""
-        t, h, w = latents.shape[2:]
-        return cls(8 * w, 8 * h, 4 * t - 3)
-
-    @classmethod
-    def parse(cls, text: str) -> Bucket:
-        """ "832x480x81" and the like.
-
-        Raises:
-            InputError: not three numbers, sides that are not multiples of 16, frames other than 4k+1.
-        """
-        found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
-        if not found:
-            raise InputError(f"size {text!r} is not WIDTHxHEIGHTxFRAMES, such as 832x480x81.")
-        size = cls(*map(int, found.groups()))
-        if min(size) < 1 or size.width % 16 or size.height % 16 or size.frames % 4 != 1:
-            raise InputError(f"size {size} cannot be made: sides are multiples of 16, and frames 4k+1, such as 832x480x81.")
-        return size
-
-
-def parse_sizes(text: str) -> tuple[tuple[Bucket, ...], bool]:
-    """ "832x480x81,1280x720x81", or a range "256x256x17..832x480x81": the sizes, and whether they are a range's ends.
-
-    Raises:
-        InputError: as `Bucket.parse`; a range beside other sizes, or whose end is below its start.
-    """
-    ends = text.split("..")
-    if len(ends) == 1:
-        return tuple(Bucket.parse(s) for s in text.split(",")), False
-    if len(ends) != 2 or "," in text:
-        raise InputError(f"sizes {text!r}: a range stands alone, as in 256x256x17..832x480x81.")
-    low, high = map(Bucket.parse, ends)
-    if any(a > b for a, b in zip(low, high, strict=True)):
-        raise InputError(f"sizes {text!r}: {low} is not below {high} in every dimension.")
-    return (low, high), True
 
 
 @dataclass
@@ -129,7 +75,7 @@ class Exported:
     def __init__(self, sessions: Sessions) -> None:
         self.sessions, self.folder, self.device = sessions, sessions.folder, sessions.device
         self.dtype = DTYPES[self.folder.manifest.precision]
-        self.buckets = [Bucket(*b) for b in self.folder.manifest.buckets]
+        self.buckets = [ClipSize(*b) for b in self.folder.manifest.buckets]
 
     @property
     def nbytes(self) -> int:
@@ -146,7 +92,7 @@ class Exported:
     def unload(self) -> None:
         self.sessions.unload()
 
-    def check_size(self, size: Bucket) -> None:
+    def check_size(self, size: ClipSize) -> None:
         """Raise an `InputError` that names the sizes unless the engine was built for this one."""
         m = self.folder.manifest
         if m.options.get("range"):
@@ -173,13 +119,25 @@ class ExportedEngine(Exported):
         latents = torch.randn(batch, a["in_channels"], *(latent or self.buckets[0].latent), device=self.device)
         self.velocity(latents, torch.tensor(500.0, device=self.device), context)
 
+    def published_numerics(self, on: bool) -> None:
+        """What a float32 engine computes anyway.
+
+        Raises:
+            InputError: a narrower engine, which cannot be asked for it.
+        """
+        if on and self.dtype != torch.float32:
+            raise InputError(
+                f"the {self.folder.manifest.part} engine computes in {self.folder.manifest.precision} alone and the published "
+                "code in float32 beside it; export with --precision fp32, or use PyTorch."
+            )
+
     def prepare(self, context: Tensor) -> EngineContext:
         self.load()
         return run_context(self, "context", self.folder.manifest.architecture, context)
 
     @torch.no_grad()
     def velocity(self, latents: Tensor, timestep: Tensor, context: EngineContext) -> Tensor:
-        self.check_size(Bucket.of(latents))
+        self.check_size(ClipSize.of(latents))
         self.load()
         repeats = context.batch // latents.shape[0]
         latents = latents.float().repeat(repeats, 1, 1, 1, 1) if repeats > 1 else latents.float().contiguous()
@@ -203,3 +161,15 @@ def run_context(engine: Exported, graph: str, architecture: dict, embeds: Tensor
     keys, values = (torch.empty(shape, dtype=engine.dtype, device=engine.device) for _ in range(2))
     engine.sessions.run(graph, {"embeds": embeds.contiguous()}, {"keys": keys, "values": values})
     return EngineContext(keys, values, bias)
+
+
+def __getattr__(name: str) -> Any:  # names of one release before, when a clip's size was an engine's
+    if name in ("Bucket", "parse_sizes"):
+        import warnings
+
+        from nexus_rt import size
+
+        new = {"Bucket": "ClipSize"}.get(name, name)
+        warnings.warn(f"nexus_rt.engines.exported.{name} is nexus_rt.size.{new}", DeprecationWarning, stacklevel=2)
+        return getattr(size, new)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -94,6 +94,10 @@ class ReplayedEngine:
     def prepare(self, context: Tensor) -> Any:
         return padded(self.engine.prepare(context))
 
+    def published_numerics(self, on: bool) -> None:
+        self.graphs.clear()  # they compute as they were recorded
+        self.engine.published_numerics(on)
+
     def unload(self) -> None:
         self.graphs.clear()  # they hold the addresses of the weights
         self.engine.unload()

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from nexus_rt.engines.exported import Bucket
 from nexus_rt.errors import InputError
 from nexus_rt.plan import Plan
+from nexus_rt.size import ClipSize
 
 MODES = ("resident", "freed", "prefetched", "swapped", "streamed")
 STEP = "fused step"
@@ -100,7 +100,7 @@ def amount(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def activation_bytes(architecture: Mapping[str, int], size: Bucket, batch: int = 2, element: int = 2) -> int:
+def activation_bytes(architecture: Mapping[str, int], size: ClipSize, batch: int = 2, element: int = 2) -> int:
     """An estimate of a Wan transformer's working memory: the widest point of a block, its feed-forward or its projection.
 
     There the residual stream, the norm's output and the layer's input and output are alive together.
@@ -111,7 +111,7 @@ def activation_bytes(architecture: Mapping[str, int], size: Bucket, batch: int =
     return batch * t * (h // 2) * (w // 2) * (widest + 4 * dim) * element
 
 
-def call_parts(engines: Mapping[str, Any], others: Mapping[str, Any], size: Bucket, batch: int = 2) -> dict[str, Part]:
+def call_parts(engines: Mapping[str, Any], others: Mapping[str, Any], size: ClipSize, batch: int = 2) -> dict[str, Part]:
     """What a call holds in memory.
 
     Args:

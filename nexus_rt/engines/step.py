@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.exported import Bucket, EngineContext, Exported, run_context
+from nexus_rt.engines.exported import EngineContext, Exported, run_context
 from nexus_rt.errors import InputError
+from nexus_rt.size import ClipSize
 
 
 class StepEngine(Exported):
@@ -30,7 +31,7 @@ class StepEngine(Exported):
         Returns:
             velocity [B, C, T, H, W] and the RMS of both guided velocities [2, B], float32.
         """
-        self.check_size(Bucket.of(latents))
+        self.check_size(ClipSize.of(latents))
         batch = latents.shape[0]
         if any(c.batch != 2 * batch for c in contexts.values()):
             raise InputError(f"a fused step of {batch} samples needs contexts of {2 * batch}, unconditional samples last.")

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.exported import Bucket, Sessions
+from nexus_rt.engines.exported import Sessions
 from nexus_rt.errors import InputError, ModelError
+from nexus_rt.size import ClipSize
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 DISTRIBUTIONS = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt-rtx", "tensorrt_rtx")}
@@ -80,7 +81,7 @@ class TensorRTSessions(Sessions):
         self.weight_budget, self.errors = weight_budget, []
         sizes = {g: folder.manifest.files.get(f"{g}.engine", {"bytes": 0})["bytes"] for g in self.graphs}
         self.largest = max(sizes, key=sizes.get)  # the one whose weights a budget is for
-        self.buckets = [Bucket(*b).latent for b in folder.manifest.buckets]
+        self.buckets = [ClipSize(*b).latent for b in folder.manifest.buckets]
         self.logger = logger(self.trt, self.errors)
         self.engines: dict[str, Any] = {}
         self.contexts: dict[str, Any] = {}

@@ -64,6 +64,10 @@ class TorchEngine:
         latents = torch.randn(batch, c.in_channels, *latent, device=self.device)
         self.velocity(latents, torch.tensor(500.0, device=self.device), context)
 
+    def published_numerics(self, on: bool) -> None:
+        """Residual stream, time projection and velocity in float32, as the published code computes them; or not."""
+        self.model.float32_stream = on
+
     @torch.no_grad()
     def prepare(self, context: Tensor) -> WanContext:
         self.load()

@@ -11,7 +11,6 @@ from nexus_rt.errors import ModelError
 from nexus_rt.models.connector import Connector, ConnectorConfig, load_connector
 from nexus_rt.models.load import folder_bytes, read_json
 from nexus_rt.models.moving import Lazy
-from nexus_rt.models.text import clean_prompt
 from nexus_rt.models.understanding import UnderstandingModel
 from nexus_rt.tracing import span
 
@@ -79,7 +78,7 @@ class ContextEncoder(Lazy):
         connector = self.connector
         contexts = []
         for prompt, rows in zip(prompts, text, strict=True):
-            hidden = self.understanding.hidden_states(clean_prompt(prompt), single_frame)
+            hidden = self.understanding.hidden_states(prompt.strip(), single_frame)  # raw, as published
             with span("connector"):
                 contexts.append(connector.pack(unpad(rows), connector(hidden, single_frame)[0]))
         return torch.stack(contexts)

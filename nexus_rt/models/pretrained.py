@@ -7,6 +7,7 @@ own loading report decides, and a folder that is not whole is refused. No code o
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ def pretrained(class_name: str, folder: Path, what: str, device: torch.device | 
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         _check_size(folder, what)
     try:
-        with _quiet(transformers):
+        with _quiet():
             loaded = getattr(transformers, class_name).from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, **options
             )
@@ -148,17 +149,15 @@ def _untied(model: torch.nn.Module, folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' load report: what it says is an error here, or of no concern."""
-    import logging
-
-    log = logging.getLogger("transformers.modeling_utils")
-    report = logging.getLogger("transformers.utils.loading_report")
-    before = log.level, report.level
-    log.setLevel(logging.ERROR)
-    report.setLevel(logging.ERROR)
+def _quiet() -> Iterator[None]:
+    """Without transformers' load report: what it says is an error here, or of no concern. A filter and no level: with its
+    level raised, transformers checks tensor-parallel plans and says so."""
+    drop = lambda record: "LOAD REPORT" not in record.getMessage()  # noqa: E731
+    logs = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "utils.loading_report")]
+    for log in logs:
+        log.addFilter(drop)
     try:
         yield
     finally:
-        log.setLevel(before[0])
-        report.setLevel(before[1])
+        for log in logs:
+            log.removeFilter(drop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import InputError, ModelError
+from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.models.load import folder_bytes, require_safetensors
 from nexus_rt.models.moving import Lazy
 from nexus_rt.models.pretrained import pretrained
@@ -62,8 +63,10 @@ class Tokenized:
         if max_sequence_length < 1:
             raise InputError(f"max_sequence_length is {max_sequence_length}; expected 1 to 512.")
         self.load()
+        texts = [clean_prompt(p) for p in prompts]
+        self._warn_of_cut(texts, max_sequence_length)
         batch = self.tokenizer(
-            [clean_prompt(p) for p in prompts], padding="longest", max_length=max_sequence_length, truncation=True,
+            texts, padding="longest", max_length=max_sequence_length, truncation=True,
             add_special_tokens=True, return_attention_mask=True, return_tensors="pt",
         )  # fmt: skip
         mask = batch.attention_mask.to(self.device)
@@ -71,6 +74,18 @@ class Tokenized:
             states = self._states(batch.input_ids.to(self.device), mask)
         states = states.to(self.dtype) * mask[..., None].to(self.dtype)
         return torch.nn.functional.pad(states, (0, 0, 0, max_sequence_length - states.shape[1]))
+
+
+    def _warn_of_cut(self, texts: list[str], limit: int) -> None:
+        """Name the words past the limit, which no generator reads."""
+        for text, ids in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):
+            if len(ids) > limit:
+                lost = self.tokenizer.decode(ids[max(0, limit - 1) :], skip_special_tokens=True)
+                warnings.warn(
+                    f"the prompt {cut(repr(text), 60)} has {len(ids)} tokens and {limit} are read; what comes after is lost: "
+                    f"{cut(repr(lost), 120)}.",
+                    stacklevel=4,
+                )
 
 
 class TextEncoder(Lazy, Tokenized):

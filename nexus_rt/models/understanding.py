@@ -113,5 +113,13 @@ class UnderstandingModel(Lazy):
         limit = getattr(config, "max_position_embeddings", None)
         if limit and ids.shape[1] > limit:
             raise InputError(f"the prompt is {ids.shape[1]} tokens with its template; the model reads {limit}: shorten it.")
+        ids = ids.to(self.device)
         with span("understanding"):
-            return self.model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+            return self.model(input_ids=ids, attention_mask=self._mask(ids), use_cache=False).last_hidden_state
+
+    def _mask(self, ids: Tensor) -> Tensor:
+        """`ids != pad`, as the published code has it: the end token stands in for a padding token that is not there, and so
+        is attended to nowhere in a template that holds it."""
+        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        return torch.ones_like(ids) if pad is None else (ids != pad).to(ids.dtype)

@@ -12,7 +12,7 @@ Parameters carry diffusers' names, but for the fused ones: `FUSED` says which of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -196,15 +196,26 @@ class Block(nn.Module):
         """
         table = (self.scale_shift_table + modulation).transpose(0, 1).contiguous()
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(0)  # [M, dim] each
-        x, h = self.ops.modulate(x, scale1, shift1, self.eps, y, gate)
-        attended = self.attn1.self_attention(h, rope)
+        modulate, dtype = self._modulate(x)
+        x, h = modulate(x, scale1, shift1, self.eps, y, gate)
+        attended = self.attn1.self_attention(h.to(dtype), rope)
         if isinstance(self.norm2, nn.LayerNorm):  # an affine norm is a modulation by weight - 1 and bias
             scale, shift = self.norm2.weight[None] - 1, self.norm2.bias[None]
-            x, h = self.ops.modulate(x, scale, shift, self.eps, attended, gate1)
+            x, h = modulate(x, scale, shift, self.eps, attended, gate1)
         else:
             x = h = torch.addcmul(x.float(), attended.float(), gate1.unsqueeze(1)).to(x.dtype)
-        x, h = self.ops.modulate(x, scale2, shift2, self.eps, self.attn2.cross_attention(h, k, v, bias))
-        return x, self.ffn(h), gate2
+        x, h = modulate(x, scale2, shift2, self.eps, self.attn2.cross_attention(h.to(dtype), k, v, bias))
+        return x, self.ffn(h.to(dtype)), gate2
+
+    def _modulate(self, x: Tensor) -> tuple[Callable, torch.dtype]:
+        """What norms the stream, and the dtype that the products compute in: a float32 stream beside narrower weights is the
+        published numerics, and PyTorch's alone."""
+        dtype = self.ffn.net["2"].weight.dtype
+        return (self.ops if x.dtype == dtype else TORCH).modulate, dtype
+
+
+def _linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.float(), layer.bias.float())
 
 
 class ConditionEmbedder(nn.Module):
@@ -219,13 +230,15 @@ class ConditionEmbedder(nn.Module):
         self.time_proj = nn.Linear(dim, 6 * dim)
         self.text_embedder = pair(config.text_dim)
 
-    def time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """timestep [M] -> embedding [M, dim] and modulation [M, 6, dim], float32."""
+    def time(self, timestep: Tensor, wide: bool = False) -> tuple[Tensor, Tensor]:
+        """timestep [M] -> embedding [M, dim] and modulation [M, 6, dim], float32; wide: projected in float32 too."""
         half = self.freq_dim // 2
         freq = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
         angle = timestep.float()[:, None] * freq
         h = torch.cat([angle.cos(), angle.sin()], -1).to(self.time_embedder["linear_1"].weight.dtype)
         h = self.time_embedder["linear_2"](F.silu(self.time_embedder["linear_1"](h)))
+        if wide:
+            return h, _linear_float32(self.time_proj, F.silu(h.float())).unflatten(1, (6, -1))
         h = h.to(self.time_proj.weight.dtype)
         return h, self.time_proj(F.silu(h)).unflatten(1, (6, -1)).float()
 
@@ -246,6 +259,8 @@ class WanTransformer(nn.Module):
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
         self.ops = TORCH
+        # As published: residual stream, time projection and velocity in float32 whatever the weights are kept in.
+        self.float32_stream = False
         self.stream: Any = None  # brings each block before it runs (nexus_rt.engines.streaming)
 
     def _in_turn(self) -> Iterator[Block]:
@@ -314,19 +329,22 @@ class WanTransformer(nn.Module):
             context: of `prepare_context`, batch N.
 
         Returns:
-            velocity [N, C, T, H, W] in the model's dtype.
+            velocity [N, C, T, H, W] in the model's dtype; float32 with `float32_stream`.
         """
         frames, height, width = latents.shape[2:]
         pt, ph, pw = self.config.patch_size
         grid = (frames // pt, height // ph, width // pw)
         rope = self.ops.rope(self.config.attention_head_dim, grid, latents.device)
+        wide = self.float32_stream and self.dtype != torch.float32
         x = self.patchify(latents.to(self.dtype))
-        embedding, modulation = self.condition_embedder.time(timestep.reshape(-1))
+        x = x.float() if wide else x
+        embedding, modulation = self.condition_embedder.time(timestep.reshape(-1), wide)
         y = gate = None
         for block, k, v in zip(self._in_turn(), context.keys, context.values, strict=True):
             x, y, gate = block(x, y, gate, modulation, rope, k, v, context.bias)
         shift, scale = (self.scale_shift_table + embedding.float()[:, None]).transpose(0, 1).contiguous().unbind(0)
-        x = self.proj_out(self.ops.modulate(x, scale, shift, self.config.eps, y, gate)[1])
+        x = (TORCH if wide else self.ops).modulate(x, scale, shift, self.config.eps, y, gate)[1]
+        x = _linear_float32(self.proj_out, x) if wide else self.proj_out(x)
         x = x.unflatten(1, grid).unflatten(-1, (pt, ph, pw, -1))  # [N, t, h, w, pt, ph, pw, C]
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(latents.shape[0], -1, *latents.shape[2:])
 
