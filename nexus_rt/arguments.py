@@ -129,6 +129,21 @@ def parser() -> argparse.ArgumentParser:
         "--judge-model", metavar="MODEL", help="what the server calls it; without a URL, a folder such as Qwen3-VL's"
     )
     judge.add_argument("--requests", type=int, default=4, metavar="N", help="clips asked about at a time (default: 4)")
+    judge.add_argument(
+        "--protocol", default="strict",
+        help="strict (default): unread answers are in no mean | published: lenient as the paper, unread ones count as not Yes",
+    )  # fmt: skip
+    judge.add_argument("--frames", type=int, default=16, metavar="N", help="frames of a clip that the judge sees (default: 16)")
+    judge.add_argument(
+        "--picture-size", type=int, metavar="N",
+        help="longest side of a frame in pixels (default: what keeps a request below 4 MB)",
+    )  # fmt: skip
+    judge.add_argument("--max-tokens", type=int, metavar="N", help="of a reply (default: 1024)")
+    judge.add_argument("--temperature", type=float, default=0.0, help="of a reply (default: 0)")
+    judge.add_argument(
+        "--retry-unknown", action=argparse.BooleanOptionalAction, default=True,
+        help="ask again about clips with answers that could not be read in the run before (default: yes)",
+    )  # fmt: skip
     judge.add_argument("--device", help="of a judge that runs here (default: cuda where there is one)")
     judge.add_argument("--dtype", choices=DTYPES, help="of a judge that runs here")
     report = actions.add_parser("report", help="tables of judged folders, the first of them compared with the others")

@@ -106,4 +106,3 @@ def _deeper(value: Any, levels: int) -> bool:
         if not layer:
             return False
     return True
-

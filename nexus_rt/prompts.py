@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +121,46 @@ def category_prompts(said: Any, where: str) -> list[tuple[dict[str, Any], str]]:
             if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
                 raise InputError(f"{place}.{field} is {value!r}; expected text.")
         found.append((row, place))
-    return found
+    return _mended(found, where)
+
+
+def _mended(rows: list[tuple[dict[str, Any], str]], where: str) -> list[tuple[dict[str, Any], str]]:
+    """Rows whose ids are each there once: of two prompts under one id the one that stands between its neighbours' numbers
+    (021 between 020 and 022) gets its number, with a warning, where only one can be meant.
+
+    A published file holds an id twice, its generation-only twin the right one.
+    """
+    ids = [str(row["id"]) for row, _ in rows]
+    for name, count in Counter(ids).items():
+        if count == 1:
+            continue
+        places = [i for i, other in enumerate(ids) if other == name]
+        choices = [(i, new) for i in places if (new := _between(ids, i)) is not None]
+        texts = {str(rows[i][0]["prompt_en"]) for i in places}
+        if count != 2 or len(choices) != 1 or len(texts) != 2:
+            raise InputError(f"{where}: id {name!r} is there twice; every clip needs a name of its own.")
+        i, new = choices[0]
+        said = f"{rows[i][1]}.id is {name!r}, which its category holds twice; read as {new!r}, by its place."
+        warnings.warn(said, stacklevel=4)
+        ids[i] = new
+        rows[i] = ({**rows[i][0], "id": new}, rows[i][1])
+    return rows
+
+
+def _between(ids: list[str], place: int) -> str | None:
+    """The id that a place's neighbours leave for it, where it is another than it has and free."""
+    parts = [re.fullmatch(r"(.*?)(\d+)", i) for i in ids[max(0, place - 1) : place + 2]]
+    if place == 0 or len(parts) < 2 or not all(parts):
+        return None
+    before, own, after = parts[0], parts[1], parts[2] if len(parts) > 2 else None
+    number = int(before[2]) + 1
+    new = f"{own[1]}{number:0{len(own[2])}}"
+    if before[1] != own[1] or new in ids:
+        return None
+    if after is None:  # the last: its number is the next where the others count without a gap
+        known = [int(m[2]) for i in ids[:-1] if (m := re.fullmatch(r"(.*?)(\d+)", i))]
+        return new if len(known) > 2 and all(b - a == 1 for a, b in pairwise(known)) else None
+    return new if after[1] == own[1] and int(after[2]) == number + 1 else None
 
 
 def check_name(value: Any, where: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -246,7 +245,7 @@ def _gif(frames: np.ndarray, path: Path, rate: Fraction, comment: str) -> None:
     from PIL import Image
 
     if rate > 100:
-        kept = [round(i * rate / 100) for i in range(math.ceil(len(frames) * 100 / rate))]
+        kept = [round(i * rate / 100) for i in range(max(1, round(len(frames) * 100 / rate)))]
         frames, shown = frames[[min(i, len(frames) - 1) for i in kept]], len(frames)
         warnings.warn(f"a GIF shows at most 100 frames per second: {len(frames)} of {shown} are kept.", stacklevel=4)
         rate = Fraction(100)

@@ -41,7 +41,7 @@ def kohya(halves):
 
 
 def saved(tensors, path):
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+    save_file({k: v.clone().contiguous() for k, v in tensors.items()}, path)
     return path
 
 
@@ -140,3 +140,211 @@ def test_an_engine_of_a_merged_model_is_another_engine_and_says_so(halves, tiny_
         pipe.set_progress_bar_config(disable=True)
     engine, merged, plain = (p("a red circle", latents=x, **options).frames for p in pipes)
     assert torch.allclose(engine, merged, atol=1e-4) and not torch.allclose(engine, plain, atol=1e-2)
+
+
+META, BESIDE = "header", "adapter_config.json"
+
+
+def two(halves):
+    """PEFT's names of two of the places."""
+    names = ["blocks.0.attn1.to_q", "blocks.0.ffn.net.0.proj"]
+    return names, {k: v for k, v in peft(halves).items() if any(f".{n}." in k for n in names)}
+
+
+@pytest.mark.parametrize("where", [META, BESIDE])
+@pytest.mark.parametrize(
+    "config, scales",
+    [
+        ({"r": RANK, "lora_alpha": 8}, (4.0, 4.0)),
+        ({"r": RANK, "lora_alpha": 8, "use_rslora": True}, (8 / RANK**0.5, 8 / RANK**0.5)),
+        ({"r": RANK, "lora_alpha": 8, "alpha_pattern": {"attn1.to_q": 2}}, (1.0, 4.0)),
+        ({"r": RANK, "lora_alpha": 8, "alpha_pattern": {"blocks.0.ffn.net.0.proj": 6, "^to_q": 1}}, (4.0, 3.0)),
+        ({"r": RANK, "lora_alpha": 8, "alpha_pattern": {r"blocks\.\d+\.attn1\.to_(q|k)": 4}}, (2.0, 4.0)),
+        ({"r": 7, "lora_alpha": 8, "rank_pattern": {"to_q": RANK, "proj": RANK}}, (4.0, 4.0)),
+    ],
+)
+def test_a_scale_outside_the_tensors_counts(where, config, scales, halves, tiny_pair, tmp_path):
+    """diffusers writes it into the header under `transformer.`, PEFT beside the file; what its patterns match is theirs."""
+    import json
+
+    names, tensors = two(halves)
+    header = {"format": "pt"}
+    if where == META:
+        header["lora_adapter_metadata"] = json.dumps({f"transformer.{k}": v for k, v in config.items()})
+    else:
+        (tmp_path / BESIDE).write_text(json.dumps({"peft_type": "LORA", "target_modules": ["to_q"], **config}))
+    save_file(tensors, tmp_path / "adapter_model.safetensors", header)
+    before, after = weights(tiny_pair), weights(tiny_pair, tmp_path)  # the folder is its LoRA
+    for name, scale in zip(names, scales, strict=True):
+        wanted = before[f"{name}.weight"] + scale * halves[name][1] @ halves[name][0]
+        assert torch.allclose(after[f"{name}.weight"], wanted, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"r": 3, "lora_alpha": 8}, "says rank 3 of .*, and its tensors have rank 2"),
+        ({"r": RANK, "lora_alpha": 8, "use_dora": True}, "sets use_dora, which a merge of plain LoRA would leave out"),
+        ({"r": RANK, "peft_type": "LOHA"}, "is a LOHA adapter; only LORA"),
+        ({"r": RANK, "init_lora_weights": "pissa_niter_4"}, "whose base weights are not the published ones"),
+        ({"r": RANK, "lora_alpha": "8"}, "Expected `float`, got `str`"),
+        ({"r": 0, "lora_alpha": 1}, "sets r below 1"),
+        ({"r": RANK, "lora_alpha": 8, "alpha_pattern": {"(a+)+$" + "(" * 3: 1}}, "cannot be matched"),
+        ({"r": RANK, "lora_alpha": 8, "alpha_pattern": {"x|" * 200: 1}}, "pattern has 400 characters"),
+    ],
+)
+def test_configs_that_mean_something_else_are_refused(config, words, halves, tiny_pair, tmp_path):
+    import json
+
+    save_file(two(halves)[1], tmp_path / "a.safetensors")
+    (tmp_path / BESIDE).write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=words):
+        weights(tiny_pair, tmp_path / "a.safetensors")
+
+
+def test_alpha_may_be_a_whole_number_and_must_agree(halves, tiny_pair, tmp_path):
+    import json
+
+    names, tensors = two(halves)
+    whole = {**tensors, **{f"transformer.{n}.alpha": torch.tensor(6) for n in names}}
+    after = weights(tiny_pair, saved(whole, tmp_path / "a.safetensors"))
+    place = f"{names[0]}.weight"
+    assert torch.allclose(after[place], weights(tiny_pair)[place] + 3 * halves[names[0]][1] @ halves[names[0]][0], atol=1e-5)
+    save_file(
+        whole,
+        tmp_path / "b.safetensors",
+        {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 4})},
+    )
+    with pytest.raises(ModelError, match="its alpha scales by 3, and .*lora_adapter_metadata by 2; remove the wrong one"):
+        weights(tiny_pair, tmp_path / "b.safetensors")
+
+
+def diffsynth(halves):
+    names = {n: f"pipe.dit.{PLACES[n]}" for n in halves}
+    return {f"{names[n]}.lora_{k}.default.weight": t for n, p in halves.items() for k, t in zip("AB", p, strict=True)}
+
+
+def kohya_diffusers(halves):
+    names = {n: "lora_unet_" + n.replace(".", "_") for n in halves}
+    return {f"{names[n]}.lora_{k}.weight": t for n, p in halves.items() for k, t in zip(("down", "up"), p, strict=True)}
+
+
+@pytest.mark.parametrize("layout", [diffsynth, kohya_diffusers])
+def test_more_publishers_names(layout, halves, tiny_pair, tmp_path):
+    wanted = weights(tiny_pair, saved(peft(halves), tmp_path / "a.safetensors"))
+    got = weights(tiny_pair, saved(layout(halves), tmp_path / "b.safetensors"))
+    assert all(torch.equal(got[n], wanted[n]) for n in wanted)
+
+
+def test_image_keys_are_skipped_and_counted(halves, tiny_pair, tmp_path):
+    image = {f"diffusion_model.blocks.0.cross_attn.{n}.lora_down.weight": torch.ones(2, 5) for n in ("k_img", "v_img")}
+    image |= {
+        "diffusion_model.img_emb.proj.1.diff_b": torch.ones(3),
+        "transformer.blocks.0.attn2.add_k_proj.lora_A.weight": torch.ones(2, 5),
+    }
+    file = saved({**wan(halves), **image}, tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match="4 keys of the image branch .* are skipped"):
+        after = weights(tiny_pair, file)
+    wanted = weights(tiny_pair, saved(wan(halves), tmp_path / "b.safetensors"))
+    assert all(torch.equal(after[n], wanted[n]) for n in wanted)
+    with pytest.warns(UserWarning), pytest.raises(ModelError, match="changes nothing"):
+        weights(tiny_pair, saved(image, tmp_path / "c.safetensors"))
+
+
+NOTHING = {
+    "empty": lambda h: {}, "alphas alone": lambda h: {f"{Q}.alpha": torch.tensor(4.0)},
+    "zeros": lambda h: {k: v * (0 if "lora_B" in k else 1) for k, v in peft(h).items()},
+    "zero differences": lambda h: {f"{Q}.diff_b": torch.zeros(32)}, "alpha of zero": lambda h: {**{
+        k: v for k, v in wan(h).items() if f".{Q}." in k}, f"diffusion_model.{Q}.alpha": torch.tensor(0.0)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", NOTHING.values(), ids=NOTHING)
+def test_a_lora_that_changes_nothing_is_refused(make, halves, tiny_pair, tmp_path):
+    with pytest.raises(ModelError, match="changes nothing"):
+        weights(tiny_pair, saved(make(halves), tmp_path / "a.safetensors"))
+
+
+ODD = {
+    "one place, two names": (lambda h: {**peft(h), **wan(h)}, "are one place under two names"),
+    "two endings": (
+        lambda h: {**peft(h), **{k.replace("lora_A.", "lora_A.default."): v for k, v in peft(h).items()}},
+        "under two names",
+    ),
+    "NaN": (lambda h: {k: v * float("nan") for k, v in peft(h).items()}, "holds NaN or infinity"),
+    "an infinite alpha": (lambda h: {**wan(h), f"diffusion_model.{Q}.alpha": torch.tensor(float("inf"))}, "NaN or infinity"),
+    "too large": (lambda h: {k: v * 1e30 for k, v in peft(h).items()}, "beyond float32"),
+    "transposed": (lambda h: {"blocks.0.ffn.0.diff": torch.ones(32, 48)}, r"is \(32, 48\), and the model's \(48, 32\)"),
+    "as many numbers": (lambda h: {"blocks.0.ffn.0.diff": torch.ones(48 * 32)}, "and the model's"),
+    "whole numbers": (lambda h: {k: torch.ones(v.shape, dtype=torch.int8) for k, v in peft(h).items()}, "holds whole numbers"),
+    "several alphas": (
+        lambda h: {**wan(h), f"diffusion_model.{Q}.alpha": torch.ones(2)},
+        r"alpha is \(2,\); expected one number",
+    ),
+    "a vector": (lambda h: {**{f"{Q}.lora_A.weight": torch.ones(32), f"{Q}.lora_B.weight": torch.ones(32, 1)}}, "two matrices"),
+}
+
+
+@pytest.mark.parametrize("make, words", ODD.values(), ids=ODD)
+def test_odd_loras_are_refused_and_nothing_is_changed(make, words, halves, tiny_pair, tmp_path):
+    from nexus_rt.models.lora import merge
+
+    file = saved(make(halves), tmp_path / "a.safetensors")
+    model = load_transformer(tiny_pair / "small", torch.float32)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ModelError, match=words):
+        merge(model, Lora(file))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-inf"])
+def test_a_scale_that_is_not_finite_is_refused(scale, halves, tmp_path):
+    file = saved(peft(halves), tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="is not finite"):
+        parse_loras(f"{file}@{scale}")
+    with pytest.raises(InputError, match="is not finite"):
+        Lora(file, float(scale))
+
+
+def test_a_folder_of_several_loras_is_not_guessed(halves, tmp_path):
+    for name in "ab":
+        saved(peft(halves), tmp_path / f"{name}.safetensors")
+    with pytest.raises(InputError, match=r"is a folder with 2 safetensors files \(a.safetensors, b.safetensors\)"):
+        parse_loras(tmp_path)
+    saved(peft(halves), tmp_path / "pytorch_lora_weights.safetensors")
+    assert parse_loras(f"{tmp_path}@0.5") == (Lora(tmp_path / "pytorch_lora_weights.safetensors", 0.5),)
+
+
+def test_the_config_beside_a_lora_is_part_of_its_hash(halves, tmp_path):
+    file = saved(peft(halves), tmp_path / "a.safetensors")
+    plain = loras_hash({"small": [Lora(file)]})
+    (tmp_path / BESIDE).write_text('{"r": 2, "lora_alpha": 4}')
+    assert loras_hash({"small": [Lora(file)]}) != plain
+
+
+def test_a_bias_of_a_product_has_its_scale(halves, tiny_pair, tmp_path):
+    names, tensors = two(halves)
+    bias = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    tensors |= {f"transformer.{names[0]}.lora_B.bias": bias, f"transformer.{names[0]}.alpha": torch.tensor(6.0)}
+    before, after = weights(tiny_pair), weights(tiny_pair, saved(tensors, tmp_path / "a.safetensors"))
+    assert torch.allclose(after[f"{names[0]}.bias"], before[f"{names[0]}.bias"] + 3 * bias, atol=1e-5)
+
+
+def test_stored_bfloat16_and_a_lora_are_added_in_float32_for_engine_and_reference(halves, own_pair, tmp_path):
+    """Rounded to what is stored and widened again, a float32 engine would fail its gate."""
+    from nexus_rt.export.parts import _reference
+
+    path = own_pair / "small" / "diffusion_pytorch_model.safetensors"
+    stored = {k: v.bfloat16() for k, v in load_file(path).items()}
+    save_file(stored, path)
+    lora = Lora(saved(peft(halves), tmp_path / "a.safetensors"), 0.37)
+    engine = load_transformer(own_pair / "small", torch.float32, loras=[lora])
+    reference = _reference(own_pair / "small", torch.device("cpu"), [lora])
+    place = "blocks.0.attn1.to_q"
+    wanted = stored[f"{place}.weight"].double() + 0.37 * halves[place][1].double() @ halves[place][0].double()
+    got = [to_diffusers(m.state_dict())[f"{place}.weight"] for m in (engine, reference)]
+    assert torch.equal(*got) and (got[0].double() - wanted).abs().max() < 1e-6
+    x, t = torch.randn(1, 16, 1, 4, 4), torch.tensor(500.0)
+    context = torch.randn(1, 8, 32)
+    a, b = (m(x, t, m.prepare_context(context)) for m in (engine, reference))
+    assert torch.equal(a, b)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nexus_rt import InputError, ModelError, save_video
-from nexus_rt.bench.vrbench import judges, judging, report, scoring
+from nexus_rt.bench.vrbench import judges, judging, protocol, report, scoring
 from nexus_rt.bench.vrbench.command import EXAMPLE
 from nexus_rt.bench.vrbench.judges import HttpJudge, JudgeError, JudgeUnusable
 from nexus_rt.bench.vrbench.judging import judge_clips
@@ -76,7 +76,7 @@ def test_a_folder_is_judged_and_never_asked_again(clips, serve, monkeypatch):
     (clips / "ccr_example_1.mp4").write_bytes((clips / "etv_example_1.mp4").read_bytes())  # another clip
     judged(clips, server)
     assert [asked_id(b) for b in server.seen[3:]] == ["ccr_example_1"]
-    monkeypatch.setattr(judging, "TEMPLATE", judging.TEMPLATE + " ")  # another template
+    monkeypatch.setattr(protocol, "TEMPLATE", protocol.TEMPLATE + " ")  # another template
     judged(clips, server)
     assert len(server.seen) == 7
     other = HttpJudge(server.url, "another")

@@ -12,8 +12,9 @@ import torch
 
 from nexus_rt.bench.results import write_text
 from nexus_rt.bench.vrbench.judges import find_judge
-from nexus_rt.bench.vrbench.judging import FILE, judge_clips
+from nexus_rt.bench.vrbench.judging import FILES, judge_clips
 from nexus_rt.bench.vrbench.page import page
+from nexus_rt.bench.vrbench.protocol import Protocol
 from nexus_rt.bench.vrbench.report import make_report, markdown, shown
 from nexus_rt.bench.vrbench.schema import read_bench, read_taxonomy
 from nexus_rt.bench.vrbench.scoring import summary
@@ -44,15 +45,18 @@ def judge(args: argparse.Namespace) -> int:
     prompts = read_bench(prompts_path(args.prompts), taxonomy)
     if args.requests < 1:
         raise InputError(f"--requests is {args.requests}; expected at least 1.")
-    asked = find_judge(args.judge_url, args.judge_model, args.device, getattr(torch, args.dtype) if args.dtype else None)
+    protocol = Protocol(args.protocol, args.frames, args.picture_size, args.max_tokens, args.temperature)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    asked = find_judge(args.judge_url, args.judge_model, args.device, dtype, protocol)
     folder = Path(args.clips).expanduser()
-    found = judge_clips(prompts, folder, asked, taxonomy, args.requests, say)
+    found = judge_clips(prompts, folder, asked, taxonomy, args.requests, say, protocol, args.retry_unknown)
     scores = summary(found["clips"], taxonomy)
     for kind in ("missing", "failed"):
         for name, why in found[kind].items():
             say(f"{kind}: {name}: {why}")
     whole = scores["overall"]
-    print(f"{folder / FILE}: {shown(whole)} over {whole['count']} clips, {whole['unknown']} of {whole['questions']} answers "
+    where = folder / FILES[protocol.name]
+    print(f"{where}: {shown(whole)} over {whole['count']} clips, {whole['unknown']} of {whole['questions']} answers "
           f"Unknown, {len(found['missing'])} clips missing, {len(found['failed'])} not judged")  # fmt: skip
     return 1 if found["missing"] or found["failed"] else 0
 

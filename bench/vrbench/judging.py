@@ -7,111 +7,113 @@ template starts anew, and going back to the first costs nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 
+from nexus_rt import documents
 from nexus_rt.bench.results import read_as, write_text
-from nexus_rt.bench.vrbench.judges import Conversation, Judge, JudgeError
+from nexus_rt.bench.vrbench.http_judge import Conversation, JudgeError
+from nexus_rt.bench.vrbench.judges import Judge
+from nexus_rt.bench.vrbench.protocol import AGAIN, FRAMES, Protocol
+from nexus_rt.bench.vrbench.replies import CAUSES, Reply, parse
 from nexus_rt.bench.vrbench.schema import Prompt, Taxonomy
 from nexus_rt.bench.vrbench.scoring import NO, UNKNOWN, YES, clip_scores
 from nexus_rt.errors import InputError, NexusError
-from nexus_rt.video import read_frames, uniform
+from nexus_rt.video import read_frames
 
-SCHEMA, KIND, FRAMES = 1, "nexus-rt vrbench", 16
+__all__ = ["FILE", "FILES", "FRAMES", "ask", "judge_clips", "parse", "read_judgment", "render"]
+SCHEMA, KIND = 1, "nexus-rt vrbench"
 FILE = "judgment.json"
-TEMPLATE = """You judge a video that a model generated, from {count} of its frames, sampled uniformly in time and in order.
-
-The video was to show: {prompt}
-{about}
-Answer every question with "Yes" or "No" from what the frames show. A behaviour that is only partly visible counts as Yes. \
-Weights say how much a question counts.
-
-{questions}
-
-Reply with this JSON and nothing else, one entry a question:
-{{"video_id": "{id}", "answers": {{{shape}}}}}"""
-AGAIN = "That could not be read as the JSON asked for with an answer to every question. Reply with the JSON alone."
+FILES = {"strict": FILE, "published": "judgment.published.json"}  # a protocol's own: scores of two are never mixed
+GRACE = 1.2  # seconds that replies on their way have when a run is stopped
 
 
-def render(prompt: Prompt, count: int) -> str:
+def render(prompt: Prompt, count: int, protocol: Protocol = Protocol()) -> str:  # noqa: B008 (frozen)
     """The text of a clip's request."""
-    about = [
-        f"{name}: {text}" for name, text in (
-            ("Instruction", prompt.instruction), ("What matters", prompt.behaviour), ("Principle", prompt.principle),
-        ) if text
-    ]  # fmt: skip
-    shape = ", ".join(f'"{q.id}": {{"answer": "Yes" or "No", "reason": "one sentence"}}' for q in prompt.questions)
-    asked = "\n".join(f"{q.id} (weight {q.weight:g}): {q.text}" for q in prompt.questions)
-    return TEMPLATE.format(
-        count=count, prompt=prompt.text, about="\n".join(about) + "\n" * bool(about), questions=asked, id=prompt.id, shape=shape
-    )
+    return protocol.render(prompt, count)
 
 
-def parse(reply: str, wanted: list[str]) -> dict[str, dict[str, str]]:
-    """The answers found in a reply: question -> {"answer": "Yes" | "No", "reason"}; what cannot be read is left out.
-
-    Tolerates code fences, text around the JSON, a bare "Yes", lower case, and answers without their `answers` object.
-    """
-    decoder, place = json.JSONDecoder(), reply.find("{")
-    while place >= 0:
-        try:
-            said, end = decoder.raw_decode(reply, place)
-        except (ValueError, RecursionError):
-            place = reply.find("{", place + 1)
-            continue
-        rows = said.get("answers", said)
-        found = {q: answer for q in wanted if isinstance(rows, dict) and (answer := _answer(rows.get(q))) is not None}
-        if found:
-            return found
-        place = reply.find("{", end)
-    return {}
-
-
-def _answer(said: Any) -> dict[str, str] | None:
-    row = said if isinstance(said, dict) else {"answer": said}
-    word = row.get("answer")
-    if isinstance(word, bool):
-        word = YES if word else NO
-    plain = word.strip().strip(".!\"'").lower() if isinstance(word, str) else ""
-    if plain not in ("yes", "no"):
-        return None
-    reason = row.get("reason")
-    return {"answer": YES if plain == "yes" else NO, "reason": reason.strip() if isinstance(reason, str) else ""}
-
-
-def key_of(clip: bytes, prompt: Prompt, judge: str) -> str:
+def key_of(clip: bytes, prompt: Prompt, judge: str, protocol: Protocol = Protocol()) -> str:  # noqa: B008 (frozen)
     """What a clip's answers are kept under."""
-    text = json.dumps([hashlib.sha256(clip).hexdigest(), render(prompt, FRAMES), AGAIN, judge])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    asked = [hashlib.sha256(clip).hexdigest(), render(prompt, protocol.frames, protocol), AGAIN, judge, *protocol.settings()]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
 
-def ask(judge: Judge, prompt: Prompt, frames: np.ndarray) -> dict[str, dict[str, str]]:
-    """All of a clip's questions in one request, and once more where a reply lacks any; what is missing then is Unknown.
+def ask(
+    judge: Judge, prompt: Prompt, frames: np.ndarray, protocol: Protocol = Protocol()  # noqa: B008 (frozen)
+) -> dict[str, dict[str, str]]:  # fmt: skip
+    """All of a clip's questions in one request, and once more where a reply lacks any; what is missing then is Unknown, with
+    its cause.
 
     Raises:
         JudgeError, JudgeUnusable: no reply.
     """
-    picked = uniform(frames, FRAMES)
-    content = [*({"type": "image"} for _ in picked), {"type": "text", "text": render(prompt, len(picked))}]
+    picked = protocol.pick(frames)
+    content = [*({"type": "image"} for _ in picked), {"type": "text", "text": render(prompt, len(picked), protocol)}]
     talk: Conversation = [{"role": "user", "content": content}]
     wanted = [q.id for q in prompt.questions]
-    reply = judge.reply(talk, picked)
-    found = parse(reply, wanted)
-    if len(found) < len(wanted):
-        talk += [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in (("assistant", reply), ("user", AGAIN))]
-        again = judge.reply(talk, picked)
-        found = {**parse(again, wanted), **found}
-        reply = again
-    left_out = {"answer": UNKNOWN, "reason": f"the judge's last reply: {reply[:300].strip() or 'nothing'}"}
+    reply = _reply(judge, talk, picked)
+    found = parse(reply.text, wanted)
+    if len(found) < len(wanted) and reply.finish != "content_filter":
+        first = reply.text or "(no content)"
+        talk += [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in (("assistant", first), ("user", AGAIN))]
+        reply = _reply(judge, talk, picked)
+        found = {**parse(reply.text, wanted), **found}
+    said = reply.text[:300].strip() or "nothing"
+    left_out = {"answer": UNKNOWN, "reason": f"{CAUSES[reply.cause]}; the judge's last reply: {said}", "cause": reply.cause}
     return {q: found.get(q, left_out) for q in wanted}
+
+
+def _reply(judge: Judge, talk: Conversation, frames: np.ndarray) -> Reply:
+    reply = judge.reply(talk, frames)
+    return reply if isinstance(reply, Reply) else Reply(str(reply))
+
+
+class _Answer(msgspec.Struct):
+    answer: Literal["Yes", "No", "Unknown"]
+    reason: str
+    cause: str = ""
+
+    def row(self) -> dict[str, str]:
+        return {"answer": self.answer, "reason": self.reason, **({"cause": self.cause} if self.cause else {})}
+
+
+class _Asked(_Answer):
+    question: str = ""
+    weight: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    layer: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class _Judged(msgspec.Struct):
+    category: str
+    difficulty: str
+    prompt: str
+    file: str
+    answers: dict[str, _Asked]
+
+
+class Judgment(msgspec.Struct):
+    """`judgment.json`: what a report reads of it."""
+
+    judge: str
+    when: str
+    template: str
+    protocol: Literal["strict", "published"]
+    clips: dict[str, _Judged]
+    missing: dict[str, str]
+    failed: dict[str, str]
 
 
 class Unreadable(NexusError):
@@ -127,18 +129,30 @@ class Clip:
     key: str
 
 
-def find_clips(prompts: list[Prompt], folder: Path, judge: str) -> tuple[list[Clip], dict[str, str]]:
-    """The clips of `<folder>/<id>.mp4` (or .gif), and why the others have none."""
+def clip_path(folder: Path, prompt: Prompt) -> Path | None:
+    """`<folder>/<id>.mp4` (or .gif), or under the category's folder, by its code or its name in the prompt file."""
+    places = [folder, *(folder / name for name in dict.fromkeys((prompt.category, prompt.category_name)) if name)]
+    for place in places:
+        for suffix in (".mp4", ".gif"):
+            if (path := place / f"{prompt.id}{suffix}").is_file():
+                return path
+    return None
+
+
+def find_clips(
+    prompts: list[Prompt], folder: Path, judge: str, protocol: Protocol = Protocol()  # noqa: B008 (frozen)
+) -> tuple[list[Clip], dict[str, str]]:  # fmt: skip
+    """The clips of a folder (`clip_path`), and why the others have none."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; expected one that holds a clip for every prompt's id.")
     found, missing = [], {}
     for prompt in prompts:
-        path = next((p for s in (".mp4", ".gif") if (p := folder / f"{prompt.id}{s}").is_file()), None)
+        path = clip_path(folder, prompt)
         if path is None:
             missing[prompt.id] = f"no {prompt.id}.mp4"
             continue
         try:
-            found.append(Clip(prompt, path, key_of(path.read_bytes(), prompt, judge)))
+            found.append(Clip(prompt, path, key_of(path.read_bytes(), prompt, judge, protocol)))
         except OSError as error:
             missing[prompt.id] = f"{path.name} cannot be read ({error.strerror})"
     return found, missing
@@ -148,23 +162,31 @@ def _write(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
+class _Answers(msgspec.Struct):
+    """What is kept of a clip under `judged/`."""
+
+    answers: dict[str, _Answer]
+
+
 def _kept(path: Path, prompt: Prompt) -> dict[str, dict[str, str]] | None:
     """Answers asked before; None where there are none, or a damaged file."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))["answers"]
-        return {q.id: {"answer": said[q.id]["answer"], "reason": said[q.id]["reason"]} for q in prompt.questions}
-    except (OSError, ValueError, KeyError, TypeError):
+        kept = documents.read(path, _Answers).answers
+        return {q.id: kept[q.id].row() for q in prompt.questions}
+    except (NexusError, KeyError):
         return None
 
 
 def judge_clips(
     prompts: list[Prompt], folder: Path, judge: Judge, taxonomy: Taxonomy, requests: int = 4,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None, protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
+    retry_unknown: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Judge every prompt's clip in a folder, and write `judgment.json` there.
+    """Judge every prompt's clip in a folder, and write the protocol's file there.
 
     Args:
         requests: clips asked about at a time, where the judge takes several.
+        retry_unknown: ask again about clips with an answer that could not be read before; what was answered stays.
 
     Returns:
         What the file holds: {"judge", "clips": {id: answers and scores}, "missing": {id: why}, "failed": {id: why}, ...}.
@@ -178,73 +200,134 @@ def judge_clips(
             f"{silent[0]} has no evaluation_questions ({len(silent)} such prompts): the generation-only variant cannot be "
             "judged; pass the files with evaluation."
         )
-    clips, missing = find_clips(prompts, folder, judge.name)
+    clips, missing = find_clips(prompts, folder, judge.name, protocol)
     store = folder / "judged"
-    store.mkdir(exist_ok=True)
+    try:
+        store.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{store} cannot be made ({error.strerror}); judge a folder that you may write to.") from None
     answers = {c.prompt.id: kept for c in clips if (kept := _kept(store / f"{c.key}.json", c.prompt)) is not None}
-    todo, failed = [c for c in clips if c.prompt.id not in answers], {}
-    say(f"{len(todo)} clips to judge, {len(answers)} were judged before, {len(missing)} are missing")
+    unread = {n for n, kept in answers.items() if retry_unknown and any(a["answer"] == UNKNOWN for a in kept.values())}
+    todo = [c for c in clips if c.prompt.id not in answers or c.prompt.id in unread]
+    failed: dict[str, str] = {}
+    again = f" ({len(unread)} again, for answers that were Unknown)" if unread else ""
+    say(f"{len(todo)} clips to judge{again}, {len(answers) - len(unread)} were judged before, {len(missing)} are missing")
 
     def one(clip: Clip) -> dict[str, dict[str, str]]:
         try:
             frames = read_frames(clip.path)
         except InputError as error:
             raise Unreadable(str(error)) from error
-        said = ask(judge, clip.prompt, frames)
+        said = ask(judge, clip.prompt, frames, protocol)
+        before = answers.get(clip.prompt.id, {})
+        said = {q: before[q] if before.get(q, {}).get("answer") in (YES, NO) else a for q, a in said.items()}
         _write(store / f"{clip.key}.json", {"clip": clip.path.name, "judge": judge.name, "answers": said})
         return said
 
-    at_once = requests if judge.parallel else 1
-    pool = ThreadPoolExecutor(at_once)
-    running: dict[Future, Clip] = {}
-    try:
-        waiting = iter(todo)
-        done = 0
-        while True:
-            while len(running) < 2 * at_once and (clip := next(waiting, None)) is not None:
-                running[pool.submit(one, clip)] = clip
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                name, done = running.pop(future).prompt.id, done + 1
-                try:
-                    answers[name] = future.result()
-                    yes = sum(a["answer"] == YES for a in answers[name].values())
-                    say(f"[{done}/{len(todo)}] {name}: {yes} of {len(answers[name])} Yes")
-                except JudgeError as error:
-                    failed[name] = str(error)
-                    say(f"[{done}/{len(todo)}] {name}: FAILED: {error}")
-                except Unreadable as error:
-                    missing[name] = str(error)
-                    say(f"[{done}/{len(todo)}] {name}: {error}")
-    except BaseException:
-        judge.stop()
-        if begun := sum(f.running() for f in running):
-            say(f"stopping; {begun} replies are on their way, and are kept")
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)  # what is on its way is paid for: it is kept
+    done = 0
+    for clip, result in _in_threads(one, todo, requests if judge.parallel else 1, judge, say):
+        name, done = clip.prompt.id, done + 1
+        if isinstance(result, Unreadable):
+            missing[name] = str(result)
+            say(f"[{done}/{len(todo)}] {name}: {result}")
+        elif isinstance(result, JudgeError):
+            if name not in answers:
+                failed[name] = str(result)
+            say(f"[{done}/{len(todo)}] {name}: FAILED: {result}")
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            answers[name] = result
+            yes = sum(a["answer"] == YES for a in result.values())
+            say(f"[{done}/{len(todo)}] {name}: {yes} of {len(result)} Yes")
     found = {
         "schema": SCHEMA, "kind": KIND, "judge": judge.name, "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "template": hashlib.sha256((TEMPLATE + AGAIN).encode()).hexdigest()[:16],
-        "clips": {c.prompt.id: _row(c, answers[c.prompt.id], taxonomy) for c in clips if c.prompt.id in answers},
+        "protocol": protocol.name, "template": protocol.template,
+        "clips": {
+            c.prompt.id: _row(c, answers[c.prompt.id], taxonomy, folder, protocol) for c in clips if c.prompt.id in answers
+        },
         "missing": missing, "failed": failed,
     }  # fmt: skip
-    _write(folder / FILE, found)
+    _write(folder / FILES[protocol.name], found)
     return found
 
 
-def _row(clip: Clip, said: dict[str, dict[str, str]], taxonomy: Taxonomy) -> dict[str, Any]:
+def _in_threads(
+    work: Callable[[Clip], Any], todo: list[Clip], count: int, judge: Judge, say: Callable[[str], None]
+) -> Iterator[tuple[Clip, Any]]:  # fmt: skip
+    """Each clip with what `work` returned or raised, as it ends; in threads that a stopped process does not wait for.
+
+    A run that is stopped gives replies on their way a moment, then leaves them.
+    """
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    ended: queue.SimpleQueue = queue.SimpleQueue()
+    stopped = threading.Event()
+    begun: set[str] = set()
+    for clip in todo:
+        waiting.put(clip)
+
+    def serve() -> None:
+        while not stopped.is_set():
+            try:
+                clip = waiting.get_nowait()
+            except queue.Empty:
+                return
+            begun.add(clip.prompt.id)
+            try:
+                result = work(clip)
+            except BaseException as error:
+                result = error
+                if not isinstance(error, (JudgeError, Unreadable)):
+                    stopped.set()  # nothing can be judged: the others need not begin
+            begun.discard(clip.prompt.id)
+            ended.put((clip, result))
+
+    threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(count, len(todo)))]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in todo:
+            while True:
+                with contextlib.suppress(queue.Empty):
+                    yield ended.get(timeout=0.1)
+                    break
+                if not any(t.is_alive() for t in threads) and ended.empty():
+                    return
+    finally:
+        stopped.set()
+        until = time.monotonic() + GRACE
+        if on_way := len(begun):
+            say(f"stopping; {on_way} replies are on their way, and those that come within {GRACE:g} s are kept")
+            while begun and time.monotonic() < until:
+                time.sleep(0.02)
+        judge.stop()
+
+
+def _row(
+    clip: Clip, said: dict[str, dict[str, str]], taxonomy: Taxonomy, folder: Path, protocol: Protocol
+) -> dict[str, Any]:  # fmt: skip
     prompt = clip.prompt
     answers = {q.id: {**said[q.id], "question": q.text, "weight": q.weight, "layer": q.layer} for q in prompt.questions}
     return {
-        "category": prompt.category, "difficulty": prompt.difficulty, "prompt": prompt.text, "file": clip.path.name,
-        "key": clip.key, "answers": answers, **clip_scores(answers, taxonomy.layer_names(prompt.category)),
+        "category": prompt.category, "difficulty": prompt.difficulty, "prompt": prompt.text,
+        "file": clip.path.relative_to(folder).as_posix(), "key": clip.key, "answers": answers,
+        **clip_scores(answers, taxonomy.layer_names(prompt.category), protocol.counts_unanswered),
     }  # fmt: skip
+
+
+def judgments(path: Path) -> list[Path]:
+    """The judgment files of a folder, strict first; a file is itself."""
+    if not path.is_dir():
+        return [path]
+    return [path / name for name in FILES.values() if (path / name).is_file()] or [path / FILE]
 
 
 def read_judgment(path: Path) -> dict[str, Any]:
     """A folder's `judgment.json`, or such a file; errors as `read_as`."""
     path = path / FILE if path.is_dir() else path
     maker = f"`nexus-rt vrbench judge PROMPTS {path.parent}`"
-    return read_as(path, KIND, SCHEMA, maker, "judge the clips again: what was answered is kept")
+    remedy = "judge the clips again: what was answered is kept"
+    said = read_as(path, KIND, SCHEMA, maker, remedy)
+    said.setdefault("protocol", "strict")
+    documents.check(said, Judgment, str(path), remedy=remedy)
+    return said

@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from nexus_rt.batch import finished
-from nexus_rt.bench.vrbench.judging import read_judgment
+from nexus_rt.bench.vrbench.judging import judgments, read_judgment
+from nexus_rt.bench.vrbench.protocol import Protocol
 from nexus_rt.bench.vrbench.schema import Taxonomy
 from nexus_rt.bench.vrbench.scoring import clip_scores, mean_interval, paired, summary
 from nexus_rt.errors import InputError
 
 
 def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
-    """{"runs": [{"name", "judge", "scores", "against_first", "clips", "missing", "failed", ...}], "notes"}.
+    """{"runs": [{"name", "judge", "protocol", "scores", "against_first", "clips", "missing", "failed", ...}], "notes"}.
 
-    Scores are made anew from the answers, under this taxonomy.
+    A folder judged by both protocols is two runs, side by side. Scores are made anew from the answers, under this taxonomy.
 
     Raises:
         InputError: a run was not judged, or none holds a clip. ModelError: a damaged file.
@@ -23,15 +24,28 @@ def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
     found: dict[str, Any] = {"kind": "nexus-rt vrbench report", "runs": [], "notes": []}
     folders = [path if path.is_dir() else path.parent for path in runs]
     for path, folder, name in zip(runs, folders, _names(folders), strict=True):
-        said = read_judgment(path)
-        clips = {i: c | clip_scores(c["answers"], taxonomy.layer_names(c["category"])) for i, c in said["clips"].items()}
-        kept = {k: said[k] for k in ("judge", "when", "template", "missing", "failed")}
-        scores = {"scores": summary(clips, taxonomy), "clips": clips}
-        found["runs"].append({"name": name, "folder": str(folder), "made_with": made_with(folder), **kept, **scores})
+        files = judgments(path)
+        for file in files:
+            said = read_judgment(file)
+            protocol = Protocol(said["protocol"])
+            rule = protocol.counts_unanswered
+            clips = {
+                i: c | clip_scores(c["answers"], taxonomy.layer_names(c["category"]), rule) for i, c in said["clips"].items()
+            }
+            kept = {k: said[k] for k in ("judge", "when", "template", "missing", "failed", "protocol")}
+            scores = {"scores": summary(clips, taxonomy), "clips": clips}
+            shown_as = name if protocol.name == "strict" else f"{name} ({protocol.name})"
+            found["runs"].append({"name": shown_as, "folder": str(folder), "made_with": made_with(folder), **kept, **scores})
     if not any(run["clips"] for run in found["runs"]):
         raise InputError("no run holds a judged clip; nothing to report.")
     first = found["runs"][0]
     for run in found["runs"][1:]:
+        if run["protocol"] != first["protocol"]:
+            found["notes"].append(
+                f"{first['name']} is judged by the {first['protocol']} protocol, {run['name']} by the {run['protocol']} one: "
+                "their scores stand side by side and are not compared"
+            )
+            continue
         run["against_first"] = paired(first["clips"], run["clips"])
         for field, words in (("judge", "judges"), ("template", "prompt templates")):
             if run[field] != first[field]:
@@ -40,9 +54,10 @@ def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
         if absent := len(run["missing"]) + len(run["failed"]):
             found["notes"].append(f"{run['name']}: {absent} prompts have no answers (listed below), and are in no mean")
         if unknown := run["scores"]["overall"]["unknown"]:
+            where = "count as not Yes, as published" if run["protocol"] == "published" else "are in no mean"
             found["notes"].append(
                 f"{run['name']}: {unknown} of {run['scores']['overall']['questions']} answers are Unknown (could not be read), "
-                "and are in no mean"
+                f"and {where}"
             )
     return found
 
@@ -87,13 +102,15 @@ def sections(report: dict[str, Any], taxonomy: Taxonomy) -> list[tuple[str, list
     every = lambda kind: list(dict.fromkeys(k for r in runs for k in r["scores"][kind]))  # noqa: E731
     whole = [r["scores"]["overall"] for r in runs]
     overall = [
-        ("all clips", cells("overall")), ("clips scored", [str(w["count"]) for w in whole]),
+        ("protocol", [r["protocol"] for r in runs]), ("all clips", cells("overall")),
+        ("clips scored", [str(w["count"]) for w in whole]),
         ("Unknown answers", [f"{w['unknown']}/{w['questions']}" for w in whole]),
     ]  # fmt: skip
     if len(runs) > 1:
         counted = lambda a: f"{a['better']}, {a['same']}, {a['worse']}"  # noqa: E731
         for name, words in ((f"minus {runs[0]['name']}, paired", _signed), ("better, same, worse", counted)):
-            overall.append((name, ["-", *(words(r["against_first"]) for r in runs[1:])]))
+            compared = [words(r["against_first"]) if "against_first" in r else "-" for r in runs[1:]]
+            overall.append((name, ["-", *compared]))
     found = [("Overall", overall)]
     found.append(("Groups", [(g, cells("groups", g)) for g in every("groups")]))
     found.append(("Categories", [(_titled(c, taxonomy), cells("categories", c)) for c in every("categories")]))
@@ -124,7 +141,7 @@ def absent(report: dict[str, Any]) -> list[tuple[str, str, str]]:
 def introduction(run: dict[str, Any]) -> str:
     """A run in one line."""
     made = f"{run['made_with']}; " if run["made_with"] else ""
-    return f"{run['name']}: {made}judged by {run['judge']}, {run['when'][:10]}"
+    return f"{run['name']}: {made}judged by {run['judge']}, {run['protocol']} protocol, {run['when'][:10]}"
 
 
 def _escaped(text: str) -> str:

@@ -38,7 +38,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One clip to make and what to ask of it; `questions` is empty in the generation-only variant."""
+    """One clip to make and what to ask of it; `questions` is empty in the generation-only variant.
+
+    category: its code; category_name: as the file has it. role, judge_instructions: the category's own words to the judge,
+    of its `judge_role` (or `role`) and `judge_instructions` (or `instructions`), for the published protocol.
+    """
 
     id: str
     category: str
@@ -49,6 +53,9 @@ class Prompt:
     behaviour: str = ""
     principle: str = ""
     questions: tuple[Question, ...] = ()
+    category_name: str = ""
+    role: str = ""
+    judge_instructions: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,11 +123,23 @@ def _file(path: Path, taxonomy: Taxonomy) -> list[Prompt]:
     if not isinstance(said, dict) or not said:
         kind = "nothing" if said == {} else f"a {type(said).__name__}"
         raise InputError(f"{path} holds {kind}; expected an object keyed by category name, as VR-Bench's files are.")
-    return [
-        _prompt(row, place, taxonomy.code(name), _text(category, "evaluation_principle", f"{path}: {name}"))
-        for name, category in said.items()
-        for row, place in category_prompts(category, f"{path}: {name}")
-    ]
+    found = []
+    for name, category in said.items():
+        where = f"{path}: {name}"
+        rows = category_prompts(category, where)
+        principle = _text(category, "evaluation_principle", where)
+        role = _text(category, "judge_role", where) or _text(category, "role", where)
+        words = _text(category, "judge_instructions", where) or _text(category, "instructions", where)
+        for row, place in rows:
+            prompt = _prompt(row, place, taxonomy.code(name), principle)
+            found.append(replace(prompt, category_name=_folder_name(name), role=role, judge_instructions=words))
+    return found
+
+
+def _folder_name(name: str) -> str:
+    """A category's name where it can be a folder's, else nothing."""
+    plain = name.strip()
+    return plain if plain and "/" not in plain and "\\" not in plain and plain not in (".", "..") and len(plain) < 200 else ""
 
 
 def _text(row: dict[str, Any], name: str, where: str) -> str:

@@ -19,18 +19,24 @@ YES, NO, UNKNOWN = "Yes", "No", "Unknown"
 DRAWS = 10_000
 
 
-def weighted(answers: Iterable[dict[str, Any]]) -> float | None:
-    """Share of Yes by weight, of answers `{"answer", "weight"}`; None where none is known."""
-    known = [a for a in answers if a["answer"] != UNKNOWN]
+def weighted(answers: Iterable[dict[str, Any]], unanswered: bool = False) -> float | None:
+    """Share of Yes by weight, of answers `{"answer", "weight"}`; None where none is known.
+
+    unanswered: an Unknown stays in the denominator, as published.
+    """
+    known = [a for a in answers if unanswered or a["answer"] != UNKNOWN]
     whole = sum(a["weight"] for a in known)
     return round(sum(a["weight"] for a in known if a["answer"] == YES) / whole, 4) if whole > 0 else None
 
 
-def clip_scores(answers: dict[str, dict[str, Any]], layer_names: tuple[str, ...]) -> dict[str, Any]:
+def clip_scores(
+    answers: dict[str, dict[str, Any]], layer_names: tuple[str, ...], unanswered: bool = False
+) -> dict[str, Any]:  # fmt: skip
     """{"score", "layers": {name: score}, "unknown", "questions"} of a clip's answers `{"answer", "weight", "layer"}`."""
-    layers = {name: weighted(a for a in answers.values() if a["layer"] == i) for i, name in enumerate(layer_names)}
+    of_layer = lambda i: (a for a in answers.values() if a["layer"] == i)  # noqa: E731
+    layers = {name: weighted(of_layer(i), unanswered) for i, name in enumerate(layer_names)}
     unknown = sum(a["answer"] == UNKNOWN for a in answers.values())
-    return {"score": weighted(answers.values()), "layers": layers, "unknown": unknown, "questions": len(answers)}
+    return {"score": weighted(answers.values(), unanswered), "layers": layers, "unknown": unknown, "questions": len(answers)}
 
 
 def mean_interval(values: list[float], draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:

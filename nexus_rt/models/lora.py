@@ -184,9 +184,7 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Key]]:
             unknown.append(name)
             continue
         if other := named.get((key.parameter, key.kind)):
-            raise ModelError(
-                f"{path}: {cut(other, 120)} and {cut(name, 120)} are one place under two names; keep one of them."
-            )
+            raise ModelError(f"{path}: {cut(other, 120)} and {cut(name, 120)} are one place under two names; keep one of them.")
         named[key.parameter, key.kind] = name
         if not tensor.is_floating_point() and key.kind != "alpha":
             raise ModelError(f"{path}: {cut(name, 120)} holds whole numbers ({tensor.dtype}); expected a LoRA's floats.")

@@ -75,7 +75,6 @@ class Tokenized:
         states = states.to(self.dtype) * mask[..., None].to(self.dtype)
         return torch.nn.functional.pad(states, (0, 0, 0, max_sequence_length - states.shape[1]))
 
-
     def _warn_of_cut(self, texts: list[str], limit: int) -> None:
         """Name the words past the limit, which no generator reads."""
         for text, ids in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):

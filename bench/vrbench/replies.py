@@ -1,0 +1,106 @@
+"""A judge's reply to answers: what it says, and in which of the ways it says nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from nexus_rt.bench.vrbench.scoring import NO, YES
+
+MOST_TEXT, MOST_OBJECTS = 200_000, 256  # of a reply: characters read, places tried for a JSON object
+START = re.compile(r'\{\s*(?=["}])')
+CAUSES = {  # why a question has no answer -> in words
+    "length": "the reply was cut at the token limit (finish_reason length)",
+    "content_filter": "the server's content filter withheld the reply",
+    "reasoning": "the reply is reasoning alone, without content",
+    "empty": "the reply is empty",
+    "unreadable": "the reply could not be read",
+}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a judge said. finish: the server's finish_reason; reasoning: it reasoned and wrote no content."""
+
+    text: str
+    finish: str | None = None
+    reasoning: bool = False
+
+    @property
+    def cause(self) -> str:
+        """Why no answer can be read of it, as `CAUSES` names it."""
+        if self.finish in ("length", "content_filter"):
+            return self.finish
+        return "unreadable" if self.text.strip() else "reasoning" if self.reasoning else "empty"
+
+
+def of_choice(choice: dict[str, Any]) -> Reply:
+    """The reply in a chat completion's choice: content as text or as parts, which may be null.
+
+    Raises:
+        KeyError, TypeError, AttributeError: it is no choice.
+    """
+    message = choice["message"]
+    content, finish = message.get("content"), choice.get("finish_reason")
+    if isinstance(content, list):
+        parts = [p if isinstance(p, str) else p.get("text") for p in content if isinstance(p, (str, dict))]
+        content = "".join(p for p in parts if isinstance(p, str))
+    reasoned = any(isinstance(message.get(k), str) and message[k].strip() for k in ("reasoning_content", "reasoning"))
+    refusal = message.get("refusal")
+    if not content and isinstance(refusal, str) and refusal:
+        content = refusal
+    return Reply(content if isinstance(content, str) else "", finish if isinstance(finish, str) else None, reasoned)
+
+
+def parse(reply: str, wanted: list[str]) -> dict[str, dict[str, str]]:
+    """The answers found in a reply: question -> {"answer": "Yes" | "No", "reason"}; what cannot be read is left out.
+
+    What a model thought before its last `</think>` is dropped. Of several JSON objects the one with most answers counts, of
+    equals the last. Tolerates code fences, text around the JSON, a bare "Yes", lower case, and answers without their
+    `answers` object. Bounded in time whatever the text.
+    """
+    text = reply.rpartition("</think>")[2][-MOST_TEXT:]
+    decoder, best, end = json.JSONDecoder(), {}, 0
+    starts = [m.start() for m in START.finditer(text)]
+    for place in starts[-MOST_OBJECTS:]:
+        if place < end:  # inside an object that was read
+            continue
+        try:
+            value, end = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError):
+            continue
+        found = _best(value, wanted)
+        if found and len(found) >= len(best):
+            best = found
+    return best
+
+
+def _best(value: Any, wanted: list[str], depth: int = 3) -> dict[str, dict[str, str]]:
+    """The most answers of an object, or of the objects in it."""
+    if not isinstance(value, dict):
+        return {}
+    found = {q: answer for q in wanted if (answer := _answer(value.get(q))) is not None}
+    rows = value.get("answers")
+    if isinstance(rows, list):  # a row a question, each naming its own
+        named = [(r.get("id") or r.get("question_id"), r) for r in rows if isinstance(r, dict)]
+        listed = {q: a for q, r in named if q in wanted and (a := _answer(r)) is not None}
+        found = listed if len(listed) > len(found) else found
+    if depth:
+        for inner in value.values():
+            other = _best(inner, wanted, depth - 1)
+            found = other if len(other) > len(found) else found
+    return found
+
+
+def _answer(value: Any) -> dict[str, str] | None:
+    row = value if isinstance(value, dict) else {"answer": value}
+    word = row.get("answer")
+    if isinstance(word, bool):
+        word = YES if word else NO
+    plain = word.strip().strip(".!\"'").lower() if isinstance(word, str) else ""
+    if plain not in ("yes", "no"):
+        return None
+    reason = row.get("reason")
+    return {"answer": YES if plain == "yes" else NO, "reason": reason.strip() if isinstance(reason, str) else ""}

@@ -1,0 +1,323 @@
+"""A call's arguments: right, or our error before any work; and the published scripts' defaults and numerics."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nexus_rt import BlendConfig, Cancelled, InputError, NexusPipeline, time_grid
+from nexus_rt.denoise import Prompt, denoise
+from nexus_rt.models.load import load_transformer
+from nexus_rt.pair import Defaults
+from nexus_rt.plan import parse_plan
+from nexus_rt.request import PUBLISHED, make_plan, make_request
+
+PROMPT = "a red circle moves left"
+LATENT = dict(output_type="latent", num_inference_steps=3, plan="large")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def untouched(tiny_pipe, monkeypatch):
+    """The pipeline with everything that works failing the test: bad input must not cost a step, nor an encoding."""
+    for part, name in ((tiny_pipe.text, "encode"), *((e, "velocity") for e in tiny_pipe.engines.values())):
+        monkeypatch.setattr(part, name, lambda *a, **k: pytest.fail("work was done"))
+    return tiny_pipe
+
+
+EMBEDS = torch.zeros(1, 512, 32)
+WRONG = [
+    (dict(prompt=[None]), "prompt holds None; expected text"),
+    (dict(prompt=5), "prompt holds 5"),
+    (dict(prompt=b"x"), "prompt holds b'x'"),
+    (dict(prompt={"a": 1}), "prompt holds"),
+    (dict(prompt=["a", 3]), "prompt holds 3"),
+    (dict(prompt="\ud800"), "half a surrogate pair"),
+    (dict(prompt="x" * 200_000), "has 200000 characters"),
+    (dict(negative_prompt=7), "negative_prompt holds 7"),
+    (dict(negative_prompt=[None]), "negative_prompt holds None"),
+    (dict(generator=5), "generator is 5; expected a torch.Generator"),
+    (dict(generator=[seeded(), 1]), "generator is 1"),
+    (dict(generator="seed"), "generator is 'seed'"),
+    (dict(num_frames=81.0), "num_frames is 81.0; expected a whole number"),
+    (dict(num_frames=True), "num_frames is True"),
+    (dict(num_frames="5"), "num_frames is '5'"),
+    (dict(num_frames=10**9), "at most"),
+    (dict(height="32"), "height is '32'"),
+    (dict(height=32.0), "height is 32.0"),
+    (dict(width=10**9), "width is 1000000000"),
+    (dict(height=0), "height is 0"),
+    (dict(width=0), "width is 0"),
+    (dict(num_inference_steps=2.5), "num_inference_steps is 2.5"),
+    (dict(num_inference_steps="4"), "num_inference_steps is '4'"),
+    (dict(num_inference_steps=10**9), "at most 100000"),
+    (dict(guidance_scale="6"), "guidance_scale is '6'"),
+    (dict(guidance_scale=float("nan")), "guidance_scale is nan"),
+    (dict(guidance_scale_2=float("inf")), "guidance_scale_2 is inf"),
+    (dict(guidance_scale=True), "guidance_scale is True"),
+    (dict(shift="5"), "shift is '5'"),
+    (dict(shift=0), "shift is 0"),
+    (dict(shift=float("nan")), "shift is nan"),
+    (dict(shift=1e9), "shift is"),
+    (dict(num_videos_per_prompt=1.0), "num_videos_per_prompt is 1.0"),
+    (dict(num_videos_per_prompt=10**6), "at most 256"),
+    (dict(max_sequence_length=0), "max_sequence_length is 0"),
+    (dict(max_sequence_length=513), "at most 512"),
+    (dict(max_sequence_length=8.0), "max_sequence_length is 8.0"),
+    (dict(plan=3), "plan is 3; expected a Plan"),
+    (dict(blend="fft"), "blend is 'fft'; expected a BlendConfig"),
+    (dict(energy=1), "energy is 1"),
+    (dict(solver=["unipc"]), "unknown solver"),
+    (dict(as_published="yes"), "as_published is 'yes'"),
+    (dict(gamma_w=-1.0, plan="reference"), "gamma_w is -1.0"),
+    (dict(gamma_w=0.5, plan="handoff=0.5"), "has none; use 'reference'"),
+    (dict(callback_on_step_end=3), "callback_on_step_end is 3"),
+    (dict(callback_on_step_end_tensor_inputs="latents"), "list of names"),
+    (dict(callback_on_step_end_tensor_inputs=[1]), "unknown callback tensor"),
+    (dict(latents="noise"), "latents are 'noise'"),
+    (dict(latents=torch.zeros(1, 16, 2, 4, 6, dtype=torch.int64)), "latents are"),
+    (dict(latents=torch.full((1, 16, 2, 4, 6), float("nan"))), "latents hold NaN"),
+    (dict(latents=torch.zeros(1, 16, 3, 4, 6)), "latents have shape"),
+    (dict(latents=torch.zeros(1, 16, 2, 4, 8)), "latents have shape"),
+    (dict(prompt_embeds=EMBEDS), "either prompt or prompt_embeds"),
+    (dict(prompt=None, prompt_embeds=EMBEDS[0]), r"prompt_embeds is \[512, 32\] of torch.float32; expected"),
+    (dict(prompt=None, prompt_embeds=EMBEDS.long()), "prompt_embeds is"),
+    (dict(prompt=None, prompt_embeds="x"), "prompt_embeds is 'x'"),
+    (dict(prompt=None, prompt_embeds=EMBEDS / 0), "prompt_embeds holds NaN"),
+    (dict(prompt=None, prompt_embeds=EMBEDS, negative_prompt="x"), "negative_prompt goes with prompt"),
+    (dict(prompt=None, prompt_embeds=EMBEDS, negative_prompt_embeds=EMBEDS[:, :226]), "negative_prompt_embeds has shape"),
+    (
+        dict(prompt=None, prompt_embeds=EMBEDS, negative_prompt_embeds=EMBEDS.repeat(2, 1, 1)),
+        "negative_prompt_embeds has shape",
+    ),
+    (dict(prompt=["a", "b"], negative_prompt_embeds=EMBEDS), "negative_prompt_embeds are for 1 prompts of 2"),
+    (dict(negative_prompt="x", negative_prompt_embeds=EMBEDS), "either negative_prompt or negative_prompt_embeds"),
+    (dict(negative_prompt_embeds=EMBEDS[:, :9]), "have 9 tokens; expected 512"),
+    (dict(prompt=None, prompt_embeds=EMBEDS, context_embeds=EMBEDS.repeat(3, 1, 1)), "as many"),
+]
+
+
+@pytest.mark.parametrize("call, words", WRONG, ids=[str(i) for i in range(len(WRONG))])
+def test_what_is_wrong_is_said_before_any_work(untouched, call, words):
+    with pytest.raises(InputError, match=words) as caught:
+        untouched(**{"prompt": PROMPT, **call})
+    assert len(str(caught.value)) < 500
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.binary(max_size=3),
+    st.lists(st.none(), max_size=2),
+)
+NAMES = [
+    "height",
+    "width",
+    "num_frames",
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_scale_2",
+    "shift",
+    "plan",
+    "energy",
+    "gamma_w",
+    "blend",
+    "solver",
+    "output_type",
+    "num_videos_per_prompt",
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3))
+def test_any_value_is_taken_or_refused_as_ours(values):
+    given_ = dict.fromkeys(NAMES) | {"output_type": "np", "num_videos_per_prompt": 1} | values
+    try:
+        request = make_request(Defaults(), **given_, published=False)
+    except InputError:
+        return
+    assert len(request.plan) >= 1 and np.isfinite([request.guidance.small, request.guidance.large]).all()
+
+
+def test_numpy_numbers_are_numbers(tiny_pipe):
+    call = dict(height=np.int64(32), width=np.int32(48), num_frames=np.uint8(5), guidance_scale=np.float32(3), **LATENT)
+    assert tiny_pipe(PROMPT, generator=seeded(), **call).frames.shape == (1, 16, 2, 4, 6)
+
+
+def test_given_embeddings_serve_several_videos(tiny_pipe):
+    embeds, none = tiny_pipe.encode_prompt(["a red circle", "a blue square"])
+    out = tiny_pipe(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=none,
+        num_videos_per_prompt=2,
+        generator=[seeded(i) for i in range(4)],
+        **LATENT,
+    )
+    said = tiny_pipe(
+        ["a red circle", "a blue square"], num_videos_per_prompt=2, generator=[seeded(i) for i in range(4)], **LATENT
+    )
+    assert out.frames.shape[0] == 4 and torch.equal(out.frames, said.frames)
+
+
+def test_a_callback_replaces_embeddings_from_the_next_step_on(tiny_pipe):
+    """What diffusers lets a callback do: the same as two plans joined at that step."""
+    other = tiny_pipe.encode_prompt("a blue square")[0]
+
+    def callback(pipe, index, timestep, tensors):
+        return {"prompt_embeds": other} if index == 1 else {"latents": tensors["latents"]}
+
+    tensors = ["latents", "prompt_embeds"]
+    got = tiny_pipe(
+        PROMPT, generator=seeded(), callback_on_step_end=callback, callback_on_step_end_tensor_inputs=tensors, **LATENT
+    ).frames
+    embeds, none = tiny_pipe.encode_prompt(PROMPT)
+    asked = []
+
+    class Watched:
+        def prepare(self, context):
+            return context
+
+        def velocity(self, latents, timestep, context):
+            asked.append(context[0])
+            engine = tiny_pipe.engines["large"]
+            return engine.velocity(latents, timestep, engine.prepare(context))
+
+    told = iter([embeds, embeds, other])
+
+    def change(step, latents):
+        from nexus_rt.denoise import Change
+
+        next(told)
+        return Change(prompts={"large": Prompt(other, none)}) if step.index == 1 else None
+
+    plan = tiny_pipe.make_plan("large", 3)
+    wanted = denoise(
+        torch.randn(1, 16, 2, 4, 6, generator=seeded()),
+        plan,
+        {"large": Watched()},
+        {"large": Prompt(embeds, none)},
+        on_step=change,
+    )
+    assert torch.equal(got, wanted) and [torch.equal(a, other[0]) for a in asked] == [False, False, True]
+    for answer, words in (
+        ({"prompt_embeds": other[:, :9]}, "expected a tensor of shape"),
+        ({"prompt": "x"}, "unknown callback tensor"),
+        (5, "returned 5"),
+        ({"latents": None}, "expected a tensor"),
+        ({"context_embeds": other}, "shape None"),
+    ):
+        with pytest.raises(InputError, match=words):
+            tiny_pipe(PROMPT, callback_on_step_end=lambda *a, answer=answer: answer, **LATENT)
+
+
+def test_an_interrupt_ends_the_loop_and_keeps_what_there_is(tiny_pipe):
+    seen, kept = [], []
+
+    def callback(pipe, index, timestep, tensors):
+        seen.append(index)
+        kept.append(tensors["latents"])
+        pipe._interrupt = index == 1
+
+    out = tiny_pipe(PROMPT, generator=seeded(), callback_on_step_end=callback, **{**LATENT, "num_inference_steps": 6})
+    assert seen == [0, 1] and torch.equal(out.frames, kept[-1])
+    assert tiny_pipe(PROMPT, output_type="latent").frames.isfinite().all() and not tiny_pipe.interrupt
+
+
+def test_a_cancel_while_prompts_are_encoded_stops_the_call(tiny_pipe, monkeypatch):
+    right = tiny_pipe.text.encode
+
+    def encode(*args, **options):
+        tiny_pipe.cancel()
+        return right(*args, **options)
+
+    monkeypatch.setattr(tiny_pipe.text, "encode", encode)
+    for engine in tiny_pipe.engines.values():
+        monkeypatch.setattr(engine, "velocity", lambda *a: pytest.fail("a step was made"))
+    with pytest.raises(Cancelled, match="after the prompt was encoded"):
+        tiny_pipe(PROMPT)
+
+
+def test_words_past_the_limit_are_named(tiny_pipe):
+    with pytest.warns(UserWarning, match=r"has 9 tokens and 5 are read; what comes after is lost: 'left right on"):
+        tiny_pipe.encode_prompt("a red circle moves left right on black", max_sequence_length=5)
+
+
+def test_the_published_grid_is_that_of_the_published_scheduler():
+    """Its sigmas before float32: s from float32(0.999), timestep the whole part of 1000 sigma in float64."""
+    for steps, shift in ((50, 5.0), (50, 3.0), (37, 5.0), (20, 8.0)):
+        s = np.linspace(float(np.float32(0.999)), 0, steps + 1)[:-1]
+        exact = shift * s / (1 + (shift - 1) * s)
+        grid = time_grid(steps, shift, float64_timesteps=True)
+        assert grid.timesteps == tuple(int(x) for x in exact * 1000)
+        assert np.array_equal(np.array(grid.sigmas[:-1], np.float32), exact.astype(np.float32))
+    assert time_grid(198, 5.0, True).timesteps != time_grid(198, 5.0).timesteps  # or the option would be for nothing
+
+
+def test_as_published_sets_every_default():
+    pair = Defaults(num_inference_steps=7, guidance_scale=2.0, guidance_scale_2=1.0, shift=3.0, plan="handoff=0.5")
+    given_ = dict.fromkeys(NAMES) | {"output_type": "np", "num_videos_per_prompt": 1}
+    request = make_request(pair, **given_, published=True)
+    assert (
+        request.plan.name == "reference"
+        and len(request.plan) == 50
+        and all(s.energy == "reference" for s in request.plan.steps)
+    )
+    assert request.plan.grid == time_grid(50, 5.0, float64_timesteps=True)
+    assert (request.guidance.small, request.guidance.large, request.solver) == (6.0, 6.0, "unipc")  # s + 1 of s = 5.0
+    assert request.blend == BlendConfig() == PUBLISHED["blend"]
+    assert (request.blend.gamma_hf, request.blend.sigma_min, request.blend.sigma_max) == (0.7, 0.35, 0.7)
+    own = make_request(
+        pair, **{**given_, "num_inference_steps": 4, "guidance_scale": 3.0, "shift": 3.0, "gamma_w": 0.5}, published=True
+    )
+    assert len(own.plan) == 4 and own.guidance.large == 3.0 and own.plan.steps[1].w != request.plan.steps[1].w
+    assert [s.w for s in own.plan.steps] == [s.w for s in parse_plan("reference", time_grid(4, 3.0, True), 0.5).steps]
+    with pytest.raises(InputError, match="is not as published"):
+        make_plan(pair, "handoff=0.3", published=True)
+
+
+def test_the_published_numerics_keep_the_stream_in_float32(tiny_pair):
+    """bfloat16 weights: nearer to float32 than with a narrow stream, equal to it at no step, and float32 out."""
+    exact = load_transformer(tiny_pair / "large", torch.float32, kernels="torch")
+    low = load_transformer(tiny_pair / "large", torch.bfloat16, kernels="torch")
+    exact.load_state_dict({k: v.float() for k, v in low.state_dict().items()})  # the same weights
+    x, t = torch.randn(2, 16, 2, 8, 8, generator=seeded()), torch.tensor(700.0)
+    text = torch.randn(2, 8, 32, generator=seeded(1))
+    wanted, narrow = (m(x, t, m.prepare_context(text)) for m in (exact, low))
+    low.float32_stream = True
+    wide = low(x, t, low.prepare_context(text))
+    error = [((v.float() - wanted).norm() / wanted.norm()).item() for v in (wide, narrow)]
+    assert wide.dtype == torch.float32 and narrow.dtype == torch.bfloat16 and 0 < error[0] < 0.7 * error[1]
+    streams = []
+    hook = low.blocks[0].register_forward_hook(lambda m, a, out: streams.append((a[0].dtype, out[0].dtype)))
+    low(x, t, low.prepare_context(text))
+    hook.remove()
+    assert streams == [(torch.float32, torch.float32)]
+    exact.float32_stream = True
+    assert torch.equal(exact(x, t, exact.prepare_context(text)), wanted)  # float32 throughout is that already
+
+
+def test_as_published_is_of_one_call(tiny_pair):
+    pipe = NexusPipeline.from_pretrained(tiny_pair, torch_dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    call = dict(generator=None, num_inference_steps=3, output_type="latent")
+    plain = pipe(PROMPT, plan="reference", **{**call, "generator": seeded()}).frames
+    wide = pipe(PROMPT, as_published=True, **{**call, "generator": seeded()}).frames
+    assert not torch.equal(plain, wide) and not any(e.model.float32_stream for e in pipe.engines.values())
+    assert torch.equal(plain, pipe(PROMPT, plan="reference", **{**call, "generator": seeded()}).frames)
+    pictures = pipe(PROMPT, as_published=True, **{**call, "generator": seeded(), "output_type": "pil"}).frames[0]
+    exact = pipe.decode(wide)[0]
+    assert np.array_equal(np.stack([np.asarray(p) for p in pictures]), (exact * 255).astype(np.uint8))  # cut, not rounded
+
+
+def test_a_plan_of_ones_own_has_its_own_numbers(tiny_pipe):
+    plan = parse_plan("large", time_grid(4, 5.0))
+    for name, value in (("num_inference_steps", 9), ("shift", 3.0), ("gamma_w", 0.5)):
+        with pytest.raises(InputError, match=f"{name} is the plan's own"):
+            tiny_pipe(PROMPT, plan=plan, **{name: value})
