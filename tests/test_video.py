@@ -1,14 +1,16 @@
 """Files: what was written can be read back, and nothing is half-written."""
 
 import os
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageSequence
 
 from nexus_rt.errors import InputError
-from nexus_rt.video import check_output, read_frames, save_video
+from nexus_rt.video import check_output, frame_rate, read_frames, read_metadata, save_video, to_uint8
 
 
 def clip(frames=9, height=32, width=48):
@@ -98,3 +100,146 @@ def test_what_is_no_video_says_so(tmp_path):
     for name in ("a.mp4", "b.mp4", "none.mp4"):
         with pytest.raises(InputError, match=f"{name} (cannot be read as a video|holds no frames)"):
             read_frames(tmp_path / name)
+
+
+def decoded(path, matrix):
+    """Frames by FFmpeg's own scaler, told a matrix, whatever the file's tags say."""
+    with av.open(str(path)) as container:
+        return np.stack(
+            [
+                f.reformat(format="rgb24", src_colorspace=matrix, dst_colorspace=matrix, src_color_range="MPEG").to_ndarray()
+                for f in container.decode(video=0)
+            ]
+        )
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / ((a.astype(float) - b) ** 2).mean())
+
+
+@pytest.mark.parametrize("size", [(1280, 720), (64, 48)])
+def test_mp4_is_bt709_and_says_so(tmp_path, size):
+    frames = np.zeros((3, size[1], size[0], 3), np.uint8)
+    for i, colour in enumerate([(0, 255, 0), (255, 0, 0), (20, 60, 240)]):
+        frames[:, :, i * size[0] // 3 :] = colour
+    path = save_video(frames, tmp_path / "a.mp4")
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
+    told, read = decoded(path, "ITU709"), read_frames(path)
+    inside = (slice(None), slice(None), slice(0, size[0] // 4))  # away from the edge of a colour, which chroma smears
+    assert psnr(told[inside], frames[inside]) > 45 and np.abs(told.astype(int) - read).max() <= 1
+    assert psnr(decoded(path, "ITU601")[inside], frames[inside]) < 30  # the matrix matters
+    assert np.abs(read[0, size[1] // 2, 5].astype(int) - (0, 255, 0)).max() <= 2
+
+
+def test_the_same_frames_give_the_same_bytes(tmp_path):
+    rng = np.random.default_rng(0).integers(0, 255, (20, 64, 96, 3), dtype=np.uint8)
+    files = [save_video(rng, tmp_path / f"{i}.mp4", metadata={"seed": 1}).read_bytes() for i in range(3)]
+    assert files[0] == files[1] == files[2]
+
+
+@pytest.mark.parametrize(
+    "fps, rate",
+    [(23.976, (24000, 1001)), (29.97, (30000, 1001)), (59.94, (60000, 1001)), ("30000/1001", (30000, 1001)), ("24", (24, 1)),
+     (Fraction(25, 2), (25, 2)), (0.5, (1, 2)), (12.5, (25, 2)), (np.float64(16), (16, 1)), ("23.976", (24000, 1001))],
+)  # fmt: skip
+def test_rational_rates(tmp_path, fps, rate):
+    with av.open(str(save_video(clip(), tmp_path / "a.mp4", fps))) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == Fraction(*rate)
+        assert float(stream.duration * stream.time_base) == pytest.approx(9 / Fraction(*rate), rel=1e-3)
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), "x", None, True, 1e9, 0.01, "1/0", [16], "0"])
+def test_rates_that_are_none(tmp_path, fps):
+    for name in ("a.mp4", "a.gif", "a.png"):
+        with pytest.raises(InputError, match="fps is .*; expected frames per second from 0.1 to 1000"):
+            save_video(clip(), tmp_path / name, fps)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fps", [16, 30, 60, 100, 7, 0.5, "24000/1001"])
+@pytest.mark.parametrize("still", [False, True])
+def test_gif_keeps_its_frames_and_its_duration(tmp_path, fps, still):
+    frames = np.full((13, 32, 48, 3), 100, np.uint8) if still else np.random.default_rng(0).integers(0, 255, (13, 32, 48, 3))
+    path = save_video(frames, tmp_path / "a.gif", fps)
+    with Image.open(path) as image:
+        assert image.n_frames == 13 == len(read_frames(path)) and image.info["loop"] == 0
+        times = [frame.info["duration"] for frame in ImageSequence.Iterator(image)]
+    assert abs(sum(times) - 13_000 / frame_rate(fps)) <= 5 and min(times) >= 10 and max(times) - min(times) <= 10
+
+
+def test_gif_shows_at_most_100_frames_a_second(tmp_path):
+    with pytest.warns(UserWarning, match="at most 100 frames per second: 20 of 24 are kept"):
+        path = save_video(np.random.default_rng(0).integers(0, 255, (24, 32, 32, 3)), tmp_path / "a.gif", 120)
+    with Image.open(path) as image:
+        assert sum(f.info["duration"] for f in ImageSequence.Iterator(image)) == 200
+
+
+@pytest.mark.parametrize("size", [(31, 33), (32, 33), (31, 32), (1, 1)])
+def test_odd_sides_are_padded_and_said(tmp_path, size):
+    frames = np.full((3, *size, 3), 80, np.uint8)
+    with pytest.warns(UserWarning, match="mp4 needs even sides"):
+        back = read_frames(save_video(frames, tmp_path / "a.mp4"))
+    assert back.shape == (3, size[0] + size[0] % 2, size[1] + size[1] % 2, 3) and np.abs(back.astype(int) - 80).max() <= 2
+    assert read_frames(save_video(frames, tmp_path / "a.gif")).shape == (3, *size, 3)
+
+
+HALF = np.full((2, 32, 32, 3), 0.5)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        HALF,
+        HALF.astype(np.float16),
+        HALF.astype(np.float32),
+        torch.from_numpy(HALF).bfloat16(),
+        torch.from_numpy(HALF).requires_grad_(),
+        (HALF * 255).round().astype(np.int64),
+        (HALF * 255).round().astype(np.int16),
+        (HALF * 255).round().astype(np.uint32),
+        torch.full((2, 32, 32, 3), 128, dtype=torch.uint8),
+        [Image.new("RGB", (32, 32), (128,) * 3)] * 2,
+    ],
+    ids=str,
+)
+def test_every_type_of_frames_means_what_it_says(frames):
+    assert set(np.unique(to_uint8(frames))) <= {127, 128} and to_uint8(frames).dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    "frames, words",
+    [
+        (np.full((2, 8, 8, 3), 200.0), "from 200 to 200; expected .*: divide by 255"),
+        (np.full((2, 8, 8, 3), 300), "int64 from 300"),
+        (np.full((2, 8, 8, 3), -1), "int64 from -1"),
+        (np.full((2, 8, 8, 3), 90, np.uint16), "are uint16; .*: scale them"),
+        (np.full((2, 8, 8, 3), np.nan), "NaN"),
+        (np.full((2, 8, 8, 3), np.inf), "NaN or infinity"),
+        (np.zeros((2, 8, 8, 3), bool), "are bool"),
+        (np.zeros((2, 3, 8, 8)), "have shape"),
+        (np.zeros((0, 8, 8, 3)), "have shape"),
+        (np.zeros((2, 0, 8, 3)), "have shape"),
+        (np.array([["x"]]), "have shape"),
+        (np.zeros((2, 8, 8, 3), complex), "are complex128"),
+    ],
+)
+def test_frames_that_mean_nothing_are_refused(tmp_path, frames, words):
+    with pytest.raises(InputError, match=words):
+        save_video(frames, tmp_path / "a.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_truncation_is_the_published_rounding():
+    assert to_uint8(np.full((1, 1, 1, 3), 0.999), truncate=True)[0, 0, 0, 0] == 254
+    assert to_uint8(np.full((1, 1, 1, 3), 0.999))[0, 0, 0, 0] == 255
+
+
+def test_what_made_a_clip_is_in_it(tmp_path):
+    made = {"prompt": "ein Stern\u2028bewegt sich", "seed": 2**63, "plan": "small:1 large:*", "versions": {"torch": "2.13"}}
+    assert read_metadata(save_video(clip(), tmp_path / "a.mp4", metadata=made)) == made
+    assert read_metadata(save_video(clip(), tmp_path / "b.mp4")) == {}
+    with pytest.raises(InputError, match="cannot be read as a video"):
+        read_metadata(tmp_path / "none.mp4")

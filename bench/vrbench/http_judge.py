@@ -149,7 +149,7 @@ class HttpJudge:
         try:
             with self._client().stream("POST", self.url, json=body, timeout=httpx2.Timeout(self.timeout)) as answer:
                 data = bytearray()
-                for piece in answer.iter_bytes(1 << 16):
+                for piece in answer.iter_bytes():
                     data += piece
                     if time.monotonic() > until:
                         raise TimeoutError
