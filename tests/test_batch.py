@@ -258,3 +258,25 @@ def test_prompts_are_read_together(tiny_pipe, tmp_path, monkeypatch):
     calls.clear()
     run(tiny_pipe, [Item(str(i), "a") for i in range(9)], Job(tmp_path, suffix=".png", options=QUICK))
     assert calls == [8, 1]
+
+
+def test_lists_are_split_at_line_feeds_alone(tmp_path):
+    odd = "a star\u2028moves\u0085left\u000bright\u001cup"
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n" + json.dumps({"prompt": "b"}), "utf-8"
+    )
+    assert [i.prompt for i in read_prompts(tmp_path / "a.jsonl")] == [odd, "b"]
+    (tmp_path / "a.txt").write_text(f"{odd}\r\n\nb\n", "utf-8")
+    assert [i.prompt for i in read_prompts(tmp_path / "a.txt")] == [odd, "b"]
+
+
+def test_a_fresh_seed_of_a_batch_stays_with_its_clip(tiny_pipe, tmp_path):
+    items = [Item("a", PROMPTS[0]), Item("b", PROMPTS[1], seed=-1)]
+    job = Job(tmp_path, seed=-1, suffix=".png", options=QUICK)
+    assert run(tiny_pipe, items, job)["made"] == 2
+    seeds = {i: r["settings"]["seed"] for i, r in batch.finished(tmp_path)[0].items()}
+    assert len(set(seeds.values())) == 2 and min(seeds.values()) >= 0
+    assert run(tiny_pipe, items, job)["kept"] == 2
+    (tmp_path / "a.png").unlink()
+    run(tiny_pipe, items, job)
+    assert {i: r["settings"]["seed"] for i, r in batch.finished(tmp_path)[0].items()} == seeds

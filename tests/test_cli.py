@@ -194,3 +194,73 @@ def test_a_config_that_lies_about_its_defaults_is_an_error(own_pair, capsys):
     (own_pair / "model_index.json").write_text(json.dumps(index))
     assert main(["plan", *pair(own_pair)]) == 1
     assert "unknown default 'hieght'" in capsys.readouterr().err
+
+
+def test_a_fresh_seed_is_printed_and_makes_the_same_clip(tiny_pair, tmp_path, capsys):
+    line = ["generate", PROMPT, *pair(tiny_pair, "--quiet", "-o")]
+    assert main([*line, str(tmp_path / "a.mp4"), "--seed", "-1"]) == 0
+    seed = re.search(r"seed (\d+)", capsys.readouterr().err)[1]
+    assert main([*line, str(tmp_path / "b.mp4"), "--seed", seed]) == 0
+    assert main([*line, str(tmp_path / "c.mp4"), "--seed", "-1"]) == 0
+    a, b, c = ((tmp_path / f"{n}.mp4").read_bytes() for n in "abc")
+    assert a == b != c
+    from nexus_rt.video import read_metadata
+
+    made = read_metadata(tmp_path / "a.mp4")
+    assert made["prompt"] == PROMPT and made["seed"] == int(seed) and "torch" in made["versions"] and "handoff" in made["plan"]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--seed", 2**64), "--seed is 18446744073709551616"),
+        (("--seed", -2), "--seed is -2"),
+        (("--size", "0x0"), "--size has 0"),
+        (("--size", "1000000x1000000"), "width is 1000000"),
+        (("--frames", 0), "--frames has 0"),
+        (("--frames", 10**9), "num_frames is"),
+        (("--steps", 10**9), "num_inference_steps is"),
+        (("--shift", "nan"), "shift is nan"),
+        (("--shift", "1e30"), "shift is"),
+        (("--guidance", "inf"), "guidance_scale is inf"),
+        (("--fps", "0"), "--fps is 0"),
+        (("--fps", "1/0"), "--fps is 1/0"),
+        (("--gamma-hf", 2), "gamma_hf is 2"),
+        (("--gamma-w", 0.5), "has none; use 'reference'"),
+        (("--sigma-min", 0.3, "--split", "fft"), "--sigma-min is of the split gaussian"),
+        (("--rho-max", 0.5), "--rho-max is of"),
+        (("--order", 3, "--split", "dct"), "--order is of the Butterworth"),
+        (("--plan", "handoff=0.3", "--as-published"), "not as published"),
+        (("--sigma-min", 0.9, "--sigma-max", 0.5), "must be positive and not above"),
+    ],
+)
+def test_numbers_outside_their_range_exit_2_before_any_model(tiny_pair, tmp_path, options, words, capsys, monkeypatch):
+    monkeypatch.setattr("nexus_rt.cli._pipeline", lambda args: pytest.fail("a model was read"))
+    assert main(["generate", PROMPT, *pair(tiny_pair, "-o", tmp_path / "x.mp4", *options)]) == 2
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_blend_s_numbers_and_the_published_defaults_reach_the_call(tiny_pair, tmp_path, monkeypatch):
+    from nexus_rt import BlendConfig, NexusPipeline
+
+    calls = []
+    right = NexusPipeline.__call__
+    monkeypatch.setattr(NexusPipeline, "__call__", lambda self, *a, **k: (calls.append(k), right(self, *a, **k))[1])
+    numbers = ("--gamma-w", 0.5, "--gamma-hf", 0.6, "--sigma-min", 0.4, "--sigma-max", 0.8, "--plan", "reference", "--steps", 2)
+    assert main(["generate", PROMPT, *pair(tiny_pair, "-o", tmp_path / "x.png", *numbers)]) == 0
+    assert calls[0]["blend"] == BlendConfig(gamma_hf=0.6, sigma_min=0.4, sigma_max=0.8) and calls[0]["gamma_w"] == 0.5
+    assert main(["generate", PROMPT, *pair(tiny_pair, "-o", tmp_path / "y.png", "--as-published", "--steps", 2)]) == 0
+    assert calls[1]["as_published"] is True and calls[1]["plan"] is None
+    assert main(["plan", *pair(tiny_pair, "--as-published", "--costs", "1,2")]) == 0
+
+
+@pytest.mark.parametrize("name", ["wan.safetensors", "wan.gguf", "model.ckpt"])
+def test_a_single_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("the hub was asked"))
+    (tmp_path / "models").mkdir()
+    assert main(["generate", PROMPT, "--small", f"models/{name}", "-o", "x.mp4"]) == 1
+    assert "is the name of a file, and none is here" in capsys.readouterr().err
+    (tmp_path / "models" / name).write_bytes(b"x")
+    assert main(["generate", PROMPT, "--small", f"models/{name}", "-o", "x.mp4"]) == 1
+    assert "is a file; single files are not read" in capsys.readouterr().err

@@ -226,3 +226,15 @@ def test_a_pipeline_without_one_says_so(tiny_pipe):
 def test_unpad_keeps_zero_rows_inside():
     rows = torch.tensor([[1.0, 0], [0, 0], [0, 2], [0, 0]])
     assert torch.equal(unpad(rows), rows[:3]) and unpad(rows[1:2]).shape == (0, 2)
+
+
+def test_the_language_model_reads_the_prompt_raw(pipe, monkeypatch):
+    """As published: stripped and no more; cleaning is for UMT5."""
+    read = []
+    right = pipe.context.understanding.hidden_states
+    monkeypatch.setattr(pipe.context.understanding, "hidden_states", lambda p, *a: (read.append(p), right(p, *a))[1])
+    prompt = "  the  red &amp; blue\u00a0panda\n moves "
+    text, none = pipe.encode_prompt(prompt)
+    pipe.encode_context(prompt, text, none)
+    assert read == [prompt.strip()]
+    assert torch.equal(text, pipe.encode_prompt("the red & blue panda moves")[0])

@@ -1,5 +1,6 @@
 """Text encoder and VAE against diffusers' own pipeline on the same folders."""
 
+import json
 import os
 import shutil
 
@@ -158,3 +159,32 @@ def test_bad_vae_folders(tiny_pair, tmp_path):
         VideoDecoder(broken, torch.float32, "cpu")
     with pytest.raises(ModelError, match="holds no latents"):
         read_latents(tmp_path / "none.safetensors")
+
+
+VAE_DAMAGE = {
+    "a weight is missing": (lambda s, c: s.pop("decoder.conv_out.weight"), r"1 missing \(decoder.conv_out.weight\)"),
+    "a weight more": (lambda s, c: s.update(extra=torch.zeros(1)), r"1 unknown \(extra\)"),
+    "scaled fp8": (lambda s, c: s.update({"decoder.conv_in.scale_weight": torch.ones(1)}), "1 unknown .*scale_weight"),
+    "another shape": (lambda s, c: s.update({"decoder.conv_out.bias": torch.zeros(4)}), r"conv_out.bias has shape \(4,\)"),
+    "Wan's own names": (lambda s, c: [s.update({f"model.{k}": s.pop(k)}) for k in list(s)], "missing .*unknown"),
+    "another width": (lambda s, c: c.update(base_dim=8), "has shape"),
+    "more blocks": (lambda s, c: c.update(num_res_blocks=2), "missing"),
+    "absurd": (lambda s, c: c.update(num_res_blocks=10**9), "sets num_res_blocks"),
+    "not a number": (lambda s, c: c.update(base_dim="96"), "is no AutoencoderKLWan's"),
+    "another class": (lambda s, c: c.update(_class_name="AutoencoderKL"), "holds a AutoencoderKL"),
+}
+
+
+@pytest.mark.parametrize("change, words", VAE_DAMAGE.values(), ids=VAE_DAMAGE)
+def test_a_vae_that_does_not_fit_is_found_when_the_pipeline_is_made(own_pair, change, words):
+    from safetensors.torch import load_file, save_file
+
+    from nexus_rt import NexusPipeline
+
+    file, config = own_pair / "vae" / "diffusion_pytorch_model.safetensors", own_pair / "vae" / "config.json"
+    state, fields = {k: v.clone() for k, v in load_file(file).items()}, json.loads(config.read_text())
+    change(state, fields)
+    save_file(state, file)
+    config.write_text(json.dumps(fields))
+    with pytest.raises(ModelError, match=words):
+        NexusPipeline.from_pretrained(own_pair)

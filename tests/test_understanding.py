@@ -115,3 +115,23 @@ def test_folders_that_are_none(tmp_path, llm):
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ModelError, match="cannot be loaded"):
         UnderstandingModel(tmp_path, Template(), torch.float32, "cpu").load()
+
+
+@pytest.mark.parametrize("pad, eos", [("<|eot_id|>", None), (None, "<|eot_id|>"), ("<unk>", "<|eot_id|>")])
+def test_the_mask_is_that_of_the_published_code(llm, tmp_path, pad, eos):
+    """`input_ids != pad`, the end token where there is no padding token: so a template's own end tokens are masked there."""
+    import shutil
+
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = shutil.copytree(llm, tmp_path / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token, tokenizer.eos_token = pad, eos
+    tokenizer.save_pretrained(folder)
+    states = UnderstandingModel(folder, Template(), torch.float32, "cpu").hidden_states("the red panda")
+    ids = tokenizer(Template().render("the red panda"), add_special_tokens=False, return_tensors="pt").input_ids
+    mask = (ids != tokenizer.convert_tokens_to_ids(pad or eos)).long()
+    with torch.no_grad():
+        theirs = AutoModel.from_pretrained(folder)(input_ids=ids, attention_mask=mask).last_hidden_state
+        unmasked = AutoModel.from_pretrained(folder)(input_ids=ids).last_hidden_state
+    assert 0 < mask.sum() < mask.numel() and torch.equal(states, theirs) and not torch.allclose(states, unmasked)
