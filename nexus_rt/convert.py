@@ -288,7 +288,9 @@ def _rows(value: Any, width: int, where: str) -> tuple[Tensor, str]:
     """
     expected = f"expected a tensor [L, {width}], [1, L, {width}] or [2, L, {width}], or a list of one"
     form = "a tensor"
-    while isinstance(value, (list, tuple)):
+    for _ in range(4):
+        if not isinstance(value, (list, tuple)):
+            break
         if not value:
             raise ModelError(f"{where} is an empty {type(value).__name__}; {expected}.")
         form, value = f"a {type(value).__name__} of {len(value)}", value[0]

@@ -1,76 +1,31 @@
-"""Reading pickled tensors without running what a pickle may hold: for the converter only."""
+"""Pickled tensors without running what a pickle may hold: `torch.save` zips, its old format, and plain pickles.
+
+For the converter only. The instructions are walked by `nexus_rt.models.unpickling`; storages are taken from the file by
+checked lengths, zips record by record with their checksums, so that a damaged file is refused and never read as other
+numbers.
+"""
 
 from __future__ import annotations
 
-import importlib
 import io
+import mmap
 import pickle
-import re
-from collections import OrderedDict
-from functools import lru_cache
+import struct
+import sys
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import ModelError
+from nexus_rt.errors import ModelError, cut
+from nexus_rt.models.unpickling import MOST_NESTED, STORAGES, Interpreter, Name, Storage, refuse, whole
 
-
-def _storage(data: bytes) -> Any:
-    """What a tensor pickled by plain `pickle` keeps its numbers in: a whole `torch.save` of a storage."""
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-@lru_cache(maxsize=1)
-def _allowed() -> dict[tuple[str, str], Any]:
-    """Everything a pickle of tensors and containers needs, and nothing else."""
-    import numpy as np
-
-    core = "numpy._core" if hasattr(np, "_core") else "numpy.core"  # the name moved with NumPy 2
-    arrays = [("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer")]
-    allowed = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-        ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-        ("torch.storage", "_load_from_bytes"): _storage,
-        ("torch", "device"): torch.device,
-        ("torch", "Size"): torch.Size,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _latin1,
-    }
-    for module in ("builtins", "__builtin__"):  # the second in protocol 2
-        allowed[module, "set"], allowed[module, "frozenset"] = set, frozenset
-    for module, name in arrays:
-        function = getattr(importlib.import_module(f"{core}.{module}"), name)
-        allowed |= {(f"{prefix}.{module}", name): function for prefix in ("numpy._core", "numpy.core")}
-    return allowed
-
-
-def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    """`_codecs.encode` as pickled arrays use it, and no other codec."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"codec {encoding!r} is not one that arrays are pickled with")
-    return text.encode("latin1")
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        known = _allowed()
-        if (module, name) not in known:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no tensor or container")
-        return known[module, name]
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to objects outside itself")
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong; of torch's page of advice (which includes setting weights_only to False) only the line that says it."""
-    told = re.search(r"[^\n]*\b(?:GLOBAL|operand|op)\b[^\n]*", str(error))
-    text = told[0] if told and "Weights only load failed" in str(error) else str(error)
-    return " ".join(text.split())[:300].rstrip(".") or type(error).__name__
+MAGIC = 0x1950A86A20F9469CFC6C  # torch.save's old format begins with it
+MOST_RECORDS, PIECE = 200_000, 1 << 24
+MOST_RATIO = 100  # of unpacked to packed bytes, above 16 MiB: weights do not shrink so
 
 
 def read_pickle(path: Path) -> Any:
@@ -83,34 +38,207 @@ def read_pickle(path: Path) -> Any:
     """
     if not path.is_file():
         raise ModelError(f"{path} is missing; expected the folder as it was published.")
-    with path.open("rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"
     try:
-        if zipped:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         with path.open("rb") as file:
-            try:
-                value = _Unpickler(file).load()
-            except pickle.UnpicklingError as error:
-                if "no tensor or container" in str(error):
-                    raise
-                value = 0
-        # torch.save's old format is several pickles in a row, the first of them a number
-        return torch.load(path, map_location="cpu", weights_only=True) if isinstance(value, int) else value
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        KeyError,
-    ) as error:
-        reason = _reason(error)
+            if not (size := file.seek(0, io.SEEK_END)):
+                raise refuse("it is empty")
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        return _read(memoryview(mapped), 0)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, NotImplementedError,
+            OverflowError, MemoryError, KeyError, TypeError, struct.error) as error:  # fmt: skip
+        reason = cut(error).rstrip(".") or type(error).__name__
         raise ModelError(
             f"{path} is refused: {reason}. Only tensors and containers are read; get the file from the publisher again."
         ) from error
+
+
+def _read(data: memoryview, depth: int) -> Any:
+    """A file's value, whichever of the three formats it has."""
+    if depth > MOST_NESTED:
+        raise refuse("storages are nested in storages")
+    if bytes(data[:4]) == b"PK\x03\x04":
+        return _read_zip(data)
+    load_bytes = lambda inner: _read(memoryview(bytearray(inner)), depth + 1)  # noqa: E731
+    file = io.BytesIO(data) if len(data) < PIECE else _Mapped(data)
+    first = Interpreter(load_bytes=load_bytes).run(file)
+    return _read_old(file, data) if isinstance(first, int) and first == MAGIC else first
+
+
+class _Mapped(io.RawIOBase):
+    """A file over mapped memory, without a copy of it."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data, self.place = data, 0
+
+    def read(self, count: int = -1) -> bytes:
+        end = len(self.data) if count < 0 else min(len(self.data), self.place + count)
+        piece = bytes(self.data[self.place : end])
+        self.place = end
+        return piece
+
+    def readline(self, limit: int = -1) -> bytes:
+        window = bytes(self.data[self.place : self.place + 65536])
+        line = window[: window.find(b"\n") + 1] if b"\n" in window else window
+        self.place += len(line)
+        return line
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        self.place = place if whence == 0 else self.place + place if whence == 1 else len(self.data) + place
+        return self.place
+
+
+def _storage_type(name: Any) -> torch.dtype | None:
+    """Of a persistent id's class; None: untyped."""
+    if isinstance(name, Name) and name.name in ("UntypedStorage", "TypedStorage"):
+        return None
+    if not isinstance(name, Name) or name.name not in STORAGES:
+        raise refuse("a storage is of no type that torch has")
+    return STORAGES[name.name]
+
+
+def _identity(value: Any, lengths: tuple[int, ...]) -> tuple[torch.dtype | None, str, int]:
+    """Type, key and count of elements of a persistent id ("storage", class, key, location, count[, view])."""
+    if not isinstance(value, tuple) or len(value) not in lengths or value[0] != "storage" or not isinstance(value[2], str):
+        raise refuse("it refers to something that is no storage")
+    if len(value) == 6 and value[5] is not None:
+        raise refuse("a storage is a view of another, as torch wrote them long ago")
+    return _storage_type(value[1]), value[2], whole(value[4], "a storage's length")
+
+
+def _swapped(data: memoryview, dtype: torch.dtype | None, big: bool) -> memoryview:
+    """Bytes in this machine's order."""
+    if big == (sys.byteorder == "big"):
+        return data
+    if dtype is None:
+        raise refuse("an untyped storage is of the other byte order")
+    size = dtype.itemsize // (2 if dtype.is_complex else 1)
+    turned = bytearray(data)
+    if size > 1:
+        view = memoryview(turned)
+        for i in range(size // 2):
+            view[i::size], view[size - 1 - i :: size] = bytes(view[size - 1 - i :: size]), bytes(view[i::size])
+    return memoryview(turned)
+
+
+class _Zip:
+    """The records of a `torch.save` zip, each with its checksum compared."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data = data
+        self.zip = zipfile.ZipFile(_Mapped(data))  # type: ignore[arg-type]
+        self.records: dict[str, zipfile.ZipInfo] = {}
+        infos = self.zip.infolist()
+        if len(infos) > MOST_RECORDS:
+            raise refuse(f"it has {len(infos)} records")
+        roots = {info.filename.split("/", 1)[0] for info in infos}
+        if len(roots) != 1:
+            raise refuse("it is no archive that torch.save writes")
+        for info in infos:
+            name = info.filename.split("/", 1)[-1]
+            if name in self.records:
+                raise refuse(f"it holds {name[:80]} twice")
+            if info.flag_bits & 1:
+                raise refuse("it is encrypted")
+            self.records[name] = info
+
+    def read(self, name: str, most: int) -> memoryview:
+        """A record's bytes: of the mapped file where they are stored as they are, else unpacked, no more than declared."""
+        info = self.records.get(name)
+        if info is None:
+            raise refuse(f"it lacks its record {name[:80]}")
+        if info.file_size > most:
+            raise refuse(f"its record {name[:80]} has {info.file_size} bytes; expected at most {most}")
+        if info.compress_type != zipfile.ZIP_STORED:
+            if info.file_size > max(PIECE, MOST_RATIO * info.compress_size):
+                raise refuse(f"its record {name[:80]} would unpack to {info.file_size} bytes")
+            with self.zip.open(info) as packed:  # the library compares the checksum
+                found = packed.read(info.file_size + 1)
+            if len(found) != info.file_size:
+                raise refuse(f"its record {name[:80]} is not as long as it says")
+            return memoryview(bytearray(found))
+        header = self.data[info.header_offset : info.header_offset + 30]
+        if len(header) < 30 or bytes(header[:4]) != b"PK\x03\x04":
+            raise refuse(f"its record {name[:80]} is not where it should be")
+        begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+        piece = self.data[begin : begin + info.file_size]
+        if len(piece) != info.file_size or info.compress_size != info.file_size:
+            raise refuse(f"its record {name[:80]} is cut short")
+        if info.CRC and self._checksum(piece) != info.CRC:  # 0: written without (torch.serialization.set_crc32_options)
+            raise refuse(f"its record {name[:80]} is damaged: its checksum differs")
+        return piece
+
+    @staticmethod
+    def _checksum(piece: memoryview) -> int:
+        found = 0
+        for start in range(0, len(piece), PIECE):
+            found = zlib.crc32(piece[start : start + PIECE], found)
+        return found
+
+
+def _read_zip(data: memoryview) -> Any:
+    archive = _Zip(data)
+    if "data.pkl" not in archive.records:
+        raise refuse("it is a zip without data.pkl, none that torch.save writes")
+    order = bytes(archive.read("byteorder", 16)).strip() if "byteorder" in archive.records else b"little"
+    if order not in (b"little", b"big"):
+        raise refuse("its byte order is neither little nor big")
+    known: dict[str, Storage] = {}
+
+    def persistent(value: Any) -> Storage:
+        dtype, key, count = _identity(value, (5,))
+        if key not in known:
+            length = count * (dtype.itemsize if dtype else 1)
+            piece = archive.read(f"data/{key}", length)
+            if len(piece) != length:
+                raise refuse(f"storage {key[:40]} has {len(piece)} bytes; expected {length}")
+            known[key] = Storage(_swapped(piece, dtype, order == b"big"), dtype)
+        if known[key].dtype != dtype:
+            raise refuse(f"storage {key[:40]} is of two types")
+        return known[key]
+
+    return Interpreter(persistent).run(io.BytesIO(archive.read("data.pkl", 1 << 30)))
+
+
+def _read_old(file: Any, data: memoryview) -> Any:
+    """The rest of torch.save's old format: version, machine, the value, its storages' keys, their bytes."""
+    plain = Interpreter()
+    version, machine = plain.run(file), plain.run(file)
+    if version != 1001 or not isinstance(machine, dict):
+        raise refuse("it is of a version of torch.save that is not known")
+    big = machine.get("little_endian") is False
+    place = file.tell()
+    wanted: dict[str, tuple[torch.dtype | None, int]] = {}
+
+    def collect(value: Any) -> Storage:
+        dtype, key, count = _identity(value, (5, 6))
+        if wanted.setdefault(key, (dtype, count)) != (dtype, count):
+            raise refuse(f"storage {key[:40]} is of two kinds")
+        room = count * (dtype.itemsize if dtype else 1)
+        if room > len(data):
+            raise refuse(f"storage {key[:40]} has {room} bytes and the file {len(data)}")
+        return Storage(memoryview(bytearray(room)) if not room else data[:room], dtype)  # a stand-in of its length
+
+    Interpreter(collect).run(file)
+    keys = plain.run(file)
+    if not isinstance(keys, list) or set(map(str, keys)) != wanted.keys() or len(keys) != len(wanted):
+        raise refuse("its storages are not those it names")
+    found: dict[str, Storage] = {}
+    for key in keys:
+        dtype, count = wanted[key]
+        head = file.read(8)
+        if len(head) != 8 or struct.unpack(">q" if big else "<q", head)[0] != count:
+            raise refuse(f"storage {key[:40]} is not as long as it says")
+        start, room = file.tell(), count * (dtype.itemsize if dtype else 1)
+        piece = data[start : start + room]
+        if len(piece) != room:
+            raise refuse(f"storage {key[:40]} is cut short")
+        file.seek(start + room)
+        found[key] = Storage(_swapped(piece, dtype, big), dtype)
+    file.seek(place)
+    return Interpreter(lambda value: found[_identity(value, (5, 6))[1]]).run(file)
 
 
 def read_state(path: Path, *wrappers: str) -> dict[str, Tensor]:
@@ -124,6 +252,10 @@ def read_state(path: Path, *wrappers: str) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
             break
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not named or not state:
         raise ModelError(f"{path} is no state dict: expected names and tensors{' under ' + wrappers[0] if wrappers else ''}.")
-    return {k.removeprefix("module."): v for k, v in state.items()}
+    found = {k.removeprefix("module."): v for k, v in state.items()}
+    if len(found) < len(state):
+        raise ModelError(f"{path} holds a tensor twice, with and without 'module.'; get the file from the publisher again.")
+    return found
