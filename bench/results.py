@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import threading
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import torch
 
+from nexus_rt import documents
 from nexus_rt.doctor import versions
-from nexus_rt.errors import InputError, ModelError
+from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.models.load import transformer_folder
 
 SCHEMA, KIND = 1, "nexus-rt bench"
@@ -87,9 +88,44 @@ def write_text(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+Milliseconds = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
+
+
+class _Row(msgspec.Struct):
+    """A row as far as two files are compared."""
+
+    plan: str
+    engine: str
+    size: list[int]
+    steps: int
+    failed: str | None = None
+    total_runs_ms: list[Milliseconds] = []
+    total_duration_ms: Milliseconds | None = None
+
+    def __post_init__(self) -> None:
+        if self.failed is None and (not self.total_runs_ms or self.total_duration_ms is None):
+            raise ValueError(f"row {self.plan} on {self.engine} has neither times nor a failure")
+
+
+class _Fingerprint(msgspec.Struct):
+    hardware: dict[str, Any]
+    versions: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    device: str = ""
+
+
+class Results(msgspec.Struct):
+    """A results file: what `bench compare` reads of it."""
+
+    rows: list[_Row]
+    fingerprint: _Fingerprint
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """A results file; errors as `read_as`."""
-    return read_as(Path(path), KIND, SCHEMA, "`nexus-rt bench --json`", "measure again")
+    said = read_as(Path(path), KIND, SCHEMA, "`nexus-rt bench --json`", "measure again")
+    documents.check(said, Results, str(path), remedy="measure again")
+    return said
 
 
 def read_as(path: Path, kind: str, schema: int, maker: str, remedy: str) -> dict[str, Any]:
@@ -102,11 +138,13 @@ def read_as(path: Path, kind: str, schema: int, maker: str, remedy: str) -> dict
         InputError: there is none. ModelError: it is damaged, something else, or of another schema.
     """
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); expected a file that {maker} wrote.") from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}); {remedy}.") from None
+        data = documents.read_bytes(path, InputError)
+    except InputError as error:
+        raise InputError(f"{path} cannot be read ({cut(error)}); expected a file that {maker} wrote.") from None
+    try:
+        said = documents.parse(data, str(path), InputError, remedy)
+    except InputError as error:  # it is a file, and a damaged one
+        raise ModelError(str(error)) from None
     if not isinstance(said, dict) or said.get("kind") != kind:
         raise ModelError(f"{path} holds no results of {kind}; expected a file that {maker} wrote.")
     if said.get("schema") != schema:
@@ -130,6 +168,24 @@ def _key(row: dict[str, Any]) -> tuple:
     return row["plan"], row["engine"], tuple(row["size"]), row["steps"]
 
 
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What two fingerprints differ in: machine, device, versions, weights."""
+    found = []
+    for group, names in (
+        ("hardware", ("processor", "gpu", "cores", "threads", "system")),
+        ("versions", None),
+        ("weights", None),
+    ):
+        a, b = before.get(group, {}), after.get(group, {})
+        for name in names or sorted(a.keys() | b.keys()):
+            if a.get(name) != b.get(name):
+                kind = "weights of " if group == "weights" else ""
+                found.append(f"{kind}{name} differs ({cut(a.get(name), 60)} and {cut(b.get(name), 60)})")
+    if before.get("device") != after.get("device"):
+        found.append(f"device differs ({before.get('device')} and {after.get('device')})")
+    return found
+
+
 def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Lines on every row both have, and the regressions among them.
 
@@ -145,10 +201,9 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], l
     shared = [r for r in after["rows"] if _key(r) in old]
     if not shared:
         raise InputError("the two files have no plan and engine in common at one size and number of steps; nothing to compare.")
-    for name in ("processor", "gpu", "threads"):
-        a, b = (f["fingerprint"]["hardware"].get(name) for f in (before, after))
-        if a != b:
-            lines.append(f"note: {name} differs ({a} and {b}); what follows compares machines as well")
+    lines += [
+        f"note: {d}; what follows compares that as well" for d in differences(before["fingerprint"], after["fingerprint"])
+    ]
     for row in shared:
         was, title = old[_key(row)], f"{row['plan']} on {row['engine']}"
         if "failed" in row:

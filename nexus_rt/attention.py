@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nexus_rt import documents
 from nexus_rt.cache import cache_root
-from nexus_rt.errors import InputError, choose
+from nexus_rt.errors import InputError, NexusError, choose
 from nexus_rt.ops import cannot_run_triton
 
 ROWS_CHECKED = 256  # queries of the first head that a candidate is compared with float32 on
@@ -292,10 +293,10 @@ def cache_file() -> Path:
 
 def _read_cache() -> dict:
     try:
-        known = json.loads(cache_file().read_text())
-        return known if isinstance(known, dict) else {}
-    except (OSError, ValueError):
+        known = documents.read_object(cache_file())
+    except NexusError:
         return {}
+    return {k: v for k, v in known.items() if isinstance(v, dict) and isinstance(v.get("chosen"), str)}
 
 
 def _write_cache(known: dict) -> None:

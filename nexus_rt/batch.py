@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor
 
+from nexus_rt import documents
 from nexus_rt.errors import InputError, NexusError
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.prompts import Item
@@ -95,6 +97,20 @@ def settings(item: Item, job: Job, pipe: NexusPipeline, common: dict[str, Any]) 
     }  # fmt: skip
 
 
+class Row(msgspec.Struct):
+    """A line of `results.jsonl`, as far as a later run reads it."""
+
+    id: str
+    status: Literal["begun", "done", "failed"]
+    when: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+    file: str = ""
+    settings: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        if self.status != "begun" and not self.settings:
+            raise ValueError("a row that ended has no settings")
+
+
 def finished(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     """The last line on every id that ended, of all shards and workers of a folder, and how often each was begun since.
 
@@ -104,12 +120,15 @@ def finished(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     starts: dict[str, list[float]] = {}
     for path in sorted(folder.glob("results*.jsonl")):
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                row = json.loads(line)
-                if row["status"] == "begun":
-                    starts.setdefault(row["id"], []).append(row["when"])
-                elif row["when"] >= ended.get(row["id"], row)["when"]:
-                    ended[row["id"]] = row
+            try:
+                said = documents.parse(line, str(path))
+                row = documents.check(said, Row, str(path))
+            except NexusError:  # cut short by a killed process, or no line of ours
+                continue
+            if row.status == "begun":
+                starts.setdefault(row.id, []).append(row.when)
+            elif row.when >= ended.get(row.id, {"when": row.when})["when"]:
+                ended[row.id] = said
     return ended, {i: sum(t > ended.get(i, {"when": 0.0})["when"] for t in times) for i, times in starts.items()}
 
 

@@ -6,11 +6,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nexus_rt import documents
 from nexus_rt.denoise import GUIDANCE_SCALE
-from nexus_rt.errors import InputError, ModelError
+from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.latents import LatentGrid
 from nexus_rt.models import load
 from nexus_rt.models.vae import vae_space
+from nexus_rt.request import make_request
 
+CALL = ("height", "width", "num_frames", "plan", "num_inference_steps", "shift", "energy", "gamma_w", "guidance_scale",
+        "guidance_scale_2", "blend", "solver")  # fmt: skip
 MINI = Path(__file__).resolve().parent / "mini"
 
 
@@ -81,12 +86,19 @@ def _pair_defaults(root: Path) -> Defaults:
     if index.get("_class_name") != "NexusPipeline":
         raise ModelError(f"{root} holds a {index.get('_class_name')}, one model and no pair; pass it as small= or large=.")
     values = index.get("defaults", {})
-    unknown = values.keys() - {f.name for f in fields(Defaults)}
-    if unknown:
-        raise ModelError(
-            f"{root}/model_index.json sets an unknown default {sorted(unknown)[0]!r}; expected fields of Defaults."
-        )
-    return Defaults(**values)
+    where = f"{root}/model_index.json"
+    if not isinstance(values, dict):
+        raise ModelError(f"{where} has defaults that are a {type(values).__name__}; expected an object.")
+    if unknown := values.keys() - {f.name for f in fields(Defaults)}:
+        raise ModelError(f"{where} sets an unknown default {cut(repr(sorted(unknown)[0]), 80)}; expected fields of Defaults.")
+    documents.check(values, Defaults, f"{where}'s defaults")
+    found = Defaults(**values)
+    try:
+        make_request(found, **dict.fromkeys(CALL), output_type="np", num_videos_per_prompt=1, published=False)
+        LatentGrid(1, 1, (1, 1, 1)).check(found.num_frames, found.height, found.width)
+    except InputError as error:
+        raise ModelError(f"{where} sets a default that no call can use: {error}") from error
+    return found
 
 
 def _steering(root: Path | None, given: dict[str, Any], small: bool, hub: dict) -> dict[str, Path | None]:

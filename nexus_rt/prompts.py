@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections import Counter
@@ -11,9 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.errors import InputError
+from nexus_rt import documents
+from nexus_rt.errors import InputError, cut
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+MAX_FRAMES = 10_001
 FIELDS = {"prompt": str, "id": (str, int), "seed": int, "size": str, "frames": int, "negative": str}
 
 
@@ -65,9 +66,9 @@ def check_ids(ids: list[str], path: Path) -> None:
 def read_text(path: Path) -> str:
     """A list's text, whichever editor saved it."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); expected a .txt, .json or .jsonl list of prompts.") from None
+        return documents.read_bytes(path, InputError).decode("utf-8-sig")
+    except (InputError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({cut(error)}); expected a .txt, .json or .jsonl list of prompts.") from None
 
 
 def _file(path: Path) -> list[Item]:
@@ -96,10 +97,7 @@ def _file(path: Path) -> list[Item]:
 
 def parse_json(text: str, where: str) -> Any:
     """The value, or an `InputError` that names the place."""
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error}).") from None
+    return documents.parse(text, where, InputError, "mend it")
 
 
 def category_prompts(said: Any, where: str) -> list[tuple[dict[str, Any], str]]:
@@ -119,7 +117,7 @@ def category_prompts(said: Any, where: str) -> list[tuple[dict[str, Any], str]]:
         for field in ("id", "prompt_en"):
             value = row.get(field)
             if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
-                raise InputError(f"{place}.{field} is {value!r}; expected text.")
+                raise InputError(f"{place}.{field} is {cut(repr(value), 80)}; expected text.")
         found.append((row, place))
     return _mended(found, where)
 
@@ -166,7 +164,9 @@ def _between(ids: list[str], place: int) -> str | None:
 def check_name(value: Any, where: str) -> str:
     """An id that can be a file's name."""
     if not NAME.fullmatch(str(value)):
-        raise InputError(f"{where}.id is {value!r}; expected a file's name: letters, digits, '.', '_' and '-', at most 120.")
+        raise InputError(
+            f"{where}.id is {cut(repr(value), 80)}; expected a file's name: letters, digits, '.', '_' and '-', at most 120."
+        )
     return str(value)
 
 
@@ -178,16 +178,19 @@ def _item(row: Any, where: str, index: int) -> Item:
         value = row.get(field)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
             wanted = "text" if kind is str else "a whole number" if kind is int else "text or a whole number"
-            raise InputError(f"{where}.{field} is {value!r}; expected {wanted}.")
+            raise InputError(f"{where}.{field} is {cut(repr(value), 80)}; expected {wanted}.")
     if unknown := sorted(set(row) - set(FIELDS)):
-        raise InputError(f"{where} sets an unknown {unknown[0]!r}; expected {', '.join(FIELDS)}.")
+        raise InputError(f"{where} sets an unknown {cut(repr(unknown[0]), 80)}; expected {', '.join(FIELDS)}.")
     if not str(row.get("prompt") or "").strip():
-        raise InputError(f"{where}.prompt is {row.get('prompt')!r}; expected text.")
+        raise InputError(f"{where}.prompt is {cut(repr(row.get('prompt')), 80)}; expected text.")
     name = check_name(row.get("id", f"{index:04}"), where)
+    for field, low, high in (("seed", -1, 2**64 - 1), ("frames", 1, MAX_FRAMES)):
+        if row.get(field) is not None and not low <= row[field] <= high:
+            raise InputError(f"{where}.{field} is {row[field]}; expected {low} to {high}.")
     size = None
     if row.get("size") is not None:
-        found = re.fullmatch(r"(\d+)x(\d+)", row["size"].lower())
+        found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", row["size"].lower(), re.ASCII)
         if not found:
-            raise InputError(f"{where}.size is {row['size']!r}; expected WIDTHxHEIGHT, such as 832x480.")
+            raise InputError(f"{where}.size is {cut(repr(row['size']), 80)}; expected WIDTHxHEIGHT, such as 832x480.")
         size = int(found[1]), int(found[2])
     return Item(name, row["prompt"].strip(), row.get("seed"), size, row.get("frames"), row.get("negative"))

@@ -14,7 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.errors import InputError
+import msgspec
+
+from nexus_rt import documents
+from nexus_rt.errors import InputError, cut
 from nexus_rt.prompts import category_prompts, check_ids, check_name, parse_json, prompt_files, read_text
 
 LAYERS = 3
@@ -79,6 +82,18 @@ class Taxonomy:
         return self.layers.get(code) or tuple(f"layer {i + 1}" for i in range(LAYERS))
 
 
+class _Category(msgspec.Struct):
+    name: str
+    layers: list[str] | None = None
+
+
+class _Taxonomy(msgspec.Struct):
+    """`taxonomy.json`'s form."""
+
+    categories: dict[str, _Category]
+    groups: dict[str, list[str]]
+
+
 def read_taxonomy(path: str | Path | None = None) -> Taxonomy:
     """Names, layers and groups of categories: a file of your own in `taxonomy.json`'s form, else that.
 
@@ -86,19 +101,14 @@ def read_taxonomy(path: str | Path | None = None) -> Taxonomy:
         InputError: it breaks the form.
     """
     path = Path(path).expanduser() if path else Path(__file__).with_name("taxonomy.json")
-    said = parse_json(read_text(path), str(path))
     names, layers, groups = {}, {}, {}
-    categories = said.get("categories") if isinstance(said, dict) else None
-    if not isinstance(categories, dict) or not isinstance(said.get("groups"), dict):
-        raise InputError(f'{path}: expected an object with "categories" and "groups".')
-    for code, row in categories.items():
-        if not isinstance(row, dict) or not isinstance(row.get("name"), str):
-            raise InputError(f"{path}: categories.{code}.name is missing; expected text.")
-        names[code] = row["name"]
-        layers[code] = tuple(row.get("layers") or ())
+    said = documents.check(parse_json(read_text(path), str(path)), _Taxonomy, str(path), InputError, "see taxonomy.json's form")
+    for code, row in said.categories.items():
+        names[code] = row.name
+        layers[code] = tuple(row.layers or ())
         if len(layers[code]) not in (0, LAYERS):
             raise InputError(f"{path}: categories.{code}.layers has {len(layers[code])} names; expected {LAYERS}.")
-    for group, codes in said["groups"].items():
+    for group, codes in said.groups.items():
         if unknown := [c for c in codes if c not in names]:
             raise InputError(f"{path}: groups.{group} holds {unknown[0]!r}; expected categories, of {', '.join(names)}.")
         groups[group] = tuple(codes)
@@ -150,7 +160,7 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
     if isinstance(value, (dict, list)):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise InputError(f"{where}.{name} is {value!r}; expected text.")
+        raise InputError(f"{where}.{name} is {cut(repr(value), 80)}; expected text.")
     return str(value).strip()
 
 
@@ -166,7 +176,7 @@ def _prompt(row: dict[str, Any], where: str, category: str, principle: str) -> P
         raise InputError(f"{place} is a {type(said).__name__}; expected an object.")
     rows = said.get("evaluation_questions")
     if not isinstance(rows, list) or not rows:
-        raise InputError(f"{place}.evaluation_questions is {rows!r}; expected an array of questions.")
+        raise InputError(f"{place}.evaluation_questions is {cut(repr(rows), 80)}; expected an array of questions.")
     questions = tuple(_question(q, f"{place}.evaluation_questions[{i}]") for i, q in enumerate(rows))
     ids = [q.id for q in questions]
     if len(set(ids)) < len(ids):
@@ -185,12 +195,12 @@ def _question(row: Any, where: str) -> Question:
     if not isinstance(row, dict):
         raise InputError(f"{where} is a {type(row).__name__}; expected an object.")
     if not isinstance(row.get("id"), str) or not re.fullmatch(r"q[1-9]\d*", row["id"]):
-        raise InputError(f'{where}.id is {row.get("id")!r}; expected "q1", "q2", ...')
+        raise InputError(f'{where}.id is {cut(repr(row.get("id")), 80)}; expected "q1", "q2", ...')
     if not isinstance(row.get("question"), str) or not row["question"].strip():
         raise InputError(f"{where}.question is {row.get('question')!r}; expected text.")
     if not _number(row.get("weight")):
         raise InputError(f"{where}.weight is {row.get('weight')!r}; expected a number from 0 up.")
     importance = row.get("importance_score")
     if importance is not None and not _number(importance):
-        raise InputError(f"{where}.importance_score is {importance!r}; expected a number from 0 up.")
+        raise InputError(f"{where}.importance_score is {cut(repr(importance), 80)}; expected a number from 0 up.")
     return Question(row["id"], row["question"].strip(), float(row["weight"]), importance)

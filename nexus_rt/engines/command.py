@@ -21,11 +21,13 @@ def run(action: str, folders: list[str]) -> int:
 def _line(engine: EngineFolder) -> str:
     m = engine.manifest
     where = m.device["name"] or m.device["type"]
-    worst = max((r["relative_error"] for r in m.parity.get("rows", {}).values()), default=float("nan"))
+    worst = max((r.get("relative_error") or 0.0 for r in m.parity.get("rows", {}).values()), default=0.0)
+    never = m.parity.get("compared") is False or not m.parity
+    parity = "never compared" if never else f"parity {'passed' if m.parity.get('passed') else 'FAILED'} ({worst:.1e})"
     sizes = ",".join(str(ClipSize(*b)) for b in m.buckets)
     return (
         f"{engine.path.name}  {m.part:5} {m.backend} {m.backend_version} {m.precision} on {where}  {sizes}  "
-        f"{engine.nbytes / 1e6:.1f} MB  parity {'passed' if m.parity.get('passed') else 'FAILED'} ({worst:.1e})"
+        f"{engine.nbytes / 1e6:.1f} MB  {parity}"
     )
 
 

@@ -14,10 +14,13 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
+
+from nexus_rt import documents
 from nexus_rt.cache import cache_root
-from nexus_rt.errors import ModelError
+from nexus_rt.errors import ModelError, cut
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -59,6 +62,76 @@ class Manifest:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
+Side = Annotated[int, msgspec.Meta(ge=1, le=65536)]
+
+
+class _File(msgspec.Struct):
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class _Device(msgspec.Struct):
+    type: Literal["cpu", "cuda"]
+    sm: str | None
+    name: str | None
+
+
+class _Row(msgspec.Struct):
+    relative_error: float | None = None
+
+
+class _Parity(msgspec.Struct):
+    passed: bool = False
+    compared: bool = True
+    why: str = ""
+    rows: dict[str, _Row] = {}
+
+
+class _Stored(msgspec.Struct):
+    """A manifest as it may stand in a file."""
+
+    part: Literal["small", "large", "step", "vae", "text_encoder"]
+    backend: str
+    backend_version: str
+    precision: Literal["fp32", "fp16", "bf16"]
+    architecture: dict[str, Any]
+    weights: str
+    buckets: list[Annotated[list[Side], msgspec.Meta(min_length=3, max_length=3)]]
+    graphs: dict[Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]{1,64}$")], list[str]]
+    device: _Device
+    producer: str
+    command: str
+    opset: int | None
+    lora: str | None
+    options: dict[str, Any]
+    parity: _Parity
+    files: dict[str, _File]
+
+    def check(self, where: str) -> None:
+        """Raise where a file would lie outside the folder, or the parts of the manifest contradict each other."""
+        for name in self.files:
+            pieces = name.split("/")
+            if name.startswith("/") or "\\" in name or "\0" in name or any(p in ("", ".", "..") for p in pieces):
+                raise ModelError(f"{where} lists {cut(repr(name), 120)}; expected names of files in its folder.")
+        if not self.graphs or not self.files:
+            raise ModelError(f"{where} lists no graphs or no files; export the engine again.")
+        if self.part in ("small", "large", "step") and not self.buckets:
+            raise ModelError(f"{where} lists no sizes; export the engine again.")
+        if self.options.get("range") and len(self.buckets) != 2:
+            raise ModelError(f"{where} is of a range and lists {len(self.buckets)} sizes; expected its two ends.")
+        architectures = [self.architecture.get(n) for n in ("small", "large")] if self.part == "step" else [self.architecture]
+        if self.part in ("small", "large", "step"):
+            from nexus_rt.models.wan import WanConfig
+
+            for values in architectures:
+                if not isinstance(values, dict):
+                    raise ModelError(f"{where} lacks an architecture; export the engine again.")
+                try:
+                    WanConfig.from_dict(values)
+                except ModelError as error:
+                    raise ModelError(f"{where}: its architecture is none: {error}") from error
+
+
 def file_hash(path: Path) -> str:
     """sha256 of a file, read in pieces."""
     digest = hashlib.sha256()
@@ -91,24 +164,24 @@ class EngineFolder:
             ModelError: there is none, it is damaged, or of a newer schema.
         """
         path = Path(path)
-        try:
-            said = json.loads((path / MANIFEST).read_text())
-        except FileNotFoundError:
-            raise ModelError(f"{path} holds no {MANIFEST}; expected an engine folder, as `nexus-rt export` makes.") from None
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{path / MANIFEST} cannot be read ({error}); export the engine again.") from None
+        if not (path / MANIFEST).is_file():
+            raise ModelError(f"{path} holds no {MANIFEST}; expected an engine folder, as `nexus-rt export` makes.")
+        where, remedy = str(path / MANIFEST), "export the engine again"
+        said = documents.parse(documents.read_bytes(path / MANIFEST), where, remedy=remedy)
         schema = said.get("schema") if isinstance(said, dict) else None
-        if not isinstance(schema, int):
+        if not isinstance(schema, int) or isinstance(schema, bool):
             raise ModelError(f"{path / MANIFEST} is no engine's manifest: it has no schema; export the engine again.")
         if schema > SCHEMA:
             raise ModelError(
                 f"{path} has a manifest of schema {schema}, and this nexus-rt reads up to {SCHEMA}; upgrade nexus-rt, or "
-                f"export again: {said.get('command', 'nexus-rt export')}"
+                f"export again: {cut(said.get('command', 'nexus-rt export'))}"
             )
         known = {f.name for f in fields(Manifest)}
         missing = known - said.keys()
         if missing:
             raise ModelError(f"{path / MANIFEST} lacks {', '.join(sorted(missing))}; export the engine again.")
+        stored = documents.check(said, _Stored, where, remedy=remedy)
+        stored.check(where)
         return cls(path, Manifest(**{k: v for k, v in said.items() if k in known}))
 
     @property
@@ -130,6 +203,7 @@ class EngineFolder:
         """
         for name, known in self.manifest.files.items():
             file = self.path / name
+            self._inside(file)
             if not file.is_file():
                 raise ModelError(f"{file} is missing; {self.rebuild()}")
             size = file.stat().st_size
@@ -137,6 +211,26 @@ class EngineFolder:
                 raise ModelError(f"{file} has {size} bytes and was written with {known['bytes']}; {self.rebuild()}")
             if hashes and (file_hash if again else trusted_hash)(file) != known["sha256"]:
                 raise ModelError(f"{file} is damaged: its sha256 is not the manifest's; {self.rebuild()}")
+
+    def artefact(self, name: str) -> Path:
+        """The path of a file to be loaded, which the manifest must list: what is not hashed is not run.
+
+        Raises:
+            ModelError: it is not listed, or leads out of the folder.
+        """
+        if name not in self.manifest.files:
+            raise ModelError(f"{self.path / MANIFEST} does not list {name}, which the engine needs; {self.rebuild()}")
+        self._inside(self.path / name)
+        return self.path / name
+
+    def _inside(self, file: Path) -> None:
+        """Raise where a link leads to a file outside (a hub cache's own blobs are its inside)."""
+        if not file.is_symlink() and not file.parent.is_symlink():
+            return
+        real, home = file.resolve(), self.path.resolve()
+        cache = next((p.parent for p in (self.path.absolute(), *self.path.absolute().parents) if p.name == "snapshots"), None)
+        if not real.is_relative_to(home) and not (cache and real.is_relative_to(cache.resolve() / "blobs")):
+            raise ModelError(f"{file} is a link to {real}, outside its engine folder; {self.rebuild()}")
 
     def check_here(self, versions: dict[str, str], device: dict[str, Any]) -> None:
         """Compare what it was built for with what is here.
@@ -165,8 +259,10 @@ class EngineFolder:
         """Raise a `ModelError` unless the parity gate let the engine through, or `force`."""
         if force or self.manifest.parity.get("passed"):
             return
-        why = self.manifest.parity.get("why", "it was never compared")
-        raise ModelError(f"{self.path} failed its parity gate ({why}); {self.rebuild()}, or load it with force=True (--force).")
+        why = self.manifest.parity.get("why") or "it was never compared"
+        never = self.manifest.parity.get("compared") is False or not self.manifest.parity
+        what = "was never compared" if never else "failed its parity gate"
+        raise ModelError(f"{self.path} {what} ({why}); {self.rebuild()}, or load it with force=True (--force).")
 
     def write(self) -> None:
         """Write the manifest; last of a folder's files, so that one without it is unfinished."""

@@ -72,7 +72,7 @@ class OnnxSessions(Sessions):
         # threads that spin between calls take the processor from PyTorch's: on two cores whole clips took 2.5 times as long
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.sessions = {
-            name: onnxruntime.InferenceSession(str(self.folder.path / f"{name}.onnx"), options, providers=self.providers)
+            name: onnxruntime.InferenceSession(str(self.folder.artefact(f"{name}.onnx")), options, providers=self.providers)
             for name in self.graphs
         }
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_rt.errors import InputError, ModelError
+from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.models.checkpoint import compare, fill_exactly, find_tensors, read_header, read_tensors
 from nexus_rt.models.load import read_json
 from nexus_rt.models.understanding import Template
@@ -27,6 +27,12 @@ from nexus_rt.models.understanding import Template
 SPECIAL_TOKENS = ("<img_st>", "<img_ed>", "<ipl_st>", "<ipl_ed>", "<prp_st>", "<prp_ed>")
 TEXT_MARKERS = SPECIAL_TOKENS[2:]  # what text-to-video needs of them: no visual part, no reference
 MAX_CONTEXT_LEN = 2560
+
+
+LARGEST = {  # a connector's numbers are no larger, and building one of larger would hang
+    "llm_hidden_size": 2**17, "vision_dim": 2**15, "vision_queries": 4096, "text_dim": 2**15, "adapter_queries": 2**15,
+    "num_layers": 64, "num_heads": 1024, "max_context_len": 2**18,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,18 @@ class ConnectorConfig:
             )
         template = Template.from_dict(values.pop("template", {}))
         for name, value in values.items():
-            if not isinstance(value, int) or value < 1:
-                raise ModelError(f"the connector's config.json sets {name}={value!r}; expected a positive whole number.")
-        return cls(**values, template=template)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                said = cut(repr(value), 80)
+                raise ModelError(f"the connector's config.json sets {name}={said}; expected a positive whole number.")
+            if value > LARGEST[name]:
+                raise ModelError(f"the connector's config.json sets {name}={value}; expected at most {LARGEST[name]}.")
+        found = cls(**values, template=template)
+        for name in ("vision_dim", "text_dim"):
+            if getattr(found, name) % found.num_heads:
+                raise ModelError(
+                    f"the connector's {name}={getattr(found, name)} is no multiple of num_heads={found.num_heads}."
+                )
+        return found
 
     def save(self, folder: Path) -> None:
         """Write `config.json` into a folder."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import ModelError
+from nexus_rt.errors import ModelError, cut
 from nexus_rt.models.connector import Connector, ConnectorConfig, load_connector
 from nexus_rt.models.load import folder_bytes, read_json
 from nexus_rt.models.moving import Lazy
@@ -33,11 +33,12 @@ class ContextEncoder(Lazy):
         self.config = ConnectorConfig.from_dict(read_json(self.folder / "config.json"))
         self.understanding = UnderstandingModel(understanding, self.config.template, dtype, device)
         config = read_json(Path(understanding) / "config.json")
-        width = {**config, **config.get("text_config", {})}.get("hidden_size")
+        inner = config.get("text_config")
+        width = {**config, **(inner if isinstance(inner, dict) else {})}.get("hidden_size")
         if width != self.config.llm_hidden_size:
             raise ModelError(
-                f"the understanding model's hidden size is {width} and the connector reads {self.config.llm_hidden_size}; "
-                "pair the two that were trained together."
+                f"the understanding model's hidden size is {cut(repr(width), 40)} and the connector reads "
+                f"{self.config.llm_hidden_size}; pair the two that were trained together."
             )
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from nexus_rt.attention import NAMES
 from nexus_rt.documents import read_object
 from nexus_rt.errors import ModelError, choose
-from nexus_rt.models.checkpoint import diffusers_shapes, fill, find_tensors
+from nexus_rt.models.checkpoint import StoredTensor, diffusers_shapes, fill, find_tensors
 from nexus_rt.models.lora import Changes, Lora
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from nexus_rt.ops import choose_ops
@@ -114,6 +115,16 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return torch.bfloat16 if found.itemsize == 1 else found
 
 
+def _check_depth(config: WanConfig, tensors: Mapping[str, StoredTensor], folder: Path) -> None:
+    """Raise where the config asks for many more blocks than the weights have, before modules are built for it."""
+    blocks = {int(m[1]) for name in tensors if (m := re.search(r"(?:^|\.)blocks\.(\d{1,6})\.", name))}
+    if config.num_layers > 2 * len(blocks) + 16:
+        raise ModelError(
+            f"{folder}: the checkpoint is not this architecture: its weights have {len(blocks)} blocks and config.json asks "
+            f"for {config.num_layers}; check config.json against the weights."
+        )
+
+
 def load_transformer(
     folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu", kernels: str = "auto",
     attention: str = "auto", loras: Sequence[Lora] = (),
@@ -133,6 +144,7 @@ def load_transformer(
     folder = transformer_folder(Path(folder))
     config = load_config(folder)
     tensors = find_tensors(folder)
+    _check_depth(config, tensors, folder)
     with torch.device("meta"):
         model = WanTransformer(config)
     changes = Changes(loras, diffusers_shapes(model))

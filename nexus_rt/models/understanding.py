@@ -50,12 +50,14 @@ class Template:
                 raise ModelError(
                     f"the {name} template has {text.count('{prompt}')} prompt slots; expected exactly one '{{prompt}}'."
                 )
-            if marker not in text:
+            if not marker or marker not in text:
                 raise ModelError(f"the {name} template lacks its marker {marker}; it must end in it.")
 
     @classmethod
     def from_dict(cls, values: dict) -> Template:
         """Read the `template` object of a connector's config."""
+        if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+            raise ModelError("the template is no object of texts; expected video, image and their markers.")
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ModelError(f"the template sets an unknown {unknown[0]!r}; expected video, image and their markers.")

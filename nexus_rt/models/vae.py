@@ -6,13 +6,15 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor
 
+from nexus_rt import documents
 from nexus_rt.errors import DecodeError, ModelError, cut
-from nexus_rt.models.checkpoint import StoredTensor, compare, fill_exactly, find_tensors
+from nexus_rt.models.checkpoint import StoredTensor, compare, fill_exactly, find_tensors, read_header, read_tensors
 from nexus_rt.models.decoder import can_decode_whole, decode_whole
 from nexus_rt.models.load import folder_bytes, read_json
 from nexus_rt.models.moving import Lazy
@@ -33,10 +35,25 @@ WAN_VAE = {
 }  # fmt: skip
 
 
+class _Space(msgspec.Struct):
+    z_dim: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    latents_mean: list[Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]]
+    latents_std: list[Annotated[float, msgspec.Meta(gt=0, le=1e6)]]
+    scale_factor_spatial: Annotated[int, msgspec.Meta(ge=1, le=128)]
+    scale_factor_temporal: Annotated[int, msgspec.Meta(ge=1, le=64)]
+
+
 def vae_space(folder: Path) -> dict[str, Any]:
     """What of a VAE's config defines its latent space."""
     config = read_json(folder / "config.json")
-    return {field: config.get(field, WAN_VAE[field]) for field in LATENT_FIELDS}
+    space = {field: config.get(field, WAN_VAE[field]) for field in LATENT_FIELDS}
+    stored = documents.check(space, _Space, f"{folder}/config.json")
+    if not len(stored.latents_mean) == len(stored.latents_std) == stored.z_dim:
+        raise ModelError(
+            f"{folder}/config.json has {len(stored.latents_mean)} means and {len(stored.latents_std)} deviations of latents "
+            f"for z_dim={stored.z_dim} channels; expected one of each a channel."
+        )
+    return space
 
 
 class Decoder:
@@ -188,10 +205,19 @@ def save_latents(latents: Tensor, folder: str | Path | None = None) -> Path | No
 
 def read_latents(path: str | Path) -> Tensor:
     """Latents that `save_latents` wrote."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        return load_file(path)["latents"]
-    except (OSError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{path} holds no latents ({error}); expected a safetensors file with a tensor 'latents'.") from error
+        stored = read_header(Path(path)).get("latents")
+        if stored is None:
+            raise ModelError("it has no tensor 'latents'")
+        if len(stored.shape) != 5 or 0 in stored.shape:
+            raise ModelError(f"its latents have shape {list(stored.shape)}; expected [batch, channels, frames, height, width]")
+        (_, latents), *_ = read_tensors([("latents", stored)])
+        latents = latents.float()
+        if not bool(latents.isfinite().all()):
+            raise ModelError("its latents hold NaN or infinity")
+    except ModelError as error:
+        raise ModelError(
+            f"{path} holds no latents ({cut(error)}); expected a safetensors file with a tensor 'latents', as a failed "
+            "decoding leaves it."
+        ) from error
+    return latents

@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_rt import documents
 from nexus_rt.attention import BACKENDS, NAMES, attend, takes_bias
 from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.ops import TORCH, choose_ops
@@ -28,6 +30,29 @@ from nexus_rt.ops import TORCH, choose_ops
 FUSED = {"attn1.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn2.to_kv": ("attn2.to_k", "attn2.to_v")}
 # kept in float32 whatever the model's dtype, as diffusers' `_keep_in_fp32_modules` does
 KEEP_FP32 = ("time_embedder", "scale_shift_table", "norm2")
+
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+Width = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+
+
+class _Stored(msgspec.Struct):
+    """The fields of a `config.json` that make a `WanConfig`, with the ranges of any model."""
+
+    num_attention_heads: Count
+    attention_head_dim: Annotated[int, msgspec.Meta(ge=2, le=1024, multiple_of=2)]  # RoPE turns pairs
+    ffn_dim: Width
+    num_layers: Count
+    patch_size: Annotated[list[Annotated[int, msgspec.Meta(ge=1, le=64)]], msgspec.Meta(min_length=3, max_length=3)] = (
+        msgspec.field(default_factory=lambda: [1, 2, 2])
+    )
+    in_channels: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 16
+    out_channels: Annotated[int, msgspec.Meta(ge=1, le=4096)] | None = None
+    text_dim: Width = 4096
+    freq_dim: Annotated[int, msgspec.Meta(ge=2, le=2**16, multiple_of=2)] = 256
+    cross_attn_norm: bool = True
+    eps: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 1e-6
+    rope_max_seq_len: Annotated[int, msgspec.Meta(ge=1, le=2**24)] = 1024
 
 
 @dataclass(frozen=True)
@@ -59,6 +84,12 @@ class WanConfig:
             ModelError: the config is of another architecture (image-to-video, other norms).
         """
         if "dim" in config and "num_heads" in config:
+            for key in ("dim", "num_heads"):
+                documents.check(config[key], Width, f"config.json's {key}")
+            if config["dim"] % config["num_heads"]:
+                raise ModelError(
+                    f"config.json sets dim={config['dim']}, which num_heads={config['num_heads']} does not divide."
+                )
             config = {
                 **config,
                 "num_attention_heads": config["num_heads"],
@@ -78,9 +109,12 @@ class WanConfig:
             raise ModelError(f"qk_norm is {config['qk_norm']!r}; expected 'rms_norm_across_heads', as Wan 2.1 has it.")
         known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
         patch = known.get("patch_size", (1, 2, 2))
-        known["patch_size"] = tuple(patch) if isinstance(patch, list | tuple) else (1, patch, patch)
-        known["out_channels"] = known.get("out_channels") or known.get("in_channels", 16)
-        return cls(**known)
+        known["patch_size"] = list(patch) if isinstance(patch, list | tuple) else [1, patch, patch]
+        stored = documents.check(known, _Stored, "config.json", remedy="take the one that belongs to the weights")
+        found = {name: getattr(stored, name) for name in known}
+        found["patch_size"] = tuple(stored.patch_size)
+        found["out_channels"] = stored.out_channels or stored.in_channels
+        return cls(**found)
 
 
 @dataclass
