@@ -91,6 +91,12 @@ def write_text(path: Path, text: str) -> None:
 Milliseconds = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
 
 
+class _Quality(msgspec.Struct):
+    psnr_db: float | None = None
+    identical: bool | None = None
+    accuracy: float | None = None
+
+
 class _Row(msgspec.Struct):
     """A row as far as two files are compared."""
 
@@ -101,9 +107,12 @@ class _Row(msgspec.Struct):
     failed: str | None = None
     total_runs_ms: list[Milliseconds] = []
     total_duration_ms: Milliseconds | None = None
+    quality: _Quality | None = None
+    peak_host_bytes: float | None = None
+    peak_device_bytes: float | None = None
 
     def __post_init__(self) -> None:
-        if self.failed is None and (not self.total_runs_ms or self.total_duration_ms is None):
+        if self.failed is None and (not self.total_runs_ms or None in (self.total_duration_ms, self.quality)):
             raise ValueError(f"row {self.plan} on {self.engine} has neither times nor a failure")
 
 

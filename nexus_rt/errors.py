@@ -6,9 +6,14 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+MOST = 1500  # characters of a message
+
 
 class NexusError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every error raised on purpose. Its message is cut where it quotes more of a hostile file than a person reads."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(a[:MOST] + " ..." if isinstance(a, str) and len(a) > MOST else a for a in arguments))
 
 
 class InputError(NexusError, ValueError):

@@ -120,7 +120,8 @@ def make_plan(
     if plan is not None and not isinstance(plan, str):
         raise InputError(f"plan is {cut(repr(plan), 80)}; expected a Plan, or its words, such as 'handoff=0.3'.")
     own = vars(defaults) if not published else {**vars(defaults), **PUBLISHED}
-    steps = whole("num_inference_steps", num_inference_steps, 1, MAX_STEPS) if num_inference_steps is not None else None
+    steps = own["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+    steps = whole("num_inference_steps", steps, 1, MAX_STEPS)
     scale = own["shift"] if shift is None else shift
     number("shift", scale, 1e-3, MAX_SHIFT)
     words = own["plan"] if plan is None else plan
@@ -130,7 +131,7 @@ def make_plan(
         number("gamma_w", gamma_w, 1e-3, 100.0)
         if words.strip().partition("=")[0] not in ("reference", "auto"):
             raise InputError(f"gamma_w shapes the gate, and plan {cut(words, 80)!r} has none; use 'reference' or 'auto'.")
-    grid = time_grid(own["num_inference_steps"] if steps is None else steps, scale, float64_timesteps=published)
+    grid = time_grid(steps, scale, float64_timesteps=published)
     return parse_plan(words, grid, GAMMA_W if gamma_w is None else gamma_w).with_energy(energy)
 
 

@@ -71,7 +71,9 @@ class LocalJudge:
         try:
             self._processor = pretrained("AutoProcessor", self.folder, "judge's processor")
             self._model = pretrained("AutoModelForImageTextToText", self.folder, "judge", self.device, dtype=self.dtype)
-        except (ImportError, AttributeError) as error:  # transformers says either where a package is missing
+        except (ImportError, AttributeError, ModelError) as error:  # transformers says any where a package is missing
+            if isinstance(error, ModelError) and not isinstance(error.__cause__, AttributeError):
+                raise
             first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
             raise ModelError(
                 f"{self.folder}: the judge needs a package that is not installed here ({first[:300]}); Qwen-VL's processors "

@@ -90,10 +90,10 @@ class _Answer(msgspec.Struct):
         return {"answer": self.answer, "reason": self.reason, **({"cause": self.cause} if self.cause else {})}
 
 
-class _Asked(_Answer):
-    question: str = ""
-    weight: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    layer: Annotated[int, msgspec.Meta(ge=0)] = 0
+class _Asked(_Answer, kw_only=True):
+    question: str
+    weight: Annotated[float, msgspec.Meta(ge=0)]
+    layer: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class _Judged(msgspec.Struct):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from nexus_rt.bench.vrbench.judging import judgments, read_judgment
 from nexus_rt.bench.vrbench.protocol import Protocol
 from nexus_rt.bench.vrbench.schema import Taxonomy
 from nexus_rt.bench.vrbench.scoring import clip_scores, mean_interval, paired, summary
-from nexus_rt.errors import InputError
+from nexus_rt.errors import InputError, cut
 
 
 def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
@@ -65,7 +66,8 @@ def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
 def made_with(folder: Path) -> str:
     """Plan, steps, size and models of a folder's clips, where `nexus-rt batch` or `vrbench generate` made them."""
     rows = [r["settings"] for r in finished(folder)[0].values() if r["status"] == "done"]
-    said = {f"{s['plan']}, {s['steps']} steps, {s['size']}x{s['frames']} {s['models']}".strip() for s in rows}
+    words = lambda s: "{plan}, {steps} steps, {size}x{frames} {models}".format_map(collections.defaultdict(str, s))  # noqa: E731
+    said = {cut(words(s), 200) for s in rows}
     return "; ".join(sorted(said)[:3]) + ("; ..." if len(said) > 3 else "")
 
 

@@ -61,7 +61,7 @@ class ConnectorConfig:
         unknown = sorted(values.keys() - known)
         if unknown:
             raise ModelError(
-                f"the connector's config.json sets an unknown {unknown[0]!r}; expected {', '.join(sorted(known))}."
+                f"the connector's config.json sets an unknown {cut(repr(unknown[0]), 80)}; expected {', '.join(sorted(known))}."
             )
         template = Template.from_dict(values.pop("template", {}))
         for name, value in values.items():

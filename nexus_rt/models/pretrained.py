@@ -39,12 +39,11 @@ def pretrained(class_name: str, folder: Path, what: str, device: torch.device | 
     if device is not None:
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         _check_size(folder, what)
+    loader = getattr(transformers, class_name)
     try:
         with _quiet():
-            loaded = getattr(transformers, class_name).from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, **options
-            )
-    except (ImportError, AttributeError):  # a package that the class needs is not here: the caller knows which
+            loaded = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except ImportError:  # a package that the class needs is not here: the caller knows which
         raise
     except Exception as error:  # transformers, tokenizers and safetensors raise nearly everything on damaged files
         raise ModelError(f"{folder}: the {what} cannot be loaded ({cut(error)}); download it again.") from error

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import InputError, ModelError
+from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.models.load import folder_bytes, require_safetensors
 from nexus_rt.models.moving import Lazy
 from nexus_rt.models.pretrained import pretrained
@@ -51,7 +51,7 @@ class Template:
                     f"the {name} template has {text.count('{prompt}')} prompt slots; expected exactly one '{{prompt}}'."
                 )
             if not marker or marker not in text:
-                raise ModelError(f"the {name} template lacks its marker {marker}; it must end in it.")
+                raise ModelError(f"the {name} template lacks its marker {cut(marker, 80)}; it must end in it.")
 
     @classmethod
     def from_dict(cls, values: dict) -> Template:
@@ -60,7 +60,9 @@ class Template:
             raise ModelError("the template is no object of texts; expected video, image and their markers.")
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            raise ModelError(f"the template sets an unknown {unknown[0]!r}; expected video, image and their markers.")
+            raise ModelError(
+                f"the template sets an unknown {cut(repr(unknown[0]), 80)}; expected video, image and their markers."
+            )
         return cls(**values)
 
     def render(self, prompt: str, single_frame: bool = False) -> str:

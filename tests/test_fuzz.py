@@ -1,0 +1,36 @@
+"""Every reader against mutated inputs: some in every run, a hundred thousand in the slow one (tests/fuzz.py)."""
+
+import pytest
+import torch
+
+from nexus_rt.models.connector import SPECIAL_TOKENS, Connector, ConnectorConfig, save_connector
+from tests import fuzz
+
+
+@pytest.fixture
+def targets(tiny_pair, tmp_path):
+    torch.manual_seed(3)
+    connector = Connector(
+        ConnectorConfig(llm_hidden_size=8, vision_dim=8, text_dim=32, adapter_queries=2, num_layers=1, num_heads=2)
+    )
+    connector.special_tokens = {t: torch.randn(1, 32) for t in SPECIAL_TOKENS}
+    save_connector(connector, tmp_path / "c")
+    return fuzz.make_targets(tiny_pair, tmp_path / "c", tmp_path / "work")
+
+
+def test_what_is_whole_is_read(targets):
+    for target in targets:
+        target.read()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_input_is_unhandled_hangs_or_takes_much_memory(targets, seed):
+    counts = fuzz.run(targets, 1200, seed)
+    refused = {name for name, kind in counts if kind == "refused"}
+    assert refused == {t.name for t in targets}
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_inputs(targets):
+    for seed in range(100, 110):
+        fuzz.run(targets, 10_000, seed)
