@@ -218,7 +218,7 @@ def _engine(
     parts = chosen_parts(parts_found, ",".join(exported), False, loras)
     index = Path(pretrained) / "model_index.json" if pretrained else None
     index = index if index is not None and index.is_file() else None
-    export_parts(parts, folders_beside(parts_found, parts), index, target, place / name, args.line, say)
+    export_parts(parts, folders_beside(parts_found, parts), index, target, place / name, args.line, say, lasting=False)
     make = lambda: NexusPipeline.from_engines(place / name, device=device, kernels=args.kernels)  # noqa: E731
     notes.append(f"{name}: {', '.join(exported)} as engines in {precision}, the rest in PyTorch")
     return Engine(name, quiet(make()), make)

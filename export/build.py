@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,9 +24,12 @@ from nexus_rt import __version__
 from nexus_rt.engines.exported import DTYPES
 from nexus_rt.engines.folder import EngineFolder, Manifest, engines_root, files_of, link_tree
 from nexus_rt.engines.open import engine_of
-from nexus_rt.errors import InputError, ModelError, choose
+from nexus_rt.engines.publish import publish, remove
+from nexus_rt.errors import InputError, ModelError, NexusError, choose
+from nexus_rt.export.contract import contract
 from nexus_rt.export.parity import gate
 from nexus_rt.export.parts import Part, weights_bytes, weights_hash
+from nexus_rt.export.symbols import Traced
 from nexus_rt.models import load
 from nexus_rt.size import ClipSize
 
@@ -127,13 +131,14 @@ def export_part(
 def _finished(final: Path) -> EngineFolder | None:
     """The engine in the cache, if it is whole; a damaged one is removed."""
     if not final.is_dir():
+        final.unlink(missing_ok=True)  # a link to an output folder that has gone
         return None
     try:
         found = EngineFolder.read(final)
-        found.verify()
+        found.verify(again=True)  # what is handed out is read: a damaged file may have kept its time
         return found
     except ModelError:
-        shutil.rmtree(final)
+        remove(final)
         return None
 
 
@@ -172,15 +177,20 @@ def _artefacts(part: Part, work: Path, target: Target, builder: ModuleType, say:
     say(f"{name}: tracing")
     try:
         traced = part.trace(target.precision, target.ordered() if part.sized else [], target.device, _kernels(target))
-    except (RuntimeError, ValueError) as error:
+    except NexusError:
+        raise
+    except Exception as error:  # PyTorch's exporter raises nearly everything
         raise ModelError(f"{name}: it cannot be traced: {_first_line(error)}") from error
+    (marks / "contract.json").write_text(json.dumps({g: contract(t) for g, t in traced.items() if isinstance(t, Traced)}))
     for graph in todo:
         say(f"{name}: building {graph} ({target.backend}, {target.precision})")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         try:
             builder.build(graph, traced[graph], aside, target)
-        except (RuntimeError, ValueError) as error:
+        except (NexusError, OSError):
+            raise
+        except Exception as error:  # onnx's ValidationError and InferenceError are no RuntimeErrors
             raise ModelError(
                 f"{name}: the {graph} graph could not be built for {target.backend}: {_first_line(error)}"
             ) from error
@@ -211,6 +221,8 @@ def _compared(
 ) -> EngineFolder:  # fmt: skip
     """Pass the engine through the gate and give it its name, or put it aside; name it uncompared where it cannot run."""
     name = part.name
+    if (described := work / ".complete" / "contract.json").is_file():
+        manifest = replace(manifest, contract=json.loads(described.read_text()))
     shutil.rmtree(work / ".complete", ignore_errors=True)
     manifest = replace(manifest, files=files_of(work))
     if not builder.can_run():
@@ -241,13 +253,14 @@ def _compared(
 
 def export_parts(
     parts: list[Part], beside: dict[str, Path], index: Path | None, target: Target, output: Path, command: str,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda text: None, lasting: bool = True,
 ) -> dict[str, EngineFolder]:  # fmt: skip
     """Export parts of a pair into a folder that `NexusPipeline.from_engines` loads by itself.
 
     Args:
         beside: the pair's other parts -> folder, linked beside the engines. index: the pair's `model_index.json`, copied
             for its defaults.
+        lasting: False for a folder that soon goes away: the engines stay in the cache and are linked there.
         output: the folder to make; engines that it holds already are replaced, and each appears only when complete.
 
     Raises:
@@ -255,20 +268,21 @@ def export_parts(
     """
     for part in parts:
         replace(target, precision=part.precision(target.precision)).builder()
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (probe := output / f".probe.{os.getpid()}").touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror}); choose a folder that you may write to.") from None
+    engines = [export_part(part, target, command, say) for part in parts]  # one that fails leaves the output as it was
     built = {}
-    for part in parts:
-        engine = export_part(part, target, command, say)
-        place, old = output / part.name, output / f".{part.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if place.exists():
-            os.rename(place, old)
-        link_tree(engine.path, place)
-        shutil.rmtree(old, ignore_errors=True)
-        built[part.name] = EngineFolder(place, engine.manifest)
-    for name, source in beside.items():
-        if not (output / name).exists():
-            link_tree(source, output / name)
-    if index is not None:
-        shutil.copy2(index, output / "model_index.json")
+    with _locked(output / ".export.lock", lambda: say(f"another process writes {output}; waiting for it")):
+        for part, engine in zip(parts, engines, strict=True):
+            built[part.name] = publish(engine, output / part.name, part.name, command, say, lasting)
+        for name, source in beside.items():
+            if not (output / name).exists():
+                link_tree(source, output / name)
+        if index is not None:
+            shutil.copy2(index, output / "model_index.json")
+    (output / ".export.lock").unlink(missing_ok=True)
     return built

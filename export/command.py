@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import shutil
 import sys
 import threading
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     d = found.defaults
     sizes, ends = parse_sizes(args.sizes or f"{d.width}x{d.height}x{d.num_frames}")
     precision = args.precision or ("fp32" if device.type == "cpu" else "bf16")
-    target = Target(args.backend, precision, sizes, device, args.opset, args.sm, args.weight_streaming, args.refit, ends)
+    sm = capability(args.sm) if args.sm else None
+    target = Target(args.backend, precision, sizes, device, args.opset, sm, args.weight_streaming, args.refit, ends)
     target.builder()  # what cannot be built is said before anything is read
     loras = {n: parse_loras(said) for n in ("small", "large") if (said := getattr(args, f"{n}_lora"))}
     parts = chosen_parts(found, args.parts, args.fuse_step, loras)
@@ -73,6 +75,18 @@ def run(args: argparse.Namespace) -> int:
     for name, engine in built.items():
         print(f"{output / name}: {engine.nbytes / 1e6:.1f} MB, {_verdict(engine)}")
     return 0
+
+
+def capability(text: str) -> str:
+    """A compute capability as "8.9", however it is written: 8.9, 89, sm_89, sm89.
+
+    Raises:
+        InputError: it is none.
+    """
+    found = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)a?", text.strip().lower())
+    if not found:
+        raise InputError(f"--sm is {text!r}; expected a compute capability, such as 8.9.")
+    return f"{int(found[1])}.{found[2]}"
 
 
 def chosen_parts(

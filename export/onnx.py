@@ -14,6 +14,7 @@ import torch
 
 from nexus_rt.engines import onnx as backend
 from nexus_rt.engines.open import here
+from nexus_rt.export import contract
 from nexus_rt.export.symbols import Traced
 
 if TYPE_CHECKING:
@@ -58,6 +59,31 @@ def build(graph: str, traced: Traced, folder: Path, target: Target) -> None:
     write(graph, traced, folder, target.opset)
 
 
+def _publish(model: Any, names: dict[str, str]) -> None:
+    """Give dynamic axes their names, and leave out what tells of the machine that traced the graph: nodes' metadata holds
+    source paths and makes most of the file."""
+    import onnx_ir as ir
+
+    def named(value: Any) -> None:
+        shape = getattr(value, "shape", None)
+        for axis, dim in enumerate(shape or ()):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                shape[axis] = ir.SymbolicDim(contract.rename(str(dim.value), names))
+
+    model.metadata_props.clear()
+    for graph in (model.graph, *(f.graph for f in model.functions.values())):
+        graph.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values()):
+            named(value)
+            value.metadata_props.clear()
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                named(value)
+                value.metadata_props.clear()
+
+
 def write(graph: str, traced: Traced, folder: Path, opset: int) -> None:
     """An exported program as `graph`.onnx and `graph`.onnx.data.
 
@@ -76,6 +102,7 @@ def write(graph: str, traced: Traced, folder: Path, opset: int) -> None:
                 traced.program, dynamo=True, opset_version=opset, verbose=False, optimize=True,
                 input_names=list(traced.inputs), output_names=list(traced.outputs),
             )  # fmt: skip
+            _publish(program.model, contract.symbols(traced))
             program.save(str(path), external_data=True)
             for initializer in program.model.graph.initializers.values():  # the exporter keeps graphs, and with them weights
                 initializer.const_value = None

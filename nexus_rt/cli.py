@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from nexus_rt.arguments import BLEND_NUMBERS, parser
 from nexus_rt.errors import InputError, NexusError, choose
+from nexus_rt.options import check_options
 
 
 def _pipeline(args: argparse.Namespace):
@@ -156,8 +157,6 @@ def _batch(args: argparse.Namespace, items: list) -> int:
 
         counts = run_on_ray(_quiet_pipeline, args, items, job, args.workers, say)
     else:
-        if args.workers is not None:
-            raise InputError("--workers is for --ray; without it, start a process a --shard.")
         _check_device(args.device)
         counts = run(_quiet_pipeline(args), items, job, say)
     print(f"{folder}: {counts['made']} made, {counts['kept']} kept, {counts['failed']} failed")
@@ -319,9 +318,12 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, 1 for a failure, 2 for wrong arguments, 130 when interrupted."""
-    args = parser().parse_args(argv)
-    args.line = shlex.join(["nexus-rt", *(sys.argv[1:] if argv is None else argv)])  # engines remember what made them
+    words = list(sys.argv[1:] if argv is None else argv)
+    known = parser()
+    args = known.parse_args(words)
+    args.line = shlex.join(["nexus-rt", *words])  # engines remember what made them
     try:
+        check_options(known, words, args)
         code = COMMANDS[args.command](args)
         sys.stdout.flush()
         return code

@@ -264,3 +264,76 @@ def test_a_single_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name,
     (tmp_path / "models" / name).write_bytes(b"x")
     assert main(["generate", PROMPT, "--small", f"models/{name}", "-o", "x.mp4"]) == 1
     assert "is a file; single files are not read" in capsys.readouterr().err
+
+
+PAIRS = [
+    (("generate", "x", "--engines", "e"), option, "is of PyTorch's models, and --engines names finished ones")
+    for option in (
+        ("--pair", "p"),
+        ("--small", "s"),
+        ("--large", "l"),
+        ("--vae", "v"),
+        ("--text-encoder", "t"),
+        ("--understanding", "u"),
+        ("--connector", "c"),
+        ("--small-lora", "f"),
+        ("--large-lora", "f"),
+        ("--attention", "sdpa"),
+        ("--attention", "auto"),
+        ("--backend", "torch"),
+    )
+] + [
+    (("generate", "x"), ("--force",), "--force goes with --engines"),
+    (("decode", "l.safetensors"), ("--force",), "goes with --engines"),
+    (("batch", "l.txt", "-o", "d"), ("--workers", "2"), "--workers goes with --ray"),
+    (("plan", "--costs", "1,2"), ("--attention", "sdpa"), "measures nothing where --costs gives the prices"),
+    (("generate", "x", "--as-published"), ("--split", "fft"), "--split is not as published"),
+    (("generate", "x", "--as-published"), ("--energy", "none"), "--energy is not as published"),
+    (("export", "-o", "d"), ("--sm", "89"), "--sm is of --backend tensorrt-rtx alone"),
+    (
+        ("export", "-o", "d", "--backend", "aoti"),
+        ("--opset", "20"),
+        "--opset is of --backend onnx and tensorrt and tensorrt-rtx alone",
+    ),
+    (("export", "-o", "d"), ("--weight-streaming",), "--weight-streaming is of --backend tensorrt and"),
+    (("export", "-o", "d", "--backend", "aoti"), ("--refit",), "--refit is of --backend tensorrt and"),
+    (("bench", "compare", "a.json", "b.json"), ("--runs", "3"), "--runs is measured, and `bench compare` compares two files"),
+    (("bench", "compare", "a.json", "b.json"), ("--json", "x.json"), "--json is measured"),
+    (("bench", "--estimate", "never"), ("--tflops", "3"), "--tflops goes with an estimate"),
+    (
+        ("vrbench", "judge", "example", "d", "--judge-url", "http://x/v1", "--judge-model", "m"),
+        ("--dtype", "float32"),
+        "of a judge that runs here",
+    ),
+    (("engines", "prune"), ("x",), "engines prune takes no folders"),
+]
+
+
+@pytest.mark.parametrize("line, option, words", PAIRS, ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+def test_options_that_do_not_go_together_are_refused_by_name(line, option, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nexus_rt.cli._pipeline", lambda args: pytest.fail("a model was read"))
+    assert main([*line, *option]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_given_options_are_those_of_the_line_alone():
+    from nexus_rt.arguments import parser
+    from nexus_rt.options import TABLE, given_options
+
+    known = parser()
+    assert given_options(known, ["generate", "x"]) == {"command", "prompt"}
+    assert given_options(known, ["generate", "x", "--plan=large", "--small-lora", "a", "--quiet"]) == {
+        "command",
+        "prompt",
+        "plan",
+        "small_lora",
+        "quiet",
+    }
+    args = known.parse_args(["generate", "x"])
+    assert args.seed == 0 and args.attention == "auto"  # the parser itself keeps its defaults
+    names = {a.dest for sub in known._subparsers._group_actions for p in sub.choices.values() for a in p._actions}
+    names |= {"action"}
+    assert all({r.option, *r.others} - {""} <= names for r in TABLE)  # no rule about an option that is gone

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from nexus_rt.engines.folder import EngineFolder, cached, engines_root, unusable
-from nexus_rt.errors import ModelError, choose
+from nexus_rt.engines.publish import remove
+from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.size import ClipSize
 
 ACTIONS = ("list", "verify", "prune")
@@ -15,6 +15,8 @@ ACTIONS = ("list", "verify", "prune")
 def run(action: str, folders: list[str]) -> int:
     """Do one; returns the exit code: 1 where verify finds damage."""
     choose("action", action, ACTIONS)
+    if folders and action == "prune":
+        raise InputError("engines prune takes no folders: it removes from the cache what is unfinished, failed or damaged.")
     return {"list": _list, "verify": _verify, "prune": _prune}[action](folders)
 
 
@@ -56,7 +58,7 @@ def _verify(folders: list[str]) -> int:
 def _prune(folders: list[str]) -> int:
     count = 0
     for path, why in unusable():
-        shutil.rmtree(path)
+        remove(path)
         count += 1
         print(f"removed {path.name}: {why}")
     print(f"{count} removed from {engines_root()}")

@@ -24,6 +24,7 @@ from nexus_rt.errors import ModelError, cut
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+READ_AGAIN = 64 << 20  # bytes hashed in some 40 ms
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Manifest:
     architecture: WanConfig's fields; of a step, those of both under "small" and "large"; else the part's own config.
     weights: sha256 of the source's weight files. buckets: [width, height, frames]; with options["range"], its two ends.
     device: {"type": "cpu" | "cuda", "sm": "9.0" or None, "name"}. parity: see `nexus_rt.export.parity`. files: name ->
-    {"bytes", "sha256"}. command: what rebuilds the engine. lora: hash of what was merged into the weights, or None.
+    {"bytes", "sha256"}. contract: graph -> its inputs and outputs (`nexus_rt.export.contract`). command: what rebuilds
+    the engine. lora: hash of what was merged into the weights, or None.
     """
 
     part: str
@@ -53,11 +55,12 @@ class Manifest:
     options: dict[str, Any] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict] = field(default_factory=dict)
+    contract: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def identity(self) -> str:
         """What decides that two engines are the same: everything but results, files and words. 16 hex digits."""
-        kept = {k: v for k, v in asdict(self).items() if k not in ("parity", "files", "command", "part")}
+        kept = {k: v for k, v in asdict(self).items() if k not in ("parity", "files", "command", "part", "contract")}
         kept["device"] = {k: v for k, v in self.device.items() if k != "name"}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -106,6 +109,7 @@ class _Stored(msgspec.Struct):
     options: dict[str, Any]
     parity: _Parity
     files: dict[str, _File]
+    contract: dict[str, dict[str, list[dict[str, Any]]]] = {}
 
     def check(self, where: str) -> None:
         """Raise where a file would lie outside the folder, or the parts of the manifest contradict each other."""
@@ -119,6 +123,13 @@ class _Stored(msgspec.Struct):
             raise ModelError(f"{where} lists no sizes; export the engine again.")
         if self.options.get("range") and len(self.buckets) != 2:
             raise ModelError(f"{where} is of a range and lists {len(self.buckets)} sizes; expected its two ends.")
+        if self.part == "vae":
+            from nexus_rt.models.vae import check_space
+
+            documents.check(
+                self.options.get("states"), list[Annotated[list[Side], msgspec.Meta(min_length=2, max_length=2)]], where
+            )
+            check_space(self.architecture, where)
         architectures = [self.architecture.get(n) for n in ("small", "large")] if self.part == "step" else [self.architecture]
         if self.part in ("small", "large", "step"):
             from nexus_rt.models.wan import WanConfig
@@ -177,7 +188,7 @@ class EngineFolder:
                 f"export again: {cut(said.get('command', 'nexus-rt export'))}"
             )
         known = {f.name for f in fields(Manifest)}
-        missing = known - said.keys()
+        missing = known - said.keys() - {"contract"}
         if missing:
             raise ModelError(f"{path / MANIFEST} lacks {', '.join(sorted(missing))}; export the engine again.")
         stored = documents.check(said, _Stored, where, remedy=remedy)
@@ -209,7 +220,8 @@ class EngineFolder:
             size = file.stat().st_size
             if size != known["bytes"]:
                 raise ModelError(f"{file} has {size} bytes and was written with {known['bytes']}; {self.rebuild()}")
-            if hashes and (file_hash if again else trusted_hash)(file) != known["sha256"]:
+            whole = again or size <= READ_AGAIN  # small files are read again: it costs less than the question
+            if hashes and (file_hash if whole else trusted_hash)(file) != known["sha256"]:
                 raise ModelError(f"{file} is damaged: its sha256 is not the manifest's; {self.rebuild()}")
 
     def artefact(self, name: str) -> Path:
@@ -260,9 +272,7 @@ class EngineFolder:
         if force or self.manifest.parity.get("passed"):
             return
         why = self.manifest.parity.get("why") or "it was never compared"
-        never = self.manifest.parity.get("compared") is False or not self.manifest.parity
-        what = "was never compared" if never else "failed its parity gate"
-        raise ModelError(f"{self.path} {what} ({why}); {self.rebuild()}, or load it with force=True (--force).")
+        raise ModelError(f"{self.path} failed its parity gate ({why}); {self.rebuild()}, or load it with force=True (--force).")
 
     def write(self) -> None:
         """Write the manifest; last of a folder's files, so that one without it is unfinished."""
@@ -313,6 +323,9 @@ def unusable() -> Iterator[tuple[Path, str]]:
     """What `prune` removes from the cache: unfinished builds no process holds, engines that failed or cannot be read."""
     root = engines_root()
     for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if path.is_symlink() and not path.is_dir():
+            yield path, "its output folder has gone"
+            continue
         if path.suffix == ".lock" or not path.is_dir():
             continue
         if path.suffix == ".part":
@@ -323,7 +336,7 @@ def unusable() -> Iterator[tuple[Path, str]]:
             yield path, "failed its parity gate"
             continue
         try:
-            EngineFolder.read(path).verify(hashes=False)
+            EngineFolder.read(path).verify(again=True)
         except ModelError as error:
             yield path, str(error).split(";")[0]
 

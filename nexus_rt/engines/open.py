@@ -90,4 +90,7 @@ def open_engines(root: Path, device: torch.device, force: bool = False, **option
     found = {n: root / n for n in PARTS if (root / n / MANIFEST).is_file()}
     if not found.keys() & {"small", "large"}:
         raise ModelError(f"{root} holds no engines (small/ or large/ with a {MANIFEST}); make them with `nexus-rt export`.")
+    for name, path in found.items():
+        if (part := EngineFolder.read(path).manifest.part) != name:
+            raise ModelError(f"{path} holds the {part} engine; expected {name}: put the folders back under their parts' names.")
     return {name: open_engine(path, device, force, **options) for name, path in found.items()}

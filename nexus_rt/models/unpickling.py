@@ -7,6 +7,7 @@ Python's unpickler, numpy's `_reconstruct` and dtype states are not used, since 
 
 from __future__ import annotations
 
+import codecs
 import io
 import math
 import pickle
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+for _codec in ("raw_unicode_escape", "unicode_escape", "cp437", "latin1", "ascii"):
+    codecs.lookup(_codec)  # now, and not while a file is read: an import runs code
 MOST_OPCODES, MOST_DIMENSIONS, MOST_NESTED = 20_000_000, 64, 2
 UnpicklingError = pickle.UnpicklingError
 

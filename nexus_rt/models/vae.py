@@ -35,6 +35,20 @@ WAN_VAE = {
 }  # fmt: skip
 
 
+Factor = Annotated[int, msgspec.Meta(ge=1, le=64)]
+
+
+class _Blocks(msgspec.Struct):
+    """What decides how many modules a VAE has; above these it is none, and building it would hang."""
+
+    base_dim: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 96
+    decoder_base_dim: Annotated[int, msgspec.Meta(ge=1, le=4096)] | None = None
+    dim_mult: Annotated[list[Factor], msgspec.Meta(min_length=1, max_length=8)] = msgspec.field(default_factory=lambda: [1])
+    num_res_blocks: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
+    attn_scales: Annotated[list[float], msgspec.Meta(max_length=16)] = msgspec.field(default_factory=list)
+    temperal_downsample: Annotated[list[bool], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=list)
+
+
 class _Space(msgspec.Struct):
     z_dim: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     latents_mean: list[Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]]
@@ -43,16 +57,21 @@ class _Space(msgspec.Struct):
     scale_factor_temporal: Annotated[int, msgspec.Meta(ge=1, le=64)]
 
 
+def check_space(space: dict[str, Any], where: str) -> None:
+    """Raise unless a latent space's numbers belong together; where: for errors."""
+    stored = documents.check(space, _Space, where)
+    if not len(stored.latents_mean) == len(stored.latents_std) == stored.z_dim:
+        raise ModelError(
+            f"{where} has {len(stored.latents_mean)} means and {len(stored.latents_std)} deviations of latents "
+            f"for z_dim={stored.z_dim} channels; expected one of each a channel."
+        )
+
+
 def vae_space(folder: Path) -> dict[str, Any]:
     """What of a VAE's config defines its latent space."""
     config = read_json(folder / "config.json")
     space = {field: config.get(field, WAN_VAE[field]) for field in LATENT_FIELDS}
-    stored = documents.check(space, _Space, f"{folder}/config.json")
-    if not len(stored.latents_mean) == len(stored.latents_std) == stored.z_dim:
-        raise ModelError(
-            f"{folder}/config.json has {len(stored.latents_mean)} means and {len(stored.latents_std)} deviations of latents "
-            f"for z_dim={stored.z_dim} channels; expected one of each a channel."
-        )
+    check_space(space, f"{folder}/config.json")
     return space
 
 
@@ -136,6 +155,8 @@ class VideoDecoder(Lazy, Decoder):
         from diffusers import AutoencoderKLWan
 
         config = check_config(self.folder, "VAE")
+        known = {k: v for k, v in config.items() if k in _Blocks.__struct_fields__}
+        documents.check(known, _Blocks, f"{self.folder}/config.json", remedy="it is no AutoencoderKLWan's: get it again")
         if config.get("_class_name", "AutoencoderKLWan") != "AutoencoderKLWan":
             raise ModelError(f"{self.folder} holds a {cut(config['_class_name'], 80)}; expected an AutoencoderKLWan.")
         try:

@@ -1,0 +1,93 @@
+"""Which options go together: a table, checked before a command begins, so that nothing asked for is dropped in silence."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nexus_rt.errors import InputError
+
+MODELS = ("pair", "small", "large", "vae", "text_encoder", "understanding", "connector", "small_lora", "large_lora")
+RUNS = ("generate", "batch", "decode", "plan", "vrbench")
+MEASURED = (
+    *MODELS, "preset", "plans", "engines", "parts", "vs", "scaling", "prompt", "size", "frames", "steps", "seed", "runs",
+    "warmup", "accuracy", "kernels", "attention", "dtype", "estimate", "tflops", "json", "html", "plot", "trace", "device",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Of some commands: `option`, where it is given (and has `value`), goes without `others`, or needs `needs` first.
+
+    why: what is wrong, and what to do.
+    """
+
+    commands: tuple[str, ...]
+    option: str
+    why: str
+    others: tuple[str, ...] = ()
+    needs: str = ""
+    value: str | None = None
+
+    def broken(self, command: str, args: argparse.Namespace, given: set[str]) -> str | None:
+        """The offending option, or None."""
+        if command not in self.commands or self.option not in given:
+            return None
+        if self.value is not None and getattr(args, self.option) != self.value:
+            return None
+        if self.needs:
+            return None if self.needs in given else self.option
+        return next((o for o in self.others if o in given), None)
+
+
+def _backend(option: str, *backends: str) -> tuple[Rule, ...]:
+    known = ("onnx", "aoti", "tensorrt", "tensorrt-rtx")
+    why = f"is of --backend {' and '.join(backends)} alone"
+    return tuple(Rule(("export",), "backend", why, (option,), value=b) for b in known if b not in backends)
+
+
+TABLE = (
+    Rule(RUNS, "engines", "is of PyTorch's models, and --engines names finished ones: what they are made of was said when they "
+         "were exported; leave one of the two out", (*MODELS, "backend", "attention")),
+    Rule(RUNS, "force", "goes with --engines: it loads an engine that failed its parity gate", needs="engines"),
+    Rule(("batch", "vrbench"), "workers", "goes with --ray; without it, start a process a --shard", needs="ray"),
+    Rule(("plan",), "costs", "measures nothing where --costs gives the prices; leave it out",
+         ("kernels", "attention", "backend", "dtype", "cuda_graphs")),
+    Rule(("generate", "batch", "plan", "vrbench"), "as_published", "is not as published; leave it or --as-published out",
+         ("energy", "split", "lowpass", "rho_min", "rho_max", "order")),
+    *_backend("sm", "tensorrt-rtx"), *_backend("opset", "onnx", "tensorrt", "tensorrt-rtx"),
+    *_backend("weight_streaming", "tensorrt", "tensorrt-rtx"), *_backend("refit", "tensorrt", "tensorrt-rtx"),
+    Rule(("bench",), "action", "is measured, and `bench compare` compares two files; leave it out", MEASURED),
+    Rule(("bench",), "estimate", "goes with an estimate, and --estimate never makes none", ("tflops",), value="never"),
+)  # fmt: skip
+
+
+def given_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
+    """The destinations that a command line sets itself, defaults left out."""
+    quiet = copy.deepcopy(parser)
+    todo = [quiet]
+    while todo:
+        for action in todo.pop()._actions:
+            action.default = argparse.SUPPRESS
+            if isinstance(action, argparse._SubParsersAction):
+                todo += list({id(p): p for p in action.choices.values()}.values())
+    found = vars(quiet.parse_args(argv))
+    return {name for name, value in found.items() if value not in ([], None)}
+
+
+def check_options(parser: argparse.ArgumentParser, argv: Sequence[str], args: argparse.Namespace) -> None:
+    """Hold a command line against the table.
+
+    Raises:
+        InputError: names the option that does not go with the others.
+    """
+    given = given_options(parser, argv)
+    for rule in TABLE:
+        if rule.option == "backend" and args.command == "export":
+            given_or_default = given | {"backend"}
+        else:
+            given_or_default = given
+        if (odd := rule.broken(args.command, args, given_or_default)) is not None:
+            raise InputError(f"--{odd.replace('_', '-')} {rule.why}.")
