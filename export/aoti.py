@@ -36,6 +36,14 @@ def built_for(target: Target) -> dict[str, Any]:
     return here(target.device)
 
 
+def options(target: Target) -> dict[str, Any]:
+    """What the manifest says besides: how a package is loaded, and on a CPU the instruction sets its code may use."""
+    found: dict[str, Any] = {"loader": backend.LOADER}
+    if target.device.type == "cpu":
+        found["instruction_sets"] = backend.instruction_sets()
+    return found
+
+
 def can_run() -> bool:
     """Whether engines can be compared here: where one can be built, it can."""
     return True

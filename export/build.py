@@ -101,7 +101,7 @@ def export_part(
         buckets=[list(b) for b in target.ordered()] if part.sized else [], graphs=part.graphs(),
         device=builder.built_for(target), producer=f"nexus-rt {__version__}", command=command,
         opset=target.opset if target.backend == "onnx" else None, lora=part.merged(),
-        options={**options, **part.options()},
+        options={**options, **part.options(), **getattr(builder, "options", lambda target: {})(target)},
     )  # fmt: skip
     final = engines_root() / manifest.identity()
     with _locked(final.with_suffix(".lock"), lambda: say(f"{name}: another process builds this engine; waiting for it")):
@@ -211,7 +211,8 @@ def _first_line(error: Exception) -> str:
 def _kernels(target: Target) -> tuple[str, str]:
     """Our kernels travel inside AOTInductor's code on a GPU; ONNX has only what its operators say."""
     if target.backend == "aoti" and target.device.type == "cuda":
-        return "triton", "triton"
+        # before 2.13 the scratch in which a kernel builds its descriptors is allocated for one block only
+        return "triton", "triton" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13) else "sdpa"
     return "torch", "auto"
 
 

@@ -44,9 +44,14 @@ def symbols(traced: Traced) -> dict[str, str]:
 
 
 def rename(dimension: str, names: dict[str, str]) -> str:
-    """A dimension's expression in our names."""
+    """A dimension's expression in our names: with `2*s5` the width, `8*s5` is `4*width`."""
     if dimension in names:
         return names[dimension]
+    if product := re.fullmatch(r"(\d+)\*(\w+)", dimension):
+        for known, ours in names.items():
+            factor, _, symbol = known.rpartition("*")
+            if symbol == product[2] and int(product[1]) % int(factor or 1) == 0:
+                return f"{int(product[1]) // int(factor or 1)}*{ours}"
     plain = {k: v for k, v in names.items() if re.fullmatch(r"\w+", k)}
     return re.sub(r"\w+", lambda m: plain.get(m[0], m[0]), dimension)
 

@@ -19,7 +19,7 @@ from nexus_rt.engines.exported import DTYPES, GRAPHS, VELOCITY
 from nexus_rt.engines.folder import trusted_hash
 from nexus_rt.engines.streaming import BlockStream
 from nexus_rt.engines.torch import TorchEngine
-from nexus_rt.errors import ModelError
+from nexus_rt.errors import InputError, ModelError
 from nexus_rt.export import parity
 from nexus_rt.export.coders import decoder_states, trace_decoder, trace_text
 from nexus_rt.export.graph import trace
@@ -261,6 +261,11 @@ class TextPart:
         return None
 
     def precision(self, asked: str) -> str:
+        if asked == "fp16":
+            raise InputError(
+                "the text encoder is not exported in fp16: UMT5's activations leave its range. Export it with --precision fp32 "
+                "(or bf16 on a GPU), or leave it out of --parts."
+            )
         return asked
 
     def trace(

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from nexus_rt import documents
 from nexus_rt.errors import InputError, NexusError
+from nexus_rt.models.vae import rescue_latents
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.prompts import Item
 from nexus_rt.request import check_seed
-from nexus_rt.video import SUFFIXES, frame_rate, made_with, save_video
+from nexus_rt.video import SUFFIXES, frame_rate, made_with, remove_orphans, save_video
 
 PLAN_OPTIONS = ("plan", "num_inference_steps", "shift", "energy", "gamma_w")  # of a call, as `make_plan` takes them
 TOGETHER = 8  # prompts encoded in one call
@@ -171,6 +172,7 @@ def run(
         InputError: the folder cannot be made, or another process works on the shard.
     """
     with open_folder(job):
+        remove_orphans(job.folder, f".*.part{job.suffix}")
         counts = {"made": 0, "kept": 0, "failed": 0}
         mine = job.mine(items)
         for kind, name, ending in work(pipe, mine, job, job.results):
@@ -345,13 +347,19 @@ def _after(ready: torch.cuda.Event | None, latents: Tensor) -> Iterator[None]:
 def _write(
     pipe: NexusPipeline, job: Job, latents: Tensor, ready: torch.cuda.Event | None, row: dict[str, Any], began: float
 ) -> dict[str, Any]:  # fmt: skip
+    decoded = False
     try:
         with _after(ready, latents):
             frames = pipe.decode(latents, "np", rescue=job.folder)
+        decoded = True
         s = row["settings"]
         made = made_with(s["prompt"], s["negative"], s["seed"], s["plan"], job.options, job.models)
         save_video(frames[0], job.folder / row["file"], job.fps, made, truncate=job.options.get("as_published", False))
     except Exception as error:
+        if (
+            decoded and (kept := rescue_latents(latents, job.folder)) is not None
+        ):  # what was denoised is not lost to a full disk
+            error = NexusError(f"{error} The latents are saved in {kept}.")
         return _failed(row, error)
     return {**row, "status": "done", "seconds": round(time.perf_counter() - began, 3), "when": time.time()}
 

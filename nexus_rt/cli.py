@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -99,6 +100,7 @@ def _check_device(name: str | None) -> None:
 
 
 def generate(args: argparse.Namespace) -> int:
+    from nexus_rt.models.vae import rescue_latents
     from nexus_rt.request import check_seed
     from nexus_rt.video import check_output, made_with, save_video
 
@@ -118,7 +120,12 @@ def generate(args: argparse.Namespace) -> int:
     latents = pipe(args.prompt, args.negative, generator=noise, output_type="latent", **options)
     frames = pipe.decode(latents.frames, "np", rescue=output.parent)
     made = made_with(args.prompt, args.negative, seed, latents.plan.name, options, model_words(args))
-    save_video(frames[0], output, args.fps, made, truncate=args.as_published)
+    try:
+        save_video(frames[0], output, args.fps, made, truncate=args.as_published)
+    except InputError as error:
+        if (kept := rescue_latents(latents.frames, output.parent)) is None:
+            raise
+        raise NexusError(f"{error} The latents are saved in {kept}; decode them again with `nexus-rt decode`.") from error
     if not args.quiet:
         print(f"{output}: {frames.shape[1]} frames of {frames.shape[3]}x{frames.shape[2]}, plan {latents.plan.name}")
     return 0
@@ -316,12 +323,18 @@ COMMANDS = {
 }  # fmt: skip
 
 
+def _ended(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, 1 for a failure, 2 for wrong arguments, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     known = parser()
     args = known.parse_args(words)
     args.line = shlex.join(["nexus-rt", *words])  # engines remember what made them
+    if argv is None:  # the command's own process, not a program that calls us: what is half-made is taken away
+        signal.signal(signal.SIGTERM, _ended)
     try:
         check_options(known, words, args)
         code = COMMANDS[args.command](args)

@@ -30,6 +30,7 @@ from nexus_rt.models.understanding import Template
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from nexus_rt.pair import Defaults
 from nexus_rt.shards import Report, check_shapes, write_json, write_shards
+from nexus_rt.video import remove_orphans
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl")
 LAYOUT = {  # part of the published folder -> where it lies
@@ -390,6 +391,7 @@ def convert_omnivideo(source: str | Path, target: str | Path, say: Callable[[str
         raise InputError(f"{source} is not a folder; expected the published OmniVideo folder.")
     if target.exists():
         raise InputError(f"{target} exists; name a folder that does not, and the conversion will make it.")
+    remove_orphans(target.parent, f".{target.name}.*.part")  # of runs that were killed
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)

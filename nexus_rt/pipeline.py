@@ -21,6 +21,7 @@ from nexus_rt.models.lora import LoraSource, parse_loras
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
 from nexus_rt.pair import MINI, find_parts
 from nexus_rt.plan import Plan, Step
+from nexus_rt.process import LOADING, computes
 from nexus_rt.request import (
     CALLBACK_TENSORS,
     OUTPUT_TYPES,
@@ -52,6 +53,9 @@ class NexusOutput:
 class NexusPipeline:
     """Text to video through one or two generators. Build it with `from_pretrained`.
 
+    Pipelines may be loaded and called from several threads; calls of one pipeline run one after the other. A process that
+    was forked from one that had called is refused with an error (start workers with 'spawn').
+
     Attributes:
         engines: "small" and "large", those that were given, behind the engine protocol; step_engine: both in one graph.
         text, vae: the text encoder and the video decoder, loaded on first use; `drop()` frees either.
@@ -70,6 +74,7 @@ class NexusPipeline:
         self._progress: dict[str, Any] = {}
         self._cancel = threading.Event()
         self._interrupt = False
+        self._calling = threading.RLock()
 
     @classmethod
     def from_pretrained(
@@ -137,7 +142,8 @@ class NexusPipeline:
         hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, revision=revision)
         parts = find_parts(pretrained, {k: v for k, v in {**given, **steering}.items() if v is not None}, hub)
         dtype, first = default_dtype(torch_dtype, device), torch.device("cpu") if vram else device
-        loaded = load_models(parts, dtype, device, first, kernels, attention, vae_tiling, loras)
+        with LOADING:
+            loaded = load_models(parts, dtype, device, first, kernels, attention, vae_tiling, loras)
         return cls(loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram)
 
     @classmethod
@@ -169,7 +175,8 @@ class NexusPipeline:
         """
         device = default_device(device)
         dtype, root = default_dtype(torch_dtype, device), Path(folder).expanduser()
-        loaded = load_engines(root, dtype, device, vae_tiling, force, engine_options)
+        with LOADING:
+            loaded = load_engines(root, dtype, device, vae_tiling, force, engine_options)
         return cls(loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram)
 
     def set_progress_bar_config(self, **options: Any) -> None:
@@ -326,19 +333,30 @@ class NexusPipeline:
             Cancelled: `cancel()` was called.
             DecodeError: decoding failed; its `latents_path` names the saved latents.
         """
+        with self._calling:  # a second thread waits for the first: a call keeps state on the pipeline
+            return self._call(
+                prompt, negative_prompt, generator, latents, callback_on_step_end, callback_on_step_end_tensor_inputs,
+                max_sequence_length,
+                {
+                    "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
+                    "context_embeds": context_embeds, "negative_context_embeds": negative_context_embeds,
+                },
+                height=height, width=width, num_frames=num_frames, plan=plan, shift=shift, energy=energy,
+                num_inference_steps=num_inference_steps, gamma_w=gamma_w, guidance_scale=guidance_scale, blend=blend,
+                guidance_scale_2=guidance_scale_2, solver=solver, output_type=output_type, published=as_published,
+                num_videos_per_prompt=num_videos_per_prompt,
+            )  # fmt: skip
+
+    def _call(
+        self, prompt: Any, negative_prompt: Any, generator: Any, latents: Any, callback: Any, tensors: Any,
+        max_sequence_length: Any, given: dict[str, Tensor | None], **arguments: Any,
+    ) -> NexusOutput:  # fmt: skip
+        """Check, encode, place, sample, decode."""
         self._cancel.clear()
         self._interrupt = False
-        request = make_request(
-            self.defaults, height=height, width=width, num_frames=num_frames, plan=plan, shift=shift, energy=energy,
-            num_inference_steps=num_inference_steps, gamma_w=gamma_w, guidance_scale=guidance_scale, blend=blend,
-            guidance_scale_2=guidance_scale_2, solver=solver, output_type=output_type, published=as_published,
-            num_videos_per_prompt=num_videos_per_prompt,
-        )  # fmt: skip
-        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        given = {
-            "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
-            "context_embeds": context_embeds, "negative_context_embeds": negative_context_embeds,
-        }  # fmt: skip
+        request = make_request(self.defaults, **arguments)
+        check_callback(callback, tensors)
+        computes()
         batch = self._check_call(request, prompt, negative_prompt, given, generator, latents, max_sequence_length)
         residency, step_engine = self._place(request, batch)
         embeds = self._encode_call(request, prompt, negative_prompt, given, max_sequence_length)
@@ -346,9 +364,7 @@ class NexusPipeline:
         self._leave_encoders(leaves)
         if latents is None:
             latents = self.prepare_latents(batch, request.size.frames, request.size.height, request.size.width, generator)
-        latents = self._sample(
-            request, latents, embeds, residency, step_engine, callback_on_step_end, callback_on_step_end_tensor_inputs
-        )
+        latents = self._sample(request, latents, embeds, residency, step_engine, callback, tensors)
         for engine in self.engines.values() if leaves else ():  # the decoder has the memory
             engine.unload()
         frames = self.decode(latents, request.output_type, truncate=request.published)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -44,6 +47,19 @@ def check_output(path: str | Path) -> Path:
 
 def _part(path: Path) -> Path:
     return path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+
+
+def remove_orphans(folder: Path, pattern: str) -> int:
+    """Remove what killed processes left half-written (`.NAME.PID.part...`); returns how many."""
+    count = 0
+    for path in folder.glob(pattern) if folder.is_dir() else ():
+        found = re.fullmatch(r"\..+\.(\d+)\.part(\.\w+)?", path.name)
+        if not found or int(found[1]) == os.getpid() or Path(f"/proc/{found[1]}").exists():
+            continue
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            count += 1
+    return count
 
 
 def frame_rate(fps: Any, name: str = "fps") -> Fraction:

@@ -260,6 +260,9 @@ class EngineFolder:
             different.append(tuple(word.get(d["type"], d["type"]) for d in (m.device, device)))
         elif m.device.get("sm") and m.device["sm"] != device.get("sm"):
             different.append((f"compute capability {m.device['sm']}", device.get("sm")))
+        needed = set(m.options.get("instruction_sets") or ()) - set(device.get("instruction_sets") or ())
+        if needed and device.get("instruction_sets") is not None:
+            different.append((f"a processor with {', '.join(sorted(needed)[:4])}", "one without"))
         here = versions.get(m.backend)
         if here is not None and here != m.backend_version:
             different.append((f"{m.backend} {m.backend_version}", here))

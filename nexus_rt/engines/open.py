@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from nexus_rt.engines import aoti
 from nexus_rt.engines.coders import EngineDecoder, EngineTextEncoder
 from nexus_rt.engines.exported import ExportedEngine, Sessions
 from nexus_rt.engines.folder import MANIFEST, EngineFolder
@@ -27,7 +28,7 @@ def here(device: torch.device) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Backends whose engines are bound to a version: that version here. ONNX graphs are not: any runtime reads them."""
-    from nexus_rt.engines import aoti, tensorrt
+    from nexus_rt.engines import tensorrt
 
     found = {"aoti": aoti.version(), **{b: tensorrt.version(b) for b in tensorrt.PACKAGES}}
     return {backend: version for backend, version in found.items() if version}
@@ -41,9 +42,7 @@ def sessions_of(folder: EngineFolder, device: torch.device, **options: Any) -> S
 
         return OnnxSessions(folder, device, **options)
     if folder.manifest.backend == "aoti":
-        from nexus_rt.engines.aoti import AotiSessions
-
-        return AotiSessions(folder, device, **options)
+        return aoti.AotiSessions(folder, device, **options)
     from nexus_rt.engines.tensorrt import TensorRTSessions
 
     return TensorRTSessions(folder, device, **options)
@@ -75,7 +74,7 @@ def open_engine(path: str | Path, device: torch.device, force: bool = False, **o
         InputError: a backend that cannot run here.
     """
     folder = EngineFolder.read(path)
-    folder.check_here(versions(), here(device))
+    folder.check_here(versions(), {**here(device), "instruction_sets": aoti.instruction_sets() or None})
     folder.check_parity(force)
     folder.verify()
     return engine_of(folder, device, **options)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_rt.models.load import release
+from nexus_rt.process import LOADING
 
 
 class Moved:
@@ -70,8 +71,10 @@ class Lazy:
             ModelError: as reading says.
         """
         if self.weights is None:
-            self.model = self._read()
-            self.weights = Moved(self.model, self.device)
+            with LOADING:
+                if self.weights is None:
+                    self.model = self._read()
+                    self.weights = Moved(self.model, self.device)
         self.weights.load()
 
     def unload(self) -> None:

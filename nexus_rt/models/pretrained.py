@@ -18,6 +18,7 @@ import torch
 from nexus_rt.documents import read_object
 from nexus_rt.errors import ModelError, cut
 from nexus_rt.models.checkpoint import read_header
+from nexus_rt.process import LOADING
 
 # Stored beside the weights that are used, and rightly left out: vocabulary heads, the decoder of an encoder-decoder, and
 # tables that are computed.
@@ -33,6 +34,11 @@ def pretrained(class_name: str, folder: Path, what: str, device: torch.device | 
     Raises:
         ModelError: a damaged folder, or weights that are missing, foreign or of other shapes; `what` names the part.
     """
+    with LOADING:
+        return _pretrained(class_name, folder, what, device, options)
+
+
+def _pretrained(class_name: str, folder: Path, what: str, device: torch.device | None, options: dict[str, Any]) -> Any:
     import transformers
 
     check_config(folder, what)
@@ -153,10 +159,17 @@ def _quiet() -> Iterator[None]:
     level raised, transformers checks tensor-parallel plans and says so."""
     drop = lambda record: "LOAD REPORT" not in record.getMessage()  # noqa: E731
     logs = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "utils.loading_report")]
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    if shown:
+        bars.disable_progress_bar()
     for log in logs:
         log.addFilter(drop)
     try:
         yield
     finally:
+        if shown:
+            bars.enable_progress_bar()
         for log in logs:
             log.removeFilter(drop)

@@ -16,6 +16,7 @@ from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.models.load import folder_bytes, require_safetensors
 from nexus_rt.models.moving import Lazy
 from nexus_rt.models.pretrained import pretrained
+from nexus_rt.process import LOADING
 from nexus_rt.tracing import span
 
 MAX_SEQUENCE_LENGTH = 512  # Wan's text length: the transformer attends to the zero padding too
@@ -41,7 +42,8 @@ class Tokenized:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return pretrained("AutoTokenizer", self.tokenizer_folder, "text encoder")
+        with LOADING:
+            return pretrained("AutoTokenizer", self.tokenizer_folder, "text encoder")
 
     def load(self) -> None:
         """Make the weights ready, if they are not."""

@@ -126,7 +126,7 @@ class Decoder:
                 out.append(video.float().add_(1).div_(2).clamp_(0, 1))
             return torch.cat(out).transpose(1, 2)
         except Exception as error:
-            path = save_latents(latents, rescue)
+            path = rescue_latents(latents, rescue)
             saved = (
                 f"the latents are saved in {path}; decode them again with `nexus-rt decode`"
                 if path
@@ -222,6 +222,11 @@ def save_latents(latents: Tensor, folder: str | Path | None = None) -> Path | No
         return path
     except Exception:  # the caller is already reporting a failure: it must not be lost under this one
         return None
+
+
+def rescue_latents(latents: Tensor, folder: str | Path | None = None) -> Path | None:
+    """`save_latents` into a folder, else, where that cannot be written, into the system's temporary one."""
+    return save_latents(latents, folder) or save_latents(latents)
 
 
 def read_latents(path: str | Path) -> Tensor:

@@ -1,0 +1,196 @@
+"""examples/: programs without this package open exported folders in place, and compute the same."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nexus_rt import NexusPipeline
+from nexus_rt.cli import main
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def loaded(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_pair, tmp_path_factory):
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path_factory.mktemp("engines")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEXUS_RT_CACHE", str(folder / "cache"))
+        line = ["export", "--pair", str(tiny_pair), "--parts", "large,vae,text_encoder", "--sizes", "32x32x5,48x32x5"]
+        assert main([*line, "-o", str(folder / "out")]) == 0
+    return folder
+
+
+def test_onnx_runtime_alone_makes_the_same_clip(engines, tiny_pair):
+    noise = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    prompt = "a red circle moves left"
+    got = loaded("onnx_consumer").generate(engines / "out", prompt, noise.numpy(), 4, 3.0, 3.0)
+    pipe = NexusPipeline.from_pretrained(tiny_pair)
+    pipe.set_progress_bar_config(disable=True)
+    options = dict(plan="large", solver="euler", num_inference_steps=4, shift=3.0, guidance_scale=3.0)
+    wanted = pipe(prompt, latents=noise, width=48, height=32, num_frames=5, **options).frames[0]
+    assert got.shape == wanted.shape and np.abs(got - wanted).max() < 1e-3
+
+
+def test_the_example_needs_nothing_of_ours(engines, tmp_path):
+    code = f"""
+import sys
+for name in ("torch", "nexus_rt", "transformers", "diffusers"):
+    sys.modules[name] = None
+sys.argv = ["x", {str(engines / "out")!r}, "a red circle", {str(tmp_path / "clip.npy")!r}]
+exec(compile(open({str(EXAMPLES / "onnx_consumer.py")!r}).read(), "x", "exec"))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
+    assert np.load(tmp_path / "clip.npy").shape == (5, 32, 32, 3)
+
+
+def test_graphs_are_whole_named_and_tell_nothing_of_this_machine(engines, tiny_pair):
+    """onnx itself opens and checks them; dynamic axes have names; one copy on this disk; no path inside."""
+    onnx = pytest.importorskip("onnx")
+    paths = sorted((engines / "out").rglob("*.onnx"))
+    assert len(paths) == 5
+    for path in paths:
+        onnx.checker.check_model(str(path), full_check=True)
+        model = onnx.load(str(path))
+        contract = json.loads((path.parent / "manifest.json").read_text())["contract"][path.stem]
+        axes = set()
+        for kind, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
+            shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values]
+            assert [(e["name"], e["shape"]) for e in contract[kind]] == [
+                (v.name, s) for v, s in zip(values, shapes, strict=True)
+            ]
+            assert all(e["meaning"] and e["dtype"] for e in contract[kind])
+            axes |= {d for s in shapes for d in s if isinstance(d, str)}
+        assert {a.rpartition("*")[2] for a in axes} <= {"batch", "tokens", "words", "frames", "height", "width"}
+        text = path.read_bytes()
+        for word in (str(Path.cwd()), "site-packages", "/nexus_rt/", '.py"'):
+            assert word.encode() not in text
+        assert path.stat().st_nlink == 1 and path.with_name(f"{path.name}.data").stat().st_nlink == 1
+    sizes = {p.stat().st_ino: p.stat().st_size for p in engines.rglob("*.data")}
+    assert sum(sizes.values()) == sum(p.stat().st_size for p in (engines / "out").rglob("*.data"))  # the cache has links
+
+
+def test_a_second_folder_is_another_s_copy_and_both_are_whole(engines, tiny_pair, monkeypatch, capsys):
+    monkeypatch.setenv("NEXUS_RT_CACHE", str(engines / "cache"))
+    line = [
+        "export",
+        "--pair",
+        str(tiny_pair),
+        "--parts",
+        "vae,text_encoder,large",
+        "--sizes",
+        "48x32x5,32x32x5",
+        "-o",
+        str(engines / "second"),
+    ]
+    assert main(line) == 0
+    capsys.readouterr()
+    for name in ("out", "second"):
+        assert main(["engines", "verify", *(str(engines / name / p) for p in ("large", "vae", "text_encoder"))]) == 0
+    manifest = json.loads((engines / "second" / "large" / "manifest.json").read_text())
+    assert str(engines / "second") in manifest["command"]  # what rebuilds it is the asker's own line
+    (engines / "second" / "large").rename(engines / "second" / "small")
+    from nexus_rt.errors import ModelError
+
+    with pytest.raises(ModelError, match=r"small holds the large engine; expected small"):
+        NexusPipeline.from_engines(engines / "second")
+
+
+def test_a_damaged_engine_that_kept_its_time_is_found_and_built_again(tiny_pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))
+    line = ["export", "--pair", str(tiny_pair), "--parts", "text_encoder", "-o", str(tmp_path / "out")]
+    assert main(line) == 0
+    file = tmp_path / "out" / "text_encoder" / "encode.onnx.data"
+    stat, data = file.stat(), bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert main(["engines", "verify", str(file.parent)]) == 1
+    assert main(["engines", "verify"]) == 1
+    capsys.readouterr()
+    assert main(line) == 0 and "building encode" in capsys.readouterr().err
+    assert main(["engines", "verify", str(file.parent)]) == 0
+
+
+def test_aoti_without_this_package(tiny_pair, tmp_path, monkeypatch):
+    """The loader that the manifest names; and an engine whose instruction sets are not here is refused."""
+    from nexus_rt.engines import aoti
+    from nexus_rt.engines.open import open_engine
+    from nexus_rt.errors import ModelError
+
+    monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))
+    assert (
+        main(
+            [
+                "export",
+                "--pair",
+                str(tiny_pair),
+                "--backend",
+                "aoti",
+                "--parts",
+                "small",
+                "--sizes",
+                "32x32x5",
+                "-o",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
+    manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
+    assert (
+        manifest["options"]["loader"] == aoti.LOADER
+        and manifest["options"]["instruction_sets"] == aoti.instruction_sets() != []
+    )
+    code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); sys.modules['nexus_rt'] = None\n"
+    code += f"import aoti_consumer, pathlib; print(tuple(aoti_consumer.main(pathlib.Path({str(tmp_path / 'small')!r})).shape))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("(1, 16, 2, 4, 4)")
+    open_engine(tmp_path / "small", torch.device("cpu"))
+    monkeypatch.setattr(aoti, "instruction_sets", lambda: manifest["options"]["instruction_sets"][1:])
+    with pytest.raises(
+        ModelError, match=r"was built for a processor with \w+, and this is one without; rebuild it: nexus-rt export"
+    ):
+        open_engine(tmp_path / "small", torch.device("cpu"))
+
+
+def test_a_text_encoder_in_half_precision_is_refused_before_work(tiny_pair, tmp_path, capsys):
+    line = [
+        "export",
+        "--pair",
+        str(tiny_pair),
+        "--parts",
+        "large,text_encoder",
+        "--precision",
+        "fp16",
+        "-o",
+        str(tmp_path / "o"),
+    ]
+    assert main(line) == 2 and "the text encoder is not exported in fp16" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "written, meant", [("8.9", "8.9"), ("89", "8.9"), ("sm_89", "8.9"), ("sm120", "12.0"), ("12.0", "12.0"), ("9.0a", "9.0")]
+)
+def test_a_compute_capability_is_one_thing_however_it_is_written(written, meant):
+    from nexus_rt.errors import InputError
+    from nexus_rt.export.command import capability
+
+    assert capability(written) == meant
+    with pytest.raises(InputError, match="expected a compute capability"):
+        capability("hopper")
