@@ -7,9 +7,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from nexus_rt.export.symbols import Traced
+from nexus_rt.export.symbols import Traced, split
 
-PUBLIC = {"2*rows": "height", "2*columns": "width", "tokens_small": "tokens"}  # symbols as consumers read them
 MEANING = {
     "latents": "noisy latents of the step, as the scheduler holds them (normalised: (z - latents_mean) / latents_std); for the "
     "VAE one latent frame of the VAE's own z = latents * latents_std + latents_mean",
@@ -29,6 +28,15 @@ MEANING = {
 }  # fmt: skip
 
 
+def public(dimension: str) -> str:
+    """One of our symbols as consumers read it: latent cells, not pairs of them."""
+    factor, name = split(dimension)
+    cells = {"rows": "height", "columns": "width"}.get(name or "")
+    if cells and factor % 2 == 0:
+        return cells if factor == 2 else f"{factor // 2}*{cells}"
+    return "tokens" if dimension == "tokens_small" else dimension
+
+
 def symbols(traced: Traced) -> dict[str, str]:
     """The program's own names of dynamic dimensions (`s22`, `2*s5`) -> ours."""
     found: dict[str, str] = {}
@@ -37,9 +45,7 @@ def symbols(traced: Traced) -> dict[str, str]:
         value = node.meta.get("val")
         for own, ours in zip(getattr(value, "shape", ()), shape, strict=False):
             if not isinstance(own, int) and isinstance(ours, str):
-                found[str(own)] = PUBLIC.get(ours, ours)
-                if "*" not in str(own):
-                    found.setdefault(str(own), ours)
+                found[str(own)] = public(ours)
     return found
 
 
