@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import threading
@@ -18,7 +17,7 @@ import torch
 from nexus_rt import documents
 from nexus_rt.doctor import versions
 from nexus_rt.errors import InputError, ModelError, cut
-from nexus_rt.models.load import transformer_folder
+from nexus_rt.models.load import folder_fingerprint, transformer_folder
 
 SCHEMA, KIND = 1, "nexus-rt bench"
 NOISE = 0.02  # a slowdown that counts, beyond what the runs' own spread explains
@@ -45,17 +44,6 @@ def hardware(device: torch.device) -> dict[str, Any]:
         said = torch.cuda.get_device_properties(device)
         found |= {"gpu": said.name, "gpu_bytes": said.total_memory, "sm": f"{said.major}.{said.minor}"}
     return found
-
-
-def folder_fingerprint(folder: Path) -> str:
-    """A short hash of a folder's weight files: names, sizes, and the first and last MiB of each."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            head = file.read(1 << 20)
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(f"{path.name} {path.stat().st_size} ".encode() + head + file.read())
-    return digest.hexdigest()[:16]
 
 
 def weights_fingerprint(folders: dict[str, Path]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from nexus_rt.models.vae import rescue_latents
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.prompts import Item
 from nexus_rt.request import check_seed
-from nexus_rt.video import SUFFIXES, frame_rate, made_with, remove_orphans, save_video
+from nexus_rt.video import SUFFIXES, frame_rate, is_clip, made_with, remove_orphans, save_video
 
 PLAN_OPTIONS = ("plan", "num_inference_steps", "shift", "energy", "gamma_w")  # of a call, as `make_plan` takes them
 TOGETHER = 8  # prompts encoded in one call
@@ -85,7 +85,14 @@ def common_settings(job: Job, pipe: NexusPipeline) -> dict[str, Any]:
     rest = {k: str(v) for k, v in o.items() if v not in (None, False) and k not in left_out}
     fps = frame_rate(job.fps)
     rate = fps.numerator if fps.denominator == 1 else str(fps)
-    return {"steps": len(plan), "plan": plan.name, "fps": rate, "options": rest, "models": job.models}
+    made_of = {**pipe.identity, "blend": pipe.kernels}
+    return {"steps": len(plan), "plan": plan.name, "fps": rate, "options": rest, "weights": made_of, "models": job.models}
+
+
+def _same(kept: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether two clips' settings make one clip: where the models were read from is no matter, what they are is."""
+    without = lambda s: {k: v for k, v in s.items() if k != "models"}  # noqa: E731
+    return without(kept) == without(wanted)
 
 
 def settings(item: Item, job: Job, pipe: NexusPipeline, common: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +230,7 @@ def work(
         if said["seed"] == -1:  # a fresh one, once: the clip that is there keeps its own
             kept = row["settings"].get("seed") if row and isinstance(row.get("settings"), dict) else None
             said["seed"] = kept if isinstance(kept, int) else check_seed("seed", -1)
-        if row and row["status"] == "done" and row["settings"] == said and job.clip(item).is_file():
+        if row and row["status"] == "done" and _same(row["settings"], said) and is_clip(job.clip(item)):
             yield "kept", item.id, "was there"
         elif attempts is not None and begun.get(item.id, 0) >= attempts:
             why = NexusError(f"its process died {begun[item.id]} times")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError
 from nexus_rt.models import load
 from nexus_rt.models.context import ContextEncoder
-from nexus_rt.models.lora import Lora
+from nexus_rt.models.lora import Lora, loras_hash
 from nexus_rt.models.text import TextEncoder
 from nexus_rt.models.vae import VideoDecoder
 from nexus_rt.pair import Defaults, Parts, engine_parts
@@ -25,7 +26,8 @@ from nexus_rt.pair import Defaults, Parts, engine_parts
 
 @dataclass
 class Loaded:
-    """What `NexusPipeline` holds; None for a part that is not there. space: latent channels and patch size."""
+    """What `NexusPipeline` holds; None for a part that is not there. space: latent channels and patch size.
+    identity: part -> what makes its results its own, whatever path it was read from: weights, dtype, what computes it."""
 
     engines: dict[str, Any]
     text: TextEncoder | EngineTextEncoder | None
@@ -34,6 +36,7 @@ class Loaded:
     step: StepEngine | None
     defaults: Defaults
     space: tuple[int, tuple[int, int, int]]
+    identity: dict[str, str] = field(default_factory=dict)
 
     def replayed(self) -> Loaded:
         """The same with CUDA graphs of the generators' steps.
@@ -81,7 +84,21 @@ def load_models(
     }
     config = next(iter(models.values())).config
     engines = {name: TorchEngine(model, device=device) for name, model in models.items()}
-    return Loaded(engines, text, vae, context, None, parts.defaults, (config.in_channels, config.patch_size))
+    computed = f"{dtype} kernels={kernels} attention={attention}".removeprefix("torch.")
+    identity = {
+        n: f"{load.folder_fingerprint(load.transformer_folder(f))} {computed} lora={loras_hash({n: loras.get(n, ())})}"
+        for n, f in parts.generators.items()
+    }
+    space = config.in_channels, config.patch_size
+    return Loaded(engines, text, vae, context, None, parts.defaults, space, identity | _coder_identity(parts, dtype))
+
+
+def _coder_identity(parts: Parts, dtype: torch.dtype) -> dict[str, str]:
+    text = parts.text and parts.text / "text_encoder"
+    steering = {"understanding": parts.understanding, "connector": parts.connector}
+    folders = {"vae": parts.vae, "text_encoder": text, **steering}
+    kind = {name: "float32" if name == "vae" else str(dtype).removeprefix("torch.") for name in folders}
+    return {name: f"{load.folder_fingerprint(folder)} {kind[name]}" for name, folder in folders.items() if folder}
 
 
 def load_engines(
@@ -99,4 +116,13 @@ def load_engines(
     a = next(iter(engines.values())).folder.manifest.architecture
     space = a["in_channels"], tuple(a["patch_size"])
     text, vae = found.get("text_encoder", text), found.get("vae", vae)
-    return Loaded(engines, text, vae, context, found.get("step"), parts.defaults, space)
+    identity = _coder_identity(parts, dtype) | {
+        name: f"{e.folder.manifest.backend} {e.folder.manifest.identity()} {_artefacts(e)}" for name, e in found.items()
+    }
+    return Loaded(engines, text, vae, context, found.get("step"), parts.defaults, space, identity)
+
+
+def _artefacts(engine: Any) -> str:
+    """A short hash of an engine's files, as its manifest has them."""
+    files = sorted((name, f["sha256"]) for name, f in engine.folder.manifest.files.items())
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]

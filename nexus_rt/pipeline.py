@@ -69,6 +69,7 @@ class NexusPipeline:
     ) -> None:  # fmt: skip
         self.engines, self.text, self.vae, self.context = loaded.engines, loaded.text, loaded.vae, loaded.context
         self.step_engine, self.defaults, (self.channels, self.patch) = loaded.step, loaded.defaults, loaded.space
+        self.identity = loaded.identity
         self.device, self.keep_encoders, self.kernels = device, keep_encoders, kernels
         self.vram = None if vram is None else parse_bytes(str(vram))
         self._progress: dict[str, Any] = {}

@@ -76,8 +76,7 @@ def _file(path: Path) -> list[Item]:
     if path.suffix == ".txt":
         lines = [line.strip() for line in text.split("\n")]  # at line feeds alone: U+2028 and U+0085 are text
         lines = [line for line in lines if line and not line.startswith("#")]
-        width = max(4, len(str(len(lines))))
-        return [Item(f"{i:0{width}}", line) for i, line in enumerate(lines)]
+        return [Item(f"{i:04}", line) for i, line in enumerate(lines)]  # an id stays as the list grows
     if path.suffix not in (".json", ".jsonl"):
         raise InputError(f"{path} ends in {path.suffix or 'nothing'}; expected .txt, .json or .jsonl.")
     if path.suffix == ".jsonl":

@@ -212,6 +212,25 @@ def read_frames(path: str | Path) -> np.ndarray:
     return np.stack(frames)
 
 
+def is_clip(path: Path) -> bool:
+    """Whether a file is there whose first frame can be read."""
+    import av
+
+    try:
+        if not path.is_file() or not path.stat().st_size:
+            return False
+        if path.suffix == ".png":
+            from PIL import Image
+
+            with Image.open(path) as image:
+                image.verify()
+            return True
+        with av.open(str(path)) as container:
+            return next(container.decode(video=0), None) is not None
+    except Exception:  # whatever a damaged file makes its reader raise
+        return False
+
+
 def _rgb(frame: Any) -> np.ndarray:
     """A decoded frame as RGB, by the matrix it is tagged with (swscale's own default is BT.601's)."""
     if frame.format.name.startswith(("rgb", "bgr", "pal", "gray", "argb", "abgr")):

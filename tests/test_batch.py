@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,3 +281,55 @@ def test_a_fresh_seed_of_a_batch_stays_with_its_clip(tiny_pipe, tmp_path):
     (tmp_path / "a.png").unlink()
     run(tiny_pipe, items, job)
     assert {i: r["settings"]["seed"] for i, r in batch.finished(tmp_path)[0].items()} == seeds
+
+
+def test_what_makes_a_clip_is_in_its_settings_and_its_path_is_not(tiny_pair, tiny_pipe, tmp_path, monkeypatch):
+    from nexus_rt import NexusPipeline
+
+    job, items = Job(tmp_path, suffix=".png", options=QUICK, models="pair=one"), [Item("a", PROMPTS[0])]
+    assert run(tiny_pipe, items, job)["made"] == 1
+    other = Job(tmp_path, suffix=".png", options=QUICK, models="pair=./one/../one")
+    assert run(tiny_pipe, items, other)["kept"] == 1  # the same weights, written differently
+
+    def quiet(**options):
+        pipe = NexusPipeline.from_pretrained(tiny_pair, **options)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    for options in (dict(torch_dtype=torch.bfloat16), dict(attention="math"), dict(kernels="torch")):
+        assert run(quiet(**options), items, job)["made"] == 1, options
+    again = shutil.copytree(tiny_pair, tmp_path / "copy")
+    assert NexusPipeline.from_pretrained(again).identity == tiny_pipe.identity
+    file = again / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert NexusPipeline.from_pretrained(again).identity["vae"] != tiny_pipe.identity["vae"]
+
+
+def test_clips_that_are_none_are_made_again(tiny_pipe, tmp_path):
+    job, items = Job(tmp_path, options=QUICK), [Item(n, PROMPTS[0]) for n in "abc"]
+    run(tiny_pipe, items, job)
+    (tmp_path / "a.mp4").write_bytes(b"")
+    (tmp_path / "b.mp4").write_bytes((tmp_path / "b.mp4").read_bytes()[:40])
+    (tmp_path / ".c.4194303.part.mp4").write_bytes(b"x")  # what a killed process left
+    assert run(tiny_pipe, items, job) == {"made": 2, "kept": 1, "failed": 0}
+    assert not list(tmp_path.glob(".*.part*"))
+
+
+def test_names_of_a_text_list_stay_as_it_grows(tmp_path):
+    names = []
+    for count in (3, 20_000):
+        (tmp_path / "a.txt").write_text("\n".join(f"prompt {i}" for i in range(count)))
+        names.append([i.id for i in read_prompts(tmp_path / "a.txt")][:3])
+    assert names[0] == names[1] == ["0000", "0001", "0002"]
+
+
+def test_latents_are_kept_where_a_clip_cannot_be_written(tiny_pipe, tmp_path, monkeypatch):
+    from nexus_rt.models.vae import read_latents
+
+    monkeypatch.setattr(batch, "save_video", lambda *a, **k: (_ for _ in ()).throw(InputError("no space left")))
+    assert run(tiny_pipe, [Item("a", PROMPTS[0])], Job(tmp_path, options=QUICK))["failed"] == 1
+    row = batch.finished(tmp_path)[0]["a"]
+    assert "The latents are saved in" in row["error"]
+    assert read_latents(next(tmp_path.glob("*.safetensors"))).isfinite().all()

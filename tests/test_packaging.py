@@ -100,8 +100,8 @@ from transformers import UMT5EncoderModel
 from diffusers import WanTransformer3DModel, AutoencoderKLWan
 import os
 root = os.getcwd()
-ours = [m for m in list(sys.modules.values()) if (getattr(m, "__file__", None) or "").startswith(root + os.sep)]
-print(ours)
+files = [getattr(m, "__file__", None) or "" for m in list(sys.modules.values())]
+print([f for f in files if f.startswith(root + os.sep) and os.sep + "site-packages" + os.sep not in f])  # .venv may lie here
 """
     assert python(code, ROOT)[0] == "[]"
     assert not (ROOT / "kernels" / "__init__.py").exists()

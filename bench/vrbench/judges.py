@@ -12,13 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nexus_rt.bench.results import folder_fingerprint
 from nexus_rt.bench.vrbench import protocol as how
 from nexus_rt.bench.vrbench.http_judge import KEY, TRIES, Conversation, HttpJudge, JudgeError, JudgeUnusable
 from nexus_rt.bench.vrbench.replies import Reply
 from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.loading import default_device, default_dtype
-from nexus_rt.models.load import require_safetensors
+from nexus_rt.models.load import folder_fingerprint, require_safetensors
 from nexus_rt.models.pretrained import pretrained
 
 __all__ = ["KEY", "TRIES", "HttpJudge", "Judge", "JudgeError", "JudgeUnusable", "LocalJudge", "Reply", "find_judge"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -76,6 +77,17 @@ def read_json(path: Path) -> dict:
 def folder_bytes(folder: Path) -> int:
     """Bytes of the weights stored in a folder."""
     return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """A short hash of a folder's weight files: names, sizes, and the first and last MiB of each."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            head = file.read(1 << 20)
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + head + file.read())
+    return digest.hexdigest()[:16]
 
 
 def require_safetensors(folder: Path) -> None:
