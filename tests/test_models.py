@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -188,3 +190,48 @@ def test_a_vae_that_does_not_fit_is_found_when_the_pipeline_is_made(own_pair, ch
     config.write_text(json.dumps(fields))
     with pytest.raises(ModelError, match=words):
         NexusPipeline.from_pretrained(own_pair)
+
+
+WAN_VAES = {
+    "tiny": {"base_dim": 4, "z_dim": 15, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1},
+    "published": {},
+    "attention at a scale": {"base_dim": 8, "num_res_blocks": 1, "attn_scales": [0.5]},
+    "a decoder of its own width": {"base_dim": 8, "decoder_base_dim": 12, "temperal_downsample": [True, False, True]},
+}
+
+
+@pytest.mark.parametrize("config", WAN_VAES.values(), ids=WAN_VAES)
+def test_our_tree_of_the_vae_is_diffusers_own(config):
+    from diffusers import AutoencoderKLWan
+
+    from nexus_rt.models.wan_vae import WanVae
+
+    with torch.device("meta"):
+        ours, theirs = WanVae(config), AutoencoderKLWan(**config)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+def test_a_small_clip_needs_no_diffusers(tiny_pair):
+    code = f"""if True:
+        import sys
+        from nexus_rt import NexusPipeline
+        pipe = NexusPipeline.from_pretrained({str(tiny_pair)!r})
+        pipe("a heron", height=32, width=48, num_frames=5, num_inference_steps=2, guidance_scale=1.0)
+        heavy = {{"diffusers", "av"}} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_both_trees_of_the_vae_share_their_weights_and_agree(tiny_pair):
+    vae = VideoDecoder(tiny_pair / "vae", torch.float32, "cpu")
+    z = torch.randn(1, 16, 2, 4, 6)
+    small = vae.decode(z)
+    assert type(vae.model).__name__ == "AutoencoderKLWan"
+    held = dict(vae._held.named_parameters())
+    assert all(p is held[name] for name, p in vae.model.named_parameters())
+    mean, std = vae._statistics(z.device)
+    with torch.no_grad():
+        whole = vae.model.decode(z * std + mean, return_dict=False)[0].add(1).div(2).clamp(0, 1).transpose(1, 2)
+    torch.testing.assert_close(small, whole, atol=1e-5, rtol=0)

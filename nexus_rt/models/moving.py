@@ -73,8 +73,8 @@ class Lazy:
         if self.weights is None:
             with LOADING:
                 if self.weights is None:
-                    self.model = self._read()
-                    self.weights = Moved(self.model, self.device)
+                    model = self.model = self._read()
+                    self.weights = Moved(model, self.device)
         self.weights.load()
 
     def unload(self) -> None:

@@ -19,6 +19,8 @@ from nexus_rt.models.decoder import can_decode_whole, decode_whole
 from nexus_rt.models.load import folder_bytes, read_json
 from nexus_rt.models.moving import Lazy
 from nexus_rt.models.pretrained import check_config
+from nexus_rt.models.wan_vae import WanVae, is_plain
+from nexus_rt.process import LOADING
 from nexus_rt.tracing import span
 
 TILE_ABOVE = 1280 * 720  # pixels of a frame from which decoding is tiled when `tiling` is "auto"
@@ -55,6 +57,12 @@ class _Space(msgspec.Struct):
     latents_std: list[Annotated[float, msgspec.Meta(gt=0, le=1e6)]]
     scale_factor_spatial: Annotated[int, msgspec.Meta(ge=1, le=128)]
     scale_factor_temporal: Annotated[int, msgspec.Meta(ge=1, le=64)]
+
+
+def _diffusers_vae(config: dict[str, Any]) -> torch.nn.Module:
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan.from_config(config)
 
 
 def check_space(space: dict[str, Any], where: str) -> None:
@@ -108,7 +116,8 @@ class Decoder:
         """Normalised latents [B, C, T, H, W] to frames [B, F, 3, H, W] in [0, 1], float32; large clips one at a time.
 
         Args:
-            rescue: where to save the latents if decoding fails: a folder (default: the system's temporary one).
+            rescue: where to save the latents if decoding fails: a folder (default, and where it is full or cannot be written:
+                the system's temporary one).
 
         Raises:
             DecodeError: anything went wrong, running out of memory included; carries the path of the saved latents.
@@ -126,7 +135,8 @@ class Decoder:
                 out.append(video.float().add_(1).div_(2).clamp_(0, 1))
             return torch.cat(out).transpose(1, 2)
         except Exception as error:
-            path = rescue_latents(latents, rescue)
+            named = rescue is not None and not Path(rescue).is_dir()  # a folder that is not there is the caller's mistake
+            path = save_latents(latents, rescue) if named else rescue_latents(latents, rescue)
             saved = (
                 f"the latents are saved in {path}; decode them again with `nexus-rt decode`"
                 if path
@@ -152,8 +162,6 @@ class VideoDecoder(Lazy, Decoder):
 
     def _empty(self) -> tuple[torch.nn.Module, dict[str, StoredTensor]]:
         """The module on the meta device, and the stored tensors, which are exactly its own."""
-        from diffusers import AutoencoderKLWan
-
         config = check_config(self.folder, "VAE")
         known = {k: v for k, v in config.items() if k in _Blocks.__struct_fields__}
         documents.check(known, _Blocks, f"{self.folder}/config.json", remedy="it is no AutoencoderKLWan's: get it again")
@@ -161,7 +169,7 @@ class VideoDecoder(Lazy, Decoder):
             raise ModelError(f"{self.folder} holds a {cut(config['_class_name'], 80)}; expected an AutoencoderKLWan.")
         try:
             with torch.device("meta"):
-                model = AutoencoderKLWan.from_config(config)
+                model = WanVae(config) if is_plain(config) else _diffusers_vae(config)
         except Exception as error:  # diffusers checks no value of a config
             raise ModelError(f"{self.folder}/config.json is no AutoencoderKLWan's ({cut(error)}); get it again.") from error
         try:
@@ -170,6 +178,28 @@ class VideoDecoder(Lazy, Decoder):
         except ModelError as error:
             raise ModelError(f"{self.folder}: the VAE cannot be loaded: {error}") from error
         return model, stored
+
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """diffusers' `AutoencoderKLWan`, on the tensors that are loaded; None where none are. Made when first asked for: a
+        small clip is decoded without it."""
+        if isinstance(self._held, WanVae):
+            if self._whole is None:
+                with LOADING, torch.device("meta"):
+                    whole = _diffusers_vae(read_json(self.folder / "config.json"))
+                for name, parameter in self._held.named_parameters():
+                    owner, leaf = name.rpartition(".")[::2]
+                    setattr(whole.get_submodule(owner), leaf, parameter)
+                self._whole = whole.eval()
+            return self._whole
+        return self._held
+
+    @model.setter
+    def model(self, value: torch.nn.Module | None) -> None:
+        self._held, self._whole = value, None
+
+    _held: torch.nn.Module | None = None
+    _whole: torch.nn.Module | None = None
 
     @property
     def nbytes(self) -> int:
@@ -202,9 +232,9 @@ class VideoDecoder(Lazy, Decoder):
         height, width = (s * self.spatial for s in z.shape[-2:])
         tiled = height * width > TILE_ABOVE if self.tiling == "auto" else bool(self.tiling)
         z = z.contiguous(memory_format=torch.channels_last_3d)
-        elements = z.shape[0] * ((z.shape[2] - 1) * self.temporal + 1) * height * width * self.model.config.base_dim
-        if not tiled and elements <= WHOLE and can_decode_whole(self.model):
-            return decode_whole(self.model, z)
+        elements = z.shape[0] * ((z.shape[2] - 1) * self.temporal + 1) * height * width * self._held.config.base_dim
+        if not tiled and elements <= WHOLE and can_decode_whole(self._held):
+            return decode_whole(self._held, z)
         self.model.use_tiling = False
         if tiled:
             self.model.enable_tiling()

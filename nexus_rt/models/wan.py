@@ -153,6 +153,28 @@ def collapse_padding(context: Tensor, at_least: int = 1) -> tuple[Tensor, Tensor
     return context[:, :kept], count.log()
 
 
+class Linear(nn.Linear):
+    """A linear layer that draws no numbers on the meta device: random ones there import PyTorch's compiler."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Conv3d(nn.Conv3d):
+    """The same of a convolution."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+def _table(rows: int, dim: int) -> nn.Parameter:
+    """A modulation table [1, rows, dim], random but for the meta device."""
+    table = torch.empty(1, rows, dim)
+    return nn.Parameter(table if table.is_meta else table.normal_() / dim**0.5)
+
+
 class Attention(nn.Module):
     """Wan's attention: RMSNorm of Q and K over all heads together, then heads."""
 
@@ -162,11 +184,11 @@ class Attention(nn.Module):
         self.heads, self.cross, self.eps = config.num_attention_heads, cross, config.eps
         self.ops, self.backend = TORCH, "auto"
         if cross:
-            self.to_q = nn.Linear(dim, dim)
-            self.to_kv = nn.Linear(dim, 2 * dim)
+            self.to_q = Linear(dim, dim)
+            self.to_kv = Linear(dim, 2 * dim)
         else:
-            self.to_qkv = nn.Linear(dim, 3 * dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+            self.to_qkv = Linear(dim, 3 * dim)
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.norm_q = nn.RMSNorm(dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(dim, eps=config.eps)
 
@@ -196,7 +218,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
         self.ops = TORCH
-        self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": nn.Linear(dim, inner)}), "2": nn.Linear(inner, dim)})
+        self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": Linear(dim, inner)}), "2": Linear(inner, dim)})
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.net["0"]["proj"]
@@ -213,7 +235,7 @@ class Block(nn.Module):
         self.attn2 = Attention(config, cross=True)
         self.norm2 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
         self.ffn = FeedForward(config.dim, config.ffn_dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.scale_shift_table = _table(6, config.dim)
 
     def forward(
         self, x: Tensor, y: Tensor | None, gate: Tensor | None, modulation: Tensor, rope: tuple[Tensor, Tensor],
@@ -258,10 +280,10 @@ class ConditionEmbedder(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         dim = config.dim
-        pair = lambda inner: nn.ModuleDict({"linear_1": nn.Linear(inner, dim), "linear_2": nn.Linear(dim, dim)})  # noqa: E731
+        pair = lambda inner: nn.ModuleDict({"linear_1": Linear(inner, dim), "linear_2": Linear(dim, dim)})  # noqa: E731
         self.freq_dim = config.freq_dim
         self.time_embedder = pair(config.freq_dim)
-        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.time_proj = Linear(dim, 6 * dim)
         self.text_embedder = pair(config.text_dim)
 
     def time(self, timestep: Tensor, wide: bool = False) -> tuple[Tensor, Tensor]:
@@ -287,11 +309,11 @@ class WanTransformer(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, config.patch_size, config.patch_size)
+        self.patch_embedding = Conv3d(config.in_channels, config.dim, config.patch_size, config.patch_size)
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
-        self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.proj_out = Linear(config.dim, config.out_channels * math.prod(config.patch_size))
+        self.scale_shift_table = _table(2, config.dim)
         self.ops = TORCH
         # As published: residual stream, time projection and velocity in float32 whatever the weights are kept in.
         self.float32_stream = False
