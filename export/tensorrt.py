@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # what symbols range over in a profile: fewest, usual, most. A step has one or two samples, guided or not; Lumos-Nexus cuts
 # contexts at 2560 tokens, Wan's text at 512.
-RANGES = {"batch": (1, 2, 2), "tokens": (2, 128, 2560), "tokens_small": (2, 128, 2560), "words": (2, 32, 512)}
+RANGES = {"batch": (1, 2, backend.SAMPLES), "tokens": (2, 128, 2560), "tokens_small": (2, 128, 2560), "words": (2, 32, 512)}
 
 
 def cannot_build(target: Target) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from nexus_rt import InputError, ModelError, NexusPipeline
 from nexus_rt.engines import folder as folders
 from nexus_rt.engines.command import run as engines_command
+from nexus_rt.engines.exported import Sessions
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.engines.open import engine_of, open_engine
 from nexus_rt.engines.torch import TorchEngine
@@ -242,6 +243,35 @@ def test_a_fused_step_is_one_session_run_and_the_same_video(exported, tiny_pipe,
     ran["step"].clear()
     make(pipe, plan="small:1 bridge:1 large:1@1")
     assert not ran["step"] and len(ran["large"]) == 4 + 3  # one of the two is not guided
+
+
+@pytest.mark.parametrize("plan", ["reference", "small:1 large:2"])
+def test_more_samples_than_a_run_takes_are_run_in_turn(exported, monkeypatch, plan):
+    def make():
+        pipe = NexusPipeline.from_engines(exported)
+        pipe.set_progress_bar_config(disable=True)
+        for part in (*pipe.engines.values(), pipe.step_engine, pipe.text):
+            for_part = part.sessions.run
+            monkeypatch.setattr(part.sessions, "run", lambda g, i, o, right=for_part: (sizes.append((g, i)), right(g, i, o)))
+        prompts = ["a red circle", "a blue square moves left", "", "a green star", "a star"]
+        return pipe(
+            prompts, height=32, width=48, num_frames=5, num_inference_steps=3, plan=plan, guidance_scale_2=2.0,
+            generator=torch.Generator().manual_seed(0), output_type="latent",
+        ).frames  # fmt: skip
+
+    sizes = []
+    wanted = make()
+    assert max(len(t) for _, i in sizes for n, t in i.items() if n == "latents") >= 5
+    sizes.clear()
+    monkeypatch.setattr(Sessions, "most", 2)
+    got = make()
+    assert distance(got, wanted)["relative_error"] < 1e-5
+    fused = [g for g, _ in sizes if g == "step"]
+    assert bool(fused) == (plan == "reference")
+    for graph, inputs in sizes:
+        assert all(len(t) <= 2 for n, t in inputs.items() if n in ("latents", "embeds", "ids")), graph
+        if graph == "step":
+            assert inputs["keys_small"].shape[1] == 2 * len(inputs["latents"])
 
 
 def test_a_fused_step_that_is_not_finite_names_the_generator(exported):

@@ -75,6 +75,8 @@ class EngineTextEncoder(Exported, Tokenized):
         if ids.shape[1] < 2:  # a graph has no room for one token alone
             ids, mask = (torch.nn.functional.pad(t, (0, 1)) for t in (ids, mask))
             return self._states(ids, mask)[:, :1]
+        if len(runs := self.together(len(ids))) > 1:
+            return torch.cat([self._states(ids[r], mask[r]) for r in runs])
         width = self.folder.manifest.architecture["d_model"]
         out = torch.empty(*ids.shape, width, dtype=self.dtype, device=self.device)
         self.sessions.run("encode", {"ids": ids.contiguous(), "mask": mask.contiguous()}, {"states": out})

@@ -6,7 +6,7 @@ how to run them. `nexus_rt.engines.open` puts the two together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,13 +30,14 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class EngineContext:
     """A prompt as an exported engine reads it: keys, values [layers, N, L, heads, head_dim], bias [N, L] float32."""
 
-    keys: Tensor
-    values: Tensor
-    bias: Tensor
+    keys: Tensor | None
+    values: Tensor | None
+    bias: Tensor | None
+    parts: list[EngineContext] = field(default_factory=list)  # instead of the three, where a run takes fewer samples
 
     @property
     def batch(self) -> int:
-        return self.bias.shape[0]
+        return sum(p.batch for p in self.parts) if self.bias is None else self.bias.shape[0]
 
 
 class Sessions:
@@ -44,6 +45,8 @@ class Sessions:
 
     Loading is put off to the first use, so that a plan's engines can be opened, priced and moved without their weights.
     """
+
+    most: int | None = None  # samples that one run takes; None: any number
 
     def __init__(self, folder: EngineFolder, device: torch.device) -> None:
         self.folder, self.device = folder, device
@@ -92,6 +95,11 @@ class Exported:
     def unload(self) -> None:
         self.sessions.unload()
 
+    def together(self, samples: int) -> list[slice]:
+        """Samples 0.. in runs of as many as the engine takes at once."""
+        most = self.sessions.most or max(1, samples)
+        return [slice(i, min(i + most, samples)) for i in range(0, samples, most)]
+
     def check_size(self, size: ClipSize) -> None:
         """Raise an `InputError` that names the sizes unless the engine was built for this one."""
         m = self.folder.manifest
@@ -133,7 +141,8 @@ class ExportedEngine(Exported):
 
     def prepare(self, context: Tensor) -> EngineContext:
         self.load()
-        return run_context(self, "context", self.folder.manifest.architecture, context)
+        runs = [[*range(len(context))][r] for r in self.together(len(context))]
+        return run_context(self, "context", self.folder.manifest.architecture, context, runs)
 
     @torch.no_grad()
     def velocity(self, latents: Tensor, timestep: Tensor, context: EngineContext) -> Tensor:
@@ -143,23 +152,39 @@ class ExportedEngine(Exported):
         latents = latents.float().repeat(repeats, 1, 1, 1, 1) if repeats > 1 else latents.float().contiguous()
         channels = self.folder.manifest.architecture["out_channels"]
         out = torch.empty(latents.shape[0], channels, *latents.shape[2:], device=self.device)
-        inputs = {"latents": latents, "timestep": timestep.float().reshape(()).to(self.device), "keys": context.keys,
-                  "values": context.values, "bias": context.bias}  # fmt: skip
-        self.sessions.run("velocity", inputs, {"velocity": out})
+        timestep = timestep.float().reshape(()).to(self.device)
+        parts = context.parts or [context]
+        counts = [p.batch for p in parts]
+        for part, x, velocity in zip(parts, latents.split(counts), out.split(counts), strict=True):
+            inputs = {"latents": x, "timestep": timestep, "keys": part.keys, "values": part.values, "bias": part.bias}
+            self.sessions.run("velocity", inputs, {"velocity": velocity})
         return out
 
 
 @torch.no_grad()
-def run_context(engine: Exported, graph: str, architecture: dict, embeds: Tensor) -> EngineContext:
-    """A generator's prompt through a graph of an engine: embeddings [N, L, text_dim], their zero padding counted once."""
+def run_context(engine: Exported, graph: str, architecture: dict, embeds: Tensor, runs: list[list[int]]) -> EngineContext:
+    """A generator's prompt through a graph of an engine: embeddings [N, L, text_dim], their zero padding counted once.
+
+    Args:
+        runs: which of the N samples each later run of the engine takes.
+    """
     a = architecture
     if embeds.ndim != 3 or embeds.shape[-1] != a["text_dim"]:
         raise InputError(f"context has shape {tuple(embeds.shape)}; expected [batch, tokens, {a['text_dim']}].")
-    embeds, bias = collapse_padding(embeds.to(engine.device, engine.dtype), at_least=2)
+    if len(runs) > 1:
+        return EngineContext(None, None, None, [run_context(engine, graph, a, embeds[r], [r]) for r in runs])
+    embeds = embeds.to(engine.device, engine.dtype)
+    embeds, bias = collapse_padding(embeds, at_least=2)
     bias = torch.zeros(embeds.shape[:2], device=engine.device) if bias is None else bias.float().contiguous()
     shape = (a["num_layers"], *embeds.shape[:2], a["num_attention_heads"], a["attention_head_dim"])
     keys, values = (torch.empty(shape, dtype=engine.dtype, device=engine.device) for _ in range(2))
-    engine.sessions.run(graph, {"embeds": embeds.contiguous()}, {"keys": keys, "values": values})
+    whole = engine.together(len(embeds))  # a fused step's run has twice the samples of the context's own
+    if len(whole) == 1:
+        engine.sessions.run(graph, {"embeds": embeds.contiguous()}, {"keys": keys, "values": values})
+    for r in whole if len(whole) > 1 else ():
+        made = {"keys": torch.empty_like(keys[:, r]), "values": torch.empty_like(values[:, r])}
+        engine.sessions.run(graph, {"embeds": embeds[r].contiguous()}, made)
+        keys[:, r], values[:, r] = made["keys"], made["values"]
     return EngineContext(keys, values, bias)
 
 

@@ -44,12 +44,12 @@ def capture(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[
 
 
 def mapped(context: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A context (a dataclass of tensors, lists of them and None) with every tensor changed."""
+    """A context (a dataclass of tensors, lists of them and of contexts, and None) with every tensor changed."""
     new = {}
     for f in fields(context):
         value = getattr(context, f.name)
         if isinstance(value, list):
-            new[f.name] = [change(t) for t in value]
+            new[f.name] = [change(t) if isinstance(t, Tensor) else mapped(t, change) for t in value]
         elif isinstance(value, Tensor):
             new[f.name] = change(value)
     return replace(context, **new)

@@ -16,7 +16,10 @@ class StepEngine(Exported):
     def prepare(self, name: str, context: Tensor) -> EngineContext:
         """A generator's prompt, "small" or "large": embeddings [2 B, L, D], unconditional samples last."""
         self.load()
-        return run_context(self, f"context_{name}", self.folder.manifest.architecture[name], context)
+        batch = len(context) // 2
+        both = [*range(batch)], [*range(batch, 2 * batch)]
+        runs = [[i for samples in both for i in samples[r]] for r in self.together(batch)]
+        return run_context(self, f"context_{name}", self.folder.manifest.architecture[name], context, runs)
 
     @torch.no_grad()
     def step(
@@ -36,12 +39,19 @@ class StepEngine(Exported):
         if any(c.batch != 2 * batch for c in contexts.values()):
             raise InputError(f"a fused step of {batch} samples needs contexts of {2 * batch}, unconditional samples last.")
         self.load()
-        velocity = torch.empty(latents.shape, device=self.device)
-        rms = torch.empty(2, batch, device=self.device)
-        given = {"latents": latents.float().contiguous(), "timestep": timestep.float().reshape(()).to(self.device)}
-        for name, c in contexts.items():
-            given |= {f"keys_{name}": c.keys, f"values_{name}": c.values, f"bias_{name}": c.bias}
+        latents, made = latents.float().contiguous(), []
+        given = {"timestep": timestep.float().reshape(()).to(self.device)}
         given |= {k: t.to(self.device).contiguous() for k, t in inputs.items()}
-        ordered = {k: given[k] for k in self.sessions.graphs["step"]}
-        self.sessions.run("step", ordered, {"velocity": velocity, "rms": rms})
-        return velocity, rms
+        for i, r in enumerate(self.together(batch)):
+            given["latents"] = latents[r]
+            for name, context in contexts.items():
+                c = context.parts[i] if context.parts else context
+                given |= {f"keys_{name}": c.keys, f"values_{name}": c.values, f"bias_{name}": c.bias}
+            velocity = torch.empty(given["latents"].shape, device=self.device)
+            rms = torch.empty(2, len(velocity), device=self.device)
+            ordered = {k: given[k] for k in self.sessions.graphs["step"]}
+            self.sessions.run("step", ordered, {"velocity": velocity, "rms": rms})
+            made.append((velocity, rms))
+        if len(made) == 1:
+            return made[0]
+        return torch.cat([v for v, _ in made]), torch.cat([r for _, r in made], 1)

@@ -66,12 +66,17 @@ def logger(trt: ModuleType, kept: list[str]) -> Any:
     return Kept()
 
 
+SAMPLES = 2  # of one run at most, what a profile is for: a sample and its unconditional twin. More are run in turn
+
+
 class TensorRTSessions(Sessions):
     """Execution contexts of all graphs on one block of activation memory.
 
     weight_budget: bytes of the weights that stay on the GPU, the rest streamed at every step; engines built with
         weight streaming only.
     """
+
+    most = SAMPLES
 
     def __init__(self, folder, device: torch.device, weight_budget: int | None = None) -> None:
         super().__init__(folder, device)
