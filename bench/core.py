@@ -218,15 +218,16 @@ def bench_mini(runs: int) -> dict:
 BENCHES = {"blend": (bench_blend, 20), "dit": (bench_dit, 20), "load": (bench_load, 3), "mini": (bench_mini, 5)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", nargs="+", choices=BENCHES)
-    parser.add_argument("--runs", type=int, help="counted runs (default: 20; load 3, mini 5)")
+def main(benches: dict[str, tuple[Callable[[int], dict], int]], doc: str | None) -> None:
+    """The command line of a module of benches: name -> what measures it, and how many runs it counts."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", nargs="+", choices=benches)
+    parser.add_argument("--runs", type=int, help=f"counted runs ({', '.join(f'{n} {r}' for n, (_, r) in benches.items())})")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     results = {"machine": machine()}
     for name in args.bench:
-        call, runs = BENCHES[name]
+        call, runs = benches[name]
         results[name] = call(args.runs or runs)
     text = json.dumps(results, indent=2)
     print(text)
@@ -236,4 +237,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(BENCHES, __doc__)
