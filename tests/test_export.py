@@ -115,7 +115,7 @@ def wrong_rope(monkeypatch, tiny_pair):
     monkeypatch.setattr(graph, "rope_in_graph", lambda d, grid, device: (right(d, grid, device)[0], -right(d, grid, device)[1]))
 
 
-@pytest.mark.parametrize("breaks", [swapped_weights, wrong_rope])
+@pytest.mark.parametrize("breaks", [swapped_weights, pytest.param(wrong_rope, marks=pytest.mark.slow)])
 def test_a_broken_engine_is_kept_aside_and_refused(breaks, tiny_pair, monkeypatch, cache):
     with monkeypatch.context() as patch:
         breaks(patch, tiny_pair)
