@@ -358,6 +358,17 @@ def _held(lock: Path) -> bool:
     return False
 
 
+def places(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
+    """A folder's files and where each goes in a copy of it; folders are made on the way, empty ones too."""
+    for path in sorted(source.rglob("*")):
+        place = target / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir(parents=True, exist_ok=True)
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield path, place
+
+
 def link_tree(source: Path, target: Path) -> None:
     """A copy of a folder by hard links where the file system has them: a complete pair costs no second 28 GB.
 
@@ -366,12 +377,7 @@ def link_tree(source: Path, target: Path) -> None:
     part = target.with_name(f".{target.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        for path in sorted(source.rglob("*")):
-            place = part / path.relative_to(source)
-            if path.is_dir():
-                place.mkdir(parents=True, exist_ok=True)
-                continue
-            place.parent.mkdir(parents=True, exist_ok=True)
+        for path, place in places(source, part):
             real = path.resolve()  # a hub cache is symlinks to blobs
             try:
                 os.link(real, place)

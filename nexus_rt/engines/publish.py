@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from nexus_rt.engines.folder import EngineFolder, link_tree
+from nexus_rt.engines.folder import EngineFolder, link_tree, places
 
 FICLONE = 0x40049409  # Linux's ioctl that makes one file share another's blocks
 
@@ -42,12 +42,7 @@ def _clone(source: Path, target: Path) -> bool:
 def _copy_tree(source: Path, target: Path) -> int:
     """A folder's files as files of their own; returns the bytes that were copied and not shared."""
     copied = 0
-    for path in sorted(source.rglob("*")):
-        place = target / path.relative_to(source)
-        if path.is_dir():
-            place.mkdir(parents=True, exist_ok=True)
-            continue
-        place.parent.mkdir(parents=True, exist_ok=True)
+    for path, place in places(source, target):
         if not _clone(path, place):
             shutil.copyfile(path, place)
             copied += place.stat().st_size
