@@ -203,7 +203,7 @@ HALF = np.full((2, 32, 32, 3), 0.5)
         torch.full((2, 32, 32, 3), 128, dtype=torch.uint8),
         [Image.new("RGB", (32, 32), (128,) * 3)] * 2,
     ],
-    ids=str,
+    ids=["float64", "float16", "float32", "bfloat16", "grad", "int64", "int16", "uint32", "uint8", "pillow"],
 )
 def test_every_type_of_frames_means_what_it_says(frames):
     assert set(np.unique(to_uint8(frames))) <= {127, 128} and to_uint8(frames).dtype == np.uint8
