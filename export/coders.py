@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import export
 
 from nexus_rt.export.symbols import Shape, Symbols, Traced
+from nexus_rt.models.umt5 import Umt5Encoder
 from nexus_rt.size import ClipSize
 
 
@@ -73,25 +74,14 @@ def trace_decoder(vae: Any, buckets: list[ClipSize]) -> dict[str, Traced]:
     return found
 
 
-class TextGraph(nn.Module):
-    """The encoder alone; the padding's rows are set to zero outside, as `Tokenized.encode` does for every backend."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.model(ids, mask).last_hidden_state
-
-
 @torch.no_grad()
-def trace_text(model: Any) -> dict[str, Traced]:
-    """The graph of a UMT5 encoder, for any number of prompts of 2 to 512 tokens."""
-    model.set_attn_implementation("eager")  # the exporter cannot lay out what PyTorch's fused attention returns here
+def trace_text(model: Umt5Encoder) -> dict[str, Traced]:
+    """The graph of a UMT5 encoder, for any number of prompts of 2 to 512 tokens; the padding's rows are set to zero outside,
+    as `Tokenized.encode` does for every backend."""
     symbols, device = Symbols([]), next(model.parameters()).device
     shape: Shape = ("batch", "words")
     ids = symbols.random(shape).mul_(1000).long().abs().to(device) % model.config.vocab_size
     inputs = {"ids": ids, "mask": torch.ones_like(ids)}
     dynamic = symbols.dynamic(shape)
-    program = export(TextGraph(model).eval(), tuple(inputs.values()), dynamic_shapes=(dynamic, dynamic), strict=False)
+    program = export(model, tuple(inputs.values()), dynamic_shapes=(dynamic, dynamic), strict=False)
     return {"encode": Traced(program, inputs, dict.fromkeys(inputs, shape), ("states",))}

@@ -16,9 +16,6 @@ from nexus_rt.options import check_options
 
 def _pipeline(args: argparse.Namespace):
     import torch
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # one bar, of the denoising steps
 
     from nexus_rt.pipeline import NexusPipeline
 
@@ -177,11 +174,8 @@ def _quiet_pipeline(args: argparse.Namespace):
 
 
 def vrbench(args: argparse.Namespace) -> int:
-    from transformers.utils import logging
-
     from nexus_rt.bench.vrbench import command
 
-    logging.disable_progress_bar()
     if args.action == "generate":
         return _batch(args, command.items(args.prompts))
     return {"judge": command.judge, "report": command.report}[args.action](args)
@@ -295,11 +289,8 @@ def export(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    from transformers.utils import logging
-
     from nexus_rt.bench.command import run
 
-    logging.disable_progress_bar()
     _check_device(args.device)
     return run(args)
 

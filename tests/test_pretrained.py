@@ -76,7 +76,7 @@ def test_whole_ones_still_load(encoder, tiny_pair):
     assert 0 < (eight - wanted).abs().max() < 0.1
 
 
-def test_an_embedding_that_a_version_leaves_random_is_caught(encoder, monkeypatch):
+def test_an_embedding_that_a_version_leaves_random_is_caught(encoder, tiny_pair, monkeypatch):
     """transformers 5.0 to 5.2 do not tie the encoder's embedding to `shared.weight` with tie_word_embeddings false."""
     import transformers
 
@@ -91,8 +91,11 @@ def test_an_embedding_that_a_version_leaves_random_is_caught(encoder, monkeypatc
         return model, {**info, "missing_keys": set()}
 
     monkeypatch.setattr(transformers.UMT5EncoderModel, "from_pretrained", untied)
+    wanted = TextEncoder(tiny_pair, torch.float32, "cpu").encode(["a red circle"])
+    ours = rewrite(lambda s: {k: v for k, v in s.items() if "embed_tokens" not in k})
+    assert torch.equal(ours.encode(["a red circle"]), wanted)  # the text encoder is not transformers'
     with pytest.raises(ModelError, match=r"missing are 1 \(encoder.embed_tokens.weight\)"):
-        rewrite(lambda s: {k: v for k, v in s.items() if "embed_tokens" not in k}).encode(["a red circle"])
+        pretrained("UMT5EncoderModel", folder / "text_encoder", "text encoder", torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture

@@ -305,12 +305,18 @@ def compare(stored: Mapping[str, StoredTensor], module: nn.Module, where: Path, 
 
 
 def fill_exactly(
-    module: nn.Module, stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
+    module: nn.Module, stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device,
+    keep_fp32: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
-    """Give a meta-device module that `compare` has passed its memory; each tensor goes from the mapped file to its place."""
+    """Give a meta-device module that the tensors fit exactly its memory; each goes from the mapped file to its place.
+
+    Args:
+        keep_fp32: parts of names of tensors that stay in float32.
+    """
     for name, tensor in read_tensors(stored.items()):
         owner, leaf = name.rpartition(".")[::2]
-        value = torch.empty(tensor.shape, dtype=dtype, device=device)
+        kept = torch.float32 if any(part in name for part in keep_fp32) else dtype
+        value = torch.empty(tensor.shape, dtype=kept, device=device)
         value.copy_(tensor)
         place = module.get_submodule(owner)
         if leaf in place._parameters:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.models.checkpoint import compare, fill_exactly, find_tensors, read_header, read_tensors
+from nexus_rt.models.layers import Linear
 from nexus_rt.models.load import read_json
 from nexus_rt.models.understanding import Template
 
@@ -84,8 +85,74 @@ class ConnectorConfig:
         (folder / "config.json").write_text(json.dumps({"_class_name": "Connector", **asdict(self)}, indent=2) + "\n")
 
 
+class Attention(nn.Module):
+    """Multi-head attention under the parameter names of `nn.MultiheadAttention`."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight, self.in_proj_bias = nn.Parameter(torch.empty(3 * dim, dim)), nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = Linear(dim, dim)
+        if not self.in_proj_weight.is_meta:
+            nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
+        """Queries x [N, L, dim], keys and values source [N, S, dim]; mask [N, 1, 1, S] is True where a row counts."""
+        if x is source:
+            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        else:
+            dim = x.shape[-1]
+            q = F.linear(x, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
+            k, v = F.linear(source, self.in_proj_weight[dim:], self.in_proj_bias[dim:]).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """A pre-norm layer: self-attention, in a decoder attention to the encoder, feed-forward; PyTorch's parameter names."""
+
+    def __init__(self, dim: int, heads: int, decoder: bool) -> None:
+        super().__init__()
+        self.self_attn = Attention(dim, heads)
+        if decoder:
+            self.multihead_attn = Attention(dim, heads)
+        self.linear1, self.linear2 = Linear(dim, 4 * dim), Linear(4 * dim, dim)
+        norms = [nn.LayerNorm(dim) for _ in range(3 if decoder else 2)]
+        self.norm1, self.norm2 = norms[:2]
+        if decoder:
+            self.norm3 = norms[2]
+
+    def forward(self, x: Tensor, mask: Tensor | None, memory: Tensor | None = None) -> Tensor:
+        """An encoder's x [N, S, dim] under mask, or a decoder's x [N, L, dim] that reads memory [N, S, dim] under it."""
+        own = self.norm1(x)
+        if memory is None:
+            x = x + self.self_attn(own, own, mask)
+            return x + self._feed(self.norm2(x))
+        x = x + self.self_attn(own, own, None)
+        x = x + self.multihead_attn(self.norm2(x), memory, mask)
+        return x + self._feed(self.norm3(x))
+
+    def _feed(self, x: Tensor) -> Tensor:
+        return self.linear2(F.relu(self.linear1(x)))
+
+
+class Stack(nn.Module):
+    """Layers and a last norm."""
+
+    def __init__(self, dim: int, layers: int, heads: int, decoder: bool) -> None:
+        super().__init__()
+        self.layers, self.norm = nn.ModuleList([Layer(dim, heads, decoder) for _ in range(layers)]), nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None, memory: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, mask, memory)
+        return self.norm(x)
+
+
 class QueryTransformer(nn.Module):
     """Linear, GELU, Linear to `dim`; then an encoder-decoder whose target is `queries` learned vectors.
+
+    The computation and the parameter names of `nn.Transformer(norm_first=True)`, which draws random numbers where it is built.
 
     Args:
         name: the attribute the published checkpoints keep the `nn.Transformer` under.
@@ -93,21 +160,19 @@ class QueryTransformer(nn.Module):
 
     def __init__(self, width: int, dim: int, queries: int, layers: int, heads: int, name: str) -> None:
         super().__init__()
-        self.fc = nn.Sequential(nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim))
-        self.decoder_query = nn.Parameter(torch.randn(1, queries, dim) * 0.02)
-        shape = dict(d_model=dim, nhead=heads, dim_feedforward=4 * dim, dropout=0.0, norm_first=True, batch_first=True)
-        encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(**shape), layers, nn.LayerNorm(dim), enable_nested_tensor=False
-        )
-        decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**shape), layers, nn.LayerNorm(dim))
+        self.fc = nn.Sequential(Linear(width, dim), nn.GELU(), Linear(dim, dim))
+        query = torch.empty(1, queries, dim)
+        self.decoder_query = nn.Parameter(query if query.is_meta else query.normal_(std=0.02))
         self.name = name
-        self.add_module(name, nn.Transformer(dim, heads, custom_encoder=encoder, custom_decoder=decoder, batch_first=True))
+        stacks = {"encoder": Stack(dim, layers, heads, False), "decoder": Stack(dim, layers, heads, True)}
+        self.add_module(name, nn.ModuleDict(stacks))
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         """[N, L, width] -> [N, queries, dim]; `padding` [N, L] is True where a row is none."""
-        query = self.decoder_query.expand(len(x), -1, -1)
+        mask = None if padding is None else ~padding[:, None, None]
         transformer = getattr(self, self.name)
-        return transformer(self.fc(x), query, src_key_padding_mask=padding, memory_key_padding_mask=padding)
+        memory = transformer["encoder"](self.fc(x), mask)
+        return transformer["decoder"](self.decoder_query.expand(len(x), -1, -1), mask, memory)
 
 
 class Connector(nn.Module):

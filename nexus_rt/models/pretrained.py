@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from nexus_rt.documents import read_object
 from nexus_rt.errors import ModelError, cut
-from nexus_rt.models.checkpoint import read_header
+from nexus_rt.models.checkpoint import StoredTensor, fill_exactly, find_tensors, read_header
 from nexus_rt.process import LOADING
 
 # Stored beside the weights that are used, and rightly left out: vocabulary heads, the decoder of an encoder-decoder, and
@@ -110,6 +110,33 @@ def _check_size(folder: Path, what: str) -> None:
         )
 
 
+def fill_whole(
+    module: torch.nn.Module, folder: Path, what: str, dtype: torch.dtype, device: torch.device,
+    rename: Callable[[dict[str, StoredTensor]], dict[str, StoredTensor]] = dict, keep_fp32: tuple[str, ...] = (),
+) -> Any:  # fmt: skip
+    """`module`, built on the meta device, with the weights of a transformers folder: all of them, and no others.
+
+    Args:
+        rename: the stored tensors under the module's names.
+        keep_fp32: parts of names of weights that stay in float32.
+
+    Raises:
+        ModelError: a damaged folder, or weights that are missing, foreign or of other shapes; `what` names the part.
+    """
+    _check_size(folder, what)
+    try:
+        stored = rename(find_tensors(folder))
+    except ModelError as error:
+        raise ModelError(f"{folder}: the {what} cannot be loaded: {error}") from error
+    expected = module.state_dict()
+    unknown = [n for n in stored if n not in expected and not _spare(n)]
+    stored = {n: t for n, t in stored.items() if n in expected}
+    mismatched = [_mismatch(n, t.shape, expected[n].shape) for n, t in stored.items() if t.shape != tuple(expected[n].shape)]
+    _refuse(folder, what, expected.keys() - stored.keys(), unknown, mismatched)
+    fill_exactly(module, stored, dtype, device, keep_fp32)
+    return module
+
+
 def _spare(name: str) -> bool:
     return any(name.startswith(s) or f".{s}" in f".{name}" for s in SPARE) and "scale" not in name
 
@@ -123,11 +150,21 @@ def _check_complete(model: torch.nn.Module, info: dict[str, Any], folder: Path, 
     """Raise unless every weight of the model is a stored one, and every stored weight is in the model or rightly spare."""
     missing = set(info.get("missing_keys", ())) | set(_untied(model, folder))
     unknown = {n for n in info.get("unexpected_keys", ()) if not _spare(n)}
-    mismatched = {f"{m[0]}: {tuple(m[1])} stored, {tuple(m[2])} in config.json" for m in info.get("mismatched_keys", ())}
-    found = [f"{words} {_some(names)}" for words, names in (
-        ("missing are", missing), ("unknown are", unknown), ("of another shape are", mismatched),
-    ) if names]  # fmt: skip
-    found += [cut(m) for m in list(info.get("error_msgs") or ())[:2]]
+    mismatched = {_mismatch(m[0], m[1], m[2]) for m in info.get("mismatched_keys", ())}
+    _refuse(folder, what, missing, unknown, mismatched, [cut(m) for m in list(info.get("error_msgs") or ())[:2]])
+
+
+def _mismatch(name: str, stored: Iterable[int], expected: Iterable[int]) -> str:
+    return f"{name}: {tuple(stored)} stored, {tuple(expected)} in config.json"
+
+
+def _refuse(
+    folder: Path, what: str, missing: Iterable[str], unknown: Iterable[str], mismatched: Iterable[str],
+    errors: Iterable[str] = (),
+) -> None:  # fmt: skip
+    """Raise a `ModelError` that names the first weights of each kind, if there are any."""
+    kinds = ("missing are", list(missing)), ("unknown are", list(unknown)), ("of another shape are", list(mismatched))
+    found = [f"{words} {_some(names)}" for words, names in kinds if names] + list(errors)
     if found:
         raise ModelError(
             f"{folder}: the weights are not this {what}'s: {'; '.join(found)}. Loaded so, it would compute with random values: "

@@ -7,7 +7,6 @@ import re
 import warnings
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,8 @@ from torch import Tensor
 from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.models.load import folder_bytes, require_safetensors
 from nexus_rt.models.moving import Lazy
-from nexus_rt.models.pretrained import pretrained
-from nexus_rt.process import LOADING
+from nexus_rt.models.tokenizer import Tokenizer, load_tokenizer
+from nexus_rt.models.umt5 import load_umt5
 from nexus_rt.tracing import span
 
 MAX_SEQUENCE_LENGTH = 512  # Wan's text length: the transformer attends to the zero padding too
@@ -41,9 +40,8 @@ class Tokenized:
         self.tokenizer_folder, self.dtype, self.device = tokenizer, dtype, device
 
     @cached_property
-    def tokenizer(self) -> Any:
-        with LOADING:
-            return pretrained("AutoTokenizer", self.tokenizer_folder, "text encoder")
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.tokenizer_folder, "text encoder's tokenizer")
 
     def load(self) -> None:
         """Make the weights ready, if they are not."""
@@ -67,21 +65,23 @@ class Tokenized:
         self.load()
         texts = [clean_prompt(p) for p in prompts]
         self._warn_of_cut(texts, max_sequence_length)
-        batch = self.tokenizer(
-            texts, padding="longest", max_length=max_sequence_length, truncation=True,
-            add_special_tokens=True, return_attention_mask=True, return_tensors="pt",
-        )  # fmt: skip
-        mask = batch.attention_mask.to(self.device)
+        rows = [self.tokenizer.encode(text, limit=max_sequence_length) for text in texts]
+        longest = max(map(len, rows))
+        pad = self.tokenizer.pad_id or 0
+        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        mask = mask.to(self.device)
         with span("text"):
-            states = self._states(batch.input_ids.to(self.device), mask)
+            states = self._states(ids.to(self.device), mask)
         states = states.to(self.dtype) * mask[..., None].to(self.dtype)
         return torch.nn.functional.pad(states, (0, 0, 0, max_sequence_length - states.shape[1]))
 
     def _warn_of_cut(self, texts: list[str], limit: int) -> None:
         """Name the words past the limit, which no generator reads."""
-        for text, ids in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):
+        for text in texts:
+            ids = self.tokenizer.encode(text)
             if len(ids) > limit:
-                lost = self.tokenizer.decode(ids[max(0, limit - 1) :], skip_special_tokens=True)
+                lost = self.tokenizer.decode(ids[max(0, limit - 1) :])
                 warnings.warn(
                     f"the prompt {cut(repr(text), 60)} has {len(ids)} tokens and {limit} are read; what comes after is lost: "
                     f"{cut(repr(lost), 120)}.",
@@ -110,10 +110,7 @@ class TextEncoder(Lazy, Tokenized):
 
     def _read(self) -> torch.nn.Module:
         require_safetensors(self.folder / "text_encoder")
-        return pretrained(
-            "UMT5EncoderModel", self.folder / "text_encoder", "text encoder", self.device, dtype=self.dtype,
-            use_safetensors=True,
-        )  # fmt: skip
+        return load_umt5(self.folder / "text_encoder", self.dtype, self.device)
 
     def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.model(ids, mask).last_hidden_state
+        return self.model(ids, mask)

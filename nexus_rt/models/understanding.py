@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.models.llama import LlamaBackbone, is_native, load_llama
 from nexus_rt.models.load import folder_bytes, require_safetensors
 from nexus_rt.models.moving import Lazy
-from nexus_rt.models.pretrained import pretrained
+from nexus_rt.models.pretrained import check_config, pretrained
+from nexus_rt.models.tokenizer import Tokenizer, load_tokenizer
 from nexus_rt.tracing import span
 
 SYSTEM = (
@@ -81,7 +82,8 @@ class UnderstandingModel(Lazy):
         self.folder, self.template, self.dtype, self.device = Path(folder), template, dtype, torch.device(device)
         if not (self.folder / "config.json").is_file():
             raise ModelError(f"{self.folder} is no understanding model: it has no config.json.")
-        self.tokenizer: Any = None
+        self.tokenizer: Tokenizer  # and the most tokens it reads, once loaded
+        self.positions: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -91,16 +93,22 @@ class UnderstandingModel(Lazy):
     def _read(self) -> torch.nn.Module:
         """The backbone alone (hidden states need no vocabulary head), its tokenizer checked for the markers."""
         require_safetensors(self.folder)
-        self.tokenizer = pretrained("AutoTokenizer", self.folder, "understanding model")
+        self.tokenizer = load_tokenizer(self.folder, "understanding model's tokenizer")
         for marker in (self.template.video_marker, self.template.image_marker):
-            ids = self.tokenizer(marker, add_special_tokens=False).input_ids
-            known = self.tokenizer.convert_tokens_to_ids(marker)
-            if known is None or known == self.tokenizer.unk_token_id or known not in ids:
+            known = self.tokenizer.token_id(marker)
+            if known is None or known == self.tokenizer.unk_id or known not in self.tokenizer.encode(marker, special=False):
                 raise ModelError(
                     f"{self.folder}: the tokenizer lacks {marker}, which this template ends in; use the tokenizer "
                     "that came with the checkpoint, or set the template's markers."
                 )
-        return pretrained("AutoModel", self.folder, "understanding model", self.device, dtype=self.dtype, use_safetensors=True)
+        config = check_config(self.folder, "understanding model")
+        if is_native(config):
+            model = load_llama(self.folder, config, self.dtype, self.device)
+            self.positions = model.config.max_position_embeddings
+            return model
+        model = pretrained("AutoModel", self.folder, "understanding model", self.device, dtype=self.dtype, use_safetensors=True)
+        self.positions = getattr(getattr(model.config, "text_config", model.config), "max_position_embeddings", None)
+        return model
 
     @torch.no_grad()
     def hidden_states(self, prompt: str, single_frame: bool = False) -> Tensor:
@@ -110,20 +118,19 @@ class UnderstandingModel(Lazy):
             InputError: the templated prompt is longer than the model's positions.
         """
         self.load()
-        ids = self.tokenizer(
-            self.template.render(prompt, single_frame), add_special_tokens=False, return_tensors="pt"
-        ).input_ids
-        config = getattr(self.model.config, "text_config", self.model.config)
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit and ids.shape[1] > limit:
-            raise InputError(f"the prompt is {ids.shape[1]} tokens with its template; the model reads {limit}: shorten it.")
-        ids = ids.to(self.device)
+        row = self.tokenizer.encode(self.template.render(prompt, single_frame), special=False)
+        if self.positions and len(row) > self.positions:
+            raise InputError(
+                f"the prompt is {len(row)} tokens with its template; the model reads {self.positions}: shorten it."
+            )
+        ids = torch.tensor([row], device=self.device)
         with span("understanding"):
+            if isinstance(self.model, LlamaBackbone):
+                return self.model(ids, self._mask(ids))
             return self.model(input_ids=ids, attention_mask=self._mask(ids), use_cache=False).last_hidden_state
 
     def _mask(self, ids: Tensor) -> Tensor:
         """`ids != pad`, as the published code has it: the end token stands in for a padding token that is not there, and so
         is attended to nowhere in a template that holds it."""
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
+        pad = self.tokenizer.eos_id if self.tokenizer.pad_id is None else self.tokenizer.pad_id
         return torch.ones_like(ids) if pad is None else (ids != pad).to(ids.dtype)

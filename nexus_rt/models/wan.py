@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from nexus_rt import documents
 from nexus_rt.attention import BACKENDS, NAMES, attend, takes_bias
 from nexus_rt.errors import InputError, ModelError, choose
+from nexus_rt.models.layers import Conv3d, Linear
 from nexus_rt.ops import TORCH, choose_ops
 
 # our parameter prefix -> diffusers' parameter prefixes, concatenated along the first dimension
@@ -151,22 +152,6 @@ def collapse_padding(context: Tensor, at_least: int = 1) -> tuple[Tensor, Tensor
     position = torch.arange(kept, device=context.device)[None]
     count = torch.where(position < real[:, None], 1.0, torch.where(position == real[:, None], length - real[:, None], 0.0))
     return context[:, :kept], count.log()
-
-
-class Linear(nn.Linear):
-    """A linear layer that draws no numbers on the meta device: random ones there import PyTorch's compiler."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
-class Conv3d(nn.Conv3d):
-    """The same of a convolution."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
 
 
 def _table(rows: int, dim: int) -> nn.Parameter:

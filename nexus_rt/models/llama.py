@@ -1,0 +1,206 @@
+"""A Llama language model without its head, under transformers' parameter names: the understanding model of the published
+checkpoints and of the miniature pair.
+
+Read for its hidden states alone, so it has no cache. Written here because importing transformers' models takes longer than a
+small clip; agrees with `transformers.LlamaModel`. Other architectures, and quantised ones, are transformers' own.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nexus_rt.documents import check
+from nexus_rt.errors import ModelError
+from nexus_rt.models.checkpoint import StoredTensor
+from nexus_rt.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
+from nexus_rt.models.pretrained import fill_whole
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+class Rope(msgspec.Struct, frozen=True):
+    """Rotary frequencies: `rope_parameters` of transformers 5, or `rope_scaling` beside a `rope_theta` of version 4."""
+
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        numbers = [getattr(self, name) for name in self.__struct_fields__ if name != "rope_type"]
+        if self.rope_type not in ROPE_TYPES or min(numbers) <= 0 or self.high_freq_factor <= self.low_freq_factor:
+            raise ModelError(f"{self} is no rotary embedding of Llama's; download the folder again.")
+
+    def frequencies(self, dim: int, device: torch.device) -> Tensor:
+        """Radians a position [dim / 2], float32; "llama3" slows down the low ones (Llama 3.1's report, arXiv 2407.21783)."""
+        plain = 1.0 / self.rope_theta ** (torch.arange(0, dim, 2, device=device).float() / dim)
+        if self.rope_type == "default":
+            return plain
+        if self.rope_type == "linear":
+            return plain / self.factor
+        turns = self.original_max_position_embeddings * plain / (2 * math.pi)  # within the context of the pretraining
+        share = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return plain * (share + (1 - share) / self.factor)
+
+
+class LlamaConfig(msgspec.Struct, frozen=True):
+    """The fields of transformers' `LlamaConfig` that the backbone computes with, and its defaults."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_theta: float = 10000.0
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < 2**31:
+                raise ModelError(f"{name} is {value}; expected a positive number.")
+        if self.num_attention_heads % self.kv_heads or (self.head_dim is None and self.hidden_size % self.num_attention_heads):
+            raise ModelError(
+                f"{self.num_attention_heads} attention heads do not divide hidden_size={self.hidden_size}, or are no multiple "
+                f"of num_key_value_heads={self.kv_heads}."
+            )
+        if self.width % 2:
+            raise ModelError(f"heads are {self.width} wide; rotary embeddings need an even width.")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def width(self) -> int:
+        """Of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope(self) -> Rope:
+        found = dict(self.rope_parameters or self.rope_scaling or {})
+        found.setdefault("rope_type", found.pop("type", "default"))
+        found.setdefault("original_max_position_embeddings", self.max_position_embeddings)
+        return check({"rope_theta": self.rope_theta, **found}, Rope, "the rotary embedding", remedy="download the folder again")
+
+
+def is_native(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` is of a model that this file computes."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
+    return (
+        config.get("model_type") == "llama" and kind in ROPE_TYPES and config.get("hidden_act", "silu") in ACTIVATIONS
+        and "partial_rotary_factor" not in rope and not config.get("quantization_config")
+        and config.get("architectures") in (["LlamaForCausalLM"], ["LlamaModel"])
+    )  # fmt: skip
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary embeddings, a key head for every few query heads."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.width = config.num_attention_heads, config.kv_heads, config.width
+        rows = (self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.width)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(config.hidden_size, n, bias=config.attention_bias) for n in rows)
+        self.o_proj = Linear(self.heads * self.width, config.hidden_size, bias=config.attention_bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """x [B, L, D], cosines and sines [L, width], mask [B, 1, L, L] of bool -> [B, L, D]."""
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = (_rotate(t, *rope) for t in (q, k))
+        if self.kv_heads < self.heads:
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate [B, H, L, width]; a pair is two numbers half a head apart."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        wide, inner, self.activation = config.hidden_size, config.intermediate_size, ACTIVATIONS[config.hidden_act]
+        self.gate_proj, self.up_proj = (Linear(wide, inner, bias=config.mlp_bias) for _ in range(2))
+        self.down_proj = Linear(inner, wide, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = Attention(config), Mlp(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaBackbone(nn.Module):
+    """Token ids and mask [B, L] int64 to the last hidden states [B, L, D]; a masked token is attended to nowhere."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x, length = self.embed_tokens(ids), ids.shape[1]
+        angles = torch.outer(
+            torch.arange(length, device=ids.device).float(), self.config.rope.frequencies(self.config.width, ids.device)
+        )
+        angles = torch.cat([angles, angles], -1)
+        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        for layer in self.layers:
+            x = layer(x, rope, causal & mask[:, None, None].bool())
+        return self.norm(x)
+
+
+def load_llama(folder: Path, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> LlamaBackbone:
+    """The backbone from a folder of transformers' layout, given its `config.json` (see `is_native`).
+
+    Raises:
+        ModelError: an impossible config, weights that are missing, foreign or of other shapes.
+    """
+    checked = check(config, LlamaConfig, str(folder / "config.json"), remedy="download the folder again")
+    checked.rope  # noqa: B018  # refused now, not at the first prompt
+    with torch.device("meta"):
+        model = LlamaBackbone(checked)
+    return fill_whole(model, folder, "understanding model", dtype, device, _bare).eval()
+
+
+def _bare(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The names without the prefix that a model with a head stores."""
+    found = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    if len(found) < len(tensors):
+        raise ModelError("some weights are stored twice, with and without the prefix 'model.'; download the folder again.")
+    return found

@@ -1,0 +1,105 @@
+"""Tokenizers of transformers' folders: texts to token ids, one at a time, unpadded.
+
+Where `tokenizer_config.json` names the class that is `tokenizer.json` and nothing else, the tokenizers library reads that file
+alone; every other class is transformers' own, whose import takes longer than a small clip.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from nexus_rt.documents import MAX_BYTES, read_bytes, read_object
+from nexus_rt.errors import ModelError, cut
+from nexus_rt.models.pretrained import pretrained
+from nexus_rt.process import LOADING
+
+PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers' names of it: before version 5, and since
+
+
+class Tokenizer(ABC):
+    """Texts to token ids and back."""
+
+    pad_id: int | None
+    eos_id: int | None
+    unk_id: int | None
+
+    @abstractmethod
+    def encode(self, text: str, special: bool = True, limit: int | None = None) -> list[int]:
+        """Token ids of a text, with the tokens that the tokenizer adds where `special`; cut to `limit`, those included."""
+
+    @abstractmethod
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, without special tokens."""
+
+    @abstractmethod
+    def token_id(self, token: str) -> int | None:
+        """The id of one token, None where the vocabulary lacks it."""
+
+
+class PlainTokenizer(Tokenizer):
+    """`tokenizer.json`, read by the tokenizers library."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], what: str) -> None:
+        import tokenizers
+
+        data = read_bytes(folder / "tokenizer.json", limit=MAX_BYTES)
+        try:
+            self.inner = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # the library raises bare Exceptions
+            raise ModelError(f"{folder}: the {what} cannot be loaded ({cut(error)}); download it again.") from error
+        self.inner.no_truncation()  # what a file says of them is its maker's last call
+        self.inner.no_padding()
+        self.pad_id, self.eos_id, self.unk_id = (self._named(config, f"{name}_token") for name in ("pad", "eos", "unk"))
+
+    def _named(self, config: dict[str, Any], name: str) -> int | None:
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token  # an AddedToken
+        return self.token_id(token) if isinstance(token, str) else None
+
+    def encode(self, text: str, special: bool = True, limit: int | None = None) -> list[int]:
+        if limit is None or not special:
+            return self.inner.encode(text, add_special_tokens=special).ids[:limit]
+        encoding = self.inner.encode(text, add_special_tokens=False)
+        encoding.truncate(max(0, limit - self.inner.num_special_tokens_to_add(False)))
+        return self.inner.post_process(encoding, add_special_tokens=True).ids[:limit]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.inner.decode(ids, skip_special_tokens=True)
+
+    def token_id(self, token: str) -> int | None:
+        return self.inner.token_to_id(token)
+
+
+class TransformersTokenizer(Tokenizer):
+    """Any tokenizer of transformers', by its `AutoTokenizer`."""
+
+    def __init__(self, folder: Path, what: str) -> None:
+        self.inner = pretrained("AutoTokenizer", folder, what)
+        self.pad_id, self.eos_id, self.unk_id = self.inner.pad_token_id, self.inner.eos_token_id, self.inner.unk_token_id
+
+    def encode(self, text: str, special: bool = True, limit: int | None = None) -> list[int]:
+        cutting = {"truncation": True, "max_length": limit} if limit is not None else {"verbose": False}
+        return self.inner(text, add_special_tokens=special, **cutting).input_ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.inner.decode(ids, skip_special_tokens=True)
+
+    def token_id(self, token: str) -> int | None:
+        found = self.inner.convert_tokens_to_ids(token)
+        return None if found is None or (found == self.unk_id and token != self.inner.unk_token) else found
+
+
+def load_tokenizer(folder: Path, what: str) -> Tokenizer:
+    """The tokenizer of a folder with `tokenizer_config.json`; `what` names its part in errors.
+
+    Raises:
+        ModelError: a damaged folder.
+    """
+    path = folder / "tokenizer_config.json"
+    config = read_object(path) if path.is_file() else {}
+    with LOADING:
+        if config.get("tokenizer_class") in PLAIN and (folder / "tokenizer.json").is_file():
+            return PlainTokenizer(folder, config, what)
+        return TransformersTokenizer(folder, what)
