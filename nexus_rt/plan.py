@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from nexus_rt.errors import InputError, choose
 from nexus_rt.solver import TRAIN_STEPS, TimeGrid
@@ -77,7 +78,7 @@ class Plan:
     def __len__(self) -> int:
         return len(self.steps)
 
-    @property
+    @cached_property
     def generators(self) -> tuple[str, ...]:
         """The generators that run at all, in the order small, large."""
         return tuple(g for g in ("small", "large") if any(getattr(s, g) for s in self.steps))

@@ -14,7 +14,33 @@ TRANSFORMERS = {
     "small": dict(num_attention_heads=2, attention_head_dim=16, num_layers=1, ffn_dim=48),
     "large": dict(num_attention_heads=2, attention_head_dim=24, num_layers=2, ffn_dim=96),
 }
+SIZES = ("32x32x5", "48x32x5")  # of the tiny pair's engines
+# Files whose tests share engines, which one process of several builds; and groups that take long, which begin first.
+SHARED = ("test_engines.py", "test_examples.py", "test_export.py")
+LONG = ("test_engines.py", "test_gpu_suite.py", "test_tensorrt.py", "test_batch_ray.py", "test_aot.py", "test_process.py")
 WORDS = "a the red blue circle square moves left right on black background panda".split()
+
+
+def group(name):
+    """What one process of `pytest -n 2 --dist loadfile` runs: a file, or the files that share engines."""
+    return SHARED[0] if name in SHARED else name
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(group(item.path.name), len(LONG)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
+
+    class Groups(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return group(nodeid.split("::")[0].rpartition("/")[2])
+
+    config.option.loadscopereorder = False  # the order of above
+    return Groups(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +84,23 @@ def tiny_pipe(tiny_pair):
     pipe = NexusPipeline.from_pretrained(tiny_pair)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def engines_cache(tmp_path_factory):
+    """What NEXUS_RT_CACHE is set to where engines of the tiny pair are wanted and not their building."""
+    return tmp_path_factory.mktemp("engines") / "cache"
+
+
+@pytest.fixture(scope="session")
+def tiny_engines(tiny_pair, engines_cache):
+    """The output folder of `nexus-rt export`: every part of the tiny pair, and the fused step, for ONNX Runtime."""
+    pytest.importorskip("onnxruntime")
+    from nexus_rt.cli import main
+
+    out = engines_cache.parent / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEXUS_RT_CACHE", str(engines_cache))
+        line = ["export", "--pair", str(tiny_pair), "--parts", "small,large,vae,text_encoder", "--fuse-step"]
+        assert main([*line, "--sizes", ",".join(SIZES), "-o", str(out)]) == 0
+    return out

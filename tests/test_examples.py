@@ -13,6 +13,10 @@ import torch
 
 from nexus_rt import NexusPipeline
 from nexus_rt.cli import main
+from nexus_rt.engines import aoti
+from nexus_rt.engines.open import open_engine
+from nexus_rt.errors import ModelError
+from tests.conftest import SIZES
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -24,21 +28,17 @@ def loaded(name):
     return module
 
 
-@pytest.fixture(scope="module")
-def engines(tiny_pair, tmp_path_factory):
-    pytest.importorskip("onnxruntime")
-    folder = tmp_path_factory.mktemp("engines")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NEXUS_RT_CACHE", str(folder / "cache"))
-        line = ["export", "--pair", str(tiny_pair), "--parts", "large,vae,text_encoder", "--sizes", "32x32x5,48x32x5"]
-        assert main([*line, "-o", str(folder / "out")]) == 0
-    return folder
+@pytest.fixture
+def cache(engines_cache, monkeypatch):
+    """The cache of the tiny pair's engines, for this test too."""
+    monkeypatch.setenv("NEXUS_RT_CACHE", str(engines_cache))
+    return engines_cache
 
 
-def test_onnx_runtime_alone_makes_the_same_clip(engines, tiny_pair):
+def test_onnx_runtime_alone_makes_the_same_clip(tiny_engines, tiny_pair):
     noise = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
     prompt = "a red circle moves left"
-    got = loaded("onnx_consumer").generate(engines / "out", prompt, noise.numpy(), 4, 3.0, 3.0)
+    got = loaded("onnx_consumer").generate(tiny_engines, prompt, noise.numpy(), 4, 3.0, 3.0)
     pipe = NexusPipeline.from_pretrained(tiny_pair)
     pipe.set_progress_bar_config(disable=True)
     options = dict(plan="large", solver="euler", num_inference_steps=4, shift=3.0, guidance_scale=3.0)
@@ -46,23 +46,23 @@ def test_onnx_runtime_alone_makes_the_same_clip(engines, tiny_pair):
     assert got.shape == wanted.shape and np.abs(got - wanted).max() < 1e-3
 
 
-def test_the_example_needs_nothing_of_ours(engines, tmp_path):
+def test_the_example_needs_nothing_of_ours(tiny_engines, tmp_path):
     code = f"""
 import sys
 for name in ("torch", "nexus_rt", "transformers", "diffusers"):
     sys.modules[name] = None
-sys.argv = ["x", {str(engines / "out")!r}, "a red circle", {str(tmp_path / "clip.npy")!r}]
+sys.argv = ["x", {str(tiny_engines)!r}, "a red circle", {str(tmp_path / "clip.npy")!r}]
 exec(compile(open({str(EXAMPLES / "onnx_consumer.py")!r}).read(), "x", "exec"))
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
     assert np.load(tmp_path / "clip.npy").shape == (5, 32, 32, 3)
 
 
-def test_graphs_are_whole_named_and_tell_nothing_of_this_machine(engines, tiny_pair):
+def test_graphs_are_whole_named_and_tell_nothing_of_this_machine(tiny_engines, engines_cache):
     """onnx itself opens and checks them; dynamic axes have names; one copy on this disk; no path inside."""
     onnx = pytest.importorskip("onnx")
-    paths = sorted((engines / "out").rglob("*.onnx"))
-    assert len(paths) == 5
+    paths = sorted((tiny_engines).rglob("*.onnx"))
+    assert len(paths) == 2 + 2 + 2 + 1 + 3  # generators, decoder, text encoder, fused step
     for path in paths:
         onnx.checker.check_model(str(path), full_check=True)
         model = onnx.load(str(path))
@@ -80,34 +80,22 @@ def test_graphs_are_whole_named_and_tell_nothing_of_this_machine(engines, tiny_p
         for word in (str(Path.cwd()), "site-packages", "/nexus_rt/", '.py"'):
             assert word.encode() not in text
         assert path.stat().st_nlink == 1 and path.with_name(f"{path.name}.data").stat().st_nlink == 1
-    sizes = {p.stat().st_ino: p.stat().st_size for p in engines.rglob("*.data")}
-    assert sum(sizes.values()) == sum(p.stat().st_size for p in (engines / "out").rglob("*.data"))  # the cache has links
+    cached = {p.resolve() for p in (engines_cache / "engines").iterdir()}
+    assert {p.parent.resolve() for p in tiny_engines.rglob("*.data")} <= cached  # one copy: the cache has links
 
 
-def test_a_second_folder_is_another_s_copy_and_both_are_whole(engines, tiny_pair, monkeypatch, capsys):
-    monkeypatch.setenv("NEXUS_RT_CACHE", str(engines / "cache"))
-    line = [
-        "export",
-        "--pair",
-        str(tiny_pair),
-        "--parts",
-        "vae,text_encoder,large",
-        "--sizes",
-        "48x32x5,32x32x5",
-        "-o",
-        str(engines / "second"),
-    ]
-    assert main(line) == 0
-    capsys.readouterr()
-    for name in ("out", "second"):
-        assert main(["engines", "verify", *(str(engines / name / p) for p in ("large", "vae", "text_encoder"))]) == 0
-    manifest = json.loads((engines / "second" / "large" / "manifest.json").read_text())
-    assert str(engines / "second") in manifest["command"]  # what rebuilds it is the asker's own line
-    (engines / "second" / "large").rename(engines / "second" / "small")
-    from nexus_rt.errors import ModelError
-
+def test_a_second_folder_is_another_s_copy_and_both_are_whole(tiny_engines, tiny_pair, cache, tmp_path, capsys):
+    second, parts = tmp_path / "second", ("vae", "text_encoder", "large")
+    line = ["export", "--pair", str(tiny_pair), "--parts", ",".join(parts), "--sizes", ",".join(SIZES[::-1])]
+    assert main([*line, "-o", str(second)]) == 0
+    assert "building" not in capsys.readouterr().err
+    for folder in (tiny_engines, second):
+        assert main(["engines", "verify", *(str(folder / p) for p in parts)]) == 0
+    manifest = json.loads((second / "large" / "manifest.json").read_text())
+    assert str(second) in manifest["command"]  # what rebuilds it is the asker's own line
+    (second / "large").rename(second / "small")
     with pytest.raises(ModelError, match=r"small holds the large engine; expected small"):
-        NexusPipeline.from_engines(engines / "second")
+        NexusPipeline.from_engines(second)
 
 
 def test_a_damaged_engine_that_kept_its_time_is_found_and_built_again(tiny_pair, tmp_path, monkeypatch, capsys):
@@ -126,31 +114,10 @@ def test_a_damaged_engine_that_kept_its_time_is_found_and_built_again(tiny_pair,
     assert main(["engines", "verify", str(file.parent)]) == 0
 
 
-def test_aoti_without_this_package(tiny_pair, tmp_path, monkeypatch):
+def test_aoti_without_this_package(tiny_pair, tmp_path, cache, monkeypatch):
     """The loader that the manifest names; and an engine whose instruction sets are not here is refused."""
-    from nexus_rt.engines import aoti
-    from nexus_rt.engines.open import open_engine
-    from nexus_rt.errors import ModelError
-
-    monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))
-    assert (
-        main(
-            [
-                "export",
-                "--pair",
-                str(tiny_pair),
-                "--backend",
-                "aoti",
-                "--parts",
-                "small",
-                "--sizes",
-                "32x32x5",
-                "-o",
-                str(tmp_path),
-            ]
-        )
-        == 0
-    )
+    line = ["export", "--pair", str(tiny_pair), "--backend", "aoti", "--parts", "small", "--sizes", ",".join(SIZES)]
+    assert main([*line, "-o", str(tmp_path)]) == 0
     manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
     assert (
         manifest["options"]["loader"] == aoti.LOADER

@@ -26,6 +26,7 @@ from nexus_rt.models.load import load_transformer
 from nexus_rt.models.vae import VideoDecoder
 from nexus_rt.pair import find_parts
 from nexus_rt.size import ClipSize
+from tests.conftest import SIZES
 
 CPU = torch.device("cpu")
 SIZE = ClipSize(32, 32, 5)
@@ -47,14 +48,18 @@ def export_small(pair, **change):
     return export_part(GeneratorPart("small", pair / "small"), target(**change), "nexus-rt export -o x", said.append), said
 
 
-@pytest.fixture
-def quick(monkeypatch):
+def without_building(monkeypatch):
     """Building and comparing replaced by a file and a pass: for what stands around them."""
     nothing = SimpleNamespace(forget=lambda: None)
     monkeypatch.setattr(GeneratorPart, "trace", lambda self, *args: dict.fromkeys(self.graphs(), nothing))
     monkeypatch.setattr(onnx_builder, "build", lambda name, traced, folder, target: (folder / f"{name}.onnx").write_text(name))
     monkeypatch.setattr(build, "engine_of", lambda folder, device: SimpleNamespace(unload=lambda: None))
     monkeypatch.setattr(build, "gate", lambda *args: {"passed": True, "why": "", "rows": {}})
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    without_building(monkeypatch)
 
 
 def test_one_graph_serves_several_sizes_and_holds_no_scatter(tiny_pair):
@@ -129,6 +134,7 @@ def test_a_broken_engine_is_kept_aside_and_refused(breaks, tiny_pair, monkeypatc
     assert not failed.manifest.parity["passed"] and not any(p.suffix == "" for p in cache.iterdir())
     with pytest.raises(ModelError, match="failed its parity gate"):
         failed.check_parity()
+    without_building(monkeypatch)
     assert export_small(tiny_pair)[0].manifest.parity["passed"]  # the failure is not in the way
 
 
@@ -194,9 +200,12 @@ def _export_in_a_process(pair, cache, queue):
     import os
 
     os.environ["NEXUS_RT_CACHE"] = str(cache)
-    start = time.time()
-    engine, said = export_small(pair)
-    queue.put((str(engine.path), said, time.time() - start))
+    with pytest.MonkeyPatch.context() as patch:
+        without_building(patch)
+        built = onnx_builder.build
+        patch.setattr(onnx_builder, "build", lambda *args: (time.sleep(1), built(*args)))  # long enough to meet
+        engine, said = export_small(pair)
+    queue.put((str(engine.path), said))
 
 
 def test_two_processes_build_one_engine(tiny_pair, cache):
@@ -208,9 +217,9 @@ def test_two_processes_build_one_engine(tiny_pair, cache):
     results = [queue.get(timeout=200) for _ in processes]
     for p in processes:
         p.join()
-    assert len({path for path, _, _ in results}) == 1
-    built = [said for _, said, _ in results if any("building" in line for line in said)]
-    found = [said for _, said, _ in results if any("found in the cache" in line for line in said)]
+    assert len({path for path, _ in results}) == 1
+    built = [said for _, said in results if any("building" in line for line in said)]
+    found = [said for _, said in results if any("found in the cache" in line for line in said)]
     assert len(built) == len(found) == 1
 
 
@@ -234,21 +243,23 @@ def test_what_is_not_installed_is_named(tiny_pair, monkeypatch):
         export_small(tiny_pair)
 
 
-def test_the_command_makes_a_folder_that_generate_takes(tiny_pair, tmp_path, capsys):
+def test_the_command_makes_a_folder_that_generate_takes(tiny_pair, tiny_engines, engines_cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NEXUS_RT_CACHE", str(engines_cache))
     out = tmp_path / "engines"
-    command = ["export", "--pair", str(tiny_pair), "--sizes", "48x32x5", "-o", str(out)]
+    command = ["export", "--pair", str(tiny_pair), "--sizes", ",".join(SIZES), "-o", str(out)]
+    capsys.readouterr()
     assert cli.main(command) == 0
     said = capsys.readouterr()
-    assert f"{out / 'small'}: " in said.out and "7" not in said.out.split("comparisons")[0][-2:]
-    assert "large: comparing with PyTorch" in said.err
+    assert f"{out / 'small'}: 0.1 MB, 7 comparisons passed" in said.out  # a context, and three of each size
+    assert "large: found in the cache" in said.err
     assert {p.name for p in out.iterdir()} >= {"small", "large", "vae", "text_encoder", "tokenizer", "model_index.json"}
     video = tmp_path / "a.png"
     assert cli.main(["generate", "a red circle", "--engines", str(out), "--steps", "2", "-o", str(video), "--quiet"]) == 0
     assert video.stat().st_size > 0
     said = json.loads((out / "small" / "manifest.json").read_text())
-    assert said["command"] == f"nexus-rt export --pair {tiny_pair} --sizes 48x32x5 -o {out}"
+    assert said["command"] == f"nexus-rt export --pair {tiny_pair} --sizes {','.join(SIZES)} -o {out}"
     assert cli.main(["generate", "a", "--engines", str(out), "--size", "64x64", "-o", str(video)]) == 2
-    assert "built for: 48x32x5" in capsys.readouterr().err
+    assert "built for: 32x32x5, 48x32x5" in capsys.readouterr().err
     assert cli.main(["engines", "list", str(out / "small")]) == 0 and "parity passed" in capsys.readouterr().out
 
 

@@ -48,9 +48,7 @@ def test_every_word_of_a_riddle_is_a_token(mini):
     for prompt in make_prompts("riddles", 5, 40):
         for tokenizer in (mini.text.tokenizer, mini.context.understanding.tokenizer):
             ids = tokenizer.encode(prompt.text, special=False)
-            assert tokenizer.unk_id not in ids and len(ids) == len(
-                prompt.text.replace(",", " ,").replace(".", " .").split()
-            )
+            assert tokenizer.unk_id not in ids and len(ids) == len(prompt.text.replace(",", " ,").replace(".", " .").split())
 
 
 def test_the_language_model_answers_riddles(mini):

@@ -142,12 +142,16 @@ def test_a_flipped_byte_is_found_by_its_checksum(tmp_path):
     assert torch.equal(read_pickle(path)["x"], torch.arange(9.0))
 
 
-def test_a_size_bomb_is_one_sentence(tmp_path):
+@pytest.mark.parametrize(
+    "instructions, words",
+    [(b"(" * 10**7, "opens more than 256 containers"), (b"N0" * 1_100_000, "has more than 2000000 instructions")],
+)
+def test_a_size_bomb_is_one_sentence(tmp_path, instructions, words):
     path = saved(tmp_path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
-        bomb.writestr("a/data.pkl", b"\x80\x02" + b"(" * 10**7 + b".")
-        bomb.writestr("a/data/0", bytes(10**8))
-    with pytest.raises(ModelError, match="is refused") as caught:
+        bomb.writestr("a/data.pkl", b"\x80\x02" + instructions + b".")
+        bomb.writestr("a/data/0", bytes(10**7))
+    with pytest.raises(ModelError, match=f"is refused.*{words}") as caught:
         read_pickle(path)
     assert len(str(caught.value)) < 800
 

@@ -37,7 +37,7 @@ def cache(tmp_path, monkeypatch):
 
 
 @no_gpu
-@pytest.mark.parametrize("precision, sm", [("fp16", None), ("fp32", "8.9")])
+@pytest.mark.parametrize("precision, sm", [("fp16", None), pytest.param("fp32", "8.9", marks=pytest.mark.slow)])
 def test_an_engine_is_built_and_waits_for_a_gpu_to_compare_it(precision, sm, tiny_pair, cache, capsys):
     engine = export_part(small(tiny_pair), target(precision=precision, sm=sm), "nexus-rt export -o x")
     m = engine.manifest
@@ -72,6 +72,8 @@ def test_a_gpu_that_appears_compares_what_is_in_the_cache(tiny_pair, cache, monk
 
 @no_gpu
 def test_a_builder_that_dies_takes_nothing_with_it(tiny_pair, cache, monkeypatch):
+    traced = small(tiny_pair).trace("fp16", target().ordered(), CPU, ("torch", "auto"))
+    monkeypatch.setattr(GeneratorPart, "trace", lambda self, *args: traced)
     monkeypatch.setattr(builder, "profiles", lambda *args: [{"embeds": [[1, 2, 3], [1, 2, 3], [1, 2, 3]]}])  # of another width
     with pytest.raises(ModelError, match="tensorrt-rtx's builder failed on the context graph: "):
         export_part(small(tiny_pair), target(), "x")

@@ -23,7 +23,8 @@ from torch import Tensor
 
 for _codec in ("raw_unicode_escape", "unicode_escape", "cp437", "latin1", "ascii"):
     codecs.lookup(_codec)  # now, and not while a file is read: an import runs code
-MOST_OPCODES, MOST_DIMENSIONS, MOST_NESTED = 20_000_000, 64, 2
+# A checkpoint of a thousand tensors has thirty thousand instructions; of these limits' sizes, seconds go by.
+MOST_OPCODES, MOST_MARKS, MOST_DIMENSIONS, MOST_NESTED = 2_000_000, 256, 64, 2
 UnpicklingError = pickle.UnpicklingError
 
 DTYPES = {  # torch's names, as globals and as `<Name>Storage`
@@ -300,6 +301,8 @@ class Interpreter:
         elif name in CONSTANTS:
             stack.append(CONSTANTS[name]())
         elif name == "MARK":
+            if len(marks) >= MOST_MARKS:
+                raise refuse(f"it opens more than {MOST_MARKS} containers in one another")
             marks.append(stack)
             return []
         elif name in FROM_MARK:
