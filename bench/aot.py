@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # files of kernels/ with a `variants()`
-KERNELS = ("band_blend", "solver_step", "modulate", "qk_norm_rope", "attention", "attention_fp8")
+KERNELS = ("band_blend", "band_filter", "solver_step", "modulate", "qk_norm_rope", "attention", "attention_fp8")
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
 REGISTERS = 65536  # a multiprocessor, on all of them
 

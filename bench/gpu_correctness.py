@@ -158,7 +158,7 @@ def _band_blend(suite: Any):
 
 
 def _band_filter(suite: Any):
-    from nexus_rt.kernels.band_blend import band_filter, band_filter_ref
+    from nexus_rt.kernels.band_filter import band_filter, band_filter_ref
     from nexus_rt.upfb import split_filter
 
     for height, width in _planes(suite):

@@ -209,7 +209,8 @@ def loop_calls(suite: Suite) -> dict[str, tuple]:
     """The same for the blend, both generators guided, and the solver step, at 480p and 720p x 81 frames."""
     import torch
 
-    from nexus_rt.kernels.band_blend import band_blend, band_blend_ref, band_filter, band_filter_ref
+    from nexus_rt.kernels.band_blend import band_blend, band_blend_ref
+    from nexus_rt.kernels.band_filter import band_filter, band_filter_ref
     from nexus_rt.kernels.solver_step import solver_step, solver_step_ref
     from nexus_rt.upfb import split_filter
 

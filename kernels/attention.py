@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from nexus_rt.kernels.op import DTYPES, Variant, kernel_op, launchable, tl, triton
+from nexus_rt.kernels.op import DTYPES, Variant, kernel_op, launch, tl, triton
 
 HEAD_DIMS = (16, 32, 64, 128)
 FP8_HEAD_DIMS = (64, 128)
@@ -270,7 +270,7 @@ def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def launch(
+def launch_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scales: tuple[Tensor, Tensor, Tensor] | None, out: Tensor,
     loads: str, config: dict[str, int],
 ) -> None:  # fmt: skip
@@ -280,7 +280,8 @@ def launch(
     if loads != "pointers" and q.is_cuda:
         triton.set_allocator(allocate)
     v_strides = (v.stride(0), v.stride(2), v.stride(1)) if scales else v.stride()[:3]
-    launchable(_attention_kernel)[(-(-queries // config["ROWS"]), batch * heads)](
+    launch(
+        _attention_kernel, (-(-queries // config["ROWS"]), batch * heads), q,
         q, k, v, out if bias is None else bias, *((out,) * 3 if scales is None else scales), out,
         *q.stride()[:3], *k.stride()[:3], *v_strides, batch, heads, queries, keys, math.log2(math.e) / math.sqrt(head_dim),
         **flags(keys, head_dim, bias is not None, loads, scales is not None, config), **config,
@@ -299,7 +300,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, load
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel():
         config = launch_config(q.shape[3], q.element_size(), capability_of(q.device), loads)
-        launch(q, k, v, bias, None, out, loads, config)
+        launch_attention(q, k, v, bias, None, out, loads, config)
     return out
 
 

@@ -24,11 +24,11 @@ from nexus_rt.kernels.attention import (
     attention_ref,
     capability_of,
     kernel_variants,
-    launch,
+    launch_attention,
     launch_config,
     resolve_loads,
 )  # fmt: skip
-from nexus_rt.kernels.op import Variant, kernel_op, launchable, tl, triton
+from nexus_rt.kernels.op import Variant, kernel_op, launch, tl, triton
 
 PEAK = 448.0  # of e4m3
 OLDEST = (8, 9)
@@ -117,7 +117,8 @@ def _quantise(x: Tensor, rows: int, mean: Tensor | None, transposed: bool) -> tu
     shape = (batch, heads, head_dim, blocks * rows) if transposed else x.shape
     out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(batch, heads, blocks, dtype=torch.float32, device=x.device)
-    launchable(_quantise_kernel)[(blocks, batch * heads)](
+    launch(
+        _quantise_kernel, (blocks, batch * heads), x,
         x, scale if mean is None else mean, out, scale, *x.stride()[:3], heads, length, blocks * rows, D=head_dim, ROWS=rows,
         SMOOTH=mean is not None, TRANSPOSED=transposed, num_warps=4,
     )  # fmt: skip
@@ -139,7 +140,7 @@ def _attention_fp8(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, 
         q8, q_scale = _quantise(q, config["ROWS"], None, False)
         k8, k_scale = _quantise(k, config["COLUMNS"], k.mean(1, dtype=torch.float32), False)
         v8, v_scale = _quantise(v, config["COLUMNS"], None, True)
-        launch(q8, k8, v8, bias, (q_scale, k_scale, v_scale), out, loads, config)
+        launch_attention(q8, k8, v8, bias, (q_scale, k_scale, v_scale), out, loads, config)
     return out
 
 

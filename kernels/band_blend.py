@@ -1,19 +1,15 @@
-"""The step's blend in one pass: guidance of both generators, the split, the gate, and the sums that energy needs.
+"""The gaussian split's blend in one pass: guidance of both generators, the filter, the gate, and the sums that energy needs.
 
-    v = v_u + g (v_c - v_u)                                  each generator, where it is guided
-    gaussian:  u = share v_L + keep v_S + low LF(v_S)        LF: a separable 3 x 3 stencil, zero padding
-    fft, dct:  x = v_S - v_L;  u = v_L + keep x + low F(x)   F(x) = L x R, or L^T (G * (L x R)) R^T
-    sums:      of v_S^2, v_L^2 and u^2, one number a program
+    v = v_u + g (v_c - v_u)                         each generator, where it is guided
+    u = share v_L + keep v_S + low LF(v_S)          LF: a separable 3 x 3 stencil, zero padding
+    sums of v_S^2, v_L^2 and u^2, one number a program
 
 The scalars are the gate's: `u = (1-w) v_L + w (gamma v_S + (1-gamma) LF_S)` has share = 1-w, keep = w gamma and
 low = w (1-gamma). The energy factor needs the whole of u, so the consumer applies it: `solver_step` reduces the sums as
 it starts. They are not added atomically, so a result does not depend on the order in which programs end.
 
 Bytes: each prediction once (2 or 4 bytes), u once (4 bytes): both generators guided in bfloat16, 12 bytes an element; 58 MB
-at 720p x 81 frames. Flops: about 20 an element for the stencil: the copy bandwidth is the roof. The filters are two
-products a plane, 2 (H + W) multiply-adds an element and pass, float32 by three tf32 products: at 90 x 160, 2 GFLOP in all.
-A filter of rank one (Gaussian) is one launch; any other is diagonal in the transform's basis and takes two, of the same
-kernel, whatever its rank.
+at 720p x 81 frames. Flops: about 20 an element: the copy bandwidth is the roof. `band_filter` does the other splits.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_rt.kernels.op import DTYPES, Variant, check_tensor, kernel_op, launchable, tl, triton
+from nexus_rt.kernels.op import DTYPES, Variant, check_tensor, kernel_op, launch, tl, triton
 
 MAX_WIDTH = 4096  # of the stencil: a row of a plane lies in one warp
 MAX_SIDE = 1 << 15  # a plane is indexed in 32 bits
@@ -30,7 +26,8 @@ MAX_SIDE = 1 << 15  # a plane is indexed in 32 bits
 if triton is not None:
 
     @triton.jit
-    def _guided(c_ptr, u_ptr, at, mask, scale, GUIDED: tl.constexpr):
+    def guided(c_ptr, u_ptr, at, mask, scale, GUIDED: tl.constexpr):
+        """A generator's velocity: float32 of its prediction, guided where it has two."""
         v = tl.load(c_ptr + at, mask=mask, other=0.0).to(tl.float32)
         if GUIDED:
             base = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -76,19 +73,19 @@ if triton is not None:
         before, after = tl.maximum(index - 1, 0), tl.minimum(index + 1, SEGMENT - 1)
         middle = 1.0 - 2.0 * side
         side_before, side_after = tl.where(column > 0, side, 0.0), tl.where(column + 1 < W, side, 0.0)
-        above = _guided(small_c, small_u, at - W, known & (first > 0), scale_small, GUIDED_SMALL)
-        here = _guided(small_c, small_u, at, known, scale_small, GUIDED_SMALL)
+        above = guided(small_c, small_u, at - W, known & (first > 0), scale_small, GUIDED_SMALL)
+        here = guided(small_c, small_u, at, known, scale_small, GUIDED_SMALL)
         sum_small = tl.zeros([WARPS, SEGMENT], tl.float32)
         sum_large = tl.zeros([WARPS, SEGMENT], tl.float32)
         sum_u = tl.zeros([WARPS, SEGMENT], tl.float32)
         for r in tl.static_range(0, ROWS):
             inside = known & (first + r < H)
-            below = _guided(small_c, small_u, at + W, known & (first + r + 1 < H), scale_small, GUIDED_SMALL)
+            below = guided(small_c, small_u, at + W, known & (first + r + 1 < H), scale_small, GUIDED_SMALL)
             vertical = middle * here + side * (above + below)
             around = side_before * tl.gather(vertical, before, 1) + side_after * tl.gather(vertical, after, 1)
             u = keep * here + low * (middle * vertical + around)
             if HAS_LARGE:
-                v_large = _guided(large_c, large_u, at, inside, scale_large, GUIDED_LARGE)
+                v_large = guided(large_c, large_u, at, inside, scale_large, GUIDED_LARGE)
                 u += share_large * v_large
                 sum_large += v_large * v_large
             sum_small += here * here
@@ -102,89 +99,8 @@ if triton is not None:
         tl.store(sums_ptr + programs + number, tl.sum(sum_large))
         tl.store(sums_ptr + 2 * programs.to(tl.int64) + number, tl.sum(sum_u))
 
-    @triton.jit
-    def _product_kernel(
-        small_c,  # [planes, H, W]
-        small_u,  # the same, or unused
-        large_c,  # the same
-        large_u,  # the same, or unused
-        z_ptr,  # [planes, H, W] float32: x of the second launch, unused in a single or first one
-        left_ptr,  # L [H, H] float32
-        right_ptr,  # R [W, W] float32
-        gain_ptr,  # G [H, W] float32, or unused
-        scratch_ptr,  # [planes, H, W] float32: x R, private to a program
-        out_ptr,  # [planes, H, W] float32: u, or z where this is not the last launch
-        sums_ptr,  # [3, planes * tiles] float32
-        programs,  # planes * tiles
-        scale_small,
-        scale_large,
-        keep,
-        low,
-        H: tl.constexpr,
-        W: tl.constexpr,
-        ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr,
-        DEPTH: tl.constexpr,
-        GUIDED_SMALL: tl.constexpr,
-        GUIDED_LARGE: tl.constexpr,
-        FIRST: tl.constexpr,  # x is v_S - v_L, not z
-        LAST: tl.constexpr,  # u is written, not G * (L x R)
-        PRECISION: tl.constexpr,
-    ):
-        plane = tl.program_id(0).to(tl.int64) * (H * W)
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        wide = column < W
-        for start in range(0, H, ROWS):
-            row = start + tl.arange(0, ROWS)[:, None]
-            product = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for k in range(0, W, DEPTH):
-                across, down = k + tl.arange(0, DEPTH)[None, :], k + tl.arange(0, DEPTH)[:, None]
-                at, mask = plane + row * W + across, (row < H) & (across < W)
-                if FIRST:
-                    x = _guided(small_c, small_u, at, mask, scale_small, GUIDED_SMALL)
-                    x -= _guided(large_c, large_u, at, mask, scale_large, GUIDED_LARGE)
-                else:
-                    x = tl.load(z_ptr + at, mask=mask, other=0.0)
-                if LAST and not FIRST:
-                    right = tl.load(right_ptr + column * W + down, mask=(down < W) & wide, other=0.0)
-                else:
-                    right = tl.load(right_ptr + down * W + column, mask=(down < W) & wide, other=0.0)
-                product = tl.dot(x, right, product, input_precision=PRECISION)
-            tl.store(scratch_ptr + plane + row * W + column, product, mask=(row < H) & wide)
-        tl.debug_barrier()  # other threads of this program read what was stored
-        sum_small, sum_large, sum_u = 0.0, 0.0, 0.0
-        for start in range(0, H, ROWS):
-            row = start + tl.arange(0, ROWS)[:, None]
-            product = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for k in tl.range(0, H, DEPTH, num_stages=1):  # not copied ahead of the barrier by the asynchronous engine
-                across, down = k + tl.arange(0, DEPTH)[None, :], k + tl.arange(0, DEPTH)[:, None]
-                if LAST and not FIRST:
-                    left = tl.load(left_ptr + across * H + row, mask=(row < H) & (across < H), other=0.0)
-                else:
-                    left = tl.load(left_ptr + row * H + across, mask=(row < H) & (across < H), other=0.0)
-                x = tl.load(scratch_ptr + plane + down * W + column, mask=(down < H) & wide, other=0.0)
-                product = tl.dot(left, x, product, input_precision=PRECISION)
-            inside = (row < H) & wide
-            at = plane + row * W + column
-            if LAST:
-                v_small = _guided(small_c, small_u, at, inside, scale_small, GUIDED_SMALL)
-                v_large = _guided(large_c, large_u, at, inside, scale_large, GUIDED_LARGE)
-                u = tl.where(inside, v_large + keep * (v_small - v_large) + low * product, 0.0)
-                tl.store(out_ptr + at, u, mask=inside)
-                sum_small += tl.sum(v_small * v_small)
-                sum_large += tl.sum(v_large * v_large)
-                sum_u += tl.sum(u * u)
-            else:
-                gain = tl.load(gain_ptr + row * W + column, mask=inside, other=0.0)
-                tl.store(out_ptr + at, gain * product, mask=inside)
-        if LAST:
-            place = sums_ptr + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-            tl.store(place, sum_small)
-            tl.store(place + programs, sum_large)
-            tl.store(place + 2 * programs.to(tl.int64), sum_u)
-
 else:
-    _stencil_kernel = _product_kernel = None
+    guided = _stencil_kernel = None
 
 
 def stencil_config(height: int, width: int) -> dict[str, int]:
@@ -196,11 +112,6 @@ def stencil_config(height: int, width: int) -> dict[str, int]:
     segment = max(256, 1 << (width - 1).bit_length())
     warps = 4 if segment == 256 else 2 if segment == 512 else 1
     return {"SEGMENT": segment, "PACK": segment // width, "WARPS": warps, "ROWS": min(6, height), "num_warps": 4}
-
-
-def product_config(height: int, width: int) -> dict[str, int]:
-    """Tiles of 64 x 64, 32 deep: 57 KiB of shared memory for the three parts of each operand, 136 registers."""
-    return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 2}
 
 
 def variants() -> list[Variant]:
@@ -220,14 +131,6 @@ def variants() -> list[Variant]:
             flags = {"GUIDED_SMALL": guided[0], "HAS_LARGE": has_large, "GUIDED_LARGE": guided[1]}
             name = f"band_blend {label} {height}x{width}"
             out.append(Variant(name, _stencil_kernel, signature, {**size, **config, **flags}, warps, aligned=("planes",)))
-        config = product_config(height, width)
-        warps, stages = config.pop("num_warps"), config.pop("num_stages")
-        matrices = ("z_ptr", "left_ptr", "right_ptr", "gain_ptr", "scratch_ptr", "out_ptr", "sums_ptr")
-        signature = {**pointers, **scalars, **dict.fromkeys(matrices, "*fp32")}
-        for label, first, last in (("rank 1", True, True), ("to frequencies", True, False), ("and back", False, True)):
-            flags = {"GUIDED_SMALL": True, "GUIDED_LARGE": True, "FIRST": first, "LAST": last, "PRECISION": "tf32x3"}
-            name = f"band_filter {label} {height}x{width}"
-            out.append(Variant(name, _product_kernel, signature, {**size, **config, **flags}, warps, stages))
     return out
 
 
@@ -236,7 +139,8 @@ def guide_ref(conditional: Tensor, unconditional: Tensor | None, scale: float) -
     return conditional.float() if unconditional is None else torch.lerp(unconditional.float(), conditional.float(), scale)
 
 
-def _sums_ref(*velocities: Tensor | None) -> Tensor:
+def sums_ref(*velocities: Tensor | None) -> Tensor:
+    """Sums of squares of each velocity [B, ...], zero where there is none: [3, B, 1] float32."""
     some = next(v for v in velocities if v is not None)
     return torch.stack([some.new_zeros(len(some), 1) if v is None else v.flatten(1).square().sum(1, True) for v in velocities])
 
@@ -254,24 +158,11 @@ def band_blend_ref(
     u = keep * v_small + low * filtered.view_as(v_small)
     v_large = None if large is None else guide_ref(large, large_u, scales[1])
     u = u if v_large is None else u + share_large * v_large
-    return u, _sums_ref(v_small, v_large, u)
+    return u, sums_ref(v_small, v_large, u)
 
 
-def band_filter_ref(
-    small: Tensor, small_u: Tensor | None, large: Tensor, large_u: Tensor | None, scales: tuple[float, float],
-    keep: float, low: float, left: Tensor, right: Tensor, gain: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The formula in plain PyTorch, float32; arguments as in `band_filter`."""
-    v_small, v_large = guide_ref(small, small_u, scales[0]), guide_ref(large, large_u, scales[1])
-    x = v_small - v_large
-    y = left @ x @ right
-    if gain is not None:
-        y = left.T @ (gain * y) @ right.T
-    u = v_large + keep * x + low * y
-    return u, _sums_ref(v_small, v_large, u)
-
-
-def _check(op: str, small: Tensor, small_u: Tensor | None, large: Tensor | None, large_u: Tensor | None) -> None:
+def check_predictions(op: str, small: Tensor, small_u: Tensor | None, large: Tensor | None, large_u: Tensor | None) -> None:
+    """Raise a `ValueError` unless the predictions are alike and the grid holds them."""
     if small.ndim < 3:
         raise ValueError(f"{op}: predictions have shape {tuple(small.shape)}; expected [B, ..., H, W].")
     if large is None and large_u is not None:
@@ -296,7 +187,7 @@ def _band_blend(
     small: Tensor, small_u: Tensor | None, large: Tensor | None, large_u: Tensor | None, scale_small: float,
     scale_large: float, share_large: float, keep: float, low: float, side: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check("band_blend", small, small_u, large, large_u)
+    check_predictions("band_blend", small, small_u, large, large_u)
     height, width = small.shape[-2:]
     if width > MAX_WIDTH:
         raise ValueError(f"band_blend: planes are {width} wide; a row lies in a warp's registers, up to {MAX_WIDTH}.")
@@ -306,7 +197,8 @@ def _band_blend(
     grid = (-(-planes // (config["PACK"] * config["WARPS"])), -(-height // config["ROWS"]), batch)
     sums = torch.empty(3, batch, grid[0] * grid[1], dtype=torch.float32, device=small.device)
     if u.numel():
-        launchable(_stencil_kernel)[grid](
+        launch(
+            _stencil_kernel, grid, small,
             small, small if small_u is None else small_u, small if large is None else large,
             small if large_u is None else large_u, u, sums, planes, sums.numel() // 3, scale_small, scale_large, share_large,
             keep, low, side, H=height, W=width, GUIDED_SMALL=small_u is not None, HAS_LARGE=large is not None,
@@ -321,44 +213,6 @@ def _(small, small_u, large, large_u, scale_small, scale_large, share_large, kee
     config = stencil_config(height, width)
     planes = small[0].numel() // (height * width)
     programs = -(-planes // (config["PACK"] * config["WARPS"])) * -(-height // config["ROWS"])
-    return torch.empty_like(small, dtype=torch.float32), small.new_empty(3, len(small), programs, dtype=torch.float32)
-
-
-@kernel_op("band_filter")
-def _band_filter(
-    small: Tensor, small_u: Tensor | None, large: Tensor, large_u: Tensor | None, scale_small: float, scale_large: float,
-    keep: float, low: float, left: Tensor, right: Tensor, gain: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check("band_filter", small, small_u, large, large_u)
-    height, width = small.shape[-2:]
-    for name, t, shape in (("left", left, (height,) * 2), ("right", right, (width,) * 2), ("gain", gain, (height, width))):
-        if t is not None:
-            check_tensor("band_filter", name, t, shape, torch.float32, small.device)
-    config = product_config(height, width)
-    u = torch.empty_like(small, dtype=torch.float32)
-    planes = small.numel() // max(1, height * width)
-    grid = (planes, -(-width // config["COLUMNS"]))
-    sums = torch.empty(3, len(small), planes * grid[1] // max(1, len(small)), dtype=torch.float32, device=small.device)
-    if u.numel():
-        scratch = torch.empty_like(u)
-        frequencies = u if gain is None else torch.empty_like(u)
-        predictions = (small, small if small_u is None else small_u, large, large if large_u is None else large_u)
-        passes = ((True, True, u),) if gain is None else ((True, False, frequencies), (False, True, u))
-        for first, last, out in passes:
-            launchable(_product_kernel)[grid](
-                *predictions, frequencies, left, right, left if gain is None else gain, scratch, out, sums,
-                sums.numel() // 3, scale_small, scale_large, keep, low, H=height, W=width,
-                GUIDED_SMALL=small_u is not None, GUIDED_LARGE=large_u is not None, FIRST=first, LAST=last,
-                PRECISION="tf32x3", **config,
-            )  # fmt: skip
-    return u, sums
-
-
-@_band_filter.register_fake
-def _(small, small_u, large, large_u, scale_small, scale_large, keep, low, left, right, gain=None):
-    height, width = small.shape[-2:]
-    tiles = -(-width // product_config(height, width)["COLUMNS"])
-    programs = small[0].numel() // (height * width) * tiles
     return torch.empty_like(small, dtype=torch.float32), small.new_empty(3, len(small), programs, dtype=torch.float32)
 
 
@@ -384,24 +238,3 @@ def band_blend(
         ValueError: a shape, dtype, device or stride that the kernel does not take; says which.
     """
     return _band_blend(small, small_u, large, large_u, *map(float, (*scales, share_large, keep, low, side)))
-
-
-def band_filter(
-    small: Tensor, small_u: Tensor | None, large: Tensor, large_u: Tensor | None, scales: tuple[float, float],
-    keep: float, low: float, left: Tensor, right: Tensor, gain: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The fft and dct splits: guidance, a two-sided matrix filter on the difference, the gate's sum, sums of squares.
-
-    Args:
-        small, small_u, large, large_u, scales: as in `band_blend`; both generators are needed.
-        keep, low: u = v_L + keep x + low F(x) with x = v_S - v_L.
-        left, right: L [H, H] and R [W, W], float32, contiguous. gain: None for F(x) = L x R; [H, W] for
-            F(x) = L^T (gain * (L x R)) R^T, a gain on each frequency of an orthonormal basis.
-
-    Returns:
-        u, sums: as `band_blend`.
-
-    Raises:
-        ValueError: a shape, dtype, device or stride that the kernel does not take; says which.
-    """
-    return _band_filter(small, small_u, large, large_u, *map(float, (*scales, keep, low)), left, right, gain)

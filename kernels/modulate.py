@@ -23,7 +23,7 @@ from nexus_rt.kernels.op import (
     check_rows,
     check_tensor,
     kernel_op,
-    launchable,
+    launch,
     row_config,
     tl,
     triton,
@@ -139,7 +139,8 @@ def _modulate(
     rows, dim = x.shape[0] * x.shape[1], x.shape[2]
     if rows and dim:
         shares = [rows if t is None or t.shape[0] == 1 else x.shape[1] for t in (gate, scale)]
-        launchable(_modulate_kernel)[(rows,)](
+        launch(
+            _modulate_kernel, (rows,), x,
             x, x if y is None else y, scale if gate is None else gate, scale, shift, total, out, *shares, eps,
             D=dim, HAS_RESIDUAL=y is not None, HAS_GATE=gate is not None, **launch_config(dim),
         )  # fmt: skip

@@ -7,6 +7,7 @@ and is registered as a plain custom op.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -49,15 +50,26 @@ def kernel_op(name: str):
     return torch.library.triton_op(f"nexus_rt::{name}", mutates_args=())
 
 
-def launchable(kernel: Any) -> Any:
-    """The kernel as a launcher calls it: visible to tracing where it is compiled.
+def launch(kernel: Any, grid: tuple[int, ...], like: torch.Tensor, *args: Any, **options: Any) -> None:
+    """Launch a kernel on the device of `like`; visible to tracing where it is compiled.
+
+    Triton launches on the current device, wherever the tensors lie: a kernel of tensors on cuda:1 would read them through
+    cuda:0, or fail (flash-attention's launchers guard against it in the same way).
 
     Raises:
         RuntimeError: triton is not installed.
     """
     if kernel is None:
         raise RuntimeError("triton is not installed; install it, or use the PyTorch path (kernels='torch').")
-    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+    with on_device(like):
+        (kernel if INTERPRETED else torch.library.wrap_triton(kernel))[grid](*args, **options)
+
+
+def on_device(like: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The context in which a tensor's GPU is the current one; nothing where it is already, or the tensor is on a CPU."""
+    if like.device.type != "cuda" or like.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(like.device)
 
 
 def row_config(dim: int) -> tuple[int, int]:

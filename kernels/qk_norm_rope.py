@@ -20,7 +20,7 @@ from nexus_rt.kernels.op import (
     check_rows,
     check_tensor,
     kernel_op,
-    launchable,
+    launch,
     row_config,
     tl,
     triton,
@@ -131,8 +131,22 @@ def _qk_norm_rope(
     batch, length, dim = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     q, k = (torch.empty(batch, length, heads, dim // heads, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
     if qkv.numel():
-        launchable(_qk_norm_rope_kernel)[(batch * length, 2)](
-            qkv, weight_q, weight_k, cos, sin, q, k, length, eps, D=dim, HALF=dim // heads // 2, **launch_config(dim)
+        launch(
+            _qk_norm_rope_kernel,
+            (batch * length, 2),
+            qkv,
+            qkv,
+            weight_q,
+            weight_k,
+            cos,
+            sin,
+            q,
+            k,
+            length,
+            eps,
+            D=dim,
+            HALF=dim // heads // 2,
+            **launch_config(dim),
         )
     return q, k
 

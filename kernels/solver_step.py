@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nexus_rt.kernels.op import DTYPES, Variant, check_tensor, kernel_op, launchable, tl, triton
+from nexus_rt.kernels.op import DTYPES, Variant, check_tensor, kernel_op, launch, tl, triton
 
 EPS = 1e-6
 ENERGIES = ("none", "reference", "progressive")
@@ -177,7 +177,8 @@ def _solver_step(
         elements = x[0].numel()
         grid = (-(-elements // config["BLOCK"]), x.shape[0])
         or_x = lambda t: x if t is None else t  # noqa: E731
-        launchable(_solver_kernel)[grid](
+        launch(
+            _solver_kernel, grid, x,
             x, velocity, velocity if velocity_u is None else velocity_u, or_x(last), or_x(m1), or_x(m2), or_x(sums), out,
             corrected if corrected.numel() else out, clean if clean.numel() else out, elements,
             0 if sums is None else sums.shape[2], guidance, w, *scalars, ENERGY=energy, GUIDED=velocity_u is not None,

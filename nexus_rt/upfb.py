@@ -261,7 +261,8 @@ def _combine_torch(
 def _combine_triton(
     small: Prediction, large: Prediction | None, w: float, config: BlendConfig, energy: str
 ) -> Velocity:  # fmt: skip
-    from nexus_rt.kernels.band_blend import band_blend, band_filter
+    from nexus_rt.kernels.band_blend import band_blend
+    from nexus_rt.kernels.band_filter import band_filter
 
     other = large or Prediction(None)
     predictions = small.conditional, small.unconditional, other.conditional, other.unconditional

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from nexus_rt.kernels.band_blend import band_blend, band_blend_ref, band_filter, band_filter_ref
+from nexus_rt.kernels.band_blend import band_blend, band_blend_ref
+from nexus_rt.kernels.band_filter import band_filter, band_filter_ref
 from nexus_rt.upfb import BlendConfig, blend, combine, split_filter
 from nexus_rt.velocity import Prediction
 from tests.test_upfb import gaussian_lf, oracle, radial_lf

@@ -13,7 +13,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from nexus_rt import ops
 from nexus_rt.kernels.attention import attention
-from nexus_rt.kernels.band_blend import band_blend, band_filter
+from nexus_rt.kernels.band_blend import band_blend
+from nexus_rt.kernels.band_filter import band_filter
 from nexus_rt.kernels.modulate import modulate
 from nexus_rt.kernels.op import INTERPRETED
 from nexus_rt.kernels.qk_norm_rope import qk_norm_rope
