@@ -5,6 +5,7 @@ from setuptools import setup
 setup(
     packages=[
         "nexus_rt",
+        "nexus_rt.cli",
         "nexus_rt.models",
         "nexus_rt.engines",
         "nexus_rt.kernels",

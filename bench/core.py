@@ -176,8 +176,8 @@ class Timed:
 
 def bench_mini(runs: int) -> dict:
     """`nexus-rt generate PROMPT` as a process, and what the loop costs outside the two DiTs."""
-    from nexus_rt.denoise import denoise
     from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.sampling import denoise
 
     prompt = "a striped red circle moves left on a black background"
     walls = []

@@ -77,11 +77,12 @@ def swap(suite: Any) -> dict:
     every mode of residency."""
     import torch
 
-    from nexus_rt.denoise import Prompt, denoise
     from nexus_rt.engines.residency import Residency, call_parts, plan_residency
     from nexus_rt.engines.torch import TorchEngine
     from nexus_rt.plan import parse_plan
+    from nexus_rt.sampling import denoise
     from nexus_rt.solver import time_grid
+    from nexus_rt.step_runners import Prompt
 
     cuda = suite.device.type == "cuda"
     size, names = suite.size, list(suite.configs)

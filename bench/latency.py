@@ -24,11 +24,12 @@ from nexus_rt.bench.measure import Run, interleaved, measured, percentile, step_
 from nexus_rt.bench.pictures import thumbnail
 from nexus_rt.bench.quality import distance, mini_accuracy
 from nexus_rt.costs import measure_step_costs, step_calls
-from nexus_rt.denoise import Prompt
 from nexus_rt.errors import Cancelled
+from nexus_rt.guidance import Guidance
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan import Plan, StepCosts
 from nexus_rt.solver import TimeGrid
+from nexus_rt.step_runners import Prompt
 from nexus_rt.tracing import span
 from nexus_rt.upfb import BlendConfig
 from nexus_rt.video import save_video
@@ -123,8 +124,9 @@ def middle(costs: list[StepCosts]) -> StepCosts:
 
 
 def scales_of(pipe: NexusPipeline) -> tuple[float, float]:
-    d = pipe.defaults
-    return d.guidance_scale, d.guidance_scale if d.guidance_scale_2 is None else d.guidance_scale_2
+    """The pair's own guidance scales, of the small and of the large generator."""
+    own = Guidance.of_call(pipe.defaults, None, None)
+    return own.small, own.large
 
 
 def swap_ratio(plan: Plan, durations: list[float]) -> float | None:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nexus_rt.bench.latency import scales_of
 from nexus_rt.bench.measure import interleaved, summary
 from nexus_rt.bench.naive import four_filter_blend
 from nexus_rt.bench.quality import distance
@@ -253,9 +254,7 @@ def measure_peers(
         Rows {"peer", "plan", "ours_ms", "theirs_ms", "ratio" (theirs over ours, the median over pairs), "difference",
         "psnr_db", ...}, or {"peer", "failed": why}.
     """
-    d = pipe.defaults
-    scales = (d.guidance_scale, d.guidance_scale if d.guidance_scale_2 is None else d.guidance_scale_2)
-    made, rows = Peers(pipe, setting, scales), []
+    made, rows = Peers(pipe, setting, scales_of(pipe)), []
     for name in names:
         try:
             ours, theirs, plan = made.pair(name)

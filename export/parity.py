@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.denoise import Prompt, denoise
 from nexus_rt.engines.base import Engine
 from nexus_rt.models import load
 from nexus_rt.plan import parse_plan
+from nexus_rt.sampling import denoise
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
+from nexus_rt.step_runners import Prompt
 from nexus_rt.upfb import BlendConfig
 
 TIMESTEPS = (967.0, 500.0, 50.0)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "NexusPipeline": "pipeline", "NexusOutput": "pipeline", "Prompt": "denoise",
+    "NexusPipeline": "pipeline", "NexusOutput": "pipeline", "Prompt": "step_runners",
     "Plan": "plan", "Step": "plan", "StepCosts": "plan", "parse_plan": "plan", "gate": "plan",
     "BlendConfig": "upfb", "blend": "upfb", "TimeGrid": "solver", "time_grid": "solver",
     "save_video": "video", "NexusError": "errors", "InputError": "errors", "ModelError": "errors",
@@ -26,11 +26,11 @@ if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():
     __path__.append(str(_root))
 
 if TYPE_CHECKING:
-    from nexus_rt.denoise import Prompt
     from nexus_rt.errors import Cancelled, DecodeError, InputError, ModelError, NexusError, NumericsError
     from nexus_rt.pipeline import NexusOutput, NexusPipeline
     from nexus_rt.plan import Plan, Step, StepCosts, gate, parse_plan
     from nexus_rt.solver import TimeGrid, time_grid
+    from nexus_rt.step_runners import Prompt
     from nexus_rt.upfb import BlendConfig, blend
     from nexus_rt.video import save_video
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nexus_rt import documents
-from nexus_rt.denoise import GUIDANCE_SCALE
 from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.guidance import GUIDANCE_SCALE
 from nexus_rt.latents import LatentGrid
 from nexus_rt.models import load
 from nexus_rt.models.vae import vae_space

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.denoise import Change, Prompt, denoise
+from nexus_rt.engines.base import PublishedNumerics, Sized
 from nexus_rt.engines.residency import STEP, Part, Residency, ResidencyPlan, call_parts, parse_bytes, plan_residency
 from nexus_rt.engines.step import StepEngine
 from nexus_rt.errors import Cancelled, InputError, ModelError, choose, cut
@@ -25,17 +25,18 @@ from nexus_rt.process import LOADING, computes
 from nexus_rt.request import (
     CALLBACK_TENSORS,
     OUTPUT_TYPES,
+    CallInputs,
     GenerationRequest,
-    check_callback,
-    check_embeddings,
     check_generators,
     check_latents,
+    check_prompts,
     make_plan,
     make_request,
     prompt_lists,
-    whole,
 )
+from nexus_rt.sampling import denoise
 from nexus_rt.size import ClipSize
+from nexus_rt.step_runners import Change, Prompt
 from nexus_rt.upfb import BlendConfig
 from nexus_rt.video import as_output
 
@@ -48,6 +49,19 @@ class NexusOutput:
 
     frames: Any
     plan: Plan
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a call's weights are: what moves the engines (None: nothing does), and the fused step if it may be used."""
+
+    residency: Residency | None
+    step_engine: StepEngine | None
+
+    @property
+    def tight(self) -> bool:
+        """Whether memory is budgeted so that parts come and go."""
+        return self.residency is not None and self.residency.plan.mode != "resident"
 
 
 class NexusPipeline:
@@ -275,7 +289,7 @@ class NexusPipeline:
         self._grid.check(num_frames, height, width)
         choose("output_type", output_type, OUTPUT_TYPES)
         for engine in (*self.engines.values(), self.vae, self.step_engine):
-            if hasattr(engine, "check_size"):
+            if isinstance(engine, Sized):
                 engine.check_size(ClipSize(width, height, num_frames))
         if output_type != "latent" and self.vae is None:
             raise ModelError("this pipeline has no VAE; pass vae= to from_pretrained, or output_type='latent'.")
@@ -334,117 +348,83 @@ class NexusPipeline:
             Cancelled: `cancel()` was called.
             DecodeError: decoding failed; its `latents_path` names the saved latents.
         """
+        request = make_request(
+            self.defaults, height=height, width=width, num_frames=num_frames, plan=plan, shift=shift, energy=energy,
+            num_inference_steps=num_inference_steps, gamma_w=gamma_w, guidance_scale=guidance_scale, blend=blend,
+            guidance_scale_2=guidance_scale_2, solver=solver, output_type=output_type, published=as_published,
+            num_videos_per_prompt=num_videos_per_prompt,
+        )  # fmt: skip
+        given = {
+            "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
+            "context_embeds": context_embeds, "negative_context_embeds": negative_context_embeds,
+        }  # fmt: skip
+        inputs = CallInputs(
+            prompt, negative_prompt, given, latents, generator, callback_on_step_end, callback_on_step_end_tensor_inputs,
+            max_sequence_length,
+        )  # fmt: skip
         with self._calling:  # a second thread waits for the first: a call keeps state on the pipeline
-            return self._call(
-                prompt, negative_prompt, generator, latents, callback_on_step_end, callback_on_step_end_tensor_inputs,
-                max_sequence_length,
-                {
-                    "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
-                    "context_embeds": context_embeds, "negative_context_embeds": negative_context_embeds,
-                },
-                height=height, width=width, num_frames=num_frames, plan=plan, shift=shift, energy=energy,
-                num_inference_steps=num_inference_steps, gamma_w=gamma_w, guidance_scale=guidance_scale, blend=blend,
-                guidance_scale_2=guidance_scale_2, solver=solver, output_type=output_type, published=as_published,
-                num_videos_per_prompt=num_videos_per_prompt,
-            )  # fmt: skip
-
-    def _call(
-        self, prompt: Any, negative_prompt: Any, generator: Any, latents: Any, callback: Any, tensors: Any,
-        max_sequence_length: Any, given: dict[str, Tensor | None], **arguments: Any,
-    ) -> NexusOutput:  # fmt: skip
-        """Check, encode, place, sample, decode."""
-        self._cancel.clear()
-        self._interrupt = False
-        request = make_request(self.defaults, **arguments)
-        check_callback(callback, tensors)
-        computes()
-        batch = self._check_call(request, prompt, negative_prompt, given, generator, latents, max_sequence_length)
-        residency, step_engine = self._place(request, batch)
-        embeds = self._encode_call(request, prompt, negative_prompt, given, max_sequence_length)
-        leaves = residency is not None and residency.plan.mode != "resident"
-        self._leave_encoders(leaves)
-        if latents is None:
-            latents = self.prepare_latents(batch, request.size.frames, request.size.height, request.size.width, generator)
-        latents = self._sample(request, latents, embeds, residency, step_engine, callback, tensors)
-        for engine in self.engines.values() if leaves else ():  # the decoder has the memory
-            engine.unload()
-        frames = self.decode(latents, request.output_type, truncate=request.published)
-        if leaves and self.vae is not None:
-            self.vae.unload()
+            self._cancel.clear()
+            self._interrupt = False
+            computes()
+            videos = self._check_call(request, inputs)
+            place = self._place(request, videos)
+            embeds = self._encode_call(request, inputs)
+            self._leave_encoders(place)
+            noise = self._noise(request, inputs, videos)
+            latents = self._sample(request, inputs, noise, embeds, place)
+            frames = self._decode_call(request, latents, place)
         return NexusOutput(frames, request.plan)
 
-    def _check_call(
-        self, request: GenerationRequest, prompt: Any, negative: Any, given: dict[str, Tensor | None], generator: Any,
-        latents: Any, max_sequence_length: Any,
-    ) -> int:  # fmt: skip
+    def _check_call(self, request: GenerationRequest, inputs: CallInputs) -> int:
         """How many videos a call makes, everything about it checked.
 
         Raises:
             InputError: before any work.
         """
-        size, plan = request.size, request.plan
+        size, plan, given = request.size, request.plan, inputs.embeds
         self.check_inputs(size.height, size.width, size.frames, request.output_type)
-        whole("max_sequence_length", max_sequence_length, 1, MAX_SEQUENCE_LENGTH)
         if absent := [g for g in plan.generators if g not in self.engines]:
             raise InputError(f"plan {plan.name!r} runs the {absent[0]} generator, which was not loaded; pass {absent[0]}=.")
-        if (prompt is None) == (given["prompt_embeds"] is None):
-            raise InputError("pass either prompt or prompt_embeds, and not both.")
-        if negative and given["negative_prompt_embeds"] is not None:
-            raise InputError("pass either negative_prompt or negative_prompt_embeds, and not both.")
-        check_embeddings(given)
-        if prompt is not None:
-            count = len(prompt_lists(prompt, negative)[0])
-            for name in ("negative_prompt_embeds", "context_embeds"):
-                if given[name] is not None and len(given[name]) != count:
-                    raise InputError(f"{name} are for {len(given[name])} prompts of {count}; expected one for each.")
-            told = given["negative_prompt_embeds"]
-            if told is not None and told.shape[1] != max_sequence_length:
-                raise InputError(
-                    f"negative_prompt_embeds have {told.shape[1]} tokens; expected {max_sequence_length}, as the prompt's."
-                )
-        else:
-            if negative:
-                raise InputError("negative_prompt goes with prompt; pass negative_prompt_embeds beside prompt_embeds.")
-            count = len(given["prompt_embeds"])
-        if self._steered(plan, given) and prompt is None:
+        count = check_prompts(inputs.prompt, inputs.negative_prompt, given, inputs.max_sequence_length)
+        if self._steered(plan, given) and inputs.prompt is None:
             raise InputError(
                 "the small generator is steered by the understanding model, which reads the prompt; pass prompt, or "
                 "context_embeds made by encode_context besides prompt_embeds."
             )
         videos = count * request.videos_per_prompt
-        check_generators(generator, videos)
-        if latents is not None:
-            check_latents(latents, (videos, self.channels, *self._grid.latent(size.frames, size.height, size.width)))
+        check_generators(inputs.generator, videos)
+        if inputs.latents is not None:
+            shape = (videos, self.channels, *self._grid.latent(size.frames, size.height, size.width))
+            check_latents(inputs.latents, shape)
         return videos
 
     def _steered(self, plan: Plan, given: dict[str, Tensor | None]) -> bool:
         """Whether the small generator's context is to be made of the prompt."""
         return self.context is not None and "small" in plan.generators and given["context_embeds"] is None
 
-    def _place(self, request: GenerationRequest, batch: int) -> tuple[Residency | None, StepEngine | None]:
-        """What moves the engines under a memory budget, and the fused step where both generators may be in memory."""
+    def _place(self, request: GenerationRequest, videos: int) -> Placement:
+        """Where a call's weights are: what moves the engines under a memory budget, and the fused step where both generators
+        may be in memory."""
+        step_engine = None if request.published else self.step_engine
         if self.vram is None:
-            return None, self.step_engine
-        residency = Residency(self.plan_residency(request.plan, request.size, batch), self.engines)
+            return Placement(None, step_engine)
+        residency = Residency(self.plan_residency(request.plan, request.size, videos), self.engines)
         if residency.plan.mode == "resident":
-            return residency, self.step_engine
+            return Placement(residency, step_engine)
         for engine in (*self.engines.values(), *((self.step_engine,) if self.step_engine else ())):
             engine.unload()
-        return residency, None
+        return Placement(residency, None)
 
-    def _encode_call(
-        self, request: GenerationRequest, prompt: Any, negative: Any, given: dict[str, Tensor | None],
-        max_sequence_length: int,
-    ) -> dict[str, Tensor | None]:  # fmt: skip
+    def _encode_call(self, request: GenerationRequest, inputs: CallInputs) -> dict[str, Tensor | None]:
         """A call's embeddings and contexts under its arguments' names, one for each video: those given, the rest encoded.
 
         Raises:
             Cancelled: `cancel()` was called meanwhile.
         """
-        every = request.videos_per_prompt
+        every, prompt, given = request.videos_per_prompt, inputs.prompt, inputs.embeds
         embeds = {k: None if v is None else v.repeat_interleave(every, 0) for k, v in given.items()}
         if prompt is not None:
-            positive, none = self.encode_prompt(prompt, negative, every, max_sequence_length)
+            positive, none = self.encode_prompt(prompt, inputs.negative_prompt, every, inputs.max_sequence_length)
             embeds["prompt_embeds"] = positive
             if given["negative_prompt_embeds"] is None:
                 embeds["negative_prompt_embeds"] = none
@@ -462,11 +442,17 @@ class NexusPipeline:
         if self._cancel.is_set():
             raise Cancelled(f"stopped {when}, as asked.")
 
-    def _leave_encoders(self, leaves: bool) -> None:
+    def _leave_encoders(self, place: Placement) -> None:
         """Free what the rest of a call does not need: where memory is budgeted, or encoders are not kept."""
-        for encoder in (self.text, self.context) if leaves or not self.keep_encoders else ():
+        for encoder in (self.text, self.context) if place.tight or not self.keep_encoders else ():
             if encoder is not None:
                 (encoder.unload if self.keep_encoders else encoder.drop)()
+
+    def _noise(self, request: GenerationRequest, inputs: CallInputs, videos: int) -> Tensor:
+        """The latents that a call was given, or drawn ones."""
+        if inputs.latents is not None:
+            return inputs.latents
+        return self.prepare_latents(videos, request.size.frames, request.size.height, request.size.width, inputs.generator)
 
     def _prompts(self, embeds: dict[str, Tensor | None]) -> dict[str, Prompt]:
         """What each generator is told."""
@@ -476,40 +462,49 @@ class NexusPipeline:
         return prompts
 
     def _sample(
-        self, request: GenerationRequest, latents: Tensor, embeds: dict[str, Tensor | None], residency: Residency | None,
-        step_engine: StepEngine | None, callback: Callable | None, tensors: Sequence[str],
+        self, request: GenerationRequest, inputs: CallInputs, noise: Tensor, embeds: dict[str, Tensor | None], place: Placement
     ) -> Tensor:  # fmt: skip
         """Noise to clean latents, with the progress bar and the caller's callback."""
         from tqdm import tqdm
 
         plan = request.plan
         running = [self.engines[name] for name in plan.generators] if request.published else []
+        exact = [engine for engine in running if isinstance(engine, PublishedNumerics)]
         with tqdm(**{"total": len(plan), "desc": plan.name, "unit": "step", **self._progress}) as bar:
 
             def on_step(step: Step, latents: Tensor) -> Change | None:
                 bar.set_postfix_str(step.runs, refresh=False)
                 bar.update()
-                if callback is None:
+                if inputs.callback is None:
                     return None
                 known = {"latents": latents, **embeds}
-                answer = callback(self, step.index, step.timestep, {name: known[name] for name in tensors})
+                answer = inputs.callback(self, step.index, step.timestep, {name: known[name] for name in inputs.tensors})
                 return self._change(answer, known, embeds)
 
             try:
-                for engine in running:
+                for engine in exact:
                     engine.published_numerics(True)
                 return denoise(
-                    latents.to(self.device), plan, self.engines, self._prompts(embeds),
+                    noise.to(self.device), plan, self.engines, self._prompts(embeds),
                     guidance_scale=request.guidance.small, guidance_scale_2=request.guidance.large,
-                    blend_config=request.blend, solver=request.solver, kernels=self.kernels, residency=residency,
-                    step_engine=None if request.published else step_engine, on_step=on_step,
+                    blend_config=request.blend, solver=request.solver, kernels=self.kernels,
+                    residency=place.residency, step_engine=place.step_engine, on_step=on_step,
                     should_stop=self._cancel.is_set, should_finish=lambda: self._interrupt,
                 )  # fmt: skip
             finally:
-                for engine in running:
+                for engine in exact:
                     engine.published_numerics(False)
-                if residency is not None:
-                    residency.close()
+                if place.residency is not None:
+                    place.residency.close()
+
+    def _decode_call(self, request: GenerationRequest, latents: Tensor, place: Placement) -> Any:
+        """A call's frames; under a tight budget the engines leave the memory to the decoder, and it leaves after them."""
+        for engine in self.engines.values() if place.tight else ():
+            engine.unload()
+        frames = self.decode(latents, request.output_type, truncate=request.published)
+        if place.tight and self.vae is not None:
+            self.vae.unload()
+        return frames
 
     def _change(self, answer: Any, known: dict[str, Tensor | None], embeds: dict[str, Tensor | None]) -> Change | None:
         """What a callback's answer changes; embeddings are replaced in `embeds`.

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import InputError, choose, cut
+from nexus_rt.guidance import Guidance
+from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
 from nexus_rt.plan import GAMMA_W, Plan, parse_plan
 from nexus_rt.prompts import MAX_FRAMES
 from nexus_rt.size import ClipSize
@@ -60,24 +62,6 @@ def number(name: str, value: Any, low: float, high: float) -> float:
 
 
 @dataclass(frozen=True)
-class Guidance:
-    """Guidance scales of the two generators, `v_u + g (v_c - v_u)`; 1 is none."""
-
-    small: float
-    large: float
-
-    @classmethod
-    def of(cls, first: float | None, second: float | None, default: float, default_second: float | None) -> Guidance:
-        """One scale given is both; none given is the pair's own; a second one is the large generator's."""
-        for name, value in (("guidance_scale", first), ("guidance_scale_2", second)):
-            if value is not None:
-                number(name, value, -MAX_GUIDANCE, MAX_GUIDANCE)
-        if first is None:
-            first, second = default, default_second if second is None else second
-        return cls(float(first), float(first if second is None else second))
-
-
-@dataclass(frozen=True)
 class GenerationRequest:
     """A call's settings; every field is a valid value.
 
@@ -92,6 +76,27 @@ class GenerationRequest:
     output_type: str
     videos_per_prompt: int = 1
     published: bool = False
+
+
+@dataclass(frozen=True)
+class CallInputs:
+    """What a call computes from: prompts or embeddings, noise, and the callback. Shapes are checked against the request later.
+
+    embeds: the two texts and the two contexts under the call's own names, None for those to be made of the prompt.
+    tensors: names of what the callback is given.
+    """
+
+    prompt: str | list[str] | None
+    negative_prompt: str | list[str] | None
+    embeds: dict[str, Tensor | None]
+    latents: Tensor | None
+    generator: torch.Generator | list[torch.Generator] | None
+    callback: Callable[..., Any] | None
+    tensors: Sequence[str]
+    max_sequence_length: int
+
+    def __post_init__(self) -> None:
+        check_callback(self.callback, self.tensors)
 
 
 # Of the published inference scripts: s = 5.0 of v_c + s (v_c - v_u) is g = 6.0, both generators at every step.
@@ -135,6 +140,20 @@ def make_plan(
     return parse_plan(words, grid, GAMMA_W if gamma_w is None else gamma_w).with_energy(energy)
 
 
+def make_guidance(defaults: Any, guidance_scale: float | None, guidance_scale_2: float | None, published: bool) -> Guidance:
+    """The guidance scales that these arguments mean for a pair with such `Defaults`; None is the pair's own, or the published.
+
+    Raises:
+        InputError: a scale outside its range.
+    """
+    for name, value in (("guidance_scale", guidance_scale), ("guidance_scale_2", guidance_scale_2)):
+        if value is not None:
+            number(name, value, -MAX_GUIDANCE, MAX_GUIDANCE)
+    if published and guidance_scale is None:
+        guidance_scale = PUBLISHED["guidance_scale"]
+    return Guidance.of_call(defaults, guidance_scale, guidance_scale_2)
+
+
 def make_request(
     defaults: Any, *, height: int | None, width: int | None, num_frames: int | None, plan: str | Plan | None,
     num_inference_steps: int | None, shift: float | None, energy: str | None, gamma_w: float | None,
@@ -158,10 +177,9 @@ def make_request(
         *(whole(n, v, -MAX_SIDE, MAX_SIDE) for n, v in sides.items()),  # which multiples: the pair's VAE says
         whole("num_frames", d.num_frames if num_frames is None else num_frames, -MAX_FRAMES, MAX_FRAMES),
     )
-    own = (PUBLISHED["guidance_scale"], None) if published else (d.guidance_scale, d.guidance_scale_2)
     return GenerationRequest(
         size, make_plan(d, plan, num_inference_steps, shift, energy, gamma_w, published),
-        Guidance.of(guidance_scale, guidance_scale_2, *own),
+        make_guidance(d, guidance_scale, guidance_scale_2, published),
         blend if blend is not None else PUBLISHED["blend"] if published else BlendConfig(), solver, output_type,
         whole("num_videos_per_prompt", num_videos_per_prompt, 1, MAX_VIDEOS), published,
     )  # fmt: skip
@@ -234,6 +252,34 @@ def check_embeddings(given: dict[str, Tensor | None]) -> None:
     text, context = given.get("prompt_embeds"), given.get("context_embeds")
     if text is not None and context is not None and len(text) != len(context):
         raise InputError(f"prompt_embeds are for {len(text)} prompts and context_embeds for {len(context)}; expected as many.")
+
+
+def check_prompts(prompt: Any, negative: Any, given: dict[str, Tensor | None], max_sequence_length: Any) -> int:
+    """How many prompts a call has, as text or as embeddings.
+
+    Raises:
+        InputError: neither or both, negatives that are not for them, or embeddings of other counts or lengths.
+    """
+    whole("max_sequence_length", max_sequence_length, 1, MAX_SEQUENCE_LENGTH)
+    embeds, negative_embeds = given["prompt_embeds"], given["negative_prompt_embeds"]
+    if (prompt is None) == (embeds is None):
+        raise InputError("pass either prompt or prompt_embeds, and not both.")
+    if negative and negative_embeds is not None:
+        raise InputError("pass either negative_prompt or negative_prompt_embeds, and not both.")
+    check_embeddings(given)
+    if embeds is not None:
+        if negative:
+            raise InputError("negative_prompt goes with prompt; pass negative_prompt_embeds beside prompt_embeds.")
+        return len(embeds)
+    count = len(prompt_lists(prompt, negative)[0])
+    for name in ("negative_prompt_embeds", "context_embeds"):
+        if (value := given[name]) is not None and len(value) != count:
+            raise InputError(f"{name} are for {len(value)} prompts of {count}; expected one for each.")
+    if negative_embeds is not None and negative_embeds.shape[1] != max_sequence_length:
+        raise InputError(
+            f"negative_prompt_embeds have {negative_embeds.shape[1]} tokens; expected {max_sequence_length}, as the prompt's."
+        )
+    return count
 
 
 def check_seed(name: str, seed: Any) -> int:

@@ -15,6 +15,7 @@ import time
 import pytest
 from PIL import Image
 
+from nexus_rt import NexusPipeline
 from nexus_rt.cli import main
 
 PROMPT = "a red circle moves left"
@@ -235,13 +236,14 @@ def test_a_fresh_seed_is_printed_and_makes_the_same_clip(tiny_pair, tmp_path, ca
     ],
 )
 def test_numbers_outside_their_range_exit_2_before_any_model(tiny_pair, tmp_path, options, words, capsys, monkeypatch):
-    monkeypatch.setattr("nexus_rt.cli._pipeline", lambda args: pytest.fail("a model was read"))
+    for name in ("from_pretrained", "from_engines"):
+        monkeypatch.setattr(NexusPipeline, name, lambda *args, **options: pytest.fail("a model was read"))
     assert main(["generate", PROMPT, *pair(tiny_pair, "-o", tmp_path / "x.mp4", *options)]) == 2
     assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_the_blend_s_numbers_and_the_published_defaults_reach_the_call(tiny_pair, tmp_path, monkeypatch):
-    from nexus_rt import BlendConfig, NexusPipeline
+    from nexus_rt import BlendConfig
 
     calls = []
     right = NexusPipeline.__call__
@@ -312,7 +314,8 @@ PAIRS = [
 @pytest.mark.parametrize("line, option, words", PAIRS, ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
 def test_options_that_do_not_go_together_are_refused_by_name(line, option, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nexus_rt.cli._pipeline", lambda args: pytest.fail("a model was read"))
+    for name in ("from_pretrained", "from_engines"):
+        monkeypatch.setattr(NexusPipeline, name, lambda *args, **options: pytest.fail("a model was read"))
     assert main([*line, *option]) == 2
     err = capsys.readouterr().err
     assert words in err
@@ -320,8 +323,8 @@ def test_options_that_do_not_go_together_are_refused_by_name(line, option, words
 
 
 def test_given_options_are_those_of_the_line_alone():
-    from nexus_rt.arguments import parser
-    from nexus_rt.options import TABLE, given_options
+    from nexus_rt.cli import parser
+    from nexus_rt.cli.options import TABLE, given_options
 
     known = parser()
     assert given_options(known, ["generate", "x"]) == {"command", "prompt"}
@@ -337,3 +340,23 @@ def test_given_options_are_those_of_the_line_alone():
     names = {a.dest for sub in known._subparsers._group_actions for p in sub.choices.values() for a in p._actions}
     names |= {"action"}
     assert all({r.option, *r.others} - {""} <= names for r in TABLE)  # no rule about an option that is gone
+
+
+def test_a_process_ends_with_its_code_its_output_and_what_was_registered(tmp_path):
+    """It is not taken apart, so that the end costs nothing; what others asked for at the end is done all the same."""
+    code = (
+        "import atexit, sys, threading, time\n"
+        "atexit.register(lambda: print('registered'))\n"
+        "def late():\n"
+        "    while threading.main_thread().is_alive():\n"
+        "        time.sleep(0.01)\n"
+        "    print('thread')\n"
+        "threading.Thread(target=late).start()\n"
+        "sys.argv = ['nexus-rt', *sys.argv[1:]]\n"
+        "from nexus_rt.cli import entry; entry()"
+    )
+    run = lambda *line: subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True)  # noqa: E731
+    done = run("plan", "--costs", "1,2", "--steps", "4")
+    assert done.returncode == 0 and done.stdout.splitlines()[-2:] == ["thread", "registered"] and "reference:" in done.stdout
+    assert run("generate", " ", "-o", str(tmp_path / "a.mp4")).returncode == 2
+    assert run("--version").returncode == 0 and run("generate").returncode == 2

@@ -8,9 +8,10 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from nexus_rt import BlendConfig, Cancelled, DecodeError, InputError, ModelError, NexusPipeline, NumericsError
-from nexus_rt.denoise import Prompt, denoise
 from nexus_rt.plan import parse_plan
+from nexus_rt.sampling import denoise
 from nexus_rt.solver import time_grid
+from nexus_rt.step_runners import Prompt
 
 PROMPT = "a red circle moves left"
 

@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexus_rt import BlendConfig, Cancelled, InputError, NexusPipeline, time_grid
-from nexus_rt.denoise import Prompt, denoise
 from nexus_rt.models.load import load_transformer
 from nexus_rt.pair import Defaults
 from nexus_rt.plan import parse_plan
 from nexus_rt.request import PUBLISHED, make_plan, make_request
+from nexus_rt.sampling import denoise
+from nexus_rt.step_runners import Prompt
 
 PROMPT = "a red circle moves left"
 LATENT = dict(output_type="latent", num_inference_steps=3, plan="large")
@@ -191,7 +192,7 @@ def test_a_callback_replaces_embeddings_from_the_next_step_on(tiny_pipe):
     told = iter([embeds, embeds, other])
 
     def change(step, latents):
-        from nexus_rt.denoise import Change
+        from nexus_rt.step_runners import Change
 
         next(told)
         return Change(prompts={"large": Prompt(other, none)}) if step.index == 1 else None

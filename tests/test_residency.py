@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from nexus_rt import InputError, NexusPipeline
-from nexus_rt.denoise import Prompt, denoise
 from nexus_rt.engines.residency import MODES, STEP, Part, Residency, activation_bytes, parse_bytes, plan_residency
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.plan import parse_plan
+from nexus_rt.sampling import denoise
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
+from nexus_rt.step_runners import Prompt
 
 GB = 10**9
 PARTS = {

@@ -1,17 +1,19 @@
-"""The protocol every backend speaks: a generator that turns latents, a timestep and a prepared prompt into a velocity."""
+"""What the runtime calls on an engine: the protocol of the loop, and those of what an engine may do besides."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+
+from nexus_rt.size import ClipSize
 
 
 class Engine(Protocol):
     """A generator as the denoising loop sees it: any object with these two methods will do.
 
-    The backends of this package also have what moves engines between memories (`nexus_rt.engines.residency`): `nbytes`
-    of the weights, `resident`, `load()`, `unload()` and `warmup(latent)`.
+    The backends of this package are also `Resident` and `Sized`, and some of them the rest of this file.
     """
 
     def prepare(self, context: Tensor) -> Any:
@@ -30,4 +32,78 @@ class Engine(Protocol):
         Returns:
             [N, C, T, H, W], any floating dtype.
         """
+        ...
+
+
+class Resident(Protocol):
+    """Weights that `nexus_rt.engines.residency` moves between host memory and a device."""
+
+    device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        ...
+
+    @property
+    def resident(self) -> bool:
+        """Whether the weights are where the engine runs."""
+        ...
+
+    def load(self) -> None:
+        """Bring the weights to the device; nothing where they are there."""
+        ...
+
+    def unload(self) -> None:
+        """Give the device's memory back."""
+        ...
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """Weights that can stay in host memory and come to the device block by block, as they run."""
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes on the device while they do."""
+        ...
+
+    def load(self, streamed: bool = False) -> None:
+        """Bring the weights to the device, or only, where `streamed`, as they run."""
+        ...
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """An engine that was built for some sizes."""
+
+    def check_size(self, size: ClipSize) -> None:
+        """Raise an `InputError` that names the sizes, unless this is one of them."""
+        ...
+
+
+@runtime_checkable
+class Warmable(Protocol):
+    """An engine whose first step at a size is slow."""
+
+    def warmup(self, latent: tuple[int, int, int]) -> None:
+        """One step on noise at a latent size (T, H, W), so that the first real one is as fast as the rest."""
+        ...
+
+
+@runtime_checkable
+class Diagnosable(Protocol):
+    """An engine that can look for what is wrong with its weights."""
+
+    def not_finite(self) -> list[str]:
+        """Names of the parameters that hold NaN or infinity."""
+        ...
+
+
+@runtime_checkable
+class PublishedNumerics(Protocol):
+    """An engine that can compute as the published code does, in float32 where that does."""
+
+    def published_numerics(self, on: bool) -> None:
+        """Turn it on or off."""
         ...

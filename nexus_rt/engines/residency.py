@@ -23,9 +23,11 @@ from typing import Any
 
 import torch
 
+from nexus_rt.engines.base import Resident, Streamed
 from nexus_rt.errors import InputError
 from nexus_rt.plan import Plan
 from nexus_rt.size import ClipSize
+from nexus_rt.tracing import span
 
 MODES = ("resident", "freed", "prefetched", "swapped", "streamed")
 STEP = "fused step"
@@ -208,7 +210,7 @@ class Residency:
     An engine that arrives is loaded by a thread of its own, on a stream of its own, while the steps before it run.
     """
 
-    def __init__(self, plan: ResidencyPlan, engines: Mapping[str, object]) -> None:
+    def __init__(self, plan: ResidencyPlan, engines: Mapping[str, Resident]) -> None:
         self.plan, self.engines = plan, engines
         self.threads: dict[str, threading.Thread] = {}
         self.failed: dict[str, BaseException] = {}
@@ -221,18 +223,22 @@ class Residency:
             Whatever loading an engine raised.
         """
         phase = next(p for p in self.plan.phases if p.first <= index <= p.last)
-        if phase is self.current:
-            return
-        self.current = phase
+        with span("swap", step=index):
+            if phase is not self.current:
+                self.current = phase
+                self._begin(phase)
+
+    def _begin(self, phase: Phase) -> None:
         for name, engine in self.engines.items():
             if name not in (*phase.present, *phase.arriving) and engine.resident:
                 engine.unload()
         for name in (n for n in phase.present if n in self.engines):
             self._wait(name)
-            if self.plan.mode == "streamed" and hasattr(self.engines[name], "streamed_bytes"):
-                self.engines[name].load(streamed=True)
+            engine = self.engines[name]
+            if self.plan.mode == "streamed" and isinstance(engine, Streamed):
+                engine.load(streamed=True)
             else:
-                self.engines[name].load()
+                engine.load()
         for name in phase.arriving:
             if name not in self.threads and not self.engines[name].resident:
                 self.threads[name] = threading.Thread(target=self._fetch, args=(name,), daemon=True)

@@ -18,7 +18,7 @@ from nexus_rt.models.tokenizer import Tokenizer, load_tokenizer
 from nexus_rt.models.umt5 import load_umt5
 from nexus_rt.tracing import span
 
-MAX_SEQUENCE_LENGTH = 512  # Wan's text length: the transformer attends to the zero padding too
+MAX_SEQUENCE_LENGTH = 512  # Wan's: the transformer attends to the zero padding too
 
 
 def clean_prompt(text: str) -> str:

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nexus_rt.denoise import Prompt, Watch, denoise
 from nexus_rt.errors import Cancelled, InputError, NumericsError
 from nexus_rt.plan import parse_plan
+from nexus_rt.sampling import denoise
 from nexus_rt.solver import make_solver, time_grid
+from nexus_rt.step_runners import FiniteCheck, Prompt
 from nexus_rt.upfb import BlendConfig, blend
 
 B, C, T, H, W = 2, 3, 2, 6, 10
@@ -162,7 +163,7 @@ def test_a_gpu_is_not_made_to_wait_for_the_checks():
     """A step's check is read when the next step has been queued; the last one still raises."""
     torch.cuda.set_sync_debug_mode("error")
     try:
-        watch = Watch({"small": None})
+        watch = FiniteCheck({"small": None})
         plan = parse_plan("small", time_grid(2))
         watch.add(torch.ones(4, device="cuda"), "small", plan.steps[0])
         watch.settle(0)
@@ -175,10 +176,20 @@ def test_a_gpu_is_not_made_to_wait_for_the_checks():
 
 def test_checks_are_settled_in_order_up_to_a_step():
     plan = parse_plan("small", time_grid(3))
-    watch = Watch({"small": SimpleNamespace(engine=None)})
+    watch = FiniteCheck({"small": SimpleNamespace(engine=None)})
     for step in plan.steps:
         watch.add(torch.full((2,), math.nan if step.index == 1 else 1.0), "small", step)
     watch.settle(1)
     assert [s.index for _, _, s in watch.sums] == [1, 2]
     with pytest.raises(NumericsError, match="step 1"):
         watch.settle(3)
+
+
+def test_the_old_names_still_work_and_say_so():
+    import importlib
+    import sys
+
+    sys.modules.pop("nexus_rt.denoise", None)
+    with pytest.warns(DeprecationWarning, match="now nexus_rt.sampling"):
+        old = importlib.import_module("nexus_rt.denoise")
+    assert old.denoise is denoise and old.Prompt is Prompt and old.Watch is FiniteCheck

@@ -1,0 +1,83 @@
+"""The command line, a file a command: its parser beside what it runs."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from typing import NoReturn
+
+from nexus_rt import __version__
+from nexus_rt.cli import batch, bench, convert, decode, doctor, engines, export, generate, plan, vrbench
+from nexus_rt.cli.options import check_options
+from nexus_rt.errors import InputError, NexusError
+
+COMMANDS = {
+    "generate": generate, "batch": batch, "vrbench": vrbench, "decode": decode, "plan": plan, "export": export,
+    "engines": engines, "convert": convert, "bench": bench, "doctor": doctor,
+}  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the whole command line."""
+    top = argparse.ArgumentParser(
+        prog="nexus-rt", description="Video generation with two generators in one latent space.",
+        epilog="Without --small, --large or --pair the miniature pair that comes with the package runs, offline.",
+    )  # fmt: skip
+    top.add_argument("--version", action="version", version=f"nexus-rt {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS.values():
+        command.add(commands)
+    return top
+
+
+def _ended(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, 1 for a failure, 2 for wrong arguments, 130 when interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    known = parser()
+    args = known.parse_args(words)
+    args.line = shlex.join(["nexus-rt", *words])  # engines remember what made them
+    if argv is None:  # the command's own process, not a program that calls us: what is half-made is taken away
+        signal.signal(signal.SIGTERM, _ended)
+    try:
+        check_options(known, words, args)
+        code = COMMANDS[args.command].run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        kept = (
+            "what was finished is kept, and the same command goes on"
+            if args.command in ("export", "batch", "vrbench")
+            else "nothing was written"
+        )
+        print(f"nexus-rt: interrupted; {kept}.", file=sys.stderr)
+        return 130
+    except NexusError as error:
+        print(f"nexus-rt: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def entry() -> NoReturn:
+    """The command's own process: as `main`, and then it ends.
+
+    What is registered for the end runs, output is flushed, and the interpreter is not taken apart: with PyTorch in it that
+    takes a third of a second, in which nothing is done.
+    """
+    code = main()
+    threading._shutdown()  # as the interpreter does: first the threads that are not daemons, then what atexit holds
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,5 @@
+"""`python -m nexus_rt.cli`."""
+
+from nexus_rt.cli import entry
+
+entry()

@@ -1,0 +1,48 @@
+"""`nexus-rt batch`: a list of prompts to a folder of videos."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from nexus_rt.cli.arguments import clips, models, running, walk
+from nexus_rt.cli.pipeline import call_options, check_device, model_words, quiet_pipeline
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """The command's parser."""
+    commands.add_parser(
+        "batch", parents=[models(), running(), walk(), clips()], help="turn a list of prompts into a folder of videos"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code: 1 where a clip failed."""
+    from nexus_rt.prompts import read_prompts
+
+    return run_batch(args, read_prompts(args.prompts))
+
+
+def run_batch(args: argparse.Namespace, items: list) -> int:
+    """Make the clips of a list of `Item`, here or by Ray's workers."""
+    from pathlib import Path
+
+    from nexus_rt.batch import Job, parse_shard, run
+
+    options = call_options(args)
+    from nexus_rt.request import whole
+
+    whole("--seed", args.seed, -1, 2**64 - 1)
+    models = model_words(args)
+    folder = Path(args.output).expanduser()
+    job = Job(folder, args.seed, args.fps, f".{args.format.lstrip('.')}", parse_shard(args.shard), options, models)
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    if args.ray:
+        from nexus_rt.batch_ray import run_on_ray
+
+        counts = run_on_ray(quiet_pipeline, args, items, job, args.workers, say)
+    else:
+        check_device(args.device)
+        counts = run(quiet_pipeline(args), items, job, say)
+    print(f"{folder}: {counts['made']} made, {counts['kept']} kept, {counts['failed']} failed")
+    return 1 if counts["failed"] else 0

@@ -1,0 +1,27 @@
+"""`nexus-rt convert`: a published checkpoint to a pair's folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from nexus_rt.errors import choose
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """The command's parser."""
+    convert = commands.add_parser("convert", help="make a pair's folder of a published checkpoint; reads pickles safely")
+    convert.add_argument("kind", help="what SRC is: omnivideo")
+    convert.add_argument("source", metavar="SRC", help="the published folder")
+    convert.add_argument("target", metavar="DST", help="the folder to make; it appears only when complete")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    choose("checkpoint", args.kind, ("omnivideo",))
+    from nexus_rt.convert import convert_omnivideo
+
+    report = convert_omnivideo(args.source, args.target, lambda line: print(line, file=sys.stderr))
+    print(report)
+    print(f"{args.target}: complete; every key is in conversion.json")
+    return 0

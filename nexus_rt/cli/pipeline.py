@@ -1,0 +1,113 @@
+"""Arguments to what they describe: a pipeline, a blend, a call's options."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from nexus_rt.cli.arguments import BLEND_NUMBERS
+from nexus_rt.errors import InputError
+
+if TYPE_CHECKING:
+    from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.upfb import BlendConfig
+
+MODEL_ARGUMENTS = ("engines", "pair", "small", "large", "vae", "text_encoder", "understanding", "connector", "small_lora",
+                   "large_lora")  # fmt: skip
+
+
+def make_pipeline(args: argparse.Namespace) -> NexusPipeline:
+    """The pipeline of the models or engines that the arguments name."""
+    import torch
+
+    from nexus_rt.pipeline import NexusPipeline
+
+    if args.engines:
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        return NexusPipeline.from_engines(
+            args.engines,
+            device=args.device,
+            torch_dtype=dtype,
+            kernels=args.kernels,
+            force=args.force,
+            vram=args.vram,
+            cuda_graphs=args.cuda_graphs,
+        )
+    return NexusPipeline.from_pretrained(
+        args.pair, small=args.small, large=args.large, vae=args.vae, text_encoder=args.text_encoder,
+        understanding=args.understanding, connector=args.connector, small_lora=args.small_lora, large_lora=args.large_lora,
+        torch_dtype=getattr(torch, args.dtype) if args.dtype else None, device=args.device,
+        backend=args.backend, kernels=args.kernels, attention=args.attention,
+        local_files_only=args.local_files_only, vram=args.vram, cuda_graphs=args.cuda_graphs,
+    )  # fmt: skip
+
+
+def quiet_pipeline(args: argparse.Namespace) -> NexusPipeline:
+    """The same without a progress bar; a function of its own, so that Ray's workers can be sent it."""
+    pipe = make_pipeline(args)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_blend(args: argparse.Namespace) -> BlendConfig | None:
+    """The blend that the arguments describe; None where they say nothing of it.
+
+    Raises:
+        InputError: a number that the chosen split or low-pass does not have.
+    """
+    from nexus_rt.upfb import BlendConfig
+
+    given = {n: v for n in ("split", "lowpass", *BLEND_NUMBERS) if (v := getattr(args, n)) is not None}
+    split, lowpass = given.get("split", "gaussian"), given.get("lowpass", "gaussian")
+    blend = BlendConfig(**given)
+    if split == "gaussian" and lowpass != "gaussian":
+        print(f"nexus-rt: --lowpass {lowpass} has no part in --split gaussian, and changes nothing.", file=sys.stderr)
+    for name in given:
+        flag = "--" + name.replace("_", "-")
+        if split == "gaussian" and name in ("rho_min", "rho_max", "order"):
+            raise InputError(f"{flag} is of the splits fft and dct; pass --split fft or dct too.")
+        if split != "gaussian" and name in ("sigma_min", "sigma_max"):
+            raise InputError(f"{flag} is of the split gaussian; with --split {split} use --rho-min and --rho-max.")
+        if name == "order" and lowpass != "butterworth":
+            raise InputError(f"--order is of the Butterworth low-pass; pass --lowpass butterworth too, not {lowpass}.")
+    return blend if given else None
+
+
+def call_options(args: argparse.Namespace) -> dict:
+    """What the arguments say of every clip, as the pipeline's call takes it; checked before any model is read."""
+    from nexus_rt.pair import Defaults
+    from nexus_rt.request import make_request
+    from nexus_rt.video import frame_rate
+
+    frame_rate(args.fps, "--fps")
+    width, height = args.size or (None, None)
+    options = dict(
+        height=height, width=width, num_frames=args.frames, num_inference_steps=args.steps, guidance_scale=args.guidance,
+        guidance_scale_2=args.guidance_2, plan=args.plan, shift=args.shift, blend=make_blend(args), energy=args.energy,
+        gamma_w=args.gamma_w, solver=args.solver,
+    )  # fmt: skip
+    # with any pair's defaults: what no pair would take is said before one is read
+    make_request(Defaults(), **options, output_type="np", num_videos_per_prompt=1, published=args.as_published)
+    for name, value in (("--size", min(args.size or (1,))), ("--frames", args.frames)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} has {value}; expected positive numbers, such as --size 832x480 --frames 81.")
+    return {**options, "as_published": args.as_published}
+
+
+def check_device(name: str | None) -> None:
+    """Raise an `InputError` unless tensors can be made on the device."""
+    import torch
+
+    if name is None:
+        return
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used here ({reason}); `nexus-rt doctor` lists what can.") from error
+
+
+def model_words(args: argparse.Namespace) -> str:
+    """Where the models are from, as the arguments say it."""
+    return " ".join(f"{n}={value}" for n in MODEL_ARGUMENTS if (value := getattr(args, n)))

@@ -1,0 +1,112 @@
+"""`nexus-rt plan`: which generator runs at which step, and its price."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from nexus_rt.cli.arguments import models, running, walk
+from nexus_rt.cli.pipeline import check_device, make_blend, make_pipeline
+from nexus_rt.errors import InputError, choose
+
+if TYPE_CHECKING:
+    from nexus_rt.guidance import Guidance
+    from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.plan import Plan, StepCosts
+    from nexus_rt.size import ClipSize
+    from nexus_rt.upfb import BlendConfig
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """The command's parser."""
+    plan = commands.add_parser(
+        "plan", parents=[models(), running(), walk()], help="print which generator runs at which step, and its price"
+    )
+    plan.add_argument(
+        "--costs", metavar="SMALL,LARGE",
+        help="milliseconds of one guided step of each, instead of measuring the models on this machine",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    from nexus_rt.pair import Defaults
+    from nexus_rt.request import make_guidance, make_plan, whole
+    from nexus_rt.size import ClipSize
+    from nexus_rt.solver import SOLVERS
+    from nexus_rt.upfb import BlendConfig
+
+    args.solver = choose("solver", args.solver or "unipc", SOLVERS)
+    for name, value in (("--frames", args.frames), *(("--size", side) for side in args.size or ())):
+        if value is not None:
+            whole(name, value, 1, 16_384)
+    blend = make_blend(args) or BlendConfig()
+    check_device(args.device)
+    models = args.pair or args.small or args.large or args.engines
+    pipe = make_pipeline(args) if models or not args.costs else None  # prices that are given need no models
+    defaults = pipe.defaults if pipe else Defaults()
+    plan = make_plan(defaults, args.plan, args.steps, args.shift, args.energy, args.gamma_w, args.as_published)
+    guidance = make_guidance(defaults, args.guidance, args.guidance_2, args.as_published)
+    width, height = args.size or (defaults.width, defaults.height)
+    size = ClipSize(width, height, args.frames or defaults.num_frames)
+    # a budget that cannot be met is said before anything is measured
+    memory = pipe.plan_residency(plan, size) if pipe and pipe.engines else None
+    costs = given_costs(args.costs) if args.costs or pipe is None else measured_costs(pipe, size, blend, args.solver)
+    _print_steps(plan, costs, guidance, blend)
+    _print_totals(plan, costs, guidance)
+    if memory is not None:
+        print(memory.table())
+    source = "as given" if args.costs else "measured on this machine"
+    print(f"step costs ({source}): small {costs.small_guided:.2f} ms guided, large {costs.large_guided:.2f} ms guided, "
+          f"blend {costs.blend:.3f} ms, solver {costs.solver:.3f} ms")  # fmt: skip
+    return 0
+
+
+def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendConfig) -> None:
+    """A row a step: timestep, gate, cutoff, generators, their guidance, price."""
+    gaussian = blend.split == "gaussian"
+    cutoff = "sigma" if gaussian else "cutoff"
+    print(f"{'step':>4} {'timestep':>8} {'w':>6} {cutoff:>6}  {'runs':5} {'guidance':>11} {'ms':>10}")
+    for step in plan.steps:
+        value = blend.sigma(step.w) if gaussian else blend.cutoff(step.w)
+        shown = f"{value:6.3f}" if step.blended else "     -"
+        scales = "/".join(f"{guidance.at(step, name):g}" for name in ("small", "large") if getattr(step, name))
+        price = plan.step_price(step, costs, guidance.small, guidance.large)
+        print(f"{step.index:4d} {step.timestep:8d} {step.w:6.3f} {shown}  {step.runs:5} {scales:>11} {price:10.2f}")
+
+
+def _print_totals(plan: Plan, costs: StepCosts, guidance: Guidance) -> None:
+    """The plan's forwards and price, and those of the published schedule over the same steps."""
+    from nexus_rt.plan import parse_plan
+
+    totals = []
+    for each in (plan, parse_plan("reference", plan.grid)):
+        count = each.evaluations(guidance.small, guidance.large)
+        totals.append(each.price(costs, guidance.small, guidance.large))
+        print(f"{each.name}: {count['small']} small and {count['large']} large forwards, {totals[-1]:.1f} ms", end="")
+        if len(totals) == 1:
+            print()
+    ours, published = totals
+    print(f"; this plan takes {100 * ours / published:.0f}% of it ({published / ours:.2f}x faster)")
+
+
+def given_costs(text: str) -> StepCosts:
+    """`--costs`: milliseconds of a guided step of each generator."""
+    from nexus_rt.plan import StepCosts
+
+    try:
+        small, large = (float(x) for x in text.split(","))
+    except ValueError:
+        raise InputError(f"--costs is {text!r}; expected two numbers, such as 750,4600.") from None
+    return StepCosts(small / 2, small, large / 2, large)
+
+
+def measured_costs(pipe: NexusPipeline, size: ClipSize, blend: BlendConfig, solver: str) -> StepCosts:
+    """Milliseconds of a step's parts on this machine, at a size."""
+    from nexus_rt.costs import measure_step_costs, step_calls
+
+    pipe.check_inputs(size.height, size.width, size.frames, "latent")
+    prompts = pipe.encode("a prompt", single_frame=size.frames == 1)
+    latents = pipe.prepare_latents(1, size.frames, size.height, size.width)
+    calls = step_calls(pipe.engines, prompts, latents, blend, solver, pipe.kernels)
+    return measure_step_costs(calls, cuda=latents.is_cuda)

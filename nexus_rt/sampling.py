@@ -1,0 +1,85 @@
+"""The loop: from noise to clean latents along a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from nexus_rt.engines.base import Engine
+from nexus_rt.engines.residency import Residency
+from nexus_rt.engines.step import StepEngine
+from nexus_rt.errors import Cancelled
+from nexus_rt.guidance import GUIDANCE_SCALE, Guidance
+from nexus_rt.ops import choose_ops
+from nexus_rt.plan import Plan, Step
+from nexus_rt.solver import make_solver
+from nexus_rt.step_runners import Change, FiniteCheck, Prompt, make_runner
+from nexus_rt.tracing import span
+from nexus_rt.upfb import BlendConfig
+
+
+def denoise(
+    latents: Tensor,
+    plan: Plan,
+    engines: Mapping[str, Engine],
+    prompts: Mapping[str, Prompt],
+    *,
+    guidance_scale: float = GUIDANCE_SCALE,
+    guidance_scale_2: float | None = None,
+    blend_config: BlendConfig = BlendConfig(),  # noqa: B008 (frozen)
+    solver: str = "unipc",
+    kernels: str = "auto",
+    residency: Residency | None = None,
+    step_engine: StepEngine | None = None,
+    on_step: Callable[[Step, Tensor], Tensor | Change | None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    should_finish: Callable[[], bool] | None = None,
+) -> Tensor:
+    """Walk a plan from noise to clean latents.
+
+    Args:
+        latents: noise [B, C, T, H, W]; computed in float32.
+        plan: made for the same number of steps the solver walks.
+        engines, prompts: under "small" and "large", those the plan runs; any objects with the engine protocol.
+        guidance_scale, guidance_scale_2: of the small and the large generator (the latter None: the same), where the
+            plan sets none; 1 means no guidance, one forward instead of two.
+        kernels: of the blend and the solver: "torch", "triton", or "auto" (triton on a GPU that can run it).
+        residency: moves the engines between memories as the plan goes on; None: they are where they run, or load first.
+        step_engine: both generators, guidance and blend in one graph, for the steps it can take (`FusedStep`).
+        on_step: called after every step with it and the new latents; may return latents to go on with, or a `Change`.
+        should_stop, should_finish: asked before every step; the first ends in `Cancelled`, the second in the latents as
+            they are.
+
+    Returns:
+        Clean latents, float32 [B, C, T, H, W].
+
+    Raises:
+        InputError: a generator the plan runs is missing, or has no negative embeddings while guided.
+        NumericsError: a velocity is not finite; names the generator and the step.
+        Cancelled: `should_stop` said so.
+    """
+    guidance = Guidance.of(guidance_scale, guidance_scale_2)
+    fused = choose_ops(kernels, latents.device).name == "triton"
+    runner = make_runner(plan, engines, prompts, guidance, blend_config, latents, fused, step_engine)
+    solve, finite = make_solver(solver, plan.grid, fused), FiniteCheck(runner.generators)
+    latents = latents.float()
+    if residency is None or residency.plan.stays:
+        runner.prepare()  # engines that come and go prepare their prompts when they first run
+    for step in plan.steps:
+        if should_stop is not None and should_stop():
+            raise Cancelled(f"stopped before step {step.index} of {len(plan)}, as asked.")
+        if should_finish is not None and should_finish():
+            break
+        if residency is not None:
+            residency.enter(step.index)
+        velocity = runner.velocity(latents, step, finite)  # of the plan's generators, guided and blended
+        with span("solver", step=step.index):
+            latents = solve.step(step.index, latents, velocity)
+        finite.settle(step.index if latents.is_cuda else step.index + 1)  # a GPU is asked when it has the next step
+        if on_step is not None and (change := on_step(step, latents)) is not None:
+            change = change if isinstance(change, Change) else Change(change)
+            latents = latents if change.latents is None else change.latents.float()
+            runner.change_prompts(change.prompts or {})
+    finite.settle(len(plan))
+    return latents

@@ -1,0 +1,242 @@
+"""What runs a step: each generator by itself and the blend, or both in one fused graph; and the check that all is finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus_rt.engines.base import Diagnosable, Engine
+from nexus_rt.engines.step import StepEngine
+from nexus_rt.errors import InputError, NumericsError
+from nexus_rt.guidance import Guidance
+from nexus_rt.plan import Plan, Step
+from nexus_rt.tracing import span
+from nexus_rt.upfb import BlendConfig, combine, is_separable, step_inputs
+from nexus_rt.velocity import Prediction, Velocity
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A generator's prompt: embeddings [B, L, D], and those of the negative prompt (None where none is needed)."""
+
+    conditional: Tensor
+    unconditional: Tensor | None = None
+
+    def batch(self, guided: bool) -> Tensor:
+        """The embeddings of a step: [B, L, D], or [2 B, L, D] where it is guided, unconditional samples last."""
+        if not guided:
+            return self.conditional
+        if self.unconditional is None:
+            raise InputError("a guided step needs negative prompt embeddings; pass them, or a guidance_scale of 1.")
+        return torch.cat([self.conditional, self.unconditional])
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a callback goes on with: latents, and/or prompts by generator; None keeps what is."""
+
+    latents: Tensor | None = None
+    prompts: Mapping[str, Prompt] | None = None
+
+
+class FiniteCheck:
+    """Whether every prediction is finite, without a device synchronisation: step i is checked after step i+1 is enqueued (on
+    a CPU at once)."""
+
+    def __init__(self, generators: Mapping[str, Generator]) -> None:
+        self.generators = generators
+        self.sums: list[tuple[Tensor, str, Step]] = []
+
+    def add(self, raw: Tensor, name: str, step: Step) -> None:
+        """Note a generator's prediction at a step."""
+        self.sums.append((raw.sum(dtype=torch.float32), name, step))
+
+    def settle(self, before: int) -> None:
+        """Check the steps before an index.
+
+        Raises:
+            NumericsError: names the generator, the step and, where its weights are at fault, the weights.
+        """
+        while self.sums and self.sums[0][2].index < before:
+            total, name, step = self.sums.pop(0)
+            if not math.isfinite(float(total)):
+                self._refuse(name, step)
+
+    def _refuse(self, name: str, step: Step) -> None:
+        engine = self.generators[name].engine
+        bad = engine.not_finite() if isinstance(engine, Diagnosable) else []
+        cause = (
+            f"its weights hold NaN or infinity in {', '.join(bad[:3])}: load an undamaged checkpoint."
+            if bad
+            else "its weights are finite: try a wider dtype (bfloat16 or float32) or a smaller guidance_scale."
+        )
+        raise NumericsError(
+            f"the {name} generator's velocity is not finite at step {step.index} (timestep {step.timestep}); {cause}"
+        )
+
+
+class Generator:
+    """An engine and its prompt, which is prepared once for guided steps and once for plain ones, when first needed."""
+
+    def __init__(self, name: str, engine: Engine | None, prompt: Prompt, guidance: Guidance) -> None:
+        self.name, self.engine, self.prompt, self.guidance = name, engine, prompt, guidance
+        self.contexts: dict[bool, Any] = {}
+
+    def scale(self, step: Step) -> float:
+        """The guidance scale at a step; 1 is none."""
+        return self.guidance.at(step, self.name)
+
+    def context(self, step: Step) -> Any:
+        """The prepared prompt that a step runs with."""
+        guided = self.scale(step) != 1.0
+        if guided not in self.contexts:
+            assert self.engine is not None  # `make_runner` has refused a plan without it
+            with span("prepare", generator=self.name):
+                self.contexts[guided] = self.engine.prepare(self.prompt.batch(guided))
+        return self.contexts[guided]
+
+    def predict(self, latents: Tensor, step: Step) -> Tensor:
+        """The engine's raw prediction: [B, ...], or [2 B, ...] where the step is guided, unconditional samples last."""
+        assert self.engine is not None
+        timestep, context = torch.tensor(float(step.timestep), device=latents.device), self.context(step)
+        with span(self.name, step=step.index):
+            return self.engine.velocity(latents, timestep, context)
+
+
+class SeparateGenerators:
+    """Each generator that a step runs by itself, then the blend."""
+
+    def __init__(self, plan: Plan, generators: Mapping[str, Generator], config: BlendConfig, fused: bool) -> None:
+        self.plan, self.generators, self.config, self.fused = plan, generators, config, fused
+
+    def takes(self, step: Step) -> bool:
+        """Any step."""
+        return True
+
+    def running(self, step: Step) -> list[Generator]:
+        """The generators of a step, in the order small, large."""
+        return [self.generators[name] for name in self.plan.generators if getattr(step, name)]
+
+    def prepare(self, step: Step) -> None:
+        """Prepare the prompts that a step runs with."""
+        for generator in self.running(step):
+            generator.context(step)
+
+    def velocity(self, latents: Tensor, step: Step, finite: FiniteCheck) -> Velocity:
+        """A step's velocity: guided where its generators are, blended where it blends."""
+        predictions: dict[str, Prediction] = {}
+        for generator in self.running(step):
+            raw = generator.predict(latents, step)
+            finite.add(raw, generator.name, step)
+            predictions[generator.name] = Prediction.of(raw, generator.scale(step))
+        if not step.blended:
+            (lone,) = predictions.values()
+            return Velocity(lone)
+        with span("blend", step=step.index):
+            small, large = predictions.get("small"), predictions.get("large")
+            return combine(small, large, step.w, self.config, step.energy, self.fused)
+
+
+class FusedStep:
+    """An engine that holds both generators, guidance and blend in one graph."""
+
+    def __init__(
+        self, engine: StepEngine, generators: Mapping[str, Generator], config: BlendConfig, latents: Tensor
+    ) -> None:  # fmt: skip
+        self.engine, self.generators, self.config, self.latents = engine, generators, config, latents
+        self.separable: dict[float, bool] = {}
+        self.contexts: dict[str, Any] = {}
+
+    def takes(self, step: Step) -> bool:
+        """Steps at which both generators run guided, and the split's filter is separable."""
+        if not (step.blended and step.small and step.large) or any(g.scale(step) == 1.0 for g in self.generators.values()):
+            return False
+        if step.w not in self.separable:
+            self.separable[step.w] = is_separable(step.w, self.config, self.latents)
+        return self.separable[step.w]
+
+    def prepare(self, step: Step) -> None:
+        """Prepare both prompts, once."""
+        for name, generator in self.generators.items() if not self.contexts else ():
+            with span("prepare", generator=name):
+                self.contexts[name] = self.engine.prepare(name, generator.prompt.batch(guided=True))
+
+    def velocity(self, latents: Tensor, step: Step, finite: FiniteCheck) -> Velocity:
+        """A step's blended velocity."""
+        self.prepare(step)
+        timestep = torch.tensor(float(step.timestep), device=latents.device)
+        scales = self.generators["small"].scale(step), self.generators["large"].scale(step)
+        inputs = step_inputs(step.w, self.config, step.energy, scales, latents)
+        with span("fused step", step=step.index):
+            velocity, sizes = self.engine.step(latents, timestep, self.contexts, inputs)
+        for raw, name in zip(sizes, ("small", "large"), strict=True):
+            finite.add(raw, name, step)
+        return Velocity(Prediction(velocity))
+
+
+class Runner:
+    """A plan's steps, each by the fused engine where it takes the step, else by the generators themselves."""
+
+    def __init__(self, plan: Plan, separate: SeparateGenerators, fused: FusedStep | None) -> None:
+        self.plan, self.separate, self.fused, self.generators = plan, separate, fused, separate.generators
+
+    def of(self, step: Step) -> SeparateGenerators | FusedStep:
+        """What runs a step."""
+        return self.fused if self.fused is not None and self.fused.takes(step) else self.separate
+
+    def prepare(self) -> None:
+        """Prepare every prompt that the plan will need."""
+        for step in self.plan.steps:
+            self.of(step).prepare(step)
+
+    def velocity(self, latents: Tensor, step: Step, finite: FiniteCheck) -> Velocity:
+        """A step's velocity, its predictions noted for the check."""
+        return self.of(step).velocity(latents, step, finite)
+
+    def change_prompts(self, prompts: Mapping[str, Prompt]) -> None:
+        """Other prompts from the next step on."""
+        for name in prompts.keys() & self.generators.keys():
+            self.generators[name].prompt = prompts[name]
+            self.generators[name].contexts = {}
+            if self.fused is not None:
+                self.fused.contexts = {}
+
+
+def make_runner(
+    plan: Plan, engines: Mapping[str, Engine], prompts: Mapping[str, Prompt], guidance: Guidance, config: BlendConfig,
+    latents: Tensor, fused: bool, step_engine: StepEngine | None,
+) -> Runner:  # fmt: skip
+    """What runs a plan's steps.
+
+    Raises:
+        InputError: a generator that the plan runs has no engine, no prompt, or no negative prompt where it is guided.
+    """
+    generators: dict[str, Generator] = {}
+    for name in plan.generators:
+        if name not in prompts:
+            raise _absent(plan, name)
+        generators[name] = Generator(name, engines.get(name), prompts[name], guidance)
+        scales = [guidance.at(step, name) for step in plan.steps if getattr(step, name)]
+        if prompts[name].unconditional is None and any(s != 1.0 for s in scales):
+            raise InputError(
+                f"the {name} generator is guided (scale {max(s for s in scales if s != 1.0):g}) but has no negative prompt "
+                "embeddings; pass them, or a guidance_scale of 1."
+            )
+    separate = SeparateGenerators(plan, generators, config, fused)
+    whole = None if step_engine is None else FusedStep(step_engine, generators, config, latents)
+    runner = Runner(plan, separate, whole)
+    for step in plan.steps:
+        if runner.of(step) is separate:
+            for generator in separate.running(step):
+                if generator.engine is None:
+                    raise _absent(plan, generator.name)
+    return runner
+
+
+def _absent(plan: Plan, name: str) -> InputError:
+    return InputError(f"plan {plan.name!r} runs the {name} generator; pass its engine and its prompt, or plan without it.")
