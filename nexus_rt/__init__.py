@@ -23,7 +23,7 @@ __all__ = [*_EXPORTS, "__version__"]
 # repository's root joins the search path of `nexus_rt.*`, so that the same import works in both.
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():
-    __path__.append(str(_root))
+    __path__.insert(0, str(_root))
 
 if TYPE_CHECKING:
     from nexus_rt.errors import Cancelled, DecodeError, InputError, ModelError, NexusError, NumericsError

@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,7 +67,7 @@ class Backend:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     # a row a query, all of them one in memory: ONNX's Attention takes no mask that is broadcast over queries
     mask = None if bias is None else bias[:, None, None, :].to(q.dtype).expand(-1, -1, q.shape[1], -1)
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask).transpose(1, 2)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
 
 
 def _torch_backend(name: str) -> Callable[..., Tensor]:
@@ -237,7 +237,7 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
     bias = make(case.batch, case.keys).float() if case.biased else None
     wanted, part = _reference(q, k, v, bias)
     error = lambda out: float((out[part].float() - wanted).abs().max())  # noqa: E731
-    first = [t[:1, :, :1] for t in (q[:, :ROWS_CHECKED], k, v)]
+    first = q[:1, :ROWS_CHECKED, :1], k[:1, :, :1], v[:1, :, :1]
     allowed = 2 * error(BACKENDS["math"].run(*first, None if bias is None else bias[:1])) + 1e-6
     found: dict[str, dict] = {}
     for name in names:
@@ -250,7 +250,7 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
                     limit = f"{allowed:.1e}" if BACKENDS[name].exact else f"{APPROXIMATE} of the output's RMS ({share:.2f})"
                     why = f"its error {wrong:.1e} is above {limit}"
                 else:
-                    ms = _milliseconds(lambda n=name: BACKENDS[n].run(q, k, v, bias), case.device)
+                    ms = _milliseconds(partial(BACKENDS[name].run, q, k, v, bias), case.device)
                     found[name] = {"ms": ms, "error": wrong, "relative": share}
             except (RuntimeError, ValueError) as problem:  # a library that says no only when it is run
                 why = str(problem).strip().splitlines()[0]
@@ -259,7 +259,7 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
     timed = {n: f["ms"] for n, f in found.items() if "ms" in f}
     if not timed:
         raise InputError(f"no attention backend of {', '.join(names)} can run {case}: {found}")
-    result = {"chosen": min(timed, key=timed.get), "candidates": found}
+    result = {"chosen": min(timed, key=timed.__getitem__), "candidates": found}
     _write_cache({**_read_cache(), key: result})
     return result
 

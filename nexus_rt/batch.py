@@ -80,7 +80,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 def common_settings(job: Job, pipe: NexusPipeline) -> dict[str, Any]:
     """What is the same for every clip of a job, as it is written down."""
     o = job.options
-    plan = pipe.make_plan(*(o.get(n) for n in PLAN_OPTIONS), as_published=o.get("as_published", False))
+    plan = pipe.make_plan(**{n: o.get(n) for n in PLAN_OPTIONS}, as_published=o.get("as_published", False))
     left_out = ("width", "height", "num_frames", "plan")
     rest = {k: str(v) for k, v in o.items() if v not in (None, False) and k not in left_out}
     fps = frame_rate(job.fps)
@@ -291,7 +291,7 @@ def _make(
 def _told(pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]) -> list[dict[str, Tensor] | Exception]:
     """Embeddings of items, encoded together; one by one where that fails, so that one prompt fails alone."""
     try:
-        return _encode(pipe, part)
+        return [*_encode(pipe, part)]
     except Exception:
         found: list[dict[str, Tensor] | Exception] = []
         for one in part:
@@ -310,7 +310,8 @@ def _encode(pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]) -> lis
     for i, (_, said) in enumerate(part):
         told = {"prompt_embeds": embeds[i : i + 1], "negative_prompt_embeds": none[i : i + 1]}
         if pipe.context is not None and "small" in pipe.engines:
-            own = pipe.encode_context(prompts[i], *told.values(), single_frame=said["frames"] == 1)
+            texts = told["prompt_embeds"], told["negative_prompt_embeds"]
+            own = pipe.encode_context(prompts[i], *texts, single_frame=said["frames"] == 1)
             told |= dict(zip(("context_embeds", "negative_context_embeds"), own, strict=True))
         found.append(told)
     return found

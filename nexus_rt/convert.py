@@ -215,7 +215,7 @@ class Omnivideo:
         if base is None or z is None:
             raise ModelError(f"{path} is no Wan VAE: it lacks encoder.conv1 or conv2; get the published file again.")
         with torch.device("meta"):
-            model = AutoencoderKLWan(base_dim=base.shape[0], z_dim=z.shape[0])
+            model: Any = AutoencoderKLWan(base_dim=base.shape[0], z_dim=z.shape[0])
         wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
         check_shapes(path, {k: tuple(v.shape) for k, v in stored.items()}, wanted)
         write_shards(self.target / "vae", "diffusion_pytorch_model", ((k, v) for k, v in stored.items() if k in wanted))
@@ -337,7 +337,8 @@ def _shapes_config(weights: dict[str, Tensor], folder: Path) -> WanConfig:
     dim, layers = patch.shape[0], 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
     head = 128 if dim % 128 == 0 else dim
     return WanConfig(
-        patch_size=tuple(patch.shape[2:]), num_attention_heads=dim // head, attention_head_dim=head, in_channels=patch.shape[1],
+        patch_size=(patch.shape[2], patch.shape[3], patch.shape[4]), num_attention_heads=dim // head,
+        attention_head_dim=head, in_channels=patch.shape[1],
         out_channels=out.shape[0] // math.prod(patch.shape[2:]), text_dim=text.shape[1], freq_dim=time.shape[1],
         ffn_dim=ffn.shape[0], num_layers=layers,
     )  # fmt: skip

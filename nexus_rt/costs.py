@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 
 import torch
@@ -58,10 +59,11 @@ def step_calls(
     for name, engine in engines.items():
         prompt = prompts[name]
         plain = engine.prepare(prompt.conditional)
-        calls[name] = lambda e=engine, c=plain: e.velocity(latents, timestep, c)
+        calls[name] = partial(engine.velocity, latents, timestep, plain)
         if prompt.unconditional is not None:
             both = engine.prepare(torch.cat([prompt.conditional, prompt.unconditional]))
-            calls[f"{name}_guided"] = lambda e=engine, c=both: finish(Prediction.of(e.velocity(latents, timestep, c), 5.0))
+            guided = partial(engine.velocity, latents, timestep, both)
+            calls[f"{name}_guided"] = lambda call=guided: finish(Prediction.of(call(), 5.0))  # type: ignore[misc]
     pair = Prediction(latents), Prediction(latents)
     calls["blend"] = lambda: combine(*pair, 0.5, blend_config, fused=fused)
     solve = make_solver(solver, time_grid(50), fused)

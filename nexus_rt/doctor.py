@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "transformers", "diffusers", "safetensors", "nump
 
 def versions() -> dict[str, str | None]:
     """Installed versions, None for what is not there."""
-    found = {}
+    found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)

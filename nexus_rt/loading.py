@@ -60,7 +60,9 @@ def default_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtyp
 def _coders(
     parts: Parts, dtype: torch.dtype, device: torch.device, tiling: bool | str
 ) -> tuple[ContextEncoder | None, TextEncoder | None, VideoDecoder | None]:  # fmt: skip
-    context = ContextEncoder(parts.understanding, parts.connector, dtype, device) if parts.connector else None
+    context = None
+    if parts.understanding is not None and parts.connector is not None:
+        context = ContextEncoder(parts.understanding, parts.connector, dtype, device)
     text = TextEncoder(parts.text, dtype, device) if parts.text else None
     return context, text, VideoDecoder(parts.vae, torch.float32, device, tiling) if parts.vae else None
 
@@ -110,7 +112,7 @@ def load_engines(
         ModelError: no engine folder, or one that is damaged, wrong, or built for something else.
     """
     found = open_engines(root, device, force, **options)
-    engines = {n: found[n] for n in ("small", "large") if n in found}
+    engines: dict[str, Any] = {n: found[n] for n in ("small", "large") if n in found}
     parts = engine_parts(root, engines)
     context, text, vae = _coders(parts, dtype, device, tiling)
     a = next(iter(engines.values())).folder.manifest.architecture

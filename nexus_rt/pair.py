@@ -111,7 +111,7 @@ def _steering(root: Path | None, given: dict[str, Any], small: bool, hub: dict) 
         raise InputError(f"the understanding model and the connector work together only; pass {absent[0]}= too, or neither.")
     if absent or not small:
         return dict.fromkeys(sources)
-    found = {n: load.resolve(s, (n,), **hub) for n, s in sources.items()}
+    found = {n: load.resolve(s, (n,), **hub) for n, s in sources.items() if s is not None}
     return {n: f / n if (f / n / "config.json").is_file() else f for n, f in found.items()}
 
 
@@ -151,19 +151,21 @@ def find_parts(pretrained: str | Path | None, given: dict[str, Any], hub: dict) 
         ModelError: a folder is no model, or the generators are not of one latent space.
         InputError: one of understanding model and connector without the other.
     """
-    chosen = {n: load.resolve(given[n], ("transformer", "vae"), **hub) for n in ("small", "large") if n in given}
+    chosen: dict[str, Path] = {
+        n: load.resolve(given[n], ("transformer", "vae"), **hub) for n in ("small", "large") if n in given
+    }
     root, defaults, folders = None, Defaults(), chosen
     if pretrained is not None:
         root = load.resolve(pretrained, ("small", "large", "vae", "understanding", "connector"), **hub)
         defaults = _pair_defaults(root)
-        own = {n: root / n for n in ("small", "large") if (root / n).is_dir()}
+        own: dict[str, Path] = {n: root / n for n in ("small", "large") if (root / n).is_dir()}
         folders = {**own, **chosen}
         if not folders:
             raise ModelError(f"{root} holds neither small/ nor large/; expected a pair's folder.")
         sources = [(pretrained, root)]
     else:
         sources = [(given[n], folders[n]) for n in ("large", "small") if n in folders]
-    vaes = {n: f / "vae" for n, f in folders.items() if (f / "vae" / "config.json").is_file()}
+    vaes: dict[str, Path] = {n: f / "vae" for n, f in folders.items() if (f / "vae" / "config.json").is_file()}
     vae = next((f / "vae" for _, f in sources if (f / "vae" / "config.json").is_file()), None)
     if "vae" in given:
         found = load.resolve(given["vae"], ("vae",), **hub)

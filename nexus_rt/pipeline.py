@@ -221,7 +221,7 @@ class NexusPipeline:
 
     def call_parts(self, size: ClipSize, batch: int = 2) -> dict[str, Part]:
         """What a call holds in memory; batch: samples of a step, unconditional twins counted."""
-        others = {"text encoder": self.text, "vae": self.vae, STEP: self.step_engine}
+        others: dict[str, Any] = {"text encoder": self.text, "vae": self.vae, STEP: self.step_engine}
         if self.context:
             others |= {"understanding": self.context.understanding, "connector": self.context}
         return call_parts(self.engines, {name: other for name, other in others.items() if other is not None}, size, batch)
@@ -238,14 +238,14 @@ class NexusPipeline:
         stored = self.context.unconditional_text() if self.context and negatives is None else None
         if stored is None:
             embeds = self.text.encode([*prompts, *(negatives or [""] * len(prompts))], max_sequence_length)
-            pair = embeds.chunk(2)
+            positive, negative = embeds.chunk(2)
         else:  # the checkpoint's own embedding of no prompt
-            embeds = self.text.encode(prompts, max_sequence_length)
-            none = torch.zeros_like(embeds)
+            positive = self.text.encode(prompts, max_sequence_length)
+            negative = torch.zeros_like(positive)
             rows = stored[:max_sequence_length]
-            none[:, : len(rows)] = rows.to(none)
-            pair = embeds, none
-        return tuple(e.repeat_interleave(num_videos_per_prompt, 0) for e in pair)
+            negative[:, : len(rows)] = rows.to(negative)
+        every = num_videos_per_prompt
+        return positive.repeat_interleave(every, 0), negative.repeat_interleave(every, 0)
 
     def encode_context(
         self, prompt: str | list[str], prompt_embeds: Tensor, negative_prompt_embeds: Tensor, single_frame: bool = False,
@@ -257,11 +257,9 @@ class NexusPipeline:
             raise ModelError("this pipeline has no understanding model; pass understanding= and connector= to from_pretrained.")
         prompts, _ = prompt_lists(prompt, None)
         every = num_videos_per_prompt
-        made = (
-            self.context.encode(prompts, prompt_embeds[::every], single_frame),
-            self.context.encode_unconditional(negative_prompt_embeds[::every], single_frame),
-        )
-        return tuple(c.repeat_interleave(every, 0) for c in made)
+        positive = self.context.encode(prompts, prompt_embeds[::every], single_frame)
+        negative = self.context.encode_unconditional(negative_prompt_embeds[::every], single_frame)
+        return positive.repeat_interleave(every, 0), negative.repeat_interleave(every, 0)
 
     def encode(self, prompt: str | list[str], single_frame: bool = False) -> dict[str, Prompt]:
         """What each generator is told, as `denoise` takes it."""
@@ -430,8 +428,9 @@ class NexusPipeline:
                 embeds["negative_prompt_embeds"] = none
             self._check_cancelled("after the prompt was encoded")
         if self._steered(request.plan, given):
-            texts = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
-            context, none = self.encode_context(prompt, *texts, request.size.frames == 1, every)
+            text, no_text = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
+            assert prompt is not None and text is not None and no_text is not None  # of the prompt, which was checked
+            context, none = self.encode_context(prompt, text, no_text, request.size.frames == 1, every)
             embeds["context_embeds"] = context
             if given["negative_context_embeds"] is None:
                 embeds["negative_context_embeds"] = none
@@ -456,9 +455,11 @@ class NexusPipeline:
 
     def _prompts(self, embeds: dict[str, Tensor | None]) -> dict[str, Prompt]:
         """What each generator is told."""
-        prompts = dict.fromkeys(self.engines, Prompt(embeds["prompt_embeds"], embeds["negative_prompt_embeds"]))
-        if embeds["context_embeds"] is not None:
-            prompts["small"] = Prompt(embeds["context_embeds"], embeds["negative_context_embeds"])
+        text, context = embeds["prompt_embeds"], embeds["context_embeds"]
+        assert text is not None  # given or encoded
+        prompts = dict.fromkeys(self.engines, Prompt(text, embeds["negative_prompt_embeds"]))
+        if context is not None:
+            prompts["small"] = Prompt(context, embeds["negative_context_embeds"])
         return prompts
 
     def _sample(
@@ -539,4 +540,6 @@ class NexusPipeline:
         choose("output_type", output_type, OUTPUT_TYPES)
         if output_type == "latent":
             return latents
+        if self.vae is None:
+            raise ModelError("this pipeline has no VAE; pass vae= to from_pretrained, or output_type='latent'.")
         return as_output(self.vae.decode(latents, rescue), output_type, truncate)

@@ -292,14 +292,14 @@ def parse_plan(spec: str | Plan, grid: TimeGrid, gamma_w: float = GAMMA_W) -> Pl
         at, *options = value.split(",")
         if not at:
             raise InputError("handoff needs where: handoff=0.3 (fraction of steps), handoff=850 (timestep), handoff=sigma:0.9.")
-        bridge = None
+        bridge: int | None = None
         for option in options:
             key, _, number = option.partition("=")
             choose("handoff option", key.strip(), ("bridge",))
-            bridge = _number(number, "bridge")
-            if bridge != int(bridge):
+            steps = _number(number, "bridge")
+            if steps != int(steps):
                 raise InputError(f"bridge is {number!r}; expected a whole number of steps.")
-            bridge = int(bridge)
+            bridge = int(steps)
         unit, _, number = at.rpartition(":")
         at_value = _number(number, "the handoff")
         return handoff(grid, at_value, unit or ("fraction" if at_value < 1 else "timestep"), bridge)

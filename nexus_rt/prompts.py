@@ -15,7 +15,14 @@ from nexus_rt.errors import InputError, cut
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 MAX_FRAMES = 10_001
-FIELDS = {"prompt": str, "id": (str, int), "seed": int, "size": str, "frames": int, "negative": str}
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "prompt": str,
+    "id": (str, int),
+    "seed": int,
+    "size": str,
+    "frames": int,
+    "negative": str,
+}
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,8 @@ def _file(path: Path) -> list[Item]:
     if path.suffix not in (".json", ".jsonl"):
         raise InputError(f"{path} ends in {path.suffix or 'nothing'}; expected .txt, .json or .jsonl.")
     if path.suffix == ".jsonl":
-        lines = [(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return [_item(parse_json(line, place), place, i) for i, (line, place) in enumerate(lines)]
+        rows = [(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [_item(parse_json(line, place), place, i) for i, (line, place) in enumerate(rows)]
     said = parse_json(text, str(path))
     if isinstance(said, list):
         return [_item(row, f"{path}: [{i}]", i) for i, row in enumerate(said)]
@@ -146,8 +153,9 @@ def _mended(rows: list[tuple[dict[str, Any], str]], where: str) -> list[tuple[di
 
 def _between(ids: list[str], place: int) -> str | None:
     """The id that a place's neighbours leave for it, where it is another than it has and free."""
-    parts = [re.fullmatch(r"(.*?)(\d+)", i) for i in ids[max(0, place - 1) : place + 2]]
-    if place == 0 or len(parts) < 2 or not all(parts):
+    near = ids[max(0, place - 1) : place + 2]
+    parts = [m for i in near if (m := re.fullmatch(r"(.*?)(\d+)", i))]
+    if place == 0 or len(parts) < 2 or len(parts) < len(near):
         return None
     before, own, after = parts[0], parts[1], parts[2] if len(parts) > 2 else None
     number = int(before[2]) + 1

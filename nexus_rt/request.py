@@ -100,7 +100,7 @@ class CallInputs:
 
 
 # Of the published inference scripts: s = 5.0 of v_c + s (v_c - v_u) is g = 6.0, both generators at every step.
-PUBLISHED = {
+PUBLISHED: dict[str, Any] = {
     "plan": "reference", "num_inference_steps": 50, "guidance_scale": 6.0, "shift": 5.0, "gamma_w": 0.3, "solver": "unipc",
     "blend": BlendConfig(split="gaussian", gamma_hf=0.7, sigma_min=0.35, sigma_max=0.7),
 }  # fmt: skip
@@ -172,9 +172,9 @@ def make_request(
         raise InputError(f"blend is {cut(repr(blend), 80)}; expected a BlendConfig.")
     if not isinstance(published, bool):
         raise InputError(f"as_published is {cut(repr(published), 80)}; expected True or False.")
-    sides = {"width": d.width if width is None else width, "height": d.height if height is None else height}
-    size = ClipSize(
-        *(whole(n, v, -MAX_SIDE, MAX_SIDE) for n, v in sides.items()),  # which multiples: the pair's VAE says
+    size = ClipSize(  # which multiples the sides are of, the pair's VAE says
+        whole("width", d.width if width is None else width, -MAX_SIDE, MAX_SIDE),
+        whole("height", d.height if height is None else height, -MAX_SIDE, MAX_SIDE),
         whole("num_frames", d.num_frames if num_frames is None else num_frames, -MAX_FRAMES, MAX_FRAMES),
     )
     return GenerationRequest(

@@ -63,7 +63,8 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]],
         shard[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
         size, total = size + tensor.nbytes, total + tensor.nbytes
     flush()
-    count, weight_map = len(names), {}
+    count = len(names)
+    weight_map: dict[str, str] = {}
     for i, own in enumerate(names):
         file = f"{stem}.safetensors" if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
         os.replace(folder / f"part-{i}.safetensors", folder / file)

@@ -143,8 +143,8 @@ class Solver:
 
     def step(self, index: int, latents: Tensor, velocity: Velocity | Tensor) -> Tensor:
         """The latents at step index+1, float32; `velocity` is the blended one at step `index`."""
-        later = index + 1 < len(self.table) and self.table[index + 1]
-        keep = bool(later) and (later.corrector is not None or len(later.predictor) > 2)
+        later = self.table[index + 1] if index + 1 < len(self.table) else None
+        keep = later is not None and (later.corrector is not None or len(later.predictor) > 2)
         step = self._triton if self.fused else self._torch
         latents, last, clean = step(self.table[index], latents, velocity, keep)
         self.history = [last, clean, *self.history[1:2]] if keep else []

@@ -69,7 +69,7 @@ class FiniteCheck:
 
     def _refuse(self, name: str, step: Step) -> None:
         engine = self.generators[name].engine
-        bad = engine.not_finite() if isinstance(engine, Diagnosable) else []
+        bad: list[str] = engine.not_finite() if isinstance(engine, Diagnosable) else []
         cause = (
             f"its weights hold NaN or infinity in {', '.join(bad[:3])}: load an undamaged checkpoint."
             if bad

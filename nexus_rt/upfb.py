@@ -213,14 +213,13 @@ def target_rms(v_small: Tensor | None, v_large: Tensor | None, w: float, energy:
     `reference`: `(rms(v_S) + rms(v_L rms(v_S)/(rms(v_L)+eps))) / 2`, the published rule, which pulls every step to the
     small generator's. `progressive`: `w rms(v_S) + (1-w) rms(v_L)`, which needs nothing of an absent generator.
     """
+    sizes = [rms(v) for v in (v_small, v_large) if v is not None]
+    if len(sizes) == 1 and energy != "reference":
+        return sizes[0]
+    small, large = sizes
     if energy == "reference":
-        small, large = rms(v_small), rms(v_large)
         return (small + large * small / (large + EPS)) / 2
-    if v_large is None:
-        return rms(v_small)
-    if v_small is None:
-        return rms(v_large)
-    return w * rms(v_small) + (1 - w) * rms(v_large)
+    return w * small + (1 - w) * large
 
 
 def combine(
@@ -244,11 +243,12 @@ def combine(
         raise InputError(f"at w={w} the blend needs the velocity that is missing; leave one out only where it has no share.")
     if lone and energy == "reference":
         raise InputError("energy 'reference' needs both velocities; use 'progressive' where one generator runs alone.")
-    if not lone and small.conditional.shape != large.conditional.shape:
-        shapes = tuple(small.conditional.shape), tuple(large.conditional.shape)
+    shapes = [tuple(p.conditional.shape) for p in (small, large) if p is not None]
+    if len(set(shapes)) > 1:
         raise InputError(f"velocities have shapes {shapes[0]} and {shapes[1]}; expected equal ones.")
-    if small is None or (w == 0 and energy != "reference"):
+    if large is not None and (small is None or (w == 0 and energy != "reference")):
         return Velocity(large)
+    assert small is not None  # at least one was given
     if large is None and config.split != "gaussian":
         return Velocity(small)
     return (_combine_triton if fused else _combine_torch)(small, large, w, config, energy)
@@ -259,7 +259,7 @@ def _combine_torch(
 ) -> Velocity:  # fmt: skip
     gaussian, gamma = config.split == "gaussian", config.gamma_hf
     v_small, v_large = small.tensor(), None if large is None else large.tensor()
-    x = v_small if gaussian else v_small - v_large
+    x = v_small if gaussian or v_large is None else v_small - v_large
     u = _filtered(x.contiguous(), w, config, w * (1 - gamma), w * gamma)
     if v_large is not None:
         u.add_(v_large, alpha=1 - w if gaussian else 1.0)
@@ -274,19 +274,22 @@ def _combine_triton(
     from nexus_rt.kernels.band_blend import band_blend
     from nexus_rt.kernels.band_filter import band_filter
 
-    other = large or Prediction(None)
-    predictions = small.conditional, small.unconditional, other.conditional, other.unconditional
-    scales, gamma = (small.scale, other.scale), config.gamma_hf
+    scales, gamma = (small.scale, 1.0 if large is None else large.scale), config.gamma_hf
     if config.split == "gaussian":
-        taps = gaussian_taps(*small.conditional.shape[-2:], config.sigma(w))
+        height, width = small.conditional.shape[-2:]
+        taps = gaussian_taps(height, width, config.sigma(w))
         if len(taps) != 3:
             raise InputError(
                 f"the Triton blend has a 3 x 3 stencil, and these planes need {len(taps)} taps; use kernels='torch'."
             )
-        u, sums = band_blend(*predictions, scales, 1 - w, w * gamma, w * (1 - gamma), float(taps[0]))
+        other, other_u = (None, None) if large is None else (large.conditional, large.unconditional)
+        args = scales, 1 - w, w * gamma, w * (1 - gamma), float(taps[0])
+        u, sums = band_blend(small.conditional, small.unconditional, other, other_u, *args)
     else:
         f = _filter_at(w, config, small.conditional)
-        u, sums = band_filter(*predictions, scales, w * gamma, w * (1 - gamma), f.left, f.right, f.gain)
+        assert large is not None  # without it, `combine` leaves the small velocity as it is
+        both = small.conditional, small.unconditional, large.conditional, large.unconditional
+        u, sums = band_filter(*both, scales, w * gamma, w * (1 - gamma), f.left, f.right, f.gain)
     return Velocity(Prediction(u), None if energy == "none" else sums, energy, w)
 
 
@@ -316,8 +319,8 @@ def blend(
         InputError: shapes differ, w outside 0..1, an unknown energy, or a generator missing that the blend needs.
     """
     single = lambda v: v.float() if v.dtype == torch.float64 else v  # noqa: E731
-    predictions = [None if v is None else Prediction.of(single(v), 1.0) for v in (v_small, v_large)]
+    small, large = (None if v is None else Prediction.of(single(v), 1.0) for v in (v_small, v_large))
     given = next((v for v in (v_small, v_large) if v is not None), None)
     fused = given is not None and choose_ops(kernels, given.device).name == "triton"
-    u = combine(*predictions, w, config, energy, fused).tensor()
+    u = combine(small, large, w, config, energy, fused).tensor()
     return u.clone() if u is v_small or u is v_large else u

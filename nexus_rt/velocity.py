@@ -30,7 +30,10 @@ class Prediction:
     def of(cls, raw: Tensor, scale: float) -> Prediction:
         """From an engine's output: [2 B, ...], conditional samples first, where the scale is not 1."""
         raw = raw.contiguous()  # the kernels read it as it lies
-        return cls(*raw.chunk(2), scale) if scale != 1.0 else cls(raw)
+        if scale == 1.0:
+            return cls(raw)
+        conditional, unconditional = raw.chunk(2)
+        return cls(conditional, unconditional, scale)
 
     def tensor(self) -> Tensor:
         """The guided velocity, float32."""

@@ -291,7 +291,8 @@ def _gif(frames: np.ndarray, path: Path, rate: Fraction, comment: str) -> None:
         stream.pix_fmt, stream.time_base = "pal8", Fraction(1, 100)
         for image, time in zip(frames, times, strict=False):
             indices, palette = _quantised(Image.fromarray(image))
-            frame = av.VideoFrame.from_ndarray((indices, palette), format="pal8")
+            pair: Any = (indices, palette)  # PyAV takes them, and its annotations do not say so
+            frame = av.VideoFrame.from_ndarray(pair, format="pal8")
             frame.pts, frame.time_base = time, Fraction(1, 100)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

@@ -76,7 +76,7 @@ def entry() -> NoReturn:
     takes a third of a second, in which nothing is done.
     """
     code = main()
-    threading._shutdown()  # as the interpreter does: first the threads that are not daemons, then what atexit holds
+    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does: first the threads that are not daemons, then what atexit holds
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -51,7 +51,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from nexus_rt.bench.vrbench import command
+    import nexus_rt.bench.vrbench.command as command
 
     if args.action == "generate":
         return run_batch(args, command.items(args.prompts))

@@ -45,7 +45,7 @@ def capture(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[
 
 def mapped(context: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A context (a dataclass of tensors, lists of them and of contexts, and None) with every tensor changed."""
-    new = {}
+    new: dict[str, Any] = {}
     for f in fields(context):
         value = getattr(context, f.name)
         if isinstance(value, list):
@@ -69,7 +69,12 @@ def padded(context: Any) -> Any:
 
 def tensors_of(context: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    mapped(context, lambda t: (found.append(t), t)[1])
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    mapped(context, note)
     return found
 
 

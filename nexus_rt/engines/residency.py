@@ -198,7 +198,7 @@ def plan_residency(plan: Plan, parts: Mapping[str, Part], budget: int | None = N
     least = min(tried, key=lambda r: r.peak)
     worst = max(least.phases, key=lambda p: p.peak)
     raise InputError(
-        f"{amount(budget)} do not hold this plan: its {worst.name!r} phase needs {amount(worst.peak)} for "
+        f"{amount(budget or 0)} do not hold this plan: its {worst.name!r} phase needs {amount(worst.peak)} for "
         f"{', '.join(worst.present)}; the smallest budget that would do is {amount(least.peak)}. A plan without a "
         "bridge, smaller frames or weights of a lower precision need less."
     )

@@ -40,13 +40,15 @@ class StepEngine(Exported):
             raise InputError(f"a fused step of {batch} samples needs contexts of {2 * batch}, unconditional samples last.")
         self.load()
         latents, made = latents.float().contiguous(), []
-        given = {"timestep": timestep.float().reshape(()).to(self.device)}
+        given: dict[str, Tensor] = {"timestep": timestep.float().reshape(()).to(self.device)}
         given |= {k: t.to(self.device).contiguous() for k, t in inputs.items()}
         for i, r in enumerate(self.together(batch)):
             given["latents"] = latents[r]
             for name, context in contexts.items():
                 c = context.parts[i] if context.parts else context
-                given |= {f"keys_{name}": c.keys, f"values_{name}": c.values, f"bias_{name}": c.bias}
+                for kind, tensor in (("keys", c.keys), ("values", c.values), ("bias", c.bias)):
+                    assert tensor is not None  # only a context in parts holds none
+                    given[f"{kind}_{name}"] = tensor
             velocity = torch.empty(given["latents"].shape, device=self.device)
             rms = torch.empty(2, len(velocity), device=self.device)
             ordered = {k: given[k] for k in self.sessions.graphs["step"]}

@@ -61,7 +61,7 @@ class BlockStream:
         """Start copying a block to a slot; returns the slot."""
         self.holds[slot] = index
         with contextlib.ExitStack() as stack:
-            if self.cuda:
+            if self.side is not None:
                 self.side.wait_stream(torch.cuda.current_stream(self.device))  # what still runs from this slot
                 stack.enter_context(torch.cuda.stream(self.side))
             for there, waiting in zip(self.slots[slot], self.host[index], strict=True):

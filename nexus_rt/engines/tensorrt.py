@@ -55,7 +55,7 @@ def package(backend: str) -> ModuleType:
 def logger(trt: ModuleType, kept: list[str]) -> Any:
     """A TensorRT logger that keeps errors."""
 
-    class Kept(trt.ILogger):
+    class Kept(trt.ILogger):  # type: ignore[name-defined]  # the module is found when it is asked for
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -83,9 +83,10 @@ class TensorRTSessions(Sessions):
         if device.type != "cuda":
             raise InputError(f"{folder.manifest.backend} engines run on a CUDA device, and this is {device.type}.")
         self.trt = package(folder.manifest.backend)
-        self.weight_budget, self.errors = weight_budget, []
+        self.weight_budget = weight_budget
+        self.errors: list[str] = []
         sizes = {g: folder.manifest.files.get(f"{g}.engine", {"bytes": 0})["bytes"] for g in self.graphs}
-        self.largest = max(sizes, key=sizes.get)  # the one whose weights a budget is for
+        self.largest = max(sizes, key=sizes.__getitem__)  # the one whose weights a budget is for
         self.buckets = [ClipSize(*b).latent for b in folder.manifest.buckets]
         self.logger = logger(self.trt, self.errors)
         self.engines: dict[str, Any] = {}

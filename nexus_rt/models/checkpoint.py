@@ -155,7 +155,7 @@ def read_tensors(tensors: Iterable[tuple[str, StoredTensor]]) -> Iterator[tuple[
             yield name, torch.frombuffer(mapped, dtype=stored.dtype, count=count, offset=stored.start).view(stored.shape)
         else:
             yield name, torch.empty(stored.shape, dtype=stored.dtype)
-        if hasattr(mapped, "madvise"):
+        if mapped is not None and hasattr(mapped, "madvise"):
             first = -(-stored.start // mmap.PAGESIZE) * mmap.PAGESIZE
             if stored.stop > first:
                 mapped.madvise(mmap.MADV_DONTNEED, first, stored.stop - first)
@@ -281,8 +281,8 @@ def fill(
     with torch.no_grad():
         for name, tensor in read_tensors(stored.items()):
             target, rows = fused_place(name, lambda n: tuple(places[n].shape))
-            place = places[target] if rows is None else places[target][rows]
-            place.copy_(tensor if changes is None else changes(name, tensor.to(device)))
+            part: Tensor = places[target] if rows is None else places[target][rows]
+            part.copy_(tensor if changes is None else changes(name, tensor.to(device)))
 
 
 def compare(stored: Mapping[str, StoredTensor], module: nn.Module, where: Path, what: str) -> None:

@@ -20,7 +20,7 @@ def can_decode_whole(vae: Any) -> bool:
     return vae.config.patch_size is None and not vae.config.is_residual
 
 
-def _conv(conv: nn.Conv3d, x: Tensor) -> Tensor:
+def _conv(conv: Any, x: Tensor) -> Tensor:
     """A causal convolution: as many empty frames before the first as the kernel looks back."""
     left, _, top, _, before, _ = conv._padding
     if before:
@@ -34,13 +34,13 @@ def _conv(conv: nn.Conv3d, x: Tensor) -> Tensor:
     return F.conv3d(x, conv.weight, conv.bias, padding=(0, top, left))
 
 
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+def _norm(norm: Any, x: Tensor) -> Tensor:
     """x over its length along the channels, times their root and gamma."""
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
     return (x * length.reciprocal_().to(x.dtype)).mul_(norm.scale * norm.gamma)
 
 
-def _resnet(block: nn.Module, x: Tensor) -> Tensor:
+def _resnet(block: Any, x: Tensor) -> Tensor:
     out = _conv(block.conv1, F.silu(_norm(block.norm1, x), inplace=True))
     out = _conv(block.conv2, F.silu(_norm(block.norm2, out), inplace=True))
     return out.add_(x if isinstance(block.conv_shortcut, nn.Identity) else _conv(block.conv_shortcut, x))
@@ -51,7 +51,7 @@ def _frames(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _upsample(block: nn.Module, x: Tensor) -> Tensor:
+def _upsample(block: Any, x: Tensor) -> Tensor:
     """Twice as high and wide; in "upsample3d" every frame but the first becomes two."""
     b, c, t = x.shape[:3]
     if block.mode == "upsample3d" and t > 1:

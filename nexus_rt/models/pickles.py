@@ -59,7 +59,7 @@ def _read(data: memoryview, depth: int) -> Any:
     if bytes(data[:4]) == b"PK\x03\x04":
         return _read_zip(data)
     load_bytes = lambda inner: _read(memoryview(bytearray(inner)), depth + 1)  # noqa: E731
-    file = io.BytesIO(data) if len(data) < PIECE else _Mapped(data)
+    file: io.BytesIO | _Mapped = io.BytesIO(data) if len(data) < PIECE else _Mapped(data)
     first = Interpreter(load_bytes=load_bytes).run(file)
     return _read_old(file, data) if isinstance(first, int) and first == MAGIC else first
 
@@ -76,7 +76,7 @@ class _Mapped(io.RawIOBase):
         self.place = end
         return piece
 
-    def readline(self, limit: int = -1) -> bytes:
+    def readline(self, limit: int | None = -1) -> bytes:
         window = bytes(self.data[self.place : self.place + 65536])
         line = window[: window.find(b"\n") + 1] if b"\n" in window else window
         self.place += len(line)

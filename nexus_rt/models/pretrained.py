@@ -95,7 +95,8 @@ def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 def _check_size(folder: Path, what: str) -> None:
     """Raise where config.json asks for far more parameters than the files hold: they would be made up."""
     config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    inner = config.get("text_config")
+    text: dict[str, Any] = inner if isinstance(inner, dict) else config
     number = lambda *names: next((v for n in names if isinstance(v := text.get(n), int)), 1)  # noqa: E731
     width, layers = number("hidden_size", "d_model"), number("num_hidden_layers", "num_layers")
     least = width * (number("vocab_size") + layers * number("intermediate_size", "d_ff"))
@@ -172,7 +173,7 @@ def _refuse(
         )
 
 
-def _untied(model: torch.nn.Module, folder: Path) -> list[str]:
+def _untied(model: Any, folder: Path) -> list[str]:
     """Weights that a class ties to others and the files hold once, where the loaded two differ: one of them was left random
     (transformers 5.0 to 5.2 do so with `tie_word_embeddings: false`)."""
     tied = getattr(type(model), "_tied_weights_keys", None) or {}

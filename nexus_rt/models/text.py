@@ -23,9 +23,11 @@ MAX_SEQUENCE_LENGTH = 512  # Wan's: the transformer attends to the zero padding 
 
 def clean_prompt(text: str) -> str:
     """Mend broken unicode (ftfy), unescape HTML twice, fold white space."""
-    import ftfy
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # such text is whole, and ftfy slow to import
+        import ftfy
 
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = text.strip()
     return re.sub(r"\s+", " ", text).strip()
 
 

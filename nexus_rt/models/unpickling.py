@@ -15,7 +15,7 @@ import pickletools
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -130,7 +130,8 @@ def rebuild_tensor_v2(*args: Any) -> Tensor:
 def rebuild_tensor_v3(*args: Any) -> Tensor:
     if len(args) not in (7, 8) or not isinstance(args[6], torch.dtype):
         raise refuse("a tensor has other arguments than torch writes")
-    return tensor(*args[:4], args[6])
+    storage, offset, size, stride = args[:4]
+    return tensor(storage, offset, size, stride, args[6])
 
 
 def rebuild_parameter(*args: Any) -> Tensor:
@@ -265,7 +266,7 @@ class Interpreter:
     ) -> None:  # fmt: skip
         self.persistent, self.load_bytes = persistent, load_bytes
 
-    def run(self, file: io.BufferedIOBase | io.BytesIO) -> Any:
+    def run(self, file: io.BufferedIOBase | io.RawIOBase) -> Any:
         """The value of the next pickle of a file.
 
         Raises:
@@ -275,7 +276,7 @@ class Interpreter:
         marks: list[list[Any]] = []
         memo: dict[int, Any] = {}
         try:
-            for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            for number, (opcode, argument, _) in enumerate(pickletools.genops(cast(IO[bytes], file))):
                 if number > MOST_OPCODES:
                     raise refuse(f"it has more than {MOST_OPCODES} instructions")
                 name = opcode.name
@@ -379,10 +380,12 @@ def finished(value: Any) -> Any:
 
 def check_depth(value: Any) -> None:
     """Raise where containers are nested deeper than any code of ours walks, or hold themselves."""
-    layer, seen = [value], set()
+    layer: list[Any] = [value]
+    seen: set[int] = set()
     for _ in range(MOST_DIMENSIONS):
         inner = [x for v in layer if isinstance(v, (dict, list, tuple)) for x in (v.values() if isinstance(v, dict) else v)]
-        layer = [x for x in inner if isinstance(x, (dict, list, tuple)) and not (id(x) in seen or seen.add(id(x)))]
+        layer = list({id(x): x for x in inner if isinstance(x, (dict, list, tuple)) and id(x) not in seen}.values())
+        seen |= set(map(id, layer))
         if not layer:
             return
     raise refuse(f"its containers are nested more than {MOST_DIMENSIONS} deep")

@@ -180,7 +180,7 @@ class VideoDecoder(Lazy, Decoder):
         return model, stored
 
     @property
-    def model(self) -> torch.nn.Module | None:
+    def model(self) -> Any:
         """diffusers' `AutoencoderKLWan`, on the tensors that are loaded; None where none are. Made when first asked for: a
         small clip is decoded without it."""
         if isinstance(self._held, WanVae):
@@ -195,11 +195,11 @@ class VideoDecoder(Lazy, Decoder):
         return self._held
 
     @model.setter
-    def model(self, value: torch.nn.Module | None) -> None:
+    def model(self, value: Any) -> None:
         self._held, self._whole = value, None
 
-    _held: torch.nn.Module | None = None
-    _whole: torch.nn.Module | None = None
+    _held: Any = None
+    _whole: Any = None
 
     @property
     def nbytes(self) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 import torch
@@ -25,7 +25,7 @@ from nexus_rt import documents
 from nexus_rt.attention import BACKENDS, NAMES, attend, takes_bias
 from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.models.layers import Conv3d, Linear
-from nexus_rt.ops import TORCH, choose_ops
+from nexus_rt.ops import TORCH, Ops, choose_ops
 
 # our parameter prefix -> diffusers' parameter prefixes, concatenated along the first dimension
 FUSED = {"attn1.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn2.to_kv": ("attn2.to_k", "attn2.to_v")}
@@ -167,7 +167,8 @@ class Attention(nn.Module):
         super().__init__()
         dim = config.dim
         self.heads, self.cross, self.eps = config.num_attention_heads, cross, config.eps
-        self.ops, self.backend = TORCH, "auto"
+        self.ops: Ops = TORCH
+        self.backend: str = "auto"
         if cross:
             self.to_q = Linear(dim, dim)
             self.to_kv = Linear(dim, 2 * dim)
@@ -205,9 +206,14 @@ class FeedForward(nn.Module):
         self.ops = TORCH
         self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": Linear(dim, inner)}), "2": Linear(inner, dim)})
 
+    @property
+    def second(self) -> Linear:
+        """The linear layer behind the activation."""
+        return cast(Linear, self.net["2"])
+
     def forward(self, x: Tensor) -> Tensor:
-        first = self.net["0"]["proj"]
-        return self.net["2"](self.ops.linear_gelu(x, first.weight, first.bias))
+        first = cast(nn.ModuleDict, self.net["0"])["proj"]
+        return self.second(self.ops.linear_gelu(x, first.weight, first.bias))
 
 
 class Block(nn.Module):
@@ -248,10 +254,10 @@ class Block(nn.Module):
         x, h = modulate(x, scale2, shift2, self.eps, self.attn2.cross_attention(h.to(dtype), k, v, bias))
         return x, self.ffn(h.to(dtype)), gate2
 
-    def _modulate(self, x: Tensor) -> tuple[Callable, torch.dtype]:
+    def _modulate(self, x: Tensor) -> tuple[Callable[..., Any], torch.dtype]:
         """What norms the stream, and the dtype that the products compute in: a float32 stream beside narrower weights is the
         published numerics, and PyTorch's alone."""
-        dtype = self.ffn.net["2"].weight.dtype
+        dtype: torch.dtype = self.ffn.second.weight.dtype
         return (self.ops if x.dtype == dtype else TORCH).modulate, dtype
 
 
@@ -276,7 +282,7 @@ class ConditionEmbedder(nn.Module):
         half = self.freq_dim // 2
         freq = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
         angle = timestep.float()[:, None] * freq
-        h = torch.cat([angle.cos(), angle.sin()], -1).to(self.time_embedder["linear_1"].weight.dtype)
+        h = torch.cat([angle.cos(), angle.sin()], -1).to(cast(Linear, self.time_embedder["linear_1"]).weight.dtype)
         h = self.time_embedder["linear_2"](F.silu(self.time_embedder["linear_1"](h)))
         if wide:
             return h, _linear_float32(self.time_proj, F.silu(h.float())).unflatten(1, (6, -1))
@@ -308,7 +314,7 @@ class WanTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.stream is not None:
                 self.stream.bring(i)
-            yield block
+            yield cast(Block, block)
 
     def use_kernels(self, kernels: str = "auto", attention: str = "auto") -> WanTransformer:
         """Choose what computes norms, RoPE and modulation, and what computes attention.
@@ -324,9 +330,9 @@ class WanTransformer(nn.Module):
         choose("attention backend", attention, NAMES)
         ops = choose_ops(kernels, self.device)
         for module in self.modules():
-            if hasattr(module, "ops"):
+            if isinstance(module, (WanTransformer, Block, Attention, FeedForward)):
                 module.ops = ops
-            if hasattr(module, "backend"):
+            if isinstance(module, Attention):
                 exact = attention in BACKENDS and BACKENDS[attention].exact
                 module.backend = attention if exact or not module.cross else "auto"
         return self
@@ -355,7 +361,7 @@ class WanTransformer(nn.Module):
                 "the text encoder's hidden size of this transformer."
             )
         context = context.to(self.device, self.dtype)
-        collapse = collapse and takes_bias(self.blocks[0].attn2.backend, self.device)
+        collapse = collapse and takes_bias(cast(Block, self.blocks[0]).attn2.backend, self.device)
         context, bias = collapse_padding(context, at_least) if collapse else (context, None)
         embedded = self.condition_embedder.text(context)
         pairs = [block.attn2.keys_values(embedded) for block in self._in_turn()]

@@ -118,7 +118,8 @@ class Encoder(nn.Module):
     def __init__(self, c: SimpleNamespace) -> None:
         super().__init__()
         dims = [c.base_dim * m for m in (1, *c.dim_mult)]
-        self.conv_in, blocks, scale = CausalConv3d(c.in_channels, dims[0]), [], 1.0
+        self.conv_in, scale = CausalConv3d(c.in_channels, dims[0]), 1.0
+        blocks: list[nn.Module] = []
         for i, (inner, outer) in enumerate(pairwise(dims)):
             for k in range(c.num_res_blocks):
                 blocks.append(ResidualBlock(inner if k == 0 else outer, outer))
@@ -163,5 +164,5 @@ class WanVae(nn.Module):
 
 def is_plain(config: dict[str, Any]) -> bool:
     """Whether a config is of Wan 2.1's kind: no patches, no residual up-sampling, a scale for every doubling."""
-    c = {k: config.get(k, v) for k, v in DEFAULTS.items()}
+    c: dict[str, Any] = {k: config.get(k, v) for k, v in DEFAULTS.items()}
     return c["patch_size"] is None and not c["is_residual"] and len(c["temperal_downsample"]) >= len(c["dim_mult"]) - 1
