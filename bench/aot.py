@@ -94,15 +94,15 @@ def compile_variant(variant, arch: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
-        said = subprocess.run(
+        output = subprocess.run(
             [tool, "-v", f"-arch={ARCHITECTURES[arch]}", file, "-o", Path(folder) / "kernel.cubin"],
             capture_output=True, text=True, check=True,
         ).stderr  # fmt: skip
-    registers, shared = int(re.search(r"Used (\d+) registers", said)[1]), int(compiled.metadata.shared)
+    registers, shared = int(re.search(r"Used (\d+) registers", output)[1]), int(compiled.metadata.shared)
     threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)  # warp groups of a specialised kernel are counted there
     warps = int(threads[1]) // 32 if threads else variant.num_warps
     resident, limit = occupancy(arch, warps, registers, shared)
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", output)]
     return {
         "variant": variant.label, "arch": ARCHITECTURES[arch], "warps": variant.num_warps,
         "registers": registers, "spilled_bytes": sum(spills), "shared_bytes": shared, "block_warps": warps,

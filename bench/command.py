@@ -140,11 +140,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         found["rows"] += failed
     if peers:
         setting = Setting((size.height, size.width, size.frames), steps, args.seed, prompt, embeds or _embeds(pipe, prompt))
-        said = []
+        rows = []
         for name in peers:
             say(f"peer: {name}")
-            said += measure_peers(pipe, (name,), setting, args.runs, max(1, args.warmup), tuple(plans))
-        found["peers"] = said
+            rows += measure_peers(pipe, (name,), setting, args.runs, max(1, args.warmup), tuple(plans))
+        found["peers"] = rows
     if args.scaling:
         found["scaling"] = scaling(pipe, clip, args.runs, say)
     return found
@@ -214,7 +214,7 @@ def _engine(
     parts_found = find_parts(pretrained, given, {"local_files_only": args.local_files_only})
     others = {"vae": parts_found.vae, "text_encoder": parts_found.text}
     exported = args.parts.split(",") if args.parts else [*parts_found.generators, *(n for n, f in others.items() if f)]
-    loras = {n: parse_loras(said) for n in ("small", "large") if (said := getattr(args, f"{n}_lora"))}
+    loras = {n: parse_loras(sources) for n in ("small", "large") if (sources := getattr(args, f"{n}_lora"))}
     parts = chosen_parts(parts_found, ",".join(exported), False, loras)
     index = Path(pretrained) / "model_index.json" if pretrained else None
     index = index if index is not None and index.is_file() else None
@@ -238,8 +238,8 @@ def _compiled(model: Any) -> Any:
 
 
 def _embeds(pipe: NexusPipeline, prompt: str) -> dict[str, torch.Tensor]:
-    told, none = pipe.encode_prompt(prompt)
-    return {"prompt_embeds": told, "negative_prompt_embeds": none}
+    embeds, none = pipe.encode_prompt(prompt)
+    return {"prompt_embeds": embeds, "negative_prompt_embeds": none}
 
 
 def _estimate(args, configs, need, size: ClipSize, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -287,8 +287,8 @@ def text(found: dict[str, Any]) -> str:
             f"{r['ratio']:.2f}x; latents differ by {r['latent_error']:.1e}, frames {shown}"
         )
     for axis, curves in found.get("scaling", {}).items():
-        for name, said in curves.items():
-            if fit := said["fit"]:
+        for name, curve in curves.items():
+            if fit := curve["fit"]:
                 terms = ", ".join(f"{c:.3g} (power {p})" for c, p in zip(fit["coefficients"], fit["powers"], strict=True))
                 out.append(f"scaling over {axis}, {name}: {terms}; R2 {fit['r2']:.4f}")
     return "\n".join(out)

@@ -188,7 +188,7 @@ def bench_mini(runs: int) -> dict:
             subprocess.run(command, check=True)
             walls.append(time.perf_counter() - start)
     pipe = NexusPipeline.from_pretrained()
-    said = pipe.encode(prompt)
+    prompts = pipe.encode(prompt)
     d, shares = pipe.defaults, {}
     noise = pipe.prepare_latents(1, d.num_frames, d.height, d.width, torch.Generator().manual_seed(0))
     start = time.perf_counter()
@@ -203,7 +203,7 @@ def bench_mini(runs: int) -> dict:
                 noise,
                 plan,
                 engines,
-                said,
+                prompts,
                 guidance_scale=d.guidance_scale,
                 guidance_scale_2=d.guidance_scale_2,
             )

@@ -43,14 +43,14 @@ def _engines(suite: Any, config: dict) -> dict:
         model = _loaded(suite, source)
         embeds = suite.random(2, 40, model.config.text_dim)
         eager = TorchEngine(model)
-        told = eager.prepare(embeds)
-        wanted = eager.velocity(latents, timestep, told).float()
-        rows["torch"] = {"ms": suite.ms(lambda: eager.velocity(latents, timestep, told), 5, 1)}
+        context = eager.prepare(embeds)
+        wanted = eager.velocity(latents, timestep, context).float()
+        rows["torch"] = {"ms": suite.ms(lambda: eager.velocity(latents, timestep, context), 5, 1)}
         if suite.device.type == "cuda":
             with failure_in(rows, "torch, replayed"):
                 replayed = ReplayedEngine(eager)
-                told = replayed.prepare(embeds)
-                rows["torch, replayed"] = _row(suite, replayed, latents, timestep, told, wanted, rows["torch"]["ms"])
+                context = replayed.prepare(embeds)
+                rows["torch, replayed"] = _row(suite, replayed, latents, timestep, context, wanted, rows["torch"]["ms"])
         precision = "fp32" if suite.dry else "bf16"
         for backend in ("aoti", "onnx", "tensorrt", "tensorrt-rtx"):
             if suite.dry and backend != "onnx":

@@ -310,8 +310,8 @@ def run(suite: Suite, parts: list[str], done: Callable[[dict], None] = lambda re
                 suite.results[name] = PARTS[name](suite)
             except Exception as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
-                said = f"{type(error).__name__}: {str(error)[:500]} ({Path(where.filename).name}:{where.lineno})"
-                suite.results[name] = {"failed": said}
+                message = f"{type(error).__name__}: {str(error)[:500]} ({Path(where.filename).name}:{where.lineno})"
+                suite.results[name] = {"failed": message}
             if suite.device.type == "cuda":
                 torch.cuda.empty_cache()
             print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)

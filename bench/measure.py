@@ -121,10 +121,10 @@ def measured(call: Callable[[], Any], device: torch.device) -> Run:
 def step_durations(trace: Trace) -> list[float]:
     """Milliseconds of each denoising step: from the start of its first span to the end of its last."""
     ends: dict[int, tuple[float, float]] = {}
-    for _, start, stop, said in trace.spans:
-        if "step" in said:
-            first, last = ends.get(said["step"], (start, stop))
-            ends[said["step"]] = (min(first, start), max(last, stop))
+    for _, start, stop, attributes in trace.spans:
+        if "step" in attributes:
+            first, last = ends.get(attributes["step"], (start, stop))
+            ends[attributes["step"]] = (min(first, start), max(last, stop))
     return [ends[i][1] - ends[i][0] for i in sorted(ends)]
 
 

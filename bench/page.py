@@ -144,11 +144,11 @@ def scatter(rows: list[dict[str, Any]]) -> str:
         x = left + width * r["total_duration_ms"] / slowest
         y = top + height * (1 - (value - low) / (CEILING - low))
         fill = palette[engines.index(r["engine"]) % len(palette)]
-        said = escape(f"{i + 1} {r['plan']} on {r['engine']}")
+        title = escape(f"{i + 1} {r['plan']} on {r['engine']}")
         quality = "identical" if r["quality"]["identical"] else f"{r['quality']['psnr_db']:.1f} dB"
-        out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="{fill}" fill-opacity=".85"><title>{said}</title></circle>')
+        out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="{fill}" fill-opacity=".85"><title>{title}</title></circle>')
         out.append(f'<text x="{x:.1f}" y="{y + 3.5:.1f}" text-anchor="middle" font-size="10" fill="#fff">{i + 1}</text>')
-        out.append(f'<text x="{left + width + 20}" y="{top + 12 + 17 * i}" font-size="12" fill="{fill}">{said}: '
+        out.append(f'<text x="{left + width + 20}" y="{top + 12 + 17 * i}" font-size="12" fill="{fill}">{title}: '
                    f"{r['total_duration_ms']:.0f} ms, {quality}</text>")  # fmt: skip
     middle = left + width / 2
     out.append(f'<text x="{middle}" y="{top + height + 34}" text-anchor="middle" font-size="12">end to end, ms</text>')
@@ -196,10 +196,10 @@ def _svg(width: float, height: float, inside: str) -> str:
 def _scaling(found: dict[str, Any]) -> str:
     out = []
     for axis, curves in found.items():
-        for name, said in curves.items():
+        for name, curve in curves.items():
             x = "steps" if axis == "steps" else "tokens"
-            points = [(p[x], p["ms"]) for p in said["points"]]
-            fit = said["fit"]
+            points = [(p[x], p["ms"]) for p in curve["points"]]
+            fit = curve["fit"]
             words = "too few points to fit"
             if fit:
                 terms = " + ".join(f"{c:.3g}" + ("" if p == 0 else f" {x}" + (f"^{p}" if p > 1 else ""))

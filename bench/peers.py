@@ -129,7 +129,7 @@ class Peers:
             velocity, scheduler.timesteps[index], latents, return_dict=False
         )[0]  # fmt: skip
 
-    def ours(self, plan: str, **told: Any) -> Callable[[], tuple[Tensor, np.ndarray | None]]:
+    def ours(self, plan: str, **prompt: Any) -> Callable[[], tuple[Tensor, np.ndarray | None]]:
         """A call of our pipeline: final latents and frames."""
         height, width, frames = self.setting.size
 
@@ -137,7 +137,7 @@ class Peers:
             latents = self.pipe(
                 height=height, width=width, num_frames=frames, num_inference_steps=self.setting.steps, plan=plan,
                 latents=self.noise(), output_type="latent", guidance_scale=self.scales[0], guidance_scale_2=self.scales[1],
-                **told,
+                **prompt,
             ).frames  # fmt: skip
             return latents, self.pipe.decode(latents, "np") if self.pipe.vae is not None else None
 
@@ -215,7 +215,7 @@ class Peers:
                     say(clean_prompt(setting.prompt)),
                     say("") if stored is None else stored.reshape(1, -1, stored.shape[-1]),
                 )
-            latents, said = self.noise(), {}
+            latents, velocities = self.noise(), {}
             solve = self.stepper(plan, latents.device)
             for step in plan.steps:
                 t = torch.tensor(step.timestep, device=latents.device)
@@ -226,8 +226,8 @@ class Peers:
                         if name == "small" and connect is not None:
                             rows = connect.pack(unpad(rows[0]), connect(hidden[branch])[0])[None]
                         pair.append(velocity(name, latents, t, rows))
-                    said[name] = pair[-1] + scale * (pair[0] - pair[-1])
-                blended = four_filter_blend(said["small"], said["large"], step.w)
+                    velocities[name] = pair[-1] + scale * (pair[0] - pair[-1])
+                blended = four_filter_blend(velocities["small"], velocities["large"], step.w)
                 latents = solve(step.index, blended, latents)
             if own or vae is None:
                 return latents, pipe.decode(latents, "np") if pipe.vae is not None else None
@@ -235,8 +235,8 @@ class Peers:
             video = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
             return latents, video.add(1).div(2).clamp(0, 1).permute(0, 2, 3, 4, 1).float().cpu().numpy()
 
-        told = {"prompt": setting.prompt} if setting.prompt else setting.embeds
-        return self.ours("reference", **told), call, "reference"
+        prompt = {"prompt": setting.prompt} if setting.prompt else setting.embeds
+        return self.ours("reference", **prompt), call, "reference"
 
     def pair(self, name: str) -> tuple[Callable, Callable, str]:
         kind, _, compiled = name.partition("+")
@@ -260,8 +260,8 @@ def measure_peers(
             ours, theirs, plan = made.pair(name)
             calls = {plan: ours}
             if name.startswith("naive"):
-                told = {"prompt": setting.prompt} if setting.prompt else setting.embeds
-                calls |= {p: made.ours(p, **told) for p in others if p != plan}
+                prompt = {"prompt": setting.prompt} if setting.prompt else setting.embeds
+                calls |= {p: made.ours(p, **prompt) for p in others if p != plan}
             wanted, wanted_frames = theirs()
             distances = {p: distance(*call(), wanted, wanted_frames) for p, call in calls.items()}
             timed = interleaved({**calls, "": theirs}, pipe.device, runs, warmup)

@@ -114,8 +114,8 @@ def random_prompt(pipe: NexusPipeline, dtype: torch.dtype) -> dict[str, Tensor]:
     embeds = torch.zeros(2, 512, width)
     embeds[0, :WORDS] = torch.randn(WORDS, width, generator=generator)
     embeds[1, :1] = torch.randn(1, width, generator=generator)
-    told, none = embeds.to(pipe.device, dtype).split(1)
-    return {"prompt_embeds": told, "negative_prompt_embeds": none}
+    embeds, none = embeds.to(pipe.device, dtype).split(1)
+    return {"prompt_embeds": embeds, "negative_prompt_embeds": none}
 
 
 @dataclass(frozen=True)
@@ -136,14 +136,14 @@ class Need:
 
     def sentence(self, preset: str, device: torch.device) -> str:
         """What is missing, and what would do."""
-        said = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in {**self.parts, "working": self.working}.items())
+        sizes = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in {**self.parts, "working": self.working}.items())
         alone = min(self.parts, key=self.parts.__getitem__) if self.parts else ""
         small = self.parts.get(alone, 0) + self.working
         would = f"a device with {self.total / 1e9:.1f} GB"
         if small <= self.free and len(self.parts) > 1:
             would += f", or --plans {alone} ({small / 1e9:.1f} GB)"
         return (
-            f"preset {preset} takes {self.total / 1e9:.1f} GB ({said}) and {self.free / 1e9:.1f} GB are free on {device}: "
+            f"preset {preset} takes {self.total / 1e9:.1f} GB ({sizes}) and {self.free / 1e9:.1f} GB are free on {device}: "
             f"{self.short:,} bytes too few. What would do: {would}, or --estimate always"
         )
 

@@ -41,8 +41,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(), "system": platform.system(),
     }  # fmt: skip
     if device.type == "cuda":
-        said = torch.cuda.get_device_properties(device)
-        found |= {"gpu": said.name, "gpu_bytes": said.total_memory, "sm": f"{said.major}.{said.minor}"}
+        gpu = torch.cuda.get_gpu(device)
+        found |= {"gpu": gpu.name, "gpu_bytes": gpu.total_memory, "sm": f"{gpu.major}.{gpu.minor}"}
     return found
 
 
@@ -120,9 +120,9 @@ class Results(msgspec.Struct):
 
 def read(path: str | Path) -> dict[str, Any]:
     """A results file; errors as `read_as`."""
-    said = read_as(Path(path), KIND, SCHEMA, "`nexus-rt bench --json`", "measure again")
-    documents.check(said, Results, str(path), remedy="measure again")
-    return said
+    results = read_as(Path(path), KIND, SCHEMA, "`nexus-rt bench --json`", "measure again")
+    documents.check(results, Results, str(path), remedy="measure again")
+    return results
 
 
 def read_as(path: Path, kind: str, schema: int, maker: str, remedy: str) -> dict[str, Any]:
@@ -139,17 +139,17 @@ def read_as(path: Path, kind: str, schema: int, maker: str, remedy: str) -> dict
     except InputError as error:
         raise InputError(f"{path} cannot be read ({cut(error)}); expected a file that {maker} wrote.") from None
     try:
-        said = documents.parse(data, str(path), InputError, remedy)
+        document = documents.parse(data, str(path), InputError, remedy)
     except InputError as error:  # it is a file, and a damaged one
         raise ModelError(str(error)) from None
-    if not isinstance(said, dict) or said.get("kind") != kind:
+    if not isinstance(document, dict) or document.get("kind") != kind:
         raise ModelError(f"{path} holds no results of {kind}; expected a file that {maker} wrote.")
-    if said.get("schema") != schema:
+    if document.get("schema") != schema:
         raise ModelError(
-            f"{path} has schema {said.get('schema')!r}, and this nexus-rt reads {schema}; {remedy}, or use the version that "
-            "wrote it."
+            f"{path} has schema {document.get('schema')!r}, and this nexus-rt reads {schema}; {remedy}, or use the version "
+            "that wrote it."
         )
-    return said
+    return document
 
 
 def ratio_interval(before: list[float], after: list[float], draws: int = 2000) -> tuple[float, float, float]:

@@ -54,7 +54,7 @@ def scaling(pipe: NexusPipeline, clip: Clip, repeats: int, say: Callable[[str], 
 
     A point that runs out of memory is left out and named.
     """
-    told, found = prompts_of(pipe, clip), {}
+    prompts, found = prompts_of(pipe, clip), {}
     cuda = pipe.device.type == "cuda"
     timestep = torch.tensor(500.0, device=pipe.device)
     for axis, points in variants(pipe, clip).items():
@@ -62,7 +62,7 @@ def scaling(pipe: NexusPipeline, clip: Clip, repeats: int, say: Callable[[str], 
         for name, engine in pipe.engines.items():
             rows, left_out = [], []
             for batch, frames, height, width in points:
-                prompt = told[name]
+                prompt = prompts[name]
                 pair = torch.cat([prompt.conditional.repeat(batch, 1, 1), prompt.unconditional.repeat(batch, 1, 1)])
                 try:
                     context = engine.prepare(pair)

@@ -18,6 +18,7 @@ from nexus_rt.errors import InputError, choose
 from nexus_rt.export.build import Target, export_parts
 from nexus_rt.export.parts import DecoderPart, GeneratorPart, Part, StepPart, TextPart
 from nexus_rt.loading import default_device
+from nexus_rt.log import chose
 from nexus_rt.models.lora import Lora, parse_loras
 from nexus_rt.pair import MINI, Parts, find_parts
 from nexus_rt.size import parse_sizes
@@ -63,10 +64,12 @@ def run(args: argparse.Namespace) -> int:
     d = found.defaults
     sizes, ends = parse_sizes(args.sizes or f"{d.width}x{d.height}x{d.num_frames}")
     precision = args.precision or ("fp32" if device.type == "cpu" else "bf16")
+    if not args.precision:
+        chose("precision", precision, f"the device is {device}")
     sm = capability(args.sm) if args.sm else None
     target = Target(args.backend, precision, sizes, device, args.opset, sm, args.weight_streaming, args.refit, ends)
     target.builder()  # what cannot be built is said before anything is read
-    loras = {n: parse_loras(said) for n in ("small", "large") if (said := getattr(args, f"{n}_lora"))}
+    loras = {n: parse_loras(sources) for n in ("small", "large") if (sources := getattr(args, f"{n}_lora"))}
     parts = chosen_parts(found, args.parts, args.fuse_step, loras)
     index = Path(pretrained) / "model_index.json" if pretrained and (Path(pretrained) / "model_index.json").is_file() else None
     output = Path(args.output).expanduser()

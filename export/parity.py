@@ -74,8 +74,8 @@ def generator_answers(engine: Engine, architecture: dict[str, Any], buckets: lis
     for bucket in two_of(buckets):
         latents = noise(channels, bucket, device)
         for timestep in TIMESTEPS:
-            said = engine.velocity(latents, torch.tensor(timestep, device=device), context)
-            found[f"velocity {bucket} t={timestep:g}"] = said.float().cpu()
+            velocity = engine.velocity(latents, torch.tensor(timestep, device=device), context)
+            found[f"velocity {bucket} t={timestep:g}"] = velocity.float().cpu()
     plan = parse_plan("large", time_grid(STEPS))
     run = lambda: denoise(latents, plan, {"large": engine}, {"large": prompt}, guidance_scale=3.0)  # noqa: E731
     return found | _after_steps(run, channels, bucket)
@@ -146,8 +146,8 @@ def gate(part: Any, engine: Any, buckets: list[ClipSize], precision: str, device
         try:
             got = part.answers(engine, buckets, device)
         except RuntimeError as problem:
-            said = (str(problem).strip() or "no message").splitlines()[0][:300]
+            message = (str(problem).strip() or "no message").splitlines()[0][:300]
             cosine, error = THRESHOLDS[precision]
             thresholds = {"cosine": cosine, "relative_error": error}
-            return {"passed": False, "why": f"it does not run: {said}", "thresholds": thresholds, "rows": {}}
+            return {"passed": False, "why": f"it does not run: {message}", "thresholds": thresholds, "rows": {}}
     return judge(got, wanted, precision)

@@ -22,9 +22,10 @@ from nexus_rt.export.graph import (
     velocity_shapes,
 )
 from nexus_rt.export.symbols import Shape, Symbols, Traced
+from nexus_rt.kernels.formulas import EPS, guide, target_energy
 from nexus_rt.models.wan import WanTransformer
 from nexus_rt.size import ClipSize
-from nexus_rt.upfb import EPS, STEP_SCALARS
+from nexus_rt.upfb import STEP_SCALARS
 
 NAMES = ("small", "large")
 
@@ -45,15 +46,15 @@ class StepGraph(nn.Module):
         s = dict(zip(STEP_SCALARS, scalars.unbind(0), strict=True))
         guided = {}
         for name in NAMES:
-            said = self.generators[name](both, timestep, *contexts[name])
-            conditional, unconditional = said[: latents.shape[0]], said[latents.shape[0] :]
-            guided[name] = unconditional + s[f"guidance_{name}"] * (conditional - unconditional)
+            raw = self.generators[name](both, timestep, *contexts[name])
+            conditional, unconditional = raw[: latents.shape[0]], raw[latents.shape[0] :]
+            guided[name] = guide(conditional, unconditional, s[f"guidance_{name}"])
         small, large = guided["small"], guided["large"]
         x = small - s["minus_large"] * large
         u = s["large"] * large + s["keep"] * x + s["low"] * (left @ x @ right)
         size = lambda v: v.square().mean((1, 2, 3, 4)).sqrt()  # noqa: E731
         rms_small, rms_large = size(small), size(large)
-        wanted = s["rms_reference"] * (rms_small + rms_large * rms_small / (rms_large + EPS)) / 2
+        wanted = s["rms_reference"] * target_energy(rms_small, rms_large, 1.0, "reference")
         wanted = wanted + s["rms_small"] * rms_small + s["rms_large"] * rms_large
         factor = s["as_is"] + (1 - s["as_is"]) * wanted / (size(u) + EPS)
         return u * factor.view(-1, 1, 1, 1, 1), torch.stack([rms_small, rms_large])

@@ -99,9 +99,9 @@ def build(graph: str, traced: Traced, folder: Path, target: Target) -> None:
     note.write_text(json.dumps(job))
     child = subprocess.run([sys.executable, "-m", "nexus_rt.export.tensorrt", str(note)], capture_output=True, text=True)
     if child.returncode:
-        said = (child.stderr.strip() or "it said nothing").splitlines()[-1][:500]
+        message = (child.stderr.strip() or "it said nothing").splitlines()[-1][:500]
         ended = f"was killed by signal {-child.returncode}" if child.returncode < 0 else "failed"
-        raise RuntimeError(f"{target.backend}'s builder {ended} on the {graph} graph: {said}")
+        raise RuntimeError(f"{target.backend}'s builder {ended} on the {graph} graph: {message}")
     for rest in (note, *folder.glob(f"{graph}.onnx*")):
         rest.unlink()
 
@@ -166,5 +166,5 @@ def _inspected(trt: Any, log: Any, plan: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     done = json.loads(Path(sys.argv[1]).read_text())
-    said = _child(done)
-    Path(done["report"]).write_text(json.dumps(said, indent=1) + "\n")
+    report = _child(done)
+    Path(done["report"]).write_text(json.dumps(report, indent=1) + "\n")

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nexus_rt.kernels.formulas import guide
 from nexus_rt.kernels.op import DTYPES, Variant, check_tensor, kernel_op, launch, tl, triton
 
 MAX_WIDTH = 4096  # of the stencil: a row of a plane lies in one warp
@@ -134,11 +135,6 @@ def variants() -> list[Variant]:
     return out
 
 
-def guide_ref(conditional: Tensor, unconditional: Tensor | None, scale: float) -> Tensor:
-    """Classifier-free guidance `v_u + scale (v_c - v_u)`, float32."""
-    return conditional.float() if unconditional is None else torch.lerp(unconditional.float(), conditional.float(), scale)
-
-
 def sums_ref(*velocities: Tensor | None) -> Tensor:
     """Sums of squares of each velocity [B, ...], zero where there is none: [3, B, 1] float32."""
     some = next(v for v in velocities if v is not None)
@@ -150,13 +146,13 @@ def band_blend_ref(
     share_large: float, keep: float, low: float, side: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The formula in plain PyTorch, float32; arguments as in `band_blend`."""
-    v_small = guide_ref(small, small_u, scales[0])
+    v_small = guide(small, small_u, scales[0])
     taps = torch.full((3,), side, device=v_small.device)  # no copy from the host: it can be captured beside the kernel
     taps[1] = 1 - 2 * side
     planes = v_small.flatten(0, -3).unsqueeze(1)
     filtered = F.conv2d(F.conv2d(planes, taps.view(1, 1, 3, 1), padding=(1, 0)), taps.view(1, 1, 1, 3), padding=(0, 1))
     u = keep * v_small + low * filtered.view_as(v_small)
-    v_large = None if large is None else guide_ref(large, large_u, scales[1])
+    v_large = None if large is None else guide(large, large_u, scales[1])
     u = u if v_large is None else u + share_large * v_large
     return u, sums_ref(v_small, v_large, u)
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nexus_rt.kernels.band_blend import check_predictions, guide_ref, guided, sums_ref
+from nexus_rt.kernels.band_blend import check_predictions, guided, sums_ref
+from nexus_rt.kernels.formulas import guide
 from nexus_rt.kernels.op import Variant, check_tensor, kernel_op, launch, tl, triton
 
 if triton is not None:
@@ -132,7 +133,7 @@ def band_filter_ref(
     keep: float, low: float, left: Tensor, right: Tensor, gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The formula in plain PyTorch, float32; arguments as in `band_filter`."""
-    v_small, v_large = guide_ref(small, small_u, scales[0]), guide_ref(large, large_u, scales[1])
+    v_small, v_large = guide(small, small_u, scales[0]), guide(large, large_u, scales[1])
     x = v_small - v_large
     y = left @ x @ right
     if gain is not None:

@@ -20,10 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nexus_rt.kernels.formulas import ENERGIES, EPS, guide, target_energy
 from nexus_rt.kernels.op import DTYPES, Variant, check_tensor, kernel_op, launch, tl, triton
-
-EPS = 1e-6
-ENERGIES = ("none", "reference", "progressive")
 
 if triton is not None:
     _EPS = tl.constexpr(EPS)
@@ -142,8 +140,7 @@ def energy_factor(sums: Tensor, elements: int, energy: str, w: float) -> Tensor:
     small, large, blended = (sums.sum(-1) / elements).sqrt()
     if energy == "none":
         return torch.ones_like(small)
-    target = (small + large * small / (large + EPS)) / 2 if energy == "reference" else w * small + (1 - w) * large
-    return target / (blended + EPS)
+    return target_energy(small, large, w, energy) / (blended + EPS)
 
 
 def solver_step_ref(
@@ -151,7 +148,7 @@ def solver_step_ref(
     scalars: list[float], history: list[Tensor], corrector: int, predictor: int, keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The formula in plain PyTorch, float32; arguments as in `solver_step`."""
-    v = velocity.float() if velocity_u is None else torch.lerp(velocity_u.float(), velocity.float(), guidance)
+    v = guide(velocity, velocity_u, guidance)
     if energy != "none":
         v = v * energy_factor(sums, x[0].numel(), energy, w).view(-1, *[1] * (x.ndim - 1))
     sigma, c, p = scalars[0], scalars[1:5], scalars[5:]

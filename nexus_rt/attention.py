@@ -29,6 +29,7 @@ from torch import Tensor
 from nexus_rt import documents
 from nexus_rt.cache import cache_root
 from nexus_rt.errors import InputError, NexusError, choose
+from nexus_rt.log import chose
 from nexus_rt.ops import cannot_run_triton
 
 ROWS_CHECKED = 256  # queries of the first head that a candidate is compared with float32 on
@@ -207,11 +208,17 @@ def automatic(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, approximate:
 
     approximate: 8-bit backends take part.
     """
-    if q.device.type != "cuda" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return "sdpa"
+    if q.device.type != "cuda":
+        chose("attention", "sdpa", f"the device is {q.device}", once=True)
         return "sdpa"
     case = Case.of(q, k, bias)
     if (case, approximate) not in _chosen:
-        _chosen[case, approximate] = decide(case, list(BACKENDS) if approximate else None)["chosen"]
+        result = decide(case, list(BACKENDS) if approximate else None)
+        _chosen[case, approximate] = result["chosen"]
+        timed = {n: f"{c['ms']:.2f} ms" if "ms" in c else c["why"] for n, c in result["candidates"].items()}
+        chose(f"attention of {case}", result["chosen"], ", ".join(f"{n} {t}" for n, t in timed.items()))
     return _chosen[case, approximate]
 
 

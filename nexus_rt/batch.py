@@ -129,14 +129,14 @@ def finished(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     for path in sorted(folder.glob("results*.jsonl")):
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
-                said = documents.parse(line, str(path))
-                row = documents.check(said, Row, str(path))
+                record = documents.parse(line, str(path))
+                row = documents.check(record, Row, str(path))
             except NexusError:  # cut short by a killed process, or no line of ours
                 continue
             if row.status == "begun":
                 starts.setdefault(row.id, []).append(row.when)
             elif row.when >= ended.get(row.id, {"when": row.when})["when"]:
-                ended[row.id] = said
+                ended[row.id] = record
     return ended, {i: sum(t > ended.get(i, {"when": 0.0})["when"] for t in times) for i, times in starts.items()}
 
 
@@ -226,17 +226,17 @@ def work(
     known, begun = finished(job.folder)
     todo, lines, common = [], Lines(log), common_settings(job, pipe)
     for item in items:
-        row, said = known.get(item.id), settings(item, job, pipe, common)
-        if said["seed"] == -1:  # a fresh one, once: the clip that is there keeps its own
+        row, own = known.get(item.id), settings(item, job, pipe, common)
+        if own["seed"] == -1:  # a fresh one, once: the clip that is there keeps its own
             kept = row["settings"].get("seed") if row and isinstance(row.get("settings"), dict) else None
-            said["seed"] = kept if isinstance(kept, int) else check_seed("seed", -1)
-        if row and row["status"] == "done" and _same(row["settings"], said) and is_clip(job.clip(item)):
+            own["seed"] = kept if isinstance(kept, int) else check_seed("seed", -1)
+        if row and row["status"] == "done" and _same(row["settings"], own) and is_clip(job.clip(item)):
             yield "kept", item.id, "was there"
         elif attempts is not None and begun.get(item.id, 0) >= attempts:
             why = NexusError(f"its process died {begun[item.id]} times")
-            yield _words(lines.add(_failed({"id": item.id, "file": job.clip(item).name, "settings": said}, why)))
+            yield _words(lines.add(_failed({"id": item.id, "file": job.clip(item).name, "settings": own}, why)))
         else:
-            todo.append((item, said))
+            todo.append((item, own))
 
     def begins(item: Item) -> None:
         if attempts is not None:
@@ -265,14 +265,14 @@ def _make(
         pending: Future | None = None
         for start in range(0, len(todo), TOGETHER):
             part = todo[start : start + TOGETHER]
-            for (item, said), told in zip(part, _told(pipe, part), strict=True):
+            for (item, own), embeds in zip(part, _encoded(pipe, part), strict=True):
                 began = time.perf_counter()
                 begins(item)
-                row = {"id": item.id, "file": job.clip(item).name, "settings": said}
+                row = {"id": item.id, "file": job.clip(item).name, "settings": own}
                 try:
-                    if isinstance(told, Exception):
-                        raise told
-                    latents = _denoise(pipe, said, told, job)
+                    if isinstance(embeds, Exception):
+                        raise embeds
+                    latents = _denoise(pipe, own, embeds, job)
                 except Exception as error:  # an item's failure is the item's
                     yield ended(_failed(row, error))
                     continue
@@ -280,7 +280,7 @@ def _make(
                     yield pending.result()
                     pending = None
                 ready = torch.cuda.current_stream(latents.device).record_event() if latents.is_cuda else None
-                if decodes_beside(pipe, said):
+                if decodes_beside(pipe, own):
                     pending = decoder.submit(finish, latents, ready, row, began)
                 else:  # in this thread: another would bring a team of OpenMP's of its own, that waits for cores
                     yield finish(latents, ready, row, began)
@@ -288,7 +288,7 @@ def _make(
             yield pending.result()
 
 
-def _told(pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]) -> list[dict[str, Tensor] | Exception]:
+def _encoded(pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]) -> list[dict[str, Tensor] | Exception]:
     """Embeddings of items, encoded together; one by one where that fails, so that one prompt fails alone."""
     try:
         return [*_encode(pipe, part)]
@@ -305,26 +305,26 @@ def _told(pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]) -> list[
 def _encode(pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]) -> list[dict[str, Tensor]]:
     prompts = [item.prompt for item, _ in part]
     negatives = [item.negative or "" for item, _ in part] if any(item.negative for item, _ in part) else None
-    embeds, none = pipe.encode_prompt(prompts, negatives)
-    found = []
-    for i, (_, said) in enumerate(part):
-        told = {"prompt_embeds": embeds[i : i + 1], "negative_prompt_embeds": none[i : i + 1]}
+    texts, negative_texts = pipe.encode_prompt(prompts, negatives)
+    encoded = []
+    for i, (_, own) in enumerate(part):
+        text, none = texts[i : i + 1], negative_texts[i : i + 1]
+        embeds = {"prompt_embeds": text, "negative_prompt_embeds": none}
         if pipe.context is not None and "small" in pipe.engines:
-            texts = told["prompt_embeds"], told["negative_prompt_embeds"]
-            own = pipe.encode_context(prompts[i], *texts, single_frame=said["frames"] == 1)
-            told |= dict(zip(("context_embeds", "negative_context_embeds"), own, strict=True))
-        found.append(told)
-    return found
+            contexts = pipe.encode_context(prompts[i], text, none, single_frame=own["frames"] == 1)
+            embeds |= dict(zip(("context_embeds", "negative_context_embeds"), contexts, strict=True))
+        encoded.append(embeds)
+    return encoded
 
 
-def _denoise(pipe: NexusPipeline, said: dict[str, Any], told: dict[str, Tensor], job: Job) -> Tensor:
-    width, height = (int(n) for n in said["size"].split("x"))
-    options = {**job.options, "width": width, "height": height, "num_frames": said["frames"], **told}
-    seed = torch.Generator("cpu").manual_seed(said["seed"])
+def _denoise(pipe: NexusPipeline, own: dict[str, Any], embeds: dict[str, Tensor], job: Job) -> Tensor:
+    width, height = (int(n) for n in own["size"].split("x"))
+    options = {**job.options, "width": width, "height": height, "num_frames": own["frames"], **embeds}
+    seed = torch.Generator("cpu").manual_seed(own["seed"])
     return pipe(generator=seed, output_type="latent", **options).frames
 
 
-def decodes_beside(pipe: NexusPipeline, said: dict[str, Any]) -> bool:
+def decodes_beside(pipe: NexusPipeline, own: dict[str, Any]) -> bool:
     """Whether a clip is decoded and written while the next is denoised.
 
     On a GPU, where the decoder's working memory is free; on a CPU, where each of the two has cores of its own: two that share
@@ -334,9 +334,9 @@ def decodes_beside(pipe: NexusPipeline, said: dict[str, Any]) -> bool:
         return False
     if pipe.device.type != "cuda":
         return 2 * torch.get_num_threads() <= (os.cpu_count() or 1)
-    width, height = (int(n) for n in said["size"].split("x"))
+    width, height = (int(n) for n in own["size"].split("x"))
     unused = torch.cuda.memory_reserved(pipe.device) - torch.cuda.memory_allocated(pipe.device)
-    return torch.cuda.mem_get_info(pipe.device)[0] + unused >= pipe.vae.working_bytes(width, height, said["frames"])
+    return torch.cuda.mem_get_info(pipe.device)[0] + unused >= pipe.vae.working_bytes(width, height, own["frames"])
 
 
 @contextlib.contextmanager
@@ -373,5 +373,5 @@ def _write(
 
 
 def _failed(row: dict[str, Any], error: Exception) -> dict[str, Any]:
-    said = str(error) if isinstance(error, NexusError) else f"{type(error).__name__}: {error}"
-    return {**row, "status": "failed", "error": said, "seconds": 0.0, "when": time.time()}
+    message = str(error) if isinstance(error, NexusError) else f"{type(error).__name__}: {error}"
+    return {**row, "status": "failed", "error": message, "seconds": 0.0, "when": time.time()}

@@ -34,9 +34,9 @@ class Worker:
 
     def __call__(self, share: dict[str, Any]) -> dict[str, list[str]]:
         items = [_item(json.loads(text)) for text in share["item"]]
-        found: dict[str, list[str]] = {"kind": [], "id": [], "said": []}
-        for kind, name, said in work(self.pipe, items, self.job, self.log, self.attempts):
-            for column, value in zip(found.values(), (kind, name, said), strict=True):
+        found: dict[str, list[str]] = {"kind": [], "id": [], "line": []}
+        for kind, name, line in work(self.pipe, items, self.job, self.log, self.attempts):
+            for column, value in zip(found.values(), (kind, name, line), strict=True):
                 column.append(value)
         return found
 
@@ -101,5 +101,5 @@ def _share_out(
     counts = {"made": 0, "kept": 0, "failed": 0}
     for row in shares.iter_rows():
         counts[row["kind"]] += 1
-        say(f"[{sum(counts.values())}/{len(items)}] {row['id']}: {row['said']}")
+        say(f"[{sum(counts.values())}/{len(items)}] {row['id']}: {row['line']}")
     return counts

@@ -44,9 +44,9 @@ def parse(data: bytes | str, where: str, error: type[NexusError] = ModelError, r
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         value = json.loads(text, parse_constant=_no_constant, parse_int=_whole, object_pairs_hook=_once)
     except (ValueError, RecursionError) as problem:
-        said = "it is nested too deeply" if isinstance(problem, RecursionError) else cut(problem)
+        reason = "it is nested too deeply" if isinstance(problem, RecursionError) else cut(problem)
         words = "cannot be read as" if error is ModelError else "is not"
-        raise error(f"{where} {words} JSON ({said}); {remedy}.") from None
+        raise error(f"{where} {words} JSON ({reason}); {remedy}.") from None
     if _deeper(value, MAX_DEPTH):
         raise error(f"{where} is nested more than {MAX_DEPTH} levels deep; {remedy}.")
     return value
@@ -61,8 +61,8 @@ def check(value: Any, kind: type[T], where: str, error: type[NexusError] = Model
     try:
         return msgspec.convert(value, kind, strict=True)
     except (msgspec.ValidationError, RecursionError) as problem:
-        said = str(problem).replace("`$.", "`").replace("- at `$`", "").strip()
-        raise error(f"{where} is not as expected: {cut(said)}; {remedy}.") from None
+        reason = str(problem).replace("`$.", "`").replace("- at `$`", "").strip()
+        raise error(f"{where} is not as expected: {cut(reason)}; {remedy}.") from None
     except NexusError as problem:  # a schema's own check
         raise error(f"{where}: {cut(problem)}") from None
 

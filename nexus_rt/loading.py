@@ -16,6 +16,7 @@ from nexus_rt.engines.open import open_engines
 from nexus_rt.engines.step import StepEngine
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError
+from nexus_rt.log import chose
 from nexus_rt.models import load
 from nexus_rt.models.context import ContextEncoder
 from nexus_rt.models.lora import Lora, loras_hash
@@ -49,12 +50,20 @@ class Loaded:
 
 def default_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, else "cuda" where there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device:
+        return torch.device(device)
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    chose("device", found, "there is a GPU" if found == "cuda" else "PyTorch sees no GPU")
+    return torch.device(found)
 
 
 def default_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype asked for, else bfloat16 on a GPU and float32 on a CPU."""
-    return dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if dtype:
+        return dtype
+    found = torch.float32 if device.type == "cpu" else torch.bfloat16
+    chose("dtype of generators and encoders", found, f"the device is {device}")
+    return found
 
 
 def _coders(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_rt.errors import InputError, choose
+from nexus_rt.log import chose
 
 KERNELS = ("auto", "torch", "triton")
 OLDEST = (8, 0)  # compute capability the kernels are compiled and checked for
@@ -130,11 +131,14 @@ def choose_ops(kernels: str, device: torch.device) -> Ops:
         InputError: an unknown name, or triton asked for where it cannot run.
     """
     choose("kernels", kernels, KERNELS)
-    if kernels == "torch" or (kernels == "auto" and device.type != "cuda"):  # the interpreter is never chosen by itself
+    if kernels == "torch":
         return TORCH
-    why = cannot_run_triton(device)
-    if kernels == "auto" and why:
-        return TORCH
+    # Triton's interpreter is never chosen by itself
+    why = f"the device is {device}" if kernels == "auto" and device.type != "cuda" else cannot_run_triton(device)
+    if kernels == "auto":
+        chose("kernels", "torch" if why else "triton", why or "a GPU that can run them", once=True)
+        if why:
+            return TORCH
     if why:
         raise InputError(f"kernels='triton' cannot run here: {why}; use 'auto' or 'torch'.")
     from nexus_rt.kernels.modulate import modulate

@@ -149,7 +149,7 @@ class NexusPipeline:
         """
         device = default_device(device)
         choose("backend", backend, BACKENDS)
-        loras = {n: parse_loras(said) for n, said in (("small", small_lora), ("large", large_lora)) if said}
+        loras = {n: parse_loras(sources) for n, sources in (("small", small_lora), ("large", large_lora)) if sources}
         given = {"small": small, "large": large, "vae": vae, "text_encoder": text_encoder}
         steering = {"understanding": understanding, "connector": connector}
         if pretrained is None and small is None and large is None:
@@ -264,10 +264,10 @@ class NexusPipeline:
     def encode(self, prompt: str | list[str], single_frame: bool = False) -> dict[str, Prompt]:
         """What each generator is told, as `denoise` takes it."""
         embeds = self.encode_prompt(prompt)
-        told = dict.fromkeys(self.engines, Prompt(*embeds))
-        if self.context is not None and "small" in told:
-            told["small"] = Prompt(*self.encode_context(prompt, *embeds, single_frame=single_frame))
-        return told
+        prompts = dict.fromkeys(self.engines, Prompt(*embeds))
+        if self.context is not None and "small" in prompts:
+            prompts["small"] = Prompt(*self.encode_context(prompt, *embeds, single_frame=single_frame))
+        return prompts
 
     def prepare_latents(
         self, batch: int, num_frames: int, height: int, width: int,

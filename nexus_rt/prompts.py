@@ -89,14 +89,14 @@ def _file(path: Path) -> list[Item]:
     if path.suffix == ".jsonl":
         rows = [(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         return [_item(parse_json(line, place), place, i) for i, (line, place) in enumerate(rows)]
-    said = parse_json(text, str(path))
-    if isinstance(said, list):
-        return [_item(row, f"{path}: [{i}]", i) for i, row in enumerate(said)]
-    if not isinstance(said, dict):
-        raise InputError(f"{path} holds a {type(said).__name__}; expected an array of prompts, or VR-Bench's categories.")
+    document = parse_json(text, str(path))
+    if isinstance(document, list):
+        return [_item(row, f"{path}: [{i}]", i) for i, row in enumerate(document)]
+    if not isinstance(document, dict):
+        raise InputError(f"{path} holds a {type(document).__name__}; expected an array of prompts, or VR-Bench's categories.")
     return [
         _item({"id": row["id"], "prompt": row["prompt_en"]}, place, i)
-        for name, category in said.items()
+        for name, category in document.items()
         for i, (row, place) in enumerate(category_prompts(category, f"{path}: {name}"))
     ]
 
@@ -106,13 +106,13 @@ def parse_json(text: str, where: str) -> Any:
     return documents.parse(text, where, InputError, "mend it")
 
 
-def category_prompts(said: Any, where: str) -> list[tuple[dict[str, Any], str]]:
+def category_prompts(document: Any, where: str) -> list[tuple[dict[str, Any], str]]:
     """The rows under `prompts` of one of VR-Bench's categories, each with its place; `id` and `prompt_en` are there.
 
     Raises:
         InputError: they are not; names the field's place and what was expected.
     """
-    rows = said.get("prompts") if isinstance(said, dict) else None
+    rows = document.get("prompts") if isinstance(document, dict) else None
     if not isinstance(rows, list):
         raise InputError(f"{where}.prompts is {type(rows).__name__}; expected an array, as in VR-Bench's files.")
     found = []
@@ -144,8 +144,8 @@ def _mended(rows: list[tuple[dict[str, Any], str]], where: str) -> list[tuple[di
         if count != 2 or len(choices) != 1 or len(texts) != 2:
             raise InputError(f"{where}: id {name!r} is there twice; every clip needs a name of its own.")
         i, new = choices[0]
-        said = f"{rows[i][1]}.id is {name!r}, which its category holds twice; read as {new!r}, by its place."
-        warnings.warn(said, stacklevel=4)
+        message = f"{rows[i][1]}.id is {name!r}, which its category holds twice; read as {new!r}, by its place."
+        warnings.warn(message, stacklevel=4)
         ids[i] = new
         rows[i] = ({**rows[i][0], "id": new}, rows[i][1])
     return rows

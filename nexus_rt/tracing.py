@@ -45,7 +45,7 @@ class Trace:
     def spans(self) -> list[tuple[str, float, float, dict[str, Any]]]:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return [(name, self._since(a), self._since(b), said) for name, a, b, said in self._raw]
+        return [(name, self._since(a), self._since(b), attributes) for name, a, b, attributes in self._raw]
 
     def totals(self) -> dict[str, float]:
         """Milliseconds by name, in the order they first ended. A span inside another counts for both."""
@@ -64,9 +64,9 @@ class Trace:
                 "dur": 1000 * (stop - start),
                 "pid": os.getpid(),
                 "tid": 0,
-                "args": said,
+                "args": attributes,
             }
-            for name, start, stop, said in sorted(self.spans, key=lambda s: s[1])
+            for name, start, stop, attributes in sorted(self.spans, key=lambda s: s[1])
         ]
         path = Path(path)
         path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
@@ -85,21 +85,21 @@ def record(device: str | torch.device = "cpu") -> Iterator[Trace]:
 
 
 class _Span:
-    __slots__ = ("name", "said", "start", "trace")
+    __slots__ = ("attributes", "name", "start", "trace")
 
-    def __init__(self, name: str, said: dict[str, Any], trace: Trace) -> None:
-        self.name, self.said, self.trace = name, said, trace
+    def __init__(self, name: str, attributes: dict[str, Any], trace: Trace) -> None:
+        self.name, self.attributes, self.trace = name, attributes, trace
 
     def __enter__(self) -> None:
         self.start = self.trace._now()
 
     def __exit__(self, *failure: object) -> None:
-        self.trace._raw.append((self.name, self.start, self.trace._now(), self.said))
+        self.trace._raw.append((self.name, self.start, self.trace._now(), self.attributes))
 
 
 _NOTHING = contextlib.nullcontext()
 
 
-def span(name: str, **said: Any) -> contextlib.AbstractContextManager[None]:
+def span(name: str, **attributes: Any) -> contextlib.AbstractContextManager[None]:
     """A stretch of a call; recorded where somebody records."""
-    return _NOTHING if _recording is None else _Span(name, said, _recording)
+    return _NOTHING if _recording is None else _Span(name, attributes, _recording)

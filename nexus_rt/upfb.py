@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import InputError, choose
+from nexus_rt.kernels.formulas import ENERGIES, EPS, target_energy
 from nexus_rt.ops import choose_ops
 from nexus_rt.velocity import Prediction, Velocity
 
 SPLITS = ("gaussian", "fft", "dct")
 LOWPASSES = ("gaussian", "butterworth", "ideal")
-ENERGIES = ("reference", "progressive", "none")
-EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -210,16 +209,13 @@ def rms(v: Tensor) -> Tensor:
 def target_rms(v_small: Tensor | None, v_large: Tensor | None, w: float, energy: str) -> Tensor:
     """The RMS a blended velocity is scaled to, per sample.
 
-    `reference`: `(rms(v_S) + rms(v_L rms(v_S)/(rms(v_L)+eps))) / 2`, the published rule, which pulls every step to the
-    small generator's. `progressive`: `w rms(v_S) + (1-w) rms(v_L)`, which needs nothing of an absent generator.
+    The rules are `nexus_rt.kernels.formulas.target_energy`'s; `progressive` needs nothing of an absent generator.
     """
     sizes = [rms(v) for v in (v_small, v_large) if v is not None]
     if len(sizes) == 1 and energy != "reference":
         return sizes[0]
     small, large = sizes
-    if energy == "reference":
-        return (small + large * small / (large + EPS)) / 2
-    return w * small + (1 - w) * large
+    return target_energy(small, large, w, energy)
 
 
 def combine(

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from nexus_rt.kernels.formulas import guide
 
-def guide(conditional: Tensor, unconditional: Tensor | None, scale: float) -> Tensor:
-    """Classifier-free guidance `v_u + scale (v_c - v_u)` in float32: diffusers' meaning of `guidance_scale`."""
-    conditional = conditional.float()
-    return conditional if unconditional is None else torch.lerp(unconditional.float(), conditional, scale)
+__all__ = ["Prediction", "Velocity", "guide"]
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,8 @@ def frame_rate(fps: Any, name: str = "fps") -> Fraction:
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         rate = Fraction(0)
     if isinstance(fps, bool) or not Fraction(1, 10) <= rate <= 1000:
-        said = cut(fps if isinstance(fps, str) else repr(fps), 60)
-        raise InputError(f"{name} is {said}; expected frames per second from 0.1 to 1000, such as 16 or 30000/1001.")
+        shown = cut(fps if isinstance(fps, str) else repr(fps), 60)
+        raise InputError(f"{name} is {shown}; expected frames per second from 0.1 to 1000, such as 16 or 30000/1001.")
     ntsc = Fraction(round(rate * Fraction(1001, 1000)) * 1000, 1001)
     if rate.denominator != 1 and abs(rate - ntsc) < Fraction(1, 1000):
         return ntsc

@@ -77,7 +77,7 @@ def loose_caption(scene: Scene, rng: np.random.Generator, fillers: tuple[str, ..
 
     Returns the text and which fields (in `Scene`'s order) it says.
     """
-    shape, colour, texture, motion, background = said = tuple(rng.random(5) > 0.15)
+    shape, colour, texture, motion, background = mentioned = tuple(rng.random(5) > 0.15)
     look = f"{scene.texture} " if texture and scene.texture != "plain" else ""
     parts = ["a", look + (scene.colour if colour else ""), scene.shape if shape else "shape"]
     if motion:
@@ -90,7 +90,7 @@ def loose_caption(scene: Scene, rng: np.random.Generator, fillers: tuple[str, ..
         for _ in range(int(rng.integers(1, 7))):
             words.insert(int(rng.integers(len(words) + 1)), str(rng.choice(fillers)))
         text = " ".join(words)
-    return text, said
+    return text, mentioned
 
 
 def sample_scene(rng: np.random.Generator, training: bool = True) -> Scene:

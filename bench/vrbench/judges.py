@@ -90,14 +90,14 @@ class LocalJudge:
 
         self._load()
         left = iter(_sized(Image.fromarray(f), self.protocol.picture_size) for f in frames)
-        told = [
+        messages = [
             {"role": m["role"], "content": [
                 {"type": "image", "image": next(left)} if p["type"] == "image" else p for p in m["content"]
             ]} for m in talk
         ]  # fmt: skip
         try:
             inputs = self._processor.apply_chat_template(
-                told, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             ).to(self.device, self.dtype)
             with torch.no_grad():
                 heat = self.protocol.temperature

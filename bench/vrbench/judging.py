@@ -71,8 +71,8 @@ def ask(
         talk += [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in (("assistant", first), ("user", AGAIN))]
         reply = _reply(judge, talk, picked)
         found = {**parse(reply.text, wanted), **found}
-    said = reply.text[:300].strip() or "nothing"
-    left_out = {"answer": UNKNOWN, "reason": f"{CAUSES[reply.cause]}; the judge's last reply: {said}", "cause": reply.cause}
+    shown = reply.text[:300].strip() or "nothing"
+    left_out = {"answer": UNKNOWN, "reason": f"{CAUSES[reply.cause]}; the judge's last reply: {shown}", "cause": reply.cause}
     return {q: found.get(q, left_out) for q in wanted}
 
 
@@ -218,11 +218,11 @@ def judge_clips(
             frames = read_frames(clip.path)
         except InputError as error:
             raise Unreadable(str(error)) from error
-        said = ask(judge, clip.prompt, frames, protocol)
+        answers = ask(judge, clip.prompt, frames, protocol)
         before = answers.get(clip.prompt.id, {})
-        said = {q: before[q] if before.get(q, {}).get("answer") in (YES, NO) else a for q, a in said.items()}
-        _write(store / f"{clip.key}.json", {"clip": clip.path.name, "judge": judge.name, "answers": said})
-        return said
+        answers = {q: before[q] if before.get(q, {}).get("answer") in (YES, NO) else a for q, a in answers.items()}
+        _write(store / f"{clip.key}.json", {"clip": clip.path.name, "judge": judge.name, "answers": answers})
+        return answers
 
     done = 0
     for clip, result in _in_threads(one, todo, requests if judge.parallel else 1, judge, say):
@@ -327,7 +327,7 @@ def read_judgment(path: Path) -> dict[str, Any]:
     path = path / FILE if path.is_dir() else path
     maker = f"`nexus-rt vrbench judge PROMPTS {path.parent}`"
     remedy = "judge the clips again: what was answered is kept"
-    said = read_as(path, KIND, SCHEMA, maker, remedy)
-    said.setdefault("protocol", "strict")
-    documents.check(said, Judgment, str(path), remedy=remedy)
-    return said
+    judgment = read_as(path, KIND, SCHEMA, maker, remedy)
+    judgment.setdefault("protocol", "strict")
+    documents.check(judgment, Judgment, str(path), remedy=remedy)
+    return judgment

@@ -31,11 +31,11 @@ def picture(run: dict[str, Any], clip: dict[str, Any] | None) -> str:
     return f'<img src="{escape(shown, quote=True)}" alt="frames">' if shown else "—"
 
 
-def _answer(said: dict[str, Any] | None) -> str:
-    if said is None:
+def _answer(answer: dict[str, Any] | None) -> str:
+    if answer is None:
         return "—"
-    kind = "yes" if said["answer"] == YES else "unknown" if said["answer"] == UNKNOWN else "no"
-    return f'<b class="{kind}">{escape(str(said["answer"]))}</b> {escape(str(said["reason"]))}'
+    kind = "yes" if answer["answer"] == YES else "unknown" if answer["answer"] == UNKNOWN else "no"
+    return f'<b class="{kind}">{escape(str(answer["answer"]))}</b> {escape(str(answer["reason"]))}'
 
 
 def clip_details(report: dict[str, Any], name: str) -> str:

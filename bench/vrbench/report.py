@@ -27,13 +27,14 @@ def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
     for path, folder, name in zip(runs, folders, _names(folders), strict=True):
         files = judgments(path)
         for file in files:
-            said = read_judgment(file)
-            protocol = Protocol(said["protocol"])
+            judgment = read_judgment(file)
+            protocol = Protocol(judgment["protocol"])
             rule = protocol.counts_unanswered
             clips = {
-                i: c | clip_scores(c["answers"], taxonomy.layer_names(c["category"]), rule) for i, c in said["clips"].items()
+                i: c | clip_scores(c["answers"], taxonomy.layer_names(c["category"]), rule)
+                for i, c in judgment["clips"].items()
             }
-            kept = {k: said[k] for k in ("judge", "when", "template", "missing", "failed", "protocol")}
+            kept = {k: judgment[k] for k in ("judge", "when", "template", "missing", "failed", "protocol")}
             scores = {"scores": summary(clips, taxonomy), "clips": clips}
             shown_as = name if protocol.name == "strict" else f"{name} ({protocol.name})"
             found["runs"].append({"name": shown_as, "folder": str(folder), "made_with": made_with(folder), **kept, **scores})
@@ -67,8 +68,8 @@ def made_with(folder: Path) -> str:
     """Plan, steps, size and models of a folder's clips, where `nexus-rt batch` or `vrbench generate` made them."""
     rows = [r["settings"] for r in finished(folder)[0].values() if r["status"] == "done"]
     words = lambda s: "{plan}, {steps} steps, {size}x{frames} {models}".format_map(collections.defaultdict(str, s))  # noqa: E731
-    said = {cut(words(s), 200) for s in rows}
-    return "; ".join(sorted(said)[:3]) + ("; ..." if len(said) > 3 else "")
+    texts = {cut(words(s), 200) for s in rows}
+    return "; ".join(sorted(texts)[:3]) + ("; ..." if len(texts) > 3 else "")
 
 
 def _names(folders: list[Path]) -> list[str]:

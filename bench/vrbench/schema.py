@@ -102,13 +102,14 @@ def read_taxonomy(path: str | Path | None = None) -> Taxonomy:
     """
     path = Path(path).expanduser() if path else Path(__file__).with_name("taxonomy.json")
     names, layers, groups = {}, {}, {}
-    said = documents.check(parse_json(read_text(path), str(path)), _Taxonomy, str(path), InputError, "see taxonomy.json's form")
-    for code, row in said.categories.items():
+    document = parse_json(read_text(path), str(path))
+    taxonomy = documents.check(document, _Taxonomy, str(path), InputError, "see taxonomy.json's form")
+    for code, row in taxonomy.categories.items():
         names[code] = row.name
         layers[code] = tuple(row.layers or ())
         if len(layers[code]) not in (0, LAYERS):
             raise InputError(f"{path}: categories.{code}.layers has {len(layers[code])} names; expected {LAYERS}.")
-    for group, codes in said.groups.items():
+    for group, codes in taxonomy.groups.items():
         if unknown := [c for c in codes if c not in names]:
             raise InputError(f"{path}: groups.{group} holds {unknown[0]!r}; expected categories, of {', '.join(names)}.")
         groups[group] = tuple(codes)
@@ -129,12 +130,12 @@ def read_bench(path: str | Path, taxonomy: Taxonomy) -> list[Prompt]:
 
 
 def _file(path: Path, taxonomy: Taxonomy) -> list[Prompt]:
-    said = parse_json(read_text(path), str(path))
-    if not isinstance(said, dict) or not said:
-        kind = "nothing" if said == {} else f"a {type(said).__name__}"
+    document = parse_json(read_text(path), str(path))
+    if not isinstance(document, dict) or not document:
+        kind = "nothing" if document == {} else f"a {type(document).__name__}"
         raise InputError(f"{path} holds {kind}; expected an object keyed by category name, as VR-Bench's files are.")
     found = []
-    for name, category in said.items():
+    for name, category in document.items():
         where = f"{path}: {name}"
         rows = category_prompts(category, where)
         principle = _text(category, "evaluation_principle", where)
@@ -171,10 +172,10 @@ def _prompt(row: dict[str, Any], where: str, category: str, principle: str) -> P
     )  # fmt: skip
     if row.get("evaluation") is None:
         return found
-    said, place = row["evaluation"], f"{where}.evaluation"
-    if not isinstance(said, dict):
-        raise InputError(f"{place} is a {type(said).__name__}; expected an object.")
-    rows = said.get("evaluation_questions")
+    evaluation, place = row["evaluation"], f"{where}.evaluation"
+    if not isinstance(evaluation, dict):
+        raise InputError(f"{place} is a {type(evaluation).__name__}; expected an object.")
+    rows = evaluation.get("evaluation_questions")
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{place}.evaluation_questions is {cut(repr(rows), 80)}; expected an array of questions.")
     questions = tuple(_question(q, f"{place}.evaluation_questions[{i}]") for i, q in enumerate(rows))
@@ -183,7 +184,7 @@ def _prompt(row: dict[str, Any], where: str, category: str, principle: str) -> P
         raise InputError(f"{place}.evaluation_questions: id {max(ids, key=ids.count)!r} is there twice; expected each once.")
     if sum(q.weight for q in questions) <= 0:
         raise InputError(f"{place}.evaluation_questions: the weights sum to zero; expected one above zero at least.")
-    instruction, behaviour = (_text(said, name, place) for name in ("overall_instruction", "evaluation_description"))
+    instruction, behaviour = (_text(evaluation, name, place) for name in ("overall_instruction", "evaluation_description"))
     return replace(found, instruction=instruction, behaviour=behaviour, questions=questions)
 
 

@@ -16,6 +16,7 @@ from nexus_rt import __version__
 from nexus_rt.cli import batch, bench, convert, decode, doctor, engines, export, generate, plan, vrbench
 from nexus_rt.cli.options import check_options
 from nexus_rt.errors import InputError, NexusError
+from nexus_rt.log import LEVELS, show
 
 COMMANDS = {
     "generate": generate, "batch": batch, "vrbench": vrbench, "decode": decode, "plan": plan, "export": export,
@@ -33,7 +34,15 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS.values():
         command.add(commands)
+    for leaf in _leaves(top):
+        leaf.add_argument("--log-level", choices=LEVELS, help="what to log: info says what every 'auto' chose, and why")
     return top
+
+
+def _leaves(of: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """The parsers of commands and actions that have none below them."""
+    below = [a for a in of._actions if isinstance(a, argparse._SubParsersAction)]
+    return [leaf for a in below for inner in a.choices.values() for leaf in _leaves(inner)] if below else [of]
 
 
 def _ended(number: int, frame: object) -> None:
@@ -48,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.line = shlex.join(["nexus-rt", *words])  # engines remember what made them
     if argv is None:  # the command's own process, not a program that calls us: what is half-made is taken away
         signal.signal(signal.SIGTERM, _ended)
+    if args.log_level:
+        show(args.log_level)
     try:
         check_options(known, words, args)
         code = COMMANDS[args.command].run(args)

@@ -11,12 +11,12 @@ PLAN_HELP = (
 )
 DTYPES = ("float32", "bfloat16", "float16")
 BLEND_NUMBERS = {  # of BlendConfig
-    "gamma_hf": "the small generator's share of high frequencies (default: 0.7)",
-    "sigma_min": "of gaussian: the filter's width in latent cells at w = 0 (default: 0.35)",
-    "sigma_max": "of gaussian: the filter's width in latent cells at w = 1 (default: 0.7)",
-    "rho_min": "of fft and dct: the cutoff at w = 0, as a fraction of Nyquist (default: 0.1)",
-    "rho_max": "of fft and dct: the cutoff at w = 1, as a fraction of Nyquist (default: 0.9)",
-    "order": "of butterworth: its order (default: 2)",
+    "gamma_hf": "small generator's share of the high frequencies (default: 0.7)",
+    "sigma_min": "width of the gaussian filter at w = 0, in latent cells (default: 0.35)",
+    "sigma_max": "width of the gaussian filter at w = 1, in latent cells (default: 0.7)",
+    "rho_min": "cutoff of fft and dct at w = 0, as a fraction of Nyquist (default: 0.1)",
+    "rho_max": "cutoff of fft and dct at w = 1, as a fraction of Nyquist (default: 0.9)",
+    "order": "order of the Butterworth low-pass (default: 2)",
 }
 SEED_HELP = "0 to 2^64 - 1; the same seed gives the same video, -1 draws a fresh one and prints it (default: 0)"
 FPS_HELP = "frames per second of the file, such as 16, 23.976 or 30000/1001 (default: 16)"
@@ -67,7 +67,9 @@ def running() -> argparse.ArgumentParser:
         default="auto",
         help="auto (default) | auto-fp8 | sdpa | flash | cudnn | math | triton | triton-fp8 | fa3 | sage",
     )
-    group.add_argument("--dtype", choices=DTYPES, help="of the generators (default: bfloat16 on a GPU, float32 on a CPU)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="data type of generators and encoders (default: bfloat16 on a GPU, float32 on a CPU)"
+    )
     return parent
 
 
@@ -77,20 +79,24 @@ def walk() -> argparse.ArgumentParser:
     group = parent.add_argument_group("what runs when")
     group.add_argument("--plan", metavar="PLAN", help=PLAN_HELP)
     group.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: 50)")
-    group.add_argument("--shift", type=float, help="of the time grid (default: 5.0; 3.0 for small frames)")
-    group.add_argument("--guidance", type=float, metavar="G", help="v_u + G (v_c - v_u); 1 is none (default: 6.0)")
-    group.add_argument("--guidance-2", type=float, metavar="G", help="of the large generator, where it differs")
+    group.add_argument("--shift", type=float, help="shift of the time grid (default: 5.0; 3.0 for small frames)")
+    group.add_argument(
+        "--guidance", type=float, metavar="G", help="guidance scale: v_u + G (v_c - v_u); 1 is none (default: 6.0)"
+    )
+    group.add_argument(
+        "--guidance-2", type=float, metavar="G", help="guidance scale of the large generator (default: that of --guidance)"
+    )
     group.add_argument(
         "--as-published", action="store_true",
         help="the published scripts' defaults and numerics: plan reference, 50 steps, shift 5, guidance 6 (their s = 5)",
     )  # fmt: skip
-    group.add_argument("--split", help="gaussian (the paper's) | fft | dct (default: gaussian)")
-    group.add_argument("--lowpass", help="of fft and dct: gaussian | butterworth | ideal (default: gaussian)")
+    group.add_argument("--split", help="frequency split: gaussian (the paper's) | fft | dct (default: gaussian)")
+    group.add_argument("--lowpass", help="low-pass of fft and dct: gaussian | butterworth | ideal (default: gaussian)")
     for name, words in BLEND_NUMBERS.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=int if name == "order" else float, help=words)
-    group.add_argument("--gamma-w", type=float, help="exponent of the gate, of reference and auto (default: 0.3)")
-    group.add_argument("--energy", help="reference | progressive | none (default: the plan's own)")
-    group.add_argument("--solver", help="unipc | euler (default: unipc)")
+    group.add_argument("--gamma-w", type=float, help="exponent of the gate in the plans reference and auto (default: 0.3)")
+    group.add_argument("--energy", help="energy rule of the blend: reference | progressive | none (default: the plan's)")
+    group.add_argument("--solver", help="solver: unipc | euler (default: unipc)")
     group.add_argument("--size", type=frame_size, metavar="WxH", help="frame size, such as 832x480 (default: the pair's)")
     group.add_argument("--frames", type=int, metavar="N", help="4k+1 frames (default: the pair's; Wan: 81)")
     return parent
@@ -104,10 +110,10 @@ def clips() -> argparse.ArgumentParser:
     group.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="for the clips and results.jsonl; goes on where it was"
     )
-    group.add_argument("--seed", type=int, default=0, help="of every clip whose entry names none; " + SEED_HELP)
+    group.add_argument("--seed", type=int, default=0, help="seed of clips whose entry names none; " + SEED_HELP)
     group.add_argument("--fps", default="16", help=FPS_HELP)
     group.add_argument("--format", default="mp4", help="mp4 (default) | gif | png (contact sheets)")
     group.add_argument("--shard", default="1/1", metavar="I/N", help="this process's part of the list, such as 1/4")
-    group.add_argument("--ray", action="store_true", help="share the list among Ray workers (pip install 'nexus-rt[ray]')")
-    group.add_argument("--workers", type=int, metavar="N", help="of --ray: how many (default: one a GPU, or one)")
+    group.add_argument("--ray", action="store_true", help="distribute the list over Ray workers (pip install 'nexus-rt[ray]')")
+    group.add_argument("--workers", type=int, metavar="N", help="number of Ray workers (default: one per GPU, else one)")
     return parent

@@ -22,7 +22,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     group.add_argument(
         "--engines", default="torch", metavar="A,B,...", help="torch | compiled | onnx | aoti | tensorrt | tensorrt-rtx"
     )
-    group.add_argument("--parts", metavar="A,B,...", help="of exported engines: small, large, vae, text_encoder (default: all)")
+    group.add_argument(
+        "--parts",
+        metavar="A,B,...",
+        help="parts that are exported for --engines: small, large, vae, text_encoder (default: all)",
+    )
     group.add_argument(
         "--vs", metavar="A,B,...",
         help="peers in the same run: diffusers | switch (each with +compile) | naive | naive-ours | all",
@@ -40,9 +44,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     group.add_argument("--kernels", default="auto", help="torch | triton | auto (default)")
     group.add_argument("--attention", default="auto", help="as in generate")
-    group.add_argument("--dtype", choices=DTYPES, help="of the generators (default: bfloat16 on a GPU, float32 on a CPU)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="data type of the generators (default: bfloat16 on a GPU, float32 on a CPU)"
+    )
     group.add_argument("--estimate", default="auto", help="count on the meta device: auto (what does not fit) | never | always")
-    group.add_argument("--tflops", type=float, help="of an estimate: the rate to divide by (default: this machine's)")
+    group.add_argument("--tflops", type=float, help="compute rate an estimate divides by (default: measured on this machine)")
     group = bench.add_argument_group("where it goes")
     group.add_argument("--json", metavar="FILE", help="everything, for `bench compare`")
     group.add_argument("--html", metavar="FILE", help="one self-contained page")

@@ -32,14 +32,14 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--picture-size", type=int, metavar="N",
         help="longest side of a frame in pixels (default: what keeps a request below 4 MB)",
     )  # fmt: skip
-    judge.add_argument("--max-tokens", type=int, metavar="N", help="of a reply (default: 1024)")
-    judge.add_argument("--temperature", type=float, default=0.0, help="of a reply (default: 0)")
+    judge.add_argument("--max-tokens", type=int, metavar="N", help="longest reply in tokens (default: 1024)")
+    judge.add_argument("--temperature", type=float, default=0.0, help="sampling temperature of replies (default: 0)")
     judge.add_argument(
         "--retry-unknown", action=argparse.BooleanOptionalAction, default=True,
         help="ask again about clips with answers that could not be read in the run before (default: yes)",
     )  # fmt: skip
-    judge.add_argument("--device", help="of a judge that runs here (default: cuda where there is one)")
-    judge.add_argument("--dtype", choices=DTYPES, help="of a judge that runs here")
+    judge.add_argument("--device", help="device of a local judge (default: cuda where there is one)")
+    judge.add_argument("--dtype", choices=DTYPES, help="data type of a local judge")
     report = actions.add_parser("report", help="tables of judged folders, the first of them compared with the others")
     report.add_argument("runs", nargs="+", metavar="DIR", help="folders that were judged, or their judgment.json")
     report.add_argument("--markdown", metavar="FILE", help="the tables that are printed")

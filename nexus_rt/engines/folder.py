@@ -178,22 +178,22 @@ class EngineFolder:
         if not (path / MANIFEST).is_file():
             raise ModelError(f"{path} holds no {MANIFEST}; expected an engine folder, as `nexus-rt export` makes.")
         where, remedy = str(path / MANIFEST), "export the engine again"
-        said = documents.parse(documents.read_bytes(path / MANIFEST), where, remedy=remedy)
-        schema = said.get("schema") if isinstance(said, dict) else None
+        document = documents.parse(documents.read_bytes(path / MANIFEST), where, remedy=remedy)
+        schema = document.get("schema") if isinstance(document, dict) else None
         if not isinstance(schema, int) or isinstance(schema, bool):
             raise ModelError(f"{path / MANIFEST} is no engine's manifest: it has no schema; export the engine again.")
         if schema > SCHEMA:
             raise ModelError(
                 f"{path} has a manifest of schema {schema}, and this nexus-rt reads up to {SCHEMA}; upgrade nexus-rt, or "
-                f"export again: {cut(said.get('command', 'nexus-rt export'))}"
+                f"export again: {cut(document.get('command', 'nexus-rt export'))}"
             )
         known = {f.name for f in fields(Manifest)}
-        missing = known - said.keys() - {"contract"}
+        missing = known - document.keys() - {"contract"}
         if missing:
             raise ModelError(f"{path / MANIFEST} lacks {', '.join(sorted(missing))}; export the engine again.")
-        stored = documents.check(said, _Stored, where, remedy=remedy)
+        stored = documents.check(document, _Stored, where, remedy=remedy)
         stored.check(where)
-        return cls(path, Manifest(**{k: v for k, v in said.items() if k in known}))
+        return cls(path, Manifest(**{k: v for k, v in document.items() if k in known}))
 
     @property
     def nbytes(self) -> int:

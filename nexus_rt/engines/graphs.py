@@ -118,20 +118,20 @@ class ReplayedEngine:
             if len(self.graphs) > KEPT:
                 self.graphs.popitem(last=False)
         self.graphs.move_to_end(key)
-        replay, result, x, t, told, now = self.graphs[key]
+        replay, result, x, t, static, now = self.graphs[key]
         x.copy_(latents)
         t.copy_(timestep.reshape(()))
         if now[0] is not context:
-            for mine, theirs in zip(tensors_of(told), tensors_of(context), strict=True):
+            for mine, theirs in zip(tensors_of(static), tensors_of(context), strict=True):
                 mine.copy_(theirs)
             now[0] = context
         replay()
         return result.clone()
 
     def _recorded(self, latents: Tensor, timestep: Tensor, context: Any) -> tuple:
-        x, t, told = latents.clone(), timestep.reshape(()).float().clone(), mapped(context, Tensor.clone)
-        replay, result = self.record(lambda: self.engine.velocity(x, t, told), self.engine.device)
-        return replay, result, x, t, told, [context]
+        x, t, static = latents.clone(), timestep.reshape(()).float().clone(), mapped(context, Tensor.clone)
+        replay, result = self.record(lambda: self.engine.velocity(x, t, static), self.engine.device)
+        return replay, result, x, t, static, [context]
 
 
 def cannot_replay(engine: Any) -> str | None:

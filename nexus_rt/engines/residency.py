@@ -25,6 +25,7 @@ import torch
 
 from nexus_rt.engines.base import Resident, Streamed
 from nexus_rt.errors import InputError
+from nexus_rt.log import chose
 from nexus_rt.plan import Plan
 from nexus_rt.size import ClipSize
 from nexus_rt.tracing import span
@@ -194,6 +195,8 @@ def plan_residency(plan: Plan, parts: Mapping[str, Part], budget: int | None = N
     tried = [ResidencyPlan(m, _phases(plan, parts, m), budget) for m in ([mode] if mode else MODES)]
     for found in tried:
         if budget is None or found.peak <= budget:
+            if budget is not None and mode is None:
+                chose("residency", found.mode, f"its peak is {amount(found.peak)} of {amount(budget)}")
             return found
     least = min(tried, key=lambda r: r.peak)
     worst = max(least.phases, key=lambda p: p.peak)

@@ -105,8 +105,8 @@ class TensorRTSessions(Sessions):
         for graph in self.graphs:
             engine = runtime.deserialize_cuda_engine((self.folder.path / f"{graph}.engine").read_bytes())
             if engine is None:
-                said = self.errors[-1] if self.errors else "no message"
-                raise ModelError(f"{self.folder.path} cannot be loaded here ({said}); {self.folder.rebuild()}")
+                message = self.errors[-1] if self.errors else "no message"
+                raise ModelError(f"{self.folder.path} cannot be loaded here ({message}); {self.folder.rebuild()}")
             if self.weight_budget is not None and graph == self.largest:
                 engine.weight_streaming_budget_v2 = min(self.weight_budget, engine.streamable_weights_size)
             self.engines[graph] = engine
@@ -146,5 +146,5 @@ class TensorRTSessions(Sessions):
         for name, t in (*inputs.items(), *outputs.items()):
             context.set_tensor_address(name, t.data_ptr())
         if not context.execute_async_v3(stream):
-            said = self.errors[-1] if self.errors else "no message"
-            raise ModelError(f"{self.folder.path} failed to run: {said}")
+            message = self.errors[-1] if self.errors else "no message"
+            raise ModelError(f"{self.folder.path} failed to run: {message}")

@@ -67,8 +67,8 @@ class ConnectorConfig:
         template = Template.from_dict(values.pop("template", {}))
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                said = cut(repr(value), 80)
-                raise ModelError(f"the connector's config.json sets {name}={said}; expected a positive whole number.")
+                shown = cut(repr(value), 80)
+                raise ModelError(f"the connector's config.json sets {name}={shown}; expected a positive whole number.")
             if value > LARGEST[name]:
                 raise ModelError(f"the connector's config.json sets {name}={value}; expected at most {LARGEST[name]}.")
         found = cls(**values, template=template)

@@ -128,8 +128,8 @@ class Scaling:
         Raises:
             ModelError: the rank said is not the tensors'.
         """
-        if (said := self.rank(*modules)) != rank:
-            raise ModelError(f"{self.where} says rank {said} of {modules[0]}, and its tensors have rank {rank}.")
+        if (stored := self.rank(*modules)) != rank:
+            raise ModelError(f"{self.where} says rank {stored} of {modules[0]}, and its tensors have rank {rank}.")
         return self.alpha(*modules) / (math.sqrt(rank) if self.config.use_rslora else rank)
 
     def _match(self, patterns: dict[str, Any] | None, default: Any, modules: tuple[str, ...]) -> Any:
@@ -162,11 +162,11 @@ def read_scaling(path: Path) -> Scaling | None:
     found = []
     if (text := read_metadata(path).get("lora_adapter_metadata")) is not None:
         where = f"{path}: lora_adapter_metadata"
-        said = documents.parse(text, where)
-        if not isinstance(said, dict):
-            raise ModelError(f"{where} holds a {type(said).__name__}; expected an object, as diffusers writes it.")
-        own = {k.removeprefix("transformer."): v for k, v in said.items() if k.startswith("transformer.")}
-        found.append((own or {k: v for k, v in said.items() if "." not in k}, where))
+        document = documents.parse(text, where)
+        if not isinstance(document, dict):
+            raise ModelError(f"{where} holds a {type(document).__name__}; expected an object, as diffusers writes it.")
+        own = {k.removeprefix("transformer."): v for k, v in document.items() if k.startswith("transformer.")}
+        found.append((own or {k: v for k, v in document.items() if "." not in k}, where))
     if (beside := path.with_name("adapter_config.json")).is_file():
         found.append((documents.read_object(beside), str(beside)))
     scalings = []

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nexus_rt import documents
 from nexus_rt.errors import DecodeError, ModelError, cut
+from nexus_rt.log import chose
 from nexus_rt.models.checkpoint import StoredTensor, compare, fill_exactly, find_tensors, read_header, read_tensors
 from nexus_rt.models.decoder import can_decode_whole, decode_whole
 from nexus_rt.models.load import folder_bytes, read_json
@@ -231,6 +232,8 @@ class VideoDecoder(Lazy, Decoder):
     def _video(self, z: Tensor) -> Tensor:
         height, width = (s * self.spatial for s in z.shape[-2:])
         tiled = height * width > TILE_ABOVE if self.tiling == "auto" else bool(self.tiling)
+        if self.tiling == "auto":
+            chose("VAE tiling", "on" if tiled else "off", f"frames of {width}x{height} against {TILE_ABOVE} pixels", once=True)
         z = z.contiguous(memory_format=torch.channels_last_3d)
         elements = z.shape[0] * ((z.shape[2] - 1) * self.temporal + 1) * height * width * self._held.config.base_dim
         if not tiled and elements <= WHOLE and can_decode_whole(self._held):
