@@ -1,1 +1,2 @@
-"""Measurements of the runtime, installed as `nexus_rt.bench`; the runtime itself never imports them."""
+"""Measurements of the runtime, installed as `nexus_rt.bench`; the runtime itself never imports
+them."""

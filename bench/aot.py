@@ -1,11 +1,12 @@
-"""Compile every kernel variant the runtime launches for GPUs that need not be here, and read what it takes of them.
+"""Compile every kernel variant the runtime launches for GPUs that need not be here, and read what
+it takes of them.
 
-    python -m nexus_rt.bench.aot                       # a Markdown table: registers, spills, shared memory, occupancy
-    python -m nexus_rt.bench.aot --arch 90 --json -    # one architecture, as JSON
+    python -m nexus_rt.bench.aot                       # a Markdown table: registers, spills, shared
+    memory, occupancy python -m nexus_rt.bench.aot --arch 90 --json -    # one architecture, as JSON
 
-Needs triton, no GPU and no driver: Triton compiles to PTX, and the `ptxas` it ships assembles that for sm_80, sm_90a,
-sm_100a and sm_120a and prints what the program uses. Occupancy is computed from that by the rules of the CUDA C++ programming
-guide ("Compute Capabilities"), not measured.
+Needs triton, no GPU and no driver: Triton compiles to PTX, and the `ptxas` it ships assembles that
+for sm_80, sm_90a, sm_100a and sm_120a and prints what the program uses. Occupancy is computed from
+that by the rules of the CUDA C++ programming guide ("Compute Capabilities"), not measured.
 """
 
 from __future__ import annotations
@@ -24,31 +25,44 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # files of kernels/ with a `variants()`
-KERNELS = ("band_blend", "band_filter", "solver_step", "modulate", "qk_norm_rope", "attention", "attention_fp8")
+KERNELS = (
+    "band_blend",
+    "band_filter",
+    "solver_step",
+    "modulate",
+    "qk_norm_rope",
+    "attention",
+    "attention_fp8",
+)
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
 REGISTERS = 65536  # a multiprocessor, on all of them
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a multiprocessor holds: resident warps, blocks, bytes of shared memory; each block takes 1 KiB more than it asks."""
+    """What a multiprocessor holds: resident warps, blocks, bytes of shared memory; each block takes
+    1 KiB more than it asks."""
 
     warps: int
     blocks: int
     shared: int
 
 
-LIMITS = {80: Limits(64, 32, 164 << 10), 90: Limits(64, 32, 228 << 10), 100: Limits(64, 32, 228 << 10),
-          120: Limits(48, 24, 100 << 10)}  # fmt: skip
+LIMITS = {
+    80: Limits(64, 32, 164 << 10),
+    90: Limits(64, 32, 228 << 10),
+    100: Limits(64, 32, 228 << 10),
+    120: Limits(48, 24, 100 << 10),
+}
 
 
 def occupancy(arch: int, warps: int, registers: int, shared: int) -> tuple[int, str]:
-    """Warps that a multiprocessor holds at once of a program, and what keeps it from more: "registers", "shared memory",
-    "warps" or "blocks".
+    """Warps that a multiprocessor holds at once of a program, and what keeps it from more:
+    "registers", "shared memory", "warps" or "blocks".
 
     Args:
-        warps: of a block. registers: of a thread; given out to warps in units of 256, a quarter of them in each of four
-            partitions. shared: bytes of a block.
+        warps: of a block. registers: of a thread; given out to warps in units of 256, a quarter of
+            them in each of four partitions. shared: bytes of a block.
     """
     most = LIMITS[arch]
     each = -(-registers * 32 // 256) * 256
@@ -64,7 +78,11 @@ def occupancy(arch: int, warps: int, registers: int, shared: int) -> tuple[int, 
 
 def all_variants() -> list:
     """The variants of every kernel file."""
-    return [v for name in KERNELS for v in importlib.import_module(f"nexus_rt.kernels.{name}").variants()]
+    return [
+        v
+        for name in KERNELS
+        for v in importlib.import_module(f"nexus_rt.kernels.{name}").variants()
+    ]
 
 
 def ptxas() -> Path:
@@ -83,9 +101,14 @@ def compile_variant(variant, arch: int) -> dict:
     names = variant.kernel.arg_names
     signature = {n: "constexpr" if n in variant.constants else variant.signature[n] for n in names}
     # pointers are aligned to 16 bytes, as PyTorch allocates them: what a launch would specialise on
-    even = lambda n: signature[n].startswith("*") or n in variant.aligned  # noqa: E731
+    even = lambda n: signature[n].startswith("*") or n in variant.aligned
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if even(n)}
-    source = ASTSource(variant.kernel, signature, {(names.index(k),): v for k, v in variant.constants.items()}, aligned)
+    source = ASTSource(
+        variant.kernel,
+        signature,
+        {(names.index(k),): v for k, v in variant.constants.items()},
+        aligned,
+    )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
@@ -96,20 +119,36 @@ def compile_variant(variant, arch: int) -> dict:
         file.write_text(ptx)
         output = subprocess.run(
             [tool, "-v", f"-arch={ARCHITECTURES[arch]}", file, "-o", Path(folder) / "kernel.cubin"],
-            capture_output=True, text=True, check=True,
-        ).stderr  # fmt: skip
-    registers, shared = int(re.search(r"Used (\d+) registers", output)[1]), int(compiled.metadata.shared)
-    threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)  # warp groups of a specialised kernel are counted there
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    registers, shared = (
+        int(re.search(r"Used (\d+) registers", output)[1]),
+        int(compiled.metadata.shared),
+    )
+    threads = re.search(
+        r"\.(?:reqntid|maxntid) (\d+)", ptx
+    )  # warp groups of a specialised kernel are counted there
     warps = int(threads[1]) // 32 if threads else variant.num_warps
     resident, limit = occupancy(arch, warps, registers, shared)
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", output)]
     return {
-        "variant": variant.label, "arch": ARCHITECTURES[arch], "warps": variant.num_warps,
-        "registers": registers, "spilled_bytes": sum(spills), "shared_bytes": shared, "block_warps": warps,
-        "resident_warps": resident, "limited_by": limit, "wide_loads": len(re.findall(r"ld\.global\S*\.v[24]\.", ptx)),
-        "wgmma": "wgmma" in ptx, "fp8_products": "e4m3.e4m3" in ptx or "kind::f8f6f4" in ptx,
-        "copied_by_descriptor": ptx.count("cp.async.bulk.tensor"), "warp_specialised": "setmaxnreg" in ptx,
-    }  # fmt: skip
+        "variant": variant.label,
+        "arch": ARCHITECTURES[arch],
+        "warps": variant.num_warps,
+        "registers": registers,
+        "spilled_bytes": sum(spills),
+        "shared_bytes": shared,
+        "block_warps": warps,
+        "resident_warps": resident,
+        "limited_by": limit,
+        "wide_loads": len(re.findall(r"ld\.global\S*\.v[24]\.", ptx)),
+        "wgmma": "wgmma" in ptx,
+        "fp8_products": "e4m3.e4m3" in ptx or "kind::f8f6f4" in ptx,
+        "copied_by_descriptor": ptx.count("cp.async.bulk.tensor"),
+        "warp_specialised": "setmaxnreg" in ptx,
+    }
 
 
 def _compile_one(which: tuple[int, int]) -> dict:
@@ -118,30 +157,44 @@ def _compile_one(which: tuple[int, int]) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, a line a variant: registers / spilled bytes / shared bytes / resident warps (and of how many a multiprocessor
-    holds) on each architecture that launches it."""
+    """Markdown, a line a variant: registers / spilled bytes / shared bytes / resident warps (and of
+    how many a multiprocessor holds) on each architecture that launches it."""
     arches = list(dict.fromkeys(r["arch"] for r in rows))
     lines = [f"| variant | warps | {' | '.join(arches)} |", "|---|---|" + "---|" * len(arches)]
     for label in dict.fromkeys(r["variant"] for r in rows):
         own = {r["arch"]: r for r in rows if r["variant"] == label}
         cells = [
-            f"{r['registers']} / {r['spilled_bytes']} / {r['shared_bytes']} / {r['resident_warps']}" if (r := own.get(arch))
-            else "" for arch in arches
-        ]  # fmt: skip
+            (
+                f"{r['registers']} / {r['spilled_bytes']} / {r['shared_bytes']} /"
+                f" {r['resident_warps']}"
+                if (r := own.get(arch))
+                else ""
+            )
+            for arch in arches
+        ]
         lines.append(f"| {label} | {next(iter(own.values()))['warps']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES)
+    )
     parser.add_argument("--json", metavar="FILE", help="also write JSON ('-': only print it)")
     args = parser.parse_args()
     from nexus_rt.kernels.op import INTERPRETED, triton
 
     if triton is None or INTERPRETED:
         raise SystemExit("ahead-of-time compilation needs triton, and TRITON_INTERPRET unset")
-    todo = [(i, arch) for i, v in enumerate(all_variants()) for arch in args.arch if arch in (v.arches or ARCHITECTURES)]
+    todo = [
+        (i, arch)
+        for i, v in enumerate(all_variants())
+        for arch in args.arch
+        if arch in (v.arches or ARCHITECTURES)
+    ]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         rows = list(pool.map(_compile_one, todo))
     if args.json == "-":

@@ -16,7 +16,14 @@ from nexus_rt.bench.estimate import estimate, matrix_tflops
 from nexus_rt.bench.latency import Clip, Engine, quiet, suite
 from nexus_rt.bench.page import drawing, finite, page
 from nexus_rt.bench.peers import Setting, measure_peers, parse_peers
-from nexus_rt.bench.presets import PROMPT, Preset, find_preset, need_of, random_pipeline, random_prompt
+from nexus_rt.bench.presets import (
+    PROMPT,
+    Preset,
+    find_preset,
+    need_of,
+    random_pipeline,
+    random_prompt,
+)
 from nexus_rt.bench.scaling import scaling
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError, ModelError, NexusError, choose
@@ -30,7 +37,8 @@ from nexus_rt.solver import time_grid
 ENGINES = ("torch", "compiled", "onnx", "aoti", "tensorrt", "tensorrt-rtx")
 ESTIMATES = ("auto", "never", "always")
 RANDOM = (
-    "random weights of the true architecture: the latency is valid, the pictures are not; embeddings are given, no text is read"
+    "random weights of the true architecture: the latency is valid, the pictures are not;"
+    " embeddings are given, no text is read"
 )
 
 
@@ -43,16 +51,22 @@ def run(args: argparse.Namespace) -> int:
     if args.action:
         if args.action[0] != "compare" or len(args.action) != 3:
             raise InputError(
-                f"{' '.join(args.action)!r} is nothing to do; expected `nexus-rt bench compare A.json B.json`, or options."
+                f"{' '.join(args.action)!r} is nothing to do; expected `nexus-rt bench compare"
+                " A.json B.json`, or options."
             )
         return compare(*args.action[1:])
     for given in (args.json, args.html, args.plot):
         if given and not Path(given).expanduser().parent.is_dir():
-            raise InputError(f"{Path(given).parent} does not exist; make the folder first, or write somewhere else.")
+            raise InputError(
+                f"{Path(given).parent} does not exist; make the folder first, or write somewhere"
+                " else."
+            )
     if args.plot and Path(args.plot).suffix != ".svg":
         raise InputError(f"--plot is {args.plot}; it draws SVG: expected a name that ends in .svg.")
     if args.runs < 1 or args.warmup < 0:
-        raise InputError(f"--runs is {args.runs} and --warmup {args.warmup}; expected at least 1 and 0.")
+        raise InputError(
+            f"--runs is {args.runs} and --warmup {args.warmup}; expected at least 1 and 0."
+        )
     found = measure(args)
     found["rows"] = found.get("rows", [])
     print(text(found))
@@ -72,11 +86,15 @@ def compare(before: str, after: str) -> int:
 
 
 def write(found: dict[str, Any], args: argparse.Namespace) -> None:
-    without = {**found, "rows": [{k: v for k, v in r.items() if k != "thumbnail"} for r in found["rows"]]}  # the page has them
+    without = {
+        **found,
+        "rows": [{k: v for k, v in r.items() if k != "thumbnail"} for r in found["rows"]],
+    }  # the page has them
     made = (
-        (args.json, lambda: json.dumps(finite(without), indent=1) + "\n"), (args.html, lambda: page(finite(found))),
+        (args.json, lambda: json.dumps(finite(without), indent=1) + "\n"),
+        (args.html, lambda: page(finite(found))),
         (args.plot, lambda: drawing(finite(found)) + "\n"),
-    )  # fmt: skip
+    )
     for path, content in made:
         if path:
             files.write_text(Path(path).expanduser(), content())
@@ -91,11 +109,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     dtype = default_dtype(getattr(torch, args.dtype) if args.dtype else None, device)
     real = args.pair or args.small or args.large or preset.configs is None
     notes: list[str] = []
-    found: dict[str, Any] = {"schema": files.SCHEMA, "kind": files.KIND, "preset": preset.name, "notes": notes}
-    mark = lambda weights: files.fingerprint(device, weights, args.line)  # noqa: E731
+    found: dict[str, Any] = {
+        "schema": files.SCHEMA,
+        "kind": files.KIND,
+        "preset": preset.name,
+        "notes": notes,
+    }
+    mark = lambda weights: files.fingerprint(device, weights, args.line)
     if real:
         pipe, make, folders = _real(args, device, dtype)
-        found["fingerprint"], prompt, embeds = mark(files.weights_fingerprint(folders)), args.prompt or PROMPT, {}
+        found["fingerprint"], prompt, embeds = (
+            mark(files.weights_fingerprint(folders)),
+            args.prompt or PROMPT,
+            {},
+        )
     else:
         size = _size(args, preset.size)
         configs = _configs(args, preset)
@@ -104,9 +131,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             sentence = need.sentence(preset.name, device)
             if need.short and args.estimate == "never":
                 raise ModelError(f"{sentence}.")
-            notes.append(f"{sentence}. Estimated on the meta device instead." if need.short else "estimated, as asked")
+            notes.append(
+                f"{sentence}. Estimated on the meta device instead."
+                if need.short
+                else "estimated, as asked"
+            )
             say(notes[0])
-            return {**found, "fingerprint": mark({}), "estimate": _estimate(args, configs, need, size, device, dtype)}
+            return {
+                **found,
+                "fingerprint": mark({}),
+                "estimate": _estimate(args, configs, need, size, device, dtype),
+            }
         notes.append(RANDOM)
         say(RANDOM)
         pipe, make, folders, prompt = random_pipeline(configs, dtype, device, size), None, {}, None
@@ -117,7 +152,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     steps = args.steps or d.num_inference_steps
     pipe.check_inputs(size.height, size.width, size.frames, "latent")
     shipped = real and not (args.pair or args.small or args.large)
-    riddles = args.accuracy if shipped and len(pipe.engines) > 1 and size == ClipSize(d.width, d.height, d.num_frames) else 0
+    riddles = (
+        args.accuracy
+        if shipped and len(pipe.engines) > 1 and size == ClipSize(d.width, d.height, d.num_frames)
+        else 0
+    )
     clip = Clip(size.height, size.width, size.frames, steps, args.seed, prompt, embeds, riddles)
     plans = _plans(args.plans, pipe)
     for name in plans:  # a plan that does not parse is said before anything is measured
@@ -131,7 +170,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             try:
                 made.append(_engine(name, args, pipe, real, size, device, Path(place), notes))
             except NexusError as error:
-                failed += [{"plan": p, "engine": name, "size": list(size), "steps": steps, "failed": str(error)} for p in plans]
+                failed += [
+                    {
+                        "plan": p,
+                        "engine": name,
+                        "size": list(size),
+                        "steps": steps,
+                        "failed": str(error),
+                    }
+                    for p in plans
+                ]
         wanted = [e for e in made if e.name in engines]
         traces = Path(args.trace).expanduser() if args.trace else None
         if wanted and wanted[0] is not made[0]:
@@ -139,11 +187,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         found |= suite(wanted or made, plans, clip, args.runs, args.warmup, traces, say)
         found["rows"] += failed
     if peers:
-        setting = Setting((size.height, size.width, size.frames), steps, args.seed, prompt, embeds or _embeds(pipe, prompt))
+        setting = Setting(
+            (size.height, size.width, size.frames),
+            steps,
+            args.seed,
+            prompt,
+            embeds or _embeds(pipe, prompt),
+        )
         rows = []
         for name in peers:
             say(f"peer: {name}")
-            rows += measure_peers(pipe, (name,), setting, args.runs, max(1, args.warmup), tuple(plans))
+            rows += measure_peers(
+                pipe, (name,), setting, args.runs, max(1, args.warmup), tuple(plans)
+            )
         found["peers"] = rows
     if args.scaling:
         found["scaling"] = scaling(pipe, clip, args.runs, say)
@@ -156,9 +212,14 @@ def _size(args: argparse.Namespace, usual: ClipSize) -> ClipSize:
 
 
 def _plans(text: str | None, pipe: NexusPipeline) -> list[str]:
-    """Plans of `--plans`; plans that hold commas themselves (`handoff=0.3,bridge=4`) are joined again."""
+    """Plans of `--plans`; plans that hold commas themselves (`handoff=0.3,bridge=4`) are joined
+    again."""
     if not text:
-        return ["reference", pipe.defaults.plan, "auto=0.02"] if len(pipe.engines) > 1 else list(pipe.engines)
+        return (
+            ["reference", pipe.defaults.plan, "auto=0.02"]
+            if len(pipe.engines) > 1
+            else list(pipe.engines)
+        )
     found: list[str] = []
     for piece in text.split(","):
         if piece.strip().startswith("bridge=") and found:
@@ -169,7 +230,8 @@ def _plans(text: str | None, pipe: NexusPipeline) -> list[str]:
 
 
 def _configs(args: argparse.Namespace, preset: Preset) -> dict[str, dict[str, Any]]:
-    """Architectures of the generators that the plans run: with `--plans large` the small one is not made."""
+    """Architectures of the generators that the plans run: with `--plans large` the small one is not
+    made."""
     asked = _plans(args.plans, NexusPipeline.__new__(NexusPipeline)) if args.plans else []
     alone = [n for n in preset.configs if asked and all(p == n for p in asked)]
     return {n: c for n, c in preset.configs.items() if not alone or n in alone}
@@ -181,18 +243,32 @@ def _real(args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     pretrained = args.pair if args.pair or args.small or args.large else MINI
     folders = find_parts(pretrained, given, {"local_files_only": args.local_files_only}).generators
-    make = lambda: NexusPipeline.from_pretrained(  # noqa: E731
-        args.pair, **given, torch_dtype=dtype, device=device, kernels=args.kernels, attention=args.attention,
-        small_lora=args.small_lora, large_lora=args.large_lora, local_files_only=args.local_files_only,
-    )  # fmt: skip
+    make = lambda: NexusPipeline.from_pretrained(
+        args.pair,
+        **given,
+        torch_dtype=dtype,
+        device=device,
+        kernels=args.kernels,
+        attention=args.attention,
+        small_lora=args.small_lora,
+        large_lora=args.large_lora,
+        local_files_only=args.local_files_only,
+    )
     return make(), make, folders
 
 
 def _engine(
-    name: str, args: argparse.Namespace, pipe: NexusPipeline, real: bool, size: ClipSize, device: torch.device, place: Path,
+    name: str,
+    args: argparse.Namespace,
+    pipe: NexusPipeline,
+    real: bool,
+    size: ClipSize,
+    device: torch.device,
+    place: Path,
     notes: list[str],
-) -> Engine:  # fmt: skip
-    """The pair on another engine: its blocks compiled, or exported (and kept in the cache) with its VAE and text encoder."""
+) -> Engine:
+    """The pair on another engine: its blocks compiled, or exported (and kept in the cache) with its
+    VAE and text encoder."""
     if name == "compiled":
         from copy import copy
 
@@ -213,13 +289,30 @@ def _engine(
     pretrained = args.pair if args.pair or args.small or args.large else MINI
     parts_found = find_parts(pretrained, given, {"local_files_only": args.local_files_only})
     others = {"vae": parts_found.vae, "text_encoder": parts_found.text}
-    exported = args.parts.split(",") if args.parts else [*parts_found.generators, *(n for n, f in others.items() if f)]
-    loras = {n: parse_loras(sources) for n in ("small", "large") if (sources := getattr(args, f"{n}_lora"))}
+    exported = (
+        args.parts.split(",")
+        if args.parts
+        else [*parts_found.generators, *(n for n, f in others.items() if f)]
+    )
+    loras = {
+        n: parse_loras(sources)
+        for n in ("small", "large")
+        if (sources := getattr(args, f"{n}_lora"))
+    }
     parts = chosen_parts(parts_found, ",".join(exported), False, loras)
     index = Path(pretrained) / "model_index.json" if pretrained else None
     index = index if index is not None and index.is_file() else None
-    export_parts(parts, folders_beside(parts_found, parts), index, target, place / name, args.line, say, lasting=False)
-    make = lambda: NexusPipeline.from_engines(place / name, device=device, kernels=args.kernels)  # noqa: E731
+    export_parts(
+        parts,
+        folders_beside(parts_found, parts),
+        index,
+        target,
+        place / name,
+        args.line,
+        say,
+        lasting=False,
+    )
+    make = lambda: NexusPipeline.from_engines(place / name, device=device, kernels=args.kernels)
     notes.append(f"{name}: {', '.join(exported)} as engines in {precision}, the rest in PyTorch")
     return Engine(name, quiet(make()), make)
 
@@ -242,7 +335,9 @@ def _embeds(pipe: NexusPipeline, prompt: str) -> dict[str, torch.Tensor]:
     return {"prompt_embeds": embeds, "negative_prompt_embeds": none}
 
 
-def _estimate(args, configs, need, size: ClipSize, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _estimate(
+    args, configs, need, size: ClipSize, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     d = Defaults()
     grid = time_grid(args.steps or d.num_inference_steps, d.shift)
     both = ["reference", d.plan, "auto=0.02"] if len(configs) > 1 else list(configs)
@@ -258,37 +353,61 @@ def text(found: dict[str, Any]) -> str:
     if "estimate" in found:
         e = found["estimate"]
         out += [f"{name}: {count:,} TFLOP" for name, count in e["tflop"].items()]
-        out += [f"{r['plan']}: {r['steps']} steps take at least {r['denoise_ms_at_least']:,} ms at {e['tflops']} TFLOP/s"
-                for r in e["rows"]]  # fmt: skip
+        out += [
+            f"{r['plan']}: {r['steps']} steps take at least {r['denoise_ms_at_least']:,} ms at"
+            f" {e['tflops']} TFLOP/s"
+            for r in e["rows"]
+        ]
         return "\n".join(out)
     wide = max(12, *(len(r["plan"]) for r in found["rows"]))
-    out.append(f"{'plan':{wide}} {'engine':12} {'p50 ms':>9} {'p95 ms':>9} {'denoise':>9} {'vae':>8} {'predicted':>9} "
-               f"{'PSNR dB':>9} {'SSIM':>7} {'latents':>8} {'right':>7}")  # fmt: skip
+    out.append(
+        f"{'plan':{wide}} {'engine':12} {'p50 ms':>9} {'p95 ms':>9} {'denoise':>9} {'vae':>8}"
+        f" {'predicted':>9} {'PSNR dB':>9} {'SSIM':>7} {'latents':>8} {'right':>7}"
+    )
     for r in found["rows"]:
         if "failed" in r:
             out.append(f"{r['plan']:{wide}} {r['engine']:12} failed: {r['failed']}")
             continue
         q, off = r["quality"], r.get("prediction_error")
-        shown = "identical" if q.get("identical") else "-" if q.get("psnr_db") is None else f"{q['psnr_db']:.1f}"
+        shown = (
+            "identical"
+            if q.get("identical")
+            else "-"
+            if q.get("psnr_db") is None
+            else f"{q['psnr_db']:.1f}"
+        )
         ssim = "-" if q.get("ssim") is None else f"{q['ssim']:.4f}"
         right = f"{q['right']}/{q['count']}" if "accuracy" in q else "-"
         vae = r["components_ms"].get("vae")
         times = f"{r['total_duration_ms']:9.1f} {r['total_p95_ms']:9.1f} {r['denoise_ms']:9.1f}"
-        rest = f"{'-' if vae is None else f'{vae:.1f}':>8} {'-' if off is None else f'{100 * off:+.1f}%':>9}"
+        rest = (
+            f"{'-' if vae is None else f'{vae:.1f}':>8}"
+            f" {'-' if off is None else f'{100 * off:+.1f}%':>9}"
+        )
         quality = f"{shown:>9} {ssim:>7} {q['latent_error']:8.1e} {right:>7}"
         out.append(f"{r['plan']:{wide}} {r['engine']:12} {times} {rest} {quality}")
     for r in found.get("peers", []):
         if "failed" in r:
             out.append(f"peer {r['peer']}: {r['failed']}")
             continue
-        shown = "identical" if r.get("identical") else "-" if r.get("psnr_db") is None else f"{r['psnr_db']:.1f} dB"
+        shown = (
+            "identical"
+            if r.get("identical")
+            else "-"
+            if r.get("psnr_db") is None
+            else f"{r['psnr_db']:.1f} dB"
+        )
         out.append(
-            f"peer {r['peer']}: {r['theirs_ms']['p50']:.1f} ms, our {r['plan']} {r['ours_ms']['p50']:.1f} ms, "
-            f"{r['ratio']:.2f}x; latents differ by {r['latent_error']:.1e}, frames {shown}"
+            f"peer {r['peer']}: {r['theirs_ms']['p50']:.1f} ms, our {r['plan']}"
+            f" {r['ours_ms']['p50']:.1f} ms, {r['ratio']:.2f}x; latents differ by"
+            f" {r['latent_error']:.1e}, frames {shown}"
         )
     for axis, curves in found.get("scaling", {}).items():
         for name, curve in curves.items():
             if fit := curve["fit"]:
-                terms = ", ".join(f"{c:.3g} (power {p})" for c, p in zip(fit["coefficients"], fit["powers"], strict=True))
+                terms = ", ".join(
+                    f"{c:.3g} (power {p})"
+                    for c, p in zip(fit["coefficients"], fit["powers"], strict=True)
+                )
                 out.append(f"scaling over {axis}, {name}: {terms}; R2 {fit['r2']:.4f}")
     return "\n".join(out)

@@ -1,4 +1,5 @@
-"""Figures of the runtime core, each measured beside its peer in the same run after their results are compared.
+"""Figures of the runtime core, each measured beside its peer in the same run after their results
+are compared.
 
 python -m nexus_rt.bench.core blend     # one filter against the four-filter form
 python -m nexus_rt.bench.core dit       # the mini large DiT against diffusers' on the same weights
@@ -29,20 +30,26 @@ from nexus_rt.upfb import BlendConfig, blend
 
 def machine() -> dict:
     return {
-        "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-    }  # fmt: skip
+    }
 
 
 def paired(ours: Callable, theirs: Callable, runs: int) -> dict:
-    """Run two calls in turn; medians in ms and the median of their ratio, pair by pair (above 1: ours is faster)."""
+    """Run two calls in turn; medians in ms and the median of their ratio, pair by pair (above 1:
+    ours is faster)."""
     ours(), theirs()
     pairs = [(median_ms(ours, 1, 0), median_ms(theirs, 1, 0)) for _ in range(runs)]
     return {
-        "ours_ms": round(median(a for a, _ in pairs), 3), "theirs_ms": round(median(b for _, b in pairs), 3),
-        "ratio": round(median(b / a for a, b in pairs), 2), "runs": runs,
-    }  # fmt: skip
+        "ours_ms": round(median(a for a, _ in pairs), 3),
+        "theirs_ms": round(median(b for _, b in pairs), 3),
+        "ratio": round(median(b / a for a, b in pairs), 2),
+        "runs": runs,
+    }
 
 
 def bench_blend(runs: int) -> dict:
@@ -53,9 +60,13 @@ def bench_blend(runs: int) -> dict:
     error = ((blend(v_small, v_large, 0.6) - expected).abs().max() / expected.abs().max()).item()
     if error > 1e-5:
         raise SystemExit(f"the two forms differ by {error:.1e}: no speed is worth that")
-    timing = paired(lambda: blend(v_small, v_large, 0.6), lambda: four_filter_blend(v_small, v_large, 0.6), runs)
+    timing = paired(
+        lambda: blend(v_small, v_large, 0.6), lambda: four_filter_blend(v_small, v_large, 0.6), runs
+    )
     extra = {
-        split: round(median_ms(lambda s=split: blend(v_small, v_large, 0.6, BlendConfig(split=s)), 5), 3)
+        split: round(
+            median_ms(lambda s=split: blend(v_small, v_large, 0.6, BlendConfig(split=s)), 5), 3
+        )
         for split in ("fft", "dct")
     }
     return {
@@ -68,7 +79,8 @@ def bench_blend(runs: int) -> dict:
 
 @torch.inference_mode()
 def bench_dit(runs: int) -> dict:
-    """A guided step of the mini large DiT against diffusers' transformer on the same weights, prompt and latents."""
+    """A guided step of the mini large DiT against diffusers' transformer on the same weights,
+    prompt and latents."""
     from diffusers import WanTransformer3DModel
 
     from nexus_rt.models.load import load_transformer
@@ -88,9 +100,15 @@ def bench_dit(runs: int) -> dict:
     if error > 1e-4 * b.abs().max().item():
         raise SystemExit(f"the two forwards differ by {error:.1e}: no speed is worth that")
     timing = paired(
-        lambda: ours(latents, timestep[0], context), lambda: theirs(latents, timestep, embeds, return_dict=False), runs
+        lambda: ours(latents, timestep[0], context),
+        lambda: theirs(latents, timestep, embeds, return_dict=False),
+        runs,
     )
-    return {"what": "mini large DiT, guided step (batch 2), float32, against diffusers", "max_error": error, **timing}
+    return {
+        "what": "mini large DiT, guided step (batch 2), float32, against diffusers",
+        "max_error": error,
+        **timing,
+    }
 
 
 LOAD = """
@@ -115,7 +133,8 @@ print(base, max(peak, rss()), weights, seconds)
 
 
 def synthetic_folder(folder: Path, gigabytes: float, dtype: torch.dtype) -> None:
-    """A Wan transformer of about this size, in shards of a fifth, with weights of a fixed pattern."""
+    """A Wan transformer of about this size, in shards of a fifth, with weights of a fixed
+    pattern."""
     from safetensors.torch import save_file
 
     from nexus_rt.models.checkpoint import diffusers_shapes
@@ -132,20 +151,36 @@ def synthetic_folder(folder: Path, gigabytes: float, dtype: torch.dtype) -> None
         part = names[len(names) * i // shards : len(names) * (i + 1) // shards]
         save_file({n: torch.full(shapes[n], 0.01, dtype=dtype) for n in part}, folder / file)
         weight_map |= dict.fromkeys(part, file)
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel", **fields}))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map})
+    )
+    (folder / "config.json").write_text(
+        json.dumps({"_class_name": "WanTransformer3DModel", **fields})
+    )
 
 
 def bench_load(runs: int, gigabytes: float = 2.2) -> dict:
-    """Peak resident memory of loading, above what the process had before, over the bytes of the loaded weights."""
+    """Peak resident memory of loading, above what the process had before, over the bytes of the
+    loaded weights."""
     if not Path("/proc/self/statm").exists():
         raise SystemExit("peak memory is read from /proc/self/statm: run this on Linux")
-    result: dict = {"what": f"load a sharded folder of {gigabytes} GB, peak resident memory over the weights' bytes"}
+    result: dict = {
+        "what": (
+            f"load a sharded folder of {gigabytes} GB, peak resident memory over the weights' bytes"
+        )
+    }
     for stored, asked in ((torch.bfloat16, "bfloat16"), (torch.float32, "bfloat16")):
         with tempfile.TemporaryDirectory() as folder:
             synthetic_folder(Path(folder), gigabytes, stored)
-            out = [subprocess.run([sys.executable, "-c", LOAD, folder, asked], capture_output=True, text=True, check=True)
-                   .stdout.split() for _ in range(min(runs, 3))]  # fmt: skip
+            out = [
+                subprocess.run(
+                    [sys.executable, "-c", LOAD, folder, asked],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                ).stdout.split()
+                for _ in range(min(runs, 3))
+            ]
         ratios = [(int(peak) - int(base)) / int(weights) for base, peak, weights, _ in out]
         result[f"{str(stored)[6:]} as {asked}"] = {
             "peak_ratio": round(max(ratios), 3),
@@ -184,13 +219,24 @@ def bench_mini(runs: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(runs):
             start = time.perf_counter()
-            command = [sys.executable, "-m", "nexus_rt.cli", "generate", prompt, "-o", f"{folder}/a.mp4", "--quiet"]
+            command = [
+                sys.executable,
+                "-m",
+                "nexus_rt.cli",
+                "generate",
+                prompt,
+                "-o",
+                f"{folder}/a.mp4",
+                "--quiet",
+            ]
             subprocess.run(command, check=True)
             walls.append(time.perf_counter() - start)
     pipe = NexusPipeline.from_pretrained()
     prompts = pipe.encode(prompt)
     d, shares = pipe.defaults, {}
-    noise = pipe.prepare_latents(1, d.num_frames, d.height, d.width, torch.Generator().manual_seed(0))
+    noise = pipe.prepare_latents(
+        1, d.num_frames, d.height, d.width, torch.Generator().manual_seed(0)
+    )
     start = time.perf_counter()
     pipe.decode(noise)
     decode = time.perf_counter() - start
@@ -209,20 +255,40 @@ def bench_mini(runs: int) -> dict:
             )
             whole = time.perf_counter() - start
             own.append((whole, 1 - sum(e.seconds for e in engines.values()) / whole))
-        shares[plan.name] = {"denoise_s": round(median(w for w, _ in own), 3),
-                             "own_share_percent": round(100 * median(s for _, s in own), 2)}  # fmt: skip
-    return {"what": "mini pair, default settings, shell to mp4", "wall_s": round(median(walls), 2),
-            "wall_s_max": round(max(walls), 2), "runs": runs, "decode_s": round(decode, 3), "loop": shares}  # fmt: skip
+        shares[plan.name] = {
+            "denoise_s": round(median(w for w, _ in own), 3),
+            "own_share_percent": round(100 * median(s for _, s in own), 2),
+        }
+    return {
+        "what": "mini pair, default settings, shell to mp4",
+        "wall_s": round(median(walls), 2),
+        "wall_s_max": round(max(walls), 2),
+        "runs": runs,
+        "decode_s": round(decode, 3),
+        "loop": shares,
+    }
 
 
-BENCHES = {"blend": (bench_blend, 20), "dit": (bench_dit, 20), "load": (bench_load, 3), "mini": (bench_mini, 5)}
+BENCHES = {
+    "blend": (bench_blend, 20),
+    "dit": (bench_dit, 20),
+    "load": (bench_load, 3),
+    "mini": (bench_mini, 5),
+}
 
 
 def main(benches: dict[str, tuple[Callable[[int], dict], int]], doc: str | None) -> None:
-    """The command line of a module of benches: name -> what measures it, and how many runs it counts."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line of a module of benches: name -> what measures it, and how many runs it
+    counts."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bench", nargs="+", choices=benches)
-    parser.add_argument("--runs", type=int, help=f"counted runs ({', '.join(f'{n} {r}' for n, (_, r) in benches.items())})")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        help=f"counted runs ({', '.join(f'{n} {r}' for n, (_, r) in benches.items())})",
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     results = {"machine": machine()}

@@ -1,4 +1,5 @@
-"""The DiTs at their true size in the GPU suite: one forward, ours by PyTorch and by Triton, compiled, and diffusers'."""
+"""The DiTs at their true size in the GPU suite: one forward, ours by PyTorch and by Triton,
+compiled, and diffusers'."""
 
 from __future__ import annotations
 
@@ -9,13 +10,17 @@ from nexus_rt.bench.presets import random_transformer
 
 
 def dit(suite: Any, name: str) -> dict:
-    """One forward, and one block, at 480p x 81 frames: torch and triton kernels, blocks compiled, diffusers where it is."""
+    """One forward, and one block, at 480p x 81 frames: torch and triton kernels, blocks compiled,
+    diffusers where it is."""
     import torch
 
     config = suite.configs[name]
     t, h, w = suite.grid
     model = random_transformer(config, suite.dtype, suite.device)
-    latents, timestep = suite.random(1, 16, t, 2 * h, 2 * w), torch.tensor(700.0, device=suite.device)
+    latents, timestep = (
+        suite.random(1, 16, t, 2 * h, 2 * w),
+        torch.tensor(700.0, device=suite.device),
+    )
     embeds = torch.zeros(1, 512, model.config.text_dim, dtype=suite.dtype, device=suite.device)
     embeds[:, :40] = suite.random(1, 40, model.config.text_dim)
     dim, length = model.config.dim, suite.tokens
@@ -25,7 +30,11 @@ def dit(suite: Any, name: str) -> dict:
     outputs: dict[str, Any] = {}
     seen: dict[str, tuple] = {}
     with torch.no_grad():
-        for label, kernel in (("torch", "torch"), ("triton", "triton"), ("torch, blocks compiled", "torch")):
+        for label, kernel in (
+            ("torch", "torch"),
+            ("triton", "triton"),
+            ("torch, blocks compiled", "torch"),
+        ):
             with failure_in(rows, label):  # one variant that fails must not take the others with it
                 model.use_kernels(kernel)
                 context = model.prepare_context(embeds)
@@ -35,11 +44,15 @@ def dit(suite: Any, name: str) -> dict:
                         continue
                     for block in model.blocks:
                         block.compile()
-                call = lambda f=forward, c=context: f(latents, timestep, c)  # noqa: E731
+                call = lambda f=forward, c=context: f(latents, timestep, c)
                 if suite.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                if "compiled" not in label:  # a hook would be compiled too; its arguments are those of "torch"
-                    hook = model.blocks[-1].register_forward_pre_hook(lambda block, args, k=kernel: seen.setdefault(k, args))
+                if (
+                    "compiled" not in label
+                ):  # a hook would be compiled too; its arguments are those of "torch"
+                    hook = model.blocks[-1].register_forward_pre_hook(
+                        lambda block, args, k=kernel: seen.setdefault(k, args)
+                    )
                 outputs[label] = call()
                 hook.remove()
                 rows[label] = suite.of_roof(suite.ms(call, 3, 1), flops=flops)
@@ -48,16 +61,23 @@ def dit(suite: Any, name: str) -> dict:
                 if suite.device.type == "cuda":
                     rows[label]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
                 first = outputs["torch"].float()
-                rows[label]["difference"] = float((outputs[label].float() - first).abs().max() / first.abs().max())
+                rows[label]["difference"] = float(
+                    (outputs[label].float() - first).abs().max() / first.abs().max()
+                )
                 if kernel == "triton":  # after the peak: a graph has memory of its own
-                    with failure_in(rows, f"{label}, replayed"):  # what launches cost is the difference
-                        rows[f"{label}, replayed"] = suite.of_roof(suite.ms(call, 3, 1, graph=True), flops=flops)
+                    with failure_in(
+                        rows, f"{label}, replayed"
+                    ):  # what launches cost is the difference
+                        rows[f"{label}, replayed"] = suite.of_roof(
+                            suite.ms(call, 3, 1, graph=True), flops=flops
+                        )
     del model
     return rows | _diffusers(suite, config, latents, embeds, flops)
 
 
 def _diffusers(suite: Any, config: dict, latents, embeds, flops: float) -> dict:
-    """diffusers' transformer of the same size: eager, and its blocks compiled, as its documentation advises."""
+    """diffusers' transformer of the same size: eager, and its blocks compiled, as its documentation
+    advises."""
     import torch
 
     try:
@@ -76,7 +96,7 @@ def _diffusers(suite: Any, config: dict, latents, embeds, flops: float) -> dict:
         for b in model.buffers():
             b.zero_()
         timestep = torch.tensor([700], device=suite.device)
-        call = lambda: model(latents, timestep, embeds, return_dict=False)  # noqa: E731
+        call = lambda: model(latents, timestep, embeds, return_dict=False)
         for label in ("diffusers", "diffusers, blocks compiled"):
             if suite.dry and "compiled" in label:
                 continue

@@ -1,4 +1,5 @@
-"""Engines and the swap in the GPU suite: what replaying and exporting gain, and what the step after a swap waits for."""
+"""Engines and the swap in the GPU suite: what replaying and exporting gain, and what the step after
+a swap waits for."""
 
 from __future__ import annotations
 
@@ -13,12 +14,16 @@ from typing import Any
 from nexus_rt.bench.measure import failure_in
 from nexus_rt.bench.presets import random_transformer
 
-LAYERS = {"small": 30, "large": 10}  # of the swap: a 14B of a quarter of its blocks, so that twelve steps take seconds
+LAYERS = {
+    "small": 30,
+    "large": 10,
+}  # of the swap: a 14B of a quarter of its blocks, so that twelve steps take seconds
 STEPS = "small:6 large:6"
 
 
 def engines(suite: Any) -> dict:
-    """A guided step of two blocks of each generator's width: eager, replayed, and by every backend that builds here."""
+    """A guided step of two blocks of each generator's width: eager, replayed, and by every backend
+    that builds here."""
     rows: dict[str, Any] = {}
     for name, config in suite.configs.items():
         rows |= {f"{name}: {label}": row for label, row in _engines(suite, config).items()}
@@ -50,7 +55,9 @@ def _engines(suite: Any, config: dict) -> dict:
             with failure_in(rows, "torch, replayed"):
                 replayed = ReplayedEngine(eager)
                 context = replayed.prepare(embeds)
-                rows["torch, replayed"] = _row(suite, replayed, latents, timestep, context, wanted, rows["torch"]["ms"])
+                rows["torch, replayed"] = _row(
+                    suite, replayed, latents, timestep, context, wanted, rows["torch"]["ms"]
+                )
         precision = "fp32" if suite.dry else "bf16"
         for backend in ("aoti", "onnx", "tensorrt", "tensorrt-rtx"):
             if suite.dry and backend != "onnx":
@@ -64,17 +71,30 @@ def _engines(suite: Any, config: dict) -> dict:
                 start = time.monotonic()
                 engine.load()
                 loaded = time.monotonic() - start
-                row = _row(suite, engine, latents, timestep, engine.prepare(embeds), wanted, rows["torch"]["ms"])
+                row = _row(
+                    suite,
+                    engine,
+                    latents,
+                    timestep,
+                    engine.prepare(embeds),
+                    wanted,
+                    rows["torch"]["ms"],
+                )
                 worst = max(r["relative_error"] for r in made.manifest.parity["rows"].values())
-                rows[backend] = {**row, "build_s": round(built, 1), "load_s": round(loaded, 2), "mb": made.nbytes // 10**6,
-                                 "parity_error": worst}  # fmt: skip
+                rows[backend] = {
+                    **row,
+                    "build_s": round(built, 1),
+                    "load_s": round(loaded, 2),
+                    "mb": made.nbytes // 10**6,
+                    "parity_error": worst,
+                }
                 engine.unload()
     return rows
 
 
 def swap(suite: Any) -> dict:
-    """The step after the handoff against the median of the large one's steps, and peak memory against what was planned, in
-    every mode of residency."""
+    """The step after the handoff against the median of the large one's steps, and peak memory
+    against what was planned, in every mode of residency."""
     import torch
 
     from nexus_rt.engines.residency import Residency, call_parts, plan_residency
@@ -95,9 +115,18 @@ def swap(suite: Any) -> dict:
         made[role].unload()
     plan = parse_plan(STEPS, time_grid(12))
     embeds = suite.random(1, 40, made["small"].model.config.text_dim)
-    prompts, noise = dict.fromkeys(made, Prompt(embeds)), suite.random(1, 16, *size.latent, dtype=torch.float32)
+    prompts, noise = (
+        dict.fromkeys(made, Prompt(embeds)),
+        suite.random(1, 16, *size.latent, dtype=torch.float32),
+    )
     rows: dict[str, Any] = {}
-    for mode in ("resident", "resident", "prefetched", "swapped", "streamed"):  # the first warms everything up
+    for mode in (
+        "resident",
+        "resident",
+        "prefetched",
+        "swapped",
+        "streamed",
+    ):  # the first warms everything up
         with failure_in(rows, mode):
             for engine in made.values():
                 engine.unload()
@@ -108,19 +137,31 @@ def swap(suite: Any) -> dict:
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             clock = _Clock(cuda)
-            denoise(noise, plan, made, prompts, guidance_scale=1.0, residency=Residency(decided, made),
-                    on_step=lambda *_, clock=clock: clock.tick())  # fmt: skip
+            denoise(
+                noise,
+                plan,
+                made,
+                prompts,
+                guidance_scale=1.0,
+                residency=Residency(decided, made),
+                on_step=lambda *_, clock=clock: clock.tick(),
+            )
             steps = clock.durations()
             large = steps[6:]
             rows[mode] = {
-                "small_ms": median(steps[1:6]), "large_ms": median(large[1:]), "first_large_ms": large[0],
+                "small_ms": median(steps[1:6]),
+                "large_ms": median(large[1:]),
+                "first_large_ms": large[0],
                 "first_over_median": large[0] / median(large[1:]),
-            }  # fmt: skip
+            }
             if cuda:
                 peak = torch.cuda.max_memory_allocated() - held
                 rows[mode] |= {"peak_gib": peak / 2**30, "planned_over_peak": decided.peak / peak}
-    short = lambda v: float(f"{v:.4g}")  # noqa: E731
-    return {mode: {k: short(v) if isinstance(v, float) else v for k, v in row.items()} for mode, row in rows.items()}
+    short = lambda v: float(f"{v:.4g}")
+    return {
+        mode: {k: short(v) if isinstance(v, float) else v for k, v in row.items()}
+        for mode, row in rows.items()
+    }
 
 
 class _Clock:
@@ -179,9 +220,13 @@ def _saved(suite: Any, config: dict, folder: Path) -> Path:
 
     model = random_transformer(config, suite.dtype, suite.device)
     folder.mkdir()
-    state = {k: v.contiguous().cpu() for k, v in to_diffusers(dict(model.named_parameters())).items()}
+    state = {
+        k: v.contiguous().cpu() for k, v in to_diffusers(dict(model.named_parameters())).items()
+    }
     save_file(state, folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel", **config}))
+    (folder / "config.json").write_text(
+        json.dumps({"_class_name": "WanTransformer3DModel", **config})
+    )
     return folder
 
 

@@ -1,4 +1,5 @@
-"""Whole clips at true size in the GPU suite: plans end to end, their prices, the swap, and diffusers beside them."""
+"""Whole clips at true size in the GPU suite: plans end to end, their prices, the swap, and
+diffusers beside them."""
 
 from __future__ import annotations
 
@@ -9,8 +10,16 @@ from typing import Any
 from nexus_rt.bench.measure import failure_in
 
 STEPS, PEER_STEPS = 4, 2
-# the paper's schedule, a handoff early, in the middle and late, the gate snapped, and the large one alone
-PLANS = ["reference", "small:1 bridge:1 large:*", "small:2 bridge:1 large:*", "small:3 large:*", "auto=0.02", "large"]
+# the paper's schedule, a handoff early, in the middle and late, the gate snapped, and the large one
+# alone
+PLANS = [
+    "reference",
+    "small:1 bridge:1 large:*",
+    "small:2 bridge:1 large:*",
+    "small:3 large:*",
+    "auto=0.02",
+    "large",
+]
 PEERS = ("diffusers", "switch", "naive")
 PEER_WITHOUT_DIFFUSERS = ("naive-ours",)
 
@@ -19,7 +28,8 @@ def pipeline(suite: Any) -> dict:
     """480p and 81 frames, random weights, few steps: a step costs what it costs in fifty.
 
     Returns:
-        A row for every plan, every peer, and "vae" (one decoding) where diffusers is installed; "costs" of a step.
+        A row for every plan, every peer, and "vae" (one decoding) where diffusers is installed;
+        "costs" of a step.
     """
     from nexus_rt.bench.latency import Clip, Engine, quiet
     from nexus_rt.bench.latency import suite as measure
@@ -33,14 +43,24 @@ def pipeline(suite: Any) -> dict:
     vae, pipe.vae = pipe.vae, None
     embeds = random_prompt(pipe, suite.dtype)
     clip = Clip(size.height, size.width, size.frames, STEPS, embeds=embeds)
-    found = measure([Engine("torch", pipe)], PLANS, clip, runs=1, warmup=0, pictures=False)  # the reference clip warms up
+    found = measure(
+        [Engine("torch", pipe)], PLANS, clip, runs=1, warmup=0, pictures=False
+    )  # the reference clip warms up
     rows: dict[str, Any] = {"costs": found["costs"]}
-    kept = ("total_duration_ms", "denoise_ms", "predicted_ms", "prediction_error", "swap_ratio", "peak_device_bytes",
-            "energy_joules")  # fmt: skip
+    kept = (
+        "total_duration_ms",
+        "denoise_ms",
+        "predicted_ms",
+        "prediction_error",
+        "swap_ratio",
+        "peak_device_bytes",
+        "energy_joules",
+    )
     for row in found["rows"]:
         rows[row["plan"]] = {k: row[k] for k in kept} | {
-            "latent_error": row["quality"]["latent_error"], "steps_ms": [s["duration_ms"] for s in row["denoise_steps_ms"]],
-        }  # fmt: skip
+            "latent_error": row["quality"]["latent_error"],
+            "steps_ms": [s["duration_ms"] for s in row["denoise_steps_ms"]],
+        }
     setting = Setting((size.height, size.width, size.frames), PEER_STEPS, 0, None, embeds)
     peers = PEERS if find_spec("diffusers") else PEER_WITHOUT_DIFFUSERS
     for name in peers:

@@ -1,13 +1,15 @@
 """Everything there is to measure on a GPU, in one run of at most eight minutes.
 
     python -m nexus_rt.bench.gpu_suite --out bench/results/h200          # on the GPU
-    python -m nexus_rt.bench.gpu_suite --dry                             # on a CPU: every part, at tiny sizes
+    python -m nexus_rt.bench.gpu_suite --dry                             # on a CPU: every part, at
+    tiny sizes
 
-Needs torch, triton, numpy and safetensors; `--wheels DIR` adds a folder of wheels (diffusers, say) to the path. Parts run in
-order and each stands alone: one that breaks is written down with its error, one that the time does not reach is written
-down as not reached, and the files are written anew after each, so that a run that is killed leaves what it had measured.
-Correctness comes first: a kernel that is wrong gets no speed. Every figure stands beside the roof measured in the same
-run: the bandwidth of a large copy, the rate of a large bf16 matrix product.
+Needs torch, triton, numpy and safetensors; `--wheels DIR` adds a folder of wheels (diffusers, say)
+to the path. Parts run in order and each stands alone: one that breaks is written down with its
+error, one that the time does not reach is written down as not reached, and the files are written
+anew after each, so that a run that is killed leaves what it had measured. Correctness comes first:
+a kernel that is wrong gets no speed. Every figure stands beside the roof measured in the same run:
+the bandwidth of a large copy, the rate of a large bf16 matrix product.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ class Suite:
         import torch
 
         self.device = torch.device("cpu" if self.dry else "cuda")
-        self.dtype = torch.float32 if self.dry else torch.bfloat16  # the interpreter computes bfloat16 wrongly
+        self.dtype = (
+            torch.float32 if self.dry else torch.bfloat16
+        )  # the interpreter computes bfloat16 wrongly
         self.half = torch.bfloat16  # moves bytes, computes nothing
         self.grid = (1, 3, 4) if self.dry else GRID
         self.configs = {"tiny": DRY} if self.dry else CONFIGS
@@ -84,10 +88,13 @@ class Suite:
         g = torch.Generator(self.device).manual_seed(self.seed)
         return torch.randn(*shape, generator=g, device=self.device).to(dtype or self.dtype)
 
-    def ms(self, call: Callable[[], Any], runs: int = 10, warmup: int = 3, graph: bool = False) -> float:
+    def ms(
+        self, call: Callable[[], Any], runs: int = 10, warmup: int = 3, graph: bool = False
+    ) -> float:
         """Median milliseconds, the second-level cache swept between runs on a GPU.
 
-        graph: of a replay, without the launches' own time; a call that waits for the GPU cannot be captured and fails.
+        graph: of a replay, without the launches' own time; a call that waits for the GPU cannot be
+            captured and fails.
         """
         import torch
 
@@ -110,14 +117,17 @@ class Suite:
         sweep = torch.ones(64 * 2**20, dtype=torch.int32, device=self.device)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
         for start, stop in events:
-            sweep.amax()  # read, not written: dirty lines would be written back at the expense of what is timed
+            # read, not written: dirty lines would be written back at the expense of what is timed
+            sweep.amax()
             start.record()
             call()
             stop.record()
         torch.cuda.synchronize()
         return median(a.elapsed_time(b) for a, b in events)
 
-    def of_roof(self, ms: float, bytes_: float = 0, flops: float = 0, matmul: str = "matmul_tflops") -> dict:
+    def of_roof(
+        self, ms: float, bytes_: float = 0, flops: float = 0, matmul: str = "matmul_tflops"
+    ) -> dict:
         """A figure with its rate and its share of the roof."""
         roofs = self.results.get("roofs", {})
         row: dict[str, Any] = {"ms": figure(ms)}
@@ -130,7 +140,8 @@ class Suite:
 
 
 def roofs(suite: Suite) -> dict:
-    """Copy bandwidth (read + write) of 1 GiB, and the rates of a large matrix product in the suite's dtype and in fp8."""
+    """Copy bandwidth (read + write) of 1 GiB, and the rates of a large matrix product in the
+    suite's dtype and in fp8."""
     import torch
 
     count = 2**14 if suite.dry else 2**29
@@ -140,11 +151,16 @@ def roofs(suite: Suite) -> dict:
     n = 64 if suite.dry else 8192
     a, b = suite.random(n, n), suite.random(n, n)
     product = suite.ms(lambda: a @ b, 20)
-    found = {"copy_gbps": figure(2 * x.nbytes / ms / 1e6), "matmul_tflops": figure(2 * n**3 / product / 1e9)}
+    found = {
+        "copy_gbps": figure(2 * x.nbytes / ms / 1e6),
+        "matmul_tflops": figure(2 * n**3 / product / 1e9),
+    }
     try:
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
         one = torch.ones((), device=suite.device)
-        product = suite.ms(lambda: torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16), 20)
+        product = suite.ms(
+            lambda: torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16), 20
+        )
         found["fp8_matmul_tflops"] = figure(2 * n**3 / product / 1e9)
     except (RuntimeError, NotImplementedError) as error:  # an older GPU, or a CPU
         print(f"no fp8 roof: {str(error).splitlines()[0][:200]}", file=sys.stderr)
@@ -152,23 +168,29 @@ def roofs(suite: Suite) -> dict:
 
 
 def kernels(suite: Suite) -> dict:
-    """Each memory-bound kernel at Wan's sizes: milliseconds, GB/s, percent of the copy; eager PyTorch beside it."""
+    """Each memory-bound kernel at Wan's sizes: milliseconds, GB/s, percent of the copy; eager
+    PyTorch beside it."""
     rows = {}
     for label, (ours, eager, args, moved) in {**block_calls(suite), **loop_calls(suite)}.items():
         if label.split()[0] in suite.wrong:
             rows[label] = {"refused": "it is wrong: see correctness"}
             continue
         with failure_in(rows, label):
-            rows[label] = _beside_eager(suite, lambda f=ours, a=args: f(*a), lambda f=eager, a=args: f(*a), moved)
+            rows[label] = _beside_eager(
+                suite, lambda f=ours, a=args: f(*a), lambda f=eager, a=args: f(*a), moved
+            )
     return rows
 
 
 def _beside_eager(suite: Suite, call: Callable, peer: Callable, moved: int) -> dict:
-    """A kernel and eager PyTorch as graph replays and as calls, and a copy that moves as many bytes."""
+    """A kernel and eager PyTorch as graph replays and as calls, and a copy that moves as many
+    bytes."""
     row = suite.of_roof(suite.ms(call, graph=True), bytes_=moved)
     like = suite.random(moved // 4, dtype=suite.half)
     target = like.clone()
-    row["percent_of_like_copy"] = figure(100 * suite.ms(lambda: target.copy_(like), graph=True) / row["ms"])
+    row["percent_of_like_copy"] = figure(
+        100 * suite.ms(lambda: target.copy_(like), graph=True) / row["ms"]
+    )
     row["eager_ms"] = figure(suite.ms(peer, graph=True))
     row["called_ms"], row["eager_called_ms"] = figure(suite.ms(call)), figure(suite.ms(peer))
     return {**row, "against_eager": figure(row["eager_ms"] / row["ms"])}
@@ -183,12 +205,20 @@ def block_calls(suite: Suite) -> dict[str, tuple]:
 
     calls = {}
     for name, config in suite.configs.items():
-        heads, dim = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
+        heads, dim = (
+            config["num_attention_heads"],
+            config["num_attention_heads"] * config["attention_head_dim"],
+        )
         for length in (suite.tokens,) if suite.dry else (suite.tokens, 75600):
             x, y = suite.random(1, length, dim), suite.random(1, length, dim)
             scale, shift, gate = (suite.random(1, dim, dtype=torch.float32) for _ in range(3))
             size = f"{name} {length}"
-            calls[f"modulate {size}"] = (modulate, modulate_ref, (x, scale, shift, 1e-6), 2 * x.nbytes)
+            calls[f"modulate {size}"] = (
+                modulate,
+                modulate_ref,
+                (x, scale, shift, 1e-6),
+                2 * x.nbytes,
+            )
             gated = (x, scale, shift, 1e-6, y, gate)
             calls[f"modulate gated residual {size}"] = (modulate, modulate_ref, gated, 4 * x.nbytes)
             angle = suite.random(length, config["attention_head_dim"] // 2, dtype=torch.float32)
@@ -201,12 +231,18 @@ def block_calls(suite: Suite) -> dict[str, tuple]:
                 heads,
                 1e-6,
             )
-            calls[f"qk_norm_rope {size}"] = (qk_norm_rope, qk_norm_rope_ref, args, 4 * x.nbytes + 2 * angle.nbytes)
+            calls[f"qk_norm_rope {size}"] = (
+                qk_norm_rope,
+                qk_norm_rope_ref,
+                args,
+                4 * x.nbytes + 2 * angle.nbytes,
+            )
     return calls
 
 
 def loop_calls(suite: Suite) -> dict[str, tuple]:
-    """The same for the blend, both generators guided, and the solver step, at 480p and 720p x 81 frames."""
+    """The same for the blend, both generators guided, and the solver step, at 480p and 720p x 81
+    frames."""
     import torch
 
     from nexus_rt.kernels.band_blend import band_blend, band_blend_ref
@@ -219,30 +255,52 @@ def loop_calls(suite: Suite) -> dict[str, tuple]:
         four = [suite.random(1, 16, 3 if suite.dry else 21, height, width) for _ in range(4)]
         moved = sum(t.nbytes for t in four) + 4 * four[0].numel()
         args, size = (*four, (5.0, 5.0)), f"{height}x{width}"
-        calls[f"band_blend {size}"] = (band_blend, band_blend_ref, (*args, 0.4, 0.42, 0.18, 0.2), moved)
+        calls[f"band_blend {size}"] = (
+            band_blend,
+            band_blend_ref,
+            (*args, 0.4, 0.42, 0.18, 0.2),
+            moved,
+        )
         for label, lowpass in (("rank 1", "gaussian"), ("any rank", "butterworth")):
             f = split_filter(height, width, "dct", lowpass, 2, 0.5, suite.device)
             filtered = (*args, 0.42, 0.18, f.left, f.right, f.gain)
             calls[f"band_filter {label} {size}"] = (band_filter, band_filter_ref, filtered, moved)
         x, v, *history = (suite.random(*four[0].shape, dtype=torch.float32) for _ in range(5))
-        sums, scalars = band_blend(*args, 0.4, 0.42, 0.18, 0.2)[1], [0.9, 0.7, -0.2, 0.35, 0.11, 0.83, 0.4, -0.09]
+        sums, scalars = (
+            band_blend(*args, 0.4, 0.42, 0.18, 0.2)[1],
+            [0.9, 0.7, -0.2, 0.35, 0.11, 0.83, 0.4, -0.09],
+        )
         step = (x, v, None, 1.0, sums, "progressive", 0.6, scalars, history, 3, 2)
         calls[f"solver_step {size}"] = (solver_step, solver_step_ref, step, 8 * x.nbytes)
     return calls
 
 
 def attention(suite: Suite) -> dict:
-    """Every backend at Wan's shapes, self and cross; each one checked by `decide` before it is timed."""
+    """Every backend at Wan's shapes, self and cross; each one checked by `decide` before it is
+    timed."""
     from nexus_rt.attention import BACKENDS, Case, decide
 
     rows = {}
     for name, config in suite.configs.items():
         heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
-        for label, keys, biased in (("self", suite.tokens, False), ("cross 512", 512, False), ("cross biased", 40, True)):
+        for label, keys, biased in (
+            ("self", suite.tokens, False),
+            ("cross 512", 512, False),
+            ("cross biased", 40, True),
+        ):
             case = Case(
-                1, suite.tokens, min(keys, 8) if suite.dry else keys, heads, head_dim, suite.dtype, suite.device, biased
+                1,
+                suite.tokens,
+                min(keys, 8) if suite.dry else keys,
+                heads,
+                head_dim,
+                suite.dtype,
+                suite.device,
+                biased,
             )
-            names = [n for n in BACKENDS if n != "math" or suite.dry or keys < 1000]  # math would hold 86 GB of scores
+            names = [
+                n for n in BACKENDS if n != "math" or suite.dry or keys < 1000
+            ]  # math would hold 86 GB of scores
             found = decide(case, names, remeasure=True)["candidates"]
             found |= _other_loads(suite, case)
             flops = 4 * case.queries * case.keys * heads * head_dim
@@ -250,9 +308,14 @@ def attention(suite: Suite) -> dict:
             for backend, c in found.items():
                 roof = "matmul_tflops" if _exact(backend) else "fp8_matmul_tflops"
                 rate = suite.of_roof(c["ms"], flops=flops, matmul=roof) if "ms" in c else {}
-                shown[backend] = {**c, **rate, **({"of_best_exact": round(best / c["ms"], 3)} if rate else {})}
+                shown[backend] = {
+                    **c,
+                    **rate,
+                    **({"of_best_exact": round(best / c["ms"], 3)} if rate else {}),
+                }
             chosen = min(
-                (n for n, c in found.items() if "ms" in c and n in BACKENDS and _exact(n)), key=lambda n: found[n]["ms"]
+                (n for n, c in found.items() if "ms" in c and n in BACKENDS and _exact(n)),
+                key=lambda n: found[n]["ms"],
             )
             rows[f"{label} {name}"] = {"chosen": chosen, "backends": shown}
     return rows
@@ -278,7 +341,11 @@ def _other_loads(suite: Suite, case) -> dict[str, dict]:
     for name, call in (("triton", attention), ("triton-fp8", attention_fp8)):
         kernel = "attention" if call is attention else "attention_fp8"
         for loads in LOADS[1:]:
-            wrong = [n for n, row in checked.items() if n.split()[0] == kernel and n.endswith(loads) and not row["right"]]
+            wrong = [
+                n
+                for n, row in checked.items()
+                if n.split()[0] == kernel and n.endswith(loads) and not row["right"]
+            ]
             if wrong or (kernel in suite.wrong and kernel in checked):  # it did not run at all
                 found[f"{name}, {loads}"] = {"why": "it is wrong: see correctness"}
                 continue
@@ -291,14 +358,23 @@ def _other_loads(suite: Suite, case) -> dict[str, dict]:
 
 
 PARTS: dict[str, Callable[[Suite], dict]] = {
-    "correctness": correctness, "roofs": roofs, "kernels": kernels, "attention": attention,
-    "dit small": lambda s: dit(s, next(iter(s.configs))), "dit large": lambda s: dit(s, list(s.configs)[-1]),
-    "pipeline": pipeline, "swap": swap, "engines": engines,
-}  # fmt: skip
+    "correctness": correctness,
+    "roofs": roofs,
+    "kernels": kernels,
+    "attention": attention,
+    "dit small": lambda s: dit(s, next(iter(s.configs))),
+    "dit large": lambda s: dit(s, list(s.configs)[-1]),
+    "pipeline": pipeline,
+    "swap": swap,
+    "engines": engines,
+}
 
 
-def run(suite: Suite, parts: list[str], done: Callable[[dict], None] = lambda results: None) -> dict:
-    """Run the parts in order; what breaks or is not reached is written down. `done` is called with all results after each."""
+def run(
+    suite: Suite, parts: list[str], done: Callable[[dict], None] = lambda results: None
+) -> dict:
+    """Run the parts in order; what breaks or is not reached is written down. `done` is called with
+    all results after each."""
     import torch
 
     for name in parts:
@@ -310,7 +386,10 @@ def run(suite: Suite, parts: list[str], done: Callable[[dict], None] = lambda re
                 suite.results[name] = PARTS[name](suite)
             except Exception as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
-                message = f"{type(error).__name__}: {str(error)[:500]} ({Path(where.filename).name}:{where.lineno})"
+                message = (
+                    f"{type(error).__name__}: {str(error)[:500]}"
+                    f" ({Path(where.filename).name}:{where.lineno})"
+                )
                 suite.results[name] = {"failed": message}
             if suite.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -320,7 +399,8 @@ def run(suite: Suite, parts: list[str], done: Callable[[dict], None] = lambda re
 
 
 def keep(out: Path, results: dict) -> None:
-    """Write <date>.json and <date>.md; again after every part, so that a run that is killed leaves what it had measured."""
+    """Write <date>.json and <date>.md; again after every part, so that a run that is killed leaves
+    what it had measured."""
     out.mkdir(parents=True, exist_ok=True)
     stem = results["run"]["date"][:16].replace(":", "")
     write_text(out / f"{stem}.json", json.dumps(results, indent=1) + "\n")
@@ -338,9 +418,13 @@ def fingerprint(suite: Suite) -> dict:
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     found = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit,
-        "torch": torch.__version__, "python": platform.python_version(), "command": " ".join(sys.argv), "dry": suite.dry,
-    }  # fmt: skip
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "command": " ".join(sys.argv),
+        "dry": suite.dry,
+    }
     if suite.device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     try:
@@ -353,15 +437,27 @@ def fingerprint(suite: Suite) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry", action="store_true", help="every part on a CPU at tiny sizes, kernels interpreted")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dry", action="store_true", help="every part on a CPU at tiny sizes, kernels interpreted"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, help="a folder for <date>.json and <date>.md")
-    parser.add_argument("--wheels", type=Path, help="a folder of wheels to import from (diffusers and what it needs)")
-    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds after which no further part begins")
+    parser.add_argument(
+        "--wheels",
+        type=Path,
+        help="a folder of wheels to import from (diffusers and what it needs)",
+    )
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT_S, help="seconds after which no further part begins"
+    )
     args = parser.parse_args()
     if args.wheels:
-        sys.path[:0] = [str(w) for w in sorted(args.wheels.glob("*.whl"))]  # pure-Python wheels import as they are
+        sys.path[:0] = [
+            str(w) for w in sorted(args.wheels.glob("*.whl"))
+        ]  # pure-Python wheels import as they are
     if args.dry:
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
@@ -370,12 +466,15 @@ def main() -> None:
         raise SystemExit("no CUDA device here; --dry runs every part on a CPU at tiny sizes")
     suite = Suite(args.dry, time.monotonic() + args.limit)
     mark = fingerprint(suite)
-    done = lambda results: keep(args.out, {"run": mark, **results}) if args.out else None  # noqa: E731
+    done = lambda results: keep(args.out, {"run": mark, **results}) if args.out else None
     results = {"run": mark, **run(suite, args.parts, done)}
     print(markdown(results))
     failed = [n for n, r in results.items() if isinstance(r, dict) and "failed" in r]
     if failed or suite.wrong:
-        raise SystemExit(f"failed: {', '.join(failed) or 'none'}; wrong: {', '.join(sorted(suite.wrong)) or 'none'}")
+        raise SystemExit(
+            f"failed: {', '.join(failed) or 'none'}; wrong:"
+            f" {', '.join(sorted(suite.wrong)) or 'none'}"
+        )
 
 
 if __name__ == "__main__":

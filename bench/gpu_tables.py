@@ -1,4 +1,5 @@
-"""What a run of the GPU suite says, as tables: every row of it, and what was wanted beside what was measured."""
+"""What a run of the GPU suite says, as tables: every row of it, and what was wanted beside what was
+measured."""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ def markdown(results: dict[str, Any]) -> str:
         flat = {}
         for name, row in rows.items():
             if isinstance(row, dict) and "backends" in row:
-                flat |= {f"{name}: {b}{' (chosen)' if b == row['chosen'] else ''}": r for b, r in row["backends"].items()}
+                flat |= {
+                    f"{name}: {b}{' (chosen)' if b == row['chosen'] else ''}": r
+                    for b, r in row["backends"].items()
+                }
             else:
                 flat[name] = row
         lines += ["| | |", "|---|---|"]
@@ -57,8 +61,8 @@ def _least(results: dict[str, Any], part: str, names: list[str], field: str) -> 
 
 
 def targets(results: dict[str, Any]) -> Iterator[tuple[str, str, float | None, bool | None]]:
-    """(figure, what was wanted, what was measured, whether it is met) of every figure that was promised; None: not
-    measured."""
+    """(figure, what was wanted, what was measured, whether it is met) of every figure that was
+    promised; None: not measured."""
 
     def row(name: str, sign: str, wanted: float, value: float | None, unit: str = "") -> tuple:
         met = None if value is None else value >= wanted if sign == "at least" else value <= wanted
@@ -66,25 +70,63 @@ def targets(results: dict[str, Any]) -> Iterator[tuple[str, str, float | None, b
 
     for size in ("60x104", "90x160"):
         name = f"band_blend {size}"
-        speed = _ratio(*(_number(results, "kernels", name, k) for k in ("eager_called_ms", "called_ms")))
+        speed = _ratio(
+            *(_number(results, "kernels", name, k) for k in ("eager_called_ms", "called_ms"))
+        )
         yield row(f"{name}, against eager", "at least", 8, speed, "x")
-        yield row(f"{name}, percent of the copy", "at least", 80, _number(results, "kernels", name, "percent_of_roof"))
+        yield row(
+            f"{name}, percent of the copy",
+            "at least",
+            80,
+            _number(results, "kernels", name, "percent_of_roof"),
+        )
     for kernel in ("qk_norm_rope", "modulate gated residual", "modulate "):
-        names = [n for n in _rows(results, "kernels", kernel) if ("gated" in n) == ("gated" in kernel)]
+        names = [
+            n for n in _rows(results, "kernels", kernel) if ("gated" in n) == ("gated" in kernel)
+        ]
         least = _least(results, "kernels", names, "percent_of_roof")
-        yield row(f"{kernel.strip()}, percent of the copy, the least of {len(names)}", "at least", 85, least)
+        yield row(
+            f"{kernel.strip()}, percent of the copy, the least of {len(names)}",
+            "at least",
+            85,
+            least,
+        )
     for name in _rows(results, "attention", "self"):
         found = results["attention"][name]["backends"]
         peers = [found[b]["ms"] for b in EXACT_PEERS if "ms" in found.get(b, {})]
         best = min(peers, default=None)
         chosen = _number(found, results["attention"][name]["chosen"], "ms")
         ours = [c["ms"] for b, c in found.items() if b.split(",")[0] == "triton" and "ms" in c]
-        eighth = [c["ms"] for b, c in found.items() if b.split(",")[0] == "triton-fp8" and "ms" in c]
-        yield row(f"attention {name}: auto against the best of PyTorch's", "at least", 1, _ratio(best, chosen), "x")
-        yield row(f"attention {name}: triton", "at least", 0.9, _ratio(best, min(ours, default=None)), "x")
-        yield row(f"attention {name}: triton-fp8", "at least", 1.4, _ratio(best, min(eighth, default=None)), "x")
-    ours = [v for n in ("torch", "triton", "torch, blocks compiled") if (v := _number(results, "dit large", n, "ms"))]
-    theirs = [v for n in _rows(results, "dit large", "diffusers") if (v := _number(results, "dit large", n, "ms"))]
+        eighth = [
+            c["ms"] for b, c in found.items() if b.split(",")[0] == "triton-fp8" and "ms" in c
+        ]
+        yield row(
+            f"attention {name}: auto against the best of PyTorch's",
+            "at least",
+            1,
+            _ratio(best, chosen),
+            "x",
+        )
+        yield row(
+            f"attention {name}: triton", "at least", 0.9, _ratio(best, min(ours, default=None)), "x"
+        )
+        yield row(
+            f"attention {name}: triton-fp8",
+            "at least",
+            1.4,
+            _ratio(best, min(eighth, default=None)),
+            "x",
+        )
+    ours = [
+        v
+        for n in ("torch", "triton", "torch, blocks compiled")
+        if (v := _number(results, "dit large", n, "ms"))
+    ]
+    theirs = [
+        v
+        for n in _rows(results, "dit large", "diffusers")
+        if (v := _number(results, "dit large", n, "ms"))
+    ]
     guided = _number(results, "pipeline", "costs", "large_guided")
     yield row("14B, a guided step in seconds", "at most", 4.6, _ratio(guided, 1000))
     ratio = _ratio(min(theirs, default=None), min(ours, default=None))
@@ -107,5 +149,8 @@ def targets_table(results: dict[str, Any]) -> str:
     words = {None: "", True: "yes", False: "**no**"}
     lines = ["| figure | wanted | measured | met |", "|---|---|---|---|"]
     for name, wanted, value, met in targets(results):
-        lines.append(f"| {name} | {wanted} | {'not measured' if value is None else shown(float(value))} | {words[met]} |")
+        lines.append(
+            f"| {name} | {wanted} | {'not measured' if value is None else shown(float(value))} |"
+            f" {words[met]} |"
+        )
     return "\n".join(lines)

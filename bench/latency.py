@@ -1,8 +1,8 @@
 """The suite: plans and engines end to end and by part, each with what its speed costs in quality.
 
-A row is a plan on an engine. Its clip is the prompt's, from one seed; its total goes from the prompt to the mp4 file. Warm
-runs of all rows are taken in turn. Cold is a pipeline read from its folder again and its first call, in this process:
-packages are imported by then.
+A row is a plan on an engine. Its clip is the prompt's, from one seed; its total goes from the
+prompt to the mp4 file. Warm runs of all rows are taken in turn. Cold is a pipeline read from its
+folder again and its first call, in this process: packages are imported by then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nexus_rt.bench.measure import Run, interleaved, measured, percentile, step_durations, synchronize
+from nexus_rt.bench.measure import (
+    Run,
+    interleaved,
+    measured,
+    percentile,
+    step_durations,
+    synchronize,
+)
 from nexus_rt.bench.pictures import thumbnail
 from nexus_rt.bench.quality import distance, mini_accuracy
 from nexus_rt.costs import measure_step_costs, step_calls
@@ -34,13 +41,26 @@ from nexus_rt.tracing import span
 from nexus_rt.upfb import BlendConfig
 from nexus_rt.video import save_video
 
-COMPONENTS = ("text", "understanding", "connector", "prepare", "small", "large", "fused step", "blend", "solver", "swap", "vae",
-              "encode-to-mp4")  # fmt: skip
+COMPONENTS = (
+    "text",
+    "understanding",
+    "connector",
+    "prepare",
+    "small",
+    "large",
+    "fused step",
+    "blend",
+    "solver",
+    "swap",
+    "vae",
+    "encode-to-mp4",
+)
 
 
 @dataclass
 class Clip:
-    """What is generated. prompt None: `embeds` are given instead. accuracy: riddles to score each row with."""
+    """What is generated. prompt None: `embeds` are given instead. accuracy: riddles to score each
+    row with."""
 
     height: int
     width: int
@@ -52,11 +72,18 @@ class Clip:
     accuracy: int = 0
 
     def options(self) -> dict[str, Any]:
-        size = dict(height=self.height, width=self.width, num_frames=self.frames, num_inference_steps=self.steps)
+        size = dict(
+            height=self.height,
+            width=self.width,
+            num_frames=self.frames,
+            num_inference_steps=self.steps,
+        )
         return {**size, **({"prompt": self.prompt} if self.prompt else self.embeds)}
 
     def noise(self, pipe: NexusPipeline) -> Tensor:
-        return pipe.prepare_latents(1, self.frames, self.height, self.width, torch.Generator().manual_seed(self.seed))
+        return pipe.prepare_latents(
+            1, self.frames, self.height, self.width, torch.Generator().manual_seed(self.seed)
+        )
 
 
 def prompts_of(pipe: NexusPipeline, clip: Clip) -> dict[str, Prompt]:
@@ -66,9 +93,14 @@ def prompts_of(pipe: NexusPipeline, clip: Clip) -> dict[str, Prompt]:
     return dict.fromkeys(pipe.engines, Prompt(*clip.embeds.values()))
 
 
-def generate(pipe: NexusPipeline, plan: str, clip: Clip, folder: Path) -> tuple[Tensor, np.ndarray | None]:
-    """One clip from the prompt to an mp4 in `folder`: its latents, and its frames where there is a VAE."""
-    latents = pipe(plan=plan, latents=clip.noise(pipe), output_type="latent", **clip.options()).frames
+def generate(
+    pipe: NexusPipeline, plan: str, clip: Clip, folder: Path
+) -> tuple[Tensor, np.ndarray | None]:
+    """One clip from the prompt to an mp4 in `folder`: its latents, and its frames where there is a
+    VAE."""
+    latents = pipe(
+        plan=plan, latents=clip.noise(pipe), output_type="latent", **clip.options()
+    ).frames
     if pipe.vae is None:
         return latents, None
     frames = pipe.decode(latents, "np", rescue=folder)
@@ -84,8 +116,8 @@ def clean_latents(noise: Tensor, after: Tensor, grid: TimeGrid) -> Tensor:
 
 
 def first_preview(pipe: NexusPipeline, plan: str, clip: Clip) -> float | None:
-    """Milliseconds to the first picture that can be shown: the clean latents that the first step's velocity points at, of
-    which the first frame is decoded."""
+    """Milliseconds to the first picture that can be shown: the clean latents that the first step's
+    velocity points at, of which the first frame is decoded."""
     if pipe.vae is None:
         return None
     noise, grid = clip.noise(pipe), pipe.make_plan(plan, clip.steps).grid
@@ -100,13 +132,20 @@ def first_preview(pipe: NexusPipeline, plan: str, clip: Clip) -> float | None:
 
     start = time.perf_counter()
     with contextlib.suppress(Cancelled):  # as asked after the first step
-        pipe(plan=plan, latents=noise, output_type="latent", callback_on_step_end=look, **clip.options())
+        pipe(
+            plan=plan,
+            latents=noise,
+            output_type="latent",
+            callback_on_step_end=look,
+            **clip.options(),
+        )
     return done[0] if done else None
 
 
 @dataclass
 class Engine:
-    """Something that runs plans. make: reads a pipeline anew, or None where it cannot be read twice."""
+    """Something that runs plans. make: reads a pipeline anew, or None where it cannot be read
+    twice."""
 
     name: str
     pipe: NexusPipeline
@@ -115,12 +154,16 @@ class Engine:
 
 def cost_calls(pipe: NexusPipeline, clip: Clip) -> dict[str, Callable[[], object]]:
     """A step's parts, as `nexus-rt plan` prices them."""
-    return step_calls(pipe.engines, prompts_of(pipe, clip), clip.noise(pipe), BlendConfig(), kernels=pipe.kernels)
+    return step_calls(
+        pipe.engines, prompts_of(pipe, clip), clip.noise(pipe), BlendConfig(), kernels=pipe.kernels
+    )
 
 
 def middle(costs: list[StepCosts]) -> StepCosts:
     """The median of each price over several measurements."""
-    return StepCosts(**{k: median(getattr(c, k) for c in costs) for k in StepCosts.__dataclass_fields__})
+    return StepCosts(
+        **{k: median(getattr(c, k) for c in costs) for k in StepCosts.__dataclass_fields__}
+    )
 
 
 def scales_of(pipe: NexusPipeline) -> tuple[float, float]:
@@ -130,7 +173,8 @@ def scales_of(pipe: NexusPipeline) -> tuple[float, float]:
 
 
 def swap_ratio(plan: Plan, durations: list[float]) -> float | None:
-    """The first step after the small generator's last, over the median of those that run the large alone."""
+    """The first step after the small generator's last, over the median of those that run the large
+    alone."""
     alone = [s.index for s in plan.steps if s.large and not s.small]
     if len(alone) < 3 or alone[0] == 0:
         return None
@@ -142,31 +186,53 @@ def row_of(name: str, plan: Plan, engine: str, clip: Clip, runs: list[Run]) -> d
     totals = [float(f"{r.total_ms:.5g}") for r in runs]
     steps = [median(v) for v in zip(*(step_durations(r.trace) for r in runs), strict=True)]
     parts = [r.trace.totals() for r in runs]
-    device, energy = [r.peak_device for r in runs if r.peak_device], [r.energy for r in runs if r.energy is not None]
+    device, energy = (
+        [r.peak_device for r in runs if r.peak_device],
+        [r.energy for r in runs if r.energy is not None],
+    )
     host = [r.peak_host for r in runs if r.peak_host]
     ratio = swap_ratio(plan, steps)
     return {
-        "plan": name, "engine": engine, "size": [clip.width, clip.height, clip.frames], "steps": len(plan),
-        "total_duration_ms": median(totals), "total_p95_ms": float(f"{percentile(totals, 0.95):.5g}"), "total_runs_ms": totals,
+        "plan": name,
+        "engine": engine,
+        "size": [clip.width, clip.height, clip.frames],
+        "steps": len(plan),
+        "total_duration_ms": median(totals),
+        "total_p95_ms": float(f"{percentile(totals, 0.95):.5g}"),
+        "total_runs_ms": totals,
         "denoise_ms": round(sum(steps), 3),
         "denoise_steps_ms": [
-            {"step": i, "duration_ms": round(ms, 3), "runs": plan.steps[i].runs} for i, ms in enumerate(steps)
+            {"step": i, "duration_ms": round(ms, 3), "runs": plan.steps[i].runs}
+            for i, ms in enumerate(steps)
         ],
-        "components_ms": {c: round(median(p.get(c, 0.0) for p in parts), 3) for c in COMPONENTS if any(c in p for p in parts)},
+        "components_ms": {
+            c: round(median(p.get(c, 0.0) for p in parts), 3)
+            for c in COMPONENTS
+            if any(c in p for p in parts)
+        },
         "swap_ratio": None if ratio is None else round(ratio, 3),
-        "peak_host_bytes": max(host) if host else None, "peak_device_bytes": max(device) if device else None,
+        "peak_host_bytes": max(host) if host else None,
+        "peak_device_bytes": max(device) if device else None,
         "energy_joules": median(energy) if energy else None,
-    }  # fmt: skip
+    }
 
 
 def suite(
-    engines: list[Engine], plans: list[str], clip: Clip, runs: int = 5, warmup: int = 2, traces: Path | None = None,
-    say: Callable[[str], None] = lambda line: None, pictures: bool = True,
-) -> dict[str, Any]:  # fmt: skip
-    """Measure every plan on every engine; the first engine, in PyTorch, gives the reference clip and the prices.
+    engines: list[Engine],
+    plans: list[str],
+    clip: Clip,
+    runs: int = 5,
+    warmup: int = 2,
+    traces: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    pictures: bool = True,
+) -> dict[str, Any]:
+    """Measure every plan on every engine; the first engine, in PyTorch, gives the reference clip
+    and the prices.
 
     Returns:
-        {"rows", "costs", "baseline"}: rows as in a results file; the plan that quality is measured against.
+        {"rows", "costs", "baseline"}: rows as in a results file; the plan that quality is measured
+        against.
     """
     base, rows, all_costs = engines[0].pipe, [], []
     with tempfile.TemporaryDirectory() as place:
@@ -177,16 +243,22 @@ def suite(
         wanted = generate(base, baseline, clip, folder)
         parts = cost_calls(base, clip)
         measure_step_costs(parts, 1, 1)
-        price = lambda: all_costs.append(measure_step_costs(parts, 3, 0, base.device.type == "cuda"))  # noqa: E731
+        price = lambda: all_costs.append(
+            measure_step_costs(parts, 3, 0, base.device.type == "cuda")
+        )
         calls = {
-            (e.name, p): (lambda e=e, p=p: generate(e.pipe, p, clip, folder)) for e in engines for p in plans
-        }  # fmt: skip
+            (e.name, p): lambda e=e, p=p: generate(e.pipe, p, clip, folder)
+            for e in engines
+            for p in plans
+        }
         cold: dict[str, float | None] = {}
         for e in engines:
             say(f"{e.name}: cold")
             cold[e.name] = None
             if e.make is not None:
-                cold[e.name] = measured(lambda e=e: generate(quiet(e.make()), plans[0], clip, folder), base.device).total_ms
+                cold[e.name] = measured(
+                    lambda e=e: generate(quiet(e.make()), plans[0], clip, folder), base.device
+                ).total_ms
         say(f"{len(calls)} rows, {warmup} + {runs} runs of each in turn")
         timed = interleaved(calls, base.device, runs, warmup, price)
         for e in engines:
@@ -199,23 +271,41 @@ def suite(
                 latents, frames = done[-1].result
                 row["quality"] = distance(latents, frames, *wanted)
                 if clip.accuracy:
-                    options = dict(plan=name, num_inference_steps=clip.steps, height=clip.height, width=clip.width)
-                    row["quality"] |= mini_accuracy(e.pipe, clip.accuracy, num_frames=clip.frames, **options)
+                    options = dict(
+                        plan=name,
+                        num_inference_steps=clip.steps,
+                        height=clip.height,
+                        width=clip.width,
+                    )
+                    row["quality"] |= mini_accuracy(
+                        e.pipe, clip.accuracy, num_frames=clip.frames, **options
+                    )
                 row["thumbnail"] = thumbnail(frames) if pictures and frames is not None else None
                 if traces is not None:
                     traces.mkdir(parents=True, exist_ok=True)
-                    safe = "".join(c if c.isalnum() or c in "=.-" else "_" for c in f"{e.name}-{name}")
+                    safe = "".join(
+                        c if c.isalnum() or c in "=.-" else "_" for c in f"{e.name}-{name}"
+                    )
                     row["trace"] = str(done[-1].trace.save(traces / f"{safe}.json"))
                 rows.append(row)
     costs = middle(all_costs)
     for row in rows:
         if row["engine"] == engines[0].name:
-            row |= prediction(base.make_plan(row["plan"], clip.steps), costs, scales_of(base), row["denoise_ms"])
-    return {"rows": rows, "costs": {k: round(v, 4) for k, v in vars(costs).items()}, "baseline": baseline}
+            row |= prediction(
+                base.make_plan(row["plan"], clip.steps), costs, scales_of(base), row["denoise_ms"]
+            )
+    return {
+        "rows": rows,
+        "costs": {k: round(v, 4) for k, v in vars(costs).items()},
+        "baseline": baseline,
+    }
 
 
-def prediction(plan: Plan, costs: StepCosts, scales: tuple[float, float], measured_ms: float) -> dict[str, float]:
-    """The price of a plan's denoising and how far it is from what was measured, as a share of the latter."""
+def prediction(
+    plan: Plan, costs: StepCosts, scales: tuple[float, float], measured_ms: float
+) -> dict[str, float]:
+    """The price of a plan's denoising and how far it is from what was measured, as a share of the
+    latter."""
     price = plan.price(costs, *scales)
     return {"predicted_ms": round(price, 3), "prediction_error": round(price / measured_ms - 1, 4)}
 

@@ -50,8 +50,8 @@ def resident_bytes() -> int | None:
 
 
 class HostPeak:
-    """The highest resident memory while a block runs, looked at every 20 ms (more often, and the looking shows in what is
-    timed); None where it is not known."""
+    """The highest resident memory while a block runs, looked at every 20 ms (more often, and the
+    looking shows in what is timed); None where it is not known."""
 
     def __enter__(self) -> HostPeak:
         self.bytes, self._over = resident_bytes(), threading.Event()
@@ -119,7 +119,8 @@ def measured(call: Callable[[], Any], device: torch.device) -> Run:
 
 
 def step_durations(trace: Trace) -> list[float]:
-    """Milliseconds of each denoising step: from the start of its first span to the end of its last."""
+    """Milliseconds of each denoising step: from the start of its first span to the end of its
+    last."""
     ends: dict[int, tuple[float, float]] = {}
     for _, start, stop, attributes in trace.spans:
         if "step" in attributes:
@@ -129,11 +130,14 @@ def step_durations(trace: Trace) -> list[float]:
 
 
 def interleaved(
-    calls: dict[Any, Callable[[], Any]], device: torch.device, runs: int, warmup: int,
+    calls: dict[Any, Callable[[], Any]],
+    device: torch.device,
+    runs: int,
+    warmup: int,
     between: Callable[[], Any] = lambda: None,
-) -> dict[Any, list[Run]]:  # fmt: skip
-    """Every call `runs` times after `warmup`, in turn, so that what the machine does besides falls on all of them; `between`
-    is called once a counted round."""
+) -> dict[Any, list[Run]]:
+    """Every call `runs` times after `warmup`, in turn, so that what the machine does besides falls
+    on all of them; `between` is called once a counted round."""
     found: dict[Any, list[Run]] = {name: [] for name in calls}
     for i in range(warmup + runs):
         for name, call in calls.items():
@@ -148,4 +152,8 @@ def interleaved(
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """Median, 95th percentile and the runs themselves, milliseconds to four digits."""
     rounded = [float(f"{v:.4g}") for v in values]
-    return {"p50": statistics.median(rounded), "p95": float(f"{percentile(rounded, 0.95):.4g}"), "runs": rounded}
+    return {
+        "p50": statistics.median(rounded),
+        "p95": float(f"{percentile(rounded, 0.95):.4g}"),
+        "runs": rounded,
+    }

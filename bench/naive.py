@@ -10,7 +10,8 @@ from nexus_rt.upfb import EPS, BlendConfig, gaussian_taps
 
 
 def four_filter_blend(v_small: Tensor, v_large: Tensor, w: float) -> Tensor:
-    """The published form as written: low and high band of both velocities, each by its own blur, then the energy."""
+    """The published form as written: low and high band of both velocities, each by its own blur,
+    then the energy."""
     config = BlendConfig()
     taps = gaussian_taps(*v_small.shape[-2:], config.sigma(w)).float()
     channels = v_small.shape[1]

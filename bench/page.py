@@ -1,4 +1,5 @@
-"""Results as one self-contained HTML page, and its drawings alone as SVG; everything that was not written here is escaped."""
+"""Results as one self-contained HTML page, and its drawings alone as SVG; everything that was not
+written here is escaped."""
 
 from __future__ import annotations
 
@@ -6,10 +7,25 @@ import math
 from html import escape
 from typing import Any
 
-COLOURS = {"small": "#2a9d8f", "large": "#264653", "both": "#e9c46a", "fused step": "#f4a261", "text": "#8ab17d",
-           "understanding": "#b5838d", "connector": "#6d6875", "prepare": "#a8dadc", "blend": "#e9c46a", "solver": "#e76f51",
-           "swap": "#c1121f", "vae": "#457b9d", "encode-to-mp4": "#adb5bd"}  # fmt: skip
-BEFORE, AFTER = ("text", "understanding", "connector", "prepare"), ("vae", "encode-to-mp4")  # the steps
+COLOURS = {
+    "small": "#2a9d8f",
+    "large": "#264653",
+    "both": "#e9c46a",
+    "fused step": "#f4a261",
+    "text": "#8ab17d",
+    "understanding": "#b5838d",
+    "connector": "#6d6875",
+    "prepare": "#a8dadc",
+    "blend": "#e9c46a",
+    "solver": "#e76f51",
+    "swap": "#c1121f",
+    "vae": "#457b9d",
+    "encode-to-mp4": "#adb5bd",
+}
+BEFORE, AFTER = (
+    ("text", "understanding", "connector", "prepare"),
+    ("vae", "encode-to-mp4"),
+)  # the steps
 CEILING = 60.0  # decibels
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1180px;margin:2rem auto;padding:0 1rem}
@@ -31,9 +47,11 @@ def figure(value: float | None, digits: int = 1, unit: str = "") -> str:
 
 def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
     """An HTML table of cells already escaped; the first `left` columns are text."""
-    mark = lambda i: ' class="l"' if i < left else ""  # noqa: E731
+    mark = lambda i: ' class="l"' if i < left else ""
     top = "".join(f"<th{mark(i)}>{h}</th>" for i, h in enumerate(head))
-    body = "".join("<tr>" + "".join(f"<td{mark(i)}>{c}</td>" for i, c in enumerate(r)) + "</tr>" for r in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td{mark(i)}>{c}</td>" for i, c in enumerate(r)) + "</tr>" for r in rows
+    )
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -49,60 +67,114 @@ def _megabytes(count: int | None) -> str:
 
 
 def rows_table(rows: list[dict[str, Any]]) -> str:
-    head = ["plan", "engine", "p50 ms", "p95 ms", "denoise ms", "vae ms", "cold ms", "preview ms", "swap", "predicted",
-            "PSNR", "SSIM", "latent error", "accuracy", "host peak", "device peak"]  # fmt: skip
+    head = [
+        "plan",
+        "engine",
+        "p50 ms",
+        "p95 ms",
+        "denoise ms",
+        "vae ms",
+        "cold ms",
+        "preview ms",
+        "swap",
+        "predicted",
+        "PSNR",
+        "SSIM",
+        "latent error",
+        "accuracy",
+        "host peak",
+        "device peak",
+    ]
     body = []
     for r in rows:
         name = [escape(r["plan"]), escape(r["engine"])]
         if "failed" in r:
-            body.append([*name, f'<span class="bad">{escape(r["failed"])}</span>', *[""] * (len(head) - 3)])
+            body.append(
+                [*name, f'<span class="bad">{escape(r["failed"])}</span>', *[""] * (len(head) - 3)]
+            )
             continue
         off = r.get("prediction_error")
-        body.append([
-            *name, figure(r["total_duration_ms"]), figure(r["total_p95_ms"]), figure(r["denoise_ms"]),
-            figure(r["components_ms"].get("vae")), figure(r.get("cold_ms"), 0), figure(r.get("first_preview_ms")),
-            figure(r.get("swap_ratio"), 2), "—" if off is None else f"{100 * off:+.1f}%", *_quality(r),
-            _megabytes(r["peak_host_bytes"]), _megabytes(r["peak_device_bytes"]),
-        ])  # fmt: skip
+        body.append(
+            [
+                *name,
+                figure(r["total_duration_ms"]),
+                figure(r["total_p95_ms"]),
+                figure(r["denoise_ms"]),
+                figure(r["components_ms"].get("vae")),
+                figure(r.get("cold_ms"), 0),
+                figure(r.get("first_preview_ms")),
+                figure(r.get("swap_ratio"), 2),
+                "—" if off is None else f"{100 * off:+.1f}%",
+                *_quality(r),
+                _megabytes(r["peak_host_bytes"]),
+                _megabytes(r["peak_device_bytes"]),
+            ]
+        )
     return table(head, body, 2)
 
 
 def peers_table(rows: list[dict[str, Any]]) -> str:
-    head = ["peer", "our plan", "ours ms", "theirs ms", "theirs / ours", "PSNR", "SSIM", "latent difference"]
+    head = [
+        "peer",
+        "our plan",
+        "ours ms",
+        "theirs ms",
+        "theirs / ours",
+        "PSNR",
+        "SSIM",
+        "latent difference",
+    ]
     body = []
     for r in rows:
         if "failed" in r:
-            body.append([escape(r["peer"]), f'<span class="bad">{escape(r["failed"])}</span>', *[""] * 6])
+            body.append(
+                [escape(r["peer"]), f'<span class="bad">{escape(r["failed"])}</span>', *[""] * 6]
+            )
             continue
         same = "" if r["same_mathematics"] else " (another plan)"
         shown = "identical" if r.get("identical") else figure(r.get("psnr_db"), 1, " dB")
-        body.append([
-            escape(r["peer"]), escape(r["plan"]) + same, figure(r["ours_ms"]["p50"]), figure(r["theirs_ms"]["p50"]),
-            f"<b>{r['ratio']:.2f}x</b>", shown, figure(r.get("ssim"), 4), f"{r['latent_error']:.1e}",
-        ])  # fmt: skip
+        body.append(
+            [
+                escape(r["peer"]),
+                escape(r["plan"]) + same,
+                figure(r["ours_ms"]["p50"]),
+                figure(r["theirs_ms"]["p50"]),
+                f"<b>{r['ratio']:.2f}x</b>",
+                shown,
+                figure(r.get("ssim"), 4),
+                f"{r['latent_error']:.1e}",
+            ]
+        )
     return table(head, body, 2)
 
 
 def key(names: list[str]) -> str:
-    items = (f'<span><i style="background:{COLOURS.get(n, "#888")}"></i>{escape(n)}</span>' for n in names)
+    items = (
+        f'<span><i style="background:{COLOURS.get(n, "#888")}"></i>{escape(n)}</span>'
+        for n in names
+    )
     return '<p class="key">' + "".join(items) + "</p>"
 
 
-def _bars(pieces: list[tuple[str, float, str]], scale: float, y: float, height: float, left: float) -> str:
+def _bars(
+    pieces: list[tuple[str, float, str]], scale: float, y: float, height: float, left: float
+) -> str:
     """Rectangles side by side: (colour's name, milliseconds, tip)."""
     out, x = [], left
     for name, ms, tip in pieces:
         width = ms * scale
         out.append(
-            f'<rect x="{x:.2f}" y="{y}" width="{max(width, 0.1):.2f}" height="{height}" fill="{COLOURS.get(name, "#888")}" '
-            f'stroke="#fff" stroke-width=".4"><title>{escape(tip)}: {ms:.2f} ms</title></rect>'
+            f'<rect x="{x:.2f}" y="{y}" width="{max(width, 0.1):.2f}" height="{height}"'
+            f' fill="{COLOURS.get(name, "#888")}" stroke="#fff"'
+            f' stroke-width=".4"><title>{escape(tip)}: {ms:.2f} ms</title></rect>'
         )
         x += width
     return "".join(out)
 
 
 def timeline(rows: list[dict[str, Any]]) -> str:
-    """A bar a row: what comes before the steps, every step in the colour of what it ran, what comes after."""
+    """A bar a row: what comes before the steps, every step in the colour of what it ran, what comes
+    after."""
     rows = [r for r in rows if "failed" not in r]
     left, width, pitch = 230, 900, 26
     longest = max((r["total_duration_ms"] for r in rows), default=1.0)
@@ -110,34 +182,53 @@ def timeline(rows: list[dict[str, Any]]) -> str:
     for i, r in enumerate(rows):
         parts, y = r["components_ms"], 8 + i * pitch
         pieces = [(n, parts[n], n) for n in BEFORE if n in parts]
-        pieces += [(s["runs"], s["duration_ms"], f"step {s['step']} ({s['runs']})") for s in r["denoise_steps_ms"]]
+        pieces += [
+            (s["runs"], s["duration_ms"], f"step {s['step']} ({s['runs']})")
+            for s in r["denoise_steps_ms"]
+        ]
         pieces += [(n, parts[n], n) for n in AFTER if n in parts]
         label = f"{r['plan']} on {r['engine']}"
-        out.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end" font-size="12">{escape(label[:36])}</text>')
+        out.append(
+            f'<text x="{left - 8}" y="{y + 14}" text-anchor="end"'
+            f' font-size="12">{escape(label[:36])}</text>'
+        )
         out.append(_bars(pieces, scale, y, 18, left))
     y = 14 + len(rows) * pitch
     for share in (0, 0.25, 0.5, 0.75, 1):
         x = left + share * width
         out.append(
-            f'<text x="{x:.0f}" y="{y + 8}" text-anchor="middle" font-size="11" fill="#666">{share * longest:.0f} ms</text>'
+            f'<text x="{x:.0f}" y="{y + 8}" text-anchor="middle" font-size="11"'
+            f' fill="#666">{share * longest:.0f} ms</text>'
         )
     return _svg(left + width + 40, y + 16, "".join(out))
 
 
 def scatter(rows: list[dict[str, Any]]) -> str:
-    """Every row's time against its frames' PSNR to the reference, numbered; above CEILING no eye tells them apart."""
+    """Every row's time against its frames' PSNR to the reference, numbered; above CEILING no eye
+    tells them apart."""
     shown = [r for r in rows if "failed" not in r and ("psnr_db" in r["quality"])]
     if not shown:
         return ""
     left, top, width, height = 60, 24, 620, 300
-    heights = [CEILING if r["quality"]["identical"] else min(r["quality"]["psnr_db"], CEILING) for r in shown]
+    heights = [
+        CEILING if r["quality"]["identical"] else min(r["quality"]["psnr_db"], CEILING)
+        for r in shown
+    ]
     low, slowest = min([*heights, 20.0]) - 5, 1.1 * max(r["total_duration_ms"] for r in shown)
-    out = [f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#bbb"/>']
+    out = [
+        f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#bbb"/>'
+    ]
     for i in range(5):
         value, ms = low + (CEILING - low) * i / 4, slowest * i / 4
         y, x = top + height * (1 - i / 4), left + width * i / 4
-        out.append(f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end" font-size="11" fill="#666">{value:.0f}</text>')
-        out.append(f'<text x="{x:.0f}" y="{top + height + 16}" text-anchor="middle" font-size="11" fill="#666">{ms:.0f}</text>')
+        out.append(
+            f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end" font-size="11"'
+            f' fill="#666">{value:.0f}</text>'
+        )
+        out.append(
+            f'<text x="{x:.0f}" y="{top + height + 16}" text-anchor="middle" font-size="11"'
+            f' fill="#666">{ms:.0f}</text>'
+        )
     engines = list(dict.fromkeys(r["engine"] for r in shown))
     palette = ["#264653", "#e76f51", "#2a9d8f", "#b08900", "#6d6875"]
     for i, (r, value) in enumerate(zip(shown, heights, strict=True)):
@@ -146,14 +237,31 @@ def scatter(rows: list[dict[str, Any]]) -> str:
         fill = palette[engines.index(r["engine"]) % len(palette)]
         title = escape(f"{i + 1} {r['plan']} on {r['engine']}")
         quality = "identical" if r["quality"]["identical"] else f"{r['quality']['psnr_db']:.1f} dB"
-        out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="{fill}" fill-opacity=".85"><title>{title}</title></circle>')
-        out.append(f'<text x="{x:.1f}" y="{y + 3.5:.1f}" text-anchor="middle" font-size="10" fill="#fff">{i + 1}</text>')
-        out.append(f'<text x="{left + width + 20}" y="{top + 12 + 17 * i}" font-size="12" fill="{fill}">{title}: '
-                   f"{r['total_duration_ms']:.0f} ms, {quality}</text>")  # fmt: skip
+        out.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="{fill}"'
+            f' fill-opacity=".85"><title>{title}</title></circle>'
+        )
+        out.append(
+            f'<text x="{x:.1f}" y="{y + 3.5:.1f}" text-anchor="middle" font-size="10"'
+            f' fill="#fff">{i + 1}</text>'
+        )
+        out.append(
+            f'<text x="{left + width + 20}" y="{top + 12 + 17 * i}" font-size="12"'
+            f' fill="{fill}">{title}: '
+            f"{r['total_duration_ms']:.0f} ms, {quality}</text>"
+        )
     middle = left + width / 2
-    out.append(f'<text x="{middle}" y="{top + height + 34}" text-anchor="middle" font-size="12">end to end, ms</text>')
-    out.append(f'<text x="14" y="{top - 10}" font-size="12">PSNR to the reference plan, dB (top: {CEILING:.0f} up)</text>')
-    return _svg(left + width + 400, max(top + height + 44, top + 20 + 17 * len(shown)), "".join(out))
+    out.append(
+        f'<text x="{middle}" y="{top + height + 34}" text-anchor="middle" font-size="12">end to'
+        " end, ms</text>"
+    )
+    out.append(
+        f'<text x="14" y="{top - 10}" font-size="12">PSNR to the reference plan, dB (top:'
+        f" {CEILING:.0f} up)</text>"
+    )
+    return _svg(
+        left + width + 400, max(top + height + 44, top + 20 + 17 * len(shown)), "".join(out)
+    )
 
 
 def lines(points: list[tuple[float, float]], fit: dict[str, Any] | None, x_name: str) -> str:
@@ -163,8 +271,10 @@ def lines(points: list[tuple[float, float]], fit: dict[str, Any] | None, x_name:
     left, top, width, height = 52, 10, 300, 170
     xs, ys = zip(*points, strict=True)
     wide, tall = 1.05 * max(xs), 1.1 * max(ys)
-    at = lambda x, y: f"{left + width * x / wide:.1f},{top + height * (1 - y / tall):.1f}"  # noqa: E731
-    out = [f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#bbb"/>']
+    at = lambda x, y: f"{left + width * x / wide:.1f},{top + height * (1 - y / tall):.1f}"
+    out = [
+        f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#bbb"/>'
+    ]
     if fit:
         curve = [
             (x, sum(c * x**p for c, p in zip(fit["coefficients"], fit["powers"], strict=True)))
@@ -174,22 +284,31 @@ def lines(points: list[tuple[float, float]], fit: dict[str, Any] | None, x_name:
         out.append(f'<polyline points="{path}" fill="none" stroke="#e76f51" stroke-width="1.5"/>')
     for x, y in points:
         px, py = at(x, y).split(",")
-        out.append(f'<circle cx="{px}" cy="{py}" r="3.5" fill="#264653"><title>{x:g}: {y:g} ms</title></circle>')
+        out.append(
+            f'<circle cx="{px}" cy="{py}" r="3.5" fill="#264653"><title>{x:g}: {y:g}'
+            " ms</title></circle>"
+        )
     for i in range(3):
-        out.append(f'<text x="{left - 5}" y="{top + height * (1 - i / 2) + 4:.0f}" text-anchor="end" font-size="10" '
-                   f'fill="#666">{tall * i / 2:.0f}</text>')  # fmt: skip
-        out.append(f'<text x="{left + width * i / 2:.0f}" y="{top + height + 13}" text-anchor="middle" font-size="10" '
-                   f'fill="#666">{wide * i / 2:.0f}</text>')  # fmt: skip
+        out.append(
+            f'<text x="{left - 5}" y="{top + height * (1 - i / 2) + 4:.0f}" text-anchor="end"'
+            f' font-size="10" fill="#666">{tall * i / 2:.0f}</text>'
+        )
+        out.append(
+            f'<text x="{left + width * i / 2:.0f}" y="{top + height + 13}" text-anchor="middle"'
+            f' font-size="10" fill="#666">{wide * i / 2:.0f}</text>'
+        )
     out.append(
-        f'<text x="{left + width / 2}" y="{top + height + 27}" text-anchor="middle" font-size="11">{escape(x_name)}</text>'
+        f'<text x="{left + width / 2}" y="{top + height + 27}" text-anchor="middle"'
+        f' font-size="11">{escape(x_name)}</text>'
     )
     return _svg(left + width + 20, top + height + 34, "".join(out))
 
 
 def _svg(width: float, height: float, inside: str) -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
-        f'font-family="system-ui,sans-serif" style="max-width:100%">{inside}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}"'
+        f' width="{width:.0f}" font-family="system-ui,sans-serif"'
+        f' style="max-width:100%">{inside}</svg>'
     )
 
 
@@ -202,8 +321,10 @@ def _scaling(found: dict[str, Any]) -> str:
             fit = curve["fit"]
             words = "too few points to fit"
             if fit:
-                terms = " + ".join(f"{c:.3g}" + ("" if p == 0 else f" {x}" + (f"^{p}" if p > 1 else ""))
-                                   for c, p in zip(fit["coefficients"], fit["powers"], strict=True))  # fmt: skip
+                terms = " + ".join(
+                    f"{c:.3g}" + ("" if p == 0 else f" {x}" + (f"^{p}" if p > 1 else ""))
+                    for c, p in zip(fit["coefficients"], fit["powers"], strict=True)
+                )
                 words = f"ms = {terms} (R² {fit['r2']:.4f})"
             out.append(
                 f"<figure>{lines(points, fit, x)}<figcaption>{escape(f'over {axis}, {name}: {words}')}</figcaption></figure>"
@@ -212,14 +333,18 @@ def _scaling(found: dict[str, Any]) -> str:
 
 
 # A page runs nothing and asks for nothing, whatever stood in the files that it shows.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action"
+    " 'none'"
+)
 
 
 def document(title: str, body: list[str], style: str = "") -> str:
     """A page of elements already escaped; style: beside `STYLE`."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="viewport" content="width=device-width">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="viewport"'
+        ' content="width=device-width">'
         f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head><body>{''.join(body)}</body></html>\n"
     )
 
@@ -231,18 +356,33 @@ def page(results: dict[str, Any]) -> str:
     machine = f"{hardware.get('gpu') or hardware['processor']}, {hardware['threads']} threads"
     body = [
         f"<h1>Latency: {escape(str(results['preset']))}</h1>",
-        f'<p class="note">{escape(machine)}; {escape(mark["when"])}; <code>{escape(mark["command"])}</code></p>',
+        (
+            f'<p class="note">{escape(machine)}; {escape(mark["when"])};'
+            f" <code>{escape(mark['command'])}</code></p>"
+        ),
         *(f'<p class="note">{escape(note)}</p>' for note in results.get("notes", [])),
     ]
     if results.get("prompt"):
         body.append(f"<p>Prompt: {escape(results['prompt'])}</p>")
     if "estimate" in results:
         e = results["estimate"]
-        made = [[escape(r["plan"]), str(r["steps"]), figure(r["denoise_ms_at_least"])] for r in e["rows"]]
-        body += ["<h2>Estimate</h2>", table(["plan", "steps", "denoising takes at least, ms"], made)]
+        made = [
+            [escape(r["plan"]), str(r["steps"]), figure(r["denoise_ms_at_least"])]
+            for r in e["rows"]
+        ]
+        body += [
+            "<h2>Estimate</h2>",
+            table(["plan", "steps", "denoising takes at least, ms"], made),
+        ]
     if rows:
         names = [n for n in COLOURS if n in ("both", "small", "large", *BEFORE, *AFTER)]
-        body += ["<h2>Plans and engines</h2>", rows_table(rows), "<h2>Where the time goes</h2>", key(names), timeline(rows)]
+        body += [
+            "<h2>Plans and engines</h2>",
+            rows_table(rows),
+            "<h2>Where the time goes</h2>",
+            key(names),
+            timeline(rows),
+        ]
         if drawn := scatter(rows):
             body += ["<h2>Speed and quality</h2>", drawn]
     if results.get("peers"):
@@ -252,13 +392,16 @@ def page(results: dict[str, Any]) -> str:
     if pictures := [r for r in rows if r.get("thumbnail")]:
         body.append('<h2>Clips</h2><div class="clips">')
         body += [
-            f'<figure><img src="{escape(r["thumbnail"], quote=True)}" alt="frames"><figcaption>{escape(r["plan"])} on '
+            f'<figure><img src="{escape(r["thumbnail"], quote=True)}"'
+            f' alt="frames"><figcaption>{escape(r["plan"])} on '
             f"{escape(r['engine'])}: {figure(r['total_duration_ms'])} ms</figcaption></figure>"
             for r in pictures
         ]
         body.append("</div>")
     kept = ", ".join(f"{k} {v}" for k, v in mark["versions"].items())
-    body.append(f'<p class="note">{escape(kept)}; weights {escape(str(mark["weights"] or "random"))}</p>')
+    body.append(
+        f'<p class="note">{escape(kept)}; weights {escape(str(mark["weights"] or "random"))}</p>'
+    )
     return document(f"Latency: {results['preset']}", body)
 
 

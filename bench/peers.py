@@ -1,12 +1,13 @@
 """What users would run instead, in the same process, with the same weights, seed and embeddings.
 
 diffusers     `WanPipeline` with the large generator alone, against our plan `large`
-switch        `WanPipeline` with `transformer_2` and `boundary_ratio`, against our plan with the same switch
-naive         the paper's schedule as it is written down, with diffusers' transformers and VAE, against `reference`
-naive-ours    the same with our transformers and decoder, so that the schedule alone differs
+switch        `WanPipeline` with `transformer_2` and `boundary_ratio`, against our plan with the
+same switch naive         the paper's schedule as it is written down, with diffusers' transformers
+and VAE, against `reference` naive-ours    the same with our transformers and decoder, so that the
+schedule alone differs
 
-"+compile" after the first two: their transformers through `torch.compile`. Each pair is compared before it is timed, and
-timed in turn: ours, theirs, ours, theirs.
+"+compile" after the first two: their transformers through `torch.compile`. Each pair is compared
+before it is timed, and timed in turn: ours, theirs, ours, theirs.
 """
 
 from __future__ import annotations
@@ -40,18 +41,22 @@ SWITCH_AT = 0.3  # of the steps
 
 
 def parse_peers(text: str | None) -> tuple[str, ...]:
-    """Names of `--vs`: "diffusers" stands for the pipeline and its switch, "naive" for both forms, "all" for everything."""
+    """Names of `--vs`: "diffusers" stands for the pipeline and its switch, "naive" for both forms,
+    "all" for everything."""
     groups = {"diffusers": ("diffusers", "switch"), "naive": ("naive", "naive-ours"), "all": PEERS}
     found: dict[str, None] = {}
     for name in (text or "").split(","):
         if name.strip():
-            found |= dict.fromkeys(groups.get(name.strip()) or (choose("peer", name.strip(), PEERS),))
+            found |= dict.fromkeys(
+                groups.get(name.strip()) or (choose("peer", name.strip(), PEERS),)
+            )
     return tuple(found)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One clip: its plan's steps, seed and what the generators are told. prompt None: embeddings are given."""
+    """One clip: its plan's steps, seed and what the generators are told. prompt None: embeddings
+    are given."""
 
     size: tuple[int, int, int]  # height, width, frames
     steps: int
@@ -66,12 +71,18 @@ def diffusers_transformer(model: WanTransformer) -> Any:
     from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
     config = asdict(model.config)
-    taken = {k: v for k, v in config.items() if k in inspect.signature(WanTransformer3DModel.__init__).parameters}
+    taken = {
+        k: v
+        for k, v in config.items()
+        if k in inspect.signature(WanTransformer3DModel.__init__).parameters
+    }
     with torch.device("meta"):
         theirs = WanTransformer3DModel(**taken)
     theirs.load_state_dict(to_diffusers(dict(model.named_parameters())), assign=True)
     c = theirs.config
-    theirs.rope = WanRotaryPosEmbed(c.attention_head_dim, c.patch_size, c.rope_max_seq_len).to(model.device)
+    theirs.rope = WanRotaryPosEmbed(c.attention_head_dim, c.patch_size, c.rope_max_seq_len).to(
+        model.device
+    )
     return theirs.eval()
 
 
@@ -102,8 +113,8 @@ class Peers:
         return self.vae
 
     def scheduler(self) -> Any:
-        """diffusers' UniPC on Wan's published time grid, whatever number of steps it is asked for: its own grid differs by up
-        to 5e-3 in sigma, and another grid is another clip."""
+        """diffusers' UniPC on Wan's published time grid, whatever number of steps it is asked for:
+        its own grid differs by up to 5e-3 in sigma, and another grid is another clip."""
         from diffusers import UniPCMultistepScheduler
 
         grid = self.pipe.make_plan("large", self.setting.steps).grid
@@ -118,8 +129,8 @@ class Peers:
         return OnOurGrid(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
     def stepper(self, plan: Plan, device: torch.device) -> Callable[[int, Tensor, Tensor], Tensor]:
-        """(index, velocity, latents) -> latents by diffusers' UniPC; by ours where diffusers is not installed: they agree to
-        1e-5."""
+        """(index, velocity, latents) -> latents by diffusers' UniPC; by ours where diffusers is not
+        installed: they agree to 1e-5."""
         if find_spec("diffusers") is None:
             solver = make_solver("unipc", plan.grid)
             return lambda index, velocity, latents: solver.step(index, latents, velocity)
@@ -127,7 +138,7 @@ class Peers:
         scheduler.set_timesteps(len(plan), device=device)
         return lambda index, velocity, latents: scheduler.step(
             velocity, scheduler.timesteps[index], latents, return_dict=False
-        )[0]  # fmt: skip
+        )[0]
 
     def ours(self, plan: str, **prompt: Any) -> Callable[[], tuple[Tensor, np.ndarray | None]]:
         """A call of our pipeline: final latents and frames."""
@@ -135,10 +146,17 @@ class Peers:
 
         def call() -> tuple[Tensor, np.ndarray | None]:
             latents = self.pipe(
-                height=height, width=width, num_frames=frames, num_inference_steps=self.setting.steps, plan=plan,
-                latents=self.noise(), output_type="latent", guidance_scale=self.scales[0], guidance_scale_2=self.scales[1],
+                height=height,
+                width=width,
+                num_frames=frames,
+                num_inference_steps=self.setting.steps,
+                plan=plan,
+                latents=self.noise(),
+                output_type="latent",
+                guidance_scale=self.scales[0],
+                guidance_scale_2=self.scales[1],
                 **prompt,
-            ).frames  # fmt: skip
+            ).frames
             return latents, self.pipe.decode(latents, "np") if self.pipe.vae is not None else None
 
         return call
@@ -147,7 +165,10 @@ class Peers:
         """Embeddings for both sides; both of our generators read the text, as theirs do."""
         embeds = self.setting.embeds
         if self.pipe.context is not None:
-            names = {"context_embeds": "prompt_embeds", "negative_context_embeds": "negative_prompt_embeds"}
+            names = {
+                "context_embeds": "prompt_embeds",
+                "negative_context_embeds": "negative_prompt_embeds",
+            }
             embeds = {**embeds, **{ours: embeds[name] for ours, name in names.items()}}
         return embeds
 
@@ -157,12 +178,20 @@ class Peers:
 
         height, width, frames = self.setting.size
         grid = self.pipe.make_plan("large", self.setting.steps).grid
-        at, guidance = max(1, round(SWITCH_AT * self.setting.steps)), {"guidance_scale": self.scales[1]}
+        at, guidance = (
+            max(1, round(SWITCH_AT * self.setting.steps)),
+            {"guidance_scale": self.scales[1]},
+        )
         plan, parts = "large", {"transformer": self.transformer("large")}
         if switch:
             plan = f"small:{at} large:*"
-            parts = {"transformer": self.transformer("small"), "transformer_2": self.transformer("large")}
-            parts["boundary_ratio"] = (float(grid.timesteps[at - 1]) + float(grid.timesteps[at])) / 2000
+            parts = {
+                "transformer": self.transformer("small"),
+                "transformer_2": self.transformer("large"),
+            }
+            parts["boundary_ratio"] = (
+                float(grid.timesteps[at - 1]) + float(grid.timesteps[at])
+            ) / 2000
             guidance = {"guidance_scale": self.scales[0], "guidance_scale_2": self.scales[1]}
         if compiled:
             for name in ("transformer", "transformer_2"):
@@ -170,30 +199,45 @@ class Peers:
                     parts[name] = copy.copy(parts[name])
                     parts[name].compile()
         vae = self.decoder()
-        theirs = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=self.scheduler(), **parts)
+        theirs = WanPipeline(
+            tokenizer=None, text_encoder=None, vae=vae, scheduler=self.scheduler(), **parts
+        )
         theirs.set_progress_bar_config(disable=True)
         embeds = self.setting.embeds
 
         def call() -> tuple[Tensor, np.ndarray | None]:
             latents = theirs(
-                height=height, width=width, num_frames=frames, num_inference_steps=self.setting.steps, latents=self.noise(),
-                output_type="latent", **guidance, **embeds,
-            ).frames  # fmt: skip
+                height=height,
+                width=width,
+                num_frames=frames,
+                num_inference_steps=self.setting.steps,
+                latents=self.noise(),
+                output_type="latent",
+                **guidance,
+                **embeds,
+            ).frames
             if vae is None:
                 return latents, None
-            mean, std = (torch.tensor(vae.config[k]).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
+            mean, std = (
+                torch.tensor(vae.config[k]).view(1, -1, 1, 1, 1)
+                for k in ("latents_mean", "latents_std")
+            )
             with torch.no_grad():
-                video = vae.decode((latents * std.to(latents) + mean.to(latents)).to(vae.dtype), return_dict=False)[0]
+                video = vae.decode(
+                    (latents * std.to(latents) + mean.to(latents)).to(vae.dtype), return_dict=False
+                )[0]
             return latents, theirs.video_processor.postprocess_video(video, output_type="np")
 
         return self.ours(plan, **self.told()), call, plan
 
     def naive(self, own: bool) -> tuple[Callable, Callable, str]:
-        """Ours, the paper's schedule written down: both generators at every step, each guided by two calls, the connector
-        run for every one of the small one's, four blurs a blend."""
+        """Ours, the paper's schedule written down: both generators at every step, each guided by
+        two calls, the connector run for every one of the small one's, four blurs a blend."""
         pipe, setting = self.pipe, self.setting
         plan = pipe.make_plan("reference", setting.steps)
-        models = {n: pipe.engines[n].model if own else self.transformer(n) for n in ("small", "large")}
+        models = {
+            n: pipe.engines[n].model if own else self.transformer(n) for n in ("small", "large")
+        }
         vae = None if own else self.decoder()
 
         def velocity(name: str, latents: Tensor, timestep: Tensor, rows: Tensor) -> Tensor:
@@ -204,10 +248,17 @@ class Peers:
 
         @torch.no_grad()
         def call() -> tuple[Tensor, np.ndarray | None]:
-            text = pipe.encode_prompt(setting.prompt) if setting.prompt else tuple(setting.embeds.values())
+            text = (
+                pipe.encode_prompt(setting.prompt)
+                if setting.prompt
+                else tuple(setting.embeds.values())
+            )
             connect, hidden = None, None
             if pipe.context is not None:
-                connect, stored = pipe.context.connector, pipe.context.connector.unconditional_hidden
+                connect, stored = (
+                    pipe.context.connector,
+                    pipe.context.connector.unconditional_hidden,
+                )
                 from nexus_rt.models.text import clean_prompt
 
                 say = pipe.context.understanding.hidden_states
@@ -231,9 +282,15 @@ class Peers:
                 latents = solve(step.index, blended, latents)
             if own or vae is None:
                 return latents, pipe.decode(latents, "np") if pipe.vae is not None else None
-            mean, std = (torch.tensor(vae.config[k]).view(1, -1, 1, 1, 1).to(latents) for k in ("latents_mean", "latents_std"))
+            mean, std = (
+                torch.tensor(vae.config[k]).view(1, -1, 1, 1, 1).to(latents)
+                for k in ("latents_mean", "latents_std")
+            )
             video = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
-            return latents, video.add(1).div(2).clamp(0, 1).permute(0, 2, 3, 4, 1).float().cpu().numpy()
+            return (
+                latents,
+                video.add(1).div(2).clamp(0, 1).permute(0, 2, 3, 4, 1).float().cpu().numpy(),
+            )
 
         prompt = {"prompt": setting.prompt} if setting.prompt else setting.embeds
         return self.ours("reference", **prompt), call, "reference"
@@ -246,13 +303,19 @@ class Peers:
 
 
 def measure_peers(
-    pipe: NexusPipeline, names: tuple[str, ...], setting: Setting, runs: int, warmup: int, others: tuple[str, ...] = ()
+    pipe: NexusPipeline,
+    names: tuple[str, ...],
+    setting: Setting,
+    runs: int,
+    warmup: int,
+    others: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
-    """A row for every peer; others: plans of ours that are timed in turn with the naive schedule, their distance shown.
+    """A row for every peer; others: plans of ours that are timed in turn with the naive schedule,
+    their distance shown.
 
     Returns:
-        Rows {"peer", "plan", "ours_ms", "theirs_ms", "ratio" (theirs over ours, the median over pairs), "difference",
-        "psnr_db", ...}, or {"peer", "failed": why}.
+        Rows {"peer", "plan", "ours_ms", "theirs_ms", "ratio" (theirs over ours, the median over
+        pairs), "difference", "psnr_db", ...}, or {"peer", "failed": why}.
     """
     made, rows = Peers(pipe, setting, scales_of(pipe)), []
     for name in names:
@@ -266,18 +329,37 @@ def measure_peers(
             distances = {p: distance(*call(), wanted, wanted_frames) for p, call in calls.items()}
             timed = interleaved({**calls, "": theirs}, pipe.device, runs, warmup)
         except ImportError as error:
-            rows.append({"peer": name, "failed": f"{error.name or 'a package'} is not installed here"})
-            continue
-        except Exception as error:  # a peer that does not run is a row that says so, not the end of the others
             rows.append(
-                {"peer": name, "failed": f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"}
+                {"peer": name, "failed": f"{error.name or 'a package'} is not installed here"}
+            )
+            continue
+        except (
+            Exception
+        ) as error:  # a peer that does not run is a row that says so, not the end of the others
+            rows.append(
+                {
+                    "peer": name,
+                    "failed": (
+                        f"{type(error).__name__}:"
+                        f" {(str(error).strip() or 'no message').splitlines()[0]}"
+                    ),
+                }
             )
             continue
         their_ms = [r.total_ms for r in timed[""]]
         for p in calls:
             ms = [r.total_ms for r in timed[p]]
-            rows.append({
-                "peer": name, "plan": p, "same_mathematics": p == plan, "ours_ms": summary(ms), "theirs_ms": summary(their_ms),
-                "ratio": float(f"{median(b / a for a, b in zip(ms, their_ms, strict=True)):.4g}"), **distances[p],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "peer": name,
+                    "plan": p,
+                    "same_mathematics": p == plan,
+                    "ours_ms": summary(ms),
+                    "theirs_ms": summary(their_ms),
+                    "ratio": float(
+                        f"{median(b / a for a, b in zip(ms, their_ms, strict=True)):.4g}"
+                    ),
+                    **distances[p],
+                }
+            )
     return rows

@@ -11,7 +11,8 @@ from nexus_rt.video import uniform
 
 
 def data_url(picture: np.ndarray, kind: str = "PNG", height: int | None = None) -> str:
-    """A picture [H, W, 3], uint8 or floats in [0, 1], as a `data:` URL of a "PNG" or a "JPEG"; `height` in pixels scales it."""
+    """A picture [H, W, 3], uint8 or floats in [0, 1], as a `data:` URL of a "PNG" or a "JPEG";
+    `height` in pixels scales it."""
     from PIL import Image
 
     if picture.dtype != np.uint8:

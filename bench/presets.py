@@ -1,5 +1,5 @@
-"""What is measured: a pair, its size and steps; real weights where they are given, else random ones of the true
-architecture, whose latency is that of the real ones and whose pictures are nothing."""
+"""What is measured: a pair, its size and steps; real weights where they are given, else random ones
+of the true architecture, whose latency is that of the real ones and whose pictures are nothing."""
 
 from __future__ import annotations
 
@@ -24,14 +24,20 @@ from nexus_rt.size import ClipSize
 
 WAN_1_3B = dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30)
 WAN_14B = dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40)
-DRY = dict(num_attention_heads=2, attention_head_dim=32, ffn_dim=96, num_layers=2, text_dim=48, freq_dim=32)  # to try with
-PROMPT = "the shape that rolls, in the colour of the sky, striped, moves the opposite way of right on a sand background"
+DRY = dict(
+    num_attention_heads=2, attention_head_dim=32, ffn_dim=96, num_layers=2, text_dim=48, freq_dim=32
+)  # to try with
+PROMPT = (
+    "the shape that rolls, in the colour of the sky, striped, moves the opposite way of right on a"
+    " sand background"
+)
 WORDS = 40  # of a random prompt's 512 tokens, those that are not padding
 
 
 @dataclass(frozen=True)
 class Preset:
-    """size None: the pair's own. configs: architectures of the random generators; None for the pair that is shipped."""
+    """size None: the pair's own. configs: architectures of the random generators; None for the pair
+    that is shipped."""
 
     name: str
     size: ClipSize | None = None
@@ -50,7 +56,9 @@ def find_preset(name: str) -> Preset:
     return PRESETS[choose("preset", name, PRESETS)]
 
 
-def random_transformer(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> WanTransformer:
+def random_transformer(
+    config: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> WanTransformer:
     """A Wan transformer of random weights, made on the device: norms at one, the rest small."""
     with torch.device("meta"):
         model = WanTransformer(WanConfig(**config))
@@ -89,11 +97,20 @@ class RandomDecoder(VideoDecoder):
 
 
 def random_pipeline(
-    configs: dict[str, dict[str, Any]], dtype: torch.dtype, device: torch.device, size: ClipSize, kernels: str = "auto",
-    attention: str = "auto", decoder: dict[str, Any] | None = None,
-) -> NexusPipeline:  # fmt: skip
-    """A pipeline of random generators and, where diffusers is installed, a random VAE; it takes embeddings, no prompts."""
-    models = {n: random_transformer(c, dtype, device).use_kernels(kernels, attention) for n, c in configs.items()}
+    configs: dict[str, dict[str, Any]],
+    dtype: torch.dtype,
+    device: torch.device,
+    size: ClipSize,
+    kernels: str = "auto",
+    attention: str = "auto",
+    decoder: dict[str, Any] | None = None,
+) -> NexusPipeline:
+    """A pipeline of random generators and, where diffusers is installed, a random VAE; it takes
+    embeddings, no prompts."""
+    models = {
+        n: random_transformer(c, dtype, device).use_kernels(kernels, attention)
+        for n, c in configs.items()
+    }
     config = next(iter(models.values())).config
     try:
         from diffusers import AutoencoderKLWan  # noqa: F401
@@ -103,7 +120,9 @@ def random_pipeline(
         vae = RandomDecoder(device, decoder)
     defaults = Defaults(height=size.height, width=size.width, num_frames=size.frames)
     engines = {name: TorchEngine(model) for name, model in models.items()}
-    loaded = Loaded(engines, None, vae, None, None, defaults, (config.in_channels, config.patch_size))
+    loaded = Loaded(
+        engines, None, vae, None, None, defaults, (config.in_channels, config.patch_size)
+    )
     return NexusPipeline(loaded, device, kernels=kernels)
 
 
@@ -136,15 +155,19 @@ class Need:
 
     def sentence(self, preset: str, device: torch.device) -> str:
         """What is missing, and what would do."""
-        sizes = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in {**self.parts, "working": self.working}.items())
+        sizes = ", ".join(
+            f"{name} {size / 1e9:.1f}"
+            for name, size in {**self.parts, "working": self.working}.items()
+        )
         alone = min(self.parts, key=self.parts.__getitem__) if self.parts else ""
         small = self.parts.get(alone, 0) + self.working
         would = f"a device with {self.total / 1e9:.1f} GB"
         if small <= self.free and len(self.parts) > 1:
             would += f", or --plans {alone} ({small / 1e9:.1f} GB)"
         return (
-            f"preset {preset} takes {self.total / 1e9:.1f} GB ({sizes}) and {self.free / 1e9:.1f} GB are free on {device}: "
-            f"{self.short:,} bytes too few. What would do: {would}, or --estimate always"
+            f"preset {preset} takes {self.total / 1e9:.1f} GB ({sizes}) and {self.free / 1e9:.1f}"
+            f" GB are free on {device}: {self.short:,} bytes too few. What would do: {would}, or"
+            " --estimate always"
         )
 
 
@@ -159,14 +182,18 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def need_of(configs: dict[str, dict[str, Any]], dtype: torch.dtype, device: torch.device, size: ClipSize) -> Need:
-    """What random generators of these architectures take at a size, guided; the VAE works when they do not."""
+def need_of(
+    configs: dict[str, dict[str, Any]], dtype: torch.dtype, device: torch.device, size: ClipSize
+) -> Need:
+    """What random generators of these architectures take at a size, guided; the VAE works when they
+    do not."""
     parts, working = {}, 0
     for name, config in configs.items():
         with torch.device("meta"):
             model = WanTransformer(WanConfig(**config))
         parts[name] = sum(
-            p.numel() * (4 if any(part in n for part in KEEP_FP32) else dtype.itemsize) for n, p in model.named_parameters()
+            p.numel() * (4 if any(part in n for part in KEEP_FP32) else dtype.itemsize)
+            for n, p in model.named_parameters()
         )
         working = max(working, activation_bytes(asdict(model.config), size, 2, dtype.itemsize))
     return Need(parts, working, free_bytes(device))

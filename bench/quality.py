@@ -1,9 +1,11 @@
-"""What a speed costs: how far a clip is from the reference plan's on the same seed, and what it shows.
+"""What a speed costs: how far a clip is from the reference plan's on the same seed, and what it
+shows.
 
-PSNR: -10 log10 of the mean squared error of frames in [0, 1]. SSIM: the structural similarity of luminance (Wang et al. 2004:
-gaussian window of 11 pixels, sigma 1.5, K1 0.01, K2 0.03), mean over pixels and frames. Latent error: the norm of the
-difference of final latents over the reference's norm. Accuracy: of the mini pair's riddles, the share whose shape, colour
-and motion a checker reads from the pixels.
+PSNR: -10 log10 of the mean squared error of frames in [0, 1]. SSIM: the structural similarity of
+luminance (Wang et al. 2004: gaussian window of 11 pixels, sigma 1.5, K1 0.01, K2 0.03), mean over
+pixels and frames. Latent error: the norm of the difference of final latents over the reference's
+norm. Accuracy: of the mini pair's riddles, the share whose shape, colour and motion a checker reads
+from the pixels.
 """
 
 from __future__ import annotations
@@ -26,10 +28,13 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity of frames [..., H, W, 3] in [0, 1], at least 11 x 11: 1 where they are equal."""
+    """Structural similarity of frames [..., H, W, 3] in [0, 1], at least 11 x 11: 1 where they are
+    equal."""
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
     x, y = (torch.as_tensor(v, dtype=torch.float64).flatten(0, -4) @ weights for v in (a, b))
-    taps = torch.exp(-((torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2) ** 2) / (2 * SIGMA**2))
+    taps = torch.exp(
+        -((torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2) ** 2) / (2 * SIGMA**2)
+    )
     taps /= taps.sum()
 
     def blur(v: Tensor) -> Tensor:
@@ -38,7 +43,9 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     mx, my = blur(x), blur(y)
     vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
     c1, c2 = K1**2, K2**2
-    return float(((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean())
+    return float(
+        ((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean()
+    )
 
 
 def latent_error(got: Tensor, wanted: Tensor) -> float:
@@ -46,8 +53,11 @@ def latent_error(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-def distance(latents: Tensor, frames: np.ndarray | None, wanted: Tensor, wanted_frames: np.ndarray | None) -> dict[str, Any]:
-    """Quality columns of a clip against the reference's; psnr_db is None where the frames are the same bits."""
+def distance(
+    latents: Tensor, frames: np.ndarray | None, wanted: Tensor, wanted_frames: np.ndarray | None
+) -> dict[str, Any]:
+    """Quality columns of a clip against the reference's; psnr_db is None where the frames are the
+    same bits."""
     found: dict[str, Any] = {"latent_error": latent_error(latents, wanted)}
     if frames is not None and wanted_frames is not None:
         value = psnr(frames, wanted_frames)
@@ -74,5 +84,7 @@ def mini_accuracy(pipe: Any, count: int, batch: int = 6, **options: Any) -> dict
         part = slice(start, start + batch)
         seeds = [torch.Generator().manual_seed(s) for s in range(count)[part]]
         frames = pipe([p.text for p in prompts[part]], generator=seeds, **options).frames
-        right += sum(all(look(clip).matches(p.scene)) for clip, p in zip(frames, prompts[part], strict=True))
+        right += sum(
+            all(look(clip).matches(p.scene)) for clip, p in zip(frames, prompts[part], strict=True)
+        )
     return {"right": right, "count": count, "accuracy": right / count}

@@ -37,9 +37,12 @@ def processor() -> str:
 
 def hardware(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(), "system": platform.system(),
-    }  # fmt: skip
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.system(),
+    }
     if device.type == "cuda":
         gpu = torch.cuda.get_gpu(device)
         found |= {"gpu": gpu.name, "gpu_bytes": gpu.total_memory, "sm": f"{gpu.major}.{gpu.minor}"}
@@ -48,16 +51,22 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 def weights_fingerprint(folders: dict[str, Path]) -> dict[str, str]:
     """`folder_fingerprint` of every generator."""
-    return {name: folder_fingerprint(transformer_folder(folder)) for name, folder in folders.items()}
+    return {
+        name: folder_fingerprint(transformer_folder(folder)) for name, folder in folders.items()
+    }
 
 
 def fingerprint(device: torch.device, weights: dict[str, str], command: str) -> dict[str, Any]:
     """Hardware, versions, weights and command of a run."""
     return {
-        "hardware": hardware(device), "device": str(device), "python": platform.python_version(),
-        "versions": {k: v for k, v in versions().items() if v}, "weights": weights, "command": command,
+        "hardware": hardware(device),
+        "device": str(device),
+        "python": platform.python_version(),
+        "versions": {k: v for k, v in versions().items() if v},
+        "weights": weights,
+        "command": command,
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    }
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,7 +80,9 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        raise InputError(f"{path} could not be written ({error}); free some space or write somewhere else.") from error
+        raise InputError(
+            f"{path} could not be written ({error}); free some space or write somewhere else."
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -100,7 +111,9 @@ class _Row(msgspec.Struct):
     peak_device_bytes: float | None = None
 
     def __post_init__(self) -> None:
-        if self.failed is None and (not self.total_runs_ms or None in (self.total_duration_ms, self.quality)):
+        if self.failed is None and (
+            not self.total_runs_ms or None in (self.total_duration_ms, self.quality)
+        ):
             raise ValueError(f"row {self.plan} on {self.engine} has neither times nor a failure")
 
 
@@ -137,7 +150,9 @@ def read_as(path: Path, kind: str, schema: int, maker: str, remedy: str) -> dict
     try:
         data = documents.read_bytes(path, InputError)
     except InputError as error:
-        raise InputError(f"{path} cannot be read ({cut(error)}); expected a file that {maker} wrote.") from None
+        raise InputError(
+            f"{path} cannot be read ({cut(error)}); expected a file that {maker} wrote."
+        ) from None
     try:
         document = documents.parse(data, str(path), InputError, remedy)
     except InputError as error:  # it is a file, and a damaged one
@@ -146,16 +161,18 @@ def read_as(path: Path, kind: str, schema: int, maker: str, remedy: str) -> dict
         raise ModelError(f"{path} holds no results of {kind}; expected a file that {maker} wrote.")
     if document.get("schema") != schema:
         raise ModelError(
-            f"{path} has schema {document.get('schema')!r}, and this nexus-rt reads {schema}; {remedy}, or use the version "
-            "that wrote it."
+            f"{path} has schema {document.get('schema')!r}, and this nexus-rt reads {schema};"
+            f" {remedy}, or use the version that wrote it."
         )
     return document
 
 
-def ratio_interval(before: list[float], after: list[float], draws: int = 2000) -> tuple[float, float, float]:
+def ratio_interval(
+    before: list[float], after: list[float], draws: int = 2000
+) -> tuple[float, float, float]:
     """Median of `after` over median of `before`, with its bootstrap 95% interval."""
     rng = np.random.default_rng(0)
-    pick = lambda v: np.median(rng.choice(v, (draws, len(v))), 1)  # noqa: E731
+    pick = lambda v: np.median(rng.choice(v, (draws, len(v))), 1)
     ratios = pick(np.asarray(after)) / pick(np.asarray(before))
     low, high = np.quantile(ratios, (0.025, 0.975))
     return median(after) / median(before), float(low), float(high)
@@ -177,7 +194,9 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         for name in names or sorted(a.keys() | b.keys()):
             if a.get(name) != b.get(name):
                 kind = "weights of " if group == "weights" else ""
-                found.append(f"{kind}{name} differs ({cut(a.get(name), 60)} and {cut(b.get(name), 60)})")
+                found.append(
+                    f"{kind}{name} differs ({cut(a.get(name), 60)} and {cut(b.get(name), 60)})"
+                )
     if before.get("device") != after.get("device"):
         found.append(f"device differs ({before.get('device')} and {after.get('device')})")
     return found
@@ -186,9 +205,9 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Lines on every row both have, and the regressions among them.
 
-    A row regresses where its median is slower by more than NOISE even at the near end of the ratio's 95% interval, its
-    peak memory grows by more than MEMORY, its PSNR falls by more than PSNR_DB decibels, or its accuracy by more than
-    ACCURACY.
+    A row regresses where its median is slower by more than NOISE even at the near end of the
+    ratio's 95% interval, its peak memory grows by more than MEMORY, its PSNR falls by more than
+    PSNR_DB decibels, or its accuracy by more than ACCURACY.
 
     Raises:
         InputError: no row is in both.
@@ -197,9 +216,13 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], l
     old = {_key(r): r for r in before["rows"] if "failed" not in r}
     shared = [r for r in after["rows"] if _key(r) in old]
     if not shared:
-        raise InputError("the two files have no plan and engine in common at one size and number of steps; nothing to compare.")
+        raise InputError(
+            "the two files have no plan and engine in common at one size and number of steps;"
+            " nothing to compare."
+        )
     lines += [
-        f"note: {d}; what follows compares that as well" for d in differences(before["fingerprint"], after["fingerprint"])
+        f"note: {d}; what follows compares that as well"
+        for d in differences(before["fingerprint"], after["fingerprint"])
     ]
     for row in shared:
         was, title = old[_key(row)], f"{row['plan']} on {row['engine']}"
@@ -208,8 +231,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], l
             continue
         ratio, low, high = ratio_interval(was["total_runs_ms"], row["total_runs_ms"])
         line = (
-            f"{title}: {was['total_duration_ms']:.1f} -> {row['total_duration_ms']:.1f} ms, {ratio:.3f}x "
-            f"[{low:.3f}, {high:.3f}]"
+            f"{title}: {was['total_duration_ms']:.1f} -> {row['total_duration_ms']:.1f} ms,"
+            f" {ratio:.3f}x [{low:.3f}, {high:.3f}]"
         )
         lines.append(line)
         if low > 1 + NOISE:
@@ -220,7 +243,10 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], l
                 worse.append(f"{title}: {name} {a / 1e6:.0f} -> {b / 1e6:.0f} MB")
         a, b = was["quality"].get("psnr_db"), row["quality"].get("psnr_db")
         if b is not None and not row["quality"].get("identical") and (a is None or b < a - PSNR_DB):
-            worse.append(f"{title}: PSNR to the reference {'identical' if a is None else f'{a:.1f}'} -> {b:.1f} dB")
+            worse.append(
+                f"{title}: PSNR to the reference {'identical' if a is None else f'{a:.1f}'} ->"
+                f" {b:.1f} dB"
+            )
         a, b = (r["quality"].get("accuracy") for r in (was, row))
         if a is not None and b is not None and b < a - ACCURACY:
             worse.append(f"{title}: accuracy {a:.2f} -> {b:.2f}")

@@ -1,7 +1,9 @@
-"""How latency grows: a guided step with frames, frame size and batch, a clip with steps, and what fits the growth.
+"""How latency grows: a guided step with frames, frame size and batch, a clip with steps, and what
+fits the growth.
 
-A step is fitted as `fixed + linear n + quadratic n^2` over the tokens n of its batch (launches; linear layers; attention, which
-is quadratic in the tokens of a clip, so that over batches there is no such term), a clip as `fixed + each steps`.
+A step is fitted as `fixed + linear n + quadratic n^2` over the tokens n of its batch (launches;
+linear layers; attention, which is quadratic in the tokens of a clip, so that over batches there is
+no such term), a clip as `fixed + each steps`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ from nexus_rt.bench.latency import Clip, prompts_of
 from nexus_rt.costs import median_ms
 from nexus_rt.pipeline import NexusPipeline
 
-FRAMES, SIZES = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0), (0.5, 0.75, 1.0, 1.5, 2.0, 2.5)  # shares of the clip's
+FRAMES, SIZES = (
+    (0.25, 0.5, 1.0, 2.0, 3.0, 4.0),
+    (0.5, 0.75, 1.0, 1.5, 2.0, 2.5),
+)  # shares of the clip's
 BATCHES, STEPS = (1, 2, 3, 4), (0.25, 0.5, 1.0, 1.5)
 
 
@@ -28,8 +33,11 @@ def fit(x: list[float], y: list[float], powers: tuple[int, ...]) -> dict[str, An
     found, *_ = np.linalg.lstsq(columns, np.ones(len(b)), rcond=None)
     guess = (columns * b[:, None]) @ found
     rest = float(((b - guess) ** 2).sum() / ((b - b.mean()) ** 2).sum()) if len(set(y)) > 1 else 0.0
-    return {"powers": list(powers), "coefficients": [float(c / scale**p) for c, p in zip(found, powers, strict=True)],
-            "r2": round(1 - rest, 5)}  # fmt: skip
+    return {
+        "powers": list(powers),
+        "coefficients": [float(c / scale**p) for c, p in zip(found, powers, strict=True)],
+        "r2": round(1 - rest, 5),
+    }
 
 
 def _near(value: float, unit: int, least: int) -> int:
@@ -40,7 +48,10 @@ def variants(pipe: NexusPipeline, clip: Clip) -> dict[str, list[tuple[int, int, 
     """(batch, frames, height, width) of every axis, around a clip's."""
     unit_h, unit_w = (8 * p for p in pipe.patch[1:])
     frames = [4 * _near((clip.frames - 1) / 4 * f, 1, 0) + 1 for f in FRAMES]
-    sizes = [(_near(clip.height * f, unit_h, unit_h), _near(clip.width * f, unit_w, unit_w)) for f in SIZES]
+    sizes = [
+        (_near(clip.height * f, unit_h, unit_h), _near(clip.width * f, unit_w, unit_w))
+        for f in SIZES
+    ]
     return {
         "frames": [(1, f, clip.height, clip.width) for f in dict.fromkeys(frames)],
         "size": [(1, clip.frames, *s) for s in dict.fromkeys(sizes)],
@@ -49,7 +60,9 @@ def variants(pipe: NexusPipeline, clip: Clip) -> dict[str, list[tuple[int, int, 
 
 
 @torch.no_grad()
-def scaling(pipe: NexusPipeline, clip: Clip, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
+def scaling(
+    pipe: NexusPipeline, clip: Clip, repeats: int, say: Callable[[str], None]
+) -> dict[str, Any]:
     """A guided step of every generator over each axis, and a whole denoising over numbers of steps.
 
     A point that runs out of memory is left out and named.
@@ -63,11 +76,18 @@ def scaling(pipe: NexusPipeline, clip: Clip, repeats: int, say: Callable[[str], 
             rows, left_out = [], []
             for batch, frames, height, width in points:
                 prompt = prompts[name]
-                pair = torch.cat([prompt.conditional.repeat(batch, 1, 1), prompt.unconditional.repeat(batch, 1, 1)])
+                pair = torch.cat(
+                    [
+                        prompt.conditional.repeat(batch, 1, 1),
+                        prompt.unconditional.repeat(batch, 1, 1),
+                    ]
+                )
                 try:
                     context = engine.prepare(pair)
-                    noise = pipe.prepare_latents(batch, frames, height, width, torch.Generator().manual_seed(0))
-                    call = lambda e=engine, x=noise, c=context: e.velocity(x, timestep, c)  # noqa: E731
+                    noise = pipe.prepare_latents(
+                        batch, frames, height, width, torch.Generator().manual_seed(0)
+                    )
+                    call = lambda e=engine, x=noise, c=context: e.velocity(x, timestep, c)
                     ms = median_ms(call, repeats, 1, cuda)
                 except torch.OutOfMemoryError:
                     left_out.append([batch, frames, height, width])
@@ -75,19 +95,39 @@ def scaling(pipe: NexusPipeline, clip: Clip, repeats: int, say: Callable[[str], 
                 t, h, w = noise.shape[-3:]
                 p = pipe.patch
                 tokens = 2 * batch * (t // p[0]) * (h // p[1]) * (w // p[2])
-                rows.append({"batch": batch, "frames": frames, "height": height, "width": width, "tokens": tokens,
-                             "ms": round(ms, 3)})  # fmt: skip
+                rows.append(
+                    {
+                        "batch": batch,
+                        "frames": frames,
+                        "height": height,
+                        "width": width,
+                        "tokens": tokens,
+                        "ms": round(ms, 3),
+                    }
+                )
             powers = (0, 1) if axis == "batch" else (0, 1, 2)
-            line = fit([r["tokens"] for r in rows], [r["ms"] for r in rows], powers) if len(rows) > len(powers) else None
-            found.setdefault(axis, {})[name] = {"points": rows, "fit": line, "out_of_memory": left_out}
+            line = (
+                fit([r["tokens"] for r in rows], [r["ms"] for r in rows], powers)
+                if len(rows) > len(powers)
+                else None
+            )
+            found.setdefault(axis, {})[name] = {
+                "points": rows,
+                "fit": line,
+                "out_of_memory": left_out,
+            }
     say("scaling over steps")
     rows, options = [], clip.options()
     for count in dict.fromkeys(_near(clip.steps * s, 1, 2) for s in STEPS):
-        call = lambda n=count: pipe(  # noqa: E731
+        call = lambda n=count: pipe(
             latents=clip.noise(pipe), output_type="latent", **{**options, "num_inference_steps": n}
         )
-        rows.append({"steps": count, "ms": round(median_ms(call, max(2, repeats // 2), 1, cuda), 3)})
-    line = fit([r["steps"] for r in rows], [r["ms"] for r in rows], (0, 1)) if len(rows) > 2 else None
+        rows.append(
+            {"steps": count, "ms": round(median_ms(call, max(2, repeats // 2), 1, cuda), 3)}
+        )
+    line = (
+        fit([r["steps"] for r in rows], [r["ms"] for r in rows], (0, 1)) if len(rows) > 2 else None
+    )
     plan = pipe.defaults.plan if len(pipe.engines) > 1 else next(iter(pipe.engines))
     found["steps"] = {plan: {"points": rows, "fit": line, "out_of_memory": []}}
     return found

@@ -1,4 +1,5 @@
-"""Start-up and endurance on the mini pair: from the shell to an mp4 and where that goes, the first calls, and many calls.
+"""Start-up and endurance on the mini pair: from the shell to an mp4 and where that goes, the first
+calls, and many calls.
 
 python -m nexus_rt.bench.startup command parts calls --json bench/results/cpu/startup.json
 python -m nexus_rt.bench.startup soak --runs 200 --json bench/results/cpu/soak.json
@@ -55,26 +56,46 @@ print(json.dumps(found))
 def _exported(backend: str, folder: Path) -> Path:
     """Every part of the mini pair as engines at its own size."""
     sizes = ",".join("x".join(map(str, s)) for s in SIZES)
-    command = [*CLI, "export", "--backend", backend, "--parts", "small,large,vae,text_encoder", "--sizes", sizes]
+    command = [
+        *CLI,
+        "export",
+        "--backend",
+        backend,
+        "--parts",
+        "small,large,vae,text_encoder",
+        "--sizes",
+        sizes,
+    ]
     made = folder / backend
-    done = subprocess.run([*command, "-o", str(made)], env={**os.environ, "NEXUS_RT_CACHE": str(folder / "cache")},
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [*command, "-o", str(made)],
+        env={**os.environ, "NEXUS_RT_CACHE": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise SystemExit(f"export of {backend} failed:\n{done.stderr[-2000:]}")
     return made
 
 
 def bench_command(runs: int) -> dict:
-    """`nexus-rt generate` as a process: PyTorch, and ONNX engines. A run first fills the page cache."""
+    """`nexus-rt generate` as a process: PyTorch, and ONNX engines. A run first fills the page
+    cache."""
     with tempfile.TemporaryDirectory() as folder:
         ways = {"torch": [], "onnx engines": ["--engines", str(_exported("onnx", Path(folder)))]}
         walls: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(runs + 1):
             for name, options in ways.items():
                 start = time.perf_counter()
-                subprocess.run([*CLI, "generate", PROMPT, "-o", f"{folder}/a.mp4", "--quiet", *options], check=True)
+                subprocess.run(
+                    [*CLI, "generate", PROMPT, "-o", f"{folder}/a.mp4", "--quiet", *options],
+                    check=True,
+                )
                 walls[name].append(time.perf_counter() - start)
-    return {n: {"wall_s": round(median(w[1:]), 2), "max_s": round(max(w[1:]), 2), "runs": runs} for n, w in walls.items()}
+    return {
+        n: {"wall_s": round(median(w[1:]), 2), "max_s": round(max(w[1:]), 2), "runs": runs}
+        for n, w in walls.items()
+    }
 
 
 def bench_parts(runs: int) -> dict:
@@ -84,7 +105,9 @@ def bench_parts(runs: int) -> dict:
         for _ in range(runs + 1):
             command = [sys.executable, "-c", PARTS, PROMPT, f"{folder}/a.mp4", str(time.time())]
             start = time.perf_counter()
-            parts = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            parts = json.loads(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            )
             wall = time.perf_counter() - start
             found.append({**parts, "end of Python": wall - sum(parts.values())})
     return {part: round(median(f[part] for f in found[1:]), 3) for part in found[0]}
@@ -93,7 +116,11 @@ def bench_parts(runs: int) -> dict:
 def _pipeline(way: str, folder: Path):
     from nexus_rt import NexusPipeline
 
-    pipe = NexusPipeline.from_pretrained() if way == "torch" else NexusPipeline.from_engines(_exported(way, folder))
+    pipe = (
+        NexusPipeline.from_pretrained()
+        if way == "torch"
+        else NexusPipeline.from_engines(_exported(way, folder))
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -114,32 +141,50 @@ def bench_calls(runs: int) -> dict:
 def _now() -> dict[str, int]:
     """Of this process: resident kB, open files, threads of Python and of the system."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {"rss_kb": int(status["VmRSS"].split()[0]), "files": len(os.listdir("/proc/self/fd")),
-            "python_threads": threading.active_count(), "threads": int(status["Threads"])}  # fmt: skip
+    return {
+        "rss_kb": int(status["VmRSS"].split()[0]),
+        "files": len(os.listdir("/proc/self/fd")),
+        "python_threads": threading.active_count(),
+        "threads": int(status["Threads"]),
+    }
 
 
 def bench_soak(runs: int) -> dict:
-    """Many clips of sizes in a random order by PyTorch, ONNX and AOTI: memory's slope over the second half, files, threads."""
+    """Many clips of sizes in a random order by PyTorch, ONNX and AOTI: memory's slope over the
+    second half, files, threads."""
     report: dict[str, dict] = {}
     for way in ("torch", "onnx", "aoti"):
         with tempfile.TemporaryDirectory() as folder:
             pipe, order, seen = _pipeline(way, Path(folder)), random.Random(0), []
             for i in range(runs):
                 width, height, frames = order.choice(SIZES)
-                pipe(PROMPT, width=width, height=height, num_frames=frames, num_inference_steps=4,
-                     generator=torch.Generator().manual_seed(i))  # fmt: skip
+                pipe(
+                    PROMPT,
+                    width=width,
+                    height=height,
+                    num_frames=frames,
+                    num_inference_steps=4,
+                    generator=torch.Generator().manual_seed(i),
+                )
                 seen.append(_now())
             half = [s["rss_kb"] for s in seen[runs // 2 :]]
             slope = float(np.polyfit(range(len(half)), half, 1)[0]) if len(half) > 1 else 0.0
-            report[way] = {"clips": runs, "rss_mb_end": round(seen[-1]["rss_kb"] / 1000), "slope_kb_a_clip": round(slope, 1)}
+            report[way] = {
+                "clips": runs,
+                "rss_mb_end": round(seen[-1]["rss_kb"] / 1000),
+                "slope_kb_a_clip": round(slope, 1),
+            }
             for name in ("files", "python_threads", "threads"):
                 report[way][name] = [seen[runs // 10][name], seen[-1][name]]
     return report
 
 
 BENCHES: dict[str, tuple[Callable[[int], dict], int]] = {
-    "command": (bench_command, 5), "parts": (bench_parts, 5), "calls": (bench_calls, 1), "soak": (bench_soak, 200),
-}  # fmt: skip
+    "command": (bench_command, 5),
+    "parts": (bench_parts, 5),
+    "calls": (bench_calls, 1),
+    "soak": (bench_soak, 200),
+}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Tables of documents, made from results files, so that no figure there was typed.
 
-python -m nexus_rt.bench.tables README.md bench/README.md     # replaces what stands between <!-- results F --> and <!-- end -->
+python -m nexus_rt.bench.tables README.md bench/README.md     # replaces what stands between <!--
+results F --> and <!-- end -->
 
-F, named from the document's folder: what `nexus-rt bench --json` wrote, or the GPU suite. `<!-- headline F -->` gives the
-former in a few rows.
+F, named from the document's folder: what `nexus-rt bench --json` wrote, or the GPU suite.
+`<!-- headline F -->` gives the former in a few rows.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ PEERS = {
 
 
 def _psnr(q: dict[str, Any]) -> str:
-    return "identical" if q.get("identical") else "-" if q.get("psnr_db") is None else f"{q['psnr_db']:.1f}"
+    return (
+        "identical"
+        if q.get("identical")
+        else "-"
+        if q.get("psnr_db") is None
+        else f"{q['psnr_db']:.1f}"
+    )
 
 
 def _line(cells: list[str]) -> str:
@@ -42,12 +49,21 @@ def _row(r: dict[str, Any]) -> str:
     if "failed" in r:
         return _line([r["plan"], r["engine"], r["failed"], *[""] * 8])
     q, off, preview = r["quality"], r.get("prediction_error"), r.get("first_preview_ms")
-    return _line([
-        r["plan"], r["engine"], f"{r['total_duration_ms']:.0f}, {r['total_p95_ms']:.0f}", f"{r['denoise_ms']:.0f}",
-        f"{r['components_ms'].get('vae', 0):.0f}", "-" if preview is None else f"{preview:.0f}",
-        "-" if off is None else f"{100 * off:+.1f}%", _psnr(q), "-" if q.get("ssim") is None else f"{q['ssim']:.4f}",
-        f"{q['latent_error']:.1e}", f"{q['right']}/{q['count']}" if "accuracy" in q else "-",
-    ])  # fmt: skip
+    return _line(
+        [
+            r["plan"],
+            r["engine"],
+            f"{r['total_duration_ms']:.0f}, {r['total_p95_ms']:.0f}",
+            f"{r['denoise_ms']:.0f}",
+            f"{r['components_ms'].get('vae', 0):.0f}",
+            "-" if preview is None else f"{preview:.0f}",
+            "-" if off is None else f"{100 * off:+.1f}%",
+            _psnr(q),
+            "-" if q.get("ssim") is None else f"{q['ssim']:.4f}",
+            f"{q['latent_error']:.1e}",
+            f"{q['right']}/{q['count']}" if "accuracy" in q else "-",
+        ]
+    )
 
 
 def _peer(r: dict[str, Any]) -> str:
@@ -55,7 +71,9 @@ def _peer(r: dict[str, Any]) -> str:
         return _line([r["peer"], r["failed"], *[""] * 5])
     plan = r["plan"] if r["same_mathematics"] else f"{r['plan']} (another plan)"
     times = f"{r['theirs_ms']['p50']:.0f}", f"{r['ours_ms']['p50']:.0f}"
-    return _line([r["peer"], plan, *times, f"**{r['ratio']:.2f}x**", _psnr(r), f"{r['latent_error']:.1e}"])
+    return _line(
+        [r["peer"], plan, *times, f"**{r['ratio']:.2f}x**", _psnr(r), f"{r['latent_error']:.1e}"]
+    )
 
 
 def _fits(scaling: dict[str, Any]) -> list[str]:
@@ -65,7 +83,8 @@ def _fits(scaling: dict[str, Any]) -> list[str]:
             if fit := curve["fit"]:
                 n = "steps" if axis == "steps" else "tokens"
                 terms = [
-                    f"{c:.3g}" + ("", f" {n}", f" {n}²")[p] for c, p in zip(fit["coefficients"], fit["powers"], strict=True)
+                    f"{c:.3g}" + ("", f" {n}", f" {n}²")[p]
+                    for c, p in zip(fit["coefficients"], fit["powers"], strict=True)
                 ]
                 found.append(_line([axis, name, " + ".join(terms), f"{fit['r2']:.4f}"]))
     return found
@@ -74,16 +93,40 @@ def _fits(scaling: dict[str, Any]) -> list[str]:
 def headline(found: dict[str, Any]) -> str:
     """Our plans against their peers, and the engines of the first plan, as markdown."""
     ours = [r for r in found.get("peers", []) if r["peer"] in PEERS and "failed" not in r]
-    out = [_head("ours", "against, in the same run", "ms", "theirs", "ratio", "frames")] if ours else []
-    right = {r["plan"]: f", {r['quality']['right']}/{r['quality']['count']} riddles" for r in found["rows"]
-             if "accuracy" in r.get("quality", {})}  # fmt: skip
+    out = (
+        [_head("ours", "against, in the same run", "ms", "theirs", "ratio", "frames")]
+        if ours
+        else []
+    )
+    right = {
+        r["plan"]: f", {r['quality']['right']}/{r['quality']['count']} riddles"
+        for r in found["rows"]
+        if "accuracy" in r.get("quality", {})
+    }
     for r in sorted(ours, key=lambda r: (not r["same_mathematics"], list(PEERS).index(r["peer"]))):
-        shown = _psnr(r) + (" dB" if r.get("psnr_db") is not None else "") + ("" if r["same_mathematics"] else ", another clip")
+        shown = (
+            _psnr(r)
+            + (" dB" if r.get("psnr_db") is not None else "")
+            + ("" if r["same_mathematics"] else ", another clip")
+        )
         times = f"{r['ours_ms']['p50']:.0f}", f"{r['theirs_ms']['p50']:.0f}"
         ratio = f"**{r['ratio']:.2f}x**"
-        out.append(_line([f"`{r['plan']}`", PEERS[r["peer"]], *times, ratio, shown + right.get(r["plan"], "")]))
+        out.append(
+            _line(
+                [
+                    f"`{r['plan']}`",
+                    PEERS[r["peer"]],
+                    *times,
+                    ratio,
+                    shown + right.get(r["plan"], ""),
+                ]
+            )
+        )
     rows = [r for r in found["rows"] if "failed" not in r and r["plan"] == found["rows"][0]["plan"]]
-    out += [*[""] * bool(out), _head(f"engine, plan `{rows[0]['plan']}`", "denoising, ms", "VAE", "whole call")]
+    out += [
+        *[""] * bool(out),
+        _head(f"engine, plan `{rows[0]['plan']}`", "denoising, ms", "VAE", "whole call"),
+    ]
     for r in rows:
         times = (r["denoise_ms"], r["components_ms"].get("vae", 0), r["total_duration_ms"])
         out.append(_line([r["engine"], *(f"{t:.0f}" for t in times)]))
@@ -93,17 +136,33 @@ def headline(found: dict[str, Any]) -> str:
 def _made(found: dict[str, Any]) -> str:
     mark = found["fingerprint"]
     h, v = mark["hardware"], mark["versions"]
-    made = f"{h.get('gpu') or h['processor']}, {h['threads']} threads, torch {v['torch']}, {mark['when'][:10]}"
+    made = (
+        f"{h.get('gpu') or h['processor']}, {h['threads']} threads, torch {v['torch']},"
+        f" {mark['when'][:10]}"
+    )
     return f"{made}; `{mark['command']}`"
 
 
 def tables(found: dict[str, Any]) -> str:
     """Plans and engines, peers, and scaling, as markdown."""
-    names = ("plan", "engine", "end to end, ms (p50, p95)", "denoising", "VAE", "preview", "predicted", "PSNR, dB", "SSIM",
-             "latent error", "riddles")  # fmt: skip
+    names = (
+        "plan",
+        "engine",
+        "end to end, ms (p50, p95)",
+        "denoising",
+        "VAE",
+        "preview",
+        "predicted",
+        "PSNR, dB",
+        "SSIM",
+        "latent error",
+        "riddles",
+    )
     out = [_made(found), "", _head(*names), *(_row(r) for r in found["rows"])]
     if found.get("peers"):
-        head = _head("peer", "ours", "theirs, ms", "ours, ms", "ratio", "frames, dB", "latents differ by")
+        head = _head(
+            "peer", "ours", "theirs, ms", "ours, ms", "ratio", "frames, dB", "latents differ by"
+        )
         out += ["", head, *(_peer(r) for r in found["peers"])]
     if fits := _fits(found.get("scaling", {})):
         out += ["", _head("over", "of", "milliseconds", "R2"), *fits]
@@ -122,8 +181,13 @@ def made_of(path: Path) -> str:
     if "run" not in found:
         return tables(read(path))
     run = found["run"]
-    made = [run.get("gpu", "CPU, dry: no speed here means anything"), f"torch {run['torch']}", f"triton {run['triton']}",
-            run["date"][:10], f"commit {run['commit']}"]  # fmt: skip
+    made = [
+        run.get("gpu", "CPU, dry: no speed here means anything"),
+        f"torch {run['torch']}",
+        f"triton {run['triton']}",
+        run["date"][:10],
+        f"commit {run['commit']}",
+    ]
     return f"{', '.join(made)}; `{run['command']}`\n\n{targets_table(found)}\n"
 
 

@@ -1,10 +1,12 @@
-"""A clip of exported engines by ONNX Runtime alone: no PyTorch, no nexus_rt. What it relies on is the manifests' contract.
+"""A clip of exported engines by ONNX Runtime alone: no PyTorch, no nexus_rt. What it relies on is
+the manifests' contract.
 
     nexus-rt export --backend onnx --parts large,vae,text_encoder -o engines
-    python examples/onnx_consumer.py engines "a striped red circle moves left on a black background" clip.npy
+    python examples/onnx_consumer.py engines "a striped red circle moves left on a black background"
+    clip.npy
 
-The large generator alone, guided, by Euler's method on Wan's time grid: the plan `large` with `--solver euler`. Needs numpy,
-onnxruntime and tokenizers.
+The large generator alone, guided, by Euler's method on Wan's time grid: the plan `large` with
+`--solver euler`. Needs numpy, onnxruntime and tokenizers.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from tokenizers import Tokenizer
 
 
 class Engine:
-    """An engine folder: a session a graph, inputs and outputs by the names of the manifest's contract."""
+    """An engine folder: a session a graph, inputs and outputs by the names of the manifest's
+    contract."""
 
     def __init__(self, folder: Path) -> None:
         self.manifest = json.loads((folder / "manifest.json").read_text())
         self.contract = self.manifest["contract"]
-        self.sessions = {g: onnxruntime.InferenceSession(str(folder / f"{g}.onnx")) for g in self.contract}
+        self.sessions = {
+            g: onnxruntime.InferenceSession(str(folder / f"{g}.onnx")) for g in self.contract
+        }
 
     def run(self, graph: str, *inputs: np.ndarray) -> list[np.ndarray]:
         names = [i["name"] for i in self.contract[graph]["inputs"]]
@@ -46,7 +51,8 @@ def embed(text: Engine, tokenizer: Tokenizer, prompt: str) -> np.ndarray:
 
 
 def padded(rows: np.ndarray, length: int = 512) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings with one zero row that stands for the padding to Wan's 512 tokens, and the bias that says so."""
+    """Embeddings with one zero row that stands for the padding to Wan's 512 tokens, and the bias
+    that says so."""
     tokens = rows.shape[1]
     bias = np.zeros((1, tokens + 1), np.float32)
     bias[0, tokens] = np.log(length - tokens)
@@ -54,9 +60,13 @@ def padded(rows: np.ndarray, length: int = 512) -> tuple[np.ndarray, np.ndarray]
 
 
 def decode(vae: Engine, latents: np.ndarray) -> np.ndarray:
-    """Latents [1, C, T, H, W] to frames [F, height, width, 3] in [0, 1]: a latent frame at a time, states handed on."""
+    """Latents [1, C, T, H, W] to frames [F, height, width, 3] in [0, 1]: a latent frame at a time,
+    states handed on."""
     space = vae.manifest["architecture"]
-    mean, std = (np.array(space[k], np.float32).reshape(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
+    mean, std = (
+        np.array(space[k], np.float32).reshape(1, -1, 1, 1, 1)
+        for k in ("latents_mean", "latents_std")
+    )
     z, frames, states = latents * std + mean, [], []
     for i in range(z.shape[2]):
         video, *states = vae.run("next" if i else "first", z[:, :, i : i + 1], *states)
@@ -65,7 +75,9 @@ def decode(vae: Engine, latents: np.ndarray) -> np.ndarray:
     return np.clip(video / 2 + 0.5, 0, 1)
 
 
-def generate(folder: Path, prompt: str, noise: np.ndarray, steps: int, shift: float, guidance: float) -> np.ndarray:
+def generate(
+    folder: Path, prompt: str, noise: np.ndarray, steps: int, shift: float, guidance: float
+) -> np.ndarray:
     """Frames of a prompt from noise [1, C, T, H, W]."""
     large, vae, text = (Engine(folder / name) for name in ("large", "vae", "text_encoder"))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
@@ -76,7 +88,9 @@ def generate(folder: Path, prompt: str, noise: np.ndarray, steps: int, shift: fl
     x, sigmas = noise, time_grid(steps, shift)
     for sigma, after in itertools.pairwise(sigmas):
         timestep = np.array(int(np.float32(1000) * sigma), np.float32)
-        conditional, unconditional = (large.run("velocity", x, timestep, *context)[0] for context in contexts)
+        conditional, unconditional = (
+            large.run("velocity", x, timestep, *context)[0] for context in contexts
+        )
         x = x + (after - sigma) * (unconditional + guidance * (conditional - unconditional))
     return decode(vae, x)
 

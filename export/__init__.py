@@ -1,1 +1,2 @@
-"""Where engines are exported from, installed as `nexus_rt.export`; the runtime itself never imports it."""
+"""Where engines are exported from, installed as `nexus_rt.export`; the runtime itself never imports
+it."""

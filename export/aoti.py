@@ -24,7 +24,11 @@ def cannot_build(target: Target) -> str | None:
         compiler = cpp_builder.get_cpp_compiler()
     except Exception as error:  # PyTorch's own error type moves between versions
         return f"AOTInductor needs a C++ compiler ({str(error).splitlines()[0]})"
-    return None if shutil.which(compiler) else f"AOTInductor needs a C++ compiler, and {compiler} is not on PATH"
+    return (
+        None
+        if shutil.which(compiler)
+        else f"AOTInductor needs a C++ compiler, and {compiler} is not on PATH"
+    )
 
 
 def version(target: Target) -> str:
@@ -37,7 +41,8 @@ def built_for(target: Target) -> dict[str, Any]:
 
 
 def options(target: Target) -> dict[str, Any]:
-    """What the manifest says besides: how a package is loaded, and on a CPU the instruction sets its code may use."""
+    """What the manifest says besides: how a package is loaded, and on a CPU the instruction sets
+    its code may use."""
     found: dict[str, Any] = {"loader": backend.LOADER}
     if target.device.type == "cpu":
         found["instruction_sets"] = backend.instruction_sets()
@@ -50,7 +55,13 @@ def can_run() -> bool:
 
 
 def build(graph: str, traced: Traced, folder: Path, target: Target) -> None:
-    """Compile `graph`.pt2 into a folder, its weights beside the code: linked into it they would be held three times."""
-    apart = {"aot_inductor.package_constants_in_so": False, "aot_inductor.package_constants_on_disk_format": "pickle_weights"}
+    """Compile `graph`.pt2 into a folder, its weights beside the code: linked into it they would be
+    held three times."""
+    apart = {
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+    }
     path = str(folder / f"{graph}.pt2")
-    torch._inductor.aoti_compile_and_package(traced.program, package_path=path, inductor_configs=apart)
+    torch._inductor.aoti_compile_and_package(
+        traced.program, package_path=path, inductor_configs=apart
+    )

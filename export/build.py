@@ -1,8 +1,9 @@
 """`nexus-rt export`: from a model's folder to an engine folder that has proved itself.
 
-Engines are built in the cache, in a folder named by what they are made of and for, under a lock: a second process that
-wants the same engine waits and takes it, an interrupted build goes on after the last artefact it finished, and nothing
-appears under its name before it is complete and compared. The result is then linked to where it was asked for.
+Engines are built in the cache, in a folder named by what they are made of and for, under a lock: a
+second process that wants the same engine waits and takes it, an interrupted build goes on after the
+last artefact it finished, and nothing appears under its name before it is complete and compared.
+The result is then linked to where it was asked for.
 """
 
 from __future__ import annotations
@@ -33,15 +34,21 @@ from nexus_rt.export.symbols import Traced
 from nexus_rt.models import load
 from nexus_rt.size import ClipSize
 
-BUILDERS = {"onnx": "onnx", "aoti": "aoti", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt"}  # backend -> module
+BUILDERS = {
+    "onnx": "onnx",
+    "aoti": "aoti",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt",
+}  # backend -> module
 
 
 @dataclass(frozen=True)
 class Target:
     """What to build, and for what.
 
-    device: where it is built, and for onnx and aoti where it will run. opset: of the ONNX graph. sm: the compute
-    capability to build for, of tensorrt-rtx (None: all it knows). weight_streaming, refit: of the TensorRTs.
+    device: where it is built, and for onnx and aoti where it will run. opset: of the ONNX graph.
+    sm: the compute capability to build for, of tensorrt-rtx (None: all it knows). weight_streaming,
+        refit: of the TensorRTs.
     range: the buckets are the two ends of a range, and any size between them will do.
     """
 
@@ -63,7 +70,8 @@ class Target:
         """The module that builds for the backend.
 
         Raises:
-            InputError: an unknown backend or precision, no sizes, or no builder that can run here; said before any work.
+            InputError: an unknown backend or precision, no sizes, or no builder that can run here;
+                said before any work.
         """
         choose("backend", self.backend, BUILDERS)
         choose("precision", self.precision, DTYPES)
@@ -77,7 +85,7 @@ class Target:
 
 def export_part(
     part: Part, target: Target, command: str, say: Callable[[str], None] = lambda text: None
-) -> EngineFolder:  # fmt: skip
+) -> EngineFolder:
     """Build, or find in the cache, the engine of a part.
 
     Args:
@@ -87,33 +95,58 @@ def export_part(
         The folder in the cache; its manifest's "parity" says whether it passed.
 
     Raises:
-        InputError: the target cannot be built here, or the disk has no room for it; said before any work.
-        ModelError: the source is no model, the engine failed its parity gate (it is kept aside), or the disk filled up.
+        InputError: the target cannot be built here, or the disk has no room for it; said before any
+            work.
+        ModelError: the source is no model, the engine failed its parity gate (it is kept aside), or
+            the disk filled up.
     """
     name, target = part.name, replace(target, precision=part.precision(target.precision))
     builder = target.builder()
     architecture = part.architecture()
     say(f"{name}: reading {', '.join(map(str, part.folders))}")
-    options = {k: True for k in ("weight_streaming", "refit", "range") if getattr(target, k)} if part.sized else {}
+    options = (
+        {k: True for k in ("weight_streaming", "refit", "range") if getattr(target, k)}
+        if part.sized
+        else {}
+    )
     manifest = Manifest(
-        part=name, backend=target.backend, backend_version=builder.version(target), precision=target.precision,
-        architecture=architecture, weights=weights_hash(part.folders),
-        buckets=[list(b) for b in target.ordered()] if part.sized else [], graphs=part.graphs(),
-        device=builder.built_for(target), producer=f"nexus-rt {__version__}", command=command,
-        opset=target.opset if target.backend == "onnx" else None, lora=part.merged(),
-        options={**options, **part.options(), **getattr(builder, "options", lambda target: {})(target)},
-    )  # fmt: skip
+        part=name,
+        backend=target.backend,
+        backend_version=builder.version(target),
+        precision=target.precision,
+        architecture=architecture,
+        weights=weights_hash(part.folders),
+        buckets=[list(b) for b in target.ordered()] if part.sized else [],
+        graphs=part.graphs(),
+        device=builder.built_for(target),
+        producer=f"nexus-rt {__version__}",
+        command=command,
+        opset=target.opset if target.backend == "onnx" else None,
+        lora=part.merged(),
+        options={
+            **options,
+            **part.options(),
+            **getattr(builder, "options", lambda target: {})(target),
+        },
+    )
     final = engines_root() / manifest.identity()
-    with _locked(final.with_suffix(".lock"), lambda: say(f"{name}: another process builds this engine; waiting for it")):
+    with _locked(
+        final.with_suffix(".lock"),
+        lambda: say(f"{name}: another process builds this engine; waiting for it"),
+    ):
         if (done := _finished(final)) is not None:
             say(f"{name}: found in the cache, {final}")
             if done.manifest.parity.get("compared", True) or not builder.can_run():
                 return done
             os.rename(final, final.with_suffix(".part"))  # built without a GPU, which is here now
-            return _compared(part, final.with_suffix(".part"), final, done.manifest, target, builder, say)
+            return _compared(
+                part, final.with_suffix(".part"), final, done.manifest, target, builder, say
+            )
         work = final.with_suffix(".part")
         work.mkdir(parents=True, exist_ok=True)
-        need = int(weights_bytes(part.folders) * (2 if target.precision == "fp32" else 1.1)) + (1 << 20)  # stored in half?
+        need = int(weights_bytes(part.folders) * (2 if target.precision == "fp32" else 1.1)) + (
+            1 << 20
+        )  # stored in half?
         try:
             _room(work, need)
             _artefacts(part, work, target, builder, say)
@@ -123,8 +156,8 @@ def export_part(
                 raise
             shutil.rmtree(work, ignore_errors=True)
             raise ModelError(
-                f"the disk under {work.parent} filled up: this engine takes about {need / 1e9:.1f} GB; nothing was left "
-                "behind. Make room, or set NEXUS_RT_CACHE to another disk."
+                f"the disk under {work.parent} filled up: this engine takes about {need / 1e9:.1f}"
+                " GB; nothing was left behind. Make room, or set NEXUS_RT_CACHE to another disk."
             ) from error
 
 
@@ -135,7 +168,9 @@ def _finished(final: Path) -> EngineFolder | None:
         return None
     try:
         found = EngineFolder.read(final)
-        found.verify(again=True)  # what is handed out is read: a damaged file may have kept its time
+        found.verify(
+            again=True
+        )  # what is handed out is read: a damaged file may have kept its time
         return found
     except ModelError:
         remove(final)
@@ -146,8 +181,8 @@ def _room(work: Path, need: int) -> None:
     free = shutil.disk_usage(work).free
     if free < need:
         raise InputError(
-            f"{work.parent} has {free / 1e9:.1f} GB free and this engine takes about {need / 1e9:.1f} GB; make room, or set "
-            "NEXUS_RT_CACHE to another disk."
+            f"{work.parent} has {free / 1e9:.1f} GB free and this engine takes about"
+            f" {need / 1e9:.1f} GB; make room, or set NEXUS_RT_CACHE to another disk."
         )
 
 
@@ -166,8 +201,11 @@ def _locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def _artefacts(part: Part, work: Path, target: Target, builder: ModuleType, say: Callable[[str], None]) -> None:
-    """Every graph's artefact, those of an interrupted build kept: each is built aside and moved in when it is complete."""
+def _artefacts(
+    part: Part, work: Path, target: Target, builder: ModuleType, say: Callable[[str], None]
+) -> None:
+    """Every graph's artefact, those of an interrupted build kept: each is built aside and moved in
+    when it is complete."""
     marks = work / ".complete"
     marks.mkdir(exist_ok=True)
     todo = [g for g in part.graphs() if not (marks / g).exists()]
@@ -176,12 +214,19 @@ def _artefacts(part: Part, work: Path, target: Target, builder: ModuleType, say:
     aside, name = work / ".building", part.name
     say(f"{name}: tracing")
     try:
-        traced = part.trace(target.precision, target.ordered() if part.sized else [], target.device, _kernels(target))
+        traced = part.trace(
+            target.precision,
+            target.ordered() if part.sized else [],
+            target.device,
+            _kernels(target),
+        )
     except NexusError:
         raise
     except Exception as error:  # PyTorch's exporter raises nearly everything
         raise ModelError(f"{name}: it cannot be traced: {_first_line(error)}") from error
-    (marks / "contract.json").write_text(json.dumps({g: contract(t) for g, t in traced.items() if isinstance(t, Traced)}))
+    (marks / "contract.json").write_text(
+        json.dumps({g: contract(t) for g, t in traced.items() if isinstance(t, Traced)})
+    )
     for graph in todo:
         say(f"{name}: building {graph} ({target.backend}, {target.precision})")
         shutil.rmtree(aside, ignore_errors=True)
@@ -192,7 +237,8 @@ def _artefacts(part: Part, work: Path, target: Target, builder: ModuleType, say:
             raise
         except Exception as error:  # onnx's ValidationError and InferenceError are no RuntimeErrors
             raise ModelError(
-                f"{name}: the {graph} graph could not be built for {target.backend}: {_first_line(error)}"
+                f"{name}: the {graph} graph could not be built for {target.backend}:"
+                f" {_first_line(error)}"
             ) from error
         for file in aside.iterdir():
             os.replace(file, work / file.name)
@@ -209,25 +255,44 @@ def _first_line(error: Exception) -> str:
 
 
 def _kernels(target: Target) -> tuple[str, str]:
-    """Our kernels travel inside AOTInductor's code on a GPU; ONNX has only what its operators say."""
+    """Our kernels travel inside AOTInductor's code on a GPU; ONNX has only what its operators
+    say."""
     if target.backend == "aoti" and target.device.type == "cuda":
-        # before 2.13 the scratch in which a kernel builds its descriptors is allocated for one block only
-        return "triton", "triton" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13) else "sdpa"
+        # before 2.13 the scratch in which a kernel builds its descriptors is allocated for one
+        # block only
+        return "triton", (
+            "triton"
+            if tuple(map(int, torch.__version__.split(".")[:2]))
+            >= (
+                2,
+                13,
+            )
+            else "sdpa"
+        )
     return "torch", "auto"
 
 
 def _compared(
-    part: Part, work: Path, final: Path, manifest: Manifest, target: Target, builder: ModuleType,
+    part: Part,
+    work: Path,
+    final: Path,
+    manifest: Manifest,
+    target: Target,
+    builder: ModuleType,
     say: Callable[[str], None],
-) -> EngineFolder:  # fmt: skip
-    """Pass the engine through the gate and give it its name, or put it aside; name it uncompared where it cannot run."""
+) -> EngineFolder:
+    """Pass the engine through the gate and give it its name, or put it aside; name it uncompared
+    where it cannot run."""
     name = part.name
     if (described := work / ".complete" / "contract.json").is_file():
         manifest = replace(manifest, contract=json.loads(described.read_text()))
     shutil.rmtree(work / ".complete", ignore_errors=True)
     manifest = replace(manifest, files=files_of(work))
     if not builder.can_run():
-        say(f"{name}: built; it cannot run here and was not compared: run the same command where it can")
+        say(
+            f"{name}: built; it cannot run here and was not compared: run the same command where"
+            " it can"
+        )
         why = "it was built where it cannot run and never compared; run the same command on its GPU"
         parity = {"passed": False, "compared": False, "why": why, "rows": {}}
         EngineFolder(work, replace(manifest, parity=parity)).write()
@@ -246,23 +311,31 @@ def _compared(
     os.rename(work, where)
     if not parity["passed"]:
         raise ModelError(
-            f"the {name} engine is not the model it was made of: {parity['why']}. It is kept in {where}, and is not loaded "
-            "unless you force it; try another precision."
+            f"the {name} engine is not the model it was made of: {parity['why']}. It is kept in"
+            f" {where}, and is not loaded unless you force it; try another precision."
         )
     return EngineFolder(where, done.manifest)
 
 
 def export_parts(
-    parts: list[Part], beside: dict[str, Path], index: Path | None, target: Target, output: Path, command: str,
-    say: Callable[[str], None] = lambda text: None, lasting: bool = True,
-) -> dict[str, EngineFolder]:  # fmt: skip
+    parts: list[Part],
+    beside: dict[str, Path],
+    index: Path | None,
+    target: Target,
+    output: Path,
+    command: str,
+    say: Callable[[str], None] = lambda text: None,
+    lasting: bool = True,
+) -> dict[str, EngineFolder]:
     """Export parts of a pair into a folder that `NexusPipeline.from_engines` loads by itself.
 
     Args:
-        beside: the pair's other parts -> folder, linked beside the engines. index: the pair's `model_index.json`, copied
-            for its defaults.
-        lasting: False for a folder that soon goes away: the engines stay in the cache and are linked there.
-        output: the folder to make; engines that it holds already are replaced, and each appears only when complete.
+        beside: the pair's other parts -> folder, linked beside the engines. index: the pair's
+            `model_index.json`, copied for its defaults.
+        lasting: False for a folder that soon goes away: the engines stay in the cache and are
+            linked there.
+        output: the folder to make; engines that it holds already are replaced, and each appears
+            only when complete.
 
     Raises:
         InputError, ModelError: as `export_part`.
@@ -274,10 +347,16 @@ def export_parts(
         (probe := output / f".probe.{os.getpid()}").touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"{output} cannot be written ({error.strerror}); choose a folder that you may write to.") from None
-    engines = [export_part(part, target, command, say) for part in parts]  # one that fails leaves the output as it was
+        raise InputError(
+            f"{output} cannot be written ({error.strerror}); choose a folder that you may write to."
+        ) from None
+    engines = [
+        export_part(part, target, command, say) for part in parts
+    ]  # one that fails leaves the output as it was
     built = {}
-    with _locked(output / ".export.lock", lambda: say(f"another process writes {output}; waiting for it")):
+    with _locked(
+        output / ".export.lock", lambda: say(f"another process writes {output}; waiting for it")
+    ):
         for part, engine in zip(parts, engines, strict=True):
             built[part.name] = publish(engine, output / part.name, part.name, command, say, lasting)
         for name, source in beside.items():

@@ -28,14 +28,20 @@ NAMES = ("small", "large", "vae", "text_encoder")
 
 @contextlib.contextmanager
 def progress(parts: list[Part]) -> Iterator[Callable[[str], None]]:
-    """Something to call with a line a stage: on a terminal a bar over the stages, whose clock goes on while one builds for
-    minutes; elsewhere the lines."""
+    """Something to call with a line a stage: on a terminal a bar over the stages, whose clock goes
+    on while one builds for minutes; elsewhere the lines."""
     if not sys.stderr.isatty():
         yield lambda line: print(line, file=sys.stderr, flush=True)
         return
     stages = sum(3 + len(p.graphs()) for p in parts)  # reading, tracing, each graph, comparing
     over, width = threading.Event(), shutil.get_terminal_size().columns or 80
-    with tqdm(total=stages, unit="stage", bar_format="{percentage:3.0f}% {elapsed} {desc}", ncols=width, nrows=9) as bar:
+    with tqdm(
+        total=stages,
+        unit="stage",
+        bar_format="{percentage:3.0f}% {elapsed} {desc}",
+        ncols=width,
+        nrows=9,
+    ) as bar:
 
         def say(line: str) -> None:
             bar.update(bar.n < stages)
@@ -67,14 +73,34 @@ def run(args: argparse.Namespace) -> int:
     if not args.precision:
         chose("precision", precision, f"the device is {device}")
     sm = capability(args.sm) if args.sm else None
-    target = Target(args.backend, precision, sizes, device, args.opset, sm, args.weight_streaming, args.refit, ends)
+    target = Target(
+        args.backend,
+        precision,
+        sizes,
+        device,
+        args.opset,
+        sm,
+        args.weight_streaming,
+        args.refit,
+        ends,
+    )
     target.builder()  # what cannot be built is said before anything is read
-    loras = {n: parse_loras(sources) for n in ("small", "large") if (sources := getattr(args, f"{n}_lora"))}
+    loras = {
+        n: parse_loras(sources)
+        for n in ("small", "large")
+        if (sources := getattr(args, f"{n}_lora"))
+    }
     parts = chosen_parts(found, args.parts, args.fuse_step, loras)
-    index = Path(pretrained) / "model_index.json" if pretrained and (Path(pretrained) / "model_index.json").is_file() else None
+    index = (
+        Path(pretrained) / "model_index.json"
+        if pretrained and (Path(pretrained) / "model_index.json").is_file()
+        else None
+    )
     output = Path(args.output).expanduser()
     with progress(parts) as say:
-        built = export_parts(parts, folders_beside(found, parts), index, target, output, args.line, say)
+        built = export_parts(
+            parts, folders_beside(found, parts), index, target, output, args.line, say
+        )
     for name, engine in built.items():
         print(f"{output / name}: {engine.nbytes / 1e6:.1f} MB, {_verdict(engine)}")
     return 0
@@ -93,30 +119,42 @@ def capability(text: str) -> str:
 
 
 def chosen_parts(
-    found: Parts, names: str | None, fuse_step: bool = False, loras: Mapping[str, tuple[Lora, ...]] | None = None
-) -> list[Part]:  # fmt: skip
+    found: Parts,
+    names: str | None,
+    fuse_step: bool = False,
+    loras: Mapping[str, tuple[Lora, ...]] | None = None,
+) -> list[Part]:
     """Parts of a pair to export: those named, or its generators, with what is merged into them.
 
     Raises:
-        InputError: an unknown part, or one that the pair has not; a fused step without both generators.
+        InputError: an unknown part, or one that the pair has not; a fused step without both
+            generators.
     """
     chosen = [n.strip() for n in names.split(",")] if names else list(found.generators)
     parts: list[Part] = []
     for name in dict.fromkeys(choose("part", n, NAMES) for n in chosen):
         folder = {**found.generators, "vae": found.vae, "text_encoder": found.text}.get(name)
         if folder is None:
-            raise InputError(f"there is no {name} here to export; pass --{name.replace('_', '-')}, or other --parts.")
+            raise InputError(
+                f"there is no {name} here to export; pass --{name.replace('_', '-')}, or other"
+                " --parts."
+            )
         kind = {"vae": DecoderPart, "text_encoder": TextPart}.get(name)
-        parts.append(kind(folder) if kind else GeneratorPart(name, folder, (loras or {}).get(name, ())))
+        parts.append(
+            kind(folder) if kind else GeneratorPart(name, folder, (loras or {}).get(name, ()))
+        )
     if fuse_step:
         if len(found.generators) < 2:
-            raise InputError("--fuse-step puts both generators in one graph; pass --small and --large.")
+            raise InputError(
+                "--fuse-step puts both generators in one graph; pass --small and --large."
+            )
         parts.append(StepPart(found.generators, dict(loras or {})))
     return parts
 
 
 def folders_beside(found: Parts, parts: list[Part]) -> dict[str, Path]:
-    """What a folder of engines needs besides them: encoders and VAE that are not exported, and the tokenizer."""
+    """What a folder of engines needs besides them: encoders and VAE that are not exported, and the
+    tokenizer."""
     folders = {"vae": found.vae, "understanding": found.understanding, "connector": found.connector}
     if found.text is not None:
         folders |= {name: found.text / name for name in ("text_encoder", "tokenizer")}
@@ -127,4 +165,8 @@ def folders_beside(found: Parts, parts: list[Part]) -> dict[str, Path]:
 def _verdict(engine: EngineFolder) -> str:
     rows = engine.manifest.parity["rows"].values()
     worst = max((r["relative_error"] for r in rows), default=0.0)
-    return f"{len(rows)} comparisons passed, relative error at most {worst:.1e}" if rows else "NOT COMPARED"
+    return (
+        f"{len(rows)} comparisons passed, relative error at most {worst:.1e}"
+        if rows
+        else "NOT COMPARED"
+    )

@@ -1,4 +1,5 @@
-"""The inputs and outputs of an engine's graphs in words: what a consumer that has only the artefacts needs to know."""
+"""The inputs and outputs of an engine's graphs in words: what a consumer that has only the
+artefacts needs to know."""
 
 from __future__ import annotations
 
@@ -10,22 +11,40 @@ from torch.fx import Node
 from nexus_rt.export.symbols import Traced, split
 
 MEANING = {
-    "latents": "noisy latents of the step, as the scheduler holds them (normalised: (z - latents_mean) / latents_std); for the "
-    "VAE one latent frame of the VAE's own z = latents * latents_std + latents_mean",
+    "latents": (
+        "noisy latents of the step, as the scheduler holds them (normalised: (z - latents_mean) /"
+        " latents_std); for the VAE one latent frame of the VAE's own z = latents * latents_std +"
+        " latents_mean"
+    ),
     "timestep": "scalar, 0 to 1000: 1000 sigma",
     "keys": "cross-attention keys of every block, as the graph `context` makes them",
     "values": "cross-attention values of every block, as the graph `context` makes them",
-    "bias": "added to every score of a token: 0 for a token, log(n) for one that stands for n zero-padded ones, -inf for none",
-    "velocity": "flow velocity v; with guidance samples 0..B-1 are conditional, B..2B-1 unconditional: v_u + g (v_c - v_u); "
-    "the next latents are x + (sigma_next - sigma) v",
-    "embeds": "text embeddings of the prompt, zero-padded; tokens after the first padded one may be left out (see bias)",
-    "ids": "token ids of the tokenizer beside the engine", "mask": "1 for a token, 0 for padding",
+    "bias": (
+        "added to every score of a token: 0 for a token, log(n) for one that stands for n"
+        " zero-padded ones, -inf for none"
+    ),
+    "velocity": (
+        "flow velocity v; with guidance samples 0..B-1 are conditional, B..2B-1 unconditional: v_u"
+        " + g (v_c - v_u); the next latents are x + (sigma_next - sigma) v"
+    ),
+    "embeds": (
+        "text embeddings of the prompt, zero-padded; tokens after the first padded one may be left"
+        " out (see bias)"
+    ),
+    "ids": "token ids of the tokenizer beside the engine",
+    "mask": "1 for a token, 0 for padding",
     "states": "last hidden states; those of padding are to be set to zero",
-    "video": "frames in [-1, 1]: one of the first latent frame, scale_factor_temporal of every other",
-    "scalars": "guidance_small, guidance_large, minus_large, large, keep, low, rms_reference, rms_small, rms_large, as_is",
-    "left": "the low-pass on rows, [height, height]", "right": "the low-pass on columns, [width, width]",
+    "video": (
+        "frames in [-1, 1]: one of the first latent frame, scale_factor_temporal of every other"
+    ),
+    "scalars": (
+        "guidance_small, guidance_large, minus_large, large, keep, low, rms_reference, rms_small,"
+        " rms_large, as_is"
+    ),
+    "left": "the low-pass on rows, [height, height]",
+    "right": "the low-pass on columns, [width, width]",
     "rms": "root mean squares of both guided velocities, small then large",
-}  # fmt: skip
+}
 
 
 def public(dimension: str) -> str:
@@ -40,7 +59,9 @@ def public(dimension: str) -> str:
 def symbols(traced: Traced) -> dict[str, str]:
     """The program's own names of dynamic dimensions (`s22`, `2*s5`) -> ours."""
     found: dict[str, str] = {}
-    placeholders = [n for n in traced.program.graph.nodes if n.op == "placeholder"][-len(traced.inputs) :]
+    placeholders = [n for n in traced.program.graph.nodes if n.op == "placeholder"][
+        -len(traced.inputs) :
+    ]
     for node, shape in zip(placeholders, traced.shapes.values(), strict=True):
         value = node.meta.get("val")
         for own, ours in zip(getattr(value, "shape", ()), shape, strict=False):
@@ -66,20 +87,36 @@ def _entry(name: str, value: Any, names: dict[str, str]) -> dict[str, Any]:
     shape = [int(d) if isinstance(d, int) else rename(str(d), names) for d in value.shape]
     root = re.sub(r"(_small|_large)$|^new_|_\d+$", "", name)
     root = "state" if root.startswith("state") and root != "states" else root
-    words = MEANING.get(root) or "what the convolutions keep of the frames before; new_state_i of a call is state_i of the next"
-    return {"name": name, "shape": shape, "dtype": str(value.dtype).removeprefix("torch."), "meaning": words}
+    words = (
+        MEANING.get(root)
+        or "convolutions' cache of earlier frames; new_state_i of a call is state_i of the next"
+    )
+    return {
+        "name": name,
+        "shape": shape,
+        "dtype": str(value.dtype).removeprefix("torch."),
+        "meaning": words,
+    }
 
 
 def contract(traced: Traced) -> dict[str, list[dict[str, Any]]]:
-    """{"inputs", "outputs"}: name, shape (numbers, and names of what varies), dtype and meaning of each, in order."""
+    """{"inputs", "outputs"}: name, shape (numbers, and names of what varies), dtype and meaning of
+    each, in order."""
     names = symbols(traced)
     inputs = []
     for (name, tensor), shape in zip(traced.inputs.items(), traced.shapes.values(), strict=True):
         entry = _entry(name, tensor, names)
-        known = [n for n in traced.program.graph.nodes if n.op == "placeholder"][-len(traced.inputs) :]
+        known = [n for n in traced.program.graph.nodes if n.op == "placeholder"][
+            -len(traced.inputs) :
+        ]
         value = known[list(traced.inputs).index(name)].meta.get("val")
-        entry["shape"] = _entry(name, value, names)["shape"] if hasattr(value, "shape") else [*shape]
+        entry["shape"] = (
+            _entry(name, value, names)["shape"] if hasattr(value, "shape") else [*shape]
+        )
         inputs.append(entry)
     (output,) = [n for n in traced.program.graph.nodes if n.op == "output"]
     values = [a.meta["val"] for a in output.args[0] if isinstance(a, Node)][-len(traced.outputs) :]
-    return {"inputs": inputs, "outputs": [_entry(n, v, names) for n, v in zip(traced.outputs, values, strict=True)]}
+    return {
+        "inputs": inputs,
+        "outputs": [_entry(n, v, names) for n, v in zip(traced.outputs, values, strict=True)],
+    }

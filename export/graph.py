@@ -1,11 +1,13 @@
 """What is exported of a Wan transformer: two graphs with plain tensors at their edges.
 
 context:   embeds [N, L, text_dim] -> keys, values [layers, N, L, heads, head_dim]; once a prompt.
-velocity:  latents [N, C, T, H, W], timestep [], keys, values, bias [N, L] -> velocity [N, C, T, H, W]; every step.
+velocity:  latents [N, C, T, H, W], timestep [], keys, values, bias [N, L] -> velocity [N, C, T, H,
+    W]; every step.
 
-Latents, timestep, bias and velocity are float32 whatever the precision of the weights; keys and values have that
-precision. N and L are dynamic; T, H and W are those of the one size asked for, or range over several. The angles of RoPE
-are computed in the graph from the size, so one graph serves all of them.
+Latents, timestep, bias and velocity are float32 whatever the precision of the weights; keys and
+values have that precision. N and L are dynamic; T, H and W are those of the one size asked for, or
+range over several. The angles of RoPE are computed in the graph from the size, so one graph serves
+all of them.
 """
 
 from __future__ import annotations
@@ -24,13 +26,18 @@ from nexus_rt.ops import TORCH
 from nexus_rt.size import ClipSize
 
 
-def rope_in_graph(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """`nexus_rt.ops.rope_table` for sizes that are symbols: float32 angles, of positions below a few hundred."""
+def rope_in_graph(
+    head_dim: int, grid: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`nexus_rt.ops.rope_table` for sizes that are symbols: float32 angles, of positions below a
+    few hundred."""
     side = 2 * (head_dim // 6)
     parts = []
     for axis, (size, dim) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
         frequency = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angle = torch.arange(size, device=device, dtype=torch.float32)[:, None] * frequency.float().to(device)
+        angle = torch.arange(size, device=device, dtype=torch.float32)[
+            :, None
+        ] * frequency.float().to(device)
         shape = [1, 1, 1, dim // 2]
         shape[axis] = size
         parts.append(angle.view(shape).expand(*grid, dim // 2))
@@ -61,7 +68,9 @@ class VelocityGraph(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, latents: Tensor, timestep: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, timestep: Tensor, keys: Tensor, values: Tensor, bias: Tensor
+    ) -> Tensor:
         context = WanContext(list(keys.unbind(0)), list(values.unbind(0)), bias)
         return self.model(latents, timestep, context).float()
 
@@ -72,40 +81,61 @@ def context_shapes(model: WanTransformer) -> dict[str, Shape]:
 
 
 def velocity_shapes(model: WanTransformer, samples: str = "batch") -> dict[str, Shape]:
-    """Inputs of "velocity"; `samples` is the batch of contexts where it is not that of the latents."""
+    """Inputs of "velocity"; `samples` is the batch of contexts where it is not that of the
+    latents."""
     c = model.config
     stacked = (c.num_layers, samples, "tokens", c.num_attention_heads, c.attention_head_dim)
     return {
-        "latents": ("batch", c.in_channels, "frames", "2*rows", "2*columns"), "timestep": (), "keys": stacked,
-        "values": stacked, "bias": (samples, "tokens"),
-    }  # fmt: skip
+        "latents": ("batch", c.in_channels, "frames", "2*rows", "2*columns"),
+        "timestep": (),
+        "keys": stacked,
+        "values": stacked,
+        "bias": (samples, "tokens"),
+    }
 
 
 @torch.no_grad()
 def trace(model: WanTransformer, buckets: list[ClipSize]) -> dict[str, Traced]:
     """Both graphs of a model for one size, or for the range that several span.
 
-    The model's choice of attention and kernels is kept; where kernels are PyTorch's, RoPE is computed in the graph.
+    The model's choice of attention and kernels is kept; where kernels are PyTorch's, RoPE is
+    computed in the graph.
     """
     symbols = Symbols(buckets)
     graphs = {
         "context": (ContextGraph(model), context_shapes(model), ("keys", "values"), ("embeds",)),
-        "velocity": (VelocityGraph(model), velocity_shapes(model), ("velocity",), ("keys", "values")),
+        "velocity": (
+            VelocityGraph(model),
+            velocity_shapes(model),
+            ("velocity",),
+            ("keys", "values"),
+        ),
     }
     with rope_in_graphs(model):
         return {
-            name: traced(graph, shapes, outputs, symbols, model.device, dict.fromkeys(half, model.dtype))
+            name: traced(
+                graph, shapes, outputs, symbols, model.device, dict.fromkeys(half, model.dtype)
+            )
             for name, (graph, shapes, outputs, half) in graphs.items()
         }
 
 
 def traced(
-    graph: nn.Module, shapes: dict[str, Shape], outputs: tuple[str, ...], symbols: Symbols, device: torch.device,
+    graph: nn.Module,
+    shapes: dict[str, Shape],
+    outputs: tuple[str, ...],
+    symbols: Symbols,
+    device: torch.device,
     dtypes: dict[str, torch.dtype],
-) -> Traced:  # fmt: skip
-    """A module exported with inputs of these shapes, float32 where `dtypes` says nothing; scalars are 500."""
+) -> Traced:
+    """A module exported with inputs of these shapes, float32 where `dtypes` says nothing; scalars
+    are 500."""
     inputs = {
-        name: symbols.random(shape, dtypes.get(name, torch.float32), device) if shape else torch.tensor(500.0, device=device)
+        name: (
+            symbols.random(shape, dtypes.get(name, torch.float32), device)
+            if shape
+            else torch.tensor(500.0, device=device)
+        )
         for name, shape in shapes.items()
     }
     dynamic = tuple(symbols.dynamic(shape) for shape in shapes.values())

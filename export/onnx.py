@@ -60,8 +60,8 @@ def build(graph: str, traced: Traced, folder: Path, target: Target) -> None:
 
 
 def _publish(model: Any, names: dict[str, str]) -> None:
-    """Give dynamic axes their names, and leave out what tells of the machine that traced the graph: nodes' metadata holds
-    source paths and makes most of the file."""
+    """Give dynamic axes their names, and leave out what tells of the machine that traced the graph:
+    nodes' metadata holds source paths and makes most of the file."""
     import onnx_ir as ir
 
     def named(value: Any) -> None:
@@ -99,12 +99,19 @@ def write(graph: str, traced: Traced, folder: Path, opset: int) -> None:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                traced.program, dynamo=True, opset_version=opset, verbose=False, optimize=True,
-                input_names=list(traced.inputs), output_names=list(traced.outputs),
-            )  # fmt: skip
+                traced.program,
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                optimize=True,
+                input_names=list(traced.inputs),
+                output_names=list(traced.outputs),
+            )
             _publish(program.model, contract.symbols(traced))
             program.save(str(path), external_data=True)
-            for initializer in program.model.graph.initializers.values():  # the exporter keeps graphs, and with them weights
+            for initializer in (
+                program.model.graph.initializers.values()
+            ):  # the exporter keeps graphs, and with them weights
                 initializer.const_value = None
     finally:
         logging.getLogger("torch.onnx").setLevel(level)

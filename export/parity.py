@@ -1,10 +1,11 @@
 """The parity gate: an exported engine against PyTorch in float32, before anybody may load it.
 
-Both are asked the same questions, one after the other so that only one is in memory: a generator for velocities at three
-timesteps and at most two sizes and the final latents of a short guided run; a fused step for blends and a run of the
-reference plan; a decoder for frames, a text encoder for embeddings. Two numbers each: the cosine, and the norm of the
-difference over the norm of the reference. The thresholds are what rounding weights and activations to a precision
-costs, with room: float32 engines differ in the order of sums alone.
+Both are asked the same questions, one after the other so that only one is in memory: a generator
+for velocities at three timesteps and at most two sizes and the final latents of a short guided run;
+a fused step for blends and a run of the reference plan; a decoder for frames, a text encoder for
+embeddings. Two numbers each: the cosine, and the norm of the difference over the norm of the
+reference. The thresholds are what rounding weights and activations to a precision costs, with room:
+float32 engines differ in the order of sums alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from nexus_rt.upfb import BlendConfig
 
 TIMESTEPS = (967.0, 500.0, 50.0)
 STEPS = 4
-# precision -> (cosine at least, relative error at most) of one call; a run's error may be twice that
+# precision -> (cosine at least, relative error at most) of one call; a run's error may be twice
+# that
 THRESHOLDS = {"fp32": (0.999999, 1e-3), "fp16": (0.9995, 0.02), "bf16": (0.998, 0.06)}
 Answers = dict[str, Tensor]
 
@@ -33,7 +35,10 @@ Answers = dict[str, Tensor]
 def distance(got: Tensor, wanted: Tensor) -> dict[str, float]:
     """Cosine and relative error, computed in float64; NaN where `got` is not finite."""
     a, b = got.double().flatten(), wanted.double().flatten()
-    return {"cosine": float(a @ b / (a.norm() * b.norm())), "relative_error": float((a - b).norm() / b.norm())}
+    return {
+        "cosine": float(a @ b / (a.norm() * b.norm())),
+        "relative_error": float((a - b).norm() / b.norm()),
+    }
 
 
 def prompt_like(text_dim: int, device: torch.device, tokens: int = 32) -> Prompt:
@@ -45,7 +50,9 @@ def prompt_like(text_dim: int, device: torch.device, tokens: int = 32) -> Prompt
     return Prompt(conditional.to(device), unconditional.to(device))
 
 
-def noise(channels: int, bucket: ClipSize, device: torch.device, frames: int | None = None) -> Tensor:
+def noise(
+    channels: int, bucket: ClipSize, device: torch.device, frames: int | None = None
+) -> Tensor:
     """Latents [1, C, T, H, W] of a size (or of fewer latent frames)."""
     t, h, w = bucket.latent
     g = torch.Generator().manual_seed(1)
@@ -66,7 +73,9 @@ def _after_steps(run, channels: int, bucket: ClipSize) -> Answers:
     return {f"latents {bucket} after {STEPS} steps": found}
 
 
-def generator_answers(engine: Engine, architecture: dict[str, Any], buckets: list[ClipSize], device: torch.device) -> Answers:
+def generator_answers(
+    engine: Engine, architecture: dict[str, Any], buckets: list[ClipSize], device: torch.device
+) -> Answers:
     """Velocities, and the latents of a guided run."""
     prompt = prompt_like(architecture["text_dim"], device)
     context = engine.prepare(torch.cat([prompt.conditional, prompt.unconditional]))
@@ -77,25 +86,42 @@ def generator_answers(engine: Engine, architecture: dict[str, Any], buckets: lis
             velocity = engine.velocity(latents, torch.tensor(timestep, device=device), context)
             found[f"velocity {bucket} t={timestep:g}"] = velocity.float().cpu()
     plan = parse_plan("large", time_grid(STEPS))
-    run = lambda: denoise(latents, plan, {"large": engine}, {"large": prompt}, guidance_scale=3.0)  # noqa: E731
+    run = lambda: denoise(latents, plan, {"large": engine}, {"large": prompt}, guidance_scale=3.0)
     return found | _after_steps(run, channels, bucket)
 
 
 def step_answers(
-    engines: dict[str, Engine], step: Any, architecture: dict[str, Any], buckets: list[ClipSize], device: torch.device
-) -> Answers:  # fmt: skip
-    """Latents of runs that blend at every step, each split and energy once; by a fused step where one is given."""
-    prompts = {n: prompt_like(architecture[n]["text_dim"], device, 24 + 8 * i) for i, n in enumerate(("small", "large"))}
+    engines: dict[str, Engine],
+    step: Any,
+    architecture: dict[str, Any],
+    buckets: list[ClipSize],
+    device: torch.device,
+) -> Answers:
+    """Latents of runs that blend at every step, each split and energy once; by a fused step where
+    one is given."""
+    prompts = {
+        n: prompt_like(architecture[n]["text_dim"], device, 24 + 8 * i)
+        for i, n in enumerate(("small", "large"))
+    }
     channels, found = architecture["small"]["in_channels"], {}
     for bucket in two_of(buckets):
         latents = noise(channels, bucket, device)
         for energy, split in (("reference", "gaussian"), ("progressive", "dct"), ("none", "fft")):
             plan = parse_plan("reference", time_grid(STEPS)).with_energy(energy)
-            run = lambda p=plan, s=split, x=latents: denoise(  # noqa: E731
-                x, p, engines, prompts, guidance_scale=3.0, guidance_scale_2=2.0, blend_config=BlendConfig(split=s),
-                kernels="torch", step_engine=step,
-            )  # fmt: skip
-            found |= {f"{k}, {split}, {energy}": v for k, v in _after_steps(run, channels, bucket).items()}
+            run = lambda p=plan, s=split, x=latents: denoise(
+                x,
+                p,
+                engines,
+                prompts,
+                guidance_scale=3.0,
+                guidance_scale_2=2.0,
+                blend_config=BlendConfig(split=s),
+                kernels="torch",
+                step_engine=step,
+            )
+            found |= {
+                f"{k}, {split}, {energy}": v for k, v in _after_steps(run, channels, bucket).items()
+            }
     return found
 
 
@@ -104,7 +130,10 @@ def decoder_answers(decoder: Any, buckets: list[ClipSize]) -> Answers:
     decoder.load()
     z = decoder.space["z_dim"]
     return {
-        f"frames {b}": decoder._video(noise(z, b, decoder.device, 3).to(decoder.dtype)).float().cpu() for b in two_of(buckets)
+        f"frames {b}": (
+            decoder._video(noise(z, b, decoder.device, 3).to(decoder.dtype)).float().cpu()
+        )
+        for b in two_of(buckets)
     }
 
 
@@ -117,7 +146,9 @@ def text_answers(encoder: Any, vocabulary: int) -> Answers:
         ids = torch.randint(0, vocabulary, (count, words), generator=g).to(encoder.device)
         mask = torch.ones_like(ids)
         mask[1:, words // 2 :] = 0
-        found[f"embeddings {count}x{words}"] = (encoder._states(ids, mask) * mask[..., None]).float().cpu()
+        found[f"embeddings {count}x{words}"] = (
+            (encoder._states(ids, mask) * mask[..., None]).float().cpu()
+        )
     return found
 
 
@@ -129,7 +160,9 @@ def judge(got: Answers, wanted: Answers, precision: str) -> dict[str, Any]:
     for name, reference in wanted.items():
         row = rows[name] = distance(got[name], reference)
         room = 2 if " steps" in name else 1
-        row["right"] = row["cosine"] >= 1 - room * (1 - cosine) and row["relative_error"] <= room * error
+        row["right"] = (
+            row["cosine"] >= 1 - room * (1 - cosine) and row["relative_error"] <= room * error
+        )
         if not row["right"] and not why:
             why = f"{name}: cosine {row['cosine']:.6f}, relative error {row['relative_error']:.2e}"
             if not torch.isfinite(got[name]).all():
@@ -138,7 +171,9 @@ def judge(got: Answers, wanted: Answers, precision: str) -> dict[str, Any]:
     return {"passed": not why, "why": why, "thresholds": thresholds, "rows": rows}
 
 
-def gate(part: Any, engine: Any, buckets: list[ClipSize], precision: str, device: torch.device) -> dict[str, Any]:
+def gate(
+    part: Any, engine: Any, buckets: list[ClipSize], precision: str, device: torch.device
+) -> dict[str, Any]:
     """Compare the engine of a part (`nexus_rt.export.parts`) with PyTorch; returns as `judge`."""
     with torch.no_grad():
         wanted = part.answers(None, buckets, device)
@@ -149,5 +184,10 @@ def gate(part: Any, engine: Any, buckets: list[ClipSize], precision: str, device
             message = (str(problem).strip() or "no message").splitlines()[0][:300]
             cosine, error = THRESHOLDS[precision]
             thresholds = {"cosine": cosine, "relative_error": error}
-            return {"passed": False, "why": f"it does not run: {message}", "thresholds": thresholds, "rows": {}}
+            return {
+                "passed": False,
+                "why": f"it does not run: {message}",
+                "thresholds": thresholds,
+                "rows": {},
+            }
     return judge(got, wanted, precision)

@@ -1,7 +1,7 @@
 """What can be exported: a generator, both in one step, the VAE's decoder, the text encoder.
 
-A part says what identifies its engine, traces its graphs, and answers the parity gate's questions by PyTorch in float32
-or by an engine.
+A part says what identifies its engine, traces its graphs, and answers the parity gate's questions
+by PyTorch in float32 or by an engine.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 class Part(Protocol):
     """Something that becomes an engine.
 
-    name: as in `Manifest.part`. folders: of its weights. sized: whether an engine is for certain sizes.
+    name: as in `Manifest.part`. folders: of its weights. sized: whether an engine is for certain
+        sizes.
     """
 
     name: str
@@ -66,7 +67,11 @@ class Part(Protocol):
         ...
 
     def trace(
-        self, precision: str, buckets: list[ClipSize], device: torch.device, kernels: tuple[str, str]
+        self,
+        precision: str,
+        buckets: list[ClipSize],
+        device: torch.device,
+        kernels: tuple[str, str],
     ) -> dict[str, Traced]: ...
 
     def answers(self, engine: Any, buckets: list[ClipSize], device: torch.device) -> parity.Answers:
@@ -80,7 +85,9 @@ def weights_hash(folders: list[Path]) -> str:
     for folder in folders:
         files = [p for p in sorted(folder.iterdir()) if p.suffix in WEIGHTS]
         if not files:
-            raise ModelError(f"{folder} holds no weights ({', '.join(WEIGHTS)}); expected a model's folder.")
+            raise ModelError(
+                f"{folder} holds no weights ({', '.join(WEIGHTS)}); expected a model's folder."
+            )
         for path in files:
             digest.update(f"{path.name} {trusted_hash(path)}\n".encode())
     return digest.hexdigest()
@@ -95,10 +102,11 @@ def _architecture(folder: Path) -> dict[str, Any]:
 
 
 def _reference(folder: Path, device: torch.device, loras: Sequence[Lora] = ()) -> WanTransformer:
-    """A generator that computes in float32 from weights held as they are stored: its blocks are widened as they run.
+    """A generator that computes in float32 from weights held as they are stored: its blocks are
+    widened as they run.
 
-    With LoRAs the weights are their sums in float32, as a float32 engine has them: rounded to what is stored, they would be
-    another model.
+    With LoRAs the weights are their sums in float32, as a float32 engine has them: rounded to what
+    is stored, they would be another model.
     """
     stored = torch.float32 if loras else load.stored_dtype(folder)
     if stored.itemsize >= 4 and device.type == "cpu":
@@ -137,9 +145,16 @@ class GeneratorPart:
         return asked
 
     def trace(
-        self, precision: str, buckets: list[ClipSize], device: torch.device, kernels: tuple[str, str]
-    ) -> dict[str, Traced]:  # fmt: skip
-        return trace(load.load_transformer(self.folders[0], DTYPES[precision], device, *kernels, self.loras), buckets)
+        self,
+        precision: str,
+        buckets: list[ClipSize],
+        device: torch.device,
+        kernels: tuple[str, str],
+    ) -> dict[str, Traced]:
+        return trace(
+            load.load_transformer(self.folders[0], DTYPES[precision], device, *kernels, self.loras),
+            buckets,
+        )
 
     def answers(self, engine: Any, buckets: list[ClipSize], device: torch.device) -> parity.Answers:
         by = engine or TorchEngine(_reference(self.folders[0], device, self.loras))
@@ -148,7 +163,8 @@ class GeneratorPart:
 
 @dataclass(frozen=True)
 class StepPart:
-    """Both generators, guidance and blend in one graph; sources, and LoRAs, under "small" and "large"."""
+    """Both generators, guidance and blend in one graph; sources, and LoRAs, under "small" and
+    "large"."""
 
     sources: dict[str, Path]
     loras: dict[str, tuple[Lora, ...]] = field(default_factory=dict)
@@ -177,8 +193,12 @@ class StepPart:
         return asked
 
     def trace(
-        self, precision: str, buckets: list[ClipSize], device: torch.device, kernels: tuple[str, str]
-    ) -> dict[str, Traced]:  # fmt: skip
+        self,
+        precision: str,
+        buckets: list[ClipSize],
+        device: torch.device,
+        kernels: tuple[str, str],
+    ) -> dict[str, Traced]:
         models = {
             n: load.load_transformer(f, DTYPES[precision], device, *kernels, self.loras.get(n, ()))
             for n, f in zip(NAMES, self.folders, strict=True)
@@ -189,13 +209,16 @@ class StepPart:
         engines = {}
         if engine is None:
             pairs = zip(NAMES, self.folders, strict=True)
-            engines = {n: TorchEngine(_reference(f, device, self.loras.get(n, ()))) for n, f in pairs}
+            engines = {
+                n: TorchEngine(_reference(f, device, self.loras.get(n, ()))) for n, f in pairs
+            }
         return parity.step_answers(engines, engine, self.architecture(), buckets, device)
 
 
 @dataclass(frozen=True)
 class DecoderPart:
-    """The VAE's decoder. It is built in float32 where bfloat16 is asked for: eight bits would band the colours."""
+    """The VAE's decoder. It is built in float32 where bfloat16 is asked for: eight bits would band
+    the colours."""
 
     source: Path
     name = "vae"
@@ -209,7 +232,10 @@ class DecoderPart:
         return vae_space(self.source)
 
     def graphs(self) -> dict[str, list[str]]:
-        return {"first": ["latents"], "next": ["latents", *(f"state_{i}" for i in range(len(self.options()["states"])))]}
+        return {
+            "first": ["latents"],
+            "next": ["latents", *(f"state_{i}" for i in range(len(self.options()["states"])))],
+        }
 
     def options(self) -> dict[str, Any]:
         from diffusers import AutoencoderKLWan
@@ -225,14 +251,20 @@ class DecoderPart:
         return "fp32" if asked == "bf16" else asked
 
     def trace(
-        self, precision: str, buckets: list[ClipSize], device: torch.device, kernels: tuple[str, str]
-    ) -> dict[str, Traced]:  # fmt: skip
+        self,
+        precision: str,
+        buckets: list[ClipSize],
+        device: torch.device,
+        kernels: tuple[str, str],
+    ) -> dict[str, Traced]:
         decoder = VideoDecoder(self.source, DTYPES[precision], device)
         decoder.load()
         return trace_decoder(decoder.model, buckets)
 
     def answers(self, engine: Any, buckets: list[ClipSize], device: torch.device) -> parity.Answers:
-        return parity.decoder_answers(engine or VideoDecoder(self.source, torch.float32, device, tiling=False), buckets)
+        return parity.decoder_answers(
+            engine or VideoDecoder(self.source, torch.float32, device, tiling=False), buckets
+        )
 
 
 @dataclass(frozen=True)
@@ -249,7 +281,11 @@ class TextPart:
 
     def architecture(self) -> dict[str, Any]:
         config = load.read_json(self.folders[0] / "config.json")
-        return {k: config[k] for k in ("model_type", "d_model", "vocab_size", "num_layers") if k in config}
+        return {
+            k: config[k]
+            for k in ("model_type", "d_model", "vocab_size", "num_layers")
+            if k in config
+        }
 
     def graphs(self) -> dict[str, list[str]]:
         return {"encode": ["ids", "mask"]}
@@ -263,18 +299,24 @@ class TextPart:
     def precision(self, asked: str) -> str:
         if asked == "fp16":
             raise InputError(
-                "the text encoder is not exported in fp16: UMT5's activations leave its range. Export it with --precision fp32 "
-                "(or bf16 on a GPU), or leave it out of --parts."
+                "the text encoder is not exported in fp16: UMT5's activations leave its range."
+                " Export it with --precision fp32 (or bf16 on a GPU), or leave it out of --parts."
             )
         return asked
 
     def trace(
-        self, precision: str, buckets: list[ClipSize], device: torch.device, kernels: tuple[str, str]
-    ) -> dict[str, Traced]:  # fmt: skip
+        self,
+        precision: str,
+        buckets: list[ClipSize],
+        device: torch.device,
+        kernels: tuple[str, str],
+    ) -> dict[str, Traced]:
         encoder = TextEncoder(self.source, DTYPES[precision], device)
         encoder.load()
         return trace_text(encoder.model)
 
     def answers(self, engine: Any, buckets: list[ClipSize], device: torch.device) -> parity.Answers:
         vocabulary = self.architecture()["vocab_size"]
-        return parity.text_answers(engine or TextEncoder(self.source, torch.float32, device), vocabulary)
+        return parity.text_answers(
+            engine or TextEncoder(self.source, torch.float32, device), vocabulary
+        )

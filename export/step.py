@@ -1,11 +1,13 @@
 """A whole step in one graph: both generators, their guidance, and the blend, as plain products.
 
-step:  latents [B, C, T, H, W], timestep [], keys, values, bias of each generator (batch 2 B, unconditional samples last),
-       scalars [10], left [H, H], right [W, W] -> velocity [B, C, T, H, W], rms [2, B] of the guided velocities
+step:  latents [B, C, T, H, W], timestep [], keys, values, bias of each generator (batch 2 B,
+    unconditional samples last),
+       scalars [10], left [H, H], right [W, W] -> velocity [B, C, T, H, W], rms [2, B] of the guided
+       velocities
 
-Scalars and matrices are `nexus_rt.upfb.step_inputs` of a step, so one graph serves every step of a plan and every split
-whose filter is separable: gaussian, and fft and dct with the Gaussian low-pass. The prompts' parts are graphs of their
-own, "context_small" and "context_large".
+Scalars and matrices are `nexus_rt.upfb.step_inputs` of a step, so one graph serves every step of a
+plan and every split whose filter is separable: gaussian, and fft and dct with the Gaussian
+low-pass. The prompts' parts are graphs of their own, "context_small" and "context_large".
 """
 
 from __future__ import annotations
@@ -38,11 +40,24 @@ class StepGraph(nn.Module):
         self.generators = nn.ModuleDict({name: VelocityGraph(models[name]) for name in NAMES})
 
     def forward(
-        self, latents: Tensor, timestep: Tensor, keys_small: Tensor, values_small: Tensor, bias_small: Tensor,
-        keys_large: Tensor, values_large: Tensor, bias_large: Tensor, scalars: Tensor, left: Tensor, right: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        keys_small: Tensor,
+        values_small: Tensor,
+        bias_small: Tensor,
+        keys_large: Tensor,
+        values_large: Tensor,
+        bias_large: Tensor,
+        scalars: Tensor,
+        left: Tensor,
+        right: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         both = torch.cat([latents, latents])
-        contexts = {"small": (keys_small, values_small, bias_small), "large": (keys_large, values_large, bias_large)}
+        contexts = {
+            "small": (keys_small, values_small, bias_small),
+            "large": (keys_large, values_large, bias_large),
+        }
         s = dict(zip(STEP_SCALARS, scalars.unbind(0), strict=True))
         guided = {}
         for name in NAMES:
@@ -52,7 +67,7 @@ class StepGraph(nn.Module):
         small, large = guided["small"], guided["large"]
         x = small - s["minus_large"] * large
         u = s["large"] * large + s["keep"] * x + s["low"] * (left @ x @ right)
-        size = lambda v: v.square().mean((1, 2, 3, 4)).sqrt()  # noqa: E731
+        size = lambda v: v.square().mean((1, 2, 3, 4)).sqrt()
         rms_small, rms_large = size(small), size(large)
         wanted = s["rms_reference"] * target_energy(rms_small, rms_large, 1.0, "reference")
         wanted = wanted + s["rms_small"] * rms_small + s["rms_large"] * rms_large
@@ -70,14 +85,30 @@ def trace_step(models: dict[str, WanTransformer], buckets: list[ClipSize]) -> di
         own = velocity_shapes(models[name], "2*batch")
         shapes |= {f"{k}_{name}": own[k] for k in ("keys", "values", "bias")}
     # each prompt has a length of its own
-    shapes |= {k: tuple("tokens_small" if d == "tokens" else d for d in v) for k, v in shapes.items() if k.endswith("_small")}
-    shapes |= {"scalars": (len(STEP_SCALARS),), "left": ("2*rows", "2*rows"), "right": ("2*columns", "2*columns")}
+    shapes |= {
+        k: tuple("tokens_small" if d == "tokens" else d for d in v)
+        for k, v in shapes.items()
+        if k.endswith("_small")
+    }
+    shapes |= {
+        "scalars": (len(STEP_SCALARS),),
+        "left": ("2*rows", "2*rows"),
+        "right": ("2*columns", "2*columns"),
+    }
     half = {f"{k}_{name}": models[name].dtype for name in NAMES for k in ("keys", "values")}
     with rope_in_graphs(*models.values()):
         found = {
-            f"context_{name}": traced(ContextGraph(m), context_shapes(m), ("keys", "values"), symbols, m.device,
-                                      {"embeds": m.dtype})
+            f"context_{name}": traced(
+                ContextGraph(m),
+                context_shapes(m),
+                ("keys", "values"),
+                symbols,
+                m.device,
+                {"embeds": m.dtype},
+            )
             for name, m in models.items()
-        }  # fmt: skip
-        found["step"] = traced(StepGraph(models), shapes, ("velocity", "rms"), symbols, some.device, half)
+        }
+        found["step"] = traced(
+            StepGraph(models), shapes, ("velocity", "rms"), symbols, some.device, half
+        )
     return found

@@ -1,7 +1,8 @@
-"""Shapes with names in them: one table a graph, from which come its example, its dynamic dimensions and its profiles.
+"""Shapes with names in them: one table a graph, from which come its example, its dynamic dimensions
+and its profiles.
 
-A shape is a tuple of numbers and of symbols such as "batch" or "2*rows". Frames count latent frames; rows and columns
-count pairs of latent cells, which is what a patch is.
+A shape is a tuple of numbers and of symbols such as "batch" or "2*rows". Frames count latent
+frames; rows and columns count pairs of latent cells, which is what a patch is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ EXAMPLE = {"batch": 2, "tokens": 24, "tokens_small": 30, "words": 9}
 
 @dataclass(frozen=True)
 class Traced:
-    """A graph: its program, the inputs it was traced with and their shapes, by name and in order, and its outputs' names."""
+    """A graph: its program, the inputs it was traced with and their shapes, by name and in order,
+    and its outputs' names."""
 
     program: ExportedProgram
     inputs: dict[str, Tensor]
@@ -37,15 +39,24 @@ class Traced:
 
 
 class Symbols:
-    """What symbols stand for where a graph is built for sizes; those with one value are that number."""
+    """What symbols stand for where a graph is built for sizes; those with one value are that
+    number."""
 
     def __init__(self, buckets: list[ClipSize]) -> None:
         sizes = [size_of(b) for b in buckets]
-        spans = {n: (min(s[n] for s in sizes), max(s[n] for s in sizes)) for n in (sizes[0] if sizes else ())}
+        spans = {
+            n: (min(s[n] for s in sizes), max(s[n] for s in sizes))
+            for n in (sizes[0] if sizes else ())
+        }
         self.ranges = {**LIMITS, **spans}
-        self.dims = {n: Dim(n, min=low, max=high) for n, (low, high) in self.ranges.items() if low < high}
+        self.dims = {
+            n: Dim(n, min=low, max=high) for n, (low, high) in self.ranges.items() if low < high
+        }
         # an example's dynamic dimension is not 1, which a tracer would take for a constant
-        self.example = {**EXAMPLE, **{n: low if low == high else max(high, 2) for n, (low, high) in spans.items()}}
+        self.example = {
+            **EXAMPLE,
+            **{n: low if low == high else max(high, 2) for n, (low, high) in spans.items()},
+        }
 
     def dynamic(self, shape: Shape) -> dict[int, Dim]:
         """A shape's dynamic dimensions, as `torch.export` takes them."""
@@ -56,7 +67,9 @@ class Symbols:
                 found[axis] = self.dims[name] if factor == 1 else factor * self.dims[name]
         return found
 
-    def random(self, shape: Shape, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+    def random(
+        self, shape: Shape, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Tensor:
         """An example input: noise."""
         g = torch.Generator().manual_seed(0)
         return torch.randn(concrete(shape, self.example), generator=g).to(device, dtype)

@@ -1,8 +1,9 @@
 """Engines of TensorRT and TensorRT for RTX, built from ONNX in a child process.
 
-A crash or a shortage of memory ends the child, not the product. Networks are strongly typed: a precision is what the
-ONNX graph says. TensorRT for RTX builds without a GPU, for one architecture or for all it knows, and compiles the rest
-where it is loaded; such an engine is complete but not compared, and says so until a GPU has compared it.
+A crash or a shortage of memory ends the child, not the product. Networks are strongly typed: a
+precision is what the ONNX graph says. TensorRT for RTX builds without a GPU, for one architecture
+or for all it knows, and compiles the rest where it is loaded; such an engine is complete but not
+compared, and says so until a GPU has compared it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,14 @@ from nexus_rt.export.symbols import Traced, concrete, size_of
 if TYPE_CHECKING:
     from nexus_rt.export.build import Target
 
-# what symbols range over in a profile: fewest, usual, most. A step has one or two samples, guided or not; Lumos-Nexus cuts
-# contexts at 2560 tokens, Wan's text at 512.
-RANGES = {"batch": (1, 2, backend.SAMPLES), "tokens": (2, 128, 2560), "tokens_small": (2, 128, 2560), "words": (2, 32, 512)}
+# what symbols range over in a profile: fewest, usual, most. A step has one or two samples, guided
+# or not; Lumos-Nexus cuts contexts at 2560 tokens, Wan's text at 512.
+RANGES = {
+    "batch": (1, 2, backend.SAMPLES),
+    "tokens": (2, 128, 2560),
+    "tokens_small": (2, 128, 2560),
+    "words": (2, 32, 512),
+}
 
 
 def cannot_build(target: Target) -> str | None:
@@ -38,13 +44,19 @@ def cannot_build(target: Target) -> str | None:
     if why := onnx.cannot_export():
         return why
     if target.backend == "tensorrt" and not torch.cuda.is_available():
-        return "TensorRT builds for the GPU that is here, and there is none (tensorrt-rtx builds without one)"
+        return (
+            "TensorRT builds for the GPU that is here, and there is none (tensorrt-rtx builds"
+            " without one)"
+        )
     if target.sm is not None:
         if target.backend == "tensorrt":
             return "TensorRT builds for the GPU that is here; --sm is for tensorrt-rtx"
         known = [n for n in dir(trt.ComputeCapability) if n.startswith("SM")]
         if "SM" + target.sm.replace(".", "") not in known:
-            return f"tensorrt-rtx has no target {target.sm}; it has {', '.join(f'{n[2:-1]}.{n[-1]}' for n in known)}"
+            return (
+                f"tensorrt-rtx has no target {target.sm}; it has"
+                f" {', '.join(f'{n[2:-1]}.{n[-1]}' for n in known)}"
+            )
     return None
 
 
@@ -53,7 +65,8 @@ def version(target: Target) -> str:
 
 
 def built_for(target: Target) -> dict[str, Any]:
-    """The device of the manifest: the GPU here, or the architecture asked for (None: all that the package knows)."""
+    """The device of the manifest: the GPU here, or the architecture asked for (None: all that the
+    package knows)."""
     if target.backend == "tensorrt":
         from nexus_rt.engines.open import here
 
@@ -67,7 +80,8 @@ def can_run() -> bool:
 
 
 def profiles(traced: Traced, target: Target) -> list[dict[str, list]]:
-    """Ranges of every input whose shape is not fixed, [fewest, usual, most]: a profile a size, or one for a range."""
+    """Ranges of every input whose shape is not fixed, [fewest, usual, most]: a profile a size, or
+    one for a range."""
     sizes = [size_of(b) for b in target.ordered()]
     spans = [(sizes[0], sizes[-1], sizes[-1])] if target.range else [(s, s, s) for s in sizes]
     symbols = {s for shape in traced.shapes.values() for s in shape if isinstance(s, str)}
@@ -77,7 +91,13 @@ def profiles(traced: Traced, target: Target) -> list[dict[str, list]]:
     for span in spans:
         values = [{**{n: r[i] for n, r in RANGES.items()}, **span[i]} for i in range(3)]
         shapes = {n: [concrete(shape, v) for v in values] for n, shape in traced.shapes.items()}
-        found.append({n: shapes[n] for n, shape in traced.shapes.items() if any(isinstance(d, str) for d in shape)})
+        found.append(
+            {
+                n: shapes[n]
+                for n, shape in traced.shapes.items()
+                if any(isinstance(d, str) for d in shape)
+            }
+        )
     return found
 
 
@@ -85,19 +105,32 @@ def build(graph: str, traced: Traced, folder: Path, target: Target) -> None:
     """Write `graph`.engine into a folder, and what its builder said into `graph`.json.
 
     Raises:
-        RuntimeError: the builder refused the graph, crashed or was killed; with the last of what it said.
+        RuntimeError: the builder refused the graph, crashed or was killed; with the last of what it
+            said.
     """
-    # float32 has no kernel for ONNX's Attention operator, only for the products and the softmax it stands for
+    # float32 has no kernel for ONNX's Attention operator, only for the products and the softmax it
+    # stands for
     onnx.write(graph, traced, folder, 20 if target.precision == "fp32" else target.opset)
     job = {
-        "backend": target.backend, "onnx": str(folder / f"{graph}.onnx"), "engine": str(folder / f"{graph}.engine"),
-        "report": str(folder / f"{graph}.json"), "sm": target.sm, "profiles": profiles(traced, target),
-        "timing_cache": str(engines_root() / f"{target.backend}-{backend.version(target.backend)}.timing"),
-        "weight_streaming": target.weight_streaming, "refit": target.refit,
-    }  # fmt: skip
+        "backend": target.backend,
+        "onnx": str(folder / f"{graph}.onnx"),
+        "engine": str(folder / f"{graph}.engine"),
+        "report": str(folder / f"{graph}.json"),
+        "sm": target.sm,
+        "profiles": profiles(traced, target),
+        "timing_cache": str(
+            engines_root() / f"{target.backend}-{backend.version(target.backend)}.timing"
+        ),
+        "weight_streaming": target.weight_streaming,
+        "refit": target.refit,
+    }
     note = folder / f"{graph}.job"
     note.write_text(json.dumps(job))
-    child = subprocess.run([sys.executable, "-m", "nexus_rt.export.tensorrt", str(note)], capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, "-m", "nexus_rt.export.tensorrt", str(note)],
+        capture_output=True,
+        text=True,
+    )
     if child.returncode:
         message = (child.stderr.strip() or "it said nothing").splitlines()[-1][:500]
         ended = f"was killed by signal {-child.returncode}" if child.returncode < 0 else "failed"
@@ -114,11 +147,16 @@ def _child(job: dict[str, Any]) -> dict[str, Any]:
     errors: list[str] = []
     log = backend.logger(trt, errors)
     builder = trt.Builder(log)
-    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows no other kind
+    typed = getattr(
+        trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None
+    )  # TensorRT 11 knows no other kind
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(job["onnx"]):
-        raise SystemExit("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or "the parser said no")
+        raise SystemExit(
+            "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+            or "the parser said no"
+        )
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for ranges in job["profiles"]:
@@ -128,7 +166,9 @@ def _child(job: dict[str, Any]) -> dict[str, Any]:
         config.add_optimization_profile(profile)
     if job["sm"]:
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + job["sm"].replace(".", "")), 0)
+        config.set_compute_capability(
+            getattr(trt.ComputeCapability, "SM" + job["sm"].replace(".", "")), 0
+        )
     for flag, wanted in (("WEIGHT_STREAMING", job["weight_streaming"]), ("REFIT", job["refit"])):
         if wanted:
             if not hasattr(trt.BuilderFlag, flag):
@@ -137,7 +177,9 @@ def _child(job: dict[str, Any]) -> dict[str, Any]:
     timed = job["backend"] == "tensorrt"  # RTX times nothing when it builds
     file = Path(job["timing_cache"])
     if timed:
-        config.set_timing_cache(config.create_timing_cache(file.read_bytes() if file.is_file() else b""), False)
+        config.set_timing_cache(
+            config.create_timing_cache(file.read_bytes() if file.is_file() else b""), False
+        )
     start = time.monotonic()
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -146,10 +188,18 @@ def _child(job: dict[str, Any]) -> dict[str, Any]:
     if timed:
         file.write_bytes(config.get_timing_cache().serialize())
     attention = [
-        network.get_layer(i).name for i in range(network.num_layers) if "ATTENTION_INPUT" in str(network.get_layer(i).type)
+        network.get_layer(i).name
+        for i in range(network.num_layers)
+        if "ATTENTION_INPUT" in str(network.get_layer(i).type)
     ]
-    return {"seconds": round(time.monotonic() - start, 1), "layers": network.num_layers, "bytes": plan.nbytes,
-            "package": trt.__version__, "attention_operators": len(attention), **_inspected(trt, log, plan)}  # fmt: skip
+    return {
+        "seconds": round(time.monotonic() - start, 1),
+        "layers": network.num_layers,
+        "bytes": plan.nbytes,
+        "package": trt.__version__,
+        "attention_operators": len(attention),
+        **_inspected(trt, log, plan),
+    }
 
 
 def _inspected(trt: Any, log: Any, plan: Any) -> dict[str, Any]:

@@ -1,16 +1,19 @@
-"""Attention on 8-bit floats: Q, K and V as e4m3 with a scale a block, shares as e4m3, sums in float32.
+"""Attention on 8-bit floats: Q, K and V as e4m3 with a scale a block, shares as e4m3, sums in
+float32.
 
-    K' = K - mean over tokens            (takes from each query's scores one number: the softmax does not see it)
-    x8 = x / s,  s = max|x| / 448        a block of tokens of a head: 128 queries; as many keys and values as a tile
-    score = s_q s_k q8 k8^T / sqrt(d);   out = sum over tiles of s_v (256 softmax share)8 v8 / 256
+    K' = K - mean over tokens            (takes from each query's scores one number: the softmax
+    does not see it) x8 = x / s,  s = max|x| / 448        a block of tokens of a head: 128 queries;
+    as many keys and values as a tile score = s_q s_k q8 k8^T / sqrt(d);   out = sum over tiles of
+    s_v (256 softmax share)8 v8 / 256
 
-Smoothing K is SageAttention's (arXiv 2410.02367): its channels have outliers that are alike in every token. V is
-written transposed, as the matrix units read bytes. A tile's products are summed in the matrix units, whose sums of
-bytes have some 14 bits (arXiv 2412.19437, section 3.3), tiles in float32.
+Smoothing K is SageAttention's (arXiv 2410.02367): its channels have outliers that are alike in
+every token. V is written transposed, as the matrix units read bytes. A tile's products are summed
+in the matrix units, whose sums of bytes have some 14 bits (arXiv 2412.19437, section 3.3), tiles in
+float32.
 
-Flops as `attention`, at twice the rate; bytes: q, k, v read once and written as bytes, 1.5 times `attention`'s, which is
-2% of its time at 32,760 tokens. An approximation: about 4% of the output's RMS on Gaussian inputs, so never chosen
-unless it is asked for.
+Flops as `attention`, at twice the rate; bytes: q, k, v read once and written as bytes, 1.5 times
+`attention`'s, which is 2% of its time at 32,760 tokens. An approximation: about 4% of the output's
+RMS on Gaussian inputs, so never chosen unless it is asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from nexus_rt.kernels.attention import (
     launch_attention,
     launch_config,
     resolve_loads,
-)  # fmt: skip
+)
 from nexus_rt.kernels.op import Variant, kernel_op, launch, tl, triton
 
 PEAK = 448.0  # of e4m3
@@ -42,7 +45,9 @@ if triton is not None:
         mean_ptr,  # [B, heads, D] float32, or unused
         out_ptr,  # [B, L, heads, D] e4m3; TRANSPOSED: [B, heads, D, PADDED]
         scale_ptr,  # [B, heads, blocks]
-        x_batch, x_token, x_head,
+        x_batch,
+        x_token,
+        x_head,
         heads,
         length,  # L
         padded,
@@ -50,19 +55,29 @@ if triton is not None:
         ROWS: tl.constexpr,
         SMOOTH: tl.constexpr,
         TRANSPOSED: tl.constexpr,
-    ):  # fmt: skip
+    ):
         batch = (tl.program_id(1) // heads).to(tl.int64)
         head = (tl.program_id(1) % heads).to(tl.int64)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         d = tl.arange(0, D)
         inside = row[:, None] < length
-        at = x_ptr + batch * x_batch + head * x_head + row.to(tl.int64)[:, None] * x_token + d[None, :]
+        at = (
+            x_ptr
+            + batch * x_batch
+            + head * x_head
+            + row.to(tl.int64)[:, None] * x_token
+            + d[None, :]
+        )
         x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         if SMOOTH:
-            x = tl.where(inside, x - tl.load(mean_ptr + (batch * heads + head) * D + d)[None, :], 0.0)
+            x = tl.where(
+                inside, x - tl.load(mean_ptr + (batch * heads + head) * D + d)[None, :], 0.0
+            )
         scale = tl.maximum(tl.max(tl.abs(x)), 1e-20) / _PEAK
         small = (x / scale).to(out_ptr.dtype.element_ty)
-        tl.store(scale_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), scale)
+        tl.store(
+            scale_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), scale
+        )
         if TRANSPOSED:  # the padding is written too: zeros
             place = ((batch * heads + head) * D + d[:, None]) * padded + row[None, :]
             tl.store(out_ptr + place, tl.trans(small), mask=row[None, :] < padded)
@@ -75,28 +90,49 @@ else:
 
 
 def variants() -> list[Variant]:
-    """What a transformer in bfloat16 launches where fp8 is allowed: the three tensors, then attention on bytes."""
+    """What a transformer in bfloat16 launches where fp8 is allowed: the three tensors, then
+    attention on bytes."""
     out = []
     for head_dim in FP8_HEAD_DIMS:
         strides = ("x_batch", "x_token", "x_head")
-        signature = {"x_ptr": "*bf16", "mean_ptr": "*fp32", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+        signature = {
+            "x_ptr": "*bf16",
+            "mean_ptr": "*fp32",
+            "out_ptr": "*fp8e4nv",
+            "scale_ptr": "*fp32",
+        }
         signature |= dict.fromkeys((*strides, "heads", "length", "padded"), "i32")
         for label, rows, smooth, transposed, arches in (
-            ("q", 128, False, False, (90, 100, 120)), ("k", 128, True, False, (90,)), ("v", 128, False, True, (90,)),
-            ("k", 64, True, False, (100, 120)), ("v", 64, False, True, (100, 120)),
-        ):  # fmt: skip
+            ("q", 128, False, False, (90, 100, 120)),
+            ("k", 128, True, False, (90,)),
+            ("v", 128, False, True, (90,)),
+            ("k", 64, True, False, (100, 120)),
+            ("v", 64, False, True, (100, 120)),
+        ):
             constants = {"D": head_dim, "ROWS": rows, "SMOOTH": smooth, "TRANSPOSED": transposed}
             name = f"quantise {label} {head_dim}"
-            out.append(Variant(name, _quantise_kernel, signature, constants, 4, 3, arches, (*strides, "padded")))
-    return out + kernel_variants("attention_fp8", True, (
-        ((90,), (9, 0), "specialised", False), ((90,), (9, 0), "descriptors", True),
-        ((100,), (10, 0), "descriptors", False), ((100,), (10, 0), "descriptors", True),
-        ((120,), (12, 0), "descriptors", False), ((120,), (12, 0), "descriptors", True),
-    ))  # fmt: skip
+            out.append(
+                Variant(
+                    name, _quantise_kernel, signature, constants, 4, 3, arches, (*strides, "padded")
+                )
+            )
+    return out + kernel_variants(
+        "attention_fp8",
+        True,
+        (
+            ((90,), (9, 0), "specialised", False),
+            ((90,), (9, 0), "descriptors", True),
+            ((100,), (10, 0), "descriptors", False),
+            ((100,), (10, 0), "descriptors", True),
+            ((120,), (12, 0), "descriptors", False),
+            ((120,), (12, 0), "descriptors", True),
+        ),
+    )
 
 
 def quantise_ref(x: Tensor, rows: int) -> Tensor:
-    """x [B, L, heads, D] as e4m3 with a scale for every `rows` tokens of a head, and back: float32."""
+    """x [B, L, heads, D] as e4m3 with a scale for every `rows` tokens of a head, and back:
+    float32."""
     out = torch.empty_like(x, dtype=torch.float32)
     for start in range(0, x.shape[1], rows):
         part = x[:, start : start + rows].float()
@@ -105,10 +141,14 @@ def quantise_ref(x: Tensor, rows: int) -> Tensor:
     return out
 
 
-def attention_fp8_ref(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, columns: int = 64) -> Tensor:
+def attention_fp8_ref(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, columns: int = 64
+) -> Tensor:
     """The same quantisation in plain PyTorch, with exact shares; shapes as in `attention_fp8`."""
     smooth = k.float() - k.float().mean(1, keepdim=True)
-    return attention_ref(quantise_ref(q, 128), quantise_ref(smooth, columns), quantise_ref(v, columns), bias).to(q.dtype)
+    return attention_ref(
+        quantise_ref(q, 128), quantise_ref(smooth, columns), quantise_ref(v, columns), bias
+    ).to(q.dtype)
 
 
 def _quantise(x: Tensor, rows: int, mean: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -118,21 +158,41 @@ def _quantise(x: Tensor, rows: int, mean: Tensor | None, transposed: bool) -> tu
     out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(batch, heads, blocks, dtype=torch.float32, device=x.device)
     launch(
-        _quantise_kernel, (blocks, batch * heads), x,
-        x, scale if mean is None else mean, out, scale, *x.stride()[:3], heads, length, blocks * rows, D=head_dim, ROWS=rows,
-        SMOOTH=mean is not None, TRANSPOSED=transposed, num_warps=4,
-    )  # fmt: skip
+        _quantise_kernel,
+        (blocks, batch * heads),
+        x,
+        x,
+        scale if mean is None else mean,
+        out,
+        scale,
+        *x.stride()[:3],
+        heads,
+        length,
+        blocks * rows,
+        D=head_dim,
+        ROWS=rows,
+        SMOOTH=mean is not None,
+        TRANSPOSED=transposed,
+        num_warps=4,
+    )
     return out, scale
 
 
 @kernel_op("attention_fp8")
-def _attention_fp8(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, loads: str = "auto") -> Tensor:
+def _attention_fp8(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, loads: str = "auto"
+) -> Tensor:
     _check(q, k, v, bias)
     if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] not in FP8_HEAD_DIMS:
         expected = f"float16 or bfloat16, head_dim {', '.join(map(str, FP8_HEAD_DIMS))}"
-        raise ValueError(f"attention_fp8: q is {q.dtype} with head_dim {q.shape[-1]}; expected {expected}.")
+        raise ValueError(
+            f"attention_fp8: q is {q.dtype} with head_dim {q.shape[-1]}; expected {expected}."
+        )
     if q.is_cuda and capability_of(q.device) < OLDEST:
-        raise ValueError(f"attention_fp8: compute capability {capability_of(q.device)} has no 8-bit matrix product; needs 8.9.")
+        raise ValueError(
+            f"attention_fp8: compute capability {capability_of(q.device)} has no 8-bit matrix"
+            " product; needs 8.9."
+        )
     loads = resolve_loads(loads, q, k, v, bias is not None, fp8=True)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel():
@@ -149,10 +209,14 @@ def _(q, k, v, bias=None, loads="auto"):
     return q.new_empty(q.shape)
 
 
-def attention_fp8(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, loads: str = "auto") -> Tensor:
-    """Softmax attention of every head on 8-bit floats; arguments and result as `nexus_rt.kernels.attention.attention`.
+def attention_fp8(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, loads: str = "auto"
+) -> Tensor:
+    """Softmax attention of every head on 8-bit floats; arguments and result as
+    `nexus_rt.kernels.attention.attention`.
 
     Raises:
-        ValueError: as there, and: float32 inputs, a head_dim other than 64 or 128, a GPU older than compute capability 8.9.
+        ValueError: as there, and: float32 inputs, a head_dim other than 64 or 128, a GPU older than
+            compute capability 8.9.
     """
     return _attention_fp8(q, k, v, bias, loads)

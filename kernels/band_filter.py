@@ -1,13 +1,15 @@
-"""The fft and dct splits' blend: guidance of both generators, a two-sided matrix filter, the gate, the sums for energy.
+"""The fft and dct splits' blend: guidance of both generators, a two-sided matrix filter, the gate,
+the sums for energy.
 
     v = v_u + g (v_c - v_u)                                  each generator, where it is guided
     x = v_S - v_L;  u = v_L + keep x + low F(x)              F(x) = L x R, or L^T (G * (L x R)) R^T
     sums of v_S^2, v_L^2 and u^2, one number a program
 
-Two matrix products a plane, 2 (H + W) multiply-adds an element and pass, float32 by three tf32 products: at 90 x 160, 2 GFLOP
-in all. A filter of rank one (Gaussian) is one launch; any other is diagonal in the transform's basis and takes two, of the
-same kernel, whatever its rank. Bytes: each prediction once (2 or 4 bytes), u once (4 bytes), and the scratch between the two
-products, which stays in the second-level cache.
+Two matrix products a plane, 2 (H + W) multiply-adds an element and pass, float32 by three tf32
+products: at 90 x 160, 2 GFLOP in all. A filter of rank one (Gaussian) is one launch; any other is
+diagonal in the transform's basis and takes two, of the same kernel, whatever its rank. Bytes: each
+prediction once (2 or 4 bytes), u once (4 bytes), and the scratch between the two products, which
+stays in the second-level cache.
 """
 
 from __future__ import annotations
@@ -65,9 +67,13 @@ if triton is not None:
                 else:
                     x = tl.load(z_ptr + at, mask=mask, other=0.0)
                 if LAST and not FIRST:
-                    right = tl.load(right_ptr + column * W + down, mask=(down < W) & wide, other=0.0)
+                    right = tl.load(
+                        right_ptr + column * W + down, mask=(down < W) & wide, other=0.0
+                    )
                 else:
-                    right = tl.load(right_ptr + down * W + column, mask=(down < W) & wide, other=0.0)
+                    right = tl.load(
+                        right_ptr + down * W + column, mask=(down < W) & wide, other=0.0
+                    )
                 product = tl.dot(x, right, product, input_precision=PRECISION)
             tl.store(scratch_ptr + plane + row * W + column, product, mask=(row < H) & wide)
         tl.debug_barrier()  # other threads of this program read what was stored
@@ -75,13 +81,21 @@ if triton is not None:
         for start in range(0, H, ROWS):
             row = start + tl.arange(0, ROWS)[:, None]
             product = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for k in tl.range(0, H, DEPTH, num_stages=1):  # not copied ahead of the barrier by the asynchronous engine
+            for k in tl.range(
+                0, H, DEPTH, num_stages=1
+            ):  # not copied ahead of the barrier by the asynchronous engine
                 across, down = k + tl.arange(0, DEPTH)[None, :], k + tl.arange(0, DEPTH)[:, None]
                 if LAST and not FIRST:
-                    left = tl.load(left_ptr + across * H + row, mask=(row < H) & (across < H), other=0.0)
+                    left = tl.load(
+                        left_ptr + across * H + row, mask=(row < H) & (across < H), other=0.0
+                    )
                 else:
-                    left = tl.load(left_ptr + row * H + across, mask=(row < H) & (across < H), other=0.0)
-                x = tl.load(scratch_ptr + plane + down * W + column, mask=(down < H) & wide, other=0.0)
+                    left = tl.load(
+                        left_ptr + row * H + across, mask=(row < H) & (across < H), other=0.0
+                    )
+                x = tl.load(
+                    scratch_ptr + plane + down * W + column, mask=(down < H) & wide, other=0.0
+                )
                 product = tl.dot(left, x, product, input_precision=PRECISION)
             inside = (row < H) & wide
             at = plane + row * W + column
@@ -107,31 +121,61 @@ else:
 
 
 def product_config(height: int, width: int) -> dict[str, int]:
-    """Tiles of 64 x 64, 32 deep: 57 KiB of shared memory for the three parts of each operand, 136 registers."""
+    """Tiles of 64 x 64, 32 deep: 57 KiB of shared memory for the three parts of each operand, 136
+    registers."""
     return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 2}
 
 
 def variants() -> list[Variant]:
     """What the plans launch at 480p and 720p, both generators guided, predictions in bfloat16."""
     out = []
-    scalars = dict.fromkeys(("scale_small", "scale_large", "keep", "low"), "fp32") | {"programs": "i32"}
+    scalars = dict.fromkeys(("scale_small", "scale_large", "keep", "low"), "fp32") | {
+        "programs": "i32"
+    }
     pointers = dict.fromkeys(("small_c", "small_u", "large_c", "large_u"), "*bf16")
     matrices = ("z_ptr", "left_ptr", "right_ptr", "gain_ptr", "scratch_ptr", "out_ptr", "sums_ptr")
     signature = {**pointers, **scalars, **dict.fromkeys(matrices, "*fp32")}
     for height, width in ((60, 104), (90, 160)):
         config = product_config(height, width)
         warps, stages = config.pop("num_warps"), config.pop("num_stages")
-        for label, first, last in (("rank 1", True, True), ("to frequencies", True, False), ("and back", False, True)):
-            flags = {"GUIDED_SMALL": True, "GUIDED_LARGE": True, "FIRST": first, "LAST": last, "PRECISION": "tf32x3"}
+        for label, first, last in (
+            ("rank 1", True, True),
+            ("to frequencies", True, False),
+            ("and back", False, True),
+        ):
+            flags = {
+                "GUIDED_SMALL": True,
+                "GUIDED_LARGE": True,
+                "FIRST": first,
+                "LAST": last,
+                "PRECISION": "tf32x3",
+            }
             name = f"band_filter {label} {height}x{width}"
-            out.append(Variant(name, _product_kernel, signature, {"H": height, "W": width, **config, **flags}, warps, stages))
+            out.append(
+                Variant(
+                    name,
+                    _product_kernel,
+                    signature,
+                    {"H": height, "W": width, **config, **flags},
+                    warps,
+                    stages,
+                )
+            )
     return out
 
 
 def band_filter_ref(
-    small: Tensor, small_u: Tensor | None, large: Tensor, large_u: Tensor | None, scales: tuple[float, float],
-    keep: float, low: float, left: Tensor, right: Tensor, gain: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    small: Tensor,
+    small_u: Tensor | None,
+    large: Tensor,
+    large_u: Tensor | None,
+    scales: tuple[float, float],
+    keep: float,
+    low: float,
+    left: Tensor,
+    right: Tensor,
+    gain: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The formula in plain PyTorch, float32; arguments as in `band_filter`."""
     v_small, v_large = guide(small, small_u, scales[0]), guide(large, large_u, scales[1])
     x = v_small - v_large
@@ -144,32 +188,77 @@ def band_filter_ref(
 
 @kernel_op("band_filter")
 def _band_filter(
-    small: Tensor, small_u: Tensor | None, large: Tensor, large_u: Tensor | None, scale_small: float, scale_large: float,
-    keep: float, low: float, left: Tensor, right: Tensor, gain: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    small: Tensor,
+    small_u: Tensor | None,
+    large: Tensor,
+    large_u: Tensor | None,
+    scale_small: float,
+    scale_large: float,
+    keep: float,
+    low: float,
+    left: Tensor,
+    right: Tensor,
+    gain: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     check_predictions("band_filter", small, small_u, large, large_u)
     height, width = small.shape[-2:]
-    for name, t, shape in (("left", left, (height,) * 2), ("right", right, (width,) * 2), ("gain", gain, (height, width))):
+    for name, t, shape in (
+        ("left", left, (height,) * 2),
+        ("right", right, (width,) * 2),
+        ("gain", gain, (height, width)),
+    ):
         if t is not None:
             check_tensor("band_filter", name, t, shape, torch.float32, small.device)
     config = product_config(height, width)
     u = torch.empty_like(small, dtype=torch.float32)
     planes = small.numel() // max(1, height * width)
     grid = (planes, -(-width // config["COLUMNS"]))
-    sums = torch.empty(3, len(small), planes * grid[1] // max(1, len(small)), dtype=torch.float32, device=small.device)
+    sums = torch.empty(
+        3,
+        len(small),
+        planes * grid[1] // max(1, len(small)),
+        dtype=torch.float32,
+        device=small.device,
+    )
     if u.numel():
         scratch = torch.empty_like(u)
         frequencies = u if gain is None else torch.empty_like(u)
-        predictions = (small, small if small_u is None else small_u, large, large if large_u is None else large_u)
-        passes = ((True, True, u),) if gain is None else ((True, False, frequencies), (False, True, u))
+        predictions = (
+            small,
+            small if small_u is None else small_u,
+            large,
+            large if large_u is None else large_u,
+        )
+        passes = (
+            ((True, True, u),) if gain is None else ((True, False, frequencies), (False, True, u))
+        )
         for first, last, out in passes:
             launch(
-                _product_kernel, grid, small,
-                *predictions, frequencies, left, right, left if gain is None else gain, scratch, out, sums,
-                sums.numel() // 3, scale_small, scale_large, keep, low, H=height, W=width,
-                GUIDED_SMALL=small_u is not None, GUIDED_LARGE=large_u is not None, FIRST=first, LAST=last,
-                PRECISION="tf32x3", **config,
-            )  # fmt: skip
+                _product_kernel,
+                grid,
+                small,
+                *predictions,
+                frequencies,
+                left,
+                right,
+                left if gain is None else gain,
+                scratch,
+                out,
+                sums,
+                sums.numel() // 3,
+                scale_small,
+                scale_large,
+                keep,
+                low,
+                H=height,
+                W=width,
+                GUIDED_SMALL=small_u is not None,
+                GUIDED_LARGE=large_u is not None,
+                FIRST=first,
+                LAST=last,
+                PRECISION="tf32x3",
+                **config,
+            )
     return u, sums
 
 
@@ -178,20 +267,31 @@ def _(small, small_u, large, large_u, scale_small, scale_large, keep, low, left,
     height, width = small.shape[-2:]
     tiles = -(-width // product_config(height, width)["COLUMNS"])
     programs = small[0].numel() // (height * width) * tiles
-    return torch.empty_like(small, dtype=torch.float32), small.new_empty(3, len(small), programs, dtype=torch.float32)
+    return torch.empty_like(small, dtype=torch.float32), small.new_empty(
+        3, len(small), programs, dtype=torch.float32
+    )
 
 
 def band_filter(
-    small: Tensor, small_u: Tensor | None, large: Tensor, large_u: Tensor | None, scales: tuple[float, float],
-    keep: float, low: float, left: Tensor, right: Tensor, gain: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The fft and dct splits: guidance, a two-sided matrix filter on the difference, the gate's sum, sums of squares.
+    small: Tensor,
+    small_u: Tensor | None,
+    large: Tensor,
+    large_u: Tensor | None,
+    scales: tuple[float, float],
+    keep: float,
+    low: float,
+    left: Tensor,
+    right: Tensor,
+    gain: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The fft and dct splits: guidance, a two-sided matrix filter on the difference, the gate's
+    sum, sums of squares.
 
     Args:
         small, small_u, large, large_u, scales: as in `band_blend`; both generators are needed.
         keep, low: u = v_L + keep x + low F(x) with x = v_S - v_L.
-        left, right: L [H, H] and R [W, W], float32, contiguous. gain: None for F(x) = L x R; [H, W] for
-            F(x) = L^T (gain * (L x R)) R^T, a gain on each frequency of an orthonormal basis.
+        left, right: L [H, H] and R [W, W], float32, contiguous. gain: None for F(x) = L x R; [H, W]
+            for F(x) = L^T (gain * (L x R)) R^T, a gain on each frequency of an orthonormal basis.
 
     Returns:
         u, sums: as `band_blend`.
@@ -199,4 +299,6 @@ def band_filter(
     Raises:
         ValueError: a shape, dtype, device or stride that the kernel does not take; says which.
     """
-    return _band_filter(small, small_u, large, large_u, *map(float, (*scales, keep, low)), left, right, gain)
+    return _band_filter(
+        small, small_u, large, large_u, *map(float, (*scales, keep, low)), left, right, gain
+    )

@@ -1,4 +1,5 @@
-"""The step's formulas that PyTorch's path, the kernels' references and the exported graphs share; plain PyTorch, no triton."""
+"""The step's formulas that PyTorch's path, the kernels' references and the exported graphs share;
+plain PyTorch, no triton."""
 
 from __future__ import annotations
 
@@ -14,16 +15,21 @@ Size = TypeVar("Size", Tensor, float)
 
 
 def guide(conditional: Tensor, unconditional: Tensor | None, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance `v_u + scale (v_c - v_u)` in float32: diffusers' meaning of `guidance_scale`."""
+    """Classifier-free guidance `v_u + scale (v_c - v_u)` in float32: diffusers' meaning of
+    `guidance_scale`."""
     conditional = conditional.float()
-    return conditional if unconditional is None else torch.lerp(unconditional.float(), conditional, scale)
+    return (
+        conditional
+        if unconditional is None
+        else torch.lerp(unconditional.float(), conditional, scale)
+    )
 
 
 def target_energy(small: Size, large: Size, w: float, energy: str) -> Size:
     """The RMS that a blend is scaled to, given both velocities' own.
 
-    `reference`: `(s + l s / (l + eps)) / 2`, the published rule, which pulls every step to the small generator's.
-    `progressive`: `w s + (1 - w) l`.
+    `reference`: `(s + l s / (l + eps)) / 2`, the published rule, which pulls every step to the
+    small generator's. `progressive`: `w s + (1 - w) l`.
     """
     if energy == "reference":
         return (small + large * small / (large + EPS)) / 2

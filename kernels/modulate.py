@@ -1,13 +1,16 @@
-"""Gated residual, LayerNorm, scale and shift in one pass: what stands between the layers of a Wan block.
+"""Gated residual, LayerNorm, scale and shift in one pass: what stands between the layers of a Wan
+block.
 
     x' = x + gate * y                                   (y and gate optional)
     out = (x' - mean) / sqrt(var + eps) * (1 + scale) + shift
 
-mean and variance over the last dimension, in float32. Wan's affine norm before cross-attention is the same formula with
-`scale = weight - 1, shift = bias`, and a residual without a gate is `gate = 1`, so one kernel serves a whole block.
+mean and variance over the last dimension, in float32. Wan's affine norm before cross-attention is
+the same formula with `scale = weight - 1, shift = bias`, and a residual without a gate is
+`gate = 1`, so one kernel serves a whole block.
 
-Bytes a row of D must move: read x (and y), write out (and x'): 2 D or 4 D elements; scale, shift and gate are read once
-per sample from cache. Flops: about 8 D, nothing beside the bytes. So the roof is the copy bandwidth.
+Bytes a row of D must move: read x (and y), write out (and x'): 2 D or 4 D elements; scale, shift
+and gate are read once per sample from cache. Flops: about 8 D, nothing beside the bytes. So the
+roof is the copy bandwidth.
 """
 
 from __future__ import annotations
@@ -58,7 +61,8 @@ if triton is not None:
             y = tl.load(y_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)
             if HAS_GATE:
                 y *= tl.load(gate_ptr + gate_row * D + column, mask=inside, other=0.0)
-            # rounded as it is stored: the norm sees the residual stream that the next layer will read
+            # rounded as it is stored: the norm sees the residual stream that the next layer will
+            # read
             x = (x + y).to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + row * D + column, x, mask=inside)
             x = x.to(tl.float32)
@@ -69,7 +73,6 @@ if triton is not None:
         shift = tl.load(shift_ptr + scale_row * D + column, mask=inside, other=0.0)
         out = centred * rstd * (1.0 + scale) + shift
         tl.store(out_ptr + row * D + column, out.to(out_ptr.dtype.element_ty), mask=inside)
-
 
 else:
     _modulate_kernel = None
@@ -86,17 +89,39 @@ def variants() -> list[Variant]:
     out = []
     for dim in (1536, 5120):
         config = launch_config(dim)
-        for mode, residual, gate in (("norm", False, False), ("residual", True, False), ("gated", True, True)):
+        for mode, residual, gate in (
+            ("norm", False, False),
+            ("residual", True, False),
+            ("gated", True, True),
+        ):
             pointers = {n: "*bf16" for n in ("x_ptr", "y_ptr", "sum_ptr", "out_ptr")}
             pointers |= {n: "*fp32" for n in ("gate_ptr", "scale_ptr", "shift_ptr")}
-            constants = {"D": dim, "BLOCK": config["BLOCK"], "HAS_RESIDUAL": residual, "HAS_GATE": gate}
+            constants = {
+                "D": dim,
+                "BLOCK": config["BLOCK"],
+                "HAS_RESIDUAL": residual,
+                "HAS_GATE": gate,
+            }
             signature = {**pointers, "rows_a_gate": "i32", "rows_a_scale": "i32", "eps": "fp32"}
-            out.append(Variant(f"modulate {mode} {dim}", _modulate_kernel, signature, constants, config["num_warps"]))
+            out.append(
+                Variant(
+                    f"modulate {mode} {dim}",
+                    _modulate_kernel,
+                    signature,
+                    constants,
+                    config["num_warps"],
+                )
+            )
     return out
 
 
 def modulate_ref(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, y: Tensor | None = None, gate: Tensor | None = None
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The formula in plain PyTorch, float32; shapes as in `modulate`."""
     total = x
@@ -109,14 +134,22 @@ def modulate_ref(
 
 def _check(x: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, gate: Tensor | None) -> None:
     if x.ndim != 3 or x.dtype not in DTYPES:
-        raise ValueError(f"modulate: x is {x.dtype} {tuple(x.shape)}; expected [B, L, D] in float32, float16 or bfloat16.")
+        raise ValueError(
+            f"modulate: x is {x.dtype} {tuple(x.shape)}; expected [B, L, D] in float32, float16 or"
+            " bfloat16."
+        )
     if x.shape[-1] > MAX_ROW:
-        raise ValueError(f"modulate: D is {x.shape[-1]}; a row is kept in registers, up to {MAX_ROW}.")
+        raise ValueError(
+            f"modulate: D is {x.shape[-1]}; a row is kept in registers, up to {MAX_ROW}."
+        )
     check_rows("modulate", x.shape[0] * x.shape[1])
     if y is None and gate is not None:
         raise ValueError("modulate: a gate without y has nothing to gate.")
     if scale.shape != shift.shape:
-        raise ValueError(f"modulate: scale and shift have shapes {tuple(scale.shape)} and {tuple(shift.shape)}; expected one.")
+        raise ValueError(
+            f"modulate: scale and shift have shapes {tuple(scale.shape)} and {tuple(shift.shape)};"
+            " expected one."
+        )
     for name, t in (("scale", scale), ("shift", shift), ("gate", gate)):
         if t is None:
             continue
@@ -131,7 +164,12 @@ def _check(x: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, gate: Tens
 
 @kernel_op("modulate")
 def _modulate(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, y: Tensor | None = None, gate: Tensor | None = None
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check(x, scale, shift, y, gate)
     out = torch.empty_like(x)
@@ -140,10 +178,23 @@ def _modulate(
     if rows and dim:
         shares = [rows if t is None or t.shape[0] == 1 else x.shape[1] for t in (gate, scale)]
         launch(
-            _modulate_kernel, (rows,), x,
-            x, x if y is None else y, scale if gate is None else gate, scale, shift, total, out, *shares, eps,
-            D=dim, HAS_RESIDUAL=y is not None, HAS_GATE=gate is not None, **launch_config(dim),
-        )  # fmt: skip
+            _modulate_kernel,
+            (rows,),
+            x,
+            x,
+            x if y is None else y,
+            scale if gate is None else gate,
+            scale,
+            shift,
+            total,
+            out,
+            *shares,
+            eps,
+            D=dim,
+            HAS_RESIDUAL=y is not None,
+            HAS_GATE=gate is not None,
+            **launch_config(dim),
+        )
     return total, out
 
 
@@ -153,7 +204,12 @@ def _(x, scale, shift, eps, y=None, gate=None):
 
 
 def modulate(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, y: Tensor | None = None, gate: Tensor | None = None
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated residual, LayerNorm without weights, scale and shift.
 
@@ -163,7 +219,8 @@ def modulate(
         y: a layer's output [B, L, D] to add to x first, times `gate` where there is one.
 
     Returns:
-        (x', out): the new residual stream (x itself where there is no y) and the modulated norm, both in x's dtype.
+        (x', out): the new residual stream (x itself where there is no y) and the modulated norm,
+        both in x's dtype.
 
     Raises:
         ValueError: a shape, dtype, device or stride that the kernel does not take; says which.

@@ -1,11 +1,13 @@
 """RMSNorm of Q and K over all heads together, then 3-D RoPE, in one pass over a fused projection.
 
     n = x / sqrt(mean(x^2) + eps) * weight              (mean over all heads: Wan's norm)
-    (a, b) -> (a cos - b sin, a sin + b cos)            for every adjacent pair of a head, angles by token
+    (a, b) -> (a cos - b sin, a sin + b cos)            for every adjacent pair of a head, angles by
+    token
 
-Reads the Q and K thirds of [B, L, 3 D] once and writes each as [B, L, heads, head_dim], which attention reads through
-strides; V stays where it is. Bytes a token must move: 2 D in, 2 D out, and head_dim float32 of the tables. Flops: about
-12 D, nothing beside the bytes. So the roof is the copy bandwidth.
+Reads the Q and K thirds of [B, L, 3 D] once and writes each as [B, L, heads, head_dim], which
+attention reads through strides; V stays where it is. Bytes a token must move: 2 D in, 2 D out, and
+head_dim float32 of the tables. Flops: about 12 D, nothing beside the bytes. So the roof is the copy
+bandwidth.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ if triton is not None:
         else:
             weight_ptr = weight_k_ptr
             out_ptr = k_ptr
-        x = tl.load(qkv_ptr + row * 3 * D + third * D + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(qkv_ptr + row * 3 * D + third * D + column, mask=inside, other=0.0).to(
+            tl.float32
+        )
         weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
         n = x * (1.0 / tl.sqrt(tl.sum(x * x, 0) / D + eps)) * weight
         a, b = tl.split(n.reshape(PAIRS, 2))  # adjacent pairs lie in one thread: no exchange
@@ -65,7 +69,6 @@ if triton is not None:
         sin = tl.load(sin_ptr + angle, mask=known, other=0.0)
         rotated = tl.join(a * cos - b * sin, a * sin + b * cos).reshape(2 * PAIRS)
         tl.store(out_ptr + row * D + column, rotated.to(out_ptr.dtype.element_ty), mask=inside)
-
 
 else:
     _qk_norm_rope_kernel = None
@@ -85,12 +88,26 @@ def variants() -> list[Variant]:
     for dim in (1536, 5120):
         config = launch_config(dim)
         constants = {"D": dim, "HALF": 64, "PAIRS": config["PAIRS"]}
-        out.append(Variant(f"qk_norm_rope {dim}", _qk_norm_rope_kernel, signature, constants, config["num_warps"]))
+        out.append(
+            Variant(
+                f"qk_norm_rope {dim}",
+                _qk_norm_rope_kernel,
+                signature,
+                constants,
+                config["num_warps"],
+            )
+        )
     return out
 
 
 def qk_norm_rope_ref(
-    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+    qkv: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """The formula in plain PyTorch, float32; shapes as in `qk_norm_rope`."""
     out = []
@@ -102,34 +119,61 @@ def qk_norm_rope_ref(
     return out[0], out[1]
 
 
-def _check(qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
+def _check(
+    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, heads: int
+) -> None:
     if qkv.ndim != 3 or qkv.dtype not in DTYPES:
         raise ValueError(
-            f"qk_norm_rope: qkv is {qkv.dtype} {tuple(qkv.shape)}; expected [B, L, 3 D] in float32, float16 or bfloat16."
+            f"qk_norm_rope: qkv is {qkv.dtype} {tuple(qkv.shape)}; expected [B, L, 3 D] in float32,"
+            " float16 or bfloat16."
         )
     dim, rest = divmod(qkv.shape[-1], 3)
     if rest or heads < 1 or dim % (2 * heads):
-        raise ValueError(f"qk_norm_rope: the last dimension {qkv.shape[-1]} is not 3 x {heads} heads of an even size.")
+        raise ValueError(
+            f"qk_norm_rope: the last dimension {qkv.shape[-1]} is not 3 x {heads} heads of an even"
+            " size."
+        )
     if dim > MAX_ROW:
         raise ValueError(f"qk_norm_rope: D is {dim}; a row is kept in registers, up to {MAX_ROW}.")
     check_rows("qk_norm_rope", qkv.shape[0] * qkv.shape[1])
     table = (qkv.shape[1], dim // heads // 2)
     for name, t, shape in (
-        ("qkv", qkv, qkv.shape), ("weight_q", weight_q, (dim,)), ("weight_k", weight_k, (dim,)),
-        ("cos", cos, table), ("sin", sin, table),
-    ):  # fmt: skip
+        ("qkv", qkv, qkv.shape),
+        ("weight_q", weight_q, (dim,)),
+        ("weight_k", weight_k, (dim,)),
+        ("cos", cos, table),
+        ("sin", sin, table),
+    ):
         if t.dtype not in DTYPES:
-            raise ValueError(f"qk_norm_rope: {name} is {t.dtype}; expected float32, float16 or bfloat16.")
-        check_tensor("qk_norm_rope", name, t, shape, torch.float32 if name in ("cos", "sin") else t.dtype, qkv.device)
+            raise ValueError(
+                f"qk_norm_rope: {name} is {t.dtype}; expected float32, float16 or bfloat16."
+            )
+        check_tensor(
+            "qk_norm_rope",
+            name,
+            t,
+            shape,
+            torch.float32 if name in ("cos", "sin") else t.dtype,
+            qkv.device,
+        )
 
 
 @kernel_op("qk_norm_rope")
 def _qk_norm_rope(
-    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+    qkv: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     _check(qkv, weight_q, weight_k, cos, sin, heads)
     batch, length, dim = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    q, k = (torch.empty(batch, length, heads, dim // heads, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
+    q, k = (
+        torch.empty(batch, length, heads, dim // heads, dtype=qkv.dtype, device=qkv.device)
+        for _ in range(2)
+    )
     if qkv.numel():
         launch(
             _qk_norm_rope_kernel,
@@ -158,7 +202,13 @@ def _(qkv, weight_q, weight_k, cos, sin, heads, eps):
 
 
 def qk_norm_rope(
-    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+    qkv: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Norm and rotate the queries and keys of a fused projection.
 
@@ -169,7 +219,8 @@ def qk_norm_rope(
         heads: D = heads * head_dim.
 
     Returns:
-        q, k: [B, L, heads, head_dim] in qkv's dtype; attention reads them transposed, `q.transpose(1, 2)`.
+        q, k: [B, L, heads, head_dim] in qkv's dtype; attention reads them transposed,
+            `q.transpose(1, 2)`.
 
     Raises:
         ValueError: a shape, dtype, device or stride that the kernel does not take; says which.

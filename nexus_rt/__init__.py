@@ -11,22 +11,44 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "NexusPipeline": "pipeline", "NexusOutput": "pipeline", "Prompt": "step_runners",
-    "Plan": "plan", "Step": "plan", "StepCosts": "plan", "parse_plan": "plan", "gate": "plan",
-    "BlendConfig": "upfb", "blend": "upfb", "TimeGrid": "solver", "time_grid": "solver",
-    "save_video": "video", "NexusError": "errors", "InputError": "errors", "ModelError": "errors",
-    "NumericsError": "errors", "DecodeError": "errors", "Cancelled": "errors",
-}  # fmt: skip
+    "NexusPipeline": "pipeline",
+    "NexusOutput": "pipeline",
+    "Prompt": "step_runners",
+    "Plan": "plan",
+    "Step": "plan",
+    "StepCosts": "plan",
+    "parse_plan": "plan",
+    "gate": "plan",
+    "BlendConfig": "upfb",
+    "blend": "upfb",
+    "TimeGrid": "solver",
+    "time_grid": "solver",
+    "save_video": "video",
+    "NexusError": "errors",
+    "InputError": "errors",
+    "ModelError": "errors",
+    "NumericsError": "errors",
+    "DecodeError": "errors",
+    "Cancelled": "errors",
+}
 __all__ = [*_EXPORTS, "__version__"]
 
-# kernels/, export/ and bench/ stand beside this package in a checkout and inside it when installed; in a checkout the
-# repository's root joins the search path of `nexus_rt.*`, so that the same import works in both.
+# kernels/, export/ and bench/ stand beside this package in a checkout and inside it when installed;
+# in a checkout the repository's root joins the search path of `nexus_rt.*`, so that the same import
+# works in both.
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():
     __path__.insert(0, str(_root))
 
 if TYPE_CHECKING:
-    from nexus_rt.errors import Cancelled, DecodeError, InputError, ModelError, NexusError, NumericsError
+    from nexus_rt.errors import (
+        Cancelled,
+        DecodeError,
+        InputError,
+        ModelError,
+        NexusError,
+        NumericsError,
+    )
     from nexus_rt.pipeline import NexusOutput, NexusPipeline
     from nexus_rt.plan import Plan, Step, StepCosts, gate, parse_plan
     from nexus_rt.solver import TimeGrid, time_grid

@@ -1,12 +1,13 @@
 """Attention backends by name, and the choice between them by measurement.
 
-Tensors are token-major, [B, L, heads, head_dim], as the fused projection has them. `bias` [B, Lk] is added to every
-score of a key (the log-count that stands for Wan's zero padding).
+Tensors are token-major, [B, L, heads, head_dim], as the fused projection has them. `bias` [B, Lk]
+is added to every score of a key (the log-count that stands for Wan's zero padding).
 
-`sdpa` lets PyTorch choose; `flash`, `cudnn` and `math` ask it for one of its own; `triton` is this package's kernel and
-`triton-fp8` the same on 8-bit floats; `fa3` (FlashAttention 3) and `sage` (SageAttention, 8-bit) run where they are
-installed. `auto` measures the exact ones that can run, once per (GPU, shape, dtype, versions), and keeps the answer on
-disk; `auto-fp8` lets the approximate ones take part too; on a CPU both are `sdpa`.
+`sdpa` lets PyTorch choose; `flash`, `cudnn` and `math` ask it for one of its own; `triton` is this
+package's kernel and `triton-fp8` the same on 8-bit floats; `fa3` (FlashAttention 3) and `sage`
+(SageAttention, 8-bit) run where they are installed. `auto` measures the exact ones that can run,
+once per (GPU, shape, dtype, versions), and keeps the answer on disk; `auto-fp8` lets the
+approximate ones take part too; on a CPU both are `sdpa`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from nexus_rt.log import chose
 from nexus_rt.ops import cannot_run_triton
 
 ROWS_CHECKED = 256  # queries of the first head that a candidate is compared with float32 on
-APPROXIMATE = 0.08  # of the output's RMS: what an approximate backend may be off on Gaussian inputs (e4m3 loses 0.055)
+# of the output's RMS: what an approximate backend may be off on Gaussian inputs (e4m3 loses 0.055)
+APPROXIMATE = 0.08
 RUNS = 5
 
 
@@ -58,7 +60,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Backend:
-    """run(q, k, v, bias) -> out; why_not(case) -> a reason, or None; exact: no lower precision than its inputs'."""
+    """run(q, k, v, bias) -> out; why_not(case) -> a reason, or None; exact: no lower precision than
+    its inputs'."""
 
     run: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     why_not: Callable[[Case], str | None]
@@ -66,9 +69,14 @@ class Backend:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    # a row a query, all of them one in memory: ONNX's Attention takes no mask that is broadcast over queries
-    mask = None if bias is None else bias[:, None, None, :].to(q.dtype).expand(-1, -1, q.shape[1], -1)
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+    # a row a query, all of them one in memory: ONNX's Attention takes no mask that is broadcast
+    # over queries
+    mask = (
+        None if bias is None else bias[:, None, None, :].to(q.dtype).expand(-1, -1, q.shape[1], -1)
+    )
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask
+    ).transpose(1, 2)
 
 
 def _torch_backend(name: str) -> Callable[..., Tensor]:
@@ -107,11 +115,19 @@ def _sage(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _half(case: Case) -> str | None:
-    return None if case.dtype in (torch.float16, torch.bfloat16) else f"takes float16 and bfloat16, not {str(case.dtype)[6:]}"
+    return (
+        None
+        if case.dtype in (torch.float16, torch.bfloat16)
+        else f"takes float16 and bfloat16, not {str(case.dtype)[6:]}"
+    )
 
 
 def _on_gpu(case: Case) -> str | None:
-    return None if case.device.type == "cuda" else f"needs a CUDA device, and this is {case.device.type}"
+    return (
+        None
+        if case.device.type == "cuda"
+        else f"needs a CUDA device, and this is {case.device.type}"
+    )
 
 
 def _unbiased(case: Case) -> str | None:
@@ -133,7 +149,11 @@ def _triton_why(case: Case) -> str | None:
         return why
     from nexus_rt.kernels.attention import HEAD_DIMS
 
-    return None if case.head_dim in HEAD_DIMS else f"takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {case.head_dim}"
+    return (
+        None
+        if case.head_dim in HEAD_DIMS
+        else f"takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {case.head_dim}"
+    )
 
 
 def _fp8_why(case: Case) -> str | None:
@@ -141,7 +161,10 @@ def _fp8_why(case: Case) -> str | None:
         return why
     from nexus_rt.kernels.attention_fp8 import FP8_HEAD_DIMS, OLDEST
 
-    if case.device.type == "cuda" and (have := torch.cuda.get_device_capability(case.device)) < OLDEST:
+    if (
+        case.device.type == "cuda"
+        and (have := torch.cuda.get_device_capability(case.device)) < OLDEST
+    ):
         return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, and this is {have[0]}.{have[1]}"
     dims = ", ".join(map(str, FP8_HEAD_DIMS))
     return None if case.head_dim in FP8_HEAD_DIMS else f"takes head_dim {dims}, not {case.head_dim}"
@@ -159,13 +182,17 @@ BACKENDS = {
     "triton": Backend(_triton, _triton_why),
     "triton-fp8": Backend(_triton_fp8, _fp8_why, exact=False),
     "fa3": Backend(_fa3, _first(_on_gpu, _half, _unbiased, _installed("flash_attn_interface"))),
-    "sage": Backend(_sage, _first(_on_gpu, _half, _unbiased, _installed("sageattention")), exact=False),
+    "sage": Backend(
+        _sage, _first(_on_gpu, _half, _unbiased, _installed("sageattention")), exact=False
+    ),
 }
 AUTOMATIC = ("auto", "auto-fp8")
 NAMES = (*AUTOMATIC, *BACKENDS)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """Softmax attention of every head.
 
     Args:
@@ -176,35 +203,56 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, backend:
         [B, Lq, heads, head_dim] in q's dtype.
 
     Raises:
-        InputError: an unknown backend, or one that cannot run on these tensors: it is never replaced in silence.
+        InputError: an unknown backend, or one that cannot run on these tensors: it is never
+            replaced in silence.
     """
     if backend in AUTOMATIC:
         backend = automatic(q, k, v, bias, approximate=backend == "auto-fp8")
-    elif not torch.compiler.is_compiling():  # sizes may be symbols there; an unfit backend says so when it is run
+    elif (
+        not torch.compiler.is_compiling()
+    ):  # sizes may be symbols there; an unfit backend says so when it is run
         case = Case.of(q, k, bias)
         if (backend, case) not in _fit:
             choose("attention backend", backend, NAMES)
             if why := BACKENDS[backend].why_not(case):
-                raise InputError(f"attention backend {backend!r} cannot run here: it {why}; use 'auto' or 'sdpa'.")
+                raise InputError(
+                    f"attention backend {backend!r} cannot run here: it {why}; use 'auto' or"
+                    " 'sdpa'."
+                )
             _fit.add((backend, case))
     return BACKENDS[backend].run(q, k, v, bias)
 
 
 _chosen: dict[tuple[Case, bool], str] = {}  # what auto and auto-fp8 stand for
-_fit: set[tuple[str, Case]] = set()  # explicit backends found able: asked once a case, not at every layer
+_fit: set[tuple[str, Case]] = (
+    set()
+)  # explicit backends found able: asked once a case, not at every layer
 
 
 def takes_bias(backend: str, device: torch.device) -> bool:
-    """Whether a backend takes a bias on its keys on a device; a context for one that does not keeps all its padding."""
+    """Whether a backend takes a bias on its keys on a device; a context for one that does not keeps
+    all its padding."""
     if backend in AUTOMATIC:
         return True
-    case = Case(1, 128, 128, 1, 128, torch.bfloat16 if device.type == "cuda" else torch.float32, device, False)
+    case = Case(
+        1,
+        128,
+        128,
+        1,
+        128,
+        torch.bfloat16 if device.type == "cuda" else torch.float32,
+        device,
+        False,
+    )
     run = BACKENDS[backend]
     return run.why_not(replace(case, biased=True)) is None or run.why_not(case) is not None
 
 
-def automatic(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, approximate: bool = False) -> str:
-    """The backend `auto` stands for: measured on a GPU the first time a case is met, `sdpa` on a CPU.
+def automatic(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, approximate: bool = False
+) -> str:
+    """The backend `auto` stands for: measured on a GPU the first time a case is met, `sdpa` on a
+    CPU.
 
     approximate: 8-bit backends take part.
     """
@@ -217,8 +265,15 @@ def automatic(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, approximate:
     if (case, approximate) not in _chosen:
         result = decide(case, list(BACKENDS) if approximate else None)
         _chosen[case, approximate] = result["chosen"]
-        timed = {n: f"{c['ms']:.2f} ms" if "ms" in c else c["why"] for n, c in result["candidates"].items()}
-        chose(f"attention of {case}", result["chosen"], ", ".join(f"{n} {t}" for n, t in timed.items()))
+        timed = {
+            n: f"{c['ms']:.2f} ms" if "ms" in c else c["why"]
+            for n, c in result["candidates"].items()
+        }
+        chose(
+            f"attention of {case}",
+            result["chosen"],
+            ", ".join(f"{n} {t}" for n, t in timed.items()),
+        )
     return _chosen[case, approximate]
 
 
@@ -229,21 +284,22 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
         candidates: names; by default every exact backend.
 
     Returns:
-        {"chosen": name, "candidates": {name: {"ms", "error", "relative"} or {"why"}}}: the fastest of those within their
-        error against float32: an exact one's largest is at most twice that of `math` in the case's own dtype, an
-        approximate one's RMS at most `APPROXIMATE` of the output's.
+        {"chosen": name, "candidates": {name: {"ms", "error", "relative"} or {"why"}}}: the fastest
+        of those within their error against float32: an exact one's largest is at most twice that of
+        `math` in the case's own dtype, an approximate one's RMS at most `APPROXIMATE` of the
+        output's.
     """
     names = [n for n in BACKENDS if BACKENDS[n].exact] if candidates is None else list(candidates)
     known, key = _read_cache(), _key(case, names)
     if not remeasure and key in known:
         return known[key]
     g = torch.Generator(case.device).manual_seed(0)
-    make = lambda *shape: torch.randn(*shape, generator=g, device=case.device).to(case.dtype)  # noqa: E731
+    make = lambda *shape: torch.randn(*shape, generator=g, device=case.device).to(case.dtype)
     q = make(case.batch, case.queries, case.heads, case.head_dim)
     k, v = (make(case.batch, case.keys, case.heads, case.head_dim) for _ in range(2))
     bias = make(case.batch, case.keys).float() if case.biased else None
     wanted, part = _reference(q, k, v, bias)
-    error = lambda out: float((out[part].float() - wanted).abs().max())  # noqa: E731
+    error = lambda out: float((out[part].float() - wanted).abs().max())
     first = q[:1, :ROWS_CHECKED, :1], k[:1, :, :1], v[:1, :, :1]
     allowed = 2 * error(BACKENDS["math"].run(*first, None if bias is None else bias[:1])) + 1e-6
     found: dict[str, dict] = {}
@@ -252,14 +308,26 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
         if not why:
             try:
                 out = BACKENDS[name].run(q, k, v, bias)
-                wrong, share = error(out), float((out[part].float() - wanted).norm() / wanted.norm())
-                if not (wrong <= allowed if BACKENDS[name].exact else share <= APPROXIMATE):  # NaN is wrong too
-                    limit = f"{allowed:.1e}" if BACKENDS[name].exact else f"{APPROXIMATE} of the output's RMS ({share:.2f})"
+                wrong, share = (
+                    error(out),
+                    float((out[part].float() - wanted).norm() / wanted.norm()),
+                )
+                if not (
+                    wrong <= allowed if BACKENDS[name].exact else share <= APPROXIMATE
+                ):  # NaN is wrong too
+                    limit = (
+                        f"{allowed:.1e}"
+                        if BACKENDS[name].exact
+                        else f"{APPROXIMATE} of the output's RMS ({share:.2f})"
+                    )
                     why = f"its error {wrong:.1e} is above {limit}"
                 else:
                     ms = _milliseconds(partial(BACKENDS[name].run, q, k, v, bias), case.device)
                     found[name] = {"ms": ms, "error": wrong, "relative": share}
-            except (RuntimeError, ValueError) as problem:  # a library that says no only when it is run
+            except (
+                RuntimeError,
+                ValueError,
+            ) as problem:  # a library that says no only when it is run
                 why = str(problem).strip().splitlines()[0]
         if why:
             found[name] = {"why": why}
@@ -303,11 +371,14 @@ def _read_cache() -> dict:
         known = documents.read_object(cache_file())
     except NexusError:
         return {}
-    return {k: v for k, v in known.items() if isinstance(v, dict) and isinstance(v.get("chosen"), str)}
+    return {
+        k: v for k, v in known.items() if isinstance(v, dict) and isinstance(v.get("chosen"), str)
+    }
 
 
 def _write_cache(known: dict) -> None:
-    """Keep decisions; a cache that cannot be written costs a measurement next time and nothing else."""
+    """Keep decisions; a cache that cannot be written costs a measurement next time and nothing
+    else."""
     path = cache_file()
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -329,7 +400,11 @@ def _machine(device: torch.device) -> list[str]:
         except metadata.PackageNotFoundError:
             continue
     if device.type == "cuda":
-        found += [torch.cuda.get_device_name(device), f"cuda {torch.version.cuda}", f"cudnn {torch.backends.cudnn.version()}"]
+        found += [
+            torch.cuda.get_device_name(device),
+            f"cuda {torch.version.cuda}",
+            f"cudnn {torch.backends.cudnn.version()}",
+        ]
     return [*found, str(device.type)]
 
 

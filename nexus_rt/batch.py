@@ -1,5 +1,6 @@
-"""A list of prompts to a folder of clips: prompts encoded together, a clip decoded while the next is denoised where there is
-room for both, and a line of `results.jsonl` for each as it ends, so that the same command goes on where it stopped.
+"""A list of prompts to a folder of clips: prompts encoded together, a clip decoded while the next
+is denoised where there is room for both, and a line of `results.jsonl` for each as it ends, so that
+the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -27,13 +28,20 @@ from nexus_rt.prompts import Item
 from nexus_rt.request import check_seed
 from nexus_rt.video import SUFFIXES, frame_rate, is_clip, made_with, remove_orphans, save_video
 
-PLAN_OPTIONS = ("plan", "num_inference_steps", "shift", "energy", "gamma_w")  # of a call, as `make_plan` takes them
+PLAN_OPTIONS = (
+    "plan",
+    "num_inference_steps",
+    "shift",
+    "energy",
+    "gamma_w",
+)  # of a call, as `make_plan` takes them
 TOGETHER = 8  # prompts encoded in one call
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a run makes of every item that does not say otherwise. options: of the pipeline's call, whatever the item.
+    """What a run makes of every item that does not say otherwise. options: of the pipeline's call,
+    whatever the item.
 
     models: words for where the models are from; a clip made by others is made again.
     """
@@ -49,7 +57,10 @@ class Job:
     def __post_init__(self) -> None:
         part, count = self.shard
         if not 1 <= part <= count:
-            raise InputError(f"shard {part}/{count} does not exist; expected I/N with I from 1 to N, such as 1/4.")
+            raise InputError(
+                f"shard {part}/{count} does not exist; expected I/N with I from 1 to N, such as"
+                " 1/4."
+            )
         if self.suffix not in SUFFIXES:
             raise InputError(f"clips cannot be {self.suffix}; expected {', '.join(SUFFIXES)}.")
 
@@ -80,29 +91,44 @@ def parse_shard(text: str) -> tuple[int, int]:
 def common_settings(job: Job, pipe: NexusPipeline) -> dict[str, Any]:
     """What is the same for every clip of a job, as it is written down."""
     o = job.options
-    plan = pipe.make_plan(**{n: o.get(n) for n in PLAN_OPTIONS}, as_published=o.get("as_published", False))
+    plan = pipe.make_plan(
+        **{n: o.get(n) for n in PLAN_OPTIONS}, as_published=o.get("as_published", False)
+    )
     left_out = ("width", "height", "num_frames", "plan")
     rest = {k: str(v) for k, v in o.items() if v not in (None, False) and k not in left_out}
     fps = frame_rate(job.fps)
     rate = fps.numerator if fps.denominator == 1 else str(fps)
     made_of = {**pipe.identity, "blend": pipe.kernels}
-    return {"steps": len(plan), "plan": plan.name, "fps": rate, "options": rest, "weights": made_of, "models": job.models}
+    return {
+        "steps": len(plan),
+        "plan": plan.name,
+        "fps": rate,
+        "options": rest,
+        "weights": made_of,
+        "models": job.models,
+    }
 
 
 def _same(kept: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether two clips' settings make one clip: where the models were read from is no matter, what they are is."""
-    without = lambda s: {k: v for k, v in s.items() if k != "models"}  # noqa: E731
+    """Whether two clips' settings make one clip: where the models were read from is no matter, what
+    they are is."""
+    without = lambda s: {k: v for k, v in s.items() if k != "models"}
     return without(kept) == without(wanted)
 
 
 def settings(item: Item, job: Job, pipe: NexusPipeline, common: dict[str, Any]) -> dict[str, Any]:
-    """Everything that decides what an item's clip is: `common_settings`, and what is the item's own."""
+    """Everything that decides what an item's clip is: `common_settings`, and what is the item's
+    own."""
     d, o = pipe.defaults, job.options
     width, height = item.size or (o.get("width") or d.width, o.get("height") or d.height)
     return {
-        "prompt": item.prompt, "negative": item.negative or "", "seed": job.seed if item.seed is None else item.seed,
-        "size": f"{width}x{height}", "frames": item.frames or o.get("num_frames") or d.num_frames, **common,
-    }  # fmt: skip
+        "prompt": item.prompt,
+        "negative": item.negative or "",
+        "seed": job.seed if item.seed is None else item.seed,
+        "size": f"{width}x{height}",
+        "frames": item.frames or o.get("num_frames") or d.num_frames,
+        **common,
+    }
 
 
 class Row(msgspec.Struct):
@@ -120,7 +146,8 @@ class Row(msgspec.Struct):
 
 
 def finished(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
-    """The last line on every id that ended, of all shards and workers of a folder, and how often each was begun since.
+    """The last line on every id that ended, of all shards and workers of a folder, and how often
+    each was begun since.
 
     A line cut short by a killed process counts for nothing.
     """
@@ -137,7 +164,10 @@ def finished(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
                 starts.setdefault(row.id, []).append(row.when)
             elif row.when >= ended.get(row.id, {"when": row.when})["when"]:
                 ended[row.id] = record
-    return ended, {i: sum(t > ended.get(i, {"when": 0.0})["when"] for t in times) for i, times in starts.items()}
+    return ended, {
+        i: sum(t > ended.get(i, {"when": 0.0})["when"] for t in times)
+        for i, times in starts.items()
+    }
 
 
 class Lines:
@@ -162,14 +192,15 @@ class Lines:
                 os.fsync(file.fileno())
         except OSError as error:
             raise NexusError(
-                f"{self.path} cannot be written ({error}); free some space and run the same command: what was finished is kept."
+                f"{self.path} cannot be written ({error}); free some space and run the same"
+                " command: what was finished is kept."
             ) from error
         return row
 
 
 def run(
     pipe: NexusPipeline, items: list[Item], job: Job, say: Callable[[str], None] = lambda line: None
-) -> dict[str, int]:  # fmt: skip
+) -> dict[str, int]:
     """Make every clip of a shard that is not there yet.
 
     Returns:
@@ -200,25 +231,28 @@ def open_folder(job: Job) -> Iterator[None]:
         job.folder.mkdir(parents=True, exist_ok=True)
         lock = open(job.results.with_suffix(".lock"), "w")  # noqa: SIM115
     except OSError as error:
-        raise InputError(f"{job.folder} cannot be made ({error.strerror}); choose a place you may write to.") from error
+        raise InputError(
+            f"{job.folder} cannot be made ({error.strerror}); choose a place you may write to."
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(
-                f"another process works on {job.results.name} in {job.folder}; wait for it, or give each a --shard of its own."
+                f"another process works on {job.results.name} in {job.folder}; wait for it, or give"
+                " each a --shard of its own."
             ) from None
         yield
 
 
 def work(
     pipe: NexusPipeline, items: list[Item], job: Job, log: Path, attempts: int | None = None
-) -> Iterator[tuple[str, str, str]]:  # fmt: skip
+) -> Iterator[tuple[str, str, str]]:
     """Make the clips of items that are not there yet, and write a line of `log` as each ends.
 
     Args:
-        attempts: also write a line as each begins, and give up one that was begun so often and never ended: it takes
-            the process down with it.
+        attempts: also write a line as each begins, and give up one that was begun so often and
+            never ended: it takes the process down with it.
 
     Yields:
         ("made" | "kept" | "failed", id, in words), as each ends.
@@ -228,13 +262,26 @@ def work(
     for item in items:
         row, own = known.get(item.id), settings(item, job, pipe, common)
         if own["seed"] == -1:  # a fresh one, once: the clip that is there keeps its own
-            kept = row["settings"].get("seed") if row and isinstance(row.get("settings"), dict) else None
+            kept = (
+                row["settings"].get("seed")
+                if row and isinstance(row.get("settings"), dict)
+                else None
+            )
             own["seed"] = kept if isinstance(kept, int) else check_seed("seed", -1)
-        if row and row["status"] == "done" and _same(row["settings"], own) and is_clip(job.clip(item)):
+        if (
+            row
+            and row["status"] == "done"
+            and _same(row["settings"], own)
+            and is_clip(job.clip(item))
+        ):
             yield "kept", item.id, "was there"
         elif attempts is not None and begun.get(item.id, 0) >= attempts:
             why = NexusError(f"its process died {begun[item.id]} times")
-            yield _words(lines.add(_failed({"id": item.id, "file": job.clip(item).name, "settings": own}, why)))
+            yield _words(
+                lines.add(
+                    _failed({"id": item.id, "file": job.clip(item).name, "settings": own}, why)
+                )
+            )
         else:
             todo.append((item, own))
 
@@ -253,10 +300,14 @@ def _words(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _make(
-    pipe: NexusPipeline, todo: list[tuple[Item, dict[str, Any]]], job: Job, begins: Callable[[Item], None],
+    pipe: NexusPipeline,
+    todo: list[tuple[Item, dict[str, Any]]],
+    job: Job,
+    begins: Callable[[Item], None],
     ended: Callable[[dict[str, Any]], dict[str, Any]],
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """The row of every item, after `ended` has had it: as soon as its clip is written, or has failed."""
+) -> Iterator[dict[str, Any]]:
+    """The row of every item, after `ended` has had it: as soon as its clip is written, or has
+    failed."""
 
     def finish(*of: Any) -> dict[str, Any]:
         return ended(_write(pipe, job, *of))
@@ -279,17 +330,26 @@ def _make(
                 if pending is not None:
                     yield pending.result()
                     pending = None
-                ready = torch.cuda.current_stream(latents.device).record_event() if latents.is_cuda else None
+                ready = (
+                    torch.cuda.current_stream(latents.device).record_event()
+                    if latents.is_cuda
+                    else None
+                )
                 if decodes_beside(pipe, own):
                     pending = decoder.submit(finish, latents, ready, row, began)
-                else:  # in this thread: another would bring a team of OpenMP's of its own, that waits for cores
+                # in this thread: another would bring a team of OpenMP's of its own, that waits for
+                # cores
+                else:
                     yield finish(latents, ready, row, began)
         if pending is not None:
             yield pending.result()
 
 
-def _encoded(pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]) -> list[dict[str, Tensor] | Exception]:
-    """Embeddings of items, encoded together; one by one where that fails, so that one prompt fails alone."""
+def _encoded(
+    pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]
+) -> list[dict[str, Tensor] | Exception]:
+    """Embeddings of items, encoded together; one by one where that fails, so that one prompt fails
+    alone."""
     try:
         return [*_encode(pipe, part)]
     except Exception:
@@ -302,9 +362,15 @@ def _encoded(pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]) -> li
         return found
 
 
-def _encode(pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]) -> list[dict[str, Tensor]]:
+def _encode(
+    pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]
+) -> list[dict[str, Tensor]]:
     prompts = [item.prompt for item, _ in part]
-    negatives = [item.negative or "" for item, _ in part] if any(item.negative for item, _ in part) else None
+    negatives = (
+        [item.negative or "" for item, _ in part]
+        if any(item.negative for item, _ in part)
+        else None
+    )
     texts, negative_texts = pipe.encode_prompt(prompts, negatives)
     encoded = []
     for i, (_, own) in enumerate(part):
@@ -312,14 +378,24 @@ def _encode(pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]) -> lis
         embeds = {"prompt_embeds": text, "negative_prompt_embeds": none}
         if pipe.context is not None and "small" in pipe.engines:
             contexts = pipe.encode_context(prompts[i], text, none, single_frame=own["frames"] == 1)
-            embeds |= dict(zip(("context_embeds", "negative_context_embeds"), contexts, strict=True))
+            embeds |= dict(
+                zip(("context_embeds", "negative_context_embeds"), contexts, strict=True)
+            )
         encoded.append(embeds)
     return encoded
 
 
-def _denoise(pipe: NexusPipeline, own: dict[str, Any], embeds: dict[str, Tensor], job: Job) -> Tensor:
+def _denoise(
+    pipe: NexusPipeline, own: dict[str, Any], embeds: dict[str, Tensor], job: Job
+) -> Tensor:
     width, height = (int(n) for n in own["size"].split("x"))
-    options = {**job.options, "width": width, "height": height, "num_frames": own["frames"], **embeds}
+    options = {
+        **job.options,
+        "width": width,
+        "height": height,
+        "num_frames": own["frames"],
+        **embeds,
+    }
     seed = torch.Generator("cpu").manual_seed(own["seed"])
     return pipe(generator=seed, output_type="latent", **options).frames
 
@@ -327,8 +403,9 @@ def _denoise(pipe: NexusPipeline, own: dict[str, Any], embeds: dict[str, Tensor]
 def decodes_beside(pipe: NexusPipeline, own: dict[str, Any]) -> bool:
     """Whether a clip is decoded and written while the next is denoised.
 
-    On a GPU, where the decoder's working memory is free; on a CPU, where each of the two has cores of its own: two that share
-    two cores take 1.5 times as long as one after the other, on one core each 0.85 times (mini pair, 12 clips).
+    On a GPU, where the decoder's working memory is free; on a CPU, where each of the two has cores
+    of its own: two that share two cores take 1.5 times as long as one after the other, on one core
+    each 0.85 times (mini pair, 12 clips).
     """
     if pipe.vram is not None or pipe.vae is None:
         return False
@@ -336,7 +413,9 @@ def decodes_beside(pipe: NexusPipeline, own: dict[str, Any]) -> bool:
         return 2 * torch.get_num_threads() <= (os.cpu_count() or 1)
     width, height = (int(n) for n in own["size"].split("x"))
     unused = torch.cuda.memory_reserved(pipe.device) - torch.cuda.memory_allocated(pipe.device)
-    return torch.cuda.mem_get_info(pipe.device)[0] + unused >= pipe.vae.working_bytes(width, height, own["frames"])
+    return torch.cuda.mem_get_info(pipe.device)[0] + unused >= pipe.vae.working_bytes(
+        width, height, own["frames"]
+    )
 
 
 @contextlib.contextmanager
@@ -353,8 +432,13 @@ def _after(ready: torch.cuda.Event | None, latents: Tensor) -> Iterator[None]:
 
 
 def _write(
-    pipe: NexusPipeline, job: Job, latents: Tensor, ready: torch.cuda.Event | None, row: dict[str, Any], began: float
-) -> dict[str, Any]:  # fmt: skip
+    pipe: NexusPipeline,
+    job: Job,
+    latents: Tensor,
+    ready: torch.cuda.Event | None,
+    row: dict[str, Any],
+    began: float,
+) -> dict[str, Any]:
     decoded = False
     try:
         with _after(ready, latents):
@@ -362,14 +446,25 @@ def _write(
         decoded = True
         s = row["settings"]
         made = made_with(s["prompt"], s["negative"], s["seed"], s["plan"], job.options, job.models)
-        save_video(frames[0], job.folder / row["file"], job.fps, made, truncate=job.options.get("as_published", False))
+        save_video(
+            frames[0],
+            job.folder / row["file"],
+            job.fps,
+            made,
+            truncate=job.options.get("as_published", False),
+        )
     except Exception as error:
         if (
             decoded and (kept := rescue_latents(latents, job.folder)) is not None
         ):  # what was denoised is not lost to a full disk
             error = NexusError(f"{error} The latents are saved in {kept}.")
         return _failed(row, error)
-    return {**row, "status": "done", "seconds": round(time.perf_counter() - began, 3), "when": time.time()}
+    return {
+        **row,
+        "status": "done",
+        "seconds": round(time.perf_counter() - began, 3),
+        "when": time.time(),
+    }
 
 
 def _failed(row: dict[str, Any], error: Exception) -> dict[str, Any]:

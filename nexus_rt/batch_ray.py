@@ -1,7 +1,9 @@
-"""A batch on a Ray cluster: workers of one pipeline each, fed by Ray Data, that do what `nexus-rt batch` does in one process.
+"""A batch on a Ray cluster: workers of one pipeline each, fed by Ray Data, that do what
+`nexus-rt batch` does in one process.
 
-The folder is one that every worker can write to. A worker keeps a `results.*.jsonl` of its own there, so what a killed worker
-had finished is kept when its share is given to another, and a clip that takes its worker down again and again is given up.
+The folder is one that every worker can write to. A worker keeps a `results.*.jsonl` of its own
+there, so what a killed worker had finished is kept when its share is given to another, and a clip
+that takes its worker down again and again is given up.
 """
 
 from __future__ import annotations
@@ -26,8 +28,12 @@ SHARES = 4  # of the list, for each worker: the last ones to end are then nearly
 class Worker:
     """One pipeline in one process; called by Ray Data with a share of the list."""
 
-    def __init__(self, make: Callable[[Any], Any], argument: Any, job: Job, attempts: int, place: str) -> None:
-        if os.path.isdir(place):  # relative names of models mean what they mean to whoever started the batch
+    def __init__(
+        self, make: Callable[[Any], Any], argument: Any, job: Job, attempts: int, place: str
+    ) -> None:
+        if os.path.isdir(
+            place
+        ):  # relative names of models mean what they mean to whoever started the batch
             os.chdir(place)
         self.pipe, self.job, self.attempts = make(argument), job, attempts
         self.log = job.folder / f"results.{uuid.uuid4().hex[:12]}.jsonl"
@@ -46,13 +52,20 @@ def _item(row: dict[str, Any]) -> Item:
 
 
 def run_on_ray(
-    make: Callable[[Any], Any], argument: Any, items: list[Item], job: Job, workers: int | None = None,
-    say: Callable[[str], None] = lambda line: None, attempts: int = ATTEMPTS,
-) -> dict[str, int]:  # fmt: skip
-    """Make every clip of a job that is not there yet, on the cluster that `RAY_ADDRESS` names, or on this machine.
+    make: Callable[[Any], Any],
+    argument: Any,
+    items: list[Item],
+    job: Job,
+    workers: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    attempts: int = ATTEMPTS,
+) -> dict[str, int]:
+    """Make every clip of a job that is not there yet, on the cluster that `RAY_ADDRESS` names, or
+    on this machine.
 
     Args:
-        make: called with `argument` in every worker; returns its pipeline. Importable there, as the job's folder is writable.
+        make: called with `argument` in every worker; returns its pipeline. Importable there, as the
+            job's folder is writable.
         workers: how many; by default one a GPU of the cluster, or one.
         attempts: how often a clip may take its process down before it is given up.
 
@@ -60,7 +73,8 @@ def run_on_ray(
         How many were "made", "kept" and "failed".
 
     Raises:
-        InputError: Ray is not installed, or no room for a worker; the folder cannot be made, or another process works on it.
+        InputError: Ray is not installed, or no room for a worker; the folder cannot be made, or
+            another process works on it.
     """
     try:
         import ray
@@ -80,23 +94,41 @@ def run_on_ray(
         each = {"num_gpus": 1} if gpus else {"num_cpus": 1}
         if count > int(resources.get("GPU" if gpus else "CPU", 0)):
             unit = f"{gpus} GPUs" if gpus else f"{int(resources.get('CPU', 0))} CPUs"
-            raise InputError(f"--workers is {count}, and the cluster has {unit}; ask for fewer, or add machines.")
+            raise InputError(
+                f"--workers is {count}, and the cluster has {unit}; ask for fewer, or add machines."
+            )
         with open_folder(job):
-            return _share_out(ray.data, (make, argument, job, attempts, os.getcwd()), job.mine(items), count, each, say)
+            return _share_out(
+                ray.data,
+                (make, argument, job, attempts, os.getcwd()),
+                job.mine(items),
+                count,
+                each,
+                say,
+            )
     finally:
         if started:
             ray.shutdown()
 
 
 def _share_out(
-    data: Any, made_of: tuple, items: list[Item], count: int, each: dict[str, int], say: Callable[[str], None]
-) -> dict[str, int]:  # fmt: skip
+    data: Any,
+    made_of: tuple,
+    items: list[Item],
+    count: int,
+    each: dict[str, int],
+    say: Callable[[str], None],
+) -> dict[str, int]:
     size = max(1, min(TOGETHER, math.ceil(len(items) / (SHARES * count))))
     rows = [{"item": json.dumps(asdict(item))} for item in items]
     data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     shares = data.from_items(rows, override_num_blocks=math.ceil(len(rows) / size)).map_batches(
-        Worker, fn_constructor_args=made_of, batch_size=size, compute=data.ActorPoolStrategy(size=count), **each
+        Worker,
+        fn_constructor_args=made_of,
+        batch_size=size,
+        compute=data.ActorPoolStrategy(size=count),
+        **each,
     )
     counts = {"made": 0, "kept": 0, "failed": 0}
     for row in shares.iter_rows():

@@ -2,9 +2,10 @@
 
     nexus-rt convert omnivideo SRC DST
 
-SRC is the published folder; its pickles are read without running them, one tensor at a time. DST holds `small/`,
-`vae/`, `text_encoder/`, `tokenizer/`, `understanding/`, `connector/`, `model_index.json`, all safetensors, and
-`conversion.json`, which accounts for every key of SRC: used, overridden or unused. DST appears only when complete.
+SRC is the published folder; its pickles are read without running them, one tensor at a time. DST
+holds `small/`, `vae/`, `text_encoder/`, `tokenizer/`, `understanding/`, `connector/`,
+`model_index.json`, all safetensors, and `conversion.json`, which accounts for every key of SRC:
+used, overridden or unused. DST appears only when complete.
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ from torch import Tensor
 from nexus_rt import documents
 from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.models import load
-from nexus_rt.models.checkpoint import Index, diffusers_name, diffusers_shapes, find_tensors, in_diffusers_names, read_tensors
+from nexus_rt.models.checkpoint import (
+    Index,
+    diffusers_name,
+    diffusers_shapes,
+    find_tensors,
+    in_diffusers_names,
+    read_tensors,
+)
 from nexus_rt.models.connector import SPECIAL_TOKENS, TEXT_MARKERS, Connector, ConnectorConfig
 from nexus_rt.models.pickles import read_pickle, read_state
 from nexus_rt.models.understanding import Template
@@ -52,7 +60,10 @@ T5_NAMES = [  # Wan's own UMT5 -> transformers' UMT5EncoderModel
     (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
     (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
     (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
-    (r"^blocks\.(\d+)\.pos_embedding\.embedding\.", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
+    (
+        r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
+        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
+    ),
     (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
     (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
     (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
@@ -71,11 +82,14 @@ class Omnivideo:
     def part(self, name: str) -> Path:
         path = self.source / LAYOUT[name]
         if not path.exists():
-            raise ModelError(f"{path} is missing; expected the OmniVideo folder as it was published.")
+            raise ModelError(
+                f"{path} is missing; expected the OmniVideo folder as it was published."
+            )
         return path
 
     def optional(self, name: str, *wrappers: str) -> dict[str, Tensor]:
-        """A part's state dict; empty, and said so, where the file is absent: the others may hold all of it."""
+        """A part's state dict; empty, and said so, where the file is absent: the others may hold
+        all of it."""
         if (self.source / LAYOUT[name]).exists():
             return read_state(self.part(name), *wrappers)
         self.report.notes[LAYOUT[name]] = "absent; what it would hold is taken from the other files"
@@ -92,7 +106,8 @@ class Omnivideo:
         self._generator("small", self.part("wan"), LAYOUT["wan"], "wan_model.")
 
     def large(self) -> None:
-        """`large/`, where the mixed model holds tensors of it (`wan_2_model.*`): over Wan 14B's, or alone where whole."""
+        """`large/`, where the mixed model holds tensors of it (`wan_2_model.*`): over Wan 14B's, or
+        alone where whole."""
         if not any(k.startswith("wan_2_model.") for k in self.mixed):
             return
         self._generator("large", self.source / LAYOUT["wan_14b"], LAYOUT["wan_14b"], "wan_2_model.")
@@ -101,16 +116,23 @@ class Omnivideo:
         over: dict[str, Tensor] = {}
         for key, value in self.over(prefix).items():
             if diffusers_name(key) in over:
-                raise ModelError(f"{self.source / LAYOUT['transformer']} holds {prefix}{key} twice, under two names.")
+                raise ModelError(
+                    f"{self.source / LAYOUT['transformer']} holds {prefix}{key} twice, under two"
+                    " names."
+                )
             over[diffusers_name(key)] = value
         if folder.is_dir():
             config, stored = load.load_config(folder), in_diffusers_names(find_tensors(folder))
         else:
             config, stored = _shapes_config(over, folder), {}
-            self.report.notes[label] = f"absent; all of {name} is {prefix}* of {LAYOUT['transformer']}"
+            self.report.notes[label] = (
+                f"absent; all of {name} is {prefix}* of {LAYOUT['transformer']}"
+            )
         with torch.device("meta"):
             wanted = diffusers_shapes(WanTransformer(config))
-        shapes = {k: v.shape for k, v in stored.items()} | {k: tuple(v.shape) for k, v in over.items()}
+        shapes = {k: v.shape for k, v in stored.items()} | {
+            k: tuple(v.shape) for k, v in over.items()
+        }
         check_shapes(folder, shapes, wanted)
         base = {k: v for k, v in stored.items() if k in wanted and k not in over}
 
@@ -120,28 +142,45 @@ class Omnivideo:
 
         write_shards(self.target / name, "diffusion_pytorch_model", tensors())
         write_json(self.target / name / "config.json", transformer_config(config))
-        self.report.add(label, len(base), stored.keys() & over.keys(), stored.keys() - wanted.keys())
+        self.report.add(
+            label, len(base), stored.keys() & over.keys(), stored.keys() - wanted.keys()
+        )
         self.report.unused.setdefault(LAYOUT["transformer"], []).extend(
             sorted(f"{prefix}{k}" for k in over.keys() - wanted.keys())
         )
 
     def connector(self) -> None:
-        """`connector/`: vision head, adapter, special tokens, and what guidance is measured against."""
+        """`connector/`: vision head, adapter, special tokens, and what guidance is measured
+        against."""
         sources = {
             "vision_head": (self.optional("vision_head"), self.over("ar_vision_head.")),
-            "adapter": (self.optional("adapter", "model_state_dict", "state_dict"), self.over("adapter.")),
+            "adapter": (
+                self.optional("adapter", "model_state_dict", "state_dict"),
+                self.over("adapter."),
+            ),
         }
-        merged = {f"{name}.{k}": v for name, (own, over) in sources.items() for k, v in {**own, **over}.items()}
+        merged = {
+            f"{name}.{k}": v
+            for name, (own, over) in sources.items()
+            for k, v in {**own, **over}.items()
+        }
         config = connector_config(merged, self.source)
         with torch.device("meta"):
             wanted = {k: tuple(v.shape) for k, v in Connector(config).state_dict().items()}
-        check_shapes(self.source / LAYOUT["adapter"], {k: tuple(v.shape) for k, v in merged.items()}, wanted)
+        check_shapes(
+            self.source / LAYOUT["adapter"], {k: tuple(v.shape) for k, v in merged.items()}, wanted
+        )
         folder = self.target / "connector"
         write_shards(folder, "model", ((k, v) for k, v in merged.items() if k in wanted))
         config.save(folder)
         for name, (own, over) in sources.items():
             left = [k for k in own if f"{name}.{k}" not in wanted]
-            self.report.add(LAYOUT[name], len(own.keys() - over.keys()) - len(left), own.keys() & over.keys(), left)
+            self.report.add(
+                LAYOUT[name],
+                len(own.keys() - over.keys()) - len(left),
+                own.keys() & over.keys(),
+                left,
+            )
 
         self._markers(folder, config)
         self._unconditional(folder, config)
@@ -149,12 +188,20 @@ class Omnivideo:
     def _markers(self, folder: Path, config: ConnectorConfig) -> None:
         """`special_tokens`: the rows that the parts of a context stand between."""
         path, tokens = self.part("tokens"), read_pickle(self.part("tokens"))
-        lost = [t for t in TEXT_MARKERS if t not in tokens] if isinstance(tokens, dict) else list(TEXT_MARKERS)
+        lost = (
+            [t for t in TEXT_MARKERS if t not in tokens]
+            if isinstance(tokens, dict)
+            else list(TEXT_MARKERS)
+        )
         if lost:
-            raise ModelError(f"{path} lacks the special tokens {', '.join(lost)}; get the published file again.")
+            raise ModelError(
+                f"{path} lacks the special tokens {', '.join(lost)}; get the published file again."
+            )
         known = [t for t in SPECIAL_TOKENS if t in tokens]
         if absent := [t for t in SPECIAL_TOKENS if t not in tokens]:
-            self.report.notes[LAYOUT["tokens"]] = f"without {', '.join(absent)}, which text-to-video does not use"
+            self.report.notes[LAYOUT["tokens"]] = (
+                f"without {', '.join(absent)}, which text-to-video does not use"
+            )
         special = {t: _rows(tokens[t], config.text_dim, f"{path}: {t}")[0] for t in known}
         write_shards(folder, "special_tokens", special.items())
         self.report.add(LAYOUT["tokens"], len(special), unused=tokens.keys() - special.keys())
@@ -162,17 +209,28 @@ class Omnivideo:
     def _unconditional(self, folder: Path, config: ConnectorConfig) -> None:
         """`unconditional`: the embeddings that guidance is measured against."""
         path, context = self.part("context"), read_pickle(self.part("context"))
-        keys = {"text": ("text_emb", config.text_dim), "hidden": ("vlm_last_hidden_states", config.llm_hidden_size)}
-        lost = [k for k, _ in keys.values() if k not in context] if isinstance(context, dict) else [k for k, _ in keys.values()]
+        keys = {
+            "text": ("text_emb", config.text_dim),
+            "hidden": ("vlm_last_hidden_states", config.llm_hidden_size),
+        }
+        lost = (
+            [k for k, _ in keys.values() if k not in context]
+            if isinstance(context, dict)
+            else [k for k, _ in keys.values()]
+        )
         if lost:
-            raise ModelError(f"{path} lacks {' and '.join(lost)}; expected a dictionary that holds both.")
+            raise ModelError(
+                f"{path} lacks {' and '.join(lost)}; expected a dictionary that holds both."
+            )
         rows, forms = {}, []
         for name, (key, width) in keys.items():
             rows[name], form = _rows(context[key], width, f"{path}: {key}")
             forms.append(f"{key} is {form}")
         write_shards(folder, "unconditional", rows.items())
         self.report.notes[LAYOUT["context"]] = ", ".join(forms)
-        self.report.add(LAYOUT["context"], 2, unused=context.keys() - {key for key, _ in keys.values()})
+        self.report.add(
+            LAYOUT["context"], 2, unused=context.keys() - {key for key, _ in keys.values()}
+        )
 
     def text(self) -> None:
         """`text_encoder/` and `tokenizer/`."""
@@ -187,18 +245,32 @@ class Omnivideo:
             up = stored["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]
             vocab = stored["shared.weight"]
         except KeyError as error:
-            raise ModelError(f"{path} is no UMT5 encoder of Wan's: it lacks {error}; get the published file again.") from error
+            raise ModelError(
+                f"{path} is no UMT5 encoder of Wan's: it lacks {error}; get the published file"
+                " again."
+            ) from error
         layers = 1 + max(int(k.split(".")[2]) for k in stored if k.startswith("encoder.block."))
         config = UMT5Config(
-            vocab_size=vocab.shape[0], d_model=vocab.shape[1], d_kv=query.shape[0] // bias.shape[1], d_ff=up.shape[0],
-            num_layers=layers, num_heads=bias.shape[1], relative_attention_num_buckets=bias.shape[0], dropout_rate=0.0,
-            feed_forward_proj="gated-gelu", architectures=["UMT5EncoderModel"],
-        )  # fmt: skip
+            vocab_size=vocab.shape[0],
+            d_model=vocab.shape[1],
+            d_kv=query.shape[0] // bias.shape[1],
+            d_ff=up.shape[0],
+            num_layers=layers,
+            num_heads=bias.shape[1],
+            relative_attention_num_buckets=bias.shape[0],
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            architectures=["UMT5EncoderModel"],
+        )
         with torch.device("meta"):
             model = UMT5EncoderModel(config)
         wanted = {k: tuple(v.shape) for k, v in model.named_parameters()}
         check_shapes(path, {k: tuple(v.shape) for k, v in stored.items()}, wanted)
-        write_shards(self.target / "text_encoder", "model", ((k, v) for k, v in stored.items() if k in wanted))
+        write_shards(
+            self.target / "text_encoder",
+            "model",
+            ((k, v) for k, v in stored.items() if k in wanted),
+        )
         config.save_pretrained(self.target / "text_encoder")
         self.report.add(LAYOUT["t5"], len(wanted), unused=stored.keys() - wanted.keys())
         shutil.copytree(self.part("tokenizer"), self.target / "tokenizer")
@@ -213,25 +285,36 @@ class Omnivideo:
         stored = convert_wan_vae_to_diffusers(dict(state))
         base, z = stored.get("encoder.conv_in.weight"), stored.get("post_quant_conv.weight")
         if base is None or z is None:
-            raise ModelError(f"{path} is no Wan VAE: it lacks encoder.conv1 or conv2; get the published file again.")
+            raise ModelError(
+                f"{path} is no Wan VAE: it lacks encoder.conv1 or conv2; get the published file"
+                " again."
+            )
         with torch.device("meta"):
             model: Any = AutoencoderKLWan(base_dim=base.shape[0], z_dim=z.shape[0])
         wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
         check_shapes(path, {k: tuple(v.shape) for k, v in stored.items()}, wanted)
-        write_shards(self.target / "vae", "diffusion_pytorch_model", ((k, v) for k, v in stored.items() if k in wanted))
+        write_shards(
+            self.target / "vae",
+            "diffusion_pytorch_model",
+            ((k, v) for k, v in stored.items() if k in wanted),
+        )
         model.save_config(self.target / "vae")
         self.report.add(LAYOUT["vae"], len(wanted), unused=stored.keys() - wanted.keys())
 
     def understanding(self) -> None:
-        """`understanding/`: the language model as it is; its safetensors are linked where the disk allows it, `.bin` files
-        read without running them and written as safetensors."""
+        """`understanding/`: the language model as it is; its safetensors are linked where the disk
+        allows it, `.bin` files read without running them and written as safetensors."""
         folder, target = self.part("llm"), self.target / "understanding"
         target.mkdir()
         safe = any(folder.glob("*.safetensors"))
         count = len(find_tensors(folder)) if safe else self._from_bins(folder, target)
         skipped = []
         for file in sorted(folder.iterdir()):
-            if file.suffix in PICKLED or not file.is_file() or (not safe and file.name.endswith(".bin.index.json")):
+            if (
+                file.suffix in PICKLED
+                or not file.is_file()
+                or (not safe and file.name.endswith(".bin.index.json"))
+            ):
                 skipped.append(file.name)
                 continue
             _inside(file, self.source)
@@ -248,10 +331,17 @@ class Omnivideo:
         if index.is_file():
             named = documents.read(index, Index).weight_map.values()
             if odd := [n for n in named if not re.fullmatch(r"[\w.-]+\.bin", n)]:
-                raise ModelError(f"{index} names {cut(odd[0], 120)!r}; expected names of .bin files in its folder.")
+                raise ModelError(
+                    f"{index} names {cut(odd[0], 120)!r}; expected names of .bin files in its"
+                    " folder."
+                )
             files = sorted({folder / n for n in named})
         if not files or (lost := [f.name for f in files if not f.is_file()]):
-            what = f"lacks {', '.join(lost)}" if files else "holds neither safetensors nor pytorch_model*.bin"
+            what = (
+                f"lacks {', '.join(lost)}"
+                if files
+                else "holds neither safetensors nor pytorch_model*.bin"
+            )
             raise ModelError(f"{folder} {what}; get the published files again.")
         seen: dict[str, str] = {}
 
@@ -259,12 +349,17 @@ class Omnivideo:
             for file in files:
                 for name, tensor in read_state(file).items():
                     if name in seen:
-                        raise ModelError(f"{folder}: {name} is in {seen[name]} and in {file.name}; get the files again.")
+                        raise ModelError(
+                            f"{folder}: {name} is in {seen[name]} and in {file.name}; get the files"
+                            " again."
+                        )
                     seen[name] = file.name
                     yield name, tensor
 
         write_shards(target, "model", tensors())
-        self.report.notes[LAYOUT["llm"]] = f"{len(files)} pickled files, read safely and written as safetensors"
+        self.report.notes[LAYOUT["llm"]] = (
+            f"{len(files)} pickled files, read safely and written as safetensors"
+        )
         return len(seen)
 
     def finish(self) -> None:
@@ -272,8 +367,9 @@ class Omnivideo:
         left = self.mixed.keys() - self.taken
         unused = [*self.report.unused.pop(name, []), *left]
         self.report.add(name, len(self.mixed) - len(unused), unused=unused)
-        # The published scripts run both generators at every step: `--plan reference --as-published` does as they do. A pair's
-        # default is the faster handoff, and is whatever its model_index.json says.
+        # The published scripts run both generators at every step: `--plan reference --as-published`
+        # does as they do. A pair's default is the faster handoff, and is whatever its
+        # model_index.json says.
         index = {"_class_name": "NexusPipeline", "defaults": {"plan": Defaults.plan}}
         write_json(self.target / "model_index.json", index)
         report = {"source": "omnivideo", **vars(self.report)}
@@ -281,13 +377,15 @@ class Omnivideo:
 
 
 def _rows(value: Any, width: int, where: str) -> tuple[Tensor, str]:
-    """An embedding [L, width], and which form it was stored in: a tensor, or a list or tuple of it; [L, D], [1, L, D], or
-    [N, L, D], of which the published code takes the first.
+    """An embedding [L, width], and which form it was stored in: a tensor, or a list or tuple of it;
+    [L, D], [1, L, D], or [N, L, D], of which the published code takes the first.
 
     Raises:
         ModelError: any other form or width, no rows, or numbers that are not finite.
     """
-    expected = f"expected a tensor [L, {width}], [1, L, {width}] or [2, L, {width}], or a list of one"
+    expected = (
+        f"expected a tensor [L, {width}], [1, L, {width}] or [2, L, {width}], or a list of one"
+    )
     form = "a tensor"
     for _ in range(4):
         if not isinstance(value, (list, tuple)):
@@ -315,33 +413,49 @@ def _rows(value: Any, width: int, where: str) -> tuple[Tensor, str]:
 
 
 def _inside(file: Path, root: Path) -> None:
-    """Raise where a link leads out of the folder that is converted (a hub cache's own links lead into its blobs)."""
+    """Raise where a link leads out of the folder that is converted (a hub cache's own links lead
+    into its blobs)."""
     real, home = file.resolve(), root.resolve()
     cache = next((p.parent for p in home.parents if p.name == "snapshots"), home)
     if not real.is_relative_to(home) and not real.is_relative_to(cache / "blobs"):
-        raise ModelError(f"{file} is a link to {real}, outside {root}; copy the file there, if it is meant to be converted.")
+        raise ModelError(
+            f"{file} is a link to {real}, outside {root}; copy the file there, if it is meant to be"
+            " converted."
+        )
 
 
 def _shapes_config(weights: dict[str, Tensor], folder: Path) -> WanConfig:
-    """The architecture that a whole Wan transformer's tensors have, heads being 128 wide as in every published one."""
+    """The architecture that a whole Wan transformer's tensors have, heads being 128 wide as in
+    every published one."""
     try:
-        patch, text = weights["patch_embedding.weight"], weights["condition_embedder.text_embedder.linear_1.weight"]
+        patch, text = (
+            weights["patch_embedding.weight"],
+            weights["condition_embedder.text_embedder.linear_1.weight"],
+        )
         ffn = weights["blocks.0.ffn.net.0.proj.weight"]
         time = weights["condition_embedder.time_embedder.linear_1.weight"]
         out = weights["proj_out.weight"]
     except KeyError as error:
         raise ModelError(
-            f"{folder} is missing, and the mixed model lacks {error} of that generator; put Wan's folder there: what is tuned "
-            "goes over its weights."
+            f"{folder} is missing, and the mixed model lacks {error} of that generator; put Wan's"
+            " folder there: what is tuned goes over its weights."
         ) from None
-    dim, layers = patch.shape[0], 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
+    dim, layers = (
+        patch.shape[0],
+        1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks.")),
+    )
     head = 128 if dim % 128 == 0 else dim
     return WanConfig(
-        patch_size=(patch.shape[2], patch.shape[3], patch.shape[4]), num_attention_heads=dim // head,
-        attention_head_dim=head, in_channels=patch.shape[1],
-        out_channels=out.shape[0] // math.prod(patch.shape[2:]), text_dim=text.shape[1], freq_dim=time.shape[1],
-        ffn_dim=ffn.shape[0], num_layers=layers,
-    )  # fmt: skip
+        patch_size=(patch.shape[2], patch.shape[3], patch.shape[4]),
+        num_attention_heads=dim // head,
+        attention_head_dim=head,
+        in_channels=patch.shape[1],
+        out_channels=out.shape[0] // math.prod(patch.shape[2:]),
+        text_dim=text.shape[1],
+        freq_dim=time.shape[1],
+        ffn_dim=ffn.shape[0],
+        num_layers=layers,
+    )
 
 
 def t5_name(name: str) -> str:
@@ -364,20 +478,33 @@ def transformer_config(config: WanConfig) -> dict:
 
 
 def connector_config(weights: dict[str, Tensor], source: Path) -> ConnectorConfig:
-    """Dimensions as the weights have them; eight heads, as `nn.Transformer` has where it is not told."""
+    """Dimensions as the weights have them; eight heads, as `nn.Transformer` has where it is not
+    told."""
     try:
         head, adapter = weights["vision_head.decoder_query"], weights["adapter.decoder_query"]
         width = weights["vision_head.fc.0.weight"].shape[1]
     except KeyError as error:
-        raise ModelError(f"{source}: the vision head or the adapter lacks {error}; get the published files again.") from error
-    layers = {int(k.split(".")[4]) for k in weights if k.startswith("adapter.adapter.encoder.layers.")}
+        raise ModelError(
+            f"{source}: the vision head or the adapter lacks {error}; get the published files"
+            " again."
+        ) from error
+    layers = {
+        int(k.split(".")[4]) for k in weights if k.startswith("adapter.adapter.encoder.layers.")
+    }
     return ConnectorConfig(
-        llm_hidden_size=width, vision_dim=head.shape[-1], vision_queries=head.shape[1], text_dim=adapter.shape[-1],
-        adapter_queries=adapter.shape[1], num_layers=len(layers), template=Template(),
-    )  # fmt: skip
+        llm_hidden_size=width,
+        vision_dim=head.shape[-1],
+        vision_queries=head.shape[1],
+        text_dim=adapter.shape[-1],
+        adapter_queries=adapter.shape[1],
+        num_layers=len(layers),
+        template=Template(),
+    )
 
 
-def convert_omnivideo(source: str | Path, target: str | Path, say: Callable[[str], None] = lambda line: None) -> Report:
+def convert_omnivideo(
+    source: str | Path, target: str | Path, say: Callable[[str], None] = lambda line: None
+) -> Report:
     """Convert a published OmniVideo folder; see the module's text.
 
     Args:
@@ -391,20 +518,30 @@ def convert_omnivideo(source: str | Path, target: str | Path, say: Callable[[str
     if not source.is_dir():
         raise InputError(f"{source} is not a folder; expected the published OmniVideo folder.")
     if target.exists():
-        raise InputError(f"{target} exists; name a folder that does not, and the conversion will make it.")
+        raise InputError(
+            f"{target} exists; name a folder that does not, and the conversion will make it."
+        )
     remove_orphans(target.parent, f".{target.name}.*.part")  # of runs that were killed
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
         job = Omnivideo(source, part)
-        for step in (job.connector, job.transformer, job.large, job.vae, job.text, job.understanding):
+        for step in (
+            job.connector,
+            job.transformer,
+            job.large,
+            job.vae,
+            job.text,
+            job.understanding,
+        ):
             say(f"{step.__name__} ...")
             step()
         job.finish()
         os.replace(part, target)
     except OSError as error:
         raise ModelError(
-            f"{target} cannot be written ({error.strerror or error}); free some space or choose another place."
+            f"{target} cannot be written ({error.strerror or error}); free some space or choose"
+            " another place."
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

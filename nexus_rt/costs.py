@@ -1,4 +1,5 @@
-"""What a step costs here: each part of a denoising step timed on the engines, the size and the device of the run."""
+"""What a step costs here: each part of a denoising step timed on the engines, the size and the
+device of the run."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ from nexus_rt.velocity import Prediction
 
 def medians_ms(
     calls: Mapping[str, Callable[[], object]], repeats: int = 5, warmup: int = 2, cuda: bool = False
-) -> dict[str, float]:  # fmt: skip
-    """Median milliseconds of every call, taken in turn, so that each finds the caches as the others leave them."""
+) -> dict[str, float]:
+    """Median milliseconds of every call, taken in turn, so that each finds the caches as the others
+    leave them."""
     durations: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(warmup + repeats):
         for name, call in calls.items():
@@ -37,7 +39,9 @@ def medians_ms(
     return {name: median(values) for name, values in durations.items()}
 
 
-def median_ms(call: Callable[[], object], repeats: int = 5, warmup: int = 2, cuda: bool = False) -> float:
+def median_ms(
+    call: Callable[[], object], repeats: int = 5, warmup: int = 2, cuda: bool = False
+) -> float:
     """Median milliseconds of a call."""
     return medians_ms({"": call}, repeats, warmup, cuda)[""]
 
@@ -50,10 +54,12 @@ def step_calls(
     solver: str = "unipc",
     kernels: str = "auto",
 ) -> dict[str, Callable[[], object]]:
-    """What `StepCosts` prices, each as a call: one guided and one plain step of each engine, the blend and the solver, on
-    latents [B, C, T, H, W]."""
+    """What `StepCosts` prices, each as a call: one guided and one plain step of each engine, the
+    blend and the solver, on latents [B, C, T, H, W]."""
     fused = choose_ops(kernels, latents.device).name == "triton"
-    finish = (lambda p: p) if fused else Prediction.tensor  # fused, guidance is the blend's or the solver's
+    finish = (
+        (lambda p: p) if fused else Prediction.tensor
+    )  # fused, guidance is the blend's or the solver's
     timestep = torch.tensor(500.0, device=latents.device)
     calls: dict[str, Callable[[], object]] = {}
     for name, engine in engines.items():

@@ -1,4 +1,5 @@
-"""The old name of `nexus_rt.sampling` and `nexus_rt.step_runners`; it goes with the next release."""
+"""The old name of `nexus_rt.sampling` and `nexus_rt.step_runners`; it goes with the next
+release."""
 
 import warnings
 
@@ -10,7 +11,8 @@ from nexus_rt.step_runners import FiniteCheck as Watch
 __all__ = ["GUIDANCE_SCALE", "Change", "Generator", "Prompt", "Watch", "denoise"]
 
 warnings.warn(
-    "nexus_rt.denoise is now nexus_rt.sampling (denoise) and nexus_rt.step_runners (Prompt, Change); import from there.",
+    "nexus_rt.denoise is now nexus_rt.sampling (denoise) and nexus_rt.step_runners (Prompt,"
+    " Change); import from there.",
     DeprecationWarning,
     stacklevel=2,
 )

@@ -1,7 +1,9 @@
-"""JSON from files and servers, read by one function with limits, and checked against a schema before anything uses it.
+"""JSON from files and servers, read by one function with limits, and checked against a schema
+before anything uses it.
 
-A schema is a `msgspec.Struct` or any annotated type; what it does not allow is an error that names the file, the field and
-what was expected. Sizes and depth are bounded, so that a hostile document costs neither memory nor time.
+A schema is a `msgspec.Struct` or any annotated type; what it does not allow is an error that names
+the file, the field and what was expected. Sizes and depth are bounded, so that a hostile document
+costs neither memory nor time.
 """
 
 from __future__ import annotations
@@ -28,21 +30,35 @@ def read_bytes(path: Path, error: type[NexusError] = ModelError, limit: int = MA
     try:
         size = path.stat().st_size
         if size > limit:
-            raise error(f"{path} has {size} bytes; a document of its kind has at most {limit}: it is something else.")
+            raise error(
+                f"{path} has {size} bytes; a document of its kind has at most {limit}: it is"
+                " something else."
+            )
         return path.read_bytes()
     except OSError as problem:
-        raise error(f"{path} cannot be read ({problem.strerror or problem}); check the path, or get the file again.") from None
+        raise error(
+            f"{path} cannot be read ({problem.strerror or problem}); check the path, or get the"
+            " file again."
+        ) from None
 
 
-def parse(data: bytes | str, where: str, error: type[NexusError] = ModelError, remedy: str = "get the file again") -> Any:
-    """Parsed JSON of at most `MAX_DEPTH` levels; NaN, Infinity, numbers beyond float64 and doubled keys are refused.
+def parse(
+    data: bytes | str,
+    where: str,
+    error: type[NexusError] = ModelError,
+    remedy: str = "get the file again",
+) -> Any:
+    """Parsed JSON of at most `MAX_DEPTH` levels; NaN, Infinity, numbers beyond float64 and doubled
+    keys are refused.
 
     Raises:
         error: it is not JSON; says where.
     """
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-        value = json.loads(text, parse_constant=_no_constant, parse_int=_whole, object_pairs_hook=_once)
+        value = json.loads(
+            text, parse_constant=_no_constant, parse_int=_whole, object_pairs_hook=_once
+        )
     except (ValueError, RecursionError) as problem:
         reason = "it is nested too deeply" if isinstance(problem, RecursionError) else cut(problem)
         words = "cannot be read as" if error is ModelError else "is not"
@@ -52,7 +68,13 @@ def parse(data: bytes | str, where: str, error: type[NexusError] = ModelError, r
     return value
 
 
-def check(value: Any, kind: type[T], where: str, error: type[NexusError] = ModelError, remedy: str = "get the file again") -> T:
+def check(
+    value: Any,
+    kind: type[T],
+    where: str,
+    error: type[NexusError] = ModelError,
+    remedy: str = "get the file again",
+) -> T:
     """`value` as a `kind`: a msgspec schema, whose words say what was expected where.
 
     Raises:
@@ -67,12 +89,21 @@ def check(value: Any, kind: type[T], where: str, error: type[NexusError] = Model
         raise error(f"{where}: {cut(problem)}") from None
 
 
-def read(path: Path, kind: type[T], error: type[NexusError] = ModelError, remedy: str = "get the file again") -> T:
+def read(
+    path: Path,
+    kind: type[T],
+    error: type[NexusError] = ModelError,
+    remedy: str = "get the file again",
+) -> T:
     """A JSON file as a `kind`; errors as `read_bytes`, `parse` and `check`."""
-    return check(parse(read_bytes(path, error), str(path), error, remedy), kind, str(path), error, remedy)
+    return check(
+        parse(read_bytes(path, error), str(path), error, remedy), kind, str(path), error, remedy
+    )
 
 
-def read_object(path: Path, error: type[NexusError] = ModelError, remedy: str = "download the folder again") -> dict[str, Any]:
+def read_object(
+    path: Path, error: type[NexusError] = ModelError, remedy: str = "download the folder again"
+) -> dict[str, Any]:
     """A JSON object, whatever its fields."""
     value = parse(read_bytes(path, error), str(path), error, remedy)
     if not isinstance(value, dict):
@@ -94,7 +125,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [k for k, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)[:80]!r} is there twice")
+        raise ValueError(
+            f"key {next(n for n in names if names.count(n) > 1)[:80]!r} is there twice"
+        )
     return found
 
 
@@ -102,7 +135,12 @@ def _deeper(value: Any, levels: int) -> bool:
     """Whether a parsed document has more levels than that, without recursion."""
     layer = [value]
     for _ in range(levels):
-        layer = [x for v in layer if isinstance(v, (dict, list)) for x in (v.values() if isinstance(v, dict) else v)]
+        layer = [
+            x
+            for v in layer
+            if isinstance(v, (dict, list))
+            for x in (v.values() if isinstance(v, dict) else v)
+        ]
         if not layer:
             return False
     return True

@@ -10,10 +10,13 @@ MOST = 1500  # characters of a message
 
 
 class NexusError(Exception):
-    """Base of every error raised on purpose. Its message is cut where it quotes more of a hostile file than a person reads."""
+    """Base of every error raised on purpose. Its message is cut where it quotes more of a hostile
+    file than a person reads."""
 
     def __init__(self, *arguments: object) -> None:
-        super().__init__(*(a[:MOST] + " ..." if isinstance(a, str) and len(a) > MOST else a for a in arguments))
+        super().__init__(
+            *(a[:MOST] + " ..." if isinstance(a, str) and len(a) > MOST else a for a in arguments)
+        )
 
 
 class InputError(NexusError, ValueError):
@@ -47,10 +50,13 @@ def cut(text: object, limit: int = 300) -> str:
 
 
 def choose(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return `name` if it is one of `known`, else raise an `InputError` that suggests the nearest."""
+    """Return `name` if it is one of `known`, else raise an `InputError` that suggests the
+    nearest."""
     known = list(known)
     if name in known:
         return name
     near = difflib.get_close_matches(str(name)[:80], known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise InputError(f"unknown {kind} {cut(repr(name), 120)}: expected one of {', '.join(known)}{hint}")
+    raise InputError(
+        f"unknown {kind} {cut(repr(name), 120)}: expected one of {', '.join(known)}{hint}"
+    )

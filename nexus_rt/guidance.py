@@ -7,7 +7,8 @@ from typing import Any
 
 from nexus_rt.plan import Step
 
-# The paper's code writes v_c + s (v_c - v_u) with s = 5.0; in diffusers' meaning that is g = s + 1 = 6.0.
+# The paper's code writes v_c + s (v_c - v_u) with s = 5.0; in diffusers' meaning that is g = s + 1
+# = 6.0.
 GUIDANCE_SCALE = 6.0
 
 
@@ -20,15 +21,19 @@ class Guidance:
 
     @classmethod
     def of(cls, first: float, second: float | None = None) -> Guidance:
-        """`guidance_scale` and `guidance_scale_2`: the large generator's is the first where there is no second."""
+        """`guidance_scale` and `guidance_scale_2`: the large generator's is the first where there
+        is no second."""
         return cls(float(first), float(first if second is None else second))
 
     @classmethod
     def of_call(cls, defaults: Any, first: float | None, second: float | None) -> Guidance:
-        """A call's scales against a pair's `Defaults`: one that is given is both generators'; none is the pair's own."""
+        """A call's scales against a pair's `Defaults`: one that is given is both generators'; none
+        is the pair's own."""
         if first is not None:
             return cls.of(first, second)
-        return cls.of(defaults.guidance_scale, defaults.guidance_scale_2 if second is None else second)
+        return cls.of(
+            defaults.guidance_scale, defaults.guidance_scale_2 if second is None else second
+        )
 
     def at(self, step: Step, generator: str) -> float:
         """The scale of "small" or "large" at a step: the plan's own, else the call's."""

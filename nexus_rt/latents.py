@@ -12,7 +12,8 @@ from nexus_rt.errors import InputError
 
 @dataclass(frozen=True)
 class LatentGrid:
-    """How pixels become latents: the VAE's factors in space and time, and the transformer's patch (time, height, width)."""
+    """How pixels become latents: the VAE's factors in space and time, and the transformer's patch
+    (time, height, width)."""
 
     space: int
     time: int
@@ -24,26 +25,43 @@ class LatentGrid:
 
     def check(self, num_frames: int, height: int, width: int) -> None:
         """Raise an `InputError` that names the nearest valid value."""
-        for name, value, unit in (("height", height, self.space * self.patch[1]), ("width", width, self.space * self.patch[2])):
+        for name, value, unit in (
+            ("height", height, self.space * self.patch[1]),
+            ("width", width, self.space * self.patch[2]),
+        ):
             if value < unit or value % unit:
-                near = sorted({max(unit, value // unit * unit), max(unit, -(-value // unit) * unit)})
-                raise InputError(f"{name} is {value}; expected a multiple of {unit}, such as {' or '.join(map(str, near))}.")
+                near = sorted(
+                    {max(unit, value // unit * unit), max(unit, -(-value // unit) * unit)}
+                )
+                raise InputError(
+                    f"{name} is {value}; expected a multiple of {unit}, such as"
+                    f" {' or '.join(map(str, near))}."
+                )
         if num_frames < 1 or (num_frames - 1) % self.time:
             low = max(1, (num_frames - 1) // self.time * self.time + 1)
-            raise InputError(f"num_frames is {num_frames}; expected {self.time}k+1, such as {low} or {low + self.time}.")
+            raise InputError(
+                f"num_frames is {num_frames}; expected {self.time}k+1, such as {low} or"
+                f" {low + self.time}."
+            )
 
 
 def random_latents(
-    shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None, device: torch.device
-) -> Tensor:  # fmt: skip
-    """Noise [B, C, T, H, W], float32, drawn where a generator lives; a list of generators gives each sample its own.
+    shape: tuple[int, ...],
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+) -> Tensor:
+    """Noise [B, C, T, H, W], float32, drawn where a generator lives; a list of generators gives
+    each sample its own.
 
     Raises:
         InputError: a list of another length than the batch.
     """
     if isinstance(generator, list):
         if len(generator) != shape[0]:
-            raise InputError(f"{len(generator)} generators for {shape[0]} videos; pass one for each, or a single one.")
+            raise InputError(
+                f"{len(generator)} generators for {shape[0]} videos; pass one for each, or a single"
+                " one."
+            )
         return torch.cat([random_latents((1, *shape[1:]), g, device) for g in generator])
     source = generator.device if generator is not None else device
     return torch.randn(shape, generator=generator, device=source, dtype=torch.float32).to(device)

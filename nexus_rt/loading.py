@@ -27,8 +27,10 @@ from nexus_rt.pair import Defaults, Parts, engine_parts
 
 @dataclass
 class Loaded:
-    """What `NexusPipeline` holds; None for a part that is not there. space: latent channels and patch size.
-    identity: part -> what makes its results its own, whatever path it was read from: weights, dtype, what computes it."""
+    """What `NexusPipeline` holds; None for a part that is not there. space: latent channels and
+    patch size. identity: part -> what makes its results its own, whatever path it was read from:
+    weights, dtype, what computes it.
+    """
 
     engines: dict[str, Any]
     text: TextEncoder | EngineTextEncoder | None
@@ -45,7 +47,9 @@ class Loaded:
         Raises:
             InputError: they cannot be recorded here.
         """
-        return replace(self, engines={name: ReplayedEngine(engine) for name, engine in self.engines.items()})
+        return replace(
+            self, engines={name: ReplayedEngine(engine) for name, engine in self.engines.items()}
+        )
 
 
 def default_device(device: str | torch.device | None) -> torch.device:
@@ -68,19 +72,30 @@ def default_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtyp
 
 def _coders(
     parts: Parts, dtype: torch.dtype, device: torch.device, tiling: bool | str
-) -> tuple[ContextEncoder | None, TextEncoder | None, VideoDecoder | None]:  # fmt: skip
+) -> tuple[ContextEncoder | None, TextEncoder | None, VideoDecoder | None]:
     context = None
     if parts.understanding is not None and parts.connector is not None:
         context = ContextEncoder(parts.understanding, parts.connector, dtype, device)
     text = TextEncoder(parts.text, dtype, device) if parts.text else None
-    return context, text, VideoDecoder(parts.vae, torch.float32, device, tiling) if parts.vae else None
+    return (
+        context,
+        text,
+        VideoDecoder(parts.vae, torch.float32, device, tiling) if parts.vae else None,
+    )
 
 
 def load_models(
-    parts: Parts, dtype: torch.dtype, device: torch.device, weights: torch.device, kernels: str, attention: str,
-    tiling: bool | str, loras: Mapping[str, Sequence[Lora]],
-) -> Loaded:  # fmt: skip
-    """A pair in PyTorch; `weights` is where the generators' are read to, `loras` what is merged into which of them.
+    parts: Parts,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: torch.device,
+    kernels: str,
+    attention: str,
+    tiling: bool | str,
+    loras: Mapping[str, Sequence[Lora]],
+) -> Loaded:
+    """A pair in PyTorch; `weights` is where the generators' are read to, `loras` what is merged
+    into which of them.
 
     Raises:
         ModelError: a folder is no model, is damaged, or the connector is of another width.
@@ -89,32 +104,59 @@ def load_models(
     if context is not None:
         parts.check_width(context.text_dim)
     if lost := [n for n in loras if n not in parts.generators]:
-        raise InputError(f"a LoRA is given for the {lost[0]} generator, which is not loaded; pass {lost[0]}= too.")
+        raise InputError(
+            f"a LoRA is given for the {lost[0]} generator, which is not loaded; pass {lost[0]}="
+            " too."
+        )
     models = {
-        n: load.load_transformer(f, dtype, weights, kernels, attention, loras.get(n, ())) for n, f in parts.generators.items()
+        n: load.load_transformer(f, dtype, weights, kernels, attention, loras.get(n, ()))
+        for n, f in parts.generators.items()
     }
     config = next(iter(models.values())).config
     engines = {name: TorchEngine(model, device=device) for name, model in models.items()}
     computed = f"{dtype} kernels={kernels} attention={attention}".removeprefix("torch.")
     identity = {
-        n: f"{load.folder_fingerprint(load.transformer_folder(f))} {computed} lora={loras_hash({n: loras.get(n, ())})}"
+        n: (
+            f"{load.folder_fingerprint(load.transformer_folder(f))} {computed}"
+            f" lora={loras_hash({n: loras.get(n, ())})}"
+        )
         for n, f in parts.generators.items()
     }
     space = config.in_channels, config.patch_size
-    return Loaded(engines, text, vae, context, None, parts.defaults, space, identity | _coder_identity(parts, dtype))
+    return Loaded(
+        engines,
+        text,
+        vae,
+        context,
+        None,
+        parts.defaults,
+        space,
+        identity | _coder_identity(parts, dtype),
+    )
 
 
 def _coder_identity(parts: Parts, dtype: torch.dtype) -> dict[str, str]:
     text = parts.text and parts.text / "text_encoder"
     steering = {"understanding": parts.understanding, "connector": parts.connector}
     folders = {"vae": parts.vae, "text_encoder": text, **steering}
-    kind = {name: "float32" if name == "vae" else str(dtype).removeprefix("torch.") for name in folders}
-    return {name: f"{load.folder_fingerprint(folder)} {kind[name]}" for name, folder in folders.items() if folder}
+    kind = {
+        name: "float32" if name == "vae" else str(dtype).removeprefix("torch.") for name in folders
+    }
+    return {
+        name: f"{load.folder_fingerprint(folder)} {kind[name]}"
+        for name, folder in folders.items()
+        if folder
+    }
 
 
 def load_engines(
-    root: Path, dtype: torch.dtype, device: torch.device, tiling: bool | str, force: bool, options: dict[str, Any]
-) -> Loaded:  # fmt: skip
+    root: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    tiling: bool | str,
+    force: bool,
+    options: dict[str, Any],
+) -> Loaded:
     """The engines of an exported folder, and PyTorch for what of the pair is no engine.
 
     Raises:
@@ -128,7 +170,8 @@ def load_engines(
     space = a["in_channels"], tuple(a["patch_size"])
     text, vae = found.get("text_encoder", text), found.get("vae", vae)
     identity = _coder_identity(parts, dtype) | {
-        name: f"{e.folder.manifest.backend} {e.folder.manifest.identity()} {_artefacts(e)}" for name, e in found.items()
+        name: f"{e.folder.manifest.backend} {e.folder.manifest.identity()} {_artefacts(e)}"
+        for name, e in found.items()
     }
     return Loaded(engines, text, vae, context, found.get("step"), parts.defaults, space, identity)
 

@@ -1,5 +1,7 @@
-"""The runtime's logger, `nexus_rt`: at level INFO it says what every "auto" chose, and why. A library, it has no handler of its
-own: a program that wants to read it configures `logging`, and the command line does with `--log-level`."""
+"""The runtime's logger, `nexus_rt`: at level INFO it says what every "auto" chose, and why. A
+library, it has no handler of its own: a program that wants to read it configures `logging`, and the
+command line does with `--log-level`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ _noted: set[tuple[str, str, str]] = set()
 
 
 def chose(what: str, value: object, why: str, once: bool = False) -> None:
-    """Log a choice that was left to the runtime; once: not again in this process while it stays the same."""
+    """Log a choice that was left to the runtime; once: not again in this process while it stays the
+    same."""
     if not logger.isEnabledFor(logging.INFO):
         return
     key = (what, str(value), why)

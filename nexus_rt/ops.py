@@ -1,4 +1,5 @@
-"""The memory-bound operations of a Wan block, in PyTorch or as Triton kernels, behind one table of functions."""
+"""The memory-bound operations of a Wan block, in PyTorch or as Triton kernels, behind one table of
+functions."""
 
 from __future__ import annotations
 
@@ -18,24 +19,32 @@ KERNELS = ("auto", "torch", "triton")
 OLDEST = (8, 0)  # compute capability the kernels are compiled and checked for
 
 
-def rope_table(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+def rope_table(
+    head_dim: int, grid: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of 3-D RoPE for a grid of (frames, rows, columns) tokens.
 
-    Wan gives rows and columns `2*(d//6)` dimensions each and frames the rest, theta 10000, angles in float64.
-    Returns cos, sin [L, 1, head_dim] float32; sin carries the sign of the rotation (-, +, -, +, ...), so that
-    `rotated = x * cos + swap_pairs(x) * sin`.
+    Wan gives rows and columns `2*(d//6)` dimensions each and frames the rest, theta 10000, angles
+    in float64. Returns cos, sin [L, 1, head_dim] float32; sin carries the sign of the rotation (-,
+    +, -, +, ...), so that `rotated = x * cos + swap_pairs(x) * sin`.
     """
     return _rope_table(head_dim, grid, device)
 
 
-def rope_pairs(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The same angles once per pair, as the Triton kernel reads them: cos, sin [L, head_dim / 2] float32."""
+def rope_pairs(
+    head_dim: int, grid: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The same angles once per pair, as the Triton kernel reads them: cos, sin [L, head_dim / 2]
+    float32."""
     return _rope_pairs(head_dim, grid, device)
 
 
-# Cached behind plain functions: PyTorch 2.11's compiler takes a cached function in an `Ops` for a method of it.
+# Cached behind plain functions: PyTorch 2.11's compiler takes a cached function in an `Ops` for a
+# method of it.
 @lru_cache(maxsize=16)
-def _rope_table(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+def _rope_table(
+    head_dim: int, grid: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
     side = 2 * (head_dim // 6)
     angles = []
     for axis, (size, dim) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
@@ -51,7 +60,9 @@ def _rope_table(head_dim: int, grid: tuple[int, int, int], device: torch.device)
 
 
 @lru_cache(maxsize=16)
-def _rope_pairs(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+def _rope_pairs(
+    head_dim: int, grid: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
     cos, sin = _rope_table(head_dim, grid, device)
     return cos[:, 0, ::2].contiguous(), sin[:, 0, 1::2].contiguous()
 
@@ -63,9 +74,16 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _qk_norm_rope(
-    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+    qkv: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys [B, L, heads, head_dim] of a fused projection [B, L, 3 D], normed over all heads and rotated."""
+    """Queries and keys [B, L, heads, head_dim] of a fused projection [B, L, 3 D], normed over all
+    heads and rotated."""
     out = []
     for x, weight in zip(qkv.chunk(3, -1), (weight_q, weight_k), strict=False):
         normed = F.rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, (heads, -1))
@@ -74,11 +92,21 @@ def _qk_norm_rope(
 
 
 def _modulate(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, y: Tensor | None = None, gate: Tensor | None = None
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `nexus_rt.kernels.modulate.modulate`: the stream x + gate y, and its LayerNorm * (1 + scale) + shift."""
+    """As `nexus_rt.kernels.modulate.modulate`: the stream x + gate y, and its LayerNorm * (1 +
+    scale) + shift."""
     if y is not None:
-        x = (x.float() + y.float() if gate is None else torch.addcmul(x.float(), y.float(), gate.unsqueeze(1))).to(x.dtype)
+        x = (
+            x.float() + y.float()
+            if gate is None
+            else torch.addcmul(x.float(), y.float(), gate.unsqueeze(1))
+        ).to(x.dtype)
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
     return x, torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1)).to(x.dtype)
 
@@ -86,31 +114,41 @@ def _modulate(
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """tanh-GELU of a linear layer: [..., D] to [..., E].
 
-    0.5 y (1 + tanh z) is y sigmoid(2 z): in place and by the vectorised sigmoid, it takes less than half as long as
-    PyTorch's own on a CPU.
+    0.5 y (1 + tanh z) is y sigmoid(2 z): in place and by the vectorised sigmoid, it takes less than
+    half as long as PyTorch's own on a CPU.
     """
     y = F.linear(x, weight, bias)
-    if y.device.type != "cpu" or y.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if (
+        y.device.type != "cpu"
+        or y.dtype != torch.float32
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+    ):
         return F.gelu(y, approximate="tanh")
     twice = 2 * math.sqrt(2 / math.pi)
     return (y * y).mul_(0.044715 * twice).add_(twice).mul_(y).sigmoid_().mul_(y)
 
 
 def _linear_gelu_epilogue(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The same where cuBLASLt has it ride along in the product's epilogue: E elements a row less to read and write.
+    """The same where cuBLASLt has it ride along in the product's epilogue: E elements a row less to
+    read and write.
 
-    That epilogue is the tanh form in half precision; on a CPU the same call would be the exact (erf) one.
+    That epilogue is the tanh form in half precision; on a CPU the same call would be the exact
+    (erf) one.
     """
     if not x.is_cuda or x.dtype == torch.float32:
         return _linear_gelu(x, weight, bias)
-    return torch._addmm_activation(bias, x.flatten(0, -2), weight.T, use_gelu=True).unflatten(0, x.shape[:-1])
+    return torch._addmm_activation(bias, x.flatten(0, -2), weight.T, use_gelu=True).unflatten(
+        0, x.shape[:-1]
+    )
 
 
 @dataclass(frozen=True)
 class Ops:
     """One implementation of each operation.
 
-    modulate, qk_norm_rope: as in `nexus_rt.kernels`. rope: the tables that qk_norm_rope reads, for a grid.
+    modulate, qk_norm_rope: as in `nexus_rt.kernels`. rope: the tables that qk_norm_rope reads, for
+        a grid.
     linear_gelu: a linear layer and its tanh-GELU.
     """
 
@@ -134,7 +172,11 @@ def choose_ops(kernels: str, device: torch.device) -> Ops:
     if kernels == "torch":
         return TORCH
     # Triton's interpreter is never chosen by itself
-    why = f"the device is {device}" if kernels == "auto" and device.type != "cuda" else cannot_run_triton(device)
+    why = (
+        f"the device is {device}"
+        if kernels == "auto" and device.type != "cuda"
+        else cannot_run_triton(device)
+    )
     if kernels == "auto":
         chose("kernels", "torch" if why else "triton", why or "a GPU that can run them", once=True)
         if why:
@@ -162,4 +204,8 @@ def cannot_run_triton(device: torch.device) -> str | None:
         return None
     from nexus_rt.kernels.op import INTERPRETED
 
-    return None if INTERPRETED and device.type == "cpu" else f"they need a CUDA device, and this is {device.type}"
+    return (
+        None
+        if INTERPRETED and device.type == "cpu"
+        else f"they need a CUDA device, and this is {device.type}"
+    )

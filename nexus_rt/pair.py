@@ -14,14 +14,27 @@ from nexus_rt.models import load
 from nexus_rt.models.vae import vae_space
 from nexus_rt.request import make_request
 
-CALL = ("height", "width", "num_frames", "plan", "num_inference_steps", "shift", "energy", "gamma_w", "guidance_scale",
-        "guidance_scale_2", "blend", "solver")  # fmt: skip
+CALL = (
+    "height",
+    "width",
+    "num_frames",
+    "plan",
+    "num_inference_steps",
+    "shift",
+    "energy",
+    "gamma_w",
+    "guidance_scale",
+    "guidance_scale_2",
+    "blend",
+    "solver",
+)
 MINI = Path(__file__).resolve().parent / "mini"
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a call uses where it says nothing; a pair's `model_index.json` may set its own under "defaults"."""
+    """What a call uses where it says nothing; a pair's `model_index.json` may set its own under
+    "defaults"."""
 
     height: int = 480
     width: int = 832
@@ -49,13 +62,14 @@ class Parts:
         wanted = load.load_config(load.transformer_folder(self.generators["small"])).text_dim
         if width != wanted:
             raise ModelError(
-                f"the connector makes tokens of width {width} and the small generator reads {wanted}; "
-                "pair the two that were trained together."
+                f"the connector makes tokens of width {width} and the small generator reads"
+                f" {wanted}; pair the two that were trained together."
             )
 
 
 def _same_space(folders: dict[str, Path], vaes: dict[str, Path]) -> None:
-    """Raise unless both transformers, and their VAEs where they bring them, live in one latent space."""
+    """Raise unless both transformers, and their VAEs where they bring them, live in one latent
+    space."""
     configs = {name: load.load_config(load.transformer_folder(f)) for name, f in folders.items()}
     different = []
     if len(configs) == 2:
@@ -67,16 +81,22 @@ def _same_space(folders: dict[str, Path], vaes: dict[str, Path]) -> None:
         ]
     if len(vaes) == 2:
         small_vae, large_vae = vae_space(vaes["small"]), vae_space(vaes["large"])
-        different += [f"the VAE's {k} ({small_vae[k]} and {large_vae[k]})" for k in small_vae if small_vae[k] != large_vae[k]]
+        different += [
+            f"the VAE's {k} ({small_vae[k]} and {large_vae[k]})"
+            for k in small_vae
+            if small_vae[k] != large_vae[k]
+        ]
     for name, folder in vaes.items():
         channels = vae_space(folder)["z_dim"]
         if name in configs and channels != configs[name].in_channels:
             different.append(
-                f"the {name} generator's in_channels ({configs[name].in_channels}) and its VAE's z_dim ({channels})"
+                f"the {name} generator's in_channels ({configs[name].in_channels}) and its VAE's"
+                f" z_dim ({channels})"
             )
     if different:
         raise ModelError(
-            f"not one latent space: they differ in {'; '.join(different)}; pair generators trained on the same latents."
+            f"not one latent space: they differ in {'; '.join(different)}; pair generators trained"
+            " on the same latents."
         )
 
 
@@ -84,31 +104,47 @@ def _pair_defaults(root: Path) -> Defaults:
     """What a pair folder's `model_index.json` sets."""
     index = load.read_json(root / "model_index.json")
     if index.get("_class_name") != "NexusPipeline":
-        raise ModelError(f"{root} holds a {index.get('_class_name')}, one model and no pair; pass it as small= or large=.")
+        raise ModelError(
+            f"{root} holds a {index.get('_class_name')}, one model and no pair; pass it as small="
+            " or large=."
+        )
     values = index.get("defaults", {})
     where = f"{root}/model_index.json"
     if not isinstance(values, dict):
-        raise ModelError(f"{where} has defaults that are a {type(values).__name__}; expected an object.")
+        raise ModelError(
+            f"{where} has defaults that are a {type(values).__name__}; expected an object."
+        )
     if unknown := values.keys() - {f.name for f in fields(Defaults)}:
-        raise ModelError(f"{where} sets an unknown default {cut(repr(sorted(unknown)[0]), 80)}; expected fields of Defaults.")
+        raise ModelError(
+            f"{where} sets an unknown default {cut(repr(sorted(unknown)[0]), 80)}; expected fields"
+            " of Defaults."
+        )
     documents.check(values, Defaults, f"{where}'s defaults")
     found = Defaults(**values)
     try:
-        make_request(found, **dict.fromkeys(CALL), output_type="np", num_videos_per_prompt=1, published=False)
+        make_request(
+            found, **dict.fromkeys(CALL), output_type="np", num_videos_per_prompt=1, published=False
+        )
         LatentGrid(1, 1, (1, 1, 1)).check(found.num_frames, found.height, found.width)
     except InputError as error:
         raise ModelError(f"{where} sets a default that no call can use: {error}") from error
     return found
 
 
-def _steering(root: Path | None, given: dict[str, Any], small: bool, hub: dict) -> dict[str, Path | None]:
-    """Folders of the understanding model and the connector: as given, else the pair's, else None for both."""
+def _steering(
+    root: Path | None, given: dict[str, Any], small: bool, hub: dict
+) -> dict[str, Path | None]:
+    """Folders of the understanding model and the connector: as given, else the pair's, else None
+    for both."""
     sources = {n: given.get(n) for n in ("understanding", "connector")}
     if root is not None and (root / "connector" / "config.json").is_file() and "small" not in given:
         sources = {n: root / n if s is None else s for n, s in sources.items()}
     absent = [n for n, s in sources.items() if s is None]
     if len(absent) == 1:
-        raise InputError(f"the understanding model and the connector work together only; pass {absent[0]}= too, or neither.")
+        raise InputError(
+            f"the understanding model and the connector work together only; pass {absent[0]}= too,"
+            " or neither."
+        )
     if absent or not small:
         return dict.fromkeys(sources)
     found = {n: load.resolve(s, (n,), **hub) for n, s in sources.items() if s is not None}
@@ -116,7 +152,8 @@ def _steering(root: Path | None, given: dict[str, Any], small: bool, hub: dict) 
 
 
 def engine_parts(root: Path, engines: dict[str, Any]) -> Parts:
-    """The encoders and the VAE beside exported engines, and the pair's defaults: a size they were built for.
+    """The encoders and the VAE beside exported engines, and the pair's defaults: a size they were
+    built for.
 
     Raises:
         ModelError: the engines are not of one latent space.
@@ -125,15 +162,27 @@ def engine_parts(root: Path, engines: dict[str, Any]) -> Parts:
     for field in ("in_channels", "out_channels", "patch_size", "text_dim"):
         values = {str(a[field]) for a in architectures}
         if len(values) > 1:
-            raise ModelError(f"{root}: the engines are not of one latent space: their {field} are {' and '.join(values)}.")
-    at = lambda part: root / part if (root / part / "config.json").is_file() else None  # noqa: E731
+            raise ModelError(
+                f"{root}: the engines are not of one latent space: their {field} are"
+                f" {' and '.join(values)}."
+            )
+    at = lambda part: root / part if (root / part / "config.json").is_file() else None
     defaults = _pair_defaults(root) if (root / "model_index.json").is_file() else Defaults()
-    sizes = [b for b in next(iter(engines.values())).buckets if all(b in e.buckets for e in engines.values())]
+    sizes = [
+        b
+        for b in next(iter(engines.values())).buckets
+        if all(b in e.buckets for e in engines.values())
+    ]
     if not sizes:
         each = "; ".join(f"{n}: {', '.join(map(str, e.buckets))}" for n, e in engines.items())
-        raise ModelError(f"{root}: the engines have no size in common ({each}); export both with the same --sizes.")
+        raise ModelError(
+            f"{root}: the engines have no size in common ({each}); export both with the same"
+            " --sizes."
+        )
     if (defaults.width, defaults.height, defaults.num_frames) not in sizes:
-        defaults = replace(defaults, width=sizes[0].width, height=sizes[0].height, num_frames=sizes[0].frames)
+        defaults = replace(
+            defaults, width=sizes[0].width, height=sizes[0].height, num_frames=sizes[0].frames
+        )
     text = root if at("text_encoder") else None
     return Parts({}, at("vae"), text, at("understanding"), at("connector"), defaults)
 
@@ -143,8 +192,8 @@ def find_parts(pretrained: str | Path | None, given: dict[str, Any], hub: dict) 
 
     Args:
         pretrained: a pair's folder or hub id, or None.
-        given: folders or hub ids under "small", "large", "vae", "text_encoder", "understanding", "connector"; they go
-            before the pair's own.
+        given: folders or hub ids under "small", "large", "vae", "text_encoder", "understanding",
+            "connector"; they go before the pair's own.
         hub: options of `load.resolve`.
 
     Raises:
@@ -152,11 +201,15 @@ def find_parts(pretrained: str | Path | None, given: dict[str, Any], hub: dict) 
         InputError: one of understanding model and connector without the other.
     """
     chosen: dict[str, Path] = {
-        n: load.resolve(given[n], ("transformer", "vae"), **hub) for n in ("small", "large") if n in given
+        n: load.resolve(given[n], ("transformer", "vae"), **hub)
+        for n in ("small", "large")
+        if n in given
     }
     root, defaults, folders = None, Defaults(), chosen
     if pretrained is not None:
-        root = load.resolve(pretrained, ("small", "large", "vae", "understanding", "connector"), **hub)
+        root = load.resolve(
+            pretrained, ("small", "large", "vae", "understanding", "connector"), **hub
+        )
         defaults = _pair_defaults(root)
         own: dict[str, Path] = {n: root / n for n in ("small", "large") if (root / n).is_dir()}
         folders = {**own, **chosen}
@@ -165,7 +218,9 @@ def find_parts(pretrained: str | Path | None, given: dict[str, Any], hub: dict) 
         sources = [(pretrained, root)]
     else:
         sources = [(given[n], folders[n]) for n in ("large", "small") if n in folders]
-    vaes: dict[str, Path] = {n: f / "vae" for n, f in folders.items() if (f / "vae" / "config.json").is_file()}
+    vaes: dict[str, Path] = {
+        n: f / "vae" for n, f in folders.items() if (f / "vae" / "config.json").is_file()
+    }
     vae = next((f / "vae" for _, f in sources if (f / "vae" / "config.json").is_file()), None)
     if "vae" in given:
         found = load.resolve(given["vae"], ("vae",), **hub)
@@ -173,8 +228,12 @@ def find_parts(pretrained: str | Path | None, given: dict[str, Any], hub: dict) 
     _same_space(folders, vaes)
     text = None
     for source in [given["text_encoder"]] if "text_encoder" in given else [s for s, _ in sources]:
-        found = load.resolve(source, ("text_encoder", "tokenizer"), **hub)  # of one source only: it is the large part
+        found = load.resolve(
+            source, ("text_encoder", "tokenizer"), **hub
+        )  # of one source only: it is the large part
         if "text_encoder" in given or (found / "text_encoder").is_dir():
             text = found
             break
-    return Parts(folders, vae, text, defaults=defaults, **_steering(root, given, "small" in folders, hub))
+    return Parts(
+        folders, vae, text, defaults=defaults, **_steering(root, given, "small" in folders, hub)
+    )

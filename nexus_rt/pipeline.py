@@ -1,4 +1,5 @@
-"""NexusPipeline: prompts in, frames out, through a small and a large generator of one latent space."""
+"""NexusPipeline: prompts in, frames out, through a small and a large generator of one latent
+space."""
 
 from __future__ import annotations
 
@@ -12,7 +13,15 @@ import torch
 from torch import Tensor
 
 from nexus_rt.engines.base import PublishedNumerics, Sized
-from nexus_rt.engines.residency import STEP, Part, Residency, ResidencyPlan, call_parts, parse_bytes, plan_residency
+from nexus_rt.engines.residency import (
+    STEP,
+    Part,
+    Residency,
+    ResidencyPlan,
+    call_parts,
+    parse_bytes,
+    plan_residency,
+)
 from nexus_rt.engines.step import StepEngine
 from nexus_rt.errors import Cancelled, InputError, ModelError, choose, cut
 from nexus_rt.latents import LatentGrid, random_latents
@@ -45,7 +54,8 @@ BACKENDS = ("torch",)  # engine backends that can run a generator
 
 @dataclass
 class NexusOutput:
-    """`frames` as `output_type` asks: np [B, F, H, W, 3] in [0, 1], pt [B, F, 3, H, W], pil lists, or latents."""
+    """`frames` as `output_type` asks: np [B, F, H, W, 3] in [0, 1], pt [B, F, 3, H, W], pil lists,
+    or latents."""
 
     frames: Any
     plan: Plan
@@ -53,7 +63,8 @@ class NexusOutput:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a call's weights are: what moves the engines (None: nothing does), and the fused step if it may be used."""
+    """Where a call's weights are: what moves the engines (None: nothing does), and the fused step
+    if it may be used."""
 
     residency: Residency | None
     step_engine: StepEngine | None
@@ -67,22 +78,38 @@ class Placement:
 class NexusPipeline:
     """Text to video through one or two generators. Build it with `from_pretrained`.
 
-    Pipelines may be loaded and called from several threads; calls of one pipeline run one after the other. A process that
-    was forked from one that had called is refused with an error (start workers with 'spawn').
+    Pipelines may be loaded and called from several threads; calls of one pipeline run one after the
+    other. A process that was forked from one that had called is refused with an error (start
+    workers with 'spawn').
 
     Attributes:
-        engines: "small" and "large", those that were given, behind the engine protocol; step_engine: both in one graph.
-        text, vae: the text encoder and the video decoder, loaded on first use; `drop()` frees either.
-        context: understanding model and connector, which make the small generator's context; None where a pair has
-            none and both generators read the text. `drop()` frees it.
+        engines: "small" and "large", those that were given, behind the engine protocol;
+            step_engine: both in one graph.
+        text, vae: the text encoder and the video decoder, loaded on first use; `drop()` frees
+            either.
+        context: understanding model and connector, which make the small generator's context; None
+            where a pair has none and both generators read the text. `drop()` frees it.
     """
 
     def __init__(
-        self, loaded: Loaded, device: torch.device, keep_encoders: bool = True, kernels: str = "auto",
+        self,
+        loaded: Loaded,
+        device: torch.device,
+        keep_encoders: bool = True,
+        kernels: str = "auto",
         vram: str | int | None = None,
-    ) -> None:  # fmt: skip
-        self.engines, self.text, self.vae, self.context = loaded.engines, loaded.text, loaded.vae, loaded.context
-        self.step_engine, self.defaults, (self.channels, self.patch) = loaded.step, loaded.defaults, loaded.space
+    ) -> None:
+        self.engines, self.text, self.vae, self.context = (
+            loaded.engines,
+            loaded.text,
+            loaded.vae,
+            loaded.context,
+        )
+        self.step_engine, self.defaults, (self.channels, self.patch) = (
+            loaded.step,
+            loaded.defaults,
+            loaded.space,
+        )
         self.identity = loaded.identity
         self.device, self.keep_encoders, self.kernels = device, keep_encoders, kernels
         self.vram = None if vram is None else parse_bytes(str(vram))
@@ -120,28 +147,33 @@ class NexusPipeline:
         """Load a pair of generators, their text encoder and their VAE.
 
         Args:
-            pretrained: a folder or hub id that holds the pair (`small/`, `large/`, `vae/`, `text_encoder/`,
-                `tokenizer/`); with neither it nor `small` or `large`, the mini pair that comes with the package.
-            small, large: folders or hub ids: a diffusers pipeline, a bare transformer, or Wan's own layout. One may
-                be left out: then only the plan of the other runs.
-            vae, text_encoder: a folder that holds `vae/` (or is one), and one that holds `text_encoder/` and
-                `tokenizer/`; by default those of `large`, else of `small`.
-            understanding, connector: the language model's folder and the connector's (`nexus-rt convert omnivideo`
-                makes both); by default those of the pair, if it has them. They steer the small generator.
-            small_lora, large_lora: LoRA files to merge into a generator as it is loaded, one or several:
-                "file.safetensors" or "file.safetensors@0.8" (how strongly).
-            keep_encoders: False frees text encoder, understanding model and connector once a call's prompts are
-                encoded, before denoising; the next call reads them again.
-            torch_dtype: of the generators and the encoders: bfloat16 on a GPU, float32 on a CPU. The VAE always
-                computes in float32.
+            pretrained: a folder or hub id that holds the pair (`small/`, `large/`, `vae/`,
+                `text_encoder/`, `tokenizer/`); with neither it nor `small` or `large`, the mini
+                pair that comes with the package.
+            small, large: folders or hub ids: a diffusers pipeline, a bare transformer, or Wan's own
+                layout. One may be left out: then only the plan of the other runs.
+            vae, text_encoder: a folder that holds `vae/` (or is one), and one that holds
+                `text_encoder/` and `tokenizer/`; by default those of `large`, else of `small`.
+            understanding, connector: the language model's folder and the connector's
+                (`nexus-rt convert omnivideo` makes both); by default those of the pair, if it has
+                them. They steer the small generator.
+            small_lora, large_lora: LoRA files to merge into a generator as it is loaded, one or
+                several: "file.safetensors" or "file.safetensors@0.8" (how strongly).
+            keep_encoders: False frees text encoder, understanding model and connector once a call's
+                prompts are encoded, before denoising; the next call reads them again.
+            torch_dtype: of the generators and the encoders: bfloat16 on a GPU, float32 on a CPU.
+                The VAE always computes in float32.
             device: "cuda" where there is one, else "cpu".
             backend: what runs the generators: "torch".
-            kernels: of the blend, the solver and the torch backend's norms, RoPE and modulation: "torch", "triton", or
-                "auto" (triton on a GPU).
-            attention: of the torch backend: a name of `nexus_rt.attention.BACKENDS`, or "auto" (measured on a GPU).
+            kernels: of the blend, the solver and the torch backend's norms, RoPE and modulation:
+                "torch", "triton", or "auto" (triton on a GPU).
+            attention: of the torch backend: a name of `nexus_rt.attention.BACKENDS`, or "auto"
+                (measured on a GPU).
             vae_tiling: True, False, or "auto" (above 1280 x 720).
-            vram: a budget such as "24GB": engines, encoders and VAE then come and go as `plan_residency` decides.
-            cuda_graphs: record each generator's step once a shape and replay it (`nexus_rt.engines.graphs`).
+            vram: a budget such as "24GB": engines, encoders and VAE then come and go as
+                `plan_residency` decides.
+            cuda_graphs: record each generator's step once a shape and replay it
+                (`nexus_rt.engines.graphs`).
             cache_dir, local_files_only, revision: as in diffusers.
 
         Raises:
@@ -149,17 +181,25 @@ class NexusPipeline:
         """
         device = default_device(device)
         choose("backend", backend, BACKENDS)
-        loras = {n: parse_loras(sources) for n, sources in (("small", small_lora), ("large", large_lora)) if sources}
+        loras = {
+            n: parse_loras(sources)
+            for n, sources in (("small", small_lora), ("large", large_lora))
+            if sources
+        }
         given = {"small": small, "large": large, "vae": vae, "text_encoder": text_encoder}
         steering = {"understanding": understanding, "connector": connector}
         if pretrained is None and small is None and large is None:
             pretrained = MINI
         hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, revision=revision)
-        parts = find_parts(pretrained, {k: v for k, v in {**given, **steering}.items() if v is not None}, hub)
+        parts = find_parts(
+            pretrained, {k: v for k, v in {**given, **steering}.items() if v is not None}, hub
+        )
         dtype, first = default_dtype(torch_dtype, device), torch.device("cpu") if vram else device
         with LOADING:
             loaded = load_models(parts, dtype, device, first, kernels, attention, vae_tiling, loras)
-        return cls(loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram)
+        return cls(
+            loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram
+        )
 
     @classmethod
     def from_engines(
@@ -179,65 +219,103 @@ class NexusPipeline:
         """A pipeline of exported engines: a folder that `nexus-rt export` made.
 
         Args:
-            folder: holds `small/` and/or `large/` with a `manifest.json` each, and the pair's encoders and VAE.
-            device, torch_dtype (of the encoders), keep_encoders, kernels, vae_tiling, vram, cuda_graphs: as in
+            folder: holds `small/` and/or `large/` with a `manifest.json` each, and the pair's
+            encoders and VAE. device, torch_dtype (of the encoders), keep_encoders, kernels,
+            vae_tiling, vram, cuda_graphs: as in
                 `from_pretrained`.
             force: load engines that failed their parity gate.
             engine_options: of the backend, such as `provider=` of ONNX Runtime.
 
         Raises:
-            ModelError: no engine folder, or one that is damaged, wrong, or built for something else; says what rebuilds it.
+            ModelError: no engine folder, or one that is damaged, wrong, or built for something
+                else; says what rebuilds it.
         """
         device = default_device(device)
         dtype, root = default_dtype(torch_dtype, device), Path(folder).expanduser()
         with LOADING:
             loaded = load_engines(root, dtype, device, vae_tiling, force, engine_options)
-        return cls(loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram)
+        return cls(
+            loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram
+        )
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm, such as `disable=True`."""
         self._progress = options
 
     def cancel(self) -> None:
-        """Stop the running call before its next step (from a callback or another thread); it raises `Cancelled`."""
+        """Stop the running call before its next step (from a callback or another thread); it raises
+        `Cancelled`."""
         self._cancel.set()
 
     def make_plan(
-        self, plan: str | Plan | None = None, num_inference_steps: int | None = None, shift: float | None = None,
-        energy: str | None = None, gamma_w: float | None = None, as_published: bool = False,
-    ) -> Plan:  # fmt: skip
+        self,
+        plan: str | Plan | None = None,
+        num_inference_steps: int | None = None,
+        shift: float | None = None,
+        energy: str | None = None,
+        gamma_w: float | None = None,
+        as_published: bool = False,
+    ) -> Plan:
         """The plan a call with these arguments would walk."""
-        return make_plan(self.defaults, plan, num_inference_steps, shift, energy, gamma_w, as_published)
+        return make_plan(
+            self.defaults, plan, num_inference_steps, shift, energy, gamma_w, as_published
+        )
 
     def plan_residency(
-        self, plan: Plan, size: ClipSize, videos: int = 1, guided: bool = True, vram: int | None = None
-    ) -> ResidencyPlan:  # fmt: skip
+        self,
+        plan: Plan,
+        size: ClipSize,
+        videos: int = 1,
+        guided: bool = True,
+        vram: int | None = None,
+    ) -> ResidencyPlan:
         """What is in memory when, under the pipeline's budget (or this one).
 
         Raises:
             InputError: the budget holds no mode of the plan; names the smallest that would do.
         """
-        return plan_residency(plan, self.call_parts(size, videos * (1 + guided)), self.vram if vram is None else vram)
+        return plan_residency(
+            plan, self.call_parts(size, videos * (1 + guided)), self.vram if vram is None else vram
+        )
 
     def call_parts(self, size: ClipSize, batch: int = 2) -> dict[str, Part]:
         """What a call holds in memory; batch: samples of a step, unconditional twins counted."""
-        others: dict[str, Any] = {"text encoder": self.text, "vae": self.vae, STEP: self.step_engine}
+        others: dict[str, Any] = {
+            "text encoder": self.text,
+            "vae": self.vae,
+            STEP: self.step_engine,
+        }
         if self.context:
             others |= {"understanding": self.context.understanding, "connector": self.context}
-        return call_parts(self.engines, {name: other for name, other in others.items() if other is not None}, size, batch)
+        return call_parts(
+            self.engines,
+            {name: other for name, other in others.items() if other is not None},
+            size,
+            batch,
+        )
 
     def encode_prompt(
-        self, prompt: str | list[str], negative_prompt: str | list[str] | None = None, num_videos_per_prompt: int = 1,
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        num_videos_per_prompt: int = 1,
         max_sequence_length: int = MAX_SEQUENCE_LENGTH,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Embeddings of prompts and negative prompts, each [B * num_videos_per_prompt, L, D], zero-padded to L."""
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings of prompts and negative prompts, each [B * num_videos_per_prompt, L, D],
+        zero-padded to L."""
         if self.text is None:
-            raise ModelError("this pipeline has no text encoder; pass text_encoder= to from_pretrained, or prompt_embeds.")
+            raise ModelError(
+                "this pipeline has no text encoder; pass text_encoder= to from_pretrained, or"
+                " prompt_embeds."
+            )
         prompts, negatives = prompt_lists(prompt, negative_prompt)
-        # Encoded one by one where they differ in length the results differ by rounding; together they are reproducible.
+        # Encoded one by one where they differ in length the results differ by rounding; together
+        # they are reproducible.
         stored = self.context.unconditional_text() if self.context and negatives is None else None
         if stored is None:
-            embeds = self.text.encode([*prompts, *(negatives or [""] * len(prompts))], max_sequence_length)
+            embeds = self.text.encode(
+                [*prompts, *(negatives or [""] * len(prompts))], max_sequence_length
+            )
             positive, negative = embeds.chunk(2)
         else:  # the checkpoint's own embedding of no prompt
             positive = self.text.encode(prompts, max_sequence_length)
@@ -248,13 +326,20 @@ class NexusPipeline:
         return positive.repeat_interleave(every, 0), negative.repeat_interleave(every, 0)
 
     def encode_context(
-        self, prompt: str | list[str], prompt_embeds: Tensor, negative_prompt_embeds: Tensor, single_frame: bool = False,
+        self,
+        prompt: str | list[str],
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor,
+        single_frame: bool = False,
         num_videos_per_prompt: int = 1,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The small generator's contexts and negative contexts, each [B, max_context_len, D], from prompts and what
-        `encode_prompt` made of them."""
+    ) -> tuple[Tensor, Tensor]:
+        """The small generator's contexts and negative contexts, each [B, max_context_len, D], from
+        prompts and what `encode_prompt` made of them."""
         if self.context is None:
-            raise ModelError("this pipeline has no understanding model; pass understanding= and connector= to from_pretrained.")
+            raise ModelError(
+                "this pipeline has no understanding model; pass understanding= and connector= to"
+                " from_pretrained."
+            )
         prompts, _ = prompt_lists(prompt, None)
         every = num_videos_per_prompt
         positive = self.context.encode(prompts, prompt_embeds[::every], single_frame)
@@ -266,13 +351,19 @@ class NexusPipeline:
         embeds = self.encode_prompt(prompt)
         prompts = dict.fromkeys(self.engines, Prompt(*embeds))
         if self.context is not None and "small" in prompts:
-            prompts["small"] = Prompt(*self.encode_context(prompt, *embeds, single_frame=single_frame))
+            prompts["small"] = Prompt(
+                *self.encode_context(prompt, *embeds, single_frame=single_frame)
+            )
         return prompts
 
     def prepare_latents(
-        self, batch: int, num_frames: int, height: int, width: int,
+        self,
+        batch: int,
+        num_frames: int,
+        height: int,
+        width: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Noise [B, C, T, H, W], float32; a list of generators gives each sample its own."""
         shape = (batch, self.channels, *self._grid.latent(num_frames, height, width))
         return random_latents(shape, generator, self.device)
@@ -290,7 +381,9 @@ class NexusPipeline:
             if isinstance(engine, Sized):
                 engine.check_size(ClipSize(width, height, num_frames))
         if output_type != "latent" and self.vae is None:
-            raise ModelError("this pipeline has no VAE; pass vae= to from_pretrained, or output_type='latent'.")
+            raise ModelError(
+                "this pipeline has no VAE; pass vae= to from_pretrained, or output_type='latent'."
+            )
 
     @torch.no_grad()
     def __call__(
@@ -326,19 +419,23 @@ class NexusPipeline:
         """Generate videos; arguments as in diffusers' `WanPipeline`, and these:
 
         Args:
-            guidance_scale: of the small generator (and the large, unless `guidance_scale_2` is given), in diffusers'
-                meaning `v_u + g (v_c - v_u)`; the default 6.0 is the paper's s = 5.0. 1 runs without guidance.
-            callback_on_step_end: may return new values of the tensors it was given (latents and any embeddings), used from
-                the next step on; setting `pipe._interrupt = True` in it ends the loop and decodes what there is.
-            context_embeds, negative_context_embeds: the small generator's contexts [B, L, D], as `encode_context` makes
-                them; made from the prompt where they are not given.
+            guidance_scale: of the small generator (and the large, unless `guidance_scale_2` is
+                given), in diffusers' meaning `v_u + g (v_c - v_u)`; the default 6.0 is the paper's
+                s = 5.0. 1 runs without guidance.
+            callback_on_step_end: may return new values of the tensors it was given (latents and any
+                embeddings), used from the next step on; setting `pipe._interrupt = True` in it ends
+                the loop and decodes what there is.
+            context_embeds, negative_context_embeds: the small generator's contexts [B, L, D], as
+                `encode_context` makes them; made from the prompt where they are not given.
             plan: which generator runs when: a `Plan` or what `nexus_rt.plan.parse_plan` reads.
-            shift: of the time grid. blend: the frequency split (default: the published one). energy: overrides the plan's
-                rule. gamma_w: exponent of the gate, for the plans that follow it (default: 0.3).
+            shift: of the time grid. blend: the frequency split (default: the published one).
+                energy: overrides the plan's rule. gamma_w: exponent of the gate, for the plans that
+                    follow it (default: 0.3).
             solver: "unipc" (default) or "euler".
-            as_published: the defaults and numerics of the published scripts: plan `reference`, 50 steps, shift 5, s = 5 and
-                their gates; timesteps of float64 sigmas, residual stream and velocity in float32, pixels by truncation
-                (of "pil" here; `save_video(truncate=True)`).
+            as_published: the defaults and numerics of the published scripts: plan `reference`, 50
+                steps, shift 5, s = 5 and their gates; timesteps of float64 sigmas, residual stream
+                and velocity in float32, pixels by truncation (of "pil" here;
+                `save_video(truncate=True)`).
 
         Raises:
             InputError: an argument is out of range; said before any work.
@@ -347,20 +444,42 @@ class NexusPipeline:
             DecodeError: decoding failed; its `latents_path` names the saved latents.
         """
         request = make_request(
-            self.defaults, height=height, width=width, num_frames=num_frames, plan=plan, shift=shift, energy=energy,
-            num_inference_steps=num_inference_steps, gamma_w=gamma_w, guidance_scale=guidance_scale, blend=blend,
-            guidance_scale_2=guidance_scale_2, solver=solver, output_type=output_type, published=as_published,
+            self.defaults,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            plan=plan,
+            shift=shift,
+            energy=energy,
+            num_inference_steps=num_inference_steps,
+            gamma_w=gamma_w,
+            guidance_scale=guidance_scale,
+            blend=blend,
+            guidance_scale_2=guidance_scale_2,
+            solver=solver,
+            output_type=output_type,
+            published=as_published,
             num_videos_per_prompt=num_videos_per_prompt,
-        )  # fmt: skip
+        )
         given = {
-            "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
-            "context_embeds": context_embeds, "negative_context_embeds": negative_context_embeds,
-        }  # fmt: skip
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "context_embeds": context_embeds,
+            "negative_context_embeds": negative_context_embeds,
+        }
         inputs = CallInputs(
-            prompt, negative_prompt, given, latents, generator, callback_on_step_end, callback_on_step_end_tensor_inputs,
+            prompt,
+            negative_prompt,
+            given,
+            latents,
+            generator,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
             max_sequence_length,
-        )  # fmt: skip
-        with self._calling:  # a second thread waits for the first: a call keeps state on the pipeline
+        )
+        with (
+            self._calling
+        ):  # a second thread waits for the first: a call keeps state on the pipeline
             self._cancel.clear()
             self._interrupt = False
             computes()
@@ -382,27 +501,40 @@ class NexusPipeline:
         size, plan, given = request.size, request.plan, inputs.embeds
         self.check_inputs(size.height, size.width, size.frames, request.output_type)
         if absent := [g for g in plan.generators if g not in self.engines]:
-            raise InputError(f"plan {plan.name!r} runs the {absent[0]} generator, which was not loaded; pass {absent[0]}=.")
-        count = check_prompts(inputs.prompt, inputs.negative_prompt, given, inputs.max_sequence_length)
+            raise InputError(
+                f"plan {plan.name!r} runs the {absent[0]} generator, which was not loaded; pass"
+                f" {absent[0]}=."
+            )
+        count = check_prompts(
+            inputs.prompt, inputs.negative_prompt, given, inputs.max_sequence_length
+        )
         if self._steered(plan, given) and inputs.prompt is None:
             raise InputError(
-                "the small generator is steered by the understanding model, which reads the prompt; pass prompt, or "
-                "context_embeds made by encode_context besides prompt_embeds."
+                "the small generator is steered by the understanding model, which reads the prompt;"
+                " pass prompt, or context_embeds made by encode_context besides prompt_embeds."
             )
         videos = count * request.videos_per_prompt
         check_generators(inputs.generator, videos)
         if inputs.latents is not None:
-            shape = (videos, self.channels, *self._grid.latent(size.frames, size.height, size.width))
+            shape = (
+                videos,
+                self.channels,
+                *self._grid.latent(size.frames, size.height, size.width),
+            )
             check_latents(inputs.latents, shape)
         return videos
 
     def _steered(self, plan: Plan, given: dict[str, Tensor | None]) -> bool:
         """Whether the small generator's context is to be made of the prompt."""
-        return self.context is not None and "small" in plan.generators and given["context_embeds"] is None
+        return (
+            self.context is not None
+            and "small" in plan.generators
+            and given["context_embeds"] is None
+        )
 
     def _place(self, request: GenerationRequest, videos: int) -> Placement:
-        """Where a call's weights are: what moves the engines under a memory budget, and the fused step where both generators
-        may be in memory."""
+        """Where a call's weights are: what moves the engines under a memory budget, and the fused
+        step where both generators may be in memory."""
         step_engine = None if request.published else self.step_engine
         if self.vram is None:
             return Placement(None, step_engine)
@@ -413,8 +545,11 @@ class NexusPipeline:
             engine.unload()
         return Placement(residency, None)
 
-    def _encode_call(self, request: GenerationRequest, inputs: CallInputs) -> dict[str, Tensor | None]:
-        """A call's embeddings and contexts under its arguments' names, one for each video: those given, the rest encoded.
+    def _encode_call(
+        self, request: GenerationRequest, inputs: CallInputs
+    ) -> dict[str, Tensor | None]:
+        """A call's embeddings and contexts under its arguments' names, one for each video: those
+        given, the rest encoded.
 
         Raises:
             Cancelled: `cancel()` was called meanwhile.
@@ -422,15 +557,21 @@ class NexusPipeline:
         every, prompt, given = request.videos_per_prompt, inputs.prompt, inputs.embeds
         embeds = {k: None if v is None else v.repeat_interleave(every, 0) for k, v in given.items()}
         if prompt is not None:
-            positive, none = self.encode_prompt(prompt, inputs.negative_prompt, every, inputs.max_sequence_length)
+            positive, none = self.encode_prompt(
+                prompt, inputs.negative_prompt, every, inputs.max_sequence_length
+            )
             embeds["prompt_embeds"] = positive
             if given["negative_prompt_embeds"] is None:
                 embeds["negative_prompt_embeds"] = none
             self._check_cancelled("after the prompt was encoded")
         if self._steered(request.plan, given):
             text, no_text = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
-            assert prompt is not None and text is not None and no_text is not None  # of the prompt, which was checked
-            context, none = self.encode_context(prompt, text, no_text, request.size.frames == 1, every)
+            assert (
+                prompt is not None and text is not None and no_text is not None
+            )  # of the prompt, which was checked
+            context, none = self.encode_context(
+                prompt, text, no_text, request.size.frames == 1, every
+            )
             embeds["context_embeds"] = context
             if given["negative_context_embeds"] is None:
                 embeds["negative_context_embeds"] = none
@@ -442,7 +583,8 @@ class NexusPipeline:
             raise Cancelled(f"stopped {when}, as asked.")
 
     def _leave_encoders(self, place: Placement) -> None:
-        """Free what the rest of a call does not need: where memory is budgeted, or encoders are not kept."""
+        """Free what the rest of a call does not need: where memory is budgeted, or encoders are not
+        kept."""
         for encoder in (self.text, self.context) if place.tight or not self.keep_encoders else ():
             if encoder is not None:
                 (encoder.unload if self.keep_encoders else encoder.drop)()
@@ -451,7 +593,9 @@ class NexusPipeline:
         """The latents that a call was given, or drawn ones."""
         if inputs.latents is not None:
             return inputs.latents
-        return self.prepare_latents(videos, request.size.frames, request.size.height, request.size.width, inputs.generator)
+        return self.prepare_latents(
+            videos, request.size.frames, request.size.height, request.size.width, inputs.generator
+        )
 
     def _prompts(self, embeds: dict[str, Tensor | None]) -> dict[str, Prompt]:
         """What each generator is told."""
@@ -463,15 +607,22 @@ class NexusPipeline:
         return prompts
 
     def _sample(
-        self, request: GenerationRequest, inputs: CallInputs, noise: Tensor, embeds: dict[str, Tensor | None], place: Placement
-    ) -> Tensor:  # fmt: skip
+        self,
+        request: GenerationRequest,
+        inputs: CallInputs,
+        noise: Tensor,
+        embeds: dict[str, Tensor | None],
+        place: Placement,
+    ) -> Tensor:
         """Noise to clean latents, with the progress bar and the caller's callback."""
         from tqdm import tqdm
 
         plan = request.plan
         running = [self.engines[name] for name in plan.generators] if request.published else []
         exact = [engine for engine in running if isinstance(engine, PublishedNumerics)]
-        with tqdm(**{"total": len(plan), "desc": plan.name, "unit": "step", **self._progress}) as bar:
+        with tqdm(
+            **{"total": len(plan), "desc": plan.name, "unit": "step", **self._progress}
+        ) as bar:
 
             def on_step(step: Step, latents: Tensor) -> Change | None:
                 bar.set_postfix_str(step.runs, refresh=False)
@@ -479,19 +630,30 @@ class NexusPipeline:
                 if inputs.callback is None:
                     return None
                 known = {"latents": latents, **embeds}
-                answer = inputs.callback(self, step.index, step.timestep, {name: known[name] for name in inputs.tensors})
+                answer = inputs.callback(
+                    self, step.index, step.timestep, {name: known[name] for name in inputs.tensors}
+                )
                 return self._change(answer, known, embeds)
 
             try:
                 for engine in exact:
                     engine.published_numerics(True)
                 return denoise(
-                    noise.to(self.device), plan, self.engines, self._prompts(embeds),
-                    guidance_scale=request.guidance.small, guidance_scale_2=request.guidance.large,
-                    blend_config=request.blend, solver=request.solver, kernels=self.kernels,
-                    residency=place.residency, step_engine=place.step_engine, on_step=on_step,
-                    should_stop=self._cancel.is_set, should_finish=lambda: self._interrupt,
-                )  # fmt: skip
+                    noise.to(self.device),
+                    plan,
+                    self.engines,
+                    self._prompts(embeds),
+                    guidance_scale=request.guidance.small,
+                    guidance_scale_2=request.guidance.large,
+                    blend_config=request.blend,
+                    solver=request.solver,
+                    kernels=self.kernels,
+                    residency=place.residency,
+                    step_engine=place.step_engine,
+                    on_step=on_step,
+                    should_stop=self._cancel.is_set,
+                    should_finish=lambda: self._interrupt,
+                )
             finally:
                 for engine in exact:
                     engine.published_numerics(False)
@@ -499,7 +661,8 @@ class NexusPipeline:
                     place.residency.close()
 
     def _decode_call(self, request: GenerationRequest, latents: Tensor, place: Placement) -> Any:
-        """A call's frames; under a tight budget the engines leave the memory to the decoder, and it leaves after them."""
+        """A call's frames; under a tight budget the engines leave the memory to the decoder, and it
+        leaves after them."""
         for engine in self.engines.values() if place.tight else ():
             engine.unload()
         frames = self.decode(latents, request.output_type, truncate=request.published)
@@ -507,7 +670,9 @@ class NexusPipeline:
             self.vae.unload()
         return frames
 
-    def _change(self, answer: Any, known: dict[str, Tensor | None], embeds: dict[str, Tensor | None]) -> Change | None:
+    def _change(
+        self, answer: Any, known: dict[str, Tensor | None], embeds: dict[str, Tensor | None]
+    ) -> Change | None:
         """What a callback's answer changes; embeddings are replaced in `embeds`.
 
         Raises:
@@ -516,15 +681,24 @@ class NexusPipeline:
         if answer is None:
             return None
         if not isinstance(answer, dict):
-            raise InputError(f"the callback returned {cut(repr(answer), 80)}; expected a dictionary of tensors, or None.")
+            raise InputError(
+                f"the callback returned {cut(repr(answer), 80)}; expected a dictionary of tensors,"
+                " or None."
+            )
         for name, value in answer.items():
             choose("callback tensor", name, CALLBACK_TENSORS)
             there = known[name]
             if not isinstance(value, Tensor) or there is None or value.shape != there.shape:
                 shape = None if there is None else list(there.shape)
                 found = list(value.shape) if isinstance(value, Tensor) else cut(repr(value), 80)
-                raise InputError(f"the callback returned {name} as {found}; expected a tensor of shape {shape}.")
-        new = {name: value for name, value in answer.items() if name != "latents" and value is not known[name]}
+                raise InputError(
+                    f"the callback returned {name} as {found}; expected a tensor of shape {shape}."
+                )
+        new = {
+            name: value
+            for name, value in answer.items()
+            if name != "latents" and value is not known[name]
+        }
         embeds.update(new)
         return Change(answer.get("latents"), self._prompts(embeds) if new else None)
 
@@ -534,12 +708,19 @@ class NexusPipeline:
         return self._interrupt
 
     def decode(
-        self, latents: Tensor, output_type: str = "np", rescue: str | Path | None = None, truncate: bool = False
-    ) -> Any:  # fmt: skip
-        """Latents [B, C, T, H, W] to frames as `output_type` asks; see `VideoDecoder.decode`. truncate: see `save_video`."""
+        self,
+        latents: Tensor,
+        output_type: str = "np",
+        rescue: str | Path | None = None,
+        truncate: bool = False,
+    ) -> Any:
+        """Latents [B, C, T, H, W] to frames as `output_type` asks; see `VideoDecoder.decode`.
+        truncate: see `save_video`."""
         choose("output_type", output_type, OUTPUT_TYPES)
         if output_type == "latent":
             return latents
         if self.vae is None:
-            raise ModelError("this pipeline has no VAE; pass vae= to from_pretrained, or output_type='latent'.")
+            raise ModelError(
+                "this pipeline has no VAE; pass vae= to from_pretrained, or output_type='latent'."
+            )
         return as_output(self.vae.decode(latents, rescue), output_type, truncate)

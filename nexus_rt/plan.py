@@ -1,7 +1,7 @@
 """Plans: which generator runs at which step, with what weight, and what that costs.
 
-A plan is made before the first step and does not change. `segments` is the general form; `small`, `large` and
-`handoff` are shorthands of it; `reference` and `auto` follow the gate.
+A plan is made before the first step and does not change. `segments` is the general form; `small`,
+`large` and `handoff` are shorthands of it; `reference` and `auto` follow the gate.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ GAMMA_W = 0.3
 
 
 def gate(timestep: float, gamma_w: float = GAMMA_W) -> float:
-    """The small generator's weight `w(t) = (1 + cos(pi (1 - tau)^gamma_w)) / 2`, tau = t/999: 1 at t=999, 0 at t=0."""
+    """The small generator's weight `w(t) = (1 + cos(pi (1 - tau)^gamma_w)) / 2`, tau = t/999: 1 at
+    t=999, 0 at t=0."""
     tau = min(max(timestep / (TRAIN_STEPS - 1), 0.0), 1.0)
     return (1 + math.cos(math.pi * (1 - tau) ** gamma_w)) / 2
 
@@ -31,7 +32,8 @@ def gate(timestep: float, gamma_w: float = GAMMA_W) -> float:
 class Step:
     """One step of a plan.
 
-    w: the small generator's weight. small, large: which generators run. energy: how the blend's RMS is set.
+    w: the small generator's weight. small, large: which generators run. energy: how the blend's RMS
+        is set.
     guidance_small, guidance_large: this step's own guidance scale, None for the call's.
     blended: False where a lone generator's velocity is used as it is.
     """
@@ -95,8 +97,9 @@ class Plan:
         lone = [s for s in self.steps if not (s.small and s.large)]
         if energy == "reference" and lone:
             raise InputError(
-                f"energy 'reference' needs both generators at every step, but plan {self.name!r} leaves one out at "
-                f"step {lone[0].index} ({len(lone)} steps in all); use energy 'progressive', or plan 'reference'."
+                f"energy 'reference' needs both generators at every step, but plan {self.name!r}"
+                f" leaves one out at step {lone[0].index} ({len(lone)} steps in all); use energy"
+                " 'progressive', or plan 'reference'."
             )
         return replace(self, steps=tuple(replace(s, energy=energy) for s in self.steps))
 
@@ -111,10 +114,14 @@ class Plan:
         for step in self.steps:
             for g in count:
                 if getattr(step, g):
-                    count[g] += 1 if self.guidance(step, g, guidance_small, guidance_large) == 1.0 else 2
+                    count[g] += (
+                        1 if self.guidance(step, g, guidance_small, guidance_large) == 1.0 else 2
+                    )
         return count
 
-    def step_price(self, step: Step, costs: StepCosts, guidance_small: float, guidance_large: float) -> float:
+    def step_price(
+        self, step: Step, costs: StepCosts, guidance_small: float, guidance_large: float
+    ) -> float:
         """Milliseconds of one step: the sum of what runs in it."""
         price = costs.solver + (costs.blend if step.blended else 0.0)
         for g in ("small", "large"):
@@ -129,7 +136,8 @@ class Plan:
 
 
 def reference(grid: TimeGrid, gamma_w: float = GAMMA_W) -> Plan:
-    """Both generators at every step, w from the gate, energy `reference`: the published schedule."""
+    """Both generators at every step, w from the gate, energy `reference`: the published
+    schedule."""
     steps = [
         Step(i, t, s, gate(t, gamma_w), True, True, "reference")
         for i, (t, s) in enumerate(zip(grid.timesteps, grid.sigmas, strict=False))
@@ -138,9 +146,12 @@ def reference(grid: TimeGrid, gamma_w: float = GAMMA_W) -> Plan:
 
 
 def auto(grid: TimeGrid, tolerance: float = 0.02, gamma_w: float = GAMMA_W) -> Plan:
-    """w from the gate, snapped to 0 below `tolerance` and to 1 above `1 - tolerance`; what has no share does not run."""
+    """w from the gate, snapped to 0 below `tolerance` and to 1 above `1 - tolerance`; what has no
+    share does not run."""
     if not 0 <= tolerance < 0.5:
-        raise InputError(f"auto's tolerance is {tolerance}; expected a weight from 0 up to (not including) 0.5.")
+        raise InputError(
+            f"auto's tolerance is {tolerance}; expected a weight from 0 up to (not including) 0.5."
+        )
     steps = []
     for i, (t, s) in enumerate(zip(grid.timesteps, grid.sigmas, strict=False)):
         w = gate(t, gamma_w)
@@ -151,7 +162,8 @@ def auto(grid: TimeGrid, tolerance: float = 0.02, gamma_w: float = GAMMA_W) -> P
 
 @dataclass(frozen=True)
 class Segment:
-    """`generator` ("small", "large" or "bridge") for a number of steps, with a guidance scale of its own or None."""
+    """`generator` ("small", "large" or "bridge") for a number of steps, with a guidance scale of
+    its own or None."""
 
     generator: str
     steps: int
@@ -159,17 +171,19 @@ class Segment:
 
 
 def segments(grid: TimeGrid, parts: Sequence[Segment], name: str | None = None) -> Plan:
-    """The general plan: generators in turn, `bridge` a cosine ramp of w between its neighbours, both running.
+    """The general plan: generators in turn, `bridge` a cosine ramp of w between its neighbours,
+    both running.
 
     Raises:
-        InputError: the segments do not cover the schedule exactly, or a bridge lacks two different neighbours.
+        InputError: the segments do not cover the schedule exactly, or a bridge lacks two different
+            neighbours.
     """
     parts = [p for p in parts if p.steps > 0]
     total = sum(p.steps for p in parts)
     if total != len(grid):
         raise InputError(
-            f"the segments have {total} steps, the schedule {len(grid)}; make them add up, or let one take the rest "
-            "('large:*')."
+            f"the segments have {total} steps, the schedule {len(grid)}; make them add up, or let"
+            " one take the rest ('large:*')."
         )
     steps: list[Step] = []
     for k, part in enumerate(parts):
@@ -180,19 +194,40 @@ def segments(grid: TimeGrid, parts: Sequence[Segment], name: str | None = None) 
         else:
             sides = [parts[j].generator if 0 <= j < len(parts) else None for j in (k - 1, k + 1)]
             if sorted(map(str, sides)) != ["large", "small"]:
-                raise InputError("a bridge stands between a small and a large segment, one on each side.")
+                raise InputError(
+                    "a bridge stands between a small and a large segment, one on each side."
+                )
             start = 1.0 if sides[0] == "small" else 0.0
-            ramp = [(1 + math.cos(math.pi * (j + 1) / (part.steps + 1))) / 2 for j in range(part.steps)]
+            ramp = [
+                (1 + math.cos(math.pi * (j + 1) / (part.steps + 1))) / 2 for j in range(part.steps)
+            ]
             levels = [r if start else 1 - r for r in ramp]
             beside = {sides[0]: parts[k - 1].guidance, sides[1]: parts[k + 1].guidance}
-            own = (part.guidance, part.guidance) if part.guidance is not None else (beside["small"], beside["large"])
+            own = (
+                (part.guidance, part.guidance)
+                if part.guidance is not None
+                else (beside["small"], beside["large"])
+            )
         for w in levels:
             i = len(steps)
             both = part.generator == "bridge"
             steps.append(
-                Step(i, grid.timesteps[i], grid.sigmas[i], w, both or w == 1, both or w == 0, "progressive", *own, both)
+                Step(
+                    i,
+                    grid.timesteps[i],
+                    grid.sigmas[i],
+                    w,
+                    both or w == 1,
+                    both or w == 0,
+                    "progressive",
+                    *own,
+                    both,
+                )
             )
-    text = " ".join(f"{p.generator}:{p.steps}" + (f"@{p.guidance:g}" if p.guidance is not None else "") for p in parts)
+    text = " ".join(
+        f"{p.generator}:{p.steps}" + (f"@{p.guidance:g}" if p.guidance is not None else "")
+        for p in parts
+    )
     return Plan(name or text, tuple(steps), grid)
 
 
@@ -200,8 +235,8 @@ def handoff(grid: TimeGrid, at: float, unit: str = "timestep", bridge: int | Non
     """The small generator alone, a cosine ramp over `bridge` steps, then the large one alone.
 
     Args:
-        at: where the small one stops running alone: a timestep (it runs while t >= at, as diffusers' boundary has it),
-            a fraction of the steps, or a sigma, as `unit` says.
+        at: where the small one stops running alone: a timestep (it runs while t >= at, as
+            diffusers' boundary has it), a fraction of the steps, or a sigma, as `unit` says.
         bridge: steps with both; the default is a tenth of the schedule, at most what is left.
     """
     n = len(grid)
@@ -209,9 +244,15 @@ def handoff(grid: TimeGrid, at: float, unit: str = "timestep", bridge: int | Non
     if unit == "fraction":
         alone, inside = round(at * n), 0 < at < 1
     elif unit == "sigma":
-        alone, inside = sum(s >= at for s in grid.sigmas[:-1]), grid.sigmas[n - 1] < at <= grid.sigmas[0]
+        alone, inside = (
+            sum(s >= at for s in grid.sigmas[:-1]),
+            grid.sigmas[n - 1] < at <= grid.sigmas[0],
+        )
     else:
-        alone, inside = sum(t >= at for t in grid.timesteps), grid.timesteps[-1] < at <= grid.timesteps[0]
+        alone, inside = (
+            sum(t >= at for t in grid.timesteps),
+            grid.timesteps[-1] < at <= grid.timesteps[0],
+        )
     if not inside:
         spans = {
             "fraction": "between 0 and 1 (exclusive)",
@@ -219,15 +260,25 @@ def handoff(grid: TimeGrid, at: float, unit: str = "timestep", bridge: int | Non
             "timestep": f"above {grid.timesteps[-1]} and up to {grid.timesteps[0]}",
         }
         raise InputError(
-            f"handoff at {unit} {at:g} lies outside the schedule of {n} steps; expected {spans[unit]}, "
-            "or plan 'small' or 'large'."
+            f"handoff at {unit} {at:g} lies outside the schedule of {n} steps; expected"
+            f" {spans[unit]}, or plan 'small' or 'large'."
         )
     bridge = max(0, min(max(1, round(n / 10)), n - alone - 1)) if bridge is None else bridge
     if bridge < 0 or alone + bridge > n - (bridge > 0):
-        raise InputError(f"a bridge of {bridge} steps after {alone} small ones leaves none of the {n} for the large one.")
+        raise InputError(
+            f"a bridge of {bridge} steps after {alone} small ones leaves none of the {n} for the"
+            " large one."
+        )
     if bridge and not alone:
-        raise InputError(f"handoff at {unit} {at:g} leaves the small generator no step of its own in {n}; hand over later.")
-    parts = [Segment("small", alone), Segment("bridge", bridge), Segment("large", n - alone - bridge)]
+        raise InputError(
+            f"handoff at {unit} {at:g} leaves the small generator no step of its own in {n}; hand"
+            " over later."
+        )
+    parts = [
+        Segment("small", alone),
+        Segment("bridge", bridge),
+        Segment("large", n - alone - bridge),
+    ]
     return segments(grid, parts, f"handoff={at:g}" + (f",bridge={bridge}" if bridge else ""))
 
 
@@ -242,12 +293,16 @@ def _number(text: str, what: str) -> float:
 
 
 def _parse_segments(spec: str, n: int) -> list[Segment]:
-    """`small:10 bridge:5 large:*@1`: steps, percentages of the schedule, or `*` for the rest, each with an own guidance."""
+    """`small:10 bridge:5 large:*@1`: steps, percentages of the schedule, or `*` for the rest, each
+    with an own guidance."""
     names, amounts, scales = [], [], []
     for word in spec.split():
         match = re.fullmatch(r"([a-z]+):(\*|\d+(?:\.\d+)?%|\d+)(?:@(\d+(?:\.\d+)?))?", word)
         if not match:
-            raise InputError(f"segment {word!r} is not of the form name:steps, name:30%, name:* or name:steps@guidance.")
+            raise InputError(
+                f"segment {word!r} is not of the form name:steps, name:30%, name:* or"
+                " name:steps@guidance."
+            )
         names.append(choose("segment", match[1], ("small", "large", "bridge")))
         amounts.append(match[2])
         scales.append(float(match[3]) if match[3] else None)
@@ -271,13 +326,16 @@ def _parse_segments(spec: str, n: int) -> list[Segment]:
 def parse_plan(spec: str | Plan, grid: TimeGrid, gamma_w: float = GAMMA_W) -> Plan:
     """Read a plan as the command line writes it.
 
-    `reference` | `small` | `large` | `handoff=AT[,bridge=K]` | `auto[=TOLERANCE]` | segments such as
-    `small:10 bridge:5 large:15@1`. AT is a fraction of the steps when below 1, a timestep when 1 or more, or explicit:
-    `handoff=sigma:0.9`, `handoff=fraction:0.3`, `handoff=timestep:850`.
+    `reference` | `small` | `large` | `handoff=AT[,bridge=K]` | `auto[=TOLERANCE]` | segments such
+    as `small:10 bridge:5 large:15@1`. AT is a fraction of the steps when below 1, a timestep when 1
+    or more, or explicit: `handoff=sigma:0.9`, `handoff=fraction:0.3`, `handoff=timestep:850`.
     """
     if isinstance(spec, Plan):
         if spec.grid != grid:
-            raise InputError(f"plan {spec.name!r} was made for another time grid of {len(spec)} steps; make it for this one.")
+            raise InputError(
+                f"plan {spec.name!r} was made for another time grid of {len(spec)} steps; make it"
+                " for this one."
+            )
         return spec
     spec = str(spec).strip()
     if ":" in spec.split("=")[0]:
@@ -291,7 +349,10 @@ def parse_plan(spec: str | Plan, grid: TimeGrid, gamma_w: float = GAMMA_W) -> Pl
     if name == "handoff":
         at, *options = value.split(",")
         if not at:
-            raise InputError("handoff needs where: handoff=0.3 (fraction of steps), handoff=850 (timestep), handoff=sigma:0.9.")
+            raise InputError(
+                "handoff needs where: handoff=0.3 (fraction of steps), handoff=850 (timestep),"
+                " handoff=sigma:0.9."
+            )
         bridge: int | None = None
         for option in options:
             key, _, number = option.partition("=")

@@ -1,8 +1,9 @@
-"""What this package shares with the rest of a process: one lock over first imports and loads, and the end of forking.
+"""What this package shares with the rest of a process: one lock over first imports and loads, and
+the end of forking.
 
-transformers and its helpers build models under patches of `torch.nn` that are not safe in threads; under this lock nobody
-else of ours builds one. A process that has computed with several threads cannot fork: the child waits for threads it does
-not have. It is told so at its first call.
+transformers and its helpers build models under patches of `torch.nn` that are not safe in threads;
+under this lock nobody else of ours builds one. A process that has computed with several threads
+cannot fork: the child waits for threads it does not have. It is told so at its first call.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ def computes() -> None:
     elif _computed[0] != os.getpid():
         if _computed[1] > 1:
             raise NexusError(
-                f"this process was forked from process {_computed[0]} after that one had computed: its threads are not here, "
-                "and a call would wait for them forever. Start workers with multiprocessing's 'spawn' (gunicorn without "
-                "--preload), or load and call in the workers alone."
+                f"this process was forked from process {_computed[0]} after that one had computed:"
+                " its threads are not here, and a call would wait for them forever. Start workers"
+                " with multiprocessing's 'spawn' (gunicorn without --preload), or load and call in"
+                " the workers alone."
             )
         _computed = os.getpid(), _computed[1]

@@ -1,4 +1,5 @@
-"""Prompt lists: a text file, JSON, JSON lines, or VR-Bench's prompt files, as items with a name, a seed and a size."""
+"""Prompt lists: a text file, JSON, JSON lines, or VR-Bench's prompt files, as items with a name, a
+seed and a size."""
 
 from __future__ import annotations
 
@@ -40,12 +41,14 @@ class Item:
 def read_prompts(path: str | Path) -> list[Item]:
     """The items of a list.
 
-    A `.txt` file has a prompt a line (empty lines and those that begin with # are left out) and names them by their place;
-    `.json` is an array of objects (or of strings), or VR-Bench's object of categories; `.jsonl` an object a line. A folder
-    is read as all its `.json` files. An object's fields are prompt, and if wanted id, seed, size ("832x480"), frames, negative.
+    A `.txt` file has a prompt a line (empty lines and those that begin with # are left out) and
+    names them by their place; `.json` is an array of objects (or of strings), or VR-Bench's object
+    of categories; `.jsonl` an object a line. A folder is read as all its `.json` files. An object's
+    fields are prompt, and if wanted id, seed, size ("832x480"), frames, negative.
 
     Raises:
-        InputError: no such file, one that breaks this (with the place and what was expected), no prompts, an id twice.
+        InputError: no such file, one that breaks this (with the place and what was expected), no
+            prompts, an id twice.
     """
     path = Path(path).expanduser()
     items = [item for file in prompt_files(path) for item in _file(file)]
@@ -67,7 +70,9 @@ def check_ids(ids: list[str], path: Path) -> None:
         raise InputError(f"{path} holds no prompts; expected at least one.")
     twice = next((name for name, count in Counter(ids).items() if count > 1), None)
     if twice is not None:
-        raise InputError(f"{path}: id {twice!r} is there twice; every clip needs a name of its own.")
+        raise InputError(
+            f"{path}: id {twice!r} is there twice; every clip needs a name of its own."
+        )
 
 
 def read_text(path: Path) -> str:
@@ -75,25 +80,41 @@ def read_text(path: Path) -> str:
     try:
         return documents.read_bytes(path, InputError).decode("utf-8-sig")
     except (InputError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({cut(error)}); expected a .txt, .json or .jsonl list of prompts.") from None
+        raise InputError(
+            f"{path} cannot be read ({cut(error)}); expected a .txt, .json or .jsonl list of"
+            " prompts."
+        ) from None
 
 
 def _file(path: Path) -> list[Item]:
     text = read_text(path)
     if path.suffix == ".txt":
-        lines = [line.strip() for line in text.split("\n")]  # at line feeds alone: U+2028 and U+0085 are text
+        lines = [
+            line.strip() for line in text.split("\n")
+        ]  # at line feeds alone: U+2028 and U+0085 are text
         lines = [line for line in lines if line and not line.startswith("#")]
-        return [Item(f"{i:04}", line) for i, line in enumerate(lines)]  # an id stays as the list grows
+        return [
+            Item(f"{i:04}", line) for i, line in enumerate(lines)
+        ]  # an id stays as the list grows
     if path.suffix not in (".json", ".jsonl"):
-        raise InputError(f"{path} ends in {path.suffix or 'nothing'}; expected .txt, .json or .jsonl.")
+        raise InputError(
+            f"{path} ends in {path.suffix or 'nothing'}; expected .txt, .json or .jsonl."
+        )
     if path.suffix == ".jsonl":
-        rows = [(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [
+            (line, f"{path}, line {n}")
+            for n, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
         return [_item(parse_json(line, place), place, i) for i, (line, place) in enumerate(rows)]
     document = parse_json(text, str(path))
     if isinstance(document, list):
         return [_item(row, f"{path}: [{i}]", i) for i, row in enumerate(document)]
     if not isinstance(document, dict):
-        raise InputError(f"{path} holds a {type(document).__name__}; expected an array of prompts, or VR-Bench's categories.")
+        raise InputError(
+            f"{path} holds a {type(document).__name__}; expected an array of prompts, or VR-Bench's"
+            " categories."
+        )
     return [
         _item({"id": row["id"], "prompt": row["prompt_en"]}, place, i)
         for name, category in document.items()
@@ -107,14 +128,17 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def category_prompts(document: Any, where: str) -> list[tuple[dict[str, Any], str]]:
-    """The rows under `prompts` of one of VR-Bench's categories, each with its place; `id` and `prompt_en` are there.
+    """The rows under `prompts` of one of VR-Bench's categories, each with its place; `id` and
+    `prompt_en` are there.
 
     Raises:
         InputError: they are not; names the field's place and what was expected.
     """
     rows = document.get("prompts") if isinstance(document, dict) else None
     if not isinstance(rows, list):
-        raise InputError(f"{where}.prompts is {type(rows).__name__}; expected an array, as in VR-Bench's files.")
+        raise InputError(
+            f"{where}.prompts is {type(rows).__name__}; expected an array, as in VR-Bench's files."
+        )
     found = []
     for i, row in enumerate(rows):
         place = f"{where}.prompts[{i}]"
@@ -122,15 +146,20 @@ def category_prompts(document: Any, where: str) -> list[tuple[dict[str, Any], st
             raise InputError(f"{place} is a {type(row).__name__}; expected an object.")
         for field in ("id", "prompt_en"):
             value = row.get(field)
-            if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (str, int))
+                or not str(value).strip()
+            ):
                 raise InputError(f"{place}.{field} is {cut(repr(value), 80)}; expected text.")
         found.append((row, place))
     return _mended(found, where)
 
 
 def _mended(rows: list[tuple[dict[str, Any], str]], where: str) -> list[tuple[dict[str, Any], str]]:
-    """Rows whose ids are each there once: of two prompts under one id the one that stands between its neighbours' numbers
-    (021 between 020 and 022) gets its number, with a warning, where only one can be meant.
+    """Rows whose ids are each there once: of two prompts under one id the one that stands between
+    its neighbours' numbers (021 between 020 and 022) gets its number, with a warning, where only
+    one can be meant.
 
     A published file holds an id twice, its generation-only twin the right one.
     """
@@ -142,9 +171,14 @@ def _mended(rows: list[tuple[dict[str, Any], str]], where: str) -> list[tuple[di
         choices = [(i, new) for i in places if (new := _between(ids, i)) is not None]
         texts = {str(rows[i][0]["prompt_en"]) for i in places}
         if count != 2 or len(choices) != 1 or len(texts) != 2:
-            raise InputError(f"{where}: id {name!r} is there twice; every clip needs a name of its own.")
+            raise InputError(
+                f"{where}: id {name!r} is there twice; every clip needs a name of its own."
+            )
         i, new = choices[0]
-        message = f"{rows[i][1]}.id is {name!r}, which its category holds twice; read as {new!r}, by its place."
+        message = (
+            f"{rows[i][1]}.id is {name!r}, which its category holds twice; read as {new!r}, by its"
+            " place."
+        )
         warnings.warn(message, stacklevel=4)
         ids[i] = new
         rows[i] = ({**rows[i][0], "id": new}, rows[i][1])
@@ -172,7 +206,8 @@ def check_name(value: Any, where: str) -> str:
     """An id that can be a file's name."""
     if not NAME.fullmatch(str(value)):
         raise InputError(
-            f"{where}.id is {cut(repr(value), 80)}; expected a file's name: letters, digits, '.', '_' and '-', at most 120."
+            f"{where}.id is {cut(repr(value), 80)}; expected a file's name: letters, digits, '.',"
+            " '_' and '-', at most 120."
         )
     return str(value)
 
@@ -184,10 +219,18 @@ def _item(row: Any, where: str, index: int) -> Item:
     for field, kind in FIELDS.items():
         value = row.get(field)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            wanted = "text" if kind is str else "a whole number" if kind is int else "text or a whole number"
+            wanted = (
+                "text"
+                if kind is str
+                else "a whole number"
+                if kind is int
+                else "text or a whole number"
+            )
             raise InputError(f"{where}.{field} is {cut(repr(value), 80)}; expected {wanted}.")
     if unknown := sorted(set(row) - set(FIELDS)):
-        raise InputError(f"{where} sets an unknown {cut(repr(unknown[0]), 80)}; expected {', '.join(FIELDS)}.")
+        raise InputError(
+            f"{where} sets an unknown {cut(repr(unknown[0]), 80)}; expected {', '.join(FIELDS)}."
+        )
     if not str(row.get("prompt") or "").strip():
         raise InputError(f"{where}.prompt is {cut(repr(row.get('prompt')), 80)}; expected text.")
     name = check_name(row.get("id", f"{index:04}"), where)
@@ -198,6 +241,11 @@ def _item(row: Any, where: str, index: int) -> Item:
     if row.get("size") is not None:
         found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", row["size"].lower(), re.ASCII)
         if not found:
-            raise InputError(f"{where}.size is {cut(repr(row['size']), 80)}; expected WIDTHxHEIGHT, such as 832x480.")
+            raise InputError(
+                f"{where}.size is {cut(repr(row['size']), 80)}; expected WIDTHxHEIGHT, such as"
+                " 832x480."
+            )
         size = int(found[1]), int(found[2])
-    return Item(name, row["prompt"].strip(), row.get("seed"), size, row.get("frames"), row.get("negative"))
+    return Item(
+        name, row["prompt"].strip(), row.get("seed"), size, row.get("frames"), row.get("negative")
+    )

@@ -21,7 +21,13 @@ from nexus_rt.solver import SOLVERS, time_grid
 from nexus_rt.upfb import BlendConfig
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
-CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "context_embeds", "negative_context_embeds")
+CALLBACK_TENSORS = (
+    "latents",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "context_embeds",
+    "negative_context_embeds",
+)
 MAX_STEPS, MAX_SHIFT, MAX_GUIDANCE, MAX_VIDEOS, MAX_PROMPT = 100_000, 1000.0, 1000.0, 256, 100_000
 MAX_SIDE = 16_384
 
@@ -37,7 +43,9 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
     except (AttributeError, TypeError):
         number = None
     if number is None:
-        raise InputError(f"{name} is {cut(repr(value), 80)}; expected a whole number of at least {low}.")
+        raise InputError(
+            f"{name} is {cut(repr(value), 80)}; expected a whole number of at least {low}."
+        )
     if not low <= number <= high:
         shown = f"at least {low}" if number < low else f"at most {high}"
         raise InputError(f"{name} is {cut(number, 80)}; expected a whole number of {shown}.")
@@ -50,14 +58,18 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     Raises:
         InputError: of another type, not finite, or outside.
     """
-    if isinstance(value, bool) or (not isinstance(value, (int, float)) and not hasattr(value, "__float__")):
+    if isinstance(value, bool) or (
+        not isinstance(value, (int, float)) and not hasattr(value, "__float__")
+    ):
         raise InputError(f"{name} is {cut(repr(value), 80)}; expected a number.")
     try:
         found = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         found = math.nan
     if not low <= found <= high:
-        raise InputError(f"{name} is {cut(repr(value), 80)}; expected a number from {low:g} to {high:g}.")
+        raise InputError(
+            f"{name} is {cut(repr(value), 80)}; expected a number from {low:g} to {high:g}."
+        )
     return found
 
 
@@ -65,7 +77,8 @@ def number(name: str, value: Any, low: float, high: float) -> float:
 class GenerationRequest:
     """A call's settings; every field is a valid value.
 
-    published: the published scripts' numerics (float64 timesteps, float32 residual stream, pixels by truncation).
+    published: the published scripts' numerics (float64 timesteps, float32 residual stream, pixels
+        by truncation).
     """
 
     size: ClipSize
@@ -80,9 +93,11 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class CallInputs:
-    """What a call computes from: prompts or embeddings, noise, and the callback. Shapes are checked against the request later.
+    """What a call computes from: prompts or embeddings, noise, and the callback. Shapes are checked
+    against the request later.
 
-    embeds: the two texts and the two contexts under the call's own names, None for those to be made of the prompt.
+    embeds: the two texts and the two contexts under the call's own names, None for those to be made
+        of the prompt.
     tensors: names of what the callback is given.
     """
 
@@ -99,31 +114,48 @@ class CallInputs:
         check_callback(self.callback, self.tensors)
 
 
-# Of the published inference scripts: s = 5.0 of v_c + s (v_c - v_u) is g = 6.0, both generators at every step.
+# Of the published inference scripts: s = 5.0 of v_c + s (v_c - v_u) is g = 6.0, both generators at
+# every step.
 PUBLISHED: dict[str, Any] = {
-    "plan": "reference", "num_inference_steps": 50, "guidance_scale": 6.0, "shift": 5.0, "gamma_w": 0.3, "solver": "unipc",
+    "plan": "reference",
+    "num_inference_steps": 50,
+    "guidance_scale": 6.0,
+    "shift": 5.0,
+    "gamma_w": 0.3,
+    "solver": "unipc",
     "blend": BlendConfig(split="gaussian", gamma_hf=0.7, sigma_min=0.35, sigma_max=0.7),
-}  # fmt: skip
+}
 
 
 def make_plan(
-    defaults: Any, plan: str | Plan | None = None, num_inference_steps: int | None = None, shift: float | None = None,
-    energy: str | None = None, gamma_w: float | None = None, published: bool = False,
-) -> Plan:  # fmt: skip
-    """The plan that these arguments mean for a pair with such `Defaults`; None is the pair's own, or the published.
+    defaults: Any,
+    plan: str | Plan | None = None,
+    num_inference_steps: int | None = None,
+    shift: float | None = None,
+    energy: str | None = None,
+    gamma_w: float | None = None,
+    published: bool = False,
+) -> Plan:
+    """The plan that these arguments mean for a pair with such `Defaults`; None is the pair's own,
+    or the published.
 
     Raises:
-        InputError: an unknown plan, numbers outside their range, or gamma_w for a plan without the gate.
+        InputError: an unknown plan, numbers outside their range, or gamma_w for a plan without the
+            gate.
     """
     if energy is not None and not isinstance(energy, str):
         raise InputError(f"energy is {cut(repr(energy), 80)}; expected a name.")
     if isinstance(plan, Plan):
         given = {"num_inference_steps": num_inference_steps, "shift": shift, "gamma_w": gamma_w}
         if extra := [name for name, value in given.items() if value is not None]:
-            raise InputError(f"{extra[0]} is the plan's own where a Plan is passed; make the plan with it.")
+            raise InputError(
+                f"{extra[0]} is the plan's own where a Plan is passed; make the plan with it."
+            )
         return plan.with_energy(energy)
     if plan is not None and not isinstance(plan, str):
-        raise InputError(f"plan is {cut(repr(plan), 80)}; expected a Plan, or its words, such as 'handoff=0.3'.")
+        raise InputError(
+            f"plan is {cut(repr(plan), 80)}; expected a Plan, or its words, such as 'handoff=0.3'."
+        )
     own = vars(defaults) if not published else {**vars(defaults), **PUBLISHED}
     steps = own["num_inference_steps"] if num_inference_steps is None else num_inference_steps
     steps = whole("num_inference_steps", steps, 1, MAX_STEPS)
@@ -131,17 +163,26 @@ def make_plan(
     number("shift", scale, 1e-3, MAX_SHIFT)
     words = own["plan"] if plan is None else plan
     if published and words.strip() != "reference":
-        raise InputError(f"plan {cut(words, 80)!r} is not as published: both generators run at every step there; leave it out.")
+        raise InputError(
+            f"plan {cut(words, 80)!r} is not as published: both generators run at every step there;"
+            " leave it out."
+        )
     if gamma_w is not None:
         number("gamma_w", gamma_w, 1e-3, 100.0)
         if words.strip().partition("=")[0] not in ("reference", "auto"):
-            raise InputError(f"gamma_w shapes the gate, and plan {cut(words, 80)!r} has none; use 'reference' or 'auto'.")
+            raise InputError(
+                f"gamma_w shapes the gate, and plan {cut(words, 80)!r} has none; use 'reference' or"
+                " 'auto'."
+            )
     grid = time_grid(steps, scale, float64_timesteps=published)
     return parse_plan(words, grid, GAMMA_W if gamma_w is None else gamma_w).with_energy(energy)
 
 
-def make_guidance(defaults: Any, guidance_scale: float | None, guidance_scale_2: float | None, published: bool) -> Guidance:
-    """The guidance scales that these arguments mean for a pair with such `Defaults`; None is the pair's own, or the published.
+def make_guidance(
+    defaults: Any, guidance_scale: float | None, guidance_scale_2: float | None, published: bool
+) -> Guidance:
+    """The guidance scales that these arguments mean for a pair with such `Defaults`; None is the
+    pair's own, or the published.
 
     Raises:
         InputError: a scale outside its range.
@@ -155,11 +196,24 @@ def make_guidance(defaults: Any, guidance_scale: float | None, guidance_scale_2:
 
 
 def make_request(
-    defaults: Any, *, height: int | None, width: int | None, num_frames: int | None, plan: str | Plan | None,
-    num_inference_steps: int | None, shift: float | None, energy: str | None, gamma_w: float | None,
-    guidance_scale: float | None, guidance_scale_2: float | None, blend: BlendConfig | None, solver: str | None,
-    output_type: str, num_videos_per_prompt: int, published: bool,
-) -> GenerationRequest:  # fmt: skip
+    defaults: Any,
+    *,
+    height: int | None,
+    width: int | None,
+    num_frames: int | None,
+    plan: str | Plan | None,
+    num_inference_steps: int | None,
+    shift: float | None,
+    energy: str | None,
+    gamma_w: float | None,
+    guidance_scale: float | None,
+    guidance_scale_2: float | None,
+    blend: BlendConfig | None,
+    solver: str | None,
+    output_type: str,
+    num_videos_per_prompt: int,
+    published: bool,
+) -> GenerationRequest:
     """A call's arguments against a pair's `Defaults`.
 
     Raises:
@@ -175,14 +229,23 @@ def make_request(
     size = ClipSize(  # which multiples the sides are of, the pair's VAE says
         whole("width", d.width if width is None else width, -MAX_SIDE, MAX_SIDE),
         whole("height", d.height if height is None else height, -MAX_SIDE, MAX_SIDE),
-        whole("num_frames", d.num_frames if num_frames is None else num_frames, -MAX_FRAMES, MAX_FRAMES),
+        whole(
+            "num_frames",
+            d.num_frames if num_frames is None else num_frames,
+            -MAX_FRAMES,
+            MAX_FRAMES,
+        ),
     )
     return GenerationRequest(
-        size, make_plan(d, plan, num_inference_steps, shift, energy, gamma_w, published),
+        size,
+        make_plan(d, plan, num_inference_steps, shift, energy, gamma_w, published),
         make_guidance(d, guidance_scale, guidance_scale_2, published),
-        blend if blend is not None else PUBLISHED["blend"] if published else BlendConfig(), solver, output_type,
-        whole("num_videos_per_prompt", num_videos_per_prompt, 1, MAX_VIDEOS), published,
-    )  # fmt: skip
+        blend if blend is not None else PUBLISHED["blend"] if published else BlendConfig(),
+        solver,
+        output_type,
+        whole("num_videos_per_prompt", num_videos_per_prompt, 1, MAX_VIDEOS),
+        published,
+    )
 
 
 def prompt_lists(prompt: Any, negative: Any) -> tuple[list[str], list[str] | None]:
@@ -197,68 +260,110 @@ def prompt_lists(prompt: Any, negative: Any) -> tuple[list[str], list[str] | Non
     negatives = _texts("negative_prompt", negative)
     negatives = negatives * len(prompts) if isinstance(negative, str) else negatives
     if len(negatives) != len(prompts):
-        raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; pass one for each, or one for all.")
+        raise InputError(
+            f"{len(negatives)} negative prompts for {len(prompts)} prompts; pass one for each, or"
+            " one for all."
+        )
     return prompts, negatives if any(negatives) else None
 
 
 def _texts(name: str, value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else None
+    texts = (
+        [value]
+        if isinstance(value, str)
+        else list(value)
+        if isinstance(value, (list, tuple))
+        else None
+    )
     if texts is None or not all(isinstance(t, str) for t in texts):
         odd = value if texts is None else next(t for t in texts if not isinstance(t, str))
         raise InputError(f"{name} holds {cut(repr(odd), 80)}; expected text, or a list of texts.")
     if not texts:
-        raise InputError(f"the {name.removeprefix('negative_')} list is empty; pass at least one prompt.")
+        raise InputError(
+            f"the {name.removeprefix('negative_')} list is empty; pass at least one prompt."
+        )
     if long := [t for t in texts if len(t) > MAX_PROMPT]:
-        raise InputError(f"the {name} has {len(long[0])} characters; expected at most {MAX_PROMPT}.")
+        raise InputError(
+            f"the {name} has {len(long[0])} characters; expected at most {MAX_PROMPT}."
+        )
     for text in texts:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise InputError(f"the {name} {cut(ascii(text), 80)} holds half a surrogate pair, which is no text.") from None
+            raise InputError(
+                f"the {name} {cut(ascii(text), 80)} holds half a surrogate pair, which is no text."
+            ) from None
     return texts
 
 
 def check_generators(generator: Any, videos: int) -> None:
     """Raise unless `generator` is None, a torch.Generator, or one for each video."""
-    several = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
+    several = (
+        generator
+        if isinstance(generator, (list, tuple))
+        else []
+        if generator is None
+        else [generator]
+    )
     for one in several:
         if not isinstance(one, torch.Generator):
             raise InputError(
-                f"generator is {cut(repr(one), 80)}; expected a torch.Generator, such as torch.Generator().manual_seed(7), or "
-                "one for each video."
+                f"generator is {cut(repr(one), 80)}; expected a torch.Generator, such as"
+                " torch.Generator().manual_seed(7), or one for each video."
             )
     if isinstance(generator, (list, tuple)) and len(generator) != videos:
-        raise InputError(f"{len(generator)} generators for {videos} videos; pass one for each, or a single one.")
+        raise InputError(
+            f"{len(generator)} generators for {videos} videos; pass one for each, or a single one."
+        )
 
 
 def check_embeddings(given: dict[str, Tensor | None]) -> None:
-    """Raise unless embeddings are [B, L, D] and a negative one is like its positive (NaN is the first step's to name).
+    """Raise unless embeddings are [B, L, D] and a negative one is like its positive (NaN is the
+    first step's to name).
 
     given: under the call's own names, the two texts and the two contexts.
     """
     for name, value in given.items():
         if value is None:
             continue
-        if not isinstance(value, Tensor) or value.ndim != 3 or not value.is_floating_point() or 0 in value.shape:
-            found = f"{list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else cut(repr(value), 80)
-            raise InputError(f"{name} is {found}; expected a tensor of embeddings [batch, tokens, width].")
+        if (
+            not isinstance(value, Tensor)
+            or value.ndim != 3
+            or not value.is_floating_point()
+            or 0 in value.shape
+        ):
+            found = (
+                f"{list(value.shape)} of {value.dtype}"
+                if isinstance(value, Tensor)
+                else cut(repr(value), 80)
+            )
+            raise InputError(
+                f"{name} is {found}; expected a tensor of embeddings [batch, tokens, width]."
+            )
     for name in ("prompt_embeds", "context_embeds"):
         positive, negative = given.get(name), given.get(f"negative_{name}")
         if negative is not None and positive is not None and negative.shape != positive.shape:
             raise InputError(
-                f"negative_{name} has shape {list(negative.shape)} and {name} {list(positive.shape)}; expected the same: one "
-                "for each video, padded to one length."
+                f"negative_{name} has shape {list(negative.shape)} and {name}"
+                f" {list(positive.shape)}; expected the same: one for each video, padded to one"
+                " length."
             )
     text, context = given.get("prompt_embeds"), given.get("context_embeds")
     if text is not None and context is not None and len(text) != len(context):
-        raise InputError(f"prompt_embeds are for {len(text)} prompts and context_embeds for {len(context)}; expected as many.")
+        raise InputError(
+            f"prompt_embeds are for {len(text)} prompts and context_embeds for {len(context)};"
+            " expected as many."
+        )
 
 
-def check_prompts(prompt: Any, negative: Any, given: dict[str, Tensor | None], max_sequence_length: Any) -> int:
+def check_prompts(
+    prompt: Any, negative: Any, given: dict[str, Tensor | None], max_sequence_length: Any
+) -> int:
     """How many prompts a call has, as text or as embeddings.
 
     Raises:
-        InputError: neither or both, negatives that are not for them, or embeddings of other counts or lengths.
+        InputError: neither or both, negatives that are not for them, or embeddings of other counts
+            or lengths.
     """
     whole("max_sequence_length", max_sequence_length, 1, MAX_SEQUENCE_LENGTH)
     embeds, negative_embeds = given["prompt_embeds"], given["negative_prompt_embeds"]
@@ -269,15 +374,21 @@ def check_prompts(prompt: Any, negative: Any, given: dict[str, Tensor | None], m
     check_embeddings(given)
     if embeds is not None:
         if negative:
-            raise InputError("negative_prompt goes with prompt; pass negative_prompt_embeds beside prompt_embeds.")
+            raise InputError(
+                "negative_prompt goes with prompt; pass negative_prompt_embeds beside"
+                " prompt_embeds."
+            )
         return len(embeds)
     count = len(prompt_lists(prompt, negative)[0])
     for name in ("negative_prompt_embeds", "context_embeds"):
         if (value := given[name]) is not None and len(value) != count:
-            raise InputError(f"{name} are for {len(value)} prompts of {count}; expected one for each.")
+            raise InputError(
+                f"{name} are for {len(value)} prompts of {count}; expected one for each."
+            )
     if negative_embeds is not None and negative_embeds.shape[1] != max_sequence_length:
         raise InputError(
-            f"negative_prompt_embeds have {negative_embeds.shape[1]} tokens; expected {max_sequence_length}, as the prompt's."
+            f"negative_prompt_embeds have {negative_embeds.shape[1]} tokens; expected"
+            f" {max_sequence_length}, as the prompt's."
         )
     return count
 
@@ -297,7 +408,10 @@ def check_callback(callback: Any, tensors: Any) -> None:
     if callback is not None and not isinstance(callback, Callable):  # type: ignore[arg-type]
         raise InputError(f"callback_on_step_end is {cut(repr(callback), 80)}; expected a function.")
     if isinstance(tensors, str) or not isinstance(tensors, Sequence):
-        raise InputError(f"callback_on_step_end_tensor_inputs is {cut(repr(tensors), 80)}; expected a list of names.")
+        raise InputError(
+            f"callback_on_step_end_tensor_inputs is {cut(repr(tensors), 80)}; expected a list of"
+            " names."
+        )
     for name in tensors:
         choose("callback tensor", name, CALLBACK_TENSORS)
 
@@ -308,6 +422,9 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
         found = str(latents.dtype) if isinstance(latents, Tensor) else cut(repr(latents), 80)
         raise InputError(f"latents are {found}; expected a floating-point tensor [B, C, T, H, W].")
     if tuple(latents.shape) != shape:
-        raise InputError(f"latents have shape {tuple(latents.shape)}; expected {list(shape)}, as the size and frames ask.")
+        raise InputError(
+            f"latents have shape {tuple(latents.shape)}; expected {list(shape)}, as the size and"
+            " frames ask."
+        )
     if not bool(latents.isfinite().all()):
         raise InputError("latents hold NaN or infinity; draw the noise again.")

@@ -41,27 +41,35 @@ def denoise(
     Args:
         latents: noise [B, C, T, H, W]; computed in float32.
         plan: made for the same number of steps the solver walks.
-        engines, prompts: under "small" and "large", those the plan runs; any objects with the engine protocol.
-        guidance_scale, guidance_scale_2: of the small and the large generator (the latter None: the same), where the
-            plan sets none; 1 means no guidance, one forward instead of two.
-        kernels: of the blend and the solver: "torch", "triton", or "auto" (triton on a GPU that can run it).
-        residency: moves the engines between memories as the plan goes on; None: they are where they run, or load first.
-        step_engine: both generators, guidance and blend in one graph, for the steps it can take (`FusedStep`).
-        on_step: called after every step with it and the new latents; may return latents to go on with, or a `Change`.
-        should_stop, should_finish: asked before every step; the first ends in `Cancelled`, the second in the latents as
-            they are.
+        engines, prompts: under "small" and "large", those the plan runs; any objects with the
+            engine protocol.
+        guidance_scale, guidance_scale_2: of the small and the large generator (the latter None: the
+            same), where the plan sets none; 1 means no guidance, one forward instead of two.
+        kernels: of the blend and the solver: "torch", "triton", or "auto" (triton on a GPU that can
+            run it).
+        residency: moves the engines between memories as the plan goes on; None: they are where they
+            run, or load first.
+        step_engine: both generators, guidance and blend in one graph, for the steps it can take
+            (`FusedStep`).
+        on_step: called after every step with it and the new latents; may return latents to go on
+            with, or a `Change`.
+        should_stop, should_finish: asked before every step; the first ends in `Cancelled`, the
+            second in the latents as they are.
 
     Returns:
         Clean latents, float32 [B, C, T, H, W].
 
     Raises:
-        InputError: a generator the plan runs is missing, or has no negative embeddings while guided.
+        InputError: a generator the plan runs is missing, or has no negative embeddings while
+            guided.
         NumericsError: a velocity is not finite; names the generator and the step.
         Cancelled: `should_stop` said so.
     """
     guidance = Guidance.of(guidance_scale, guidance_scale_2)
     fused = choose_ops(kernels, latents.device).name == "triton"
-    runner = make_runner(plan, engines, prompts, guidance, blend_config, latents, fused, step_engine)
+    runner = make_runner(
+        plan, engines, prompts, guidance, blend_config, latents, fused, step_engine
+    )
     solve, finite = make_solver(solver, plan.grid, fused), FiniteCheck(runner.generators)
     latents = latents.float()
     if residency is None or residency.plan.stays:
@@ -73,10 +81,14 @@ def denoise(
             break
         if residency is not None:
             residency.enter(step.index)
-        velocity = runner.velocity(latents, step, finite)  # of the plan's generators, guided and blended
+        velocity = runner.velocity(
+            latents, step, finite
+        )  # of the plan's generators, guided and blended
         with span("solver", step=step.index):
             latents = solve.step(step.index, latents, velocity)
-        finite.settle(step.index if latents.is_cuda else step.index + 1)  # a GPU is asked when it has the next step
+        finite.settle(
+            step.index if latents.is_cuda else step.index + 1
+        )  # a GPU is asked when it has the next step
         if on_step is not None and (change := on_step(step, latents)) is not None:
             change = change if isinstance(change, Change) else Change(change)
             latents = latents if change.latents is None else change.latents.float()

@@ -1,4 +1,5 @@
-"""Writing converted checkpoints: safetensors in shards, and the account of what became of every key."""
+"""Writing converted checkpoints: safetensors in shards, and the account of what became of every
+key."""
 
 from __future__ import annotations
 
@@ -23,9 +24,13 @@ class Report:
     used: dict[str, int] = field(default_factory=dict)
     overridden: dict[str, list[str]] = field(default_factory=dict)
     unused: dict[str, list[str]] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)  # source -> what was absent, or which form it had
+    notes: dict[str, str] = field(
+        default_factory=dict
+    )  # source -> what was absent, or which form it had
 
-    def add(self, source: str, used: int, overridden: Iterable[str] = (), unused: Iterable[str] = ()) -> None:
+    def add(
+        self, source: str, used: int, overridden: Iterable[str] = (), unused: Iterable[str] = ()
+    ) -> None:
         self.used[source] = used
         for kept, names in ((self.overridden, overridden), (self.unused, unused)):
             if listed := sorted(names):
@@ -36,14 +41,21 @@ class Report:
         for source, count in self.used.items():
             over, left = self.overridden.get(source, []), self.unused.get(source, [])
             extra = [f"{len(over)} overridden by the whole model's"] if over else []
-            extra += [f"{len(left)} unused ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})"] if left else []
+            extra += (
+                [f"{len(left)} unused ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})"]
+                if left
+                else []
+            )
             lines.append(f"{source}: {count} used" + "".join(f", {e}" for e in extra))
         lines += [f"{source}: {note}" for source, note in self.notes.items()]
         return "\n".join(lines)
 
 
-def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES) -> None:
-    """Write tensors as safetensors, in files of at most about `limit` bytes with an index where there are several."""
+def write_shards(
+    folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES
+) -> None:
+    """Write tensors as safetensors, in files of at most about `limit` bytes with an index where
+    there are several."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +78,11 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]],
     count = len(names)
     weight_map: dict[str, str] = {}
     for i, own in enumerate(names):
-        file = f"{stem}.safetensors" if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
+        file = (
+            f"{stem}.safetensors"
+            if count == 1
+            else f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
+        )
         os.replace(folder / f"part-{i}.safetensors", folder / file)
         weight_map |= dict.fromkeys(own, file)
     if count > 1:
@@ -74,12 +90,17 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]],
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def check_shapes(source: Path, got: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+def check_shapes(
+    source: Path, got: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
+) -> None:
     """Raise unless every wanted tensor is there with its shape."""
     lost = sorted(wanted.keys() - got.keys())
     if lost:
         absent = "" if source.exists() else " is missing, and what is there"
-        raise ModelError(f"{source}{absent} lacks {len(lost)} tensors ({', '.join(lost[:3])}); get the published files again.")
+        raise ModelError(
+            f"{source}{absent} lacks {len(lost)} tensors ({', '.join(lost[:3])}); get the published"
+            " files again."
+        )
     for name, shape in wanted.items():
         if got[name] != tuple(shape):
             raise ModelError(f"{source}: {name} has shape {got[name]}; expected {tuple(shape)}.")

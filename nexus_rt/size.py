@@ -36,22 +36,28 @@ class ClipSize(NamedTuple):
         """ "832x480x81" and the like.
 
         Raises:
-            InputError: not three numbers, sides that are not multiples of 16, frames other than 4k+1.
+            InputError: not three numbers, sides that are not multiples of 16, frames other than
+                4k+1.
         """
         found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
         if not found:
             raise InputError(f"size {text!r} is not WIDTHxHEIGHTxFRAMES, such as 832x480x81.")
         size = cls(*map(int, found.groups()))
         if min(size) < 1 or size.width % 16 or size.height % 16 or size.frames % 4 != 1:
-            raise InputError(f"size {size} cannot be made: sides are multiples of 16, and frames 4k+1, such as 832x480x81.")
+            raise InputError(
+                f"size {size} cannot be made: sides are multiples of 16, and frames 4k+1, such as"
+                " 832x480x81."
+            )
         return size
 
 
 def parse_sizes(text: str) -> tuple[tuple[ClipSize, ...], bool]:
-    """ "832x480x81,1280x720x81", or a range "256x256x17..832x480x81": the sizes, and whether they are a range's ends.
+    """ "832x480x81,1280x720x81", or a range "256x256x17..832x480x81": the sizes, and whether they
+    are a range's ends.
 
     Raises:
-        InputError: as `ClipSize.parse`; a range beside other sizes, or whose end is below its start.
+        InputError: as `ClipSize.parse`; a range beside other sizes, or whose end is below its
+            start.
     """
     ends = text.split("..")
     if len(ends) == 1:

@@ -1,8 +1,8 @@
 """Wan's time grid, and the solvers that walk it.
 
-A solver here is a table of scalars: UniPC's predictor and corrector are linear in the samples and predictions of the
-last two steps, so their coefficients are computed once per grid, in float64, and a step is a few scaled additions (in
-one Triton launch where that is asked for).
+A solver here is a table of scalars: UniPC's predictor and corrector are linear in the samples and
+predictions of the last two steps, so their coefficients are computed once per grid, in float64, and
+a step is a few scaled additions (in one Triton launch where that is asked for).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ SOLVERS = ("unipc", "euler")
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """sigmas: n+1 noise levels, the last 0. timesteps: n integers 999..0, what the generators are told."""
+    """sigmas: n+1 noise levels, the last 0. timesteps: n integers 999..0, what the generators are
+    told."""
 
     sigmas: tuple[float, ...]
     timesteps: tuple[int, ...]
@@ -34,23 +35,30 @@ class TimeGrid:
 def time_grid(steps: int, shift: float = 5.0, float64_timesteps: bool = False) -> TimeGrid:
     """Wan's official grid.
 
-    `s = linspace(0.999, 0, steps+1)[:-1]`, `sigma = shift s / (1 + (shift-1) s)` in float32, timestep `int(1000 sigma)`.
-    diffusers' `use_flow_sigmas` grid differs by up to 5e-3 in sigma; this one is what the checkpoints were published with.
+    `s = linspace(0.999, 0, steps+1)[:-1]`, `sigma = shift s / (1 + (shift-1) s)` in float32,
+    timestep `int(1000 sigma)`. diffusers' `use_flow_sigmas` grid differs by up to 5e-3 in sigma;
+    this one is what the checkpoints were published with.
 
     Args:
-        shift: larger spends more steps at high noise; 5.0 is Wan's default, 3.0 its advice for small frames.
-        float64_timesteps: timesteps of the sigmas before they are rounded to float32, from s = float32(0.999), as the
-            published scheduler computes them: a timestep in a few hundred is another.
+        shift: larger spends more steps at high noise; 5.0 is Wan's default, 3.0 its advice for
+            small frames.
+        float64_timesteps: timesteps of the sigmas before they are rounded to float32, from s =
+            float32(0.999), as the published scheduler computes them: a timestep in a few hundred is
+            another.
     """
     if isinstance(steps, bool) or int(steps) != steps or steps < 1:
         raise InputError(f"num_inference_steps is {steps}; expected a whole number of at least 1.")
     if not (shift > 0 and math.isfinite(shift)):
         raise InputError(f"shift is {shift}; expected a positive number, such as 5.0.")
     first = 1 - 1 / TRAIN_STEPS
-    s = np.linspace(float(np.float32(first)) if float64_timesteps else first, 0, int(steps) + 1)[:-1]
+    s = np.linspace(float(np.float32(first)) if float64_timesteps else first, 0, int(steps) + 1)[
+        :-1
+    ]
     exact = shift * s / (1 + (shift - 1) * s)
     sigmas = exact.astype(np.float32)
-    timesteps = (exact * TRAIN_STEPS if float64_timesteps else sigmas * np.float32(TRAIN_STEPS)).astype(np.int64)
+    timesteps = (
+        exact * TRAIN_STEPS if float64_timesteps else sigmas * np.float32(TRAIN_STEPS)
+    ).astype(np.int64)
     return TimeGrid((*map(float, sigmas), 0.0), tuple(map(int, timesteps)))
 
 
@@ -59,7 +67,8 @@ class SolverStep:
     """Scalars of one step. m is a prediction of the clean latents, m_k the one k steps ago.
 
     corrector: x <- c_x x_(-1) + c_0 m_0 + c_1 m_1 + c_2 m_2 (None where there is none);
-    predictor: x_next = p_x x + p_0 m_0 + p_1 m_1. Trailing zeros are left out: what is not read need not exist.
+    predictor: x_next = p_x x + p_0 m_0 + p_1 m_1. Trailing zeros are left out: what is not read
+        need not exist.
     """
 
     sigma: float
@@ -88,9 +97,11 @@ def _phi(h: float) -> tuple[float, float, float]:
 
 
 def unipc_table(grid: TimeGrid) -> list[SolverStep]:
-    """Coefficients of UniPC (arXiv 2302.04867), order 2, B(h) = e^h - 1 (`bh2`), predicting clean data, for flow matching.
+    """Coefficients of UniPC (arXiv 2302.04867), order 2, B(h) = e^h - 1 (`bh2`), predicting clean
+    data, for flow matching.
 
-    alpha = 1 - sigma; the last step is first order (`lower_order_final`), as is the first (warm-up).
+    alpha = 1 - sigma; the last step is first order (`lower_order_final`), as is the first
+    (warm-up).
     """
     sigmas, n = grid.sigmas, len(grid)
     lam = [_log_snr(s) for s in sigmas]
@@ -123,7 +134,8 @@ def unipc_table(grid: TimeGrid) -> list[SolverStep]:
 
 
 def euler_table(grid: TimeGrid) -> list[SolverStep]:
-    """First order: `x + (sigma_next - sigma) v`, written with the clean prediction `x - sigma v`."""
+    """First order: `x + (sigma_next - sigma) v`, written with the clean prediction
+    `x - sigma v`."""
     pairs = zip(grid.sigmas, grid.sigmas[1:], strict=False)
     return [SolverStep(s, None, (after / s, 1 - after / s)) for s, after in pairs]
 
@@ -132,14 +144,17 @@ TABLES = {"unipc": unipc_table, "euler": euler_table}
 
 
 class Solver:
-    """Walks a table, with what of the last steps it needs: call `step` for index 0, 1, ... in order.
+    """Walks a table, with what of the last steps it needs: call `step` for index 0, 1, ... in
+    order.
 
     fused: a step is one Triton launch, guidance and energy factor included; else PyTorch.
     """
 
     def __init__(self, table: list[SolverStep], fused: bool = False) -> None:
         self.table, self.fused = table, fused
-        self.history: list[Tensor] = []  # the corrected latents of the step before, then clean predictions, newest first
+        self.history: list[
+            Tensor
+        ] = []  # the corrected latents of the step before, then clean predictions, newest first
 
     def step(self, index: int, latents: Tensor, velocity: Velocity | Tensor) -> Tensor:
         """The latents at step index+1, float32; `velocity` is the blended one at step `index`."""
@@ -150,7 +165,9 @@ class Solver:
         self.history = [last, clean, *self.history[1:2]] if keep else []
         return latents
 
-    def _torch(self, c: SolverStep, x: Tensor, velocity: Velocity | Tensor, keep: bool) -> tuple[Tensor, ...]:
+    def _torch(
+        self, c: SolverStep, x: Tensor, velocity: Velocity | Tensor, keep: bool
+    ) -> tuple[Tensor, ...]:
         v = velocity if isinstance(velocity, Tensor) else velocity.tensor()
         clean = x.sub(v, alpha=c.sigma)
         if c.corrector is not None:
@@ -164,16 +181,28 @@ class Solver:
             out.add_(m, alpha=scalar)
         return out
 
-    def _triton(self, c: SolverStep, x: Tensor, velocity: Velocity | Tensor, keep: bool) -> tuple[Tensor, ...]:
+    def _triton(
+        self, c: SolverStep, x: Tensor, velocity: Velocity | Tensor, keep: bool
+    ) -> tuple[Tensor, ...]:
         from nexus_rt.kernels.solver_step import solver_step
 
         velocity = Velocity(Prediction(velocity)) if isinstance(velocity, Tensor) else velocity
         p, corrector = velocity.prediction, c.corrector or (0.0,)
-        pad = lambda scalars, size: [*scalars, *[0.0] * (size - len(scalars))]  # noqa: E731
+        pad = lambda scalars, size: [*scalars, *[0.0] * (size - len(scalars))]
         return solver_step(
-            x.contiguous(), p.conditional, p.unconditional, p.scale, velocity.sums, velocity.energy, velocity.w,
-            [c.sigma, *pad(corrector, 4), *pad(c.predictor, 3)], self.history, len(corrector) - 1, len(c.predictor) - 1, keep,
-        )  # fmt: skip
+            x.contiguous(),
+            p.conditional,
+            p.unconditional,
+            p.scale,
+            velocity.sums,
+            velocity.energy,
+            velocity.w,
+            [c.sigma, *pad(corrector, 4), *pad(c.predictor, 3)],
+            self.history,
+            len(corrector) - 1,
+            len(c.predictor) - 1,
+            keep,
+        )
 
 
 def make_solver(name: str, grid: TimeGrid, fused: bool = False) -> Solver:

@@ -1,4 +1,5 @@
-"""What runs a step: each generator by itself and the blend, or both in one fused graph; and the check that all is finite."""
+"""What runs a step: each generator by itself and the blend, or both in one fused graph; and the
+check that all is finite."""
 
 from __future__ import annotations
 
@@ -22,17 +23,22 @@ from nexus_rt.velocity import Prediction, Velocity
 
 @dataclass(frozen=True)
 class Prompt:
-    """A generator's prompt: embeddings [B, L, D], and those of the negative prompt (None where none is needed)."""
+    """A generator's prompt: embeddings [B, L, D], and those of the negative prompt (None where none
+    is needed)."""
 
     conditional: Tensor
     unconditional: Tensor | None = None
 
     def batch(self, guided: bool) -> Tensor:
-        """The embeddings of a step: [B, L, D], or [2 B, L, D] where it is guided, unconditional samples last."""
+        """The embeddings of a step: [B, L, D], or [2 B, L, D] where it is guided, unconditional
+        samples last."""
         if not guided:
             return self.conditional
         if self.unconditional is None:
-            raise InputError("a guided step needs negative prompt embeddings; pass them, or a guidance_scale of 1.")
+            raise InputError(
+                "a guided step needs negative prompt embeddings; pass them, or a guidance_scale"
+                " of 1."
+            )
         return torch.cat([self.conditional, self.unconditional])
 
 
@@ -45,8 +51,8 @@ class Change:
 
 
 class FiniteCheck:
-    """Whether every prediction is finite, without a device synchronisation: step i is checked after step i+1 is enqueued (on
-    a CPU at once)."""
+    """Whether every prediction is finite, without a device synchronisation: step i is checked after
+    step i+1 is enqueued (on a CPU at once)."""
 
     def __init__(self, generators: Mapping[str, Generator]) -> None:
         self.generators = generators
@@ -60,7 +66,8 @@ class FiniteCheck:
         """Check the steps before an index.
 
         Raises:
-            NumericsError: names the generator, the step and, where its weights are at fault, the weights.
+            NumericsError: names the generator, the step and, where its weights are at fault, the
+                weights.
         """
         while self.sums and self.sums[0][2].index < before:
             total, name, step = self.sums.pop(0)
@@ -71,19 +78,27 @@ class FiniteCheck:
         engine = self.generators[name].engine
         bad: list[str] = engine.not_finite() if isinstance(engine, Diagnosable) else []
         cause = (
-            f"its weights hold NaN or infinity in {', '.join(bad[:3])}: load an undamaged checkpoint."
+            f"its weights hold NaN or infinity in {', '.join(bad[:3])}: load an undamaged"
+            " checkpoint."
             if bad
-            else "its weights are finite: try a wider dtype (bfloat16 or float32) or a smaller guidance_scale."
+            else (
+                "its weights are finite: try a wider dtype (bfloat16 or float32) or a smaller"
+                " guidance_scale."
+            )
         )
         raise NumericsError(
-            f"the {name} generator's velocity is not finite at step {step.index} (timestep {step.timestep}); {cause}"
+            f"the {name} generator's velocity is not finite at step {step.index} (timestep"
+            f" {step.timestep}); {cause}"
         )
 
 
 class Generator:
-    """An engine and its prompt, which is prepared once for guided steps and once for plain ones, when first needed."""
+    """An engine and its prompt, which is prepared once for guided steps and once for plain ones,
+    when first needed."""
 
-    def __init__(self, name: str, engine: Engine | None, prompt: Prompt, guidance: Guidance) -> None:
+    def __init__(
+        self, name: str, engine: Engine | None, prompt: Prompt, guidance: Guidance
+    ) -> None:
         self.name, self.engine, self.prompt, self.guidance = name, engine, prompt, guidance
         self.contexts: dict[bool, Any] = {}
 
@@ -101,9 +116,13 @@ class Generator:
         return self.contexts[guided]
 
     def predict(self, latents: Tensor, step: Step) -> Tensor:
-        """The engine's raw prediction: [B, ...], or [2 B, ...] where the step is guided, unconditional samples last."""
+        """The engine's raw prediction: [B, ...], or [2 B, ...] where the step is guided,
+        unconditional samples last."""
         assert self.engine is not None
-        timestep, context = torch.tensor(float(step.timestep), device=latents.device), self.context(step)
+        timestep, context = (
+            torch.tensor(float(step.timestep), device=latents.device),
+            self.context(step),
+        )
         with span(self.name, step=step.index):
             return self.engine.velocity(latents, timestep, context)
 
@@ -111,7 +130,9 @@ class Generator:
 class SeparateGenerators:
     """Each generator that a step runs by itself, then the blend."""
 
-    def __init__(self, plan: Plan, generators: Mapping[str, Generator], config: BlendConfig, fused: bool) -> None:
+    def __init__(
+        self, plan: Plan, generators: Mapping[str, Generator], config: BlendConfig, fused: bool
+    ) -> None:
         self.plan, self.generators, self.config, self.fused = plan, generators, config, fused
 
     def takes(self, step: Step) -> bool:
@@ -146,15 +167,26 @@ class FusedStep:
     """An engine that holds both generators, guidance and blend in one graph."""
 
     def __init__(
-        self, engine: StepEngine, generators: Mapping[str, Generator], config: BlendConfig, latents: Tensor
-    ) -> None:  # fmt: skip
-        self.engine, self.generators, self.config, self.latents = engine, generators, config, latents
+        self,
+        engine: StepEngine,
+        generators: Mapping[str, Generator],
+        config: BlendConfig,
+        latents: Tensor,
+    ) -> None:
+        self.engine, self.generators, self.config, self.latents = (
+            engine,
+            generators,
+            config,
+            latents,
+        )
         self.separable: dict[float, bool] = {}
         self.contexts: dict[str, Any] = {}
 
     def takes(self, step: Step) -> bool:
         """Steps at which both generators run guided, and the split's filter is separable."""
-        if not (step.blended and step.small and step.large) or any(g.scale(step) == 1.0 for g in self.generators.values()):
+        if not (step.blended and step.small and step.large) or any(
+            g.scale(step) == 1.0 for g in self.generators.values()
+        ):
             return False
         if step.w not in self.separable:
             self.separable[step.w] = is_separable(step.w, self.config, self.latents)
@@ -180,10 +212,16 @@ class FusedStep:
 
 
 class Runner:
-    """A plan's steps, each by the fused engine where it takes the step, else by the generators themselves."""
+    """A plan's steps, each by the fused engine where it takes the step, else by the generators
+    themselves."""
 
     def __init__(self, plan: Plan, separate: SeparateGenerators, fused: FusedStep | None) -> None:
-        self.plan, self.separate, self.fused, self.generators = plan, separate, fused, separate.generators
+        self.plan, self.separate, self.fused, self.generators = (
+            plan,
+            separate,
+            fused,
+            separate.generators,
+        )
 
     def of(self, step: Step) -> SeparateGenerators | FusedStep:
         """What runs a step."""
@@ -208,13 +246,20 @@ class Runner:
 
 
 def make_runner(
-    plan: Plan, engines: Mapping[str, Engine], prompts: Mapping[str, Prompt], guidance: Guidance, config: BlendConfig,
-    latents: Tensor, fused: bool, step_engine: StepEngine | None,
-) -> Runner:  # fmt: skip
+    plan: Plan,
+    engines: Mapping[str, Engine],
+    prompts: Mapping[str, Prompt],
+    guidance: Guidance,
+    config: BlendConfig,
+    latents: Tensor,
+    fused: bool,
+    step_engine: StepEngine | None,
+) -> Runner:
     """What runs a plan's steps.
 
     Raises:
-        InputError: a generator that the plan runs has no engine, no prompt, or no negative prompt where it is guided.
+        InputError: a generator that the plan runs has no engine, no prompt, or no negative prompt
+            where it is guided.
     """
     generators: dict[str, Generator] = {}
     for name in plan.generators:
@@ -224,8 +269,8 @@ def make_runner(
         scales = [guidance.at(step, name) for step in plan.steps if getattr(step, name)]
         if prompts[name].unconditional is None and any(s != 1.0 for s in scales):
             raise InputError(
-                f"the {name} generator is guided (scale {max(s for s in scales if s != 1.0):g}) but has no negative prompt "
-                "embeddings; pass them, or a guidance_scale of 1."
+                f"the {name} generator is guided (scale {max(s for s in scales if s != 1.0):g}) but"
+                " has no negative prompt embeddings; pass them, or a guidance_scale of 1."
             )
     separate = SeparateGenerators(plan, generators, config, fused)
     whole = None if step_engine is None else FusedStep(step_engine, generators, config, latents)
@@ -239,4 +284,7 @@ def make_runner(
 
 
 def _absent(plan: Plan, name: str) -> InputError:
-    return InputError(f"plan {plan.name!r} runs the {name} generator; pass its engine and its prompt, or plan without it.")
+    return InputError(
+        f"plan {plan.name!r} runs the {name} generator; pass its engine and its prompt, or plan"
+        " without it."
+    )

@@ -5,7 +5,8 @@
     trace.totals()               # {"text": 12.1, "small": 80.4, ...} milliseconds
     trace.save("trace.json")     # Chrome's trace format, which Perfetto reads
 
-On a GPU a span is a pair of CUDA events on the current stream, so that recording makes nothing wait.
+On a GPU a span is a pair of CUDA events on the current stream, so that recording makes nothing
+wait.
 """
 
 from __future__ import annotations
@@ -39,16 +40,24 @@ class Trace:
         return event
 
     def _since(self, moment: Any) -> float:
-        return self.began.elapsed_time(moment) if self.device.type == "cuda" else 1000 * (moment - self.began)
+        return (
+            self.began.elapsed_time(moment)
+            if self.device.type == "cuda"
+            else 1000 * (moment - self.began)
+        )
 
     @property
     def spans(self) -> list[tuple[str, float, float, dict[str, Any]]]:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return [(name, self._since(a), self._since(b), attributes) for name, a, b, attributes in self._raw]
+        return [
+            (name, self._since(a), self._since(b), attributes)
+            for name, a, b, attributes in self._raw
+        ]
 
     def totals(self) -> dict[str, float]:
-        """Milliseconds by name, in the order they first ended. A span inside another counts for both."""
+        """Milliseconds by name, in the order they first ended. A span inside another counts for
+        both."""
         found: dict[str, float] = {}
         for name, start, stop, _ in self.spans:
             found[name] = found.get(name, 0.0) + stop - start

@@ -1,12 +1,14 @@
 """The frequency-banded blend of two generators' velocities: Unified Progressive Frequency Bridging.
 
-Lumos-Nexus (arXiv 2605.31603) blends low and high bands of both velocities with a 3x3 Gaussian. Expanded, the large
-generator is never filtered: `u = (1-w) v_L + w (g v_S + (1-g) LF(v_S))` with g = gamma_hf, one filter on one tensor.
-The `fft` and `dct` splits are this runtime's progressive frequency handoff: one share per spatial frequency,
-`a(rho) = w [LP(rho) + g (1 - LP(rho))]`, `u = v_L + F^-1{a . F{v_S - v_L}}`. Every one of these filters is a few matrix
-products on both sides of a plane: two where it is separable, four (there, a gain, and back) where it is not.
+Lumos-Nexus (arXiv 2605.31603) blends low and high bands of both velocities with a 3x3 Gaussian.
+Expanded, the large generator is never filtered: `u = (1-w) v_L + w (g v_S + (1-g) LF(v_S))` with g
+= gamma_hf, one filter on one tensor. The `fft` and `dct` splits are this runtime's progressive
+frequency handoff: one share per spatial frequency, `a(rho) = w [LP(rho) + g (1 - LP(rho))]`,
+`u = v_L + F^-1{a . F{v_S - v_L}}`. Every one of these filters is a few matrix products on both
+sides of a plane: two where it is separable, four (there, a gain, and back) where it is not.
 
-Velocities are float32 [B, C, T, H, W]; RMS is per sample over C, T, H, W; filters act on each H x W plane.
+Velocities are float32 [B, C, T, H, W]; RMS is per sample over C, T, H, W; filters act on each H x W
+plane.
 """
 
 from __future__ import annotations
@@ -31,10 +33,13 @@ LOWPASSES = ("gaussian", "butterworth", "ideal")
 class BlendConfig:
     """How velocities are split and shared.
 
-    split: "gaussian" is the published one; "fft" (circular) and "dct" (even reflection) the progressive handoff.
-    lowpass, order, rho_min, rho_max: of "fft" and "dct"; all low-passes have gain 1/sqrt(2) at their cutoff (the ideal
-        one drops from 1 to 0 there); rho is the radial frequency as a fraction of Nyquist; order is Butterworth's.
-    sigma_min, sigma_max: of "gaussian", in latent cells. gamma_hf: the small generator's share of high frequencies.
+    split: "gaussian" is the published one; "fft" (circular) and "dct" (even reflection) the
+        progressive handoff.
+    lowpass, order, rho_min, rho_max: of "fft" and "dct"; all low-passes have gain 1/sqrt(2) at
+        their cutoff (the ideal one drops from 1 to 0 there); rho is the radial frequency as a
+        fraction of Nyquist; order is Butterworth's.
+    sigma_min, sigma_max: of "gaussian", in latent cells. gamma_hf: the small generator's share of
+        high frequencies.
     """
 
     split: str = "gaussian"
@@ -52,7 +57,9 @@ class BlendConfig:
         if not 0 <= self.gamma_hf <= 1:
             raise InputError(f"gamma_hf is {self.gamma_hf}; expected a share between 0 and 1.")
         if not 0 < self.sigma_min <= self.sigma_max or not 0 < self.rho_min <= self.rho_max:
-            raise InputError("sigma_min and rho_min must be positive and not above sigma_max and rho_max.")
+            raise InputError(
+                "sigma_min and rho_min must be positive and not above sigma_max and rho_max."
+            )
         if self.order < 1:
             raise InputError(f"order is {self.order}; a Butterworth low-pass has order 1 or more.")
 
@@ -61,12 +68,14 @@ class BlendConfig:
         return self.sigma_min + (self.sigma_max - self.sigma_min) * w
 
     def cutoff(self, w: float) -> float:
-        """Cutoff of the fft and dct splits at gate w, as a fraction of Nyquist; it closes as the handoff proceeds."""
+        """Cutoff of the fft and dct splits at gate w, as a fraction of Nyquist; it closes as the
+        handoff proceeds."""
         return self.rho_min + (self.rho_max - self.rho_min) * w
 
 
 def gaussian_taps(height: int, width: int, sigma: float) -> Tensor:
-    """Normalised 1-D Gaussian of the published size: `max(3, 2*floor(sqrt(H W)/1024)+1)` taps, float64."""
+    """Normalised 1-D Gaussian of the published size: `max(3, 2*floor(sqrt(H W)/1024)+1)` taps,
+    float64."""
     size = max(3, 2 * math.floor(math.sqrt(height * width) / 1024) + 1)
     x = torch.arange(size, dtype=torch.float64) - size // 2
     taps = torch.exp(-0.5 * (x / sigma) ** 2)
@@ -74,7 +83,8 @@ def gaussian_taps(height: int, width: int, sigma: float) -> Tensor:
 
 
 def lowpass_gain(rho: Tensor, cutoff: float, lowpass: str, order: int) -> Tensor:
-    """Gain LP(rho; cutoff) of a low-pass family at radial frequencies rho (fractions of Nyquist), float64."""
+    """Gain LP(rho; cutoff) of a low-pass family at radial frequencies rho (fractions of Nyquist),
+    float64."""
     ratio = rho / cutoff
     if lowpass == "gaussian":
         return torch.exp(-0.5 * math.log(2) * ratio**2)
@@ -87,9 +97,9 @@ def lowpass_gain(rho: Tensor, cutoff: float, lowpass: str, order: int) -> Tensor
 class Filter:
     """The low-pass of a split on planes X [H, W], as matrices, float32.
 
-    LF(X) = left X right where it is separable (gain is None): the gaussian split, the Gaussian low-pass. Any other is
-    diagonal in its transform: LF(X) = left^T (gain * (left X right)) right^T, of whatever rank the gain is, and two
-    steps of a plan differ in the gain alone.
+    LF(X) = left X right where it is separable (gain is None): the gaussian split, the Gaussian
+    low-pass. Any other is diagonal in its transform: LF(X) = left^T (gain * (left X right))
+    right^T, of whatever rank the gain is, and two steps of a plan differ in the gain alone.
     """
 
     left: Tensor
@@ -99,9 +109,11 @@ class Filter:
 
 @lru_cache(maxsize=16)
 def _basis(size: int, split: str) -> tuple[Tensor, Tensor]:
-    """Frequencies [size] as fractions of Nyquist and an orthonormal real basis [size, size], a row each, float64.
+    """Frequencies [size] as fractions of Nyquist and an orthonormal real basis [size, size], a row
+    each, float64.
 
-    dct: DCT-II. fft: cosines and sines of the Fourier series; a real even filter has one gain for both.
+    dct: DCT-II. fft: cosines and sines of the Fourier series; a real even filter has one gain for
+        both.
     """
     k = torch.arange(size, dtype=torch.float64)
     if split == "dct":
@@ -110,22 +122,33 @@ def _basis(size: int, split: str) -> tuple[Tensor, Tensor]:
         return k / size, basis
     wave = torch.minimum(k, size - k)  # rows past the middle are the sines of the rows before it
     angle = 2 * math.pi * wave[:, None] * k[None] / size
-    basis = torch.where((k <= size // 2)[:, None], torch.cos(angle), torch.sin(angle)) * math.sqrt(2 / size)
+    basis = torch.where((k <= size // 2)[:, None], torch.cos(angle), torch.sin(angle)) * math.sqrt(
+        2 / size
+    )
     basis[(wave == 0) | (2 * wave == size)] /= math.sqrt(2)
     return 2 * wave / size, basis
 
 
 @lru_cache(maxsize=512)
 def split_filter(
-    height: int, width: int, split: str, lowpass: str, order: int, cutoff: float, device: torch.device
-) -> Filter:  # fmt: skip
+    height: int,
+    width: int,
+    split: str,
+    lowpass: str,
+    order: int,
+    cutoff: float,
+    device: torch.device,
+) -> Filter:
     """The low-pass of a split for planes of a size; `cutoff` is sigma for the gaussian split."""
     if split == "gaussian":
         taps = gaussian_taps(height, width, cutoff)
         return Filter(*(_band(size, taps).float().to(device) for size in (height, width)))
     (fy, rows), (fx, columns) = _basis(height, split), _basis(width, split)
     if lowpass == "gaussian":
-        left, right = (b.T @ (lowpass_gain(f, cutoff, lowpass, order)[:, None] * b) for f, b in ((fy, rows), (fx, columns)))
+        left, right = (
+            b.T @ (lowpass_gain(f, cutoff, lowpass, order)[:, None] * b)
+            for f, b in ((fy, rows), (fx, columns))
+        )
         return Filter(left.float().to(device), right.float().to(device))
     gain = lowpass_gain(torch.hypot(fy[:, None], fx[None]), cutoff, lowpass, order)
     return Filter(*_transform(height, width, split, device), gain.float().to(device))
@@ -151,7 +174,8 @@ def _filter_at(w: float, config: BlendConfig, v: Tensor) -> Filter:
 
 
 def _filtered(v: Tensor, w: float, config: BlendConfig, low: float, keep: float) -> Tensor:
-    """`keep * v + low * LF(v)` of each plane: two or four matrix products, the first factor riding along in the last."""
+    """`keep * v + low * LF(v)` of each plane: two or four matrix products, the first factor riding
+    along in the last."""
     f = _filter_at(w, config, v)
     planes = v.reshape(-1, *v.shape[-2:])
     left = f.left.expand(len(planes), -1, -1)
@@ -162,9 +186,20 @@ def _filtered(v: Tensor, w: float, config: BlendConfig, low: float, keep: float)
     return torch.baddbmm(planes, left, y, beta=keep, alpha=low).view_as(v)
 
 
-# what a step in one graph is told besides its filter's matrices, in order; x = v_S - minus_large v_L
-STEP_SCALARS = ("guidance_small", "guidance_large", "minus_large", "large", "keep", "low", "rms_reference", "rms_small",
-                "rms_large", "as_is")  # fmt: skip
+# what a step in one graph is told besides its filter's matrices, in order; x = v_S - minus_large
+# v_L
+STEP_SCALARS = (
+    "guidance_small",
+    "guidance_large",
+    "minus_large",
+    "large",
+    "keep",
+    "low",
+    "rms_reference",
+    "rms_small",
+    "rms_large",
+    "as_is",
+)
 
 
 def is_separable(w: float, config: BlendConfig, latents: Tensor) -> bool:
@@ -174,11 +209,12 @@ def is_separable(w: float, config: BlendConfig, latents: Tensor) -> bool:
 
 def step_inputs(
     w: float, config: BlendConfig, energy: str, guidance: tuple[float, float], latents: Tensor
-) -> dict[str, Tensor]:  # fmt: skip
-    """A blended step for engines that hold guidance and blend: scalars [10], left [H, H], right [W, W], float32.
+) -> dict[str, Tensor]:
+    """A blended step for engines that hold guidance and blend: scalars [10], left [H, H], right [W,
+    W], float32.
 
-    `u = large v_L + keep x + low (left x right)`, scaled to `rms_reference R_ref + rms_small rms(v_S) + rms_large rms(v_L)`
-    unless `as_is`.
+    `u = large v_L + keep x + low (left x right)`, scaled to
+    `rms_reference R_ref + rms_small rms(v_S) + rms_large rms(v_L)` unless `as_is`.
 
     Raises:
         InputError: the filter is not separable (`is_separable`).
@@ -186,12 +222,26 @@ def step_inputs(
     f = _filter_at(w, config, latents)
     if f.gain is not None:
         raise InputError(
-            f"a {config.lowpass} low-pass is not separable, and a fused step has one matrix a side; use lowpass 'gaussian'."
+            f"a {config.lowpass} low-pass is not separable, and a fused step has one matrix a side;"
+            " use lowpass 'gaussian'."
         )
     gaussian, g = config.split == "gaussian", config.gamma_hf
-    share = {"reference": (1, 0, 0, 0), "progressive": (0, w, 1 - w, 0), "none": (0, 0, 0, 1)}[energy]
-    scalars = (*guidance, 0 if gaussian else 1, 1 - w if gaussian else 1, w * g, w * (1 - g), *share)
-    return {"scalars": torch.tensor(scalars, dtype=torch.float32, device=latents.device), "left": f.left, "right": f.right}
+    share = {"reference": (1, 0, 0, 0), "progressive": (0, w, 1 - w, 0), "none": (0, 0, 0, 1)}[
+        energy
+    ]
+    scalars = (
+        *guidance,
+        0 if gaussian else 1,
+        1 - w if gaussian else 1,
+        w * g,
+        w * (1 - g),
+        *share,
+    )
+    return {
+        "scalars": torch.tensor(scalars, dtype=torch.float32, device=latents.device),
+        "left": f.left,
+        "right": f.right,
+    }
 
 
 def low_frequencies(v: Tensor, w: float, config: BlendConfig) -> Tensor:
@@ -209,7 +259,8 @@ def rms(v: Tensor) -> Tensor:
 def target_rms(v_small: Tensor | None, v_large: Tensor | None, w: float, energy: str) -> Tensor:
     """The RMS a blended velocity is scaled to, per sample.
 
-    The rules are `nexus_rt.kernels.formulas.target_energy`'s; `progressive` needs nothing of an absent generator.
+    The rules are `nexus_rt.kernels.formulas.target_energy`'s; `progressive` needs nothing of an
+    absent generator.
     """
     sizes = [rms(v) for v in (v_small, v_large) if v is not None]
     if len(sizes) == 1 and energy != "reference":
@@ -236,12 +287,20 @@ def combine(
         raise InputError(f"w is {w}; the small generator's weight lies between 0 and 1.")
     lone = (small is None) + (large is None)
     if lone == 2 or (small is None and w != 0) or (large is None and w != 1):
-        raise InputError(f"at w={w} the blend needs the velocity that is missing; leave one out only where it has no share.")
+        raise InputError(
+            f"at w={w} the blend needs the velocity that is missing; leave one out only where it"
+            " has no share."
+        )
     if lone and energy == "reference":
-        raise InputError("energy 'reference' needs both velocities; use 'progressive' where one generator runs alone.")
+        raise InputError(
+            "energy 'reference' needs both velocities; use 'progressive' where one generator runs"
+            " alone."
+        )
     shapes = [tuple(p.conditional.shape) for p in (small, large) if p is not None]
     if len(set(shapes)) > 1:
-        raise InputError(f"velocities have shapes {shapes[0]} and {shapes[1]}; expected equal ones.")
+        raise InputError(
+            f"velocities have shapes {shapes[0]} and {shapes[1]}; expected equal ones."
+        )
     if large is not None and (small is None or (w == 0 and energy != "reference")):
         return Velocity(large)
     assert small is not None  # at least one was given
@@ -252,7 +311,7 @@ def combine(
 
 def _combine_torch(
     small: Prediction, large: Prediction | None, w: float, config: BlendConfig, energy: str
-) -> Velocity:  # fmt: skip
+) -> Velocity:
     gaussian, gamma = config.split == "gaussian", config.gamma_hf
     v_small, v_large = small.tensor(), None if large is None else large.tensor()
     x = v_small if gaussian or v_large is None else v_small - v_large
@@ -266,7 +325,7 @@ def _combine_torch(
 
 def _combine_triton(
     small: Prediction, large: Prediction | None, w: float, config: BlendConfig, energy: str
-) -> Velocity:  # fmt: skip
+) -> Velocity:
     from nexus_rt.kernels.band_blend import band_blend
     from nexus_rt.kernels.band_filter import band_filter
 
@@ -276,7 +335,8 @@ def _combine_triton(
         taps = gaussian_taps(height, width, config.sigma(w))
         if len(taps) != 3:
             raise InputError(
-                f"the Triton blend has a 3 x 3 stencil, and these planes need {len(taps)} taps; use kernels='torch'."
+                f"the Triton blend has a 3 x 3 stencil, and these planes need {len(taps)} taps; use"
+                " kernels='torch'."
             )
         other, other_u = (None, None) if large is None else (large.conditional, large.unconditional)
         args = scales, 1 - w, w * gamma, w * (1 - gamma), float(taps[0])
@@ -300,10 +360,10 @@ def blend(
     """Blend two guided velocities at gate w.
 
     Args:
-        v_small, v_large: [B, C, T, H, W], any floating dtype, computed in float32. One may be None where the other has
-            all the weight: `v_large` at w = 1, `v_small` at w = 0. At w = 1 the gaussian split needs only `v_small`
-            and is applied; fft and dct hand part of the high band to the large generator, and where it is absent the
-            small one keeps it.
+        v_small, v_large: [B, C, T, H, W], any floating dtype, computed in float32. One may be None
+            where the other has all the weight: `v_large` at w = 1, `v_small` at w = 0. At w = 1 the
+            gaussian split needs only `v_small` and is applied; fft and dct hand part of the high
+            band to the large generator, and where it is absent the small one keeps it.
         w: the small generator's weight, 0 to 1.
         energy: "reference", "progressive" or "none".
         kernels: "torch", "triton", or "auto": triton on a GPU that can run it.
@@ -312,10 +372,13 @@ def blend(
         The blended velocity, float32 [B, C, T, H, W], a tensor of its own.
 
     Raises:
-        InputError: shapes differ, w outside 0..1, an unknown energy, or a generator missing that the blend needs.
+        InputError: shapes differ, w outside 0..1, an unknown energy, or a generator missing that
+            the blend needs.
     """
-    single = lambda v: v.float() if v.dtype == torch.float64 else v  # noqa: E731
-    small, large = (None if v is None else Prediction.of(single(v), 1.0) for v in (v_small, v_large))
+    single = lambda v: v.float() if v.dtype == torch.float64 else v
+    small, large = (
+        None if v is None else Prediction.of(single(v), 1.0) for v in (v_small, v_large)
+    )
     given = next((v for v in (v_small, v_large) if v is not None), None)
     fused = given is not None and choose_ops(kernels, given.device).name == "triton"
     u = combine(small, large, w, config, energy, fused).tensor()

@@ -1,7 +1,7 @@
 """A step's velocity on its way from the generators to the solver.
 
-Guidance and the energy factor are put off until something reads the whole tensor anyway: the fused kernels apply them
-as they read, and `tensor()` applies them in PyTorch.
+Guidance and the energy factor are put off until something reads the whole tensor anyway: the fused
+kernels apply them as they read, and `tensor()` applies them in PyTorch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ __all__ = ["Prediction", "Velocity", "guide"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a generator said at a step: [B, C, T, H, W] in its own dtype, and its unconditional twin where it is guided."""
+    """What a generator said at a step: [B, C, T, H, W] in its own dtype, and its unconditional twin
+    where it is guided."""
 
     conditional: Tensor
     unconditional: Tensor | None = None
@@ -25,7 +26,8 @@ class Prediction:
 
     @classmethod
     def of(cls, raw: Tensor, scale: float) -> Prediction:
-        """From an engine's output: [2 B, ...], conditional samples first, where the scale is not 1."""
+        """From an engine's output: [2 B, ...], conditional samples first, where the scale is not
+        1."""
         raw = raw.contiguous()  # the kernels read it as it lies
         if scale == 1.0:
             return cls(raw)
@@ -41,8 +43,8 @@ class Prediction:
 class Velocity:
     """What the solver takes: a prediction, and the energy factor it still wants.
 
-    sums [3, B, P]: partial sums of squares of v_S, v_L and the prediction, for `energy` at gate `w`; None where there is
-    no factor to apply.
+    sums [3, B, P]: partial sums of squares of v_S, v_L and the prediction, for `energy` at gate
+    `w`; None where there is no factor to apply.
     """
 
     prediction: Prediction

@@ -35,13 +35,17 @@ def check_output(path: str | Path) -> Path:
     if path.is_dir():
         raise InputError(f"{path} is a folder; give a file name ending in {', '.join(SUFFIXES)}.")
     if not path.parent.is_dir():
-        raise InputError(f"{path.parent} does not exist; make the folder first, or write somewhere else.")
+        raise InputError(
+            f"{path.parent} does not exist; make the folder first, or write somewhere else."
+        )
     part = _part(path)
     try:
         part.touch()
         part.unlink()
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose a place you may write to.") from error
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}); choose a place you may write to."
+        ) from error
     return path
 
 
@@ -63,19 +67,26 @@ def remove_orphans(folder: Path, pattern: str) -> int:
 
 
 def frame_rate(fps: Any, name: str = "fps") -> Fraction:
-    """Frames per second as a fraction: a number, a Fraction, or text such as "30000/1001"; 23.976 and its like are the NTSC
-    rates they stand for (24000/1001).
+    """Frames per second as a fraction: a number, a Fraction, or text such as "30000/1001"; 23.976
+    and its like are the NTSC rates they stand for (24000/1001).
 
     Raises:
         InputError: no number, or outside 1/10 to 1000.
     """
     try:
-        rate = Fraction(fps if isinstance(fps, (int, str, Fraction)) and not isinstance(fps, bool) else float(fps))
+        rate = Fraction(
+            fps
+            if isinstance(fps, (int, str, Fraction)) and not isinstance(fps, bool)
+            else float(fps)
+        )
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         rate = Fraction(0)
     if isinstance(fps, bool) or not Fraction(1, 10) <= rate <= 1000:
         shown = cut(fps if isinstance(fps, str) else repr(fps), 60)
-        raise InputError(f"{name} is {shown}; expected frames per second from 0.1 to 1000, such as 16 or 30000/1001.")
+        raise InputError(
+            f"{name} is {shown}; expected frames per second from 0.1 to 1000, such as 16 or"
+            " 30000/1001."
+        )
     ntsc = Fraction(round(rate * Fraction(1001, 1000)) * 1000, 1001)
     if rate.denominator != 1 and abs(rate - ntsc) < Fraction(1, 1000):
         return ntsc
@@ -83,8 +94,9 @@ def frame_rate(fps: Any, name: str = "fps") -> Fraction:
 
 
 def to_uint8(frames: Any, truncate: bool = False) -> np.ndarray:
-    """Frames as uint8: [F, H, W, 3] of uint8, whole numbers 0 to 255, or floats in [0, 1]; arrays, tensors, or a list of
-    PIL images. truncate: floats are cut instead of rounded, as the published scripts do.
+    """Frames as uint8: [F, H, W, 3] of uint8, whole numbers 0 to 255, or floats in [0, 1]; arrays,
+    tensors, or a list of PIL images. truncate: floats are cut instead of rounded, as the published
+    scripts do.
 
     Raises:
         InputError: another shape or type, NaN, or values outside the range.
@@ -93,7 +105,9 @@ def to_uint8(frames: Any, truncate: bool = False) -> np.ndarray:
         frames = np.stack([np.asarray(image.convert("RGB")) for image in frames])
     if hasattr(frames, "detach"):
         frames = frames.detach().cpu()
-        frames = (frames.float() if frames.is_floating_point() else frames).numpy()  # bfloat16 is no type of numpy's
+        frames = (
+            frames.float() if frames.is_floating_point() else frames
+        ).numpy()  # bfloat16 is no type of numpy's
     frames = np.asarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise InputError(f"frames have shape {frames.shape}; expected [frames, height, width, 3].")
@@ -110,51 +124,86 @@ def to_uint8(frames: Any, truncate: bool = False) -> np.ndarray:
     if not (np.isfinite(low) and np.isfinite(high)):
         raise InputError(f"frames hold NaN or infinity; {expected}.")
     if low < -0.5 or high > 1.5:
-        raise InputError(f"frames are {frames.dtype} from {low:g} to {high:g}; {expected}: divide by 255 first.")
+        raise InputError(
+            f"frames are {frames.dtype} from {low:g} to {high:g}; {expected}: divide by 255 first."
+        )
     scaled = np.clip(frames.astype(np.float32, copy=False), 0, 1) * 255
     return (scaled if truncate else scaled.round()).astype(np.uint8)
 
 
 def save_video(
-    frames: Any, path: str | Path, fps: Any = FPS, metadata: dict[str, Any] | None = None, truncate: bool = False
-) -> Path:  # fmt: skip
+    frames: Any,
+    path: str | Path,
+    fps: Any = FPS,
+    metadata: dict[str, Any] | None = None,
+    truncate: bool = False,
+) -> Path:
     """Write one clip; the same frames give the same bytes.
 
     Args:
         frames: [F, H, W, 3] as `to_uint8` takes them.
-        path: `.mp4` (H.264, BT.709 limited range, tagged so; odd sides get a row or column more), `.gif` (at most 100 frames
-            per second), or `.png` (a contact sheet of up to 16 frames).
+        path: `.mp4` (H.264, BT.709 limited range, tagged so; odd sides get a row or column more),
+            `.gif` (at most 100 frames per second), or `.png` (a contact sheet of up to 16 frames).
         fps: as `frame_rate` reads it.
         metadata: what made the clip, kept in an mp4 (`read_metadata`).
         truncate: as in `to_uint8`.
 
     Raises:
-        InputError: the path cannot be written, frames of another shape or range, a rate that cannot be kept.
+        InputError: the path cannot be written, frames of another shape or range, a rate that cannot
+            be kept.
     """
     path = check_output(path)
     rate, frames = frame_rate(fps), to_uint8(frames, truncate)
     writers: dict[str, Callable] = {".mp4": _mp4, ".gif": _gif, ".png": _contact_sheet}
     part = _part(path)
     try:
-        writers[path.suffix.lower()](frames, part, rate, json.dumps(metadata, ensure_ascii=False) if metadata else "")
+        writers[path.suffix.lower()](
+            frames, part, rate, json.dumps(metadata, ensure_ascii=False) if metadata else ""
+        )
         os.replace(part, path)
     except OSError as error:  # av's errors are OSErrors
-        raise InputError(f"{path} could not be written ({cut(error)}); free some space or write somewhere else.") from error
+        raise InputError(
+            f"{path} could not be written ({cut(error)}); free some space or write somewhere else."
+        ) from error
     finally:
         part.unlink(missing_ok=True)
     return path
 
 
 def made_with(
-    prompt: str, negative: str | None, seed: int, plan: str, options: Mapping[str, Any], models: str = ""
-) -> dict[str, Any]:  # fmt: skip
-    """What makes a clip again, as its metadata keeps it: prompt, seed, plan, options that were given, models, versions."""
+    prompt: str,
+    negative: str | None,
+    seed: int,
+    plan: str,
+    options: Mapping[str, Any],
+    models: str = "",
+) -> dict[str, Any]:
+    """What makes a clip again, as its metadata keeps it: prompt, seed, plan, options that were
+    given, models, versions."""
     from nexus_rt.doctor import versions
 
-    rest = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in options.items() if v not in (None, False)}
-    known = {"prompt": prompt, "negative_prompt": negative, "seed": seed, "plan": plan, "models": models}
-    found = {k: v for k, v in versions().items() if v and k in ("nexus-rt", "torch", "diffusers", "transformers", "triton")}
-    return {**{k: v for k, v in known.items() if v not in (None, "")}, "options": rest, "versions": found}
+    rest = {
+        k: v if isinstance(v, (int, float, str)) else str(v)
+        for k, v in options.items()
+        if v not in (None, False)
+    }
+    known = {
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "seed": seed,
+        "plan": plan,
+        "models": models,
+    }
+    found = {
+        k: v
+        for k, v in versions().items()
+        if v and k in ("nexus-rt", "torch", "diffusers", "transformers", "triton")
+    }
+    return {
+        **{k: v for k, v in known.items() if v not in (None, "")},
+        "options": rest,
+        "versions": found,
+    }
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -169,7 +218,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         with av.open(str(path)) as container:
             text = container.metadata.get("comment", "")
     except (OSError, av.FFmpegError) as error:
-        raise InputError(f"{path} cannot be read as a video ({cut(error)}); make the clip again.") from error
+        raise InputError(
+            f"{path} cannot be read as a video ({cut(error)}); make the clip again."
+        ) from error
     try:
         value = json.loads(text) if text else {}
     except (ValueError, RecursionError):
@@ -183,7 +234,8 @@ def uniform(frames: np.ndarray, count: int) -> np.ndarray:
 
 
 def as_output(video: Tensor, output_type: str, truncate: bool = False) -> Any:
-    """Frames [B, F, 3, H, W] in [0, 1] as "pt" (as they are), "np" [B, F, H, W, 3], or "pil" (a list of images a clip)."""
+    """Frames [B, F, 3, H, W] in [0, 1] as "pt" (as they are), "np" [B, F, H, W, 3], or "pil" (a
+    list of images a clip)."""
     if output_type == "pt":
         return video
     array = video.permute(0, 1, 3, 4, 2).cpu().numpy()
@@ -206,7 +258,9 @@ def read_frames(path: str | Path) -> np.ndarray:
         with av.open(str(path)) as container:
             frames = [_rgb(frame) for frame in container.decode(video=0)]
     except (OSError, av.FFmpegError, IndexError, ValueError, MemoryError) as error:
-        raise InputError(f"{path} cannot be read as a video ({cut(error)}); make the clip again.") from error
+        raise InputError(
+            f"{path} cannot be read as a video ({cut(error)}); make the clip again."
+        ) from error
     if not frames:
         raise InputError(f"{path} holds no frames; make the clip again.")
     return np.stack(frames)
@@ -232,15 +286,21 @@ def is_clip(path: Path) -> bool:
 
 
 def _rgb(frame: Any) -> np.ndarray:
-    """A decoded frame as RGB, by the matrix it is tagged with (swscale's own default is BT.601's)."""
+    """A decoded frame as RGB, by the matrix it is tagged with (swscale's own default is
+    BT.601's)."""
     if frame.format.name.startswith(("rgb", "bgr", "pal", "gray", "argb", "abgr")):
         return frame.to_ndarray(format="rgb24")
-    matrix = {1: "ITU709", 5: "ITU601", 6: "SMPTE170M", 7: "SMPTE240M", 4: "FCC"}.get(int(frame.colorspace), "DEFAULT")
+    matrix = {1: "ITU709", 5: "ITU601", 6: "SMPTE170M", 7: "SMPTE240M", 4: "FCC"}.get(
+        int(frame.colorspace), "DEFAULT"
+    )
     full = int(frame.color_range) == 2
     rgb = frame.reformat(
-        format="rgb24", src_colorspace=matrix, dst_colorspace=matrix, src_color_range="JPEG" if full else "MPEG",
+        format="rgb24",
+        src_colorspace=matrix,
+        dst_colorspace=matrix,
+        src_color_range="JPEG" if full else "MPEG",
         dst_color_range="JPEG",
-    )  # fmt: skip
+    )
     return rgb.to_ndarray()
 
 
@@ -248,9 +308,16 @@ def _mp4(frames: np.ndarray, path: Path, rate: Fraction, comment: str) -> None:
     import av
     from av.video.reformatter import ColorRange, Colorspace
 
-    if odd := (frames.shape[1] % 2, frames.shape[2] % 2) if any(n % 2 for n in frames.shape[1:3]) else None:
+    if odd := (
+        (frames.shape[1] % 2, frames.shape[2] % 2)
+        if any(n % 2 for n in frames.shape[1:3])
+        else None
+    ):
         size = f"{frames.shape[2]}x{frames.shape[1]}"
-        warnings.warn(f"mp4 needs even sides: {size} gets a row or column more, a copy of the last.", stacklevel=4)
+        warnings.warn(
+            f"mp4 needs even sides: {size} gets a row or column more, a copy of the last.",
+            stacklevel=4,
+        )
         frames = np.pad(frames, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         if comment:
@@ -265,27 +332,40 @@ def _mp4(frames: np.ndarray, path: Path, rate: Fraction, comment: str) -> None:
         for image in frames:
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             yuv = rgb.reformat(
-                format="yuv420p", src_colorspace=Colorspace.ITU709, dst_colorspace=Colorspace.ITU709,
-                src_color_range=ColorRange.JPEG, dst_color_range=ColorRange.MPEG, interpolation="AREA",
-            )  # fmt: skip
+                format="yuv420p",
+                src_colorspace=Colorspace.ITU709,
+                dst_colorspace=Colorspace.ITU709,
+                src_color_range=ColorRange.JPEG,
+                dst_color_range=ColorRange.MPEG,
+                interpolation="AREA",
+            )
             yuv.color_primaries = yuv.color_trc = 1
             container.mux(stream.encode(yuv))
         container.mux(stream.encode())
 
 
 def _gif(frames: np.ndarray, path: Path, rate: Fraction, comment: str) -> None:
-    """Every frame of its own, equal ones too (Pillow would join them), at the hundredths of a second nearest its time. Above
-    100 frames per second, which a GIF cannot count, frames are left out and the duration stays."""
+    """Every frame of its own, equal ones too (Pillow would join them), at the hundredths of a
+    second nearest its time. Above 100 frames per second, which a GIF cannot count, frames are left
+    out and the duration stays."""
     import av
     from PIL import Image
 
     if rate > 100:
         kept = [round(i * rate / 100) for i in range(max(1, round(len(frames) * 100 / rate)))]
         frames, shown = frames[[min(i, len(frames) - 1) for i in kept]], len(frames)
-        warnings.warn(f"a GIF shows at most 100 frames per second: {len(frames)} of {shown} are kept.", stacklevel=4)
+        warnings.warn(
+            f"a GIF shows at most 100 frames per second: {len(frames)} of {shown} are kept.",
+            stacklevel=4,
+        )
         rate = Fraction(100)
     times = [round(i * 100 / rate) for i in range(len(frames) + 1)]
-    with av.open(str(path), "w", format="gif", options={"loop": "0", "final_delay": str(times[-1] - times[-2])}) as container:
+    with av.open(
+        str(path),
+        "w",
+        format="gif",
+        options={"loop": "0", "final_delay": str(times[-1] - times[-2])},
+    ) as container:
         stream = container.add_stream("gif", rate=100)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.time_base = "pal8", Fraction(1, 100)
@@ -299,7 +379,8 @@ def _gif(frames: np.ndarray, path: Path, rate: Fraction, comment: str) -> None:
 
 
 def _quantised(image: Any) -> tuple[np.ndarray, np.ndarray]:
-    """An image as indices [H, W] into a palette [256, 4] of alpha, red, green, blue, as FFmpeg has palettes."""
+    """An image as indices [H, W] into a palette [256, 4] of alpha, red, green, blue, as FFmpeg has
+    palettes."""
     small = image.quantize(256)
     colours = np.array(small.getpalette(), np.uint8).reshape(-1, 3)
     palette = np.zeros((256, 4), np.uint8)
@@ -317,5 +398,9 @@ def _contact_sheet(frames: np.ndarray, path: Path, rate: Fraction, comment: str)
     sheet = np.zeros((rows * columns, *picked.shape[1:]), np.uint8)
     sheet[: len(picked)] = picked
     height, width = picked.shape[1:3]
-    sheet = sheet.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
+    sheet = (
+        sheet.reshape(rows, columns, height, width, 3)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(rows * height, columns * width, 3)
+    )
     Image.fromarray(sheet).save(path, format="PNG")

@@ -1,6 +1,8 @@
-"""Structure-aware fuzzing of every reader: mutated documents and files, run in this process by test_fuzz.py.
+"""Structure-aware fuzzing of every reader: mutated documents and files, run in this process by
+test_fuzz.py.
 
-Whatever a file holds, a reader returns, or raises one of our errors with a short message, in under two seconds.
+Whatever a file holds, a reader returns, or raises one of our errors with a short message, in under
+two seconds.
 """
 
 import copy
@@ -101,7 +103,9 @@ def mutated(value, rng):
         elif kind == 3:
             del at[last]
         elif kind == 4 and isinstance(at, dict):
-            at[rng.choice(("x", str(last) + "s", "../x", "auto_map", "attn_implementation"))] = at.pop(last)
+            at[rng.choice(("x", str(last) + "s", "../x", "auto_map", "attn_implementation"))] = (
+                at.pop(last)
+            )
         elif isinstance(at[last], (int, float)) and not isinstance(at[last], bool):
             at[last] = at[last] * rng.choice((-1, 0, 2, 1000, 10**9, 0.5))
         else:
@@ -124,7 +128,9 @@ def broken(data, rng):
         elif kind == 1:
             del data[at : at + rng.randrange(1, 64)]
         elif kind == 2:
-            data[at : at + 8] = rng.choice((b"\xff" * 8, b"\x00" * 8, (2**40).to_bytes(8, "little")))
+            data[at : at + 8] = rng.choice(
+                (b"\xff" * 8, b"\x00" * 8, (2**40).to_bytes(8, "little"))
+            )
         elif kind == 3:
             data[at:at] = data[at : at + 64]
         else:
@@ -158,7 +164,8 @@ def run(targets, count, seed, limit_s=2.0, limit_bytes=2**30):
     """How many inputs each reader took and refused.
 
     Raises:
-        AssertionError: any other exception, one that takes long, memory above the limit, or a long message.
+        AssertionError: any other exception, one that takes long, memory above the limit, or a long
+            message.
     """
     rng, counts = random.Random(seed), {}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -177,7 +184,8 @@ def run(targets, count, seed, limit_s=2.0, limit_bytes=2**30):
             assert len(str(error)) < 2000, (target.name, len(str(error)), str(error)[:300])
         except Exception as error:
             raise AssertionError(
-                f"{target.name}, input {number} of seed {seed}: {type(error).__name__}: {error!s:.300}; {data[:400]!r}"
+                f"{target.name}, input {number} of seed {seed}: {type(error).__name__}:"
+                f" {error!s:.300}; {data[:400]!r}"
             ) from error
         took = time.perf_counter() - began
         assert took < limit_s, (target.name, number, took, data[:300])
@@ -193,7 +201,8 @@ def make_targets(pair, steered, work):
     """Every reader of the runtime on files of a tiny pair.
 
     Args:
-        pair: a tiny pair's folder. steered: an understanding model and connector beside it, or None. work: an empty folder.
+        pair: a tiny pair's folder. steered: an understanding model and connector beside it, or
+            None. work: an empty folder.
     """
     from nexus_rt.bench import results
     from nexus_rt.bench.vrbench import judging, schema
@@ -221,10 +230,16 @@ def make_targets(pair, steered, work):
     state = load_file(root / "small" / "diffusion_pytorch_model.safetensors")
     names = sorted(state)
     for i in range(2):
-        save_file({k: state[k] for k in names[i::2]}, shards / f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors")
+        save_file(
+            {k: state[k] for k in names[i::2]},
+            shards / f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors",
+        )
     index = {
         "metadata": {"total_size": 1},
-        "weight_map": {k: f"diffusion_pytorch_model-0000{1 + i % 2}-of-00002.safetensors" for i, k in enumerate(names)},
+        "weight_map": {
+            k: f"diffusion_pytorch_model-0000{1 + i % 2}-of-00002.safetensors"
+            for i, k in enumerate(names)
+        },
     }
     put("shards/diffusion_pytorch_model.safetensors.index.json", index)
 
@@ -242,7 +257,13 @@ def make_targets(pair, steered, work):
     )
     adapter = put(
         "peft/adapter_config.json",
-        {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"a.*": 1}},
+        {
+            "peft_type": "LORA",
+            "r": 2,
+            "lora_alpha": 2,
+            "rank_pattern": {"to_q": 2},
+            "alpha_pattern": {"a.*": 1},
+        },
     )
     save_file(
         {f"{place}.lora_A.weight": torch.ones(2, 32), f"{place}.lora_B.weight": torch.ones(32, 2)},
@@ -253,7 +274,9 @@ def make_targets(pair, steered, work):
         try:
             merge(model, Lora(path))
         except NexusError:
-            assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items()), "changed, then refused"
+            assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items()), (
+                "changed, then refused"
+            )
             raise
         assert all(v.isfinite().all() for v in model.state_dict().values()), "NaN was merged"
         model.load_state_dict(kept)
@@ -367,11 +390,22 @@ def make_targets(pair, steered, work):
         made_with(work / "out")
 
     targets = [
-        Target("shard index", shards / "diffusion_pytorch_model.safetensors.index.json", lambda: find_tensors(shards)),
-        Target("Wan config.json", root / "small" / "config.json", lambda: load_transformer(root / "small", torch.float32)),
+        Target(
+            "shard index",
+            shards / "diffusion_pytorch_model.safetensors.index.json",
+            lambda: find_tensors(shards),
+        ),
+        Target(
+            "Wan config.json",
+            root / "small" / "config.json",
+            lambda: load_transformer(root / "small", torch.float32),
+        ),
         Target(
             "Wan's own config.json",
-            put("wan/config.json", {"model_type": "t2v", "dim": 32, "num_heads": 2, "ffn_dim": 48, "num_layers": 1}),
+            put(
+                "wan/config.json",
+                {"model_type": "t2v", "dim": 32, "num_heads": 2, "ffn_dim": 48, "num_layers": 1},
+            ),
             lambda: load_config(work / "wan"),
         ),
         Target("model_index.json", root / "model_index.json", lambda: find_parts(root, {}, {})),
@@ -383,7 +417,9 @@ def make_targets(pair, steered, work):
         Target(
             "text encoder config.json",
             root / "text_encoder" / "config.json",
-            lambda: pretrained("UMT5EncoderModel", root / "text_encoder", "text encoder", cpu, dtype=torch.float32),
+            lambda: pretrained(
+                "UMT5EncoderModel", root / "text_encoder", "text encoder", cpu, dtype=torch.float32
+            ),
         ),
         Target(
             "tokenizer.json",
@@ -407,16 +443,39 @@ def make_targets(pair, steered, work):
             lambda: read_header(work / "lora.safetensors", integers=True),
             False,
         ),
-        Target("LoRA", work / "lora.safetensors", lambda: merge_one(work / "lora.safetensors"), False),
-        Target("adapter_config.json", adapter, lambda: merge_one(work / "peft" / "adapter_model.safetensors")),
+        Target(
+            "LoRA", work / "lora.safetensors", lambda: merge_one(work / "lora.safetensors"), False
+        ),
+        Target(
+            "adapter_config.json",
+            adapter,
+            lambda: merge_one(work / "peft" / "adapter_model.safetensors"),
+        ),
         Target("latents", latents, lambda: read_latents(latents), False),
         Target("manifest", work / "engine" / "manifest.json", engine),
-        Target("judgment", put("run/judgment.json", judgment), lambda: make_report([work / "run"], taxonomy)),
+        Target(
+            "judgment",
+            put("run/judgment.json", judgment),
+            lambda: make_report([work / "run"], taxonomy),
+        ),
         Target("results", put("bench.json", bench), compare),
         Target("results.jsonl", line, resume),
         Target(
             "prompts",
-            put("p.json", [{"id": "a", "prompt": "x", "seed": 1, "size": "32x32", "frames": 5, "negative": "y"}, "b"]),
+            put(
+                "p.json",
+                [
+                    {
+                        "id": "a",
+                        "prompt": "x",
+                        "seed": 1,
+                        "size": "32x32",
+                        "frames": 5,
+                        "negative": "y",
+                    },
+                    "b",
+                ],
+            ),
             lambda: read_prompts(work / "p.json"),
         ),
         Target(
@@ -443,7 +502,14 @@ def make_targets(pair, steered, work):
                 folder / "config.json",
                 lambda: ConnectorConfig.from_dict(read_json(folder / "config.json")),
             ),
-            Target("connector", folder / "config.json", lambda: load_connector(folder, torch.float32)),
-            Target("connector weights", folder / "model.safetensors", lambda: load_connector(folder, torch.float32), False),
+            Target(
+                "connector", folder / "config.json", lambda: load_connector(folder, torch.float32)
+            ),
+            Target(
+                "connector weights",
+                folder / "model.safetensors",
+                lambda: load_connector(folder, torch.float32),
+                False,
+            ),
         ]
     return targets

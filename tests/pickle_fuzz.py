@@ -1,4 +1,5 @@
-"""Reads mutated pickles in a process whose audit hook fails on anything that runs, starts or writes: see test_pickles.py.
+"""Reads mutated pickles in a process whose audit hook fails on anything that runs, starts or
+writes: see test_pickles.py.
 
 python tests/pickle_fuzz.py FOLDER COUNT SEED
 """
@@ -62,7 +63,9 @@ def mutated(data, rng, others):
             start = rng.randrange(len(other))
             data[at : at + rng.randrange(40)] = other[start : start + rng.randrange(1, 200)]
         elif kind == 5:
-            data[at : at + 8] = rng.choice((b"\xff" * 8, (2**31).to_bytes(8, "little"), (2**62).to_bytes(8, "little")))
+            data[at : at + 8] = rng.choice(
+                (b"\xff" * 8, (2**31).to_bytes(8, "little"), (2**62).to_bytes(8, "little"))
+            )
         else:
             del data[at:]
     return bytes(data)

@@ -12,9 +12,15 @@ pytest.importorskip("triton")
 
 @pytest.fixture(scope="module")
 def rows():
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # the compiler, not the interpreter
+    env = {
+        k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"
+    }  # the compiler, not the interpreter
     out = subprocess.run(
-        [sys.executable, "-m", "nexus_rt.bench.aot", "--json", "-"], env=env, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "nexus_rt.bench.aot", "--json", "-"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return json.loads(out.stdout)
 
@@ -22,8 +28,12 @@ def rows():
 def test_every_variant_compiles_everywhere(rows):
     from nexus_rt.bench.aot import ARCHITECTURES, all_variants
 
-    wanted = {(v.label, ARCHITECTURES[a]) for v in all_variants() for a in v.arches or ARCHITECTURES}
-    assert {(r["variant"], r["arch"]) for r in rows} == wanted and {a for _, a in wanted} == set(ARCHITECTURES.values())
+    wanted = {
+        (v.label, ARCHITECTURES[a]) for v in all_variants() for a in v.arches or ARCHITECTURES
+    }
+    assert {(r["variant"], r["arch"]) for r in rows} == wanted and {a for _, a in wanted} == set(
+        ARCHITECTURES.values()
+    )
     assert len(rows) == len({(r["variant"], r["arch"]) for r in rows})
     assert all(0 < r["registers"] <= 255 for r in rows)
 
@@ -40,7 +50,12 @@ def test_attention_uses_hoppers_matrix_units_and_fits_shared_memory(rows):
     own = [r for r in rows if r["variant"].startswith("attention")]
     hopper = [r for r in own if r["arch"] == "sm_90a"]
     assert hopper and all(r["wgmma"] for r in hopper)
-    limits = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024, "sm_120a": 99 * 1024}
+    limits = {
+        "sm_80": 163 * 1024,
+        "sm_90a": 227 * 1024,
+        "sm_100a": 227 * 1024,
+        "sm_120a": 99 * 1024,
+    }
     assert all(r["shared_bytes"] <= limits[r["arch"]] for r in rows)
     for r in own:
         assert bool(r["copied_by_descriptor"]) == ("pointers" not in r["variant"])
@@ -50,15 +65,23 @@ def test_attention_uses_hoppers_matrix_units_and_fits_shared_memory(rows):
 
 def test_loads_are_wide(rows):
     """16 bytes a thread where rows are whole: what a kernel at the copy's roof needs."""
-    assert [r["variant"] for r in rows if not r["wide_loads"] and not r["variant"].startswith("attention")] == []
+    assert [
+        r["variant"]
+        for r in rows
+        if not r["wide_loads"] and not r["variant"].startswith("attention")
+    ] == []
 
 
 def test_occupancy_follows_the_programming_guides_rules():
-    """Worked by hand from its tables: 65,536 registers, out in units of 256 a warp, four partitions; 1 KiB more a block."""
+    """Worked by hand from its tables: 65,536 registers, out in units of 256 a warp, four
+    partitions; 1 KiB more a block."""
     from nexus_rt.bench.aot import occupancy
 
     assert occupancy(90, 4, 32, 0) == (64, "warps")
-    assert occupancy(90, 8, 255, 0) == (8, "registers")  # 8,192 registers a warp: two in each partition
+    assert occupancy(90, 8, 255, 0) == (
+        8,
+        "registers",
+    )  # 8,192 registers a warp: two in each partition
     assert occupancy(90, 4, 168, 0) == (12, "registers")  # 5,376 a warp: three in each
     assert occupancy(90, 4, 40, 100 << 10) == (8, "shared memory")  # 228 / 101
     assert occupancy(120, 4, 40, 49 << 10) == (8, "shared memory")  # 100 / 50
@@ -66,10 +89,13 @@ def test_occupancy_follows_the_programming_guides_rules():
 
 
 def test_every_program_fits_and_memory_bound_ones_fill_half_a_multiprocessor(rows):
-    """Latency is hidden by warps: a kernel at the copy's roof needs many, a product's tile does not."""
+    """Latency is hidden by warps: a kernel at the copy's roof needs many, a product's tile does
+    not."""
     from nexus_rt.bench.aot import ARCHITECTURES, LIMITS
 
     limits = {name: LIMITS[arch].warps for arch, name in ARCHITECTURES.items()}
     assert all(r["resident_warps"] >= r["block_warps"] for r in rows)
-    rowwise = [r for r in rows if r["variant"].split()[0] in ("modulate", "qk_norm_rope", "solver_step")]
+    rowwise = [
+        r for r in rows if r["variant"].split()[0] in ("modulate", "qk_norm_rope", "solver_step")
+    ]
     assert rowwise and all(r["resident_warps"] >= limits[r["arch"]] / 2 for r in rowwise)

@@ -1,4 +1,5 @@
-"""Attention backends: equal where they run, refused where they cannot, chosen by measurement and for a reason."""
+"""Attention backends: equal where they run, refused where they cannot, chosen by measurement and
+for a reason."""
 
 import json
 import re
@@ -22,7 +23,16 @@ def cache(tmp_path, monkeypatch):
 
 
 def case(**change):
-    values = dict(batch=1, queries=20, keys=33, heads=2, head_dim=32, dtype=torch.float32, device=CPU, biased=False)
+    values = dict(
+        batch=1,
+        queries=20,
+        keys=33,
+        heads=2,
+        head_dim=32,
+        dtype=torch.float32,
+        device=CPU,
+        biased=False,
+    )
     return attention.Case(**{**values, **change})
 
 
@@ -43,8 +53,12 @@ def test_every_backend_that_runs_computes_the_same(biased):
 
 def test_an_explicit_backend_is_never_replaced():
     q, k, v = inputs(1, 4, 4, 1, 32, torch.float32)
-    for name, words in (("cudnn", "needs a CUDA device"), ("fa3", "needs a CUDA device"), ("sage", "needs a CUDA device"),
-                        ("triton-fp8", "takes float16 and bfloat16, not float32")):  # fmt: skip
+    for name, words in (
+        ("cudnn", "needs a CUDA device"),
+        ("fa3", "needs a CUDA device"),
+        ("sage", "needs a CUDA device"),
+        ("triton-fp8", "takes float16 and bfloat16, not float32"),
+    ):
         with pytest.raises(InputError, match=f"'{name}' cannot run here: it {words}"):
             attention.attend(q, k, v, backend=name)
     with pytest.raises(InputError, match="did you mean 'triton'"):
@@ -54,15 +68,22 @@ def test_an_explicit_backend_is_never_replaced():
 @pytest.mark.parametrize(
     "name, change, words",
     [
-        ("flash", {"biased": True}, "no bias"), ("flash", {"dtype": torch.float32}, "float16 and bfloat16"),
-        ("cudnn", {"dtype": torch.float32}, "float16 and bfloat16"), ("fa3", {}, "flash_attn_interface is not installed"),
+        ("flash", {"biased": True}, "no bias"),
+        ("flash", {"dtype": torch.float32}, "float16 and bfloat16"),
+        ("cudnn", {"dtype": torch.float32}, "float16 and bfloat16"),
+        ("fa3", {}, "flash_attn_interface is not installed"),
         ("sage", {}, "sageattention is not installed"),
     ],
-)  # fmt: skip
+)
 def test_reasons_on_a_gpu(name, change, words):
     gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16, **change}
     assert words in attention.BACKENDS[name].why_not(case(**gpu))
-    assert attention.BACKENDS["cudnn"].why_not(case(**{**gpu, "dtype": torch.bfloat16, "biased": True})) is None
+    assert (
+        attention.BACKENDS["cudnn"].why_not(
+            case(**{**gpu, "dtype": torch.bfloat16, "biased": True})
+        )
+        is None
+    )
 
 
 def test_triton_says_which_head_sizes_it_takes():
@@ -89,7 +110,7 @@ def test_the_fastest_right_one_is_chosen_and_the_reasons_kept(cache, monkeypatch
     def broken(q, k, v, bias):
         raise RuntimeError("no kernel for this shape\nmore")
 
-    always = lambda case: None  # noqa: E731
+    always = lambda case: None
     for name, run in (("slow", slow), ("wrong", wrong), ("broken", broken)):
         monkeypatch.setitem(attention.BACKENDS, name, attention.Backend(run, always))
     names = ["slow", "wrong", "broken", "sdpa", "cudnn"]
@@ -97,7 +118,8 @@ def test_the_fastest_right_one_is_chosen_and_the_reasons_kept(cache, monkeypatch
     found = result["candidates"]
     assert result["chosen"] == "sdpa" and found["slow"]["ms"] > found["sdpa"]["ms"] > 0
     assert (
-        found["wrong"]["why"].startswith("its error 1.0e-02 is above") and found["broken"]["why"] == "no kernel for this shape"
+        found["wrong"]["why"].startswith("its error 1.0e-02 is above")
+        and found["broken"]["why"] == "no kernel for this shape"
     )
     assert "needs a CUDA device" in found["cudnn"]["why"]
     assert json.loads(cache.read_text()) and len(list(cache.parent.iterdir())) == 1
@@ -107,7 +129,11 @@ def test_a_decision_is_made_once_and_read_from_disk(cache, monkeypatch):
     first = attention.decide(case(), ["sdpa", "math"])
     monkeypatch.setattr(attention, "_milliseconds", lambda *a: pytest.fail("measured again"))
     assert attention.decide(case(), ["sdpa", "math"]) == first
-    for other in (case(queries=21), case(biased=True), case(dtype=torch.float16)):  # another case is another question
+    for other in (
+        case(queries=21),
+        case(biased=True),
+        case(dtype=torch.float16),
+    ):  # another case is another question
         with pytest.raises(pytest.fail.Exception):
             attention.decide(other, ["sdpa", "math"])
     monkeypatch.setattr(attention, "_machine", lambda device: ["torch 0"])
@@ -136,16 +162,28 @@ def test_approximate_backends_are_not_in_auto():
 
 @pytest.mark.parametrize("share, taken", [(0.05, True), (0.3, False), (float("nan"), False)])
 @pytest.mark.parametrize("exact", [False, True])
-def test_an_approximate_backend_is_held_to_its_stated_error(cache, monkeypatch, share, taken, exact):
+def test_an_approximate_backend_is_held_to_its_stated_error(
+    cache, monkeypatch, share, taken, exact
+):
     def near(q, k, v, bias):
         out = attention.BACKENDS["sdpa"].run(q, k, v, bias)
-        return out + share * out.square().mean().sqrt() * torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+        return out + share * out.square().mean().sqrt() * torch.randn(
+            out.shape, generator=torch.Generator().manual_seed(0)
+        )
 
-    monkeypatch.setitem(attention.BACKENDS, "near", attention.Backend(near, lambda case: None, exact))
-    monkeypatch.setattr(attention, "_milliseconds", lambda call, device: 1.0 if "'near'" in str(call.__defaults__) else 2.0)
+    monkeypatch.setitem(
+        attention.BACKENDS, "near", attention.Backend(near, lambda case: None, exact)
+    )
+    monkeypatch.setattr(
+        attention,
+        "_milliseconds",
+        lambda call, device: 1.0 if "'near'" in str(call.__defaults__) else 2.0,
+    )
     result = attention.decide(case(), ["sdpa", "near"])
     if taken and not exact:
-        assert result["chosen"] == "near" and result["candidates"]["near"]["relative"] == pytest.approx(share, rel=0.1)
+        assert result["chosen"] == "near" and result["candidates"]["near"][
+            "relative"
+        ] == pytest.approx(share, rel=0.1)
     else:
         limit = "is above [0-9.e-]+$" if exact else "above 0.08 of the output's RMS"
         assert result["chosen"] == "sdpa" and re.search(limit, result["candidates"]["near"]["why"])
@@ -167,13 +205,20 @@ def test_auto_fp8_asks_for_all_and_is_kept_apart_from_auto(monkeypatch):
         assert attention.automatic(q, q, q, None) == "sdpa"
         assert attention.automatic(q, q, q, None, approximate=True) == "triton-fp8"
     assert asked == [None, list(attention.BACKENDS)]
-    assert attention.automatic(*inputs(1, 4, 4, 1, 64, torch.float32), None, approximate=True) == "sdpa"
+    assert (
+        attention.automatic(*inputs(1, 4, 4, 1, 64, torch.float32), None, approximate=True)
+        == "sdpa"
+    )
 
 
 def test_a_backend_without_a_bias_keeps_the_padding(monkeypatch):
-    """flash on a GPU cannot count a key many times: its contexts keep every padded token instead of failing."""
+    """flash on a GPU cannot count a key many times: its contexts keep every padded token instead of
+    failing."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d=None: (9, 0))
     gpu = torch.device("cuda")
     assert not attention.takes_bias("flash", gpu) and attention.takes_bias("flash", CPU)
-    assert all(attention.takes_bias(n, gpu) for n in ("auto", "auto-fp8", "sdpa", "cudnn", "math", "triton"))
+    assert all(
+        attention.takes_bias(n, gpu)
+        for n in ("auto", "auto-fp8", "sdpa", "cudnn", "math", "triton")
+    )
     assert attention.takes_bias("fa3", CPU)  # it cannot run at all: that is said when it is run

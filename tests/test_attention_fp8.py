@@ -1,7 +1,8 @@
-"""Attention on 8-bit floats: the quantisation bit by bit, and the result against float64 within what fp8 costs.
+"""Attention on 8-bit floats: the quantisation bit by bit, and the result against float64 within
+what fp8 costs.
 
-Triton's interpreter rounds float32 to fp8 without the carry into the exponent (0.4999 becomes 0.25), so that one
-conversion is done by PyTorch here; everything else is the kernel's.
+Triton's interpreter rounds float32 to fp8 without the carry into the exponent (0.4999 becomes
+0.25), so that one conversion is done by PyTorch here; everything else is the kernel's.
 """
 
 import math
@@ -14,8 +15,9 @@ from nexus_rt.kernels.attention_fp8 import _quantise, attention_fp8, attention_f
 from tests.test_attention_kernel import inputs, oracle
 
 triton = pytest.importorskip("triton")
-# What rounding Q, K', V and the shares to four significant bits may cost, as a share of the output's RMS. The scores of
-# these inputs (q and k of variance 4) are three times as wide as a normed transformer's, so their errors are too.
+# What rounding Q, K', V and the shares to four significant bits may cost, as a share of the
+# output's RMS. The scores of these inputs (q and k of variance 4) are three times as wide as a
+# normed transformer's, so their errors are too.
 ALLOWED = 0.12
 
 
@@ -40,7 +42,10 @@ def relative(got, wanted):
 @pytest.mark.parametrize("shape", [(1, 200, 2, 64), (2, 64, 1, 128), (1, 1, 3, 64)])
 @pytest.mark.parametrize("rows", [64, 128])
 def test_blocks_are_scaled_and_rounded_as_the_formula(shape, rows):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half() * torch.logspace(-2, 1, shape[3]).half()
+    x = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+        * torch.logspace(-2, 1, shape[3]).half()
+    )
     wanted = quantise_ref(x, rows)
     x8, scale = _quantise(x, rows, None, False)
     spread = scale.repeat_interleave(rows, -1)[..., : shape[1]].permute(0, 2, 1)[..., None]
@@ -50,11 +55,15 @@ def test_blocks_are_scaled_and_rounded_as_the_formula(shape, rows):
     assert t8.shape == (shape[0], shape[2], shape[3], -(-shape[1] // rows) * rows)
     back = t8.float() * scale.repeat_interleave(rows, -1)[:, :, None]
     assert torch.allclose(back[..., : shape[1]].permute(0, 3, 1, 2), wanted, rtol=1e-6)
-    assert torch.count_nonzero(t8.view(torch.uint8)[..., shape[1] :]) == 0  # padding that is read is zero
+    assert (
+        torch.count_nonzero(t8.view(torch.uint8)[..., shape[1] :]) == 0
+    )  # padding that is read is zero
 
 
 @pytest.mark.parametrize("loads", ["auto", "pointers", "descriptors", "specialised"])
-@pytest.mark.parametrize("case", [(1, 130, 200, 2, 128), (2, 63, 77, 1, 64), (1, 128, 256, 1, 64)], ids=str)
+@pytest.mark.parametrize(
+    "case", [(1, 130, 200, 2, 128), (2, 63, 77, 1, 64), (1, 128, 256, 1, 64)], ids=str
+)
 def test_it_is_attention_within_what_eight_bits_cost(case, loads):
     q, k, v = inputs(*case, torch.float16)
     wanted = oracle(q, k, v)
@@ -63,11 +72,14 @@ def test_it_is_attention_within_what_eight_bits_cost(case, loads):
     assert relative(got, wanted) < ALLOWED
     # the shares are rounded too: no more than the other operands' error again
     columns = 128 if loads == "specialised" else 64
-    assert relative(got, wanted) < 1.5 * relative(attention_fp8_ref(q, k, v, columns=columns), wanted)
+    assert relative(got, wanted) < 1.5 * relative(
+        attention_fp8_ref(q, k, v, columns=columns), wanted
+    )
 
 
 def test_what_all_keys_share_costs_nothing():
-    """Outlier channels that are alike in every key would take the scale of the rest: K is smoothed."""
+    """Outlier channels that are alike in every key would take the scale of the rest: K is
+    smoothed."""
     q, k, v = inputs(1, 64, 128, 1, 64, torch.float16)
     k, q = k / 2, q / 2
     offset = torch.zeros(64).half()
@@ -84,13 +96,17 @@ def test_biased_keys():
     bias = torch.randn(2, 100, generator=torch.Generator().manual_seed(1))
     bias[0, 70:] = -math.inf
     assert relative(attention_fp8(q, k, v, bias), oracle(q, k, v, bias)) < ALLOWED
-    assert relative(attention_fp8(q, k, v, bias, loads="descriptors"), oracle(q, k, v, bias)) < ALLOWED
+    assert (
+        relative(attention_fp8(q, k, v, bias, loads="descriptors"), oracle(q, k, v, bias)) < ALLOWED
+    )
 
 
 def test_the_thirds_of_a_fused_projection_are_read_where_they_lie():
     fused = torch.randn(2, 50, 3 * 128, generator=torch.Generator().manual_seed(2)).half()
     q, k, v = (t.unflatten(-1, (2, 64)) for t in fused.chunk(3, -1))
-    assert np.array_equal(attention_fp8(q, k, v), attention_fp8(*(t.contiguous() for t in (q, k, v))))
+    assert np.array_equal(
+        attention_fp8(q, k, v), attention_fp8(*(t.contiguous() for t in (q, k, v)))
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Attention: against float64, at Wan's head sizes, odd lengths, biased keys, and tensors that lie inside others."""
+"""Attention: against float64, at Wan's head sizes, odd lengths, biased keys, and tensors that lie
+inside others."""
 
 import math
 
@@ -9,14 +10,20 @@ from nexus_rt.kernels.attention import LOADS, _check, attention, attention_ref
 
 pytest.importorskip("triton")
 CASES = [  # B, Lq, Lk, heads, head_dim, dtype
-    (1, 130, 200, 2, 128, torch.float16), (2, 63, 77, 1, 64, torch.float16), (1, 128, 128, 1, 32, torch.float16),
-    (1, 64, 64, 2, 128, torch.float32), (2, 5, 3, 3, 16, torch.float32), (1, 1, 1, 1, 32, torch.float32),
-]  # fmt: skip
+    (1, 130, 200, 2, 128, torch.float16),
+    (2, 63, 77, 1, 64, torch.float16),
+    (1, 128, 128, 1, 32, torch.float16),
+    (1, 64, 64, 2, 128, torch.float32),
+    (2, 5, 3, 3, 16, torch.float32),
+    (1, 1, 1, 1, 32, torch.float32),
+]
 
 
 def inputs(batch, queries, keys, heads, head_dim, dtype, seed=0):
     g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(batch, n, heads, head_dim, generator=g).to(dtype) for n in (queries, keys, keys))
+    q, k, v = (
+        torch.randn(batch, n, heads, head_dim, generator=g).to(dtype) for n in (queries, keys, keys)
+    )
     return q * 2, k * 2, v
 
 
@@ -32,8 +39,12 @@ def close(got, q, k, v, bias=None):
     """Within twice what eager PyTorch loses at the same precision."""
     wanted = oracle(q, k, v, bias)
     mask = None if bias is None else bias[:, None, None].to(q.dtype)
-    eager = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
-    allowed = 2 * (eager.transpose(1, 2).double() - wanted).abs().max() + (1e-5 if q.dtype == torch.float32 else 5e-4)
+    eager = torch.nn.functional.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask
+    )
+    allowed = 2 * (eager.transpose(1, 2).double() - wanted).abs().max() + (
+        1e-5 if q.dtype == torch.float32 else 5e-4
+    )
     assert got.shape == q.shape and got.dtype == q.dtype and torch.isfinite(got).all()
     assert (got.double() - wanted).abs().max() <= allowed
 
@@ -49,8 +60,14 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize("loads", LOADS)
 def test_it_is_the_formula(case, biased, loads):
     q, k, v = inputs(*case)
-    bias = torch.randn(case[0], case[2], generator=torch.Generator().manual_seed(1)) * 3 if biased else None
-    if (loads == "specialised" and biased) or (loads in ("descriptors", "specialised") and q.dtype == torch.float32):
+    bias = (
+        torch.randn(case[0], case[2], generator=torch.Generator().manual_seed(1)) * 3
+        if biased
+        else None
+    )
+    if (loads == "specialised" and biased) or (
+        loads in ("descriptors", "specialised") and q.dtype == torch.float32
+    ):
         with pytest.raises(ValueError, match="use 'auto'"):
             attention(q, k, v, bias, loads)
         return
@@ -93,7 +110,10 @@ def test_what_the_kernel_does_not_take_is_refused():
     for args, words in (
         ((q[0], k, v), r"expected \[B, Lq, heads, D\]"),
         ((q, k, v[:, :3]), r"have shapes"),
-        ((q[..., :24], k[..., :24], v[..., :24]), r"head_dim is 24; the kernel takes 16, 32, 64, 128"),
+        (
+            (q[..., :24], k[..., :24], v[..., :24]),
+            r"head_dim is 24; the kernel takes 16, 32, 64, 128",
+        ),
         ((q, k.half(), v), r"k is torch.float16"),
         ((q.double(), k.double(), v.double()), r"q is torch.float64"),
         ((q, k, v.transpose(-1, -2).contiguous().transpose(-1, -2)), r"v has strides"),
@@ -107,7 +127,10 @@ def test_what_the_kernel_does_not_take_is_refused():
 
 def test_the_op_keeps_torchs_rules(monkeypatch):
     monkeypatch.undo()
-    torch.library.opcheck(torch.ops.nexus_rt.attention.default, (*inputs(1, 4, 6, 2, 16, torch.float32), torch.zeros(1, 6)))
+    torch.library.opcheck(
+        torch.ops.nexus_rt.attention.default,
+        (*inputs(1, 4, 6, 2, 16, torch.float32), torch.zeros(1, 6)),
+    )
 
 
 def test_strides_past_32_bits():
@@ -122,5 +145,7 @@ def test_strides_past_32_bits():
 @pytest.mark.parametrize("shape", [(1, 2**31, 1, 16), (2, 4, 40000, 16)])
 def test_what_is_beyond_the_grid_is_refused(shape):
     t = torch.zeros(16, dtype=torch.float16).as_strided(shape, (0, 0, 0, 1))
-    with pytest.raises(ValueError, match="beyond the grid: up to 2.31 tokens in all and 65535 samples x heads"):
+    with pytest.raises(
+        ValueError, match="beyond the grid: up to 2.31 tokens in all and 65535 samples x heads"
+    ):
         _check(t, t, t, None)

@@ -1,4 +1,5 @@
-"""The fused blend against float64 oracles written from the formulas: guidance, both kinds of split, gate and sums."""
+"""The fused blend against float64 oracles written from the formulas: guidance, both kinds of split,
+gate and sums."""
 
 import numpy as np
 import pytest
@@ -11,19 +12,45 @@ from nexus_rt.velocity import Prediction
 from tests.test_upfb import gaussian_lf, oracle, radial_lf
 
 pytest.importorskip("triton")
-DTYPES = [torch.float32, torch.float16]  # the interpreter computes bfloat16 wrongly; the GPU suite checks it
-SHAPES = [(1, 2, 1, 60, 104), (2, 3, 2, 17, 23), (3, 5, 1, 8, 8), (1, 1, 1, 5, 2), (1, 1, 2, 1, 1), (1, 2, 1, 9, 300)]
-SUBSETS = ["both guided", "both", "small guided", "large guided", "small alone", "small alone, guided"]
+DTYPES = [
+    torch.float32,
+    torch.float16,
+]  # the interpreter computes bfloat16 wrongly; the GPU suite checks it
+SHAPES = [
+    (1, 2, 1, 60, 104),
+    (2, 3, 2, 17, 23),
+    (3, 5, 1, 8, 8),
+    (1, 1, 1, 5, 2),
+    (1, 1, 2, 1, 1),
+    (1, 2, 1, 9, 300),
+]
+SUBSETS = [
+    "both guided",
+    "both",
+    "small guided",
+    "large guided",
+    "small alone",
+    "small alone, guided",
+]
 
 
 def predictions(shape, dtype, subset):
-    """(small, its twin, large, its twin), None where the subset has none, and the guidance scales."""
+    """(small, its twin, large, its twin), None where the subset has none, and the guidance
+    scales."""
     g = torch.Generator().manual_seed(sum(shape))
-    four = [(torch.randn(shape, generator=g) * s + m).to(dtype) for s, m in ((1.3, 0.1), (0.9, 0), (0.8, -0.2), (1.1, 0.3))]
+    four = [
+        (torch.randn(shape, generator=g) * s + m).to(dtype)
+        for s, m in ((1.3, 0.1), (0.9, 0), (0.8, -0.2), (1.1, 0.3))
+    ]
     guided_small = subset in ("both guided", "small guided", "small alone, guided")
     guided_large = subset in ("both guided", "large guided")
     alone = "alone" in subset
-    return (four[0], four[1] if guided_small else None, None if alone else four[2], four[3] if guided_large else None), (
+    return (
+        four[0],
+        four[1] if guided_small else None,
+        None if alone else four[2],
+        four[3] if guided_large else None,
+    ), (
         5.0,
         3.0,
     )
@@ -32,7 +59,13 @@ def predictions(shape, dtype, subset):
 def guided64(four, scales):
     out = []
     for c, u, scale in ((*four[:2], scales[0]), (*four[2:], scales[1])):
-        out.append(None if c is None else c.double() if u is None else u.double() + scale * (c.double() - u.double()))
+        out.append(
+            None
+            if c is None
+            else c.double()
+            if u is None
+            else u.double() + scale * (c.double() - u.double())
+        )
     return out
 
 
@@ -68,7 +101,9 @@ def test_the_stencil_is_the_formula(shape, dtype, subset):
     side = np.array([0.21, 1 - 2 * 0.21, 0.21])
     padded = np.pad(v_small.numpy(), [(0, 0)] * 3 + [(1, 1), (1, 1)])
     filtered = sum(
-        side[i] * side[j] * padded[..., i : i + shape[-2], j : j + shape[-1]] for i in range(3) for j in range(3)
+        side[i] * side[j] * padded[..., i : i + shape[-2], j : j + shape[-1]]
+        for i in range(3)
+        for j in range(3)
     )  # the kernel tap by tap
     wanted = 0.42 * v_small + 0.18 * torch.from_numpy(filtered)
     wanted = wanted if v_large is None else wanted + 0.4 * v_large
@@ -82,23 +117,30 @@ def test_the_stencil_is_the_formula(shape, dtype, subset):
 @pytest.mark.parametrize(
     "subset, split, lowpass",
     [
-        ("both guided", "fft", "gaussian"), ("both", "dct", "gaussian"), ("small guided", "fft", "butterworth"),
-        ("large guided", "dct", "ideal"), ("both guided", "dct", "butterworth"),
+        ("both guided", "fft", "gaussian"),
+        ("both", "dct", "gaussian"),
+        ("small guided", "fft", "butterworth"),
+        ("large guided", "dct", "ideal"),
+        ("both guided", "dct", "butterworth"),
     ],
-)  # fmt: skip
+)
 def test_the_filter_is_the_formula(shape, dtype, subset, split, lowpass):
     four, scales = predictions(shape, dtype, subset)
     f = split_filter(*shape[-2:], split, lowpass, 2, 0.43, torch.device("cpu"))
     got, sums = band_filter(*four, scales, 0.42, 0.18, f.left, f.right, f.gain)
     v_small, v_large = guided64(four, scales)
     x = v_small - v_large
-    wanted = v_large + 0.42 * x + 0.18 * torch.from_numpy(radial_lf(x.numpy(), 0.43, split, lowpass, 2))
+    wanted = (
+        v_large + 0.42 * x + 0.18 * torch.from_numpy(radial_lf(x.numpy(), 0.43, split, lowpass, 2))
+    )
     close(got, wanted, band_filter_ref(*four, scales, 0.42, 0.18, f.left, f.right, f.gain)[0])
     sums_are(sums, (v_small, v_large, wanted))
 
 
 @pytest.mark.parametrize("energy", ["reference", "progressive", "none"])
-@pytest.mark.parametrize("split, lowpass", [("gaussian", "gaussian"), ("fft", "gaussian"), ("dct", "butterworth")])
+@pytest.mark.parametrize(
+    "split, lowpass", [("gaussian", "gaussian"), ("fft", "gaussian"), ("dct", "butterworth")]
+)
 @pytest.mark.parametrize("w", [0.0, 0.1, 0.93, 1.0])
 def test_the_whole_blend_is_the_published_formula(split, lowpass, energy, w):
     g = torch.Generator().manual_seed(3)
@@ -146,7 +188,10 @@ def test_no_samples_make_no_velocity():
             lambda s: (s, s[..., :4].contiguous(), None, None),
             r"small_u has shape \(2, 2, 1, 8, 4\); expected \(2, 2, 1, 8, 8\)",
         ),
-        (lambda s: (s, s.half(), None, None), "small_u is torch.float16 on cpu; expected torch.float32"),
+        (
+            lambda s: (s, s.half(), None, None),
+            "small_u is torch.float16 on cpu; expected torch.float32",
+        ),
         (lambda s: (s.double(), None, None, None), "small is torch.float64"),
         (lambda s: (s[0, 0, 0], None, None, None), r"expected \[B, ..., H, W\]"),
         (lambda s: (s, None, None, s), "nothing to guide"),
@@ -172,15 +217,22 @@ def test_a_plane_so_large_that_the_published_kernel_grows_is_refused():
     from nexus_rt.errors import InputError
 
     with pytest.raises(InputError, match="5 taps; use kernels='torch'"):
-        combine(Prediction(torch.zeros(1, 1, 2048, 2048)), None, 1.0, energy="progressive", fused=True)
+        combine(
+            Prediction(torch.zeros(1, 1, 2048, 2048)), None, 1.0, energy="progressive", fused=True
+        )
 
 
 @pytest.mark.parametrize("subset", ["both guided", "small alone"])
 def test_the_ops_keep_torchs_rules(subset, monkeypatch):
     monkeypatch.undo()
     four, scales = predictions((2, 2, 1, 8, 8), torch.float32, subset)
-    torch.library.opcheck(torch.ops.nexus_rt.band_blend.default, (*four, *scales, 0.4, 0.4, 0.2, 0.2))
+    torch.library.opcheck(
+        torch.ops.nexus_rt.band_blend.default, (*four, *scales, 0.4, 0.4, 0.2, 0.2)
+    )
     if four[2] is not None:
         f = split_filter(8, 8, "dct", "butterworth", 2, 0.4, torch.device("cpu"))
         for gain in (None, f.gain):
-            torch.library.opcheck(torch.ops.nexus_rt.band_filter.default, (*four, *scales, 0.4, 0.2, f.left, f.right, gain))
+            torch.library.opcheck(
+                torch.ops.nexus_rt.band_filter.default,
+                (*four, *scales, 0.4, 0.2, f.left, f.right, gain),
+            )

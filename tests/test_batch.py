@@ -1,4 +1,5 @@
-"""Prompt lists and batches: every item has a clip or a reason, nothing is made twice, and nothing half-made has a name."""
+"""Prompt lists and batches: every item has a clip or a reason, nothing is made twice, and nothing
+half-made has a name."""
 
 import json
 import os
@@ -35,7 +36,12 @@ def test_every_kind_of_list(tmp_path):
     lines = "\n".join(json.dumps(r) for r in rows) + "\n\n"
     assert read_prompts(written(tmp_path, "a.jsonl", lines)) == wanted
     question = {"id": "q1", "question": "?", "weight": 1, "importance_score": 1}
-    prompt = {"id": "drf_1", "category": "DRF", "prompt_en": "a train", "evaluation": {"evaluation_questions": [question]}}
+    prompt = {
+        "id": "drf_1",
+        "category": "DRF",
+        "prompt_en": "a train",
+        "evaluation": {"evaluation_questions": [question]},
+    }
     folder = tmp_path / "vr"
     folder.mkdir()
     written(folder, "1.json", {"DRF": {"category_description": "d", "prompts": [prompt]}})
@@ -58,9 +64,17 @@ def test_every_kind_of_list(tmp_path):
         ("a.json", [{"prompt": "x", "size": "big"}], r"\[0\].size is 'big'; expected WIDTHxHEIGHT"),
         ("a.json", [{"prompt": "x", "colour": 1}], "sets an unknown 'colour'"),
         ("a.json", [{"prompt": "x", "id": "../../x"}], "id is '../../x'; expected a file's name"),
-        ("a.json", [{"prompt": "x", "id": "a"}, {"prompt": "y", "id": "a"}], "id 'a' is there twice"),
+        (
+            "a.json",
+            [{"prompt": "x", "id": "a"}, {"prompt": "y", "id": "a"}],
+            "id 'a' is there twice",
+        ),
         ("a.json", {"DRF": {"prompts": {}}}, "DRF.prompts is dict; expected an array"),
-        ("a.json", {"DRF": {"prompts": [{"id": "x"}]}}, r"DRF.prompts\[0\].prompt_en is None; expected text"),
+        (
+            "a.json",
+            {"DRF": {"prompts": [{"id": "x"}]}},
+            r"DRF.prompts\[0\].prompt_en is None; expected text",
+        ),
     ],
 )
 def test_a_list_that_breaks_its_form_says_where(name, content, words, tmp_path):
@@ -79,28 +93,50 @@ def test_no_list_and_no_shard(tmp_path):
 
 
 def rows(folder):
-    return [json.loads(line) for path in sorted(folder.glob("results*.jsonl")) for line in path.read_text().splitlines()]
+    return [
+        json.loads(line)
+        for path in sorted(folder.glob("results*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
 
 
 def test_a_batch_is_the_clips_that_single_calls_make(tiny_pipe, tmp_path):
-    items = [Item("a", PROMPTS[0]), Item("b", PROMPTS[1], seed=5), Item("c", PROMPTS[2], size=(32, 32), frames=1)]
+    items = [
+        Item("a", PROMPTS[0]),
+        Item("b", PROMPTS[1], seed=5),
+        Item("c", PROMPTS[2], size=(32, 32), frames=1),
+    ]
     job = Job(tmp_path / "out", seed=2, suffix=".png", options=QUICK)
     assert run(tiny_pipe, items, job) == {"made": 3, "kept": 0, "failed": 0}
-    assert [r["id"] for r in rows(job.folder)] == ["a", "b", "c"] and {r["status"] for r in rows(job.folder)} == {"done"}
+    assert [r["id"] for r in rows(job.folder)] == ["a", "b", "c"] and {
+        r["status"] for r in rows(job.folder)
+    } == {"done"}
     assert {p.name for p in job.folder.glob("*.png")} == {"a.png", "b.png", "c.png"}
     from nexus_rt.video import save_video
 
-    for item, seed, change in ((items[0], 2, {}), (items[1], 5, {}), (items[2], 2, dict(height=32, width=32, num_frames=1))):
-        frames = tiny_pipe(item.prompt, generator=torch.Generator().manual_seed(seed), **{**QUICK, **change}).frames
+    for item, seed, change in (
+        (items[0], 2, {}),
+        (items[1], 5, {}),
+        (items[2], 2, dict(height=32, width=32, num_frames=1)),
+    ):
+        frames = tiny_pipe(
+            item.prompt, generator=torch.Generator().manual_seed(seed), **{**QUICK, **change}
+        ).frames
         save_video(frames[0], tmp_path / "one.png")
         from PIL import Image, ImageChops
 
         a, b = Image.open(tmp_path / "one.png"), Image.open(job.clip(item))
-        assert a.size == b.size and max(high for _, high in ImageChops.difference(a, b).getextrema()) <= 1
+        assert (
+            a.size == b.size
+            and max(high for _, high in ImageChops.difference(a, b).getextrema()) <= 1
+        )
 
 
 def test_the_same_command_makes_nothing_twice_and_other_settings_make_it_again(tiny_pipe, tmp_path):
-    items, job = [Item(str(i), p) for i, p in enumerate(PROMPTS)], Job(tmp_path, suffix=".png", options=QUICK)
+    items, job = (
+        [Item(str(i), p) for i, p in enumerate(PROMPTS)],
+        Job(tmp_path, suffix=".png", options=QUICK),
+    )
     assert run(tiny_pipe, items, job)["made"] == 3
     stamps = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.png")}
     assert run(tiny_pipe, items, job) == {"made": 0, "kept": 3, "failed": 0}
@@ -112,18 +148,35 @@ def test_the_same_command_makes_nothing_twice_and_other_settings_make_it_again(t
     assert run(tiny_pipe, items, job)["kept"] == 3
     changed = [Item("0", "the panda moves"), Item("1", PROMPTS[1], seed=9), items[2]]
     assert run(tiny_pipe, changed, job) == {"made": 2, "kept": 1, "failed": 0}
-    assert run(tiny_pipe, changed, Job(tmp_path, suffix=".png", options={**QUICK, "plan": "large"}))["made"] == 3
+    assert (
+        run(tiny_pipe, changed, Job(tmp_path, suffix=".png", options={**QUICK, "plan": "large"}))[
+            "made"
+        ]
+        == 3
+    )
 
 
 def test_shards_share_the_list_and_know_of_each_other(tiny_pipe, tmp_path):
     items = [Item(str(i), "a red circle", seed=i) for i in range(5)]
-    made = [run(tiny_pipe, items, Job(tmp_path, suffix=".png", shard=(i, 2), options=QUICK))["made"] for i in (1, 2)]
+    made = [
+        run(tiny_pipe, items, Job(tmp_path, suffix=".png", shard=(i, 2), options=QUICK))["made"]
+        for i in (1, 2)
+    ]
     assert made == [3, 2] and sorted(r["id"] for r in rows(tmp_path)) == list("01234")
-    assert run(tiny_pipe, items, Job(tmp_path, suffix=".png", options=QUICK)) == {"made": 0, "kept": 5, "failed": 0}
+    assert run(tiny_pipe, items, Job(tmp_path, suffix=".png", options=QUICK)) == {
+        "made": 0,
+        "kept": 5,
+        "failed": 0,
+    }
 
 
 def test_a_failure_is_recorded_and_the_rest_goes_on(tiny_pipe, tmp_path, monkeypatch):
-    items = [Item("a", PROMPTS[0]), Item("bad", PROMPTS[1], size=(50, 32)), Item("worse", PROMPTS[2]), Item("d", PROMPTS[0])]
+    items = [
+        Item("a", PROMPTS[0]),
+        Item("bad", PROMPTS[1], size=(50, 32)),
+        Item("worse", PROMPTS[2]),
+        Item("d", PROMPTS[0]),
+    ]
     right, calls = batch.save_video, []
 
     def save(frames, path, *rest, **options):
@@ -136,13 +189,22 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(tiny_pipe, tmp_path, monkeyp
     job = Job(tmp_path, suffix=".png", options=QUICK)
     assert run(tiny_pipe, items, job) == {"made": 2, "kept": 0, "failed": 2}
     said = {r["id"]: r for r in rows(tmp_path)}
-    assert "width is 50; expected a multiple of 16" in said["bad"]["error"] and "No space left" in said["worse"]["error"]
+    assert (
+        "width is 50; expected a multiple of 16" in said["bad"]["error"]
+        and "No space left" in said["worse"]["error"]
+    )
     assert not (tmp_path / "worse.png").exists()
-    assert run(tiny_pipe, items, job) == {"made": 1, "kept": 2, "failed": 1}  # what failed is tried again
+    assert run(tiny_pipe, items, job) == {
+        "made": 1,
+        "kept": 2,
+        "failed": 1,
+    }  # what failed is tried again
 
 
 @pytest.mark.parametrize("beside", [True, False])
-def test_a_clip_is_decoded_beside_the_next_only_where_there_is_room(beside, tiny_pipe, tmp_path, monkeypatch):
+def test_a_clip_is_decoded_beside_the_next_only_where_there_is_room(
+    beside, tiny_pipe, tmp_path, monkeypatch
+):
     """What a slow decoder holds up, and what it does not."""
     monkeypatch.setattr(batch, "decodes_beside", lambda pipe, said: beside)
     events, decode, denoise = [], tiny_pipe.decode, batch._denoise
@@ -160,7 +222,9 @@ def test_a_clip_is_decoded_beside_the_next_only_where_there_is_room(beside, tiny
     monkeypatch.setattr(tiny_pipe, "decode", slow)
     monkeypatch.setattr(batch, "_denoise", watched)
     run(tiny_pipe, [Item("a", "a"), Item("b", "b")], Job(tmp_path, suffix=".png", options=QUICK))
-    assert events == (["denoised", "denoised", "decoded", "decoded"] if beside else ["denoised", "decoded"] * 2)
+    assert events == (
+        ["denoised", "denoised", "decoded", "decoded"] if beside else ["denoised", "decoded"] * 2
+    )
 
 
 def test_where_there_is_room(tiny_pipe, monkeypatch):
@@ -172,7 +236,10 @@ def test_where_there_is_room(tiny_pipe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 60)
     monkeypatch.setattr(tiny_pipe, "device", torch.device("cuda"))
-    for free, wanted in ((need - 40, True), (need - 41, False)):  # what PyTorch holds and does not use is free too
+    for free, wanted in (
+        (need - 40, True),
+        (need - 41, False),
+    ):  # what PyTorch holds and does not use is free too
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, n=free: (n, 10**12))
         assert batch.decodes_beside(tiny_pipe, {"size": "48x32", "frames": 5}) == wanted
     monkeypatch.setattr(tiny_pipe, "vram", 10**9)  # a budget was planned for one thing at a time
@@ -188,7 +255,9 @@ def test_a_full_disk_is_one_sentence(tiny_pipe, tmp_path, monkeypatch, capsys):
         lines.add({"id": "a"})  # its folder is gone
     monkeypatch.setattr(batch.Lines, "add", full)
     with pytest.raises(batch.NexusError, match="No space left"):
-        run(tiny_pipe, [Item("a", "a"), Item("b", "b")], Job(tmp_path, suffix=".png", options=QUICK))
+        run(
+            tiny_pipe, [Item("a", "a"), Item("b", "b")], Job(tmp_path, suffix=".png", options=QUICK)
+        )
 
 
 def test_a_prompt_that_cannot_be_encoded_fails_alone(tiny_pipe, tmp_path, monkeypatch):
@@ -201,20 +270,40 @@ def test_a_prompt_that_cannot_be_encoded_fails_alone(tiny_pipe, tmp_path, monkey
 
     monkeypatch.setattr(tiny_pipe, "encode_prompt", encode)
     items = [Item("a", PROMPTS[0]), Item("b", "bad"), Item("c", PROMPTS[1])]
-    assert run(tiny_pipe, items, Job(tmp_path, suffix=".png", options=QUICK)) == {"made": 2, "kept": 0, "failed": 1}
+    assert run(tiny_pipe, items, Job(tmp_path, suffix=".png", options=QUICK)) == {
+        "made": 2,
+        "kept": 0,
+        "failed": 1,
+    }
 
 
 def test_two_processes_do_not_share_a_shard(tiny_pipe, tmp_path):
     job = Job(tmp_path, options=QUICK)
-    with batch.open_folder(job), pytest.raises(InputError, match="another process works on results.jsonl"):
+    with (
+        batch.open_folder(job),
+        pytest.raises(InputError, match="another process works on results.jsonl"),
+    ):
         run(tiny_pipe, [Item("a", "a")], job)
 
 
 def test_the_command_resumes_after_a_kill(tiny_pair, tmp_path):
     """Killed outright after the first clip; the second run makes the rest, and no clip twice."""
     prompts = written(tmp_path, "p.txt", "\n".join(["a red circle"] * 6))
-    line = [sys.executable, "-m", "nexus_rt.cli", "batch", str(prompts), "-o", str(tmp_path / "out"), "--pair", str(tiny_pair),
-            "--steps", "4", "--format", "png"]  # fmt: skip
+    line = [
+        sys.executable,
+        "-m",
+        "nexus_rt.cli",
+        "batch",
+        str(prompts),
+        "-o",
+        str(tmp_path / "out"),
+        "--pair",
+        str(tiny_pair),
+        "--steps",
+        "4",
+        "--format",
+        "png",
+    ]
     first = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / "out" / "results.jsonl"
     until = time.time() + 60
@@ -227,7 +316,9 @@ def test_the_command_resumes_after_a_kill(tiny_pair, tmp_path):
     out = subprocess.run(line, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     after = rows(tmp_path / "out")
-    assert sorted(r["id"] for r in after) == [f"{i:04}" for i in range(6)]  # each once: what had a line was kept
+    assert sorted(r["id"] for r in after) == [
+        f"{i:04}" for i in range(6)
+    ]  # each once: what had a line was kept
     assert all(r["when"] == before[r["id"]] for r in after if r["id"] in before)
     assert {p.suffix for p in (tmp_path / "out").iterdir()} <= {".png", ".jsonl", ".lock"}
     assert f"{6 - len(before)} made, {len(before)} kept, 0 failed" in out.stdout
@@ -235,16 +326,31 @@ def test_the_command_resumes_after_a_kill(tiny_pair, tmp_path):
 
 def test_the_commands_exit_code_says_whether_all_is_there(tiny_pair, tmp_path, capsys):
     prompts = written(tmp_path, "p.json", [{"prompt": "a"}, {"prompt": "b", "frames": 6}])
-    line = ["batch", str(prompts), "-o", str(tmp_path / "out"), "--pair", str(tiny_pair), "--steps", "2", "--format", "gif"]
+    line = [
+        "batch",
+        str(prompts),
+        "-o",
+        str(tmp_path / "out"),
+        "--pair",
+        str(tiny_pair),
+        "--steps",
+        "2",
+        "--format",
+        "gif",
+    ]
     assert main(line) == 1
     said = capsys.readouterr()
     assert "1 made, 0 kept, 1 failed" in said.out and "expected 4k+1" in said.err
     assert os.listdir(tmp_path / "out").count("0000.gif") == 1
-    assert main(["batch", str(tmp_path / "none.txt"), "-o", str(tmp_path / "x")]) == 2 and not (tmp_path / "x").exists()
+    assert (
+        main(["batch", str(tmp_path / "none.txt"), "-o", str(tmp_path / "x")]) == 2
+        and not (tmp_path / "x").exists()
+    )
 
 
 def test_prompts_are_read_together(tiny_pipe, tmp_path, monkeypatch):
-    """One call for eight prompts, whatever their lengths; what they say does not depend on their neighbours."""
+    """One call for eight prompts, whatever their lengths; what they say does not depend on their
+    neighbours."""
     right, calls = tiny_pipe.encode_prompt, []
 
     def encode(prompts, *rest):
@@ -255,16 +361,23 @@ def test_prompts_are_read_together(tiny_pipe, tmp_path, monkeypatch):
     part = [(Item(str(i), " ".join(["red"] * (1 + 3 * i))), {"frames": 5}) for i in range(9)]
     told = batch._told(tiny_pipe, part)
     alone = batch._told(tiny_pipe, part[2:3])
-    assert calls == [9, 1] and torch.allclose(told[2]["prompt_embeds"], alone[0]["prompt_embeds"], atol=1e-5)
+    assert calls == [9, 1] and torch.allclose(
+        told[2]["prompt_embeds"], alone[0]["prompt_embeds"], atol=1e-5
+    )
     calls.clear()
-    run(tiny_pipe, [Item(str(i), "a") for i in range(9)], Job(tmp_path, suffix=".png", options=QUICK))
+    run(
+        tiny_pipe,
+        [Item(str(i), "a") for i in range(9)],
+        Job(tmp_path, suffix=".png", options=QUICK),
+    )
     assert calls == [8, 1]
 
 
 def test_lists_are_split_at_line_feeds_alone(tmp_path):
     odd = "a star\u2028moves\u0085left\u000bright\u001cup"
     (tmp_path / "a.jsonl").write_text(
-        json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n" + json.dumps({"prompt": "b"}), "utf-8"
+        json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n" + json.dumps({"prompt": "b"}),
+        "utf-8",
     )
     assert [i.prompt for i in read_prompts(tmp_path / "a.jsonl")] == [odd, "b"]
     (tmp_path / "a.txt").write_text(f"{odd}\r\n\nb\n", "utf-8")
@@ -283,10 +396,15 @@ def test_a_fresh_seed_of_a_batch_stays_with_its_clip(tiny_pipe, tmp_path):
     assert {i: r["settings"]["seed"] for i, r in batch.finished(tmp_path)[0].items()} == seeds
 
 
-def test_what_makes_a_clip_is_in_its_settings_and_its_path_is_not(tiny_pair, tiny_pipe, tmp_path, monkeypatch):
+def test_what_makes_a_clip_is_in_its_settings_and_its_path_is_not(
+    tiny_pair, tiny_pipe, tmp_path, monkeypatch
+):
     from nexus_rt import NexusPipeline
 
-    job, items = Job(tmp_path, suffix=".png", options=QUICK, models="pair=one"), [Item("a", PROMPTS[0])]
+    job, items = (
+        Job(tmp_path, suffix=".png", options=QUICK, models="pair=one"),
+        [Item("a", PROMPTS[0])],
+    )
     assert run(tiny_pipe, items, job)["made"] == 1
     other = Job(tmp_path, suffix=".png", options=QUICK, models="pair=./one/../one")
     assert run(tiny_pipe, items, other)["kept"] == 1  # the same weights, written differently
@@ -296,7 +414,11 @@ def test_what_makes_a_clip_is_in_its_settings_and_its_path_is_not(tiny_pair, tin
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    for options in (dict(torch_dtype=torch.bfloat16), dict(attention="math"), dict(kernels="torch")):
+    for options in (
+        dict(torch_dtype=torch.bfloat16),
+        dict(attention="math"),
+        dict(kernels="torch"),
+    ):
         assert run(quiet(**options), items, job)["made"] == 1, options
     again = shutil.copytree(tiny_pair, tmp_path / "copy")
     assert NexusPipeline.from_pretrained(again).identity == tiny_pipe.identity
@@ -328,7 +450,9 @@ def test_names_of_a_text_list_stay_as_it_grows(tmp_path):
 def test_latents_are_kept_where_a_clip_cannot_be_written(tiny_pipe, tmp_path, monkeypatch):
     from nexus_rt.models.vae import read_latents
 
-    monkeypatch.setattr(batch, "save_video", lambda *a, **k: (_ for _ in ()).throw(InputError("no space left")))
+    monkeypatch.setattr(
+        batch, "save_video", lambda *a, **k: (_ for _ in ()).throw(InputError("no space left"))
+    )
     assert run(tiny_pipe, [Item("a", PROMPTS[0])], Job(tmp_path, options=QUICK))["failed"] == 1
     row = batch.finished(tmp_path)[0]["a"]
     assert "The latents are saved in" in row["error"]

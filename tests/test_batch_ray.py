@@ -17,7 +17,8 @@ QUICK = dict(height=32, width=48, num_frames=5, num_inference_steps=2, plan="sma
 
 
 class Deadly(NexusPipeline):
-    """Kills its process in the middle of a clip: once where the frame is 80 wide, whenever it is 64."""
+    """Kills its process in the middle of a clip: once where the frame is 80 wide, whenever it is
+    64."""
 
     marker: Path
 
@@ -40,7 +41,10 @@ def make(said):
 
 @pytest.fixture
 def quiet_ray(monkeypatch):
-    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")):
+    for name, value in (
+        ("RAY_USAGE_STATS_ENABLED", "0"),
+        ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"),
+    ):
         monkeypatch.setenv(name, value)
 
 
@@ -50,13 +54,23 @@ def test_two_workers_one_killed_no_clip_lost_or_doubled(tiny_pair, tmp_path, qui
     items[5] = Item("c5", "a red circle", size=(64, 32))  # kills every worker that tries it
     job, said = Job(tmp_path / "out", suffix=".png", options=QUICK), []
     told = {"pair": str(tiny_pair), "marker": str(tmp_path / "killed")}
-    assert run_on_ray(make, told, items, job, 2, said.append, attempts=2) == {"made": 7, "kept": 0, "failed": 1}
-    rows = [json.loads(line) for p in job.folder.glob("results*.jsonl") for line in p.read_text().splitlines()]
+    assert run_on_ray(make, told, items, job, 2, said.append, attempts=2) == {
+        "made": 7,
+        "kept": 0,
+        "failed": 1,
+    }
+    rows = [
+        json.loads(line)
+        for p in job.folder.glob("results*.jsonl")
+        for line in p.read_text().splitlines()
+    ]
     assert len(list(tmp_path.glob("death*"))) == 1 + 2
     ended = sorted((r["id"], r["status"]) for r in rows if r["status"] != "begun")
     assert ended == sorted((i.id, "failed" if i.id == "c5" else "done") for i in items)  # each once
     assert {p.stem for p in job.folder.glob("*.png")} == {i.id for i in items} - {"c5"}
-    assert len({p.name for p in job.folder.glob("results.*.jsonl")}) >= 2 and not list(job.folder.glob(".*"))
+    assert len({p.name for p in job.folder.glob("results.*.jsonl")}) >= 2 and not list(
+        job.folder.glob(".*")
+    )
     assert "died 2 times" in next(r["error"] for r in rows if r["status"] == "failed")
     assert any("c5: FAILED" in line for line in said)
     again = run_on_ray(make, told, items[:3], job, 1)

@@ -1,4 +1,5 @@
-"""`nexus-rt bench`: every row has its quality, peers are the same mathematics, results are read, compared and drawn safely."""
+"""`nexus-rt bench`: every row has its quality, peers are the same mathematics, results are read,
+compared and drawn safely."""
 
 import copy
 import json
@@ -30,15 +31,43 @@ TINY = {"small": {**DRY, "num_layers": 1}, "large": DRY}
 
 @pytest.fixture(scope="module")
 def measured(tiny_pair, tmp_path_factory):
-    """A results file of the tiny pair, with everything that can be asked for, and what the command printed."""
+    """A results file of the tiny pair, with everything that can be asked for, and what the command
+    printed."""
     folder = tmp_path_factory.mktemp("bench")
     out = subprocess.run(
-        [sys.executable, "-m", "nexus_rt.cli", "bench", "--pair", str(tiny_pair), "--prompt", f"a red circle {SCRIPT}",
-         "--plans", "reference,handoff=0.5,bridge=2,auto=0.02", "--runs", "2", "--warmup", "1", "--vs", "diffusers,naive",
-         "--engines", "torch,tensorrt", "--scaling", "--json", folder / "a.json", "--html", folder / "a.html",
-         "--plot", folder / "a.svg", "--trace", folder / "traces"],
-        capture_output=True, text=True, env={**os.environ, "NEXUS_RT_CACHE": str(folder / "cache")},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "nexus_rt.cli",
+            "bench",
+            "--pair",
+            str(tiny_pair),
+            "--prompt",
+            f"a red circle {SCRIPT}",
+            "--plans",
+            "reference,handoff=0.5,bridge=2,auto=0.02",
+            "--runs",
+            "2",
+            "--warmup",
+            "1",
+            "--vs",
+            "diffusers,naive",
+            "--engines",
+            "torch,tensorrt",
+            "--scaling",
+            "--json",
+            folder / "a.json",
+            "--html",
+            folder / "a.html",
+            "--plot",
+            folder / "a.svg",
+            "--trace",
+            folder / "traces",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NEXUS_RT_CACHE": str(folder / "cache")},
+    )
     assert out.returncode == 0, out.stderr
     return folder, results.read(folder / "a.json"), out.stdout
 
@@ -50,21 +79,36 @@ def test_no_speed_without_its_quality(measured):
     for row in rows:
         assert row["total_duration_ms"] > row["denoise_ms"] > 0 and len(row["total_runs_ms"]) == 2
         steps = row["denoise_steps_ms"]
-        assert [s["step"] for s in steps] == list(range(6)) and all(s["duration_ms"] > 0 for s in steps)
+        assert [s["step"] for s in steps] == list(range(6)) and all(
+            s["duration_ms"] > 0 for s in steps
+        )
         assert row["denoise_ms"] == pytest.approx(sum(s["duration_ms"] for s in steps), rel=1e-3)
-        assert {"text", "prepare", "large", "solver", "vae", "encode-to-mp4"} <= row["components_ms"].keys()
-        assert row["quality"]["latent_error"] >= 0 and -1 <= row["quality"]["ssim"] <= 1 and row["peak_host_bytes"] > 1e8
+        assert {"text", "prepare", "large", "solver", "vae", "encode-to-mp4"} <= row[
+            "components_ms"
+        ].keys()
+        assert (
+            row["quality"]["latent_error"] >= 0
+            and -1 <= row["quality"]["ssim"] <= 1
+            and row["peak_host_bytes"] > 1e8
+        )
         assert row["first_preview_ms"] > 0 and -0.9 < row["prediction_error"] < 2
         assert f"{row['total_duration_ms']:.1f}" in printed
-    assert rows[0]["quality"]["identical"] and rows[0]["cold_ms"] > 0  # the same plan, engine and seed: the same bits
+    assert (
+        rows[0]["quality"]["identical"] and rows[0]["cold_ms"] > 0
+    )  # the same plan, engine and seed: the same bits
     assert not rows[1]["quality"]["identical"] and rows[1]["quality"]["latent_error"] > 1e-3
-    assert found["fingerprint"]["weights"].keys() == {"small", "large"} and "bench" in found["fingerprint"]["command"]
+    assert (
+        found["fingerprint"]["weights"].keys() == {"small", "large"}
+        and "bench" in found["fingerprint"]["command"]
+    )
     assert found["costs"]["large_guided"] > 0 and found["baseline"] == "reference"
 
 
 def test_an_engine_that_cannot_be_built_is_a_row_that_says_so(measured):
     rows = [r for r in measured[1]["rows"] if r["engine"] == "tensorrt"]
-    assert len(rows) == 3 and all("no tensorrt engine can be built here" in r["failed"] for r in rows)
+    assert len(rows) == 3 and all(
+        "no tensorrt engine can be built here" in r["failed"] for r in rows
+    )
 
 
 def test_peers_are_the_same_mathematics(measured):
@@ -74,16 +118,25 @@ def test_peers_are_the_same_mathematics(measured):
         assert "failed" not in row and row["ratio"] > 0 and len(row["ours_ms"]["runs"]) == 2
         if row["same_mathematics"]:
             assert row["latent_error"] < 1e-3 and (row["identical"] or row["psnr_db"] >= 45), plan
-    assert rows["switch", "small:2 large:*"]["same_mathematics"] and rows["naive", "reference"]["same_mathematics"]
-    assert rows["naive", "auto=0.02"]["same_mathematics"] is False  # another schedule, its distance shown
+    assert (
+        rows["switch", "small:2 large:*"]["same_mathematics"]
+        and rows["naive", "reference"]["same_mathematics"]
+    )
+    assert (
+        rows["naive", "auto=0.02"]["same_mathematics"] is False
+    )  # another schedule, its distance shown
 
 
 def test_traces_open_in_a_viewer(measured):
     folder, found, _ = measured
     files = sorted((folder / "traces").iterdir())
-    assert len(files) == 3 and {r["trace"] for r in found["rows"] if "failed" not in r} == set(map(str, files))
+    assert len(files) == 3 and {r["trace"] for r in found["rows"] if "failed" not in r} == set(
+        map(str, files)
+    )
     events = json.loads(files[0].read_text())["traceEvents"]
-    assert {"small", "large", "vae"} <= {e["name"] for e in events} and all(e["dur"] >= 0 for e in events)
+    assert {"small", "large", "vae"} <= {e["name"] for e in events} and all(
+        e["dur"] >= 0 for e in events
+    )
 
 
 def test_scaling_is_fitted(measured):
@@ -91,7 +144,9 @@ def test_scaling_is_fitted(measured):
     assert found.keys() == {"frames", "size", "batch", "steps"}
     for axis in ("frames", "size", "batch"):
         for said in found[axis].values():
-            assert len(said["points"]) >= 3 and len(said["fit"]["coefficients"]) == len(said["fit"]["powers"])
+            assert len(said["points"]) >= 3 and len(said["fit"]["coefficients"]) == len(
+                said["fit"]["powers"]
+            )
     tokens = [4 * n for n in (10, 20, 40, 80)]
     fit = scaling.fit(tokens, [3 + 0.5 * n + 0.01 * n * n for n in tokens], (0, 1, 2))
     assert fit["coefficients"] == pytest.approx([3, 0.5, 0.01]) and fit["r2"] == pytest.approx(1)
@@ -101,14 +156,22 @@ def test_the_connector_is_part_of_the_naive_schedule():
     """The mini pair, whose small generator is steered: the naive form makes the same frames."""
     pipe = NexusPipeline.from_pretrained()
     pipe.set_progress_bar_config(disable=True)
-    embeds = dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt(presets.PROMPT), strict=True))
+    embeds = dict(
+        zip(
+            ("prompt_embeds", "negative_prompt_embeds"),
+            pipe.encode_prompt(presets.PROMPT),
+            strict=True,
+        )
+    )
     setting = peers.Setting((64, 64, 17), 4, 0, presets.PROMPT, embeds)
     for row in peers.measure_peers(pipe, ("naive", "naive-ours", "diffusers"), setting, 1, 0):
         assert row["latent_error"] < 1e-3 and row["psnr_db"] >= 45
 
 
 def test_a_peer_that_is_not_installed_or_cannot_run_is_a_row(tiny_pipe, monkeypatch):
-    embeds = dict(zip(("prompt_embeds", "negative_prompt_embeds"), tiny_pipe.encode_prompt("a"), strict=True))
+    embeds = dict(
+        zip(("prompt_embeds", "negative_prompt_embeds"), tiny_pipe.encode_prompt("a"), strict=True)
+    )
     setting = peers.Setting((32, 48, 5), 2, 0, "a", embeds)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     (row,) = peers.measure_peers(tiny_pipe, ("diffusers",), setting, 1, 0)
@@ -125,14 +188,36 @@ def test_random_weights_of_the_true_architecture_say_so(monkeypatch, tmp_path, c
     decoder = dict(base_dim=4, num_res_blocks=1)
     whole = command.random_pipeline
     monkeypatch.setattr(command, "random_pipeline", lambda *args: whole(*args, decoder=decoder))
-    line = ["bench", "--preset", "wan-480p", "--runs", "1", "--warmup", "0", "--steps", "3", "--vs", "diffusers,naive",
-            "--engines", "torch,onnx", "--json", str(tmp_path / "a.json")]  # fmt: skip
+    line = [
+        "bench",
+        "--preset",
+        "wan-480p",
+        "--runs",
+        "1",
+        "--warmup",
+        "0",
+        "--steps",
+        "3",
+        "--vs",
+        "diffusers,naive",
+        "--engines",
+        "torch,onnx",
+        "--json",
+        str(tmp_path / "a.json"),
+    ]
     assert main(line) == 0
     found, said = results.read(tmp_path / "a.json"), capsys.readouterr()
-    assert "the pictures are not" in said.out and found["fingerprint"]["weights"] == {} and found["prompt"] is None
+    assert (
+        "the pictures are not" in said.out
+        and found["fingerprint"]["weights"] == {}
+        and found["prompt"] is None
+    )
     rows = [r for r in found["rows"] if "failed" not in r]
     assert len(rows) == 3 and "text" not in rows[0]["components_ms"]
-    assert all(r["latent_error"] < 1e-3 for r in found["peers"] if r["same_mathematics"]) and len(found["peers"]) == 8
+    assert (
+        all(r["latent_error"] < 1e-3 for r in found["peers"] if r["same_mathematics"])
+        and len(found["peers"]) == 8
+    )
     assert {r["failed"] for r in found["rows"] if "failed" in r} == {
         "engines are exported of folders of weights; pass --small and --large"
     }
@@ -144,15 +229,38 @@ def test_what_does_not_fit_is_counted_instead(monkeypatch, tmp_path, capsys):
     assert main([*line, "--estimate", "never"]) == 1
     err = capsys.readouterr().err
     assert re.search(
-        r"takes 37\.\d GB \(small 2\.8, large 28\.6, working 6\.0\) and 5\.0 GB are free on cpu: [\d,]{14} bytes", err
+        r"takes 37\.\d GB \(small 2\.8, large 28\.6, working 6\.0\) and 5\.0 GB are free on cpu:"
+        r" [\d,]{14} bytes",
+        err,
     )
     assert "What would do: a device with 37" in err
-    assert main([*line, "--tflops", "800", "--plans", "large,reference", "--json", str(tmp_path / "a.json")]) == 0
+    assert (
+        main(
+            [
+                *line,
+                "--tflops",
+                "800",
+                "--plans",
+                "large,reference",
+                "--json",
+                str(tmp_path / "a.json"),
+            ]
+        )
+        == 0
+    )
     found = results.read(tmp_path / "a.json")
-    assert found["estimate"]["estimated"] and not found["rows"] and "Estimated on the meta device" in capsys.readouterr().out
+    assert (
+        found["estimate"]["estimated"]
+        and not found["rows"]
+        and "Estimated on the meta device" in capsys.readouterr().out
+    )
     large, both = (r["denoise_ms_at_least"] for r in found["estimate"]["rows"])
-    assert large == pytest.approx(50 * 2 * found["estimate"]["tflop"]["large forward"] / 800 * 1000, rel=1e-3)
-    assert both == pytest.approx(large + 50 * 2 * found["estimate"]["tflop"]["small forward"] / 800 * 1000, rel=1e-3)
+    assert large == pytest.approx(
+        50 * 2 * found["estimate"]["tflop"]["large forward"] / 800 * 1000, rel=1e-3
+    )
+    assert both == pytest.approx(
+        large + 50 * 2 * found["estimate"]["tflop"]["small forward"] / 800 * 1000, rel=1e-3
+    )
 
 
 def test_arithmetic_is_that_of_the_layers():
@@ -191,9 +299,16 @@ def test_comparing_finds_what_is_worse_beyond_noise(two, capsys):
     assert two() == 0 and "no regression beyond noise" in capsys.readouterr().out
     noisy = [97.0, 105.0, 99.0, 108.0, 95.0]
     assert two(total_runs_ms=noisy, total_duration_ms=99.0) == 0
-    assert two(total_runs_ms=[x * 1.1 for x in (100, 101, 99, 100, 100)], total_duration_ms=110.0) == 1
-    assert "reference on torch: 100.0 -> 110.0 ms, 1.100x" in (said := capsys.readouterr().out) and "slower" in said
-    assert two(total_runs_ms=[x * 0.8 for x in (100, 101, 99, 100, 100)], total_duration_ms=80.0) == 0
+    assert (
+        two(total_runs_ms=[x * 1.1 for x in (100, 101, 99, 100, 100)], total_duration_ms=110.0) == 1
+    )
+    assert (
+        "reference on torch: 100.0 -> 110.0 ms, 1.100x" in (said := capsys.readouterr().out)
+        and "slower" in said
+    )
+    assert (
+        two(total_runs_ms=[x * 0.8 for x in (100, 101, 99, 100, 100)], total_duration_ms=80.0) == 0
+    )
     assert two(peak_host_bytes=10**12) == 1 and "peak_host_bytes" in capsys.readouterr().out
     assert two(quality={"latent_error": 0.1, "psnr_db": 30.0, "identical": False}) == 1
     assert "identical -> 30.0 dB" in capsys.readouterr().out
@@ -205,7 +320,11 @@ def test_results_of_something_else_are_refused(tmp_path, measured):
     good.write_text(json.dumps(measured[1]))
     with pytest.raises(InputError, match="cannot be read"):
         results.read(tmp_path / "none.json")
-    for content, words in (("{", "is not JSON"), ("[]", "holds no results"), ('{"kind": "other"}', "holds no results")):
+    for content, words in (
+        ("{", "is not JSON"),
+        ("[]", "holds no results"),
+        ('{"kind": "other"}', "holds no results"),
+    ):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(ModelError, match=words):
             results.read(tmp_path / "bad.json")
@@ -233,7 +352,9 @@ def test_results_of_something_else_are_refused(tmp_path, measured):
         (["--frames", "6"], "num_frames is 6; expected 4k+1"),
     ],
 )
-def test_wrong_arguments_are_said_before_anything_is_measured(arguments, words, capsys, monkeypatch):
+def test_wrong_arguments_are_said_before_anything_is_measured(
+    arguments, words, capsys, monkeypatch
+):
     monkeypatch.setattr(command, "suite", lambda *args: pytest.fail("measured"))
     assert main(["bench", *arguments]) == 2
     assert words in capsys.readouterr().err
@@ -265,44 +386,66 @@ def test_the_page_is_one_file_and_escapes_everything(measured):
         tags.feed(made)
         assert "script" not in tags.found and SCRIPT not in made and 'onerror="' not in made
     assert "a red circle &lt;script&gt;" in (folder / "a.html").read_text()
-    assert drawing(found).count("<rect") > 3 * 6 and (folder / "a.svg").read_text().startswith("<svg")
+    assert drawing(found).count("<rect") > 3 * 6 and (folder / "a.svg").read_text().startswith(
+        "<svg"
+    )
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no headless browser here")
 def test_a_browser_shows_the_page(measured, tmp_path):
     (tmp_path / "a.html").write_text(page(hostile(measured[1])))
     shown = dump("chromium", tmp_path / "a.html", tmp_path / "profile")
-    assert "<title>Latency: " in shown and "<title>owned" not in shown and "<h2>Scaling</h2>" in shown
+    assert (
+        "<title>Latency: " in shown and "<title>owned" not in shown and "<h2>Scaling</h2>" in shown
+    )
 
 
 def test_a_clip_says_what_the_call_takes():
     clip = Clip(32, 48, 5, 6, prompt="a")
-    assert clip.options() == dict(height=32, width=48, num_frames=5, num_inference_steps=6, prompt="a")
+    assert clip.options() == dict(
+        height=32, width=48, num_frames=5, num_inference_steps=6, prompt="a"
+    )
     given = Clip(32, 48, 5, 6, embeds={"prompt_embeds": torch.zeros(1, 2, 3)}).options()
     assert "prompt" not in given and given["prompt_embeds"].shape == (1, 2, 3)
 
 
 def test_a_table_of_numbers_is_what_was_measured(measured):
     rows = [r for r in measured[1]["rows"] if "failed" not in r]
-    assert np.allclose([r["total_duration_ms"] for r in rows], [np.median(r["total_runs_ms"]) for r in rows])
+    assert np.allclose(
+        [r["total_duration_ms"] for r in rows], [np.median(r["total_runs_ms"]) for r in rows]
+    )
 
 
 def test_tables_in_the_readme_are_those_of_their_files():
     """No figure in a table was typed."""
     text = (ROOT / "bench" / "README.md").read_text()
-    assert "<!-- results results/cpu/mini.json -->" in text and tables.fill(text, ROOT / "bench") == text
+    assert (
+        "<!-- results results/cpu/mini.json -->" in text
+        and tables.fill(text, ROOT / "bench") == text
+    )
     text = (ROOT / "README.md").read_text()
-    assert "<!-- headline bench/results/cpu/mini.json -->" in text and tables.fill(text, ROOT) == text
+    assert (
+        "<!-- headline bench/results/cpu/mini.json -->" in text and tables.fill(text, ROOT) == text
+    )
 
 
 def test_tables_hold_what_was_measured(measured):
     text = tables.tables(measured[1])
-    assert f"{measured[1]['rows'][0]['total_duration_ms']:.0f}, " in text and "identical" in text and "| tensorrt |" in text
+    assert (
+        f"{measured[1]['rows'][0]['total_duration_ms']:.0f}, " in text
+        and "identical" in text
+        and "| tensorrt |" in text
+    )
     assert "(another plan)" in text and " tokens²" in text and "| steps |" in text
     head = tables.headline(measured[1])
-    assert "| `reference` | the paper's schedule written down, diffusers' transformers |" in head and ", another clip" in head
+    assert (
+        "| `reference` | the paper's schedule written down, diffusers' transformers |" in head
+        and ", another clip" in head
+    )
     assert "| torch |" in head and "tensorrt" not in head.split("engine, plan")[1]  # it failed here
-    alone = tables.headline({**measured[1], "peers": [{"peer": "naive", "failed": "not installed"}]})
+    alone = tables.headline(
+        {**measured[1], "peers": [{"peer": "naive", "failed": "not installed"}]}
+    )
     assert "schedule" not in alone and "| torch |" in alone
 
 
@@ -310,14 +453,28 @@ def test_the_naive_schedule_without_diffusers_is_the_same(tiny_pipe, monkeypatch
     """Our DiTs and our UniPC: a machine without diffusers has a schedule to compare with too."""
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     told, none = tiny_pipe.encode_prompt("a red circle")
-    setting = peers.Setting((32, 48, 5), 4, 0, None, {"prompt_embeds": told, "negative_prompt_embeds": none})
+    setting = peers.Setting(
+        (32, 48, 5), 4, 0, None, {"prompt_embeds": told, "negative_prompt_embeds": none}
+    )
     (row,) = peers.measure_peers(tiny_pipe, ("naive-ours",), setting, 1, 0)
     assert row["latent_error"] < 1e-5 and row["ratio"] > 0
 
 
 def test_parts_of_an_engine_are_chosen(tiny_pair, tmp_path, capsys):
     """One that there is not fails its rows, and says which there are."""
-    line = ["bench", "--pair", str(tiny_pair), "--engines", "onnx", "--parts", "small,lage", "--plans", "small:2 large:*"]
+    line = [
+        "bench",
+        "--pair",
+        str(tiny_pair),
+        "--engines",
+        "onnx",
+        "--parts",
+        "small,lage",
+        "--plans",
+        "small:2 large:*",
+    ]
     assert main([*line, "--runs", "1", "--warmup", "0", "--json", str(tmp_path / "a.json")]) == 0
     failed = [r for r in results.read(tmp_path / "a.json")["rows"] if "failed" in r]
-    assert [r["engine"] for r in failed] == ["onnx"] and "did you mean 'large'" in failed[0]["failed"]
+    assert [r["engine"] for r in failed] == ["onnx"] and "did you mean 'large'" in failed[0][
+        "failed"
+    ]

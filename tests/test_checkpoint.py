@@ -12,7 +12,9 @@ from nexus_rt.errors import ModelError
 from nexus_rt.models.checkpoint import diffusers_name, find_tensors, read_tensors, to_diffusers
 from nexus_rt.models.load import load_transformer, resolve
 
-CONFIG = dict(num_attention_heads=2, attention_head_dim=16, num_layers=3, ffn_dim=48, text_dim=32, freq_dim=32)
+CONFIG = dict(
+    num_attention_heads=2, attention_head_dim=16, num_layers=3, ffn_dim=48, text_dim=32, freq_dim=32
+)
 NAME = "diffusion_pytorch_model"
 
 
@@ -31,16 +33,25 @@ def run(model):
 
 
 def original_names(state):
-    """Wan's own parameter names, from the list of its published checkpoint (not from the table under test)."""
+    """Wan's own parameter names, from the list of its published checkpoint (not from the table
+    under test)."""
     table = {
         "condition_embedder.time_embedder.linear_1": "time_embedding.0",
         "condition_embedder.time_embedder.linear_2": "time_embedding.2",
         "condition_embedder.text_embedder.linear_1": "text_embedding.0",
         "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-        "condition_embedder.time_proj": "time_projection.1", "proj_out": "head.head",
-        "attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o",
-        "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "norm2": "norm3",
-    }  # fmt: skip
+        "condition_embedder.time_proj": "time_projection.1",
+        "proj_out": "head.head",
+        "attn1": "self_attn",
+        "attn2": "cross_attn",
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out.0": "o",
+        "ffn.net.0.proj": "ffn.0",
+        "ffn.net.2": "ffn.2",
+        "norm2": "norm3",
+    }
     out = {}
     for name, tensor in state.items():
         if name == "scale_shift_table":
@@ -56,20 +67,36 @@ def test_the_original_wan_layout_loads_the_same_model(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("original")
     state = original_names(load_file(folder / f"{NAME}.safetensors"))
     assert (
-        "blocks.0.self_attn.q.weight" in state and "blocks.2.cross_attn.norm_k.weight" in state and "head.modulation" in state
+        "blocks.0.self_attn.q.weight" in state
+        and "blocks.2.cross_attn.norm_k.weight" in state
+        and "head.modulation" in state
     )
     save_file(state, other / f"{NAME}.safetensors")
-    config = {"model_type": "t2v", "dim": 32, "num_heads": 2, "num_layers": 3, "ffn_dim": 48, "text_dim": 32, "freq_dim": 32,
-              "in_dim": 16, "out_dim": 16, "eps": 1e-6}  # fmt: skip
+    config = {
+        "model_type": "t2v",
+        "dim": 32,
+        "num_heads": 2,
+        "num_layers": 3,
+        "ffn_dim": 48,
+        "text_dim": 32,
+        "freq_dim": 32,
+        "in_dim": 16,
+        "out_dim": 16,
+        "eps": 1e-6,
+    }
     (other / "config.json").write_text(json.dumps(config))
-    assert torch.equal(run(load_transformer(other, torch.float32)), run(load_transformer(folder, torch.float32)))
+    assert torch.equal(
+        run(load_transformer(other, torch.float32)), run(load_transformer(folder, torch.float32))
+    )
 
 
 def test_shards_load_the_same_model(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("sharded")
     WanTransformer3DModel.from_pretrained(folder).save_pretrained(other, max_shard_size="40KB")
     assert len(list(other.glob("*.safetensors"))) > 2
-    assert torch.equal(run(load_transformer(other, torch.float32)), run(load_transformer(folder, torch.float32)))
+    assert torch.equal(
+        run(load_transformer(other, torch.float32)), run(load_transformer(folder, torch.float32))
+    )
 
 
 def test_a_stored_dtype_is_converted(folder, tmp_path_factory):
@@ -142,8 +169,11 @@ def test_a_pickle_under_a_safetensors_name(folder):
 
 def test_weights_of_another_architecture(folder):
     config = json.loads((folder / "config.json").read_text())
-    for change, words in (({"num_layers": 4}, "missing .*blocks.3"), ({"num_layers": 2}, "unknown .*blocks.2"),
-                          ({"ffn_dim": 64}, "has shape")):  # fmt: skip
+    for change, words in (
+        ({"num_layers": 4}, "missing .*blocks.3"),
+        ({"num_layers": 2}, "unknown .*blocks.2"),
+        ({"ffn_dim": 64}, "has shape"),
+    ):
         (folder / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ModelError, match=words):
             load_transformer(folder)
@@ -177,7 +207,9 @@ def test_a_hub_id_is_read_from_the_local_cache(folder, tmp_path_factory):
     (cache / "models--owner--wan" / "refs").mkdir()
     (cache / "models--owner--wan" / "refs" / "main").write_text("abc123")
     found = resolve("owner/wan", ("transformer",), cache_dir=cache, local_files_only=True)
-    assert torch.equal(run(load_transformer(found, torch.float32)), run(load_transformer(folder, torch.float32)))
+    assert torch.equal(
+        run(load_transformer(found, torch.float32)), run(load_transformer(folder, torch.float32))
+    )
     with pytest.raises(ModelError, match="neither a folder here nor a repository"):
         resolve("owner/other", ("transformer",), cache_dir=cache, local_files_only=True)
     with pytest.raises(ModelError, match="not a folder"):
@@ -188,4 +220,8 @@ def test_names_of_both_layouts_meet():
     assert diffusers_name("blocks.7.self_attn.norm_q.weight") == "blocks.7.attn1.norm_q.weight"
     assert diffusers_name("model.blocks.7.cross_attn.o.bias") == "blocks.7.attn2.to_out.0.bias"
     assert diffusers_name("blocks.7.attn2.to_out.0.bias") == "blocks.7.attn2.to_out.0.bias"
-    assert diffusers_name("head.modulation") == diffusers_name("scale_shift_table") == "scale_shift_table"
+    assert (
+        diffusers_name("head.modulation")
+        == diffusers_name("scale_shift_table")
+        == "scale_shift_table"
+    )

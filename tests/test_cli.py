@@ -35,24 +35,48 @@ def test_generate_writes_the_file(tiny_pair, tmp_path, capsys, suffix):
 
 def test_options_reach_the_pipeline(tiny_pair, tmp_path):
     """The same options give the same picture, each changed option another."""
-    base = dict(size="32x48", frames="9", steps="5", guidance="3", shift="3", seed="2", plan="small:1 bridge:2 large:2@1",
-                split="dct", lowpass="butterworth", energy="none", solver="euler", negative="blue square", dtype="float32",
-                device="cpu")  # fmt: skip
+    base = dict(
+        size="32x48",
+        frames="9",
+        steps="5",
+        guidance="3",
+        shift="3",
+        seed="2",
+        plan="small:1 bridge:2 large:2@1",
+        split="dct",
+        lowpass="butterworth",
+        energy="none",
+        solver="euler",
+        negative="blue square",
+        dtype="float32",
+        device="cpu",
+    )
 
     # energy and split act in the two bridge steps
     def run(**change):
         out = tmp_path / "x.png"
-        options = [w for k, v in {**base, **change}.items() for w in (f"--{k.replace('_', '-')}", v)]
+        options = [
+            w for k, v in {**base, **change}.items() for w in (f"--{k.replace('_', '-')}", v)
+        ]
         assert main(["generate", PROMPT, *pair(tiny_pair, "-o", out, "--quiet", *options)]) == 0
         with Image.open(out) as image:
             return image.size, image.tobytes()
 
     first = run()
     assert first == run() and first[0] == (8 * 32, 2 * 48)
-    for change in (dict(steps="6", plan="small:1 bridge:2 large:3@1"), dict(guidance="6"), dict(shift="5"), dict(seed="3"),
-                   dict(plan="large"), dict(split="gaussian"), dict(lowpass="ideal"), dict(energy="progressive"),
-                   dict(solver="unipc"), dict(negative="panda"),
-                   dict(guidance_2="9", plan="small:1 bridge:2 large:2")):  # fmt: skip
+    for change in (
+        dict(steps="6", plan="small:1 bridge:2 large:3@1"),
+        dict(guidance="6"),
+        dict(shift="5"),
+        dict(seed="3"),
+        dict(plan="large"),
+        dict(split="gaussian"),
+        dict(lowpass="ideal"),
+        dict(energy="progressive"),
+        dict(solver="unipc"),
+        dict(negative="panda"),
+        dict(guidance_2="9", plan="small:1 bridge:2 large:2"),
+    ):
         assert run(**change) != first, change
 
 
@@ -76,7 +100,9 @@ def test_options_reach_the_pipeline(tiny_pair, tmp_path):
         (["-o", "out.avi"], "unknown output suffix"),
     ],
 )
-def test_wrong_arguments_exit_2_and_write_nothing(tiny_pair, tmp_path, monkeypatch, capsys, options, words):
+def test_wrong_arguments_exit_2_and_write_nothing(
+    tiny_pair, tmp_path, monkeypatch, capsys, options, words
+):
     monkeypatch.chdir(tmp_path)
     assert main(["generate", PROMPT, *pair(tiny_pair), *options]) == 2
     assert words in capsys.readouterr().err and os.listdir(tmp_path) == []
@@ -84,24 +110,47 @@ def test_wrong_arguments_exit_2_and_write_nothing(tiny_pair, tmp_path, monkeypat
 
 def test_an_empty_prompt(tiny_pair, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["generate", "  ", *pair(tiny_pair)]) == 2 and "prompt is empty" in capsys.readouterr().err
+    assert (
+        main(["generate", "  ", *pair(tiny_pair)]) == 2
+        and "prompt is empty" in capsys.readouterr().err
+    )
 
 
 def test_a_model_that_cannot_be_read_exits_1(own_pair, tmp_path, capsys):
     path = own_pair / "large" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     assert main(["generate", PROMPT, *pair(own_pair, "-o", tmp_path / "a.mp4")]) == 1
-    assert "not a whole safetensors file" in capsys.readouterr().err and not (tmp_path / "a.mp4").exists()
+    assert (
+        "not a whole safetensors file" in capsys.readouterr().err
+        and not (tmp_path / "a.mp4").exists()
+    )
 
 
 def test_the_output_is_checked_before_the_model_is_read(tmp_path, capsys):
-    assert main(["generate", PROMPT, "--pair", str(tmp_path / "none"), "-o", str(tmp_path / "no" / "a.mp4")]) == 2
+    assert (
+        main(
+            [
+                "generate",
+                PROMPT,
+                "--pair",
+                str(tmp_path / "none"),
+                "-o",
+                str(tmp_path / "no" / "a.mp4"),
+            ]
+        )
+        == 2
+    )
     assert "does not exist" in capsys.readouterr().err
 
 
-def test_latents_of_a_failed_decoding_can_be_decoded_later(tiny_pair, tmp_path, monkeypatch, capsys):
+def test_latents_of_a_failed_decoding_can_be_decoded_later(
+    tiny_pair, tmp_path, monkeypatch, capsys
+):
     with monkeypatch.context() as broken:
-        broken.setattr("nexus_rt.models.vae.decode_whole", lambda *a, **k: (_ for _ in ()).throw(MemoryError("no memory")))
+        broken.setattr(
+            "nexus_rt.models.vae.decode_whole",
+            lambda *a, **k: (_ for _ in ()).throw(MemoryError("no memory")),
+        )
         assert main(["generate", PROMPT, *pair(tiny_pair, "-o", tmp_path / "a.png")]) == 1
     saved = re.search(r"\S+\.safetensors", capsys.readouterr().err)[0]
     assert os.path.dirname(saved) == str(tmp_path) and not (tmp_path / "a.png").exists()
@@ -113,22 +162,38 @@ def test_latents_of_a_failed_decoding_can_be_decoded_later(tiny_pair, tmp_path, 
 @pytest.mark.parametrize("split, heading", [("gaussian", "sigma"), ("fft", "cutoff")])
 def test_plan_prints_the_table_and_the_totals(tiny_pair, capsys, split, heading):
     spec = "small:2 bridge:1 large:3@1"
-    assert main(["plan", *pair(tiny_pair, "--plan", spec, "--split", split, "--costs", "10,100")]) == 0
+    assert (
+        main(["plan", *pair(tiny_pair, "--plan", spec, "--split", split, "--costs", "10,100")]) == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert heading in lines[0] and "timestep" in lines[0]
     rows = [line.split() for line in lines[1:7]]
-    assert [r[0] for r in rows] == list("012345") and [r[4] for r in rows] == ["small"] * 2 + ["both"] + ["large"] * 3
-    # 10 a guided small step; the large one is unguided (50) in its segment and in the bridge beside it
+    assert [r[0] for r in rows] == list("012345") and [r[4] for r in rows] == ["small"] * 2 + [
+        "both"
+    ] + ["large"] * 3
+    # 10 a guided small step; the large one is unguided (50) in its segment and in the bridge beside
+    # it
     assert [float(r[6]) for r in rows] == [10, 10, 60, 50, 50, 50]
-    assert "6 small and 4 large forwards, 230.0 ms" in lines[7] and "660.0 ms" in lines[8] and "35%" in lines[8]
+    assert (
+        "6 small and 4 large forwards, 230.0 ms" in lines[7]
+        and "660.0 ms" in lines[8]
+        and "35%" in lines[8]
+    )
 
 
 def test_plan_measures_the_pair_it_is_given(tiny_pair, capsys):
     assert main(["plan", *pair(tiny_pair, "--plan", "reference")]) == 0
     out = capsys.readouterr().out
-    small, large = (float(re.search(rf"{n} (\d+\.\d+) ms guided", out)[1]) for n in ("small", "large"))
+    small, large = (
+        float(re.search(rf"{n} (\d+\.\d+) ms guided", out)[1]) for n in ("small", "large")
+    )
     total = float(re.search(r"reference: 12 small and 12 large forwards, (\d+\.\d) ms\n", out)[1])
-    assert small > 0 and large > 0 and abs(total - 6 * (small + large)) <= 0.5 * total and "measured on this machine" in out
+    assert (
+        small > 0
+        and large > 0
+        and abs(total - 6 * (small + large)) <= 0.5 * total
+        and "measured on this machine" in out
+    )
 
 
 def test_plan_without_models(capsys):
@@ -143,7 +208,11 @@ def test_doctor_names_versions_devices_and_reasons(capsys):
 
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert version("torch") in out and "cpu" in out and re.search(r"(yes|no) +triton kernels +\S+", out)
+    assert (
+        version("torch") in out
+        and "cpu" in out
+        and re.search(r"(yes|no) +triton kernels +\S+", out)
+    )
 
 
 def test_help_is_enough(capsys):
@@ -152,8 +221,22 @@ def test_help_is_enough(capsys):
             main([command, "--help"])
         assert stop.value.code == 0
     text = capsys.readouterr().out
-    for option in ("--small", "--large", "--size", "--frames", "--steps", "--guidance", "--shift", "--seed", "--plan",
-                   "--split", "--energy", "--dtype", "--device", "--output"):  # fmt: skip
+    for option in (
+        "--small",
+        "--large",
+        "--size",
+        "--frames",
+        "--steps",
+        "--guidance",
+        "--shift",
+        "--seed",
+        "--plan",
+        "--split",
+        "--energy",
+        "--dtype",
+        "--device",
+        "--output",
+    ):
         assert option in text
 
 
@@ -161,13 +244,25 @@ def test_an_interrupt_leaves_no_file_and_exits_130(tiny_pair, tmp_path):
     """A real process on a terminal, and a real signal in the middle of the loop."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     terminal, inside = os.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))  # a bar is drawn to the width there is
+    fcntl.ioctl(
+        terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0)
+    )  # a bar is drawn to the width there is
     process = subprocess.Popen(
-        [sys.executable, "-m", "nexus_rt.cli", "generate", PROMPT,
-         *pair(tiny_pair, "--steps", 20000, "-o", tmp_path / "a.mp4")],
-        stderr=inside, env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}, cwd=tmp_path,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "nexus_rt.cli",
+            "generate",
+            PROMPT,
+            *pair(tiny_pair, "--steps", 20000, "-o", tmp_path / "a.mp4"),
+        ],
+        stderr=inside,
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored where the tests run in the background
+    )
     os.close(inside)
     seen, deadline = "", time.time() + 120
 
@@ -208,7 +303,12 @@ def test_a_fresh_seed_is_printed_and_makes_the_same_clip(tiny_pair, tmp_path, ca
     from nexus_rt.video import read_metadata
 
     made = read_metadata(tmp_path / "a.mp4")
-    assert made["prompt"] == PROMPT and made["seed"] == int(seed) and "torch" in made["versions"] and "handoff" in made["plan"]
+    assert (
+        made["prompt"] == PROMPT
+        and made["seed"] == int(seed)
+        and "torch" in made["versions"]
+        and "handoff" in made["plan"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -235,23 +335,56 @@ def test_a_fresh_seed_is_printed_and_makes_the_same_clip(tiny_pair, tmp_path, ca
         (("--sigma-min", 0.9, "--sigma-max", 0.5), "must be positive and not above"),
     ],
 )
-def test_numbers_outside_their_range_exit_2_before_any_model(tiny_pair, tmp_path, options, words, capsys, monkeypatch):
+def test_numbers_outside_their_range_exit_2_before_any_model(
+    tiny_pair, tmp_path, options, words, capsys, monkeypatch
+):
     for name in ("from_pretrained", "from_engines"):
-        monkeypatch.setattr(NexusPipeline, name, lambda *args, **options: pytest.fail("a model was read"))
+        monkeypatch.setattr(
+            NexusPipeline, name, lambda *args, **options: pytest.fail("a model was read")
+        )
     assert main(["generate", PROMPT, *pair(tiny_pair, "-o", tmp_path / "x.mp4", *options)]) == 2
     assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_the_blend_s_numbers_and_the_published_defaults_reach_the_call(tiny_pair, tmp_path, monkeypatch):
+def test_the_blend_s_numbers_and_the_published_defaults_reach_the_call(
+    tiny_pair, tmp_path, monkeypatch
+):
     from nexus_rt import BlendConfig
 
     calls = []
     right = NexusPipeline.__call__
-    monkeypatch.setattr(NexusPipeline, "__call__", lambda self, *a, **k: (calls.append(k), right(self, *a, **k))[1])
-    numbers = ("--gamma-w", 0.5, "--gamma-hf", 0.6, "--sigma-min", 0.4, "--sigma-max", 0.8, "--plan", "reference", "--steps", 2)
+    monkeypatch.setattr(
+        NexusPipeline, "__call__", lambda self, *a, **k: (calls.append(k), right(self, *a, **k))[1]
+    )
+    numbers = (
+        "--gamma-w",
+        0.5,
+        "--gamma-hf",
+        0.6,
+        "--sigma-min",
+        0.4,
+        "--sigma-max",
+        0.8,
+        "--plan",
+        "reference",
+        "--steps",
+        2,
+    )
     assert main(["generate", PROMPT, *pair(tiny_pair, "-o", tmp_path / "x.png", *numbers)]) == 0
-    assert calls[0]["blend"] == BlendConfig(gamma_hf=0.6, sigma_min=0.4, sigma_max=0.8) and calls[0]["gamma_w"] == 0.5
-    assert main(["generate", PROMPT, *pair(tiny_pair, "-o", tmp_path / "y.png", "--as-published", "--steps", 2)]) == 0
+    assert (
+        calls[0]["blend"] == BlendConfig(gamma_hf=0.6, sigma_min=0.4, sigma_max=0.8)
+        and calls[0]["gamma_w"] == 0.5
+    )
+    assert (
+        main(
+            [
+                "generate",
+                PROMPT,
+                *pair(tiny_pair, "-o", tmp_path / "y.png", "--as-published", "--steps", 2),
+            ]
+        )
+        == 0
+    )
     assert calls[1]["as_published"] is True and calls[1]["plan"] is None
     assert main(["plan", *pair(tiny_pair, "--as-published", "--costs", "1,2")]) == 0
 
@@ -259,7 +392,9 @@ def test_the_blend_s_numbers_and_the_published_defaults_reach_the_call(tiny_pair
 @pytest.mark.parametrize("name", ["wan.safetensors", "wan.gguf", "model.ckpt"])
 def test_a_single_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("the hub was asked")
+    )
     (tmp_path / "models").mkdir()
     assert main(["generate", PROMPT, "--small", f"models/{name}", "-o", "x.mp4"]) == 1
     assert "is the name of a file, and none is here" in capsys.readouterr().err
@@ -269,7 +404,11 @@ def test_a_single_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name,
 
 
 PAIRS = [
-    (("generate", "x", "--engines", "e"), option, "is of PyTorch's models, and --engines names finished ones")
+    (
+        ("generate", "x", "--engines", "e"),
+        option,
+        "is of PyTorch's models, and --engines names finished ones",
+    )
     for option in (
         ("--pair", "p"),
         ("--small", "s"),
@@ -288,7 +427,11 @@ PAIRS = [
     (("generate", "x"), ("--force",), "--force goes with --engines"),
     (("decode", "l.safetensors"), ("--force",), "goes with --engines"),
     (("batch", "l.txt", "-o", "d"), ("--workers", "2"), "--workers goes with --ray"),
-    (("plan", "--costs", "1,2"), ("--attention", "sdpa"), "measures nothing where --costs gives the prices"),
+    (
+        ("plan", "--costs", "1,2"),
+        ("--attention", "sdpa"),
+        "measures nothing where --costs gives the prices",
+    ),
     (("generate", "x", "--as-published"), ("--split", "fft"), "--split is not as published"),
     (("generate", "x", "--as-published"), ("--energy", "none"), "--energy is not as published"),
     (("export", "-o", "d"), ("--sm", "89"), "--sm is of --backend tensorrt-rtx alone"),
@@ -297,9 +440,21 @@ PAIRS = [
         ("--opset", "20"),
         "--opset is of --backend onnx and tensorrt and tensorrt-rtx alone",
     ),
-    (("export", "-o", "d"), ("--weight-streaming",), "--weight-streaming is of --backend tensorrt and"),
-    (("export", "-o", "d", "--backend", "aoti"), ("--refit",), "--refit is of --backend tensorrt and"),
-    (("bench", "compare", "a.json", "b.json"), ("--runs", "3"), "--runs is measured, and `bench compare` compares two files"),
+    (
+        ("export", "-o", "d"),
+        ("--weight-streaming",),
+        "--weight-streaming is of --backend tensorrt and",
+    ),
+    (
+        ("export", "-o", "d", "--backend", "aoti"),
+        ("--refit",),
+        "--refit is of --backend tensorrt and",
+    ),
+    (
+        ("bench", "compare", "a.json", "b.json"),
+        ("--runs", "3"),
+        "--runs is measured, and `bench compare` compares two files",
+    ),
     (("bench", "compare", "a.json", "b.json"), ("--json", "x.json"), "--json is measured"),
     (("bench", "--estimate", "never"), ("--tflops", "3"), "--tflops goes with an estimate"),
     (
@@ -311,11 +466,17 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("line, option, words", PAIRS, ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
-def test_options_that_do_not_go_together_are_refused_by_name(line, option, words, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "line, option, words", PAIRS, ids=lambda v: " ".join(v) if isinstance(v, tuple) else ""
+)
+def test_options_that_do_not_go_together_are_refused_by_name(
+    line, option, words, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     for name in ("from_pretrained", "from_engines"):
-        monkeypatch.setattr(NexusPipeline, name, lambda *args, **options: pytest.fail("a model was read"))
+        monkeypatch.setattr(
+            NexusPipeline, name, lambda *args, **options: pytest.fail("a model was read")
+        )
     assert main([*line, *option]) == 2
     err = capsys.readouterr().err
     assert words in err
@@ -328,7 +489,9 @@ def test_given_options_are_those_of_the_line_alone():
 
     known = parser()
     assert given_options(known, ["generate", "x"]) == {"command", "prompt"}
-    assert given_options(known, ["generate", "x", "--plan=large", "--small-lora", "a", "--quiet"]) == {
+    assert given_options(
+        known, ["generate", "x", "--plan=large", "--small-lora", "a", "--quiet"]
+    ) == {
         "command",
         "prompt",
         "plan",
@@ -337,13 +500,21 @@ def test_given_options_are_those_of_the_line_alone():
     }
     args = known.parse_args(["generate", "x"])
     assert args.seed == 0 and args.attention == "auto"  # the parser itself keeps its defaults
-    names = {a.dest for sub in known._subparsers._group_actions for p in sub.choices.values() for a in p._actions}
+    names = {
+        a.dest
+        for sub in known._subparsers._group_actions
+        for p in sub.choices.values()
+        for a in p._actions
+    }
     names |= {"action"}
-    assert all({r.option, *r.others} - {""} <= names for r in TABLE)  # no rule about an option that is gone
+    assert all(
+        {r.option, *r.others} - {""} <= names for r in TABLE
+    )  # no rule about an option that is gone
 
 
 def test_a_process_ends_with_its_code_its_output_and_what_was_registered(tmp_path):
-    """It is not taken apart, so that the end costs nothing; what others asked for at the end is done all the same."""
+    """It is not taken apart, so that the end costs nothing; what others asked for at the end is
+    done all the same."""
     code = (
         "import atexit, sys, threading, time\n"
         "atexit.register(lambda: print('registered'))\n"
@@ -355,8 +526,14 @@ def test_a_process_ends_with_its_code_its_output_and_what_was_registered(tmp_pat
         "sys.argv = ['nexus-rt', *sys.argv[1:]]\n"
         "from nexus_rt.cli import entry; entry()"
     )
-    run = lambda *line: subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True)  # noqa: E731
+    run = lambda *line: subprocess.run(
+        [sys.executable, "-c", code, *line], capture_output=True, text=True
+    )
     done = run("plan", "--costs", "1,2", "--steps", "4")
-    assert done.returncode == 0 and done.stdout.splitlines()[-2:] == ["thread", "registered"] and "reference:" in done.stdout
+    assert (
+        done.returncode == 0
+        and done.stdout.splitlines()[-2:] == ["thread", "registered"]
+        and "reference:" in done.stdout
+    )
     assert run("generate", " ", "-o", str(tmp_path / "a.mp4")).returncode == 2
     assert run("--version").returncode == 0 and run("generate").returncode == 2

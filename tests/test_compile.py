@@ -1,4 +1,5 @@
-"""The ops as torch.compile sees them: one whole graph of a DiT on the meta device, the kernels standing in it."""
+"""The ops as torch.compile sees them: one whole graph of a DiT on the meta device, the kernels
+standing in it."""
 
 import os
 import subprocess

@@ -10,12 +10,24 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from nexus_rt.errors import InputError, ModelError
-from nexus_rt.models.connector import SPECIAL_TOKENS, Connector, ConnectorConfig, load_connector, save_connector
+from nexus_rt.models.connector import (
+    SPECIAL_TOKENS,
+    Connector,
+    ConnectorConfig,
+    load_connector,
+    save_connector,
+)
 
 TINY = ConnectorConfig(
-    llm_hidden_size=24, vision_dim=16, vision_queries=4, text_dim=32, adapter_queries=6, num_layers=2, num_heads=2,
+    llm_hidden_size=24,
+    vision_dim=16,
+    vision_queries=4,
+    text_dim=32,
+    adapter_queries=6,
+    num_layers=2,
+    num_heads=2,
     max_context_len=40,
-)  # fmt: skip
+)
 
 
 def make(config=TINY, seed=0):
@@ -35,8 +47,11 @@ def make(config=TINY, seed=0):
 def attend(w, name, q, kv, heads):
     d = q.shape[-1]
     wi, bi = w[f"{name}.in_proj_weight"], w[f"{name}.in_proj_bias"]
-    q, k, v = (F.linear(x, wi[i * d : (i + 1) * d], bi[i * d : (i + 1) * d]) for i, x in enumerate((q, kv, kv)))
-    split = lambda x: x.unflatten(-1, (heads, -1)).transpose(-2, -3)  # noqa: E731
+    q, k, v = (
+        F.linear(x, wi[i * d : (i + 1) * d], bi[i * d : (i + 1) * d])
+        for i, x in enumerate((q, kv, kv))
+    )
+    split = lambda x: x.unflatten(-1, (heads, -1)).transpose(-2, -3)
     scores = (split(q) @ split(k).mT / math.sqrt(d // heads)).softmax(-1)
     out = (scores @ split(v)).transpose(-2, -3).flatten(-2)
     return F.linear(out, w[f"{name}.out_proj.weight"], w[f"{name}.out_proj.bias"])
@@ -53,8 +68,10 @@ def feed(w, name, x):
 
 
 def oracle(w, name, x, layers, heads):
-    gelu = lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))  # noqa: E731
-    x = F.linear(gelu(F.linear(x, w["fc.0.weight"], w["fc.0.bias"])), w["fc.2.weight"], w["fc.2.bias"])
+    gelu = lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    x = F.linear(
+        gelu(F.linear(x, w["fc.0.weight"], w["fc.0.bias"])), w["fc.2.weight"], w["fc.2.bias"]
+    )
     for i in range(layers):
         n = f"{name}.encoder.layers.{i}"
         y = norm(w, f"{n}.norm1", x)
@@ -77,11 +94,18 @@ def test_it_computes_the_published_formula(single_frame, length):
     connector = make()
     hidden = torch.randn(2, length, TINY.llm_hidden_size)
     weights = {k: v.double() for k, v in connector.state_dict().items()}
-    part = lambda name: {k.removeprefix(name + "."): v for k, v in weights.items() if k.startswith(name + ".")}  # noqa: E731
-    visual = oracle(part("vision_head"), "visionHeadAdapter", hidden.double(), TINY.num_layers, TINY.num_heads)
+    part = lambda name: {
+        k.removeprefix(name + "."): v for k, v in weights.items() if k.startswith(name + ".")
+    }
+    visual = oracle(
+        part("vision_head"), "visionHeadAdapter", hidden.double(), TINY.num_layers, TINY.num_heads
+    )
     used = visual[:, :1] if single_frame else visual
     wanted = torch.cat(  # each visual token alone
-        [oracle(part("adapter"), "adapter", used[:, i : i + 1], TINY.num_layers, TINY.num_heads) for i in range(used.shape[1])],
+        [
+            oracle(part("adapter"), "adapter", used[:, i : i + 1], TINY.num_layers, TINY.num_heads)
+            for i in range(used.shape[1])
+        ],
         1,
     )
     with torch.no_grad():
@@ -106,16 +130,30 @@ def test_published_names_and_sizes():
     with torch.device("meta"):
         shapes = {k: tuple(v.shape) for k, v in Connector(ConnectorConfig()).state_dict().items()}
     head, adapter = "vision_head.visionHeadAdapter", "adapter.adapter"
-    assert shapes["vision_head.decoder_query"] == (1, 4, 1152) and shapes["adapter.decoder_query"] == (1, 256, 4096)
-    assert shapes["vision_head.fc.0.weight"] == (1152, 4096) and shapes["vision_head.fc.2.weight"] == (1152, 1152)
-    assert shapes["adapter.fc.0.weight"] == (4096, 1152) and shapes["adapter.fc.2.weight"] == (4096, 4096)
+    assert shapes["vision_head.decoder_query"] == (1, 4, 1152) and shapes[
+        "adapter.decoder_query"
+    ] == (1, 256, 4096)
+    assert shapes["vision_head.fc.0.weight"] == (1152, 4096) and shapes[
+        "vision_head.fc.2.weight"
+    ] == (1152, 1152)
+    assert shapes["adapter.fc.0.weight"] == (4096, 1152) and shapes["adapter.fc.2.weight"] == (
+        4096,
+        4096,
+    )
     for name, d in ((head, 1152), (adapter, 4096)):
-        for side, attentions, norms in (("encoder", ["self_attn"], 2), ("decoder", ["self_attn", "multihead_attn"], 3)):
+        for side, attentions, norms in (
+            ("encoder", ["self_attn"], 2),
+            ("decoder", ["self_attn", "multihead_attn"], 3),
+        ):
             for layer in range(4):
                 n = f"{name}.{side}.layers.{layer}"
                 for a in attentions:
-                    assert shapes[f"{n}.{a}.in_proj_weight"] == (3 * d, d) and shapes[f"{n}.{a}.out_proj.weight"] == (d, d)
-                assert shapes[f"{n}.linear1.weight"] == (4 * d, d) and shapes[f"{n}.linear2.weight"] == (d, 4 * d)
+                    assert shapes[f"{n}.{a}.in_proj_weight"] == (3 * d, d) and shapes[
+                        f"{n}.{a}.out_proj.weight"
+                    ] == (d, d)
+                assert shapes[f"{n}.linear1.weight"] == (4 * d, d) and shapes[
+                    f"{n}.linear2.weight"
+                ] == (d, 4 * d)
                 assert all(shapes[f"{n}.norm{i + 1}.weight"] == (d,) for i in range(norms))
             assert f"{name}.{side}.layers.4.linear1.weight" not in shapes
             assert shapes[f"{name}.{side}.norm.weight"] == (d,)
@@ -128,19 +166,35 @@ def test_packing_follows_the_published_order():
     visual, reference, adapter, text = (torch.randn(n, d) for n in (2, 3, 4, 5))
     packed = connector.pack(text, adapter, visual, reference)
     rows = [
-        m["<img_st>"], visual, m["<img_ed>"], m["<img_st>"], reference, m["<img_ed>"],
-        m["<ipl_st>"], adapter, m["<ipl_ed>"], m["<prp_st>"], text, m["<prp_ed>"],
-    ]  # fmt: skip
+        m["<img_st>"],
+        visual,
+        m["<img_ed>"],
+        m["<img_st>"],
+        reference,
+        m["<img_ed>"],
+        m["<ipl_st>"],
+        adapter,
+        m["<ipl_ed>"],
+        m["<prp_st>"],
+        text,
+        m["<prp_ed>"],
+    ]
     assert packed.shape == (40, d)
     assert torch.equal(packed[:22], torch.cat(rows)) and not packed[22:].any()
     bare = connector.pack(text, None)
-    assert torch.equal(bare[:7], torch.cat([m["<prp_st>"], text, m["<prp_ed>"]])) and not bare[7:].any()
+    assert (
+        torch.equal(bare[:7], torch.cat([m["<prp_st>"], text, m["<prp_ed>"]]))
+        and not bare[7:].any()
+    )
 
 
 def test_a_long_context_is_cut_and_the_loss_named():
     connector = make()
     text, adapter = torch.randn(30, 32), torch.randn(24, 32)
-    with pytest.warns(UserWarning, match=r"58 tokens and is cut at 40, as published; lost: 17 of 30 text tokens, <prp_ed>"):
+    with pytest.warns(
+        UserWarning,
+        match=r"58 tokens and is cut at 40, as published; lost: 17 of 30 text tokens, <prp_ed>",
+    ):
         packed = connector.pack(text, adapter)
     assert torch.equal(packed[27:], text[:13])
     with warnings.catch_warnings():
@@ -154,8 +208,13 @@ def test_a_folder_keeps_everything(tmp_path, dtype):
     save_connector(connector, tmp_path / "c", torch.float32)
     loaded = load_connector(tmp_path / "c", dtype)
     assert loaded.config == TINY and loaded.dtype == dtype
-    assert all(torch.equal(v.to(dtype), loaded.state_dict()[k]) for k, v in connector.state_dict().items())
-    assert all(torch.equal(v.to(dtype), loaded.special_tokens[k]) for k, v in connector.special_tokens.items())
+    assert all(
+        torch.equal(v.to(dtype), loaded.state_dict()[k]) for k, v in connector.state_dict().items()
+    )
+    assert all(
+        torch.equal(v.to(dtype), loaded.special_tokens[k])
+        for k, v in connector.special_tokens.items()
+    )
     assert torch.equal(loaded.unconditional_text, connector.unconditional_text.to(dtype))
     assert torch.equal(loaded.unconditional_hidden, connector.unconditional_hidden.to(dtype))
     with torch.no_grad():
@@ -164,18 +223,25 @@ def test_a_folder_keeps_everything(tmp_path, dtype):
 
 
 def test_wrong_hidden_size_is_named():
-    with pytest.raises(InputError, match=r"shape \(1, 5, 20\); this connector reads \[batch, tokens, 24\]"):
+    with pytest.raises(
+        InputError, match=r"shape \(1, 5, 20\); this connector reads \[batch, tokens, 24\]"
+    ):
         make()(torch.randn(1, 5, 20))
 
 
 def test_damaged_folders_are_refused(tmp_path):
     save_connector(make(), tmp_path, torch.float32)
     weights = load_file(tmp_path / "model.safetensors")
-    save_file({k: v for k, v in weights.items() if k != "adapter.fc.0.bias"}, tmp_path / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if k != "adapter.fc.0.bias"},
+        tmp_path / "model.safetensors",
+    )
     with pytest.raises(ModelError, match=r"1 missing \(adapter.fc.0.bias\)"):
         load_connector(tmp_path)
     save_file({**weights, "adapter.fc.0.bias": torch.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"adapter.fc.0.bias has shape \(3,\); config.json asks for \(32,\)"):
+    with pytest.raises(
+        ModelError, match=r"adapter.fc.0.bias has shape \(3,\); config.json asks for \(32,\)"
+    ):
         load_connector(tmp_path)
     save_file(weights, tmp_path / "model.safetensors")
     markers = load_file(tmp_path / "special_tokens.safetensors")
@@ -184,7 +250,10 @@ def test_damaged_folders_are_refused(tmp_path):
     with pytest.raises(ModelError, match="lacks <ipl_ed>"):
         load_connector(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for change, words in (({"vision_dims": 3}, "unknown 'vision_dims'"), ({"num_heads": 0}, "num_heads=0")):
+    for change, words in (
+        ({"vision_dims": 3}, "unknown 'vision_dims'"),
+        ({"num_heads": 0}, "num_heads=0"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ModelError, match=words):
             load_connector(tmp_path)

@@ -13,7 +13,13 @@ from nexus_rt.models.context import unpad
 from tests.omnivideo import make_llm
 
 CONFIG = ConnectorConfig(
-    llm_hidden_size=40, vision_dim=16, text_dim=32, adapter_queries=6, num_layers=1, num_heads=2, max_context_len=96
+    llm_hidden_size=40,
+    vision_dim=16,
+    text_dim=32,
+    adapter_queries=6,
+    num_layers=1,
+    num_heads=2,
+    max_context_len=96,
 )
 RUN = dict(num_inference_steps=4, plan="reference")
 
@@ -86,7 +92,8 @@ class Spy:
 def test_all_of_it_runs_once_per_prompt(pipe, monkeypatch):
     spy = Spy(monkeypatch, pipe)
     pipe(["the red panda", "a circle"], generator=generator(), **RUN)
-    # one reading of each prompt, one adapter run each and one for the negative branch; four steps of both generators
+    # one reading of each prompt, one adapter run each and one for the negative branch; four steps
+    # of both generators
     assert spy.counts == {"llm": 2, "connector": 3, "small": 4, "large": 4}
 
 
@@ -96,12 +103,22 @@ def test_each_generator_is_told_its_own(pipe, monkeypatch):
     text = pipe.text.encode(["the red panda"])
     connector, markers = pipe.context.connector, pipe.context.connector.special_tokens
     assert spy.told["large"].shape == (2, 512, 32) and torch.equal(spy.told["large"][0], text[0])
-    assert torch.equal(spy.told["large"][1, :2], connector.unconditional_text) and not spy.told["large"][1, 2:].any()
+    assert (
+        torch.equal(spy.told["large"][1, :2], connector.unconditional_text)
+        and not spy.told["large"][1, 2:].any()
+    )
     with torch.no_grad():
         adapter = connector(pipe.context.understanding.hidden_states("the red panda"))[0]
         none = connector(connector.unconditional_hidden[None])[0]
     words = unpad(text[0])
-    rows = [markers["<ipl_st>"], adapter, markers["<ipl_ed>"], markers["<prp_st>"], words, markers["<prp_ed>"]]
+    rows = [
+        markers["<ipl_st>"],
+        adapter,
+        markers["<ipl_ed>"],
+        markers["<prp_st>"],
+        words,
+        markers["<prp_ed>"],
+    ]
     wanted = torch.cat(rows)
     small = spy.told["small"]
     assert small.shape == (2, 96, 32) and len(words) == 4
@@ -118,10 +135,17 @@ def test_each_generator_is_told_its_own(pipe, monkeypatch):
 
 
 def test_understanding_changes_the_small_generator_only(pipe, tiny_pipe):
-    a, b = (p("the red panda", generator=generator(), num_inference_steps=4, plan="small").frames for p in (pipe, tiny_pipe))
+    a, b = (
+        p("the red panda", generator=generator(), num_inference_steps=4, plan="small").frames
+        for p in (pipe, tiny_pipe)
+    )
     assert np.abs(a - b).max() > 1e-3
-    same = dict(generator=None, num_inference_steps=4, plan="large", guidance_scale=1.0)  # without the negative branch
-    a, b = (p("the red panda", **{**same, "generator": generator()}).frames for p in (pipe, tiny_pipe))
+    same = dict(
+        generator=None, num_inference_steps=4, plan="large", guidance_scale=1.0
+    )  # without the negative branch
+    a, b = (
+        p("the red panda", **{**same, "generator": generator()}).frames for p in (pipe, tiny_pipe)
+    )
     assert np.array_equal(a, b)
 
 
@@ -130,7 +154,9 @@ def test_a_single_frame_takes_the_image_template_and_the_first_token(pipe, monke
     pipe("the red panda", num_frames=1, generator=generator(), **RUN)
     connector = pipe.context.connector
     with torch.no_grad():
-        adapter = connector(pipe.context.understanding.hidden_states("the red panda", True), True)[0]
+        adapter = connector(pipe.context.understanding.hidden_states("the red panda", True), True)[
+            0
+        ]
     assert len(adapter) == 6 and torch.equal(spy.told["small"][0, 1:7], adapter)
     assert torch.equal(spy.told["small"][0, 7:8], connector.special_tokens["<ipl_ed>"])
 
@@ -139,8 +165,12 @@ def test_a_negative_prompt_replaces_the_stored_text(pipe, monkeypatch):
     spy = Spy(monkeypatch, pipe)
     pipe("the red panda", "blue", generator=generator(), **RUN)
     blue = unpad(pipe.text.encode(["blue"])[0])
-    assert torch.allclose(spy.told["large"][1, : len(blue)], blue, atol=1e-5)  # encoded beside the prompt: rounding
-    assert torch.allclose(spy.told["small"][1, 27 : 27 + len(blue)], blue, atol=1e-5)  # 1 + 24 + 1 adapter rows, <prp_st>
+    assert torch.allclose(
+        spy.told["large"][1, : len(blue)], blue, atol=1e-5
+    )  # encoded beside the prompt: rounding
+    assert torch.allclose(
+        spy.told["small"][1, 27 : 27 + len(blue)], blue, atol=1e-5
+    )  # 1 + 24 + 1 adapter rows, <prp_st>
 
 
 def test_given_contexts_are_used(pipe):
@@ -151,17 +181,25 @@ def test_given_contexts_are_used(pipe):
     context = dict(context_embeds=contexts[0], negative_context_embeds=contexts[1])
     given = pipe(**told, **context, generator=generator(), **RUN).frames
     assert np.array_equal(wanted, given)
-    with pytest.raises(InputError, match="steered by the understanding model, which reads the prompt"):
+    with pytest.raises(
+        InputError, match="steered by the understanding model, which reads the prompt"
+    ):
         pipe(**told, **RUN)
     pipe(**told, num_inference_steps=2, plan="large")  # does not need it
 
 
 def test_several_videos_of_a_prompt_share_one_reading(pipe, monkeypatch):
     spy = Spy(monkeypatch, pipe)
-    frames = pipe(["the red panda", "a circle"], num_videos_per_prompt=2, generator=generator(), **RUN).frames
+    frames = pipe(
+        ["the red panda", "a circle"], num_videos_per_prompt=2, generator=generator(), **RUN
+    ).frames
     assert spy.counts["llm"] == 2 and frames.shape[0] == 4
     small = spy.told["small"]
-    assert torch.equal(small[0], small[1]) and torch.equal(small[2], small[3]) and (small[0] != small[2]).any()
+    assert (
+        torch.equal(small[0], small[1])
+        and torch.equal(small[2], small[3])
+        and (small[0] != small[2]).any()
+    )
 
 
 def test_encoders_can_be_dropped_before_denoising(steered_pair, pipe):
@@ -176,16 +214,20 @@ def test_encoders_can_be_dropped_before_denoising(steered_pair, pipe):
     frames = lean("the red panda", generator=generator(), callback_on_step_end=look, **RUN).frames
     assert held == [(None, None, None)] * 4
     assert np.array_equal(frames, pipe("the red panda", generator=generator(), **RUN).frames)
-    assert np.array_equal(frames, lean("the red panda", generator=generator(), **RUN).frames)  # read again when needed
+    assert np.array_equal(
+        frames, lean("the red panda", generator=generator(), **RUN).frames
+    )  # read again when needed
 
 
 def test_everything_computes_in_the_dtype_asked_for(steered_pair):
     pipe = NexusPipeline.from_pretrained(steered_pair, torch_dtype=torch.bfloat16)
     context, negative = pipe.encode_context("the red panda", *pipe.encode_prompt("the red panda"))
     assert context.dtype == negative.dtype == torch.bfloat16
-    assert {p.dtype for m in (pipe.context.connector, pipe.context.understanding.model) for p in m.parameters()} == {
-        torch.bfloat16
-    }
+    assert {
+        p.dtype
+        for m in (pipe.context.connector, pipe.context.understanding.model)
+        for p in m.parameters()
+    } == {torch.bfloat16}
 
 
 def test_a_checkpoint_without_stored_negatives_reads_an_empty_prompt(own_pair):
@@ -205,7 +247,9 @@ def test_parts_that_do_not_belong_together(own_pair, tiny_pair):
     save_connector(make_connector(), own_pair / "connector", torch.float32)
     with pytest.raises(ModelError, match=r"hidden size is 24 and the connector reads 40"):
         NexusPipeline.from_pretrained(own_pair)
-    wide = ConnectorConfig(llm_hidden_size=24, vision_dim=16, text_dim=48, adapter_queries=6, num_layers=1, num_heads=2)
+    wide = ConnectorConfig(
+        llm_hidden_size=24, vision_dim=16, text_dim=48, adapter_queries=6, num_layers=1, num_heads=2
+    )
     save_connector(make_connector(wide), own_pair / "connector", torch.float32)
     with pytest.raises(ModelError, match=r"width 48 and the small generator reads 32"):
         NexusPipeline.from_pretrained(own_pair)
@@ -232,7 +276,9 @@ def test_the_language_model_reads_the_prompt_raw(pipe, monkeypatch):
     """As published: stripped and no more; cleaning is for UMT5."""
     read = []
     right = pipe.context.understanding.hidden_states
-    monkeypatch.setattr(pipe.context.understanding, "hidden_states", lambda p, *a: (read.append(p), right(p, *a))[1])
+    monkeypatch.setattr(
+        pipe.context.understanding, "hidden_states", lambda p, *a: (read.append(p), right(p, *a))[1]
+    )
     prompt = "  the  red &amp; blue\u00a0panda\n moves "
     text, none = pipe.encode_prompt(prompt)
     pipe.encode_context(prompt, text, none)

@@ -73,24 +73,33 @@ def test_the_vae_decodes_the_same(converted, published):
 def test_every_key_is_accounted_for(converted):
     target, report = converted
     assert report.unused == {
-        LAYOUT["transformer"]: ["visual_context_adapter.proj.weight", "wan_model.img_emb.proj.0.weight"],
+        LAYOUT["transformer"]: [
+            "visual_context_adapter.proj.weight",
+            "wan_model.img_emb.proj.0.weight",
+        ],
         LAYOUT["tokens"]: ["<vid_st>"],
         LAYOUT["context"]: ["prompt"],
     }
     adapter = report.overridden[LAYOUT["adapter"]]
     assert "fc.0.bias" not in adapter and report.used[LAYOUT["adapter"]] == 1
-    assert len(report.overridden[LAYOUT["wan"]]) == len(tensors(target / "small")) and report.used[LAYOUT["wan"]] == 0
+    assert (
+        len(report.overridden[LAYOUT["wan"]]) == len(tensors(target / "small"))
+        and report.used[LAYOUT["wan"]] == 0
+    )
     kept = json.loads((target / "conversion.json").read_text())
     assert kept["unused"] == report.unused and kept["used"] == report.used
     assert "2 unused (visual_context_adapter.proj.weight, wan_model.img_emb" in str(report)
 
 
 def test_the_pipeline_runs_it(converted, published, tiny_pair):
-    """With a large generator of the same width; and the stored negative branch is what guidance sees."""
+    """With a large generator of the same width; and the stored negative branch is what guidance
+    sees."""
     pipe = NexusPipeline.from_pretrained(converted[0], large=tiny_pair / "large")
     pipe.set_progress_bar_config(disable=True)
     size = dict(height=32, width=32, num_frames=5, num_inference_steps=3)
-    frames = pipe("the red panda", plan="reference", generator=torch.Generator().manual_seed(0), **size).frames
+    frames = pipe(
+        "the red panda", plan="reference", generator=torch.Generator().manual_seed(0), **size
+    ).frames
     assert frames.shape == (1, 5, 32, 32, 3) and np.isfinite(frames).all()
     text, none = pipe.encode_prompt("the red panda")
     stored = published[1]["context"]
@@ -99,27 +108,44 @@ def test_the_pipeline_runs_it(converted, published, tiny_pair):
     with torch.no_grad():
         adapter = pipe.context.connector(stored["vlm_last_hidden_states"])[0]
     tokens = published[1]["tokens"]
-    rows = [tokens["<ipl_st>"], adapter, tokens["<ipl_ed>"], tokens["<prp_st>"], stored["text_emb"][0], tokens["<prp_ed>"]]
-    assert torch.allclose(negative[0, : 24 + 5 + 4], torch.cat(rows), atol=1e-6) and not negative[0, 33:].any()
+    rows = [
+        tokens["<ipl_st>"],
+        adapter,
+        tokens["<ipl_ed>"],
+        tokens["<prp_st>"],
+        stored["text_emb"][0],
+        tokens["<prp_ed>"],
+    ]
+    assert (
+        torch.allclose(negative[0, : 24 + 5 + 4], torch.cat(rows), atol=1e-6)
+        and not negative[0, 33:].any()
+    )
     assert context.shape == (1, 2560, 32) and (context != negative).any()
 
 
 def test_real_sizes_keep_every_name():
-    """UMT5-XXL and Wan's VAE on the meta device: Wan's own names become the libraries', one to one."""
+    """UMT5-XXL and Wan's VAE on the meta device: Wan's own names become the libraries', one to
+    one."""
     from diffusers import AutoencoderKLWan
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
     from transformers import UMT5Config, UMT5EncoderModel
 
     with torch.device("meta"):
-        config = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+        config = UMT5Config(
+            vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64
+        )
         encoder, vae = UMT5EncoderModel(config), AutoencoderKLWan()
     own = original_t5_names(dict(encoder.named_parameters()))
     assert len(own) == 24 * 10 + 2 and not any(k.startswith("encoder.") for k in own)
-    assert {t5_name(k): v.shape for k, v in own.items()} == {k: v.shape for k, v in encoder.named_parameters()}
+    assert {t5_name(k): v.shape for k, v in own.items()} == {
+        k: v.shape for k, v in encoder.named_parameters()
+    }
     own = original_vae_names(vae.state_dict())
     assert {"encoder.conv1.weight", "decoder.middle.1.to_qkv.weight", "conv2.bias"} <= own.keys()
     back = convert_wan_vae_to_diffusers(dict(own))
-    assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in vae.state_dict().items()}
+    assert {k: v.shape for k, v in back.items()} == {
+        k: v.shape for k, v in vae.state_dict().items()
+    }
 
 
 def test_it_runs_from_the_shell(published, tmp_path, capsys):
@@ -154,7 +180,9 @@ class Hostile:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("part", ["context", "tokens", "transformer", "adapter", "vision_head", "vae", "t5"])
+@pytest.mark.parametrize(
+    "part", ["context", "tokens", "transformer", "adapter", "vision_head", "vae", "t5"]
+)
 @pytest.mark.parametrize("by_torch", [False, True])
 def test_a_hostile_pickle_is_refused(damaged, tmp_path, part, by_torch):
     value, path = {"text_emb": Hostile(tmp_path / "owned")}, damaged / LAYOUT[part]
@@ -169,14 +197,22 @@ def test_a_hostile_pickle_is_refused(damaged, tmp_path, part, by_torch):
 
 def test_pickles_of_tensors_and_containers_are_read(tmp_path):
     value = {
-        "a": torch.arange(6.0).reshape(2, 3), "b": [torch.ones(2, dtype=torch.bfloat16), (1, "x", None)],
-        "c": np.arange(4, dtype=np.float32), "d": torch.nn.Parameter(torch.zeros(3)), "e": np.float64(2.5), "f": {1.5, 2.5},
-    }  # fmt: skip
+        "a": torch.arange(6.0).reshape(2, 3),
+        "b": [torch.ones(2, dtype=torch.bfloat16), (1, "x", None)],
+        "c": np.arange(4, dtype=np.float32),
+        "d": torch.nn.Parameter(torch.zeros(3)),
+        "e": np.float64(2.5),
+        "f": {1.5, 2.5},
+    }
     for protocol in (2, 4, 5):
         path = tmp_path / f"{protocol}.pkl"
         path.write_bytes(pickle.dumps(value, protocol))
         got = read_pickle(path)
-        assert torch.equal(got["a"], value["a"]) and torch.equal(got["b"][0], value["b"][0]) and got["b"][1] == (1, "x", None)
+        assert (
+            torch.equal(got["a"], value["a"])
+            and torch.equal(got["b"][0], value["b"][0])
+            and got["b"][1] == (1, "x", None)
+        )
         assert np.array_equal(got["c"], value["c"]) and torch.equal(got["d"], value["d"])
         assert got["e"] == 2.5 and got["f"] == {1.5, 2.5}
     torch.save(value["a"], tmp_path / "old.pt", _use_new_zipfile_serialization=False)
@@ -186,7 +222,10 @@ def test_pickles_of_tensors_and_containers_are_read(tmp_path):
 DAMAGE = {
     "no adapter": (lambda s: (s / LAYOUT["adapter"]).unlink(), r"adapter/model.pt is missing"),
     "no llm": (lambda s: shutil.rmtree(s / LAYOUT["llm"]), r"llm is missing"),
-    "no zip": (lambda s: (s / LAYOUT["vae"]).write_bytes(b"PK\x03\x04not a zip"), r"Wan2.1_VAE.pth is refused"),
+    "no zip": (
+        lambda s: (s / LAYOUT["vae"]).write_bytes(b"PK\x03\x04not a zip"),
+        r"Wan2.1_VAE.pth is refused",
+    ),
     "one token": (
         lambda s: (s / LAYOUT["tokens"]).write_bytes(pickle.dumps({"<img_st>": torch.zeros(32)})),
         r"lacks the special tokens <ipl_st>, <ipl_ed>, <prp_st>, <prp_ed>",
@@ -196,7 +235,9 @@ DAMAGE = {
         r"vlm_last_hidden_states",
     ),
     "another shape": (
-        lambda s: torch.save({"module": {"adapter.fc.0.bias": torch.zeros(3)}}, s / LAYOUT["transformer"]),
+        lambda s: torch.save(
+            {"module": {"adapter.fc.0.bias": torch.zeros(3)}}, s / LAYOUT["transformer"]
+        ),
         r"adapter.fc.0.bias has shape",
     ),
     "no query": (
@@ -241,7 +282,9 @@ def test_a_full_disk_leaves_nothing(published, tmp_path, monkeypatch):
 def test_shards_hold_everything_once(tmp_path):
     wanted = {f"t{i}": torch.randn(10, 10) for i in range(7)}
     write_shards(tmp_path, "model", wanted.items(), limit=1000)
-    assert len(list(tmp_path.glob("model-*-of-00004.safetensors"))) == 4 and not list(tmp_path.glob("part-*"))
+    assert len(list(tmp_path.glob("model-*-of-00004.safetensors"))) == 4 and not list(
+        tmp_path.glob("part-*")
+    )
     got = tensors(tmp_path)
     assert all(torch.equal(got[k], v) for k, v in wanted.items()) and got.keys() == wanted.keys()
 
@@ -263,7 +306,9 @@ FORMS = {  # how an embedding of L rows may be stored -> the words of the report
 
 
 @pytest.mark.parametrize("form, words", FORMS.values(), ids=FORMS)
-def test_every_form_of_the_unconditional_embeddings_is_read_and_named(damaged, published, tmp_path, form, words):
+def test_every_form_of_the_unconditional_embeddings_is_read_and_named(
+    damaged, published, tmp_path, form, words
+):
     stored = published[1]["context"]
 
     def change(value):
@@ -272,21 +317,31 @@ def test_every_form_of_the_unconditional_embeddings_is_read_and_named(damaged, p
     rewrite(damaged / LAYOUT["context"], change)
     report = convert_omnivideo(damaged, tmp_path / "dst")
     got = tensors_of(tmp_path / "dst" / "connector" / "unconditional.safetensors")
-    assert torch.equal(got["text"], stored["text_emb"][0]) and torch.equal(got["hidden"], stored["vlm_last_hidden_states"][0])
+    assert torch.equal(got["text"], stored["text_emb"][0]) and torch.equal(
+        got["hidden"], stored["vlm_last_hidden_states"][0]
+    )
     assert "text_emb is " + words.format(L=5, D=32) in report.notes[LAYOUT["context"]]
-    assert "vlm_last_hidden_states is " + words.format(L=9, D=40) in json.loads(
-        (tmp_path / "dst" / "conversion.json").read_text())["notes"][LAYOUT["context"]]  # fmt: skip
+    assert (
+        "vlm_last_hidden_states is " + words.format(L=9, D=40)
+        in json.loads((tmp_path / "dst" / "conversion.json").read_text())["notes"][
+            LAYOUT["context"]
+        ]
+    )
 
 
 @pytest.mark.parametrize(
     "value, words",
     [
-        ([], "text_emb is an empty list"), (torch.zeros(1, 5, 31), r"\[1, 5, 31\] of float32; expected a tensor \[L, 32\]"),
-        (torch.zeros(1, 5, 32, dtype=torch.int64), "of int64"), (torch.full((5, 32), float("nan")), "holds NaN or infinity"),
-        (torch.zeros(0, 32), "does not fit"), (torch.zeros(1, 1, 5, 32), "does not fit"), ("words", "is a str"),
+        ([], "text_emb is an empty list"),
+        (torch.zeros(1, 5, 31), r"\[1, 5, 31\] of float32; expected a tensor \[L, 32\]"),
+        (torch.zeros(1, 5, 32, dtype=torch.int64), "of int64"),
+        (torch.full((5, 32), float("nan")), "holds NaN or infinity"),
+        (torch.zeros(0, 32), "does not fit"),
+        (torch.zeros(1, 1, 5, 32), "does not fit"),
+        ("words", "is a str"),
         (None, "NoneType"),
     ],
-)  # fmt: skip
+)
 def test_other_forms_are_refused(damaged, tmp_path, value, words):
     rewrite(damaged / LAYOUT["context"], lambda v: v.update(text_emb=value))
     with pytest.raises(ModelError, match=words):
@@ -294,11 +349,14 @@ def test_other_forms_are_refused(damaged, tmp_path, value, words):
 
 
 def test_what_is_absent_and_not_needed_is_said(damaged, published, tmp_path):
-    """No mixed model: Wan's own weights and the adapters' stand; no image markers: text-to-video uses none."""
+    """No mixed model: Wan's own weights and the adapters' stand; no image markers: text-to-video
+    uses none."""
     (damaged / LAYOUT["transformer"]).unlink()
     rewrite(damaged / LAYOUT["tokens"], lambda v: [v.pop("<img_st>"), v.pop("<img_ed>")])
     report = convert_omnivideo(damaged, tmp_path / "dst")
-    assert "absent" in report.notes[LAYOUT["transformer"]] and "without <img_st>, <img_ed>" in str(report)
+    assert "absent" in report.notes[LAYOUT["transformer"]] and "without <img_st>, <img_ed>" in str(
+        report
+    )
     got = tensors(tmp_path / "dst" / "small")
     assert all(torch.allclose(got[k], v - 0.5, atol=1e-6) for k, v in published[1]["small"].items())
     pipe = NexusPipeline.from_pretrained(tmp_path / "dst")
@@ -336,7 +394,9 @@ def test_a_language_model_of_pickled_shards_is_read_safely(damaged, published, t
     (llm / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     report = convert_omnivideo(damaged, tmp_path / "dst")
     assert "2 pickled files" in report.notes[LAYOUT["llm"]]
-    assert all(torch.equal(v, state[k]) for k, v in tensors(tmp_path / "dst" / "understanding").items())
+    assert all(
+        torch.equal(v, state[k]) for k, v in tensors(tmp_path / "dst" / "understanding").items()
+    )
     NexusPipeline.from_pretrained(tmp_path / "dst").context.understanding.load()
     index["weight_map"][names[0]] = "../../adapter/model.bin"
     (llm / "pytorch_model.bin.index.json").write_text(json.dumps(index))
@@ -345,30 +405,44 @@ def test_a_language_model_of_pickled_shards_is_read_safely(damaged, published, t
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["alone", "over Wan's"])
-def test_the_second_wan_of_the_mixed_model_is_the_large_generator(damaged, published, tiny_pair, tmp_path, whole):
+def test_the_second_wan_of_the_mixed_model_is_the_large_generator(
+    damaged, published, tiny_pair, tmp_path, whole
+):
     """The published scripts load `wan_2_model.*` over Wan2.1-T2V-14B, beside wan/, non-strictly."""
     from diffusers import WanTransformer3DModel
 
     from tests.omnivideo import WAN, original_wan_names
 
     torch.manual_seed(4)
-    large = WanTransformer3DModel(**{**WAN, "num_attention_heads": 1, "attention_head_dim": 48, "num_layers": 2})
+    large = WanTransformer3DModel(
+        **{**WAN, "num_attention_heads": 1, "attention_head_dim": 48, "num_layers": 2}
+    )
     state = large.state_dict()
-    mixed = {k: v.clone() for k, v in read_pickle(damaged / LAYOUT["transformer"])["module"].items()}
+    mixed = {
+        k: v.clone() for k, v in read_pickle(damaged / LAYOUT["transformer"])["module"].items()
+    }
     tuned = {k: v + 1 for k, v in state.items() if whole or k.startswith("blocks.1.")}
     mixed |= {f"wan_2_model.{k}": v for k, v in original_wan_names(tuned).items()}
     torch.save({"module": mixed}, damaged / LAYOUT["transformer"])
     if not whole:
-        with pytest.raises(ModelError, match=r"Wan2.1-T2V-14B is missing, and the mixed model lacks .*put Wan's folder there"):
+        with pytest.raises(
+            ModelError,
+            match=r"Wan2.1-T2V-14B is missing, and the mixed model lacks .*put Wan's folder there",
+        ):
             convert_omnivideo(damaged, tmp_path / "dst")
         large.save_pretrained(damaged / LAYOUT["wan_14b"])
     report = convert_omnivideo(damaged, tmp_path / "dst")
     got = tensors(tmp_path / "dst" / "large")
-    assert got.keys() == state.keys() and all(torch.equal(v, tuned.get(k, state[k])) for k, v in got.items())
+    assert got.keys() == state.keys() and all(
+        torch.equal(v, tuned.get(k, state[k])) for k, v in got.items()
+    )
     assert not any("wan_2_model" in k for k in report.unused.get(LAYOUT["transformer"], []))
     pipe = NexusPipeline.from_pretrained(tmp_path / "dst")
     assert set(pipe.engines) == {"small", "large"} and pipe.defaults.plan == "handoff=0.3"
-    assert json.loads((tmp_path / "dst" / "model_index.json").read_text())["defaults"]["plan"] == "handoff=0.3"
+    assert (
+        json.loads((tmp_path / "dst" / "model_index.json").read_text())["defaults"]["plan"]
+        == "handoff=0.3"
+    )
 
 
 def test_links_out_of_the_published_folder_are_not_followed(damaged, tmp_path):

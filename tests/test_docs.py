@@ -14,22 +14,35 @@ def test_readme_is_read_in_minutes():
     assert len((ROOT / "README.md").read_text().split()) <= 1000
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))],
+)
 def test_every_link_of_a_page_leads_somewhere(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), target
+        assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), (
+            target
+        )
 
 
 def test_the_documentation_builds(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     api = (tmp_path / "api" / "index.html").read_text()
-    for name in ("NexusPipeline.from_pretrained", "sampling.denoise", "engines.base.Engine", "plan.parse_plan"):
+    for name in (
+        "NexusPipeline.from_pretrained",
+        "sampling.denoise",
+        "engines.base.Engine",
+        "plan.parse_plan",
+    ):
         assert f"nexus_rt.{name}" in api or name in api
     assert "Walk a plan from noise to clean latents" in api
 
@@ -40,12 +53,17 @@ def test_commands_of_the_documentation_are_the_command_line_s(page):
     from nexus_rt.cli import parser
 
     known = {
-        c: p for a in parser()._actions if hasattr(a, "choices") and isinstance(a.choices, dict) for c, p in a.choices.items()
+        c: p
+        for a in parser()._actions
+        if hasattr(a, "choices") and isinstance(a.choices, dict)
+        for c, p in a.choices.items()
     }
     for line in re.findall(r"(?m)^nexus-rt (.*(?:\\\n.*)*)", (ROOT / "docs" / page).read_text()):
         command, *words = line.split("#")[0].split()
         options = {o for a in known[command]._actions for o in a.option_strings}
         if command == "vrbench":
-            actions = next(a for a in known[command]._actions if isinstance(getattr(a, "choices", None), dict))
+            actions = next(
+                a for a in known[command]._actions if isinstance(getattr(a, "choices", None), dict)
+            )
             options = {o for a in actions.choices[words[0]]._actions for o in a.option_strings}
         assert {w for w in words if w.startswith("--")} <= options, line

@@ -30,8 +30,11 @@ CPU = torch.device("cpu")
 SIZE = ClipSize(48, 32, 5)
 BACKENDS = ["torch", "torch, compiled", "onnx", "onnx 20", "onnx fp16", "aoti"]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-ON_GPU = [pytest.param(f"{b} {p}", marks=[pytest.mark.gpu, needs_gpu])
-          for b in ("tensorrt", "tensorrt-rtx") for p in ("fp16", "fp32")]  # fmt: skip
+ON_GPU = [
+    pytest.param(f"{b} {p}", marks=[pytest.mark.gpu, needs_gpu])
+    for b in ("tensorrt", "tensorrt-rtx")
+    for p in ("fp16", "fp32")
+]
 pytest.importorskip("onnxruntime")
 
 
@@ -58,7 +61,9 @@ def make(cache, tiny_pair):
             return TorchEngine(model, compiled="compiled" in name)
         backend, *rest = name.split()
         sizes = tuple(ClipSize.parse(s) for s in SIZES)
-        target = Target(backend, "fp16" if "fp16" in rest else "fp32", sizes, CPU, 20 if "20" in rest else 23)
+        target = Target(
+            backend, "fp16" if "fp16" in rest else "fp32", sizes, CPU, 20 if "20" in rest else 23
+        )
         part = GeneratorPart(generator(name), tiny_pair / generator(name))
         return open_engine(export_part(part, target, "nexus-rt export").path, CPU)
 
@@ -67,14 +72,17 @@ def make(cache, tiny_pair):
 
 @pytest.mark.parametrize("name", BACKENDS + ON_GPU)
 def test_conformance(name, make, tiny_pair):
-    """What the loop may ask of any backend: guided and plain steps, several samples, prompts of any length."""
+    """What the loop may ask of any backend: guided and plain steps, several samples, prompts of any
+    length."""
     engine, model = make(name), load_transformer(tiny_pair / generator(name), torch.float32)
     reference = TorchEngine(model)
     assert engine.nbytes > 0.4 * reference.nbytes
     g = torch.Generator().manual_seed(0)
     allowed = 0.02 if "fp16" in name else 1e-5
     cases = ((1, True, 5, 16), (2, True, 9, 16), (1, False, 1, 40), (1, True, 12, 12))
-    for samples, guided, words, length in cases[:1] if "compiled" in name else cases:  # a shape costs it a compilation
+    for samples, guided, words, length in (
+        cases[:1] if "compiled" in name else cases
+    ):  # a shape costs it a compilation
         embeds = torch.zeros(samples * (1 + guided), length, 32)
         embeds[:, :words] = torch.randn(len(embeds), words, 32, generator=g)
         latents = torch.randn(samples, 16, *SIZE.latent, generator=g)
@@ -83,18 +91,26 @@ def test_conformance(name, make, tiny_pair):
         for timestep in (987.0, 20.0):
             t = torch.tensor(timestep)
             got = engine.velocity(latents, t, mine)
-            assert got.shape == (len(embeds), 16, *SIZE.latent) and got.dtype in (torch.float32, model.dtype)
+            assert got.shape == (len(embeds), 16, *SIZE.latent) and got.dtype in (
+                torch.float32,
+                model.dtype,
+            )
             assert distance(got, reference.velocity(latents, t, theirs))["relative_error"] < allowed
         assert torch.equal(latents, kept)
     first = engine.velocity(latents, t, mine).clone()
     engine.unload()
     engine.warmup(SIZE.latent)
-    assert engine.resident and torch.allclose(engine.velocity(latents, t, mine), first, atol=1e-5)  # contexts outlive a swap
+    assert engine.resident and torch.allclose(
+        engine.velocity(latents, t, mine), first, atol=1e-5
+    )  # contexts outlive a swap
 
 
 def test_a_size_it_was_not_built_for_is_named(make):
     engine = make("onnx")
-    with pytest.raises(InputError, match="size 64x32x5 is none that this large engine was built for: 32x32x5, 48x32x5"):
+    with pytest.raises(
+        InputError,
+        match="size 64x32x5 is none that this large engine was built for: 32x32x5, 48x32x5",
+    ):
         engine.velocity(torch.zeros(1, 16, 2, 4, 8), torch.tensor(1.0), None)
     with pytest.raises(InputError, match="expected .batch, tokens, 32."):
         engine.prepare(torch.zeros(1, 4, 31))
@@ -123,14 +139,26 @@ def edit(path, **change):
         (lambda p: (p / "manifest.json").unlink(), "holds no manifest.json"),
         (lambda p: (p / "manifest.json").write_text("{"), "cannot be read"),
         (lambda p: (p / "manifest.json").write_text("[]"), "it has no schema"),
-        (lambda p: edit(p, schema=99), "schema 99, and this nexus-rt reads up to 1; upgrade nexus-rt"),
+        (
+            lambda p: edit(p, schema=99),
+            "schema 99, and this nexus-rt reads up to 1; upgrade nexus-rt",
+        ),
         (
             lambda p: (p / "velocity.onnx").write_bytes(b"short"),
             "has 5 bytes and was written with .* rebuild it: nexus-rt export",
         ),
-        (lambda p: (p / "velocity.onnx.data").unlink(), "velocity.onnx.data is missing; rebuild it"),
-        (lambda p: edit(p, device={"type": "cuda", "sm": "9.0", "name": "H200"}), "built for a GPU, and this is a CPU"),
-        (lambda p: edit(p, parity={"passed": False, "why": "cosine 0.3"}), r"failed its parity gate \(cosine 0.3\).*--force"),
+        (
+            lambda p: (p / "velocity.onnx.data").unlink(),
+            "velocity.onnx.data is missing; rebuild it",
+        ),
+        (
+            lambda p: edit(p, device={"type": "cuda", "sm": "9.0", "name": "H200"}),
+            "built for a GPU, and this is a CPU",
+        ),
+        (
+            lambda p: edit(p, parity={"passed": False, "why": "cosine 0.3"}),
+            r"failed its parity gate \(cosine 0.3\).*--force",
+        ),
         (lambda p: edit(p, parity={}), "it was never compared"),
     ],
 )
@@ -153,7 +181,10 @@ def test_a_flipped_byte_is_found(own):
 def test_compiled_code_is_bound_to_its_version(make, tmp_path):
     path = shutil.copytree(make("aoti").folder.path, tmp_path / "engine")
     edit(path, backend_version="2.1.0")
-    with pytest.raises(ModelError, match=rf"built for aoti 2.1.0, and this is {torch.__version__.replace('+', '.')}"):
+    with pytest.raises(
+        ModelError,
+        match=rf"built for aoti 2.1.0, and this is {torch.__version__.replace('+', '.')}",
+    ):
         open_engine(path, CPU)
 
 
@@ -163,7 +194,9 @@ def test_engines_of_a_gpu_say_so_before_they_are_read(own, monkeypatch):
     there = {"type": "cuda", "sm": "8.9", "name": "L40"}
     with pytest.raises(ModelError, match="built for compute capability 9.0, and this is 8.9"):
         folder.check_here({}, there)
-    with pytest.raises(ModelError, match="built for tensorrt 1.32.0|built for tensorrt .*, and this is 11.2"):
+    with pytest.raises(
+        ModelError, match="built for tensorrt 1.32.0|built for tensorrt .*, and this is 11.2"
+    ):
         folder.check_here({"tensorrt": "11.2"}, {**there, "sm": "9.0"})
     with pytest.raises(InputError, match="tensorrt engines run on a CUDA device, and this is cpu"):
         engine_of(folder, CPU)
@@ -178,7 +211,14 @@ def export_whole(pair, target, output, names="small,large,vae,text_encoder", fus
     """Every part of a pair as an engine."""
     found = find_parts(pair, {}, {})
     parts = chosen_parts(found, names, fuse_step)
-    export_parts(parts, folders_beside(found, parts), pair / "model_index.json", target, output, "nexus-rt export -o engines")
+    export_parts(
+        parts,
+        folders_beside(found, parts),
+        pair / "model_index.json",
+        target,
+        output,
+        "nexus-rt export -o engines",
+    )
     return output
 
 
@@ -193,7 +233,13 @@ def test_a_pipeline_of_engines_makes_the_same_video(exported, tiny_pipe):
     pipe.set_progress_bar_config(disable=True)
     options = dict(num_frames=5, num_inference_steps=4, plan="small:1 bridge:2 large:1")
     got, wanted = (
-        p("a red circle", height=32, width=48, generator=torch.Generator().manual_seed(0), **options).frames
+        p(
+            "a red circle",
+            height=32,
+            width=48,
+            generator=torch.Generator().manual_seed(0),
+            **options,
+        ).frames
         for p in (pipe, tiny_pipe)
     )
     assert 10 * np.log10(1 / ((got - wanted) ** 2).mean()) > 80
@@ -208,9 +254,12 @@ def test_the_mini_pair_draws_the_same_frames(backend, cache, tmp_path):
     base = NexusPipeline.from_pretrained()
     size = ClipSize(base.defaults.width, base.defaults.height, base.defaults.num_frames)
     export_whole(MINI, Target(backend, "fp32", (size,), CPU), tmp_path / "e")
-    prompt = "the shape that rolls, in the colour of the sky, striped, moves left on a sand background"
+    prompt = (
+        "the shape that rolls, in the colour of the sky, striped, moves left on a sand background"
+    )
     frames = [
-        p(prompt, generator=torch.Generator().manual_seed(0)).frames for p in (base, NexusPipeline.from_engines(tmp_path / "e"))
+        p(prompt, generator=torch.Generator().manual_seed(0)).frames
+        for p in (base, NexusPipeline.from_engines(tmp_path / "e"))
     ]
     assert 10 * np.log10(1 / ((frames[0] - frames[1]) ** 2).mean()) >= 45
 
@@ -218,7 +267,9 @@ def test_the_mini_pair_draws_the_same_frames(backend, cache, tmp_path):
 def test_a_step_in_one_graph_is_plain_products_and_compared(exported):
     manifest = EngineFolder.read(exported / "step").manifest
     ways = ("gaussian, reference", "dct, progressive", "fft, none")
-    assert set(manifest.parity["rows"]) == {f"latents {size} after 4 steps, {how}" for size in SIZES for how in ways}
+    assert set(manifest.parity["rows"]) == {
+        f"latents {size} after 4 steps, {how}" for size in SIZES for how in ways
+    }
     model = onnx.load(str(exported / "step" / "step.onnx"), load_external_data=False)
     assert [i.name for i in model.graph.input] == manifest.graphs["step"]
     assert [o.name for o in model.graph.output] == ["velocity", "rms"]
@@ -229,23 +280,45 @@ def test_a_step_in_one_graph_is_plain_products_and_compared(exported):
 def calls_of(engine, monkeypatch):
     """Graphs that an engine's sessions ran, as they run."""
     ran, right = [], engine.sessions.run
-    monkeypatch.setattr(engine.sessions, "run", lambda graph, *args: (ran.append(graph), right(graph, *args)))
+    monkeypatch.setattr(
+        engine.sessions, "run", lambda graph, *args: (ran.append(graph), right(graph, *args))
+    )
     return ran
 
 
 def test_a_fused_step_is_one_session_run_and_the_same_video(exported, tiny_pipe, monkeypatch):
     pipe = NexusPipeline.from_engines(exported)
     pipe.set_progress_bar_config(disable=True)
-    ran = {n: calls_of(e, monkeypatch) for n, e in {**pipe.engines, "step": pipe.step_engine}.items()}
-    make = lambda p, **o: p(  # noqa: E731
-        "a red circle", height=32, width=48, num_frames=5, num_inference_steps=3, guidance_scale_2=2.0,
-        generator=torch.Generator().manual_seed(0), output_type="latent", **o,
-    ).frames  # fmt: skip
-    for options in (dict(plan="reference"), dict(plan="reference", blend=BlendConfig("dct"), energy="progressive")):
+    ran = {
+        n: calls_of(e, monkeypatch) for n, e in {**pipe.engines, "step": pipe.step_engine}.items()
+    }
+    make = lambda p, **o: (
+        p(
+            "a red circle",
+            height=32,
+            width=48,
+            num_frames=5,
+            num_inference_steps=3,
+            guidance_scale_2=2.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            **o,
+        ).frames
+    )
+    for options in (
+        dict(plan="reference"),
+        dict(plan="reference", blend=BlendConfig("dct"), energy="progressive"),
+    ):
         assert distance(make(pipe, **options), make(tiny_pipe, **options))["relative_error"] < 1e-4
-    assert ran == {"small": [], "large": [], "step": ["context_small", "context_large", *["step"] * 3] * 2}
+    assert ran == {
+        "small": [],
+        "large": [],
+        "step": ["context_small", "context_large", *["step"] * 3] * 2,
+    }
     assert not pipe.engines["small"].resident  # what it does not need is not loaded
-    options = dict(plan="reference", blend=BlendConfig("fft", "butterworth"))  # not separable: the generators' own engines
+    options = dict(
+        plan="reference", blend=BlendConfig("fft", "butterworth")
+    )  # not separable: the generators' own engines
     assert distance(make(pipe, **options), make(tiny_pipe, **options))["relative_error"] < 1e-4
     assert ran["small"] == ["context", *["velocity"] * 3] == ran["large"]
     ran["step"].clear()
@@ -260,12 +333,23 @@ def test_more_samples_than_a_run_takes_are_run_in_turn(exported, monkeypatch, pl
         pipe.set_progress_bar_config(disable=True)
         for part in (*pipe.engines.values(), pipe.step_engine, pipe.text):
             for_part = part.sessions.run
-            monkeypatch.setattr(part.sessions, "run", lambda g, i, o, right=for_part: (sizes.append((g, i)), right(g, i, o)))
+            monkeypatch.setattr(
+                part.sessions,
+                "run",
+                lambda g, i, o, right=for_part: (sizes.append((g, i)), right(g, i, o)),
+            )
         prompts = ["a red circle", "a blue square moves left", "", "a green star", "a star"]
         return pipe(
-            prompts, height=32, width=48, num_frames=5, num_inference_steps=3, plan=plan, guidance_scale_2=2.0,
-            generator=torch.Generator().manual_seed(0), output_type="latent",
-        ).frames  # fmt: skip
+            prompts,
+            height=32,
+            width=48,
+            num_frames=5,
+            num_inference_steps=3,
+            plan=plan,
+            guidance_scale_2=2.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).frames
 
     sizes = []
     wanted = make()
@@ -277,7 +361,9 @@ def test_more_samples_than_a_run_takes_are_run_in_turn(exported, monkeypatch, pl
     fused = [g for g, _ in sizes if g == "step"]
     assert bool(fused) == (plan == "reference")
     for graph, inputs in sizes:
-        assert all(len(t) <= 2 for n, t in inputs.items() if n in ("latents", "embeds", "ids")), graph
+        assert all(len(t) <= 2 for n, t in inputs.items() if n in ("latents", "embeds", "ids")), (
+            graph
+        )
         if graph == "step":
             assert inputs["keys_small"].shape[1] == 2 * len(inputs["latents"])
 
@@ -286,16 +372,28 @@ def test_a_fused_step_that_is_not_finite_names_the_generator(exported):
     pipe = NexusPipeline.from_engines(exported)
     pipe.set_progress_bar_config(disable=True)
     embeds = torch.zeros(1, 4, 32)
-    with pytest.raises(NumericsError, match="the small generator's velocity is not finite at step 0"):
-        pipe(prompt_embeds=embeds * float("nan"), negative_prompt_embeds=embeds, plan="reference", num_inference_steps=2)
+    with pytest.raises(
+        NumericsError, match="the small generator's velocity is not finite at step 0"
+    ):
+        pipe(
+            prompt_embeds=embeds * float("nan"),
+            negative_prompt_embeds=embeds,
+            plan="reference",
+            num_inference_steps=2,
+        )
 
 
 def test_a_clip_of_any_length_through_the_decoder(exported, tiny_pipe):
     decoder = NexusPipeline.from_engines(exported).vae
     for batch, frames in ((2, 1), (1, 2), (1, 4)):
-        latents = torch.randn(batch, 16, frames, 4, 6, generator=torch.Generator().manual_seed(frames))
+        latents = torch.randn(
+            batch, 16, frames, 4, 6, generator=torch.Generator().manual_seed(frames)
+        )
         assert torch.allclose(decoder.decode(latents), tiny_pipe.vae.decode(latents), atol=1e-4)
-    with pytest.raises(DecodeError, match="size 64x32x5 is none that this vae engine was built for: 32x32x5, 48x32x5"):
+    with pytest.raises(
+        DecodeError,
+        match="size 64x32x5 is none that this vae engine was built for: 32x32x5, 48x32x5",
+    ):
         decoder.decode(torch.zeros(1, 16, 2, 4, 8))
 
 
@@ -308,7 +406,11 @@ def test_prompts_through_the_text_encoder(exported, tiny_pipe):
 
 @pytest.mark.parametrize(
     "text, words",
-    [("32x32x5..16x48x9", "32x32x5 is not below 16x48x9"), ("32x32x5..48x48x5,64x64x5", "stands alone"), ("1..2..3", "alone")],
+    [
+        ("32x32x5..16x48x9", "32x32x5 is not below 16x48x9"),
+        ("32x32x5..48x48x5,64x64x5", "stands alone"),
+        ("1..2..3", "alone"),
+    ],
 )
 def test_a_range_that_is_none(text, words):
     with pytest.raises(InputError, match=words):
@@ -331,7 +433,9 @@ def test_engines_of_two_spaces_are_refused(exported, tmp_path):
 def test_engines_without_a_common_size_are_refused(exported, tmp_path):
     path = shutil.copytree(exported, tmp_path / "two")
     edit(path / "small", buckets=[[64, 64, 5]])
-    with pytest.raises(ModelError, match="no size in common .small: 64x64x5; large: 32x32x5, 48x32x5."):
+    with pytest.raises(
+        ModelError, match="no size in common .small: 64x64x5; large: 32x32x5, 48x32x5."
+    ):
         NexusPipeline.from_engines(path)
 
 
@@ -343,12 +447,17 @@ def test_list_verify_and_prune(make, cache, capsys):
     part.mkdir()
     failed.mkdir()
     assert engines_command("list", []) == 0
-    assert f"{good.name}  large onnx" in (said := capsys.readouterr().out) and "parity passed" in said
+    assert (
+        f"{good.name}  large onnx" in (said := capsys.readouterr().out) and "parity passed" in said
+    )
     assert engines_command("verify", []) == 1
     said = capsys.readouterr().out
     assert f"{good}: whole" in said and "has 5 bytes" in said
     assert engines_command("prune", []) == 0
     said = capsys.readouterr().out
-    assert all(f"removed {p.name}" in said and not p.exists() for p in (bad, part, failed)) and good.exists()
+    assert (
+        all(f"removed {p.name}" in said and not p.exists() for p in (bad, part, failed))
+        and good.exists()
+    )
     with pytest.raises(InputError, match="did you mean 'prune'"):
         engines_command("prun", [])

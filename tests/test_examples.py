@@ -41,7 +41,9 @@ def test_onnx_runtime_alone_makes_the_same_clip(tiny_engines, tiny_pair):
     got = loaded("onnx_consumer").generate(tiny_engines, prompt, noise.numpy(), 4, 3.0, 3.0)
     pipe = NexusPipeline.from_pretrained(tiny_pair)
     pipe.set_progress_bar_config(disable=True)
-    options = dict(plan="large", solver="euler", num_inference_steps=4, shift=3.0, guidance_scale=3.0)
+    options = dict(
+        plan="large", solver="euler", num_inference_steps=4, shift=3.0, guidance_scale=3.0
+    )
     wanted = pipe(prompt, latents=noise, width=48, height=32, num_frames=5, **options).frames[0]
     assert got.shape == wanted.shape and np.abs(got - wanted).max() < 1e-3
 
@@ -59,7 +61,8 @@ exec(compile(open({str(EXAMPLES / "onnx_consumer.py")!r}).read(), "x", "exec"))
 
 
 def test_graphs_are_whole_named_and_tell_nothing_of_this_machine(tiny_engines, engines_cache):
-    """onnx itself opens and checks them; dynamic axes have names; one copy on this disk; no path inside."""
+    """onnx itself opens and checks them; dynamic axes have names; one copy on this disk; no path
+    inside."""
     onnx = pytest.importorskip("onnx")
     paths = sorted((tiny_engines).rglob("*.onnx"))
     assert len(paths) == 2 + 2 + 2 + 1 + 3  # generators, decoder, text encoder, fused step
@@ -69,24 +72,47 @@ def test_graphs_are_whole_named_and_tell_nothing_of_this_machine(tiny_engines, e
         contract = json.loads((path.parent / "manifest.json").read_text())["contract"][path.stem]
         axes = set()
         for kind, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
-            shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values]
+            shapes = [
+                [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values
+            ]
             assert [(e["name"], e["shape"]) for e in contract[kind]] == [
                 (v.name, s) for v, s in zip(values, shapes, strict=True)
             ]
             assert all(e["meaning"] and e["dtype"] for e in contract[kind])
             axes |= {d for s in shapes for d in s if isinstance(d, str)}
-        assert {a.rpartition("*")[2] for a in axes} <= {"batch", "tokens", "words", "frames", "height", "width"}
+        assert {a.rpartition("*")[2] for a in axes} <= {
+            "batch",
+            "tokens",
+            "words",
+            "frames",
+            "height",
+            "width",
+        }
         text = path.read_bytes()
         for word in (str(Path.cwd()), "site-packages", "/nexus_rt/", '.py"'):
             assert word.encode() not in text
-        assert path.stat().st_nlink == 1 and path.with_name(f"{path.name}.data").stat().st_nlink == 1
+        assert (
+            path.stat().st_nlink == 1 and path.with_name(f"{path.name}.data").stat().st_nlink == 1
+        )
     cached = {p.resolve() for p in (engines_cache / "engines").iterdir()}
-    assert {p.parent.resolve() for p in tiny_engines.rglob("*.data")} <= cached  # one copy: the cache has links
+    assert {
+        p.parent.resolve() for p in tiny_engines.rglob("*.data")
+    } <= cached  # one copy: the cache has links
 
 
-def test_a_second_folder_is_another_s_copy_and_both_are_whole(tiny_engines, tiny_pair, cache, tmp_path, capsys):
+def test_a_second_folder_is_another_s_copy_and_both_are_whole(
+    tiny_engines, tiny_pair, cache, tmp_path, capsys
+):
     second, parts = tmp_path / "second", ("vae", "text_encoder", "large")
-    line = ["export", "--pair", str(tiny_pair), "--parts", ",".join(parts), "--sizes", ",".join(SIZES[::-1])]
+    line = [
+        "export",
+        "--pair",
+        str(tiny_pair),
+        "--parts",
+        ",".join(parts),
+        "--sizes",
+        ",".join(SIZES[::-1]),
+    ]
     assert main([*line, "-o", str(second)]) == 0
     assert "building" not in capsys.readouterr().err
     for folder in (tiny_engines, second):
@@ -98,9 +124,19 @@ def test_a_second_folder_is_another_s_copy_and_both_are_whole(tiny_engines, tiny
         NexusPipeline.from_engines(second)
 
 
-def test_a_damaged_engine_that_kept_its_time_is_found_and_built_again(tiny_pair, tmp_path, monkeypatch, capsys):
+def test_a_damaged_engine_that_kept_its_time_is_found_and_built_again(
+    tiny_pair, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))
-    line = ["export", "--pair", str(tiny_pair), "--parts", "text_encoder", "-o", str(tmp_path / "out")]
+    line = [
+        "export",
+        "--pair",
+        str(tiny_pair),
+        "--parts",
+        "text_encoder",
+        "-o",
+        str(tmp_path / "out"),
+    ]
     assert main(line) == 0
     file = tmp_path / "out" / "text_encoder" / "encode.onnx.data"
     stat, data = file.stat(), bytearray(file.read_bytes())
@@ -115,8 +151,19 @@ def test_a_damaged_engine_that_kept_its_time_is_found_and_built_again(tiny_pair,
 
 
 def test_aoti_without_this_package(tiny_pair, tmp_path, cache, monkeypatch):
-    """The loader that the manifest names; and an engine whose instruction sets are not here is refused."""
-    line = ["export", "--pair", str(tiny_pair), "--backend", "aoti", "--parts", "small", "--sizes", ",".join(SIZES)]
+    """The loader that the manifest names; and an engine whose instruction sets are not here is
+    refused."""
+    line = [
+        "export",
+        "--pair",
+        str(tiny_pair),
+        "--backend",
+        "aoti",
+        "--parts",
+        "small",
+        "--sizes",
+        ",".join(SIZES),
+    ]
     assert main([*line, "-o", str(tmp_path)]) == 0
     manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
     assert (
@@ -124,13 +171,22 @@ def test_aoti_without_this_package(tiny_pair, tmp_path, cache, monkeypatch):
         and manifest["options"]["instruction_sets"] == aoti.instruction_sets() != []
     )
     code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); sys.modules['nexus_rt'] = None\n"
-    code += f"import aoti_consumer, pathlib; print(tuple(aoti_consumer.main(pathlib.Path({str(tmp_path / 'small')!r})).shape))"
+    code += (
+        "import aoti_consumer, pathlib;"
+        f" print(tuple(aoti_consumer.main(pathlib.Path({str(tmp_path / 'small')!r})).shape))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("(1, 16, 2, 4, 4)")
     open_engine(tmp_path / "small", torch.device("cpu"))
-    monkeypatch.setattr(aoti, "instruction_sets", lambda: manifest["options"]["instruction_sets"][1:])
+    monkeypatch.setattr(
+        aoti, "instruction_sets", lambda: manifest["options"]["instruction_sets"][1:]
+    )
     with pytest.raises(
-        ModelError, match=r"was built for a processor with \w+, and this is one without; rebuild it: nexus-rt export"
+        ModelError,
+        match=(
+            r"was built for a processor with \w+, and this is one without; rebuild it: nexus-rt"
+            r" export"
+        ),
     ):
         open_engine(tmp_path / "small", torch.device("cpu"))
 
@@ -152,7 +208,15 @@ def test_a_text_encoder_in_half_precision_is_refused_before_work(tiny_pair, tmp_
 
 
 @pytest.mark.parametrize(
-    "written, meant", [("8.9", "8.9"), ("89", "8.9"), ("sm_89", "8.9"), ("sm120", "12.0"), ("12.0", "12.0"), ("9.0a", "9.0")]
+    "written, meant",
+    [
+        ("8.9", "8.9"),
+        ("89", "8.9"),
+        ("sm_89", "8.9"),
+        ("sm120", "12.0"),
+        ("12.0", "12.0"),
+        ("9.0a", "9.0"),
+    ],
 )
 def test_a_compute_capability_is_one_thing_however_it_is_written(written, meant):
     from nexus_rt.errors import InputError

@@ -1,4 +1,5 @@
-"""Exporting: wrong engines are caught, interrupted builds go on, builders do not clash, and nothing half-made has a name."""
+"""Exporting: wrong engines are caught, interrupted builds go on, builders do not clash, and nothing
+half-made has a name."""
 
 import errno
 import json
@@ -40,20 +41,38 @@ def cache(tmp_path, monkeypatch):
 
 
 def target(**change):
-    return Target(**{"backend": "onnx", "precision": "fp32", "buckets": (SIZE,), "device": CPU, **change})
+    return Target(
+        **{"backend": "onnx", "precision": "fp32", "buckets": (SIZE,), "device": CPU, **change}
+    )
 
 
 def export_small(pair, **change):
     said = []
-    return export_part(GeneratorPart("small", pair / "small"), target(**change), "nexus-rt export -o x", said.append), said
+    return (
+        export_part(
+            GeneratorPart("small", pair / "small"),
+            target(**change),
+            "nexus-rt export -o x",
+            said.append,
+        ),
+        said,
+    )
 
 
 def without_building(monkeypatch):
     """Building and comparing replaced by a file and a pass: for what stands around them."""
     nothing = SimpleNamespace(forget=lambda: None)
-    monkeypatch.setattr(GeneratorPart, "trace", lambda self, *args: dict.fromkeys(self.graphs(), nothing))
-    monkeypatch.setattr(onnx_builder, "build", lambda name, traced, folder, target: (folder / f"{name}.onnx").write_text(name))
-    monkeypatch.setattr(build, "engine_of", lambda folder, device: SimpleNamespace(unload=lambda: None))
+    monkeypatch.setattr(
+        GeneratorPart, "trace", lambda self, *args: dict.fromkeys(self.graphs(), nothing)
+    )
+    monkeypatch.setattr(
+        onnx_builder,
+        "build",
+        lambda name, traced, folder, target: (folder / f"{name}.onnx").write_text(name),
+    )
+    monkeypatch.setattr(
+        build, "engine_of", lambda folder, device: SimpleNamespace(unload=lambda: None)
+    )
     monkeypatch.setattr(build, "gate", lambda *args: {"passed": True, "why": "", "rows": {}})
 
 
@@ -68,23 +87,35 @@ def test_one_graph_serves_several_sizes_and_holds_no_scatter(tiny_pair):
     assert engine.manifest.parity["passed"] and len(engine.manifest.parity["rows"]) == 2 * 3 + 1
     model = onnx.load(str(engine.path / "velocity.onnx"), load_external_data=False)
     kinds = {n.op_type for n in model.graph.node}
-    assert not {"ScatterND", "ScatterElements"} & kinds and {"Attention", "RMSNormalization"} <= kinds
+    assert (
+        not {"ScatterND", "ScatterElements"} & kinds and {"Attention", "RMSNormalization"} <= kinds
+    )
     assert model.opset_import[0].version == engine.manifest.opset == 23
     assert [line for line in said if "building" in line] == [
-        "small: building context (onnx, fp32)", "small: building velocity (onnx, fp32)",
-    ]  # fmt: skip
+        "small: building context (onnx, fp32)",
+        "small: building velocity (onnx, fp32)",
+    ]
     assert set(engine.manifest.files) >= {"context.onnx", "velocity.onnx", "velocity.onnx.data"}
     again, said = export_small(tiny_pair, buckets=sizes[::-1])
-    assert again == engine and "found in the cache" in said[-1]  # the same sizes in another order are the same engine
-    runs, reference = engine_of(engine, CPU), TorchEngine(load_transformer(tiny_pair / "small", torch.float32))
+    assert (
+        again == engine and "found in the cache" in said[-1]
+    )  # the same sizes in another order are the same engine
+    runs, reference = (
+        engine_of(engine, CPU),
+        TorchEngine(load_transformer(tiny_pair / "small", torch.float32)),
+    )
     embeds, x, t = torch.randn(1, 5, 32), torch.randn(1, 16, 2, 4, 6), torch.tensor(700.0)
     with pytest.raises(InputError, match="size 48x32x5 is none"):
         runs.velocity(x, t, runs.prepare(embeds))
-    ends = replace(engine.manifest, buckets=[[32, 32, 1], [64, 48, 9]], options={"range": True})  # the same graph as a range
+    ends = replace(
+        engine.manifest, buckets=[[32, 32, 1], [64, 48, 9]], options={"range": True}
+    )  # the same graph as a range
     runs = engine_of(replace(engine, manifest=ends), CPU)
     got, wanted = (e.velocity(x, t, e.prepare(embeds)) for e in (runs, reference))
     assert parity.distance(got, wanted)["relative_error"] < 1e-5
-    with pytest.raises(InputError, match="size 80x32x1 is none that .* built for: 32x32x1 to 64x48x9"):
+    with pytest.raises(
+        InputError, match="size 80x32x1 is none that .* built for: 32x32x1 to 64x48x9"
+    ):
         runs.check_size(ClipSize(80, 32, 1))
 
 
@@ -117,10 +148,16 @@ def swapped_weights(monkeypatch, tiny_pair):
 
 def wrong_rope(monkeypatch, tiny_pair):
     right = graph.rope_in_graph
-    monkeypatch.setattr(graph, "rope_in_graph", lambda d, grid, device: (right(d, grid, device)[0], -right(d, grid, device)[1]))
+    monkeypatch.setattr(
+        graph,
+        "rope_in_graph",
+        lambda d, grid, device: (right(d, grid, device)[0], -right(d, grid, device)[1]),
+    )
 
 
-@pytest.mark.parametrize("breaks", [swapped_weights, pytest.param(wrong_rope, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "breaks", [swapped_weights, pytest.param(wrong_rope, marks=pytest.mark.slow)]
+)
 def test_a_broken_engine_is_kept_aside_and_refused(breaks, tiny_pair, monkeypatch, cache):
     with monkeypatch.context() as patch:
         breaks(patch, tiny_pair)
@@ -161,7 +198,9 @@ def test_an_engine_that_does_not_run_fails_the_gate(tiny_pair):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_build_goes_on_after_what_it_finished(quick, error, tiny_pair, monkeypatch, cache):
+def test_an_interrupted_build_goes_on_after_what_it_finished(
+    quick, error, tiny_pair, monkeypatch, cache
+):
     right, built = onnx_builder.build, []
 
     def stop_at_velocity(name, *rest):
@@ -187,7 +226,10 @@ def test_a_full_disk_leaves_nothing_and_says_how_much(quick, tiny_pair, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(onnx_builder, "build", full)
         with pytest.raises(
-            ModelError, match=r"filled up: this engine takes about 0\.\d GB; nothing was left .* NEXUS_RT_CACHE"
+            ModelError,
+            match=(
+                r"filled up: this engine takes about 0\.\d GB; nothing was left .* NEXUS_RT_CACHE"
+            ),
         ):
             export_small(tiny_pair)
     assert not [p for p in cache.iterdir() if p.is_dir()]
@@ -203,7 +245,9 @@ def _export_in_a_process(pair, cache, queue):
     with pytest.MonkeyPatch.context() as patch:
         without_building(patch)
         built = onnx_builder.build
-        patch.setattr(onnx_builder, "build", lambda *args: (time.sleep(1), built(*args)))  # long enough to meet
+        patch.setattr(
+            onnx_builder, "build", lambda *args: (time.sleep(1), built(*args))
+        )  # long enough to meet
         engine, said = export_small(pair)
     queue.put((str(engine.path), said))
 
@@ -211,7 +255,10 @@ def _export_in_a_process(pair, cache, queue):
 def test_two_processes_build_one_engine(tiny_pair, cache):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    processes = [context.Process(target=_export_in_a_process, args=(tiny_pair, cache.parent, queue)) for _ in range(2)]
+    processes = [
+        context.Process(target=_export_in_a_process, args=(tiny_pair, cache.parent, queue))
+        for _ in range(2)
+    ]
     for p in processes:
         p.start()
     results = [queue.get(timeout=200) for _ in processes]
@@ -226,11 +273,13 @@ def test_two_processes_build_one_engine(tiny_pair, cache):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"backend": "onxn"}, "did you mean 'onnx'"), ({"precision": "fp8"}, "unknown precision 'fp8'"),
-        ({"opset": 17}, "opset is 17; expected one of 23, 20"), ({"buckets": ()}, "no sizes"),
+        ({"backend": "onxn"}, "did you mean 'onnx'"),
+        ({"precision": "fp8"}, "unknown precision 'fp8'"),
+        ({"opset": 17}, "opset is 17; expected one of 23, 20"),
+        ({"buckets": ()}, "no sizes"),
         ({"precision": "bf16"}, "ONNX Runtime computes no bfloat16 on a CPU; use --precision fp32"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_built_is_said_before_any_work(change, words, tiny_pair, cache):
     with pytest.raises(InputError, match=words):
         export_small(tiny_pair, **change)
@@ -239,32 +288,70 @@ def test_what_cannot_be_built_is_said_before_any_work(change, words, tiny_pair, 
 
 def test_what_is_not_installed_is_named(tiny_pair, monkeypatch):
     monkeypatch.setattr(onnx_builder, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"onnx, onnxscript, onnxruntime not installed \(pip install 'nexus-rt\[onnx\]'\)"):
+    with pytest.raises(
+        InputError,
+        match=r"onnx, onnxscript, onnxruntime not installed \(pip install 'nexus-rt\[onnx\]'\)",
+    ):
         export_small(tiny_pair)
 
 
-def test_the_command_makes_a_folder_that_generate_takes(tiny_pair, tiny_engines, engines_cache, tmp_path, monkeypatch, capsys):
+def test_the_command_makes_a_folder_that_generate_takes(
+    tiny_pair, tiny_engines, engines_cache, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("NEXUS_RT_CACHE", str(engines_cache))
     out = tmp_path / "engines"
     command = ["export", "--pair", str(tiny_pair), "--sizes", ",".join(SIZES), "-o", str(out)]
     capsys.readouterr()
     assert cli.main(command) == 0
     said = capsys.readouterr()
-    assert f"{out / 'small'}: 0.1 MB, 7 comparisons passed" in said.out  # a context, and three of each size
+    assert (
+        f"{out / 'small'}: 0.1 MB, 7 comparisons passed" in said.out
+    )  # a context, and three of each size
     assert "large: found in the cache" in said.err
-    assert {p.name for p in out.iterdir()} >= {"small", "large", "vae", "text_encoder", "tokenizer", "model_index.json"}
+    assert {p.name for p in out.iterdir()} >= {
+        "small",
+        "large",
+        "vae",
+        "text_encoder",
+        "tokenizer",
+        "model_index.json",
+    }
     video = tmp_path / "a.png"
-    assert cli.main(["generate", "a red circle", "--engines", str(out), "--steps", "2", "-o", str(video), "--quiet"]) == 0
+    assert (
+        cli.main(
+            [
+                "generate",
+                "a red circle",
+                "--engines",
+                str(out),
+                "--steps",
+                "2",
+                "-o",
+                str(video),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     assert video.stat().st_size > 0
     said = json.loads((out / "small" / "manifest.json").read_text())
-    assert said["command"] == f"nexus-rt export --pair {tiny_pair} --sizes {','.join(SIZES)} -o {out}"
-    assert cli.main(["generate", "a", "--engines", str(out), "--size", "64x64", "-o", str(video)]) == 2
+    assert (
+        said["command"] == f"nexus-rt export --pair {tiny_pair} --sizes {','.join(SIZES)} -o {out}"
+    )
+    assert (
+        cli.main(["generate", "a", "--engines", str(out), "--size", "64x64", "-o", str(video)]) == 2
+    )
     assert "built for: 32x32x5, 48x32x5" in capsys.readouterr().err
-    assert cli.main(["engines", "list", str(out / "small")]) == 0 and "parity passed" in capsys.readouterr().out
+    assert (
+        cli.main(["engines", "list", str(out / "small")]) == 0
+        and "parity passed" in capsys.readouterr().out
+    )
 
 
 def test_a_folder_without_weights_is_no_source(tmp_path, tiny_pair):
-    shutil.copytree(tiny_pair / "small", tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(
+        tiny_pair / "small", tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors")
+    )
     with pytest.raises(ModelError, match="holds no weights"):
         export_small(tmp_path)
 
@@ -290,30 +377,48 @@ def test_links_cost_no_second_copy_and_appear_whole(tmp_path, monkeypatch):
 
 def test_parts_are_named_or_the_generators(tiny_pair):
     found = find_parts(tiny_pair, {}, {})
-    names = lambda *args: [p.name for p in chosen_parts(found, *args)]  # noqa: E731
-    assert names(None) == ["small", "large"] and names("vae, small,vae", True) == ["vae", "small", "step"]
+    names = lambda *args: [p.name for p in chosen_parts(found, *args)]
+    assert names(None) == ["small", "large"] and names("vae, small,vae", True) == [
+        "vae",
+        "small",
+        "step",
+    ]
     with pytest.raises(InputError, match="unknown part 'vea'.*did you mean 'vae'"):
         names("vea")
     alone = find_parts(None, {"small": tiny_pair / "small"}, {})
-    with pytest.raises(InputError, match="there is no text_encoder here to export; pass --text-encoder"):
+    with pytest.raises(
+        InputError, match="there is no text_encoder here to export; pass --text-encoder"
+    ):
         chosen_parts(alone, "text_encoder")
     with pytest.raises(InputError, match="--fuse-step puts both generators in one graph"):
         chosen_parts(alone, None, True)
 
 
 def test_a_decoder_keeps_colours_where_the_generators_are_bfloat16(tiny_pair):
-    assert DecoderPart(tiny_pair / "vae").precision("bf16") == "fp32" and TextPart(tiny_pair).precision("bf16") == "bf16"
+    assert (
+        DecoderPart(tiny_pair / "vae").precision("bf16") == "fp32"
+        and TextPart(tiny_pair).precision("bf16") == "bf16"
+    )
 
 
 def test_a_decoder_that_forgets_fails_the_gate(tiny_pair):
     class Forgets(VideoDecoder):
         def _video(self, z):
-            return torch.cat([super()._video(z[:, :, :1]), *(
-                super(Forgets, self)._video(z[:, :, i - 1 : i + 1])[:, :, 1:] for i in range(1, z.shape[2])
-            )], 2)  # fmt: skip
+            return torch.cat(
+                [
+                    super()._video(z[:, :, :1]),
+                    *(
+                        super(Forgets, self)._video(z[:, :, i - 1 : i + 1])[:, :, 1:]
+                        for i in range(1, z.shape[2])
+                    ),
+                ],
+                2,
+            )
 
     part = DecoderPart(tiny_pair / "vae")
     engine = Forgets(tiny_pair / "vae", torch.float32, CPU)
-    assert parity.gate(part, engine, [ClipSize(32, 32, 5)], "fp32", CPU)["passed"]  # two latent frames: nothing to forget
+    assert parity.gate(part, engine, [ClipSize(32, 32, 5)], "fp32", CPU)[
+        "passed"
+    ]  # two latent frames: nothing to forget
     result = parity.gate(part, engine, [ClipSize(32, 32, 9)], "fp32", CPU)
     assert not result["passed"] and result["why"].startswith("frames 32x32x9: cosine")

@@ -1,4 +1,5 @@
-"""Exporting a model as wide as Wan2.1-1.3B, in a process of its own, with the memory it takes besides the tools'."""
+"""Exporting a model as wide as Wan2.1-1.3B, in a process of its own, with the memory it takes
+besides the tools'."""
 
 import json
 import os
@@ -45,7 +46,9 @@ def wide(tmp_path_factory):
     from diffusers import WanTransformer3DModel
 
     folder = tmp_path_factory.mktemp("wide")
-    model = WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=2)
+    model = WanTransformer3DModel(
+        num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=2
+    )
     model.save_pretrained(folder)
     return folder
 
@@ -58,8 +61,11 @@ def test_exporting_takes_little_more_than_the_weights(backend, wide, tiny_pair, 
     assert weights > 450e6
     child = subprocess.run(
         [sys.executable, "-c", CHILD, backend, str(tiny_pair / "small"), str(wide)],
-        env={**os.environ, "NEXUS_RT_CACHE": str(tmp_path)}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        env={**os.environ, "NEXUS_RT_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert child.returncode == 0, child.stderr[-2000:]
     said = json.loads(child.stdout.splitlines()[-1])
     print(f"{backend}: {said['peak'] / weights:.2f} times the weights")

@@ -1,4 +1,5 @@
-"""Every reader against mutated inputs: some in every run, a hundred thousand in the slow one (tests/fuzz.py)."""
+"""Every reader against mutated inputs: some in every run, a hundred thousand in the slow one
+(tests/fuzz.py)."""
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from tests import fuzz
 def targets(tiny_pair, tmp_path):
     torch.manual_seed(3)
     connector = Connector(
-        ConnectorConfig(llm_hidden_size=8, vision_dim=8, text_dim=32, adapter_queries=2, num_layers=1, num_heads=2)
+        ConnectorConfig(
+            llm_hidden_size=8,
+            vision_dim=8,
+            text_dim=32,
+            adapter_queries=2,
+            num_layers=1,
+            num_heads=2,
+        )
     )
     connector.special_tokens = {t: torch.randn(1, 32) for t in SPECIAL_TOKENS}
     save_connector(connector, tmp_path / "c")
@@ -27,7 +35,9 @@ def test_what_is_whole_is_read(targets):
 def test_no_input_is_unhandled_hangs_or_takes_much_memory(targets, seed):
     counts = fuzz.run(targets, 1200, seed)
     refused = {name for name, kind in counts if kind == "refused"}
-    assert refused == {t.name for t in targets} - {"results.jsonl"}  # a line that is none of ours is passed over
+    assert refused == {t.name for t in targets} - {
+        "results.jsonl"
+    }  # a line that is none of ours is passed over
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""The GPU suite in its dry mode: every part runs, a wrong kernel gets no speed, what breaks or is late is written down."""
+"""The GPU suite in its dry mode: every part runs, a wrong kernel gets no speed, what breaks or is
+late is written down."""
 
 import json
 import os
@@ -24,13 +25,28 @@ def suite(**change):
 
 
 def test_the_whole_suite_runs_dry(tmp_path):
-    command = [sys.executable, "-m", "nexus_rt.bench.gpu_suite", "--dry", "--out", str(tmp_path / "out")]
-    said = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NEXUS_RT_CACHE": str(tmp_path / "c")})
+    command = [
+        sys.executable,
+        "-m",
+        "nexus_rt.bench.gpu_suite",
+        "--dry",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    said = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NEXUS_RT_CACHE": str(tmp_path / "c")},
+    )
     assert said.returncode == 0, said.stderr[-2000:]
     (file,) = (tmp_path / "out").glob("*.json")
     results = json.loads(file.read_text())
     assert results.keys() == {"run", *gpu_suite.PARTS} and results["run"]["dry"]
-    assert all(row["right"] for row in results["correctness"].values()) and len(results["correctness"]) == 14
+    assert (
+        all(row["right"] for row in results["correctness"].values())
+        and len(results["correctness"]) == 14
+    )
     assert all(row["ms"] > 0 and row["percent_of_roof"] > 0 for row in results["kernels"].values())
     assert {n.split()[0] for n in results["kernels"]} == {
         "band_blend",
@@ -43,15 +59,29 @@ def test_the_whole_suite_runs_dry(tmp_path):
     for part in ("dit small", "dit large"):
         assert results[part]["triton"]["difference"] < 1e-5 and results[part]["diffusers"]["ms"] > 0
     assert set(results["swap"]) == {"resident", "prefetched", "swapped", "streamed"}
-    assert all(row["first_over_median"] > 0 and row["small_ms"] > 0 for row in results["swap"].values())
+    assert all(
+        row["first_over_median"] > 0 and row["small_ms"] > 0 for row in results["swap"].values()
+    )
     exported = results["engines"]["tiny: onnx"]
-    assert exported["difference"] < 1e-4 and exported["parity_error"] < 1e-3 and exported["build_s"] > 0
+    assert (
+        exported["difference"] < 1e-4
+        and exported["parity_error"] < 1e-3
+        and exported["build_s"] > 0
+    )
     assert {f"peer {p}" for p in ("diffusers", "switch", "naive")} <= results["pipeline"].keys()
     assert all(results["pipeline"][plan]["predicted_ms"] > 0 for plan in gpu_pipeline.PLANS)
-    assert all(results["pipeline"][f"peer {p}"]["latent_error"] < 1e-3 for p in ("diffusers", "switch", "naive"))
+    assert all(
+        results["pipeline"][f"peer {p}"]["latent_error"] < 1e-3
+        for p in ("diffusers", "switch", "naive")
+    )
     found = {name: value for name, _, value, _ in gpu_tables.targets(results)}
-    missing = [n for n, v in found.items() if v is None]  # on a CPU: a GPU's memory, the blend at true size, fp8
-    assert all("memory" in n or "fp8" in n or n.startswith("band_blend") for n in missing) and len(missing) == 7, missing
+    missing = [
+        n for n, v in found.items() if v is None
+    ]  # on a CPU: a GPU's memory, the blend at true size, fp8
+    assert (
+        all("memory" in n or "fp8" in n or n.startswith("band_blend") for n in missing)
+        and len(missing) == 7
+    ), missing
     text = file.with_suffix(".md").read_text()
     assert "not measured" in text and tables.made_of(file).count("not measured") == 7
     assert "CPU, dry: no speed here means anything" in text and "(chosen)" in text
@@ -61,7 +91,9 @@ def test_a_wrong_kernel_gets_no_speed(monkeypatch):
     from nexus_rt.kernels import modulate
 
     right = modulate.modulate
-    monkeypatch.setattr(modulate, "modulate", lambda *a, **k: tuple(t * 1.001 for t in right(*a, **k)))
+    monkeypatch.setattr(
+        modulate, "modulate", lambda *a, **k: tuple(t * 1.001 for t in right(*a, **k))
+    )
     s = suite()
     monkeypatch.setattr(gpu_suite, "loop_calls", lambda suite: {})  # the slowest to interpret
     results = gpu_suite.run(s, ["correctness", "roofs", "kernels"])
@@ -80,7 +112,10 @@ def test_a_kernel_that_does_not_run_is_wrong_and_the_others_are_checked(monkeypa
     s = suite()
     rows = gpu_suite.run(s, ["correctness"])["correctness"]
     assert s.wrong == {"solver_step"} and len(rows) == 14
-    assert rows["solver_step"] == {"failed": "RuntimeError: PassManager::run failed", "right": False}
+    assert rows["solver_step"] == {
+        "failed": "RuntimeError: PassManager::run failed",
+        "right": False,
+    }
 
 
 def test_a_kernel_that_writes_nan_is_wrong():
@@ -94,7 +129,9 @@ def test_a_part_that_breaks_leaves_the_others(monkeypatch):
 
     monkeypatch.setitem(gpu_suite.PARTS, "kernels", broken)
     results = gpu_suite.run(suite(), ["kernels", "roofs"])
-    assert results["kernels"]["failed"].startswith("RuntimeError: no such thing (test_gpu_suite.py:")
+    assert results["kernels"]["failed"].startswith(
+        "RuntimeError: no such thing (test_gpu_suite.py:"
+    )
     assert results["roofs"]["copy_gbps"] > 0
 
 
@@ -105,7 +142,11 @@ def test_a_run_that_is_killed_leaves_what_it_had_measured(monkeypatch, tmp_path)
     monkeypatch.setitem(gpu_suite.PARTS, "kernels", killed)
     mark = {"date": "2026-01-02T03:04:05+00:00"}
     with pytest.raises(KeyboardInterrupt):
-        gpu_suite.run(suite(), ["roofs", "kernels"], lambda found: gpu_suite.keep(tmp_path, {"run": mark, **found}))
+        gpu_suite.run(
+            suite(),
+            ["roofs", "kernels"],
+            lambda found: gpu_suite.keep(tmp_path, {"run": mark, **found}),
+        )
     assert json.loads((tmp_path / "2026-01-02T0304.json").read_text())["roofs"]["copy_gbps"] > 0
     assert "## roofs" in (tmp_path / "2026-01-02T0304.md").read_text()
 
@@ -150,22 +191,46 @@ def test_a_way_to_load_that_is_wrong_gets_no_speed():
 def test_what_was_wanted_stands_beside_what_was_measured():
     """A miss stays in the table, and what was not measured is not met."""
     blend = {"eager_called_ms": 0.09, "called_ms": 0.01, "percent_of_roof": 71.0}
-    backends = {"sdpa": {"ms": 4.0}, "cudnn": {"ms": 3.0}, "triton": {"ms": 3.2}, "triton, pointers": {"ms": 5.0},
-                "triton-fp8": {"ms": 2.0}, "flash": {"why": "not there"}}  # fmt: skip
+    backends = {
+        "sdpa": {"ms": 4.0},
+        "cudnn": {"ms": 3.0},
+        "triton": {"ms": 3.2},
+        "triton, pointers": {"ms": 5.0},
+        "triton-fp8": {"ms": 2.0},
+        "flash": {"why": "not there"},
+    }
     results = {
-        "run": {}, "kernels": {"band_blend 90x160": blend, "modulate 14B 9": {"percent_of_roof": 90.0},
-                               "modulate 1.3B 9": {"failed": "x"}},
-        "attention": {"self 14B": {"chosen": "cudnn", "backends": backends}, "cross": {"chosen": "sdpa", "backends": {}}},
-        "dit large": {"torch": {"ms": 2200.0}, "triton": {"ms": 2000.0}, "diffusers": {"ms": 4000.0},
-                      "diffusers, blocks compiled": {"ms": 2200.0}},
+        "run": {},
+        "kernels": {
+            "band_blend 90x160": blend,
+            "modulate 14B 9": {"percent_of_roof": 90.0},
+            "modulate 1.3B 9": {"failed": "x"},
+        },
+        "attention": {
+            "self 14B": {"chosen": "cudnn", "backends": backends},
+            "cross": {"chosen": "sdpa", "backends": {}},
+        },
+        "dit large": {
+            "torch": {"ms": 2200.0},
+            "triton": {"ms": 2000.0},
+            "diffusers": {"ms": 4000.0},
+            "diffusers, blocks compiled": {"ms": 2200.0},
+        },
         "swap": {"resident": {"first_over_median": 1.3, "planned_over_peak": 0.97}},
-        "pipeline": {"costs": {"large_guided": 4100.0}, "reference": {"prediction_error": -0.07}, "peer naive": {"ratio": 2}},
-    }  # fmt: skip
+        "pipeline": {
+            "costs": {"large_guided": 4100.0},
+            "reference": {"prediction_error": -0.07},
+            "peer naive": {"ratio": 2},
+        },
+    }
     found = {name: (value, met) for name, _, value, met in gpu_tables.targets(results)}
     assert found["band_blend 90x160, against eager"] == (pytest.approx(9), True)
     assert found["band_blend 90x160, percent of the copy"] == (71.0, False)
     assert found["band_blend 60x104, against eager"] == (None, None)
-    assert found["modulate, percent of the copy, the least of 2"] == (None, None)  # one of the two failed
+    assert found["modulate, percent of the copy, the least of 2"] == (
+        None,
+        None,
+    )  # one of the two failed
     assert found["attention self 14B: auto against the best of PyTorch's"] == (1.0, True)
     assert found["attention self 14B: triton"] == (pytest.approx(3.0 / 3.2), True)
     assert found["attention self 14B: triton-fp8"] == (1.5, True)
@@ -175,4 +240,7 @@ def test_what_was_wanted_stands_beside_what_was_measured():
     assert found["peak memory off the plan, percent, resident"] == (pytest.approx(3), True)
     assert found["plan reference: price off its time, percent"] == (pytest.approx(7), False)
     assert "| at most 5 | 7 | **no** |" in gpu_tables.targets_table(results)
-    assert all(value is None for _, _, value, _ in gpu_tables.targets({"run": {}, "pipeline": {"not_reached": "late"}}))
+    assert all(
+        value is None
+        for _, _, value, _ in gpu_tables.targets({"run": {}, "pipeline": {"not_reached": "late"}})
+    )

@@ -1,4 +1,5 @@
-"""What a CUDA graph demands of its caller, on a CPU: fixed addresses in, one result out, a graph a shape."""
+"""What a CUDA graph demands of its caller, on a CPU: fixed addresses in, one result out, a graph a
+shape."""
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from nexus_rt.engines.torch import TorchEngine
 
 
 class Recorder:
-    """Stands for CUDA's capture: a replay runs the recorded call on the tensors it was recorded with."""
+    """Stands for CUDA's capture: a replay runs the recorded call on the tensors it was recorded
+    with."""
 
     def __init__(self):
         self.recorded = self.replayed = 0
@@ -49,9 +51,14 @@ def test_replays_are_the_engine(engines):
         for timestep in (990.0, 400.0):
             x = noise(batch, 16, 2, 4, 6, seed=int(timestep) + seed)
             kept.append(
-                (replayed.velocity(x, torch.tensor(timestep), mine), engine.velocity(x, torch.tensor(timestep), theirs))
+                (
+                    replayed.velocity(x, torch.tensor(timestep), mine),
+                    engine.velocity(x, torch.tensor(timestep), theirs),
+                )
             )
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in kept)  # a velocity outlives the next replay
+        assert all(
+            torch.allclose(a, b, atol=1e-5) for a, b in kept
+        )  # a velocity outlives the next replay
     assert (recorder.recorded, recorder.replayed) == (
         2,
         8,
@@ -64,7 +71,10 @@ def test_weights_that_moved_are_recorded_again(engines):
     context, x = replayed.prepare(noise(2, 5, 32)), noise(1, 16, 1, 4, 4)
     first = replayed.velocity(x, torch.tensor(9.0), context)
     replayed.unload()
-    assert torch.equal(replayed.velocity(x, torch.tensor(9.0), context), first) and recorder.recorded == 2
+    assert (
+        torch.equal(replayed.velocity(x, torch.tensor(9.0), context), first)
+        and recorder.recorded == 2
+    )
 
 
 def test_graphs_do_not_pile_up(engines):
@@ -72,14 +82,18 @@ def test_graphs_do_not_pile_up(engines):
     context = replayed.prepare(noise(2, 5, 32))
     for frames in (1, 2, 3, 4, 5, 5, 2, 1):
         replayed.velocity(noise(1, 16, frames, 4, 4), torch.tensor(9.0), context)
-    assert recorder.recorded == 6 and len(replayed.graphs) == graphs.KEPT  # the oldest, one frame, was given up
+    assert (
+        recorder.recorded == 6 and len(replayed.graphs) == graphs.KEPT
+    )  # the oldest, one frame, was given up
 
 
 def test_streamed_weights_are_not_recorded(engines):
     _, replayed, recorder = engines
     replayed.load(streamed=True)
     context = replayed.prepare(noise(2, 5, 32))
-    assert torch.isfinite(replayed.velocity(noise(1, 16, 1, 4, 4), torch.tensor(9.0), context)).all()
+    assert torch.isfinite(
+        replayed.velocity(noise(1, 16, 1, 4, 4), torch.tensor(9.0), context)
+    ).all()
     assert recorder.recorded == 0
     replayed.unload()
 
@@ -87,10 +101,15 @@ def test_streamed_weights_are_not_recorded(engines):
 def test_padding_counts_for_nothing():
     context = EngineContext(noise(3, 2, 70, 4, 8), noise(3, 2, 70, 4, 8), torch.zeros(2, 70))
     long = graphs.padded(context)
-    assert long.keys.shape == (3, 2, 128, 4, 8) and torch.equal(long.values[:, :, :70], context.values)
+    assert long.keys.shape == (3, 2, 128, 4, 8) and torch.equal(
+        long.values[:, :, :70], context.values
+    )
     assert (long.bias[:, 70:] == float("-inf")).all() and graphs.padded(long) is long
 
 
 def test_where_nothing_can_be_recorded_it_is_said(tiny_pair):
-    with pytest.raises(InputError, match="CUDA graphs cannot be recorded here: they are of a CUDA device, .* runs on cpu"):
+    with pytest.raises(
+        InputError,
+        match="CUDA graphs cannot be recorded here: they are of a CUDA device, .* runs on cpu",
+    ):
         NexusPipeline.from_pretrained(tiny_pair, cuda_graphs=True, device="cpu")

@@ -26,19 +26,32 @@ def test_what_the_message_offers_is_accepted(height, width, frames):
             WAN.check(**values)
             break
         except InputError as error:
-            name, offers = re.match(r"(\w+) is", str(error))[1], re.findall(r"\d+", str(error).split("such as")[1])
+            name, offers = (
+                re.match(r"(\w+) is", str(error))[1],
+                re.findall(r"\d+", str(error).split("such as")[1]),
+            )
             assert all(abs(int(o) - values[name]) <= abs(values[name]) + 16 for o in offers)
             values[name] = int(offers[0])
     else:
         pytest.fail(f"no offer was accepted: {values}")
-    good = height >= 16 and height % 16 == 0 and width >= 16 and width % 16 == 0 and frames >= 1 and frames % 4 == 1
+    good = (
+        height >= 16
+        and height % 16 == 0
+        and width >= 16
+        and width % 16 == 0
+        and frames >= 1
+        and frames % 4 == 1
+    )
     assert (values == {"num_frames": frames, "height": height, "width": width}) == good
 
 
 def test_noise_is_its_generators():
-    seed = lambda s: torch.Generator().manual_seed(s)  # noqa: E731
+    seed = lambda s: torch.Generator().manual_seed(s)
     both = random_latents((2, 16, 1, 2, 3), [seed(1), seed(2)], torch.device("cpu"))
-    assert torch.equal(both[:1], random_latents((1, 16, 1, 2, 3), seed(1), torch.device("cpu"))) and both.dtype == torch.float32
+    assert (
+        torch.equal(both[:1], random_latents((1, 16, 1, 2, 3), seed(1), torch.device("cpu")))
+        and both.dtype == torch.float32
+    )
     assert not torch.equal(both[0], both[1])
     with pytest.raises(InputError, match="1 generators for 2 videos"):
         random_latents((2, 16, 1, 2, 3), [seed(1)], torch.device("cpu"))

@@ -11,7 +11,13 @@ from nexus_rt.models.understanding import Template, UnderstandingModel
 from tests.omnivideo import make_llm
 
 CPU = torch.device("cpu")
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
 CONFIGS = {
     "plain": {},
     "grouped heads": dict(num_attention_heads=4, num_key_value_heads=2),
@@ -25,8 +31,16 @@ def saved(folder, **options):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, "max_position_embeddings": 256, **options})).eval()
+    sizes = dict(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    model = LlamaForCausalLM(
+        LlamaConfig(**{**sizes, "max_position_embeddings": 256, **options})
+    ).eval()
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(folder)
@@ -58,8 +72,12 @@ def test_configs_of_version_4_mean_the_same(tmp_path):
         scaling = {("type" if k == "rope_type" else k): v for k, v in LLAMA3.items()}
         old |= {"rope_theta": 500000.0, "rope_scaling": scaling}
         assert is_native(old)
-        assert torch.equal(load_llama(tmp_path, old, torch.float32, CPU)(ids, torch.ones_like(ids)), wanted)
-        plain = load_llama(tmp_path, {**old, "rope_scaling": None}, torch.float32, CPU)(ids, torch.ones_like(ids))
+        assert torch.equal(
+            load_llama(tmp_path, old, torch.float32, CPU)(ids, torch.ones_like(ids)), wanted
+        )
+        plain = load_llama(tmp_path, {**old, "rope_scaling": None}, torch.float32, CPU)(
+            ids, torch.ones_like(ids)
+        )
     assert not torch.equal(plain, wanted)
 
 
@@ -83,7 +101,13 @@ def test_another_architecture_still_loads(tmp_path):
 
     make_llm(tmp_path / "llm")
     size = json.loads((tmp_path / "llm" / "config.json").read_text())
-    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    fields = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
     torch.manual_seed(0)
     theirs = Qwen2ForCausalLM(
         Qwen2Config(**{f: size[f] for f in fields}, num_key_value_heads=size["num_attention_heads"])
@@ -94,7 +118,9 @@ def test_another_architecture_still_loads(tmp_path):
     assert not isinstance(model.model, LlamaBackbone)
     ids = torch.tensor([model.tokenizer.encode(model.template.render("panda"), special=False)])
     with torch.no_grad():
-        wanted = theirs.model(input_ids=ids, attention_mask=model._mask(ids), use_cache=False).last_hidden_state
+        wanted = theirs.model(
+            input_ids=ids, attention_mask=model._mask(ids), use_cache=False
+        ).last_hidden_state
     assert torch.allclose(got, wanted, atol=1e-6)
 
 
@@ -106,9 +132,18 @@ def test_another_architecture_still_loads(tmp_path):
         ({"head_dim": 15}, "an even width"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
         ({"hidden_size": "32"}, "Expected `int`, got `str`"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 0.0}}, "no rotary embedding of Llama's"),
-        ({"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 4.0}}, "no rotary embedding of Llama's"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "Expected `float`, got `str`"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 0.0}},
+            "no rotary embedding of Llama's",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 4.0}},
+            "no rotary embedding of Llama's",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}},
+            "Expected `float`, got `str`",
+        ),
         ({"num_hidden_layers": 3}, "missing are"),
     ],
 )

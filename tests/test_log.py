@@ -26,11 +26,17 @@ def test_every_choice_and_its_reason(tiny_pair, caplog):
         pipe("a red circle", num_inference_steps=2)
     lines = [r.getMessage() for r in caplog.records if r.name == "nexus_rt"]
     if not torch.cuda.is_available():
-        for line in ("device: cpu (PyTorch sees no GPU)", "dtype of generators and encoders: torch.float32 (the device is cpu)",
-                     "kernels: torch (the device is cpu)", "attention: sdpa (the device is cpu)",
-                     "VAE tiling: off (frames of 48x32 against 921600 pixels)"):  # fmt: skip
+        for line in (
+            "device: cpu (PyTorch sees no GPU)",
+            "dtype of generators and encoders: torch.float32 (the device is cpu)",
+            "kernels: torch (the device is cpu)",
+            "attention: sdpa (the device is cpu)",
+            "VAE tiling: off (frames of 48x32 against 921600 pixels)",
+        ):
             assert lines.count(line) == 1, lines
-    assert sum(line.startswith("residency: resident (its peak is ") for line in lines) == 2  # decided at every call
+    assert (
+        sum(line.startswith("residency: resident (its peak is ") for line in lines) == 2
+    )  # decided at every call
 
 
 def test_a_program_that_asks_for_nothing_reads_nothing(tiny_pair, capfd):
@@ -41,7 +47,17 @@ def test_a_program_that_asks_for_nothing_reads_nothing(tiny_pair, capfd):
 
 
 def test_the_command_line_shows_it(tiny_pair, tmp_path, capsys):
-    line = ["generate", "a red circle", "--pair", str(tiny_pair), "--steps", "2", "-o", str(tmp_path / "a.png"), "--quiet"]
+    line = [
+        "generate",
+        "a red circle",
+        "--pair",
+        str(tiny_pair),
+        "--steps",
+        "2",
+        "-o",
+        str(tmp_path / "a.png"),
+        "--quiet",
+    ]
     assert main([*line, "--device", "cpu", "--log-level", "info"]) == 0
     assert "nexus-rt: INFO: kernels: torch (the device is cpu)" in capsys.readouterr().err
     with pytest.raises(SystemExit):

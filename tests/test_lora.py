@@ -1,4 +1,5 @@
-"""LoRA: every published layout is the same change, in PyTorch and in an engine; what does not fit is refused."""
+"""LoRA: every published layout is the same change, in PyTorch and in an engine; what does not fit
+is refused."""
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from nexus_rt.models.lora import Lora, loras_hash, parse_loras
 
 RANK, Q = 2, "blocks.0.self_attn.q"
 PLACES = {  # diffusers' names -> Wan's own
-    "blocks.0.attn1.to_q": "blocks.0.self_attn.q", "blocks.0.attn2.to_v": "blocks.0.cross_attn.v",
-    "blocks.0.attn1.to_out.0": "blocks.0.self_attn.o", "blocks.0.ffn.net.0.proj": "blocks.0.ffn.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2", "proj_out": "head.head",
-}  # fmt: skip
+    "blocks.0.attn1.to_q": "blocks.0.self_attn.q",
+    "blocks.0.attn2.to_v": "blocks.0.cross_attn.v",
+    "blocks.0.attn1.to_out.0": "blocks.0.self_attn.o",
+    "blocks.0.ffn.net.0.proj": "blocks.0.ffn.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "proj_out": "head.head",
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +27,36 @@ def halves(tiny_pair):
     state = load_file(next((tiny_pair / "small").glob("*.safetensors")))
     g = torch.Generator().manual_seed(0)
     shapes = {name: state[f"{name}.weight"].shape for name in PLACES}
-    return {n: (torch.randn(RANK, s[1], generator=g), torch.randn(s[0], RANK, generator=g)) for n, s in shapes.items()}
+    return {
+        n: (torch.randn(RANK, s[1], generator=g), torch.randn(s[0], RANK, generator=g))
+        for n, s in shapes.items()
+    }
 
 
 def peft(halves):
-    return {f"transformer.{n}.lora_{k}.weight": t for n, pair in halves.items() for k, t in zip("AB", pair, strict=True)}
+    return {
+        f"transformer.{n}.lora_{k}.weight": t
+        for n, pair in halves.items()
+        for k, t in zip("AB", pair, strict=True)
+    }
 
 
 def wan(halves):
     names = {n: f"diffusion_model.{PLACES[n]}" for n in halves}
-    return {f"{names[n]}.lora_{k}.weight": t for n, p in halves.items() for k, t in zip(("down", "up"), p, strict=True)}
+    return {
+        f"{names[n]}.lora_{k}.weight": t
+        for n, p in halves.items()
+        for k, t in zip(("down", "up"), p, strict=True)
+    }
 
 
 def kohya(halves):
     names = {n: "lora_unet_" + PLACES[n].replace(".", "_") for n in halves}
-    return {f"{names[n]}.lora_{k}.weight": t for n, p in halves.items() for k, t in zip(("down", "up"), p, strict=True)}
+    return {
+        f"{names[n]}.lora_{k}.weight": t
+        for n, p in halves.items()
+        for k, t in zip(("down", "up"), p, strict=True)
+    }
 
 
 def saved(tensors, path):
@@ -46,12 +65,17 @@ def saved(tensors, path):
 
 
 def weights(tiny_pair, *loras, dtype=torch.float32):
-    return to_diffusers(load_transformer(tiny_pair / "small", dtype, loras=parse_loras(loras)).state_dict())
+    return to_diffusers(
+        load_transformer(tiny_pair / "small", dtype, loras=parse_loras(loras)).state_dict()
+    )
 
 
 @pytest.mark.parametrize("layout", [peft, wan, kohya])
 def test_a_product_is_added_where_it_belongs_and_nowhere_else(layout, halves, tiny_pair, tmp_path):
-    before, after = weights(tiny_pair), weights(tiny_pair, f"{saved(layout(halves), tmp_path / 'a.safetensors')}@0.5")
+    before, after = (
+        weights(tiny_pair),
+        weights(tiny_pair, f"{saved(layout(halves), tmp_path / 'a.safetensors')}@0.5"),
+    )
     for name in before:
         place = name.removesuffix(".weight")
         wanted = before[name].double()
@@ -62,27 +86,42 @@ def test_a_product_is_added_where_it_belongs_and_nowhere_else(layout, halves, ti
 
 def test_alpha_over_rank_scales_and_differences_are_added(halves, tiny_pair, tmp_path):
     before = weights(tiny_pair)
-    table, norm, bias = (torch.randn_like(before[n]) for n in (
-        "blocks.0.scale_shift_table", "blocks.0.attn1.norm_q.weight", "blocks.0.attn1.to_k.bias",
-    ))  # fmt: skip
+    table, norm, bias = (
+        torch.randn_like(before[n])
+        for n in (
+            "blocks.0.scale_shift_table",
+            "blocks.0.attn1.norm_q.weight",
+            "blocks.0.attn1.to_k.bias",
+        )
+    )
     file = saved(
         {
-            **wan(halves), **{f"diffusion_model.{n}.alpha": torch.tensor(8.0) for n in PLACES.values()},
-            "diffusion_model.blocks.0.diff_m": table, "diffusion_model.blocks.0.self_attn.norm_q.diff": norm,
+            **wan(halves),
+            **{f"diffusion_model.{n}.alpha": torch.tensor(8.0) for n in PLACES.values()},
+            "diffusion_model.blocks.0.diff_m": table,
+            "diffusion_model.blocks.0.self_attn.norm_q.diff": norm,
             "diffusion_model.blocks.0.self_attn.k.diff_b": bias,
         },
         tmp_path / "a.safetensors",
-    )  # fmt: skip
+    )
     after = weights(tiny_pair, file)
     place = "blocks.0.ffn.net.0.proj"
     wanted = before[f"{place}.weight"] + 8 / RANK * halves[place][1] @ halves[place][0]
     assert torch.allclose(after[f"{place}.weight"], wanted, atol=1e-5)
-    for name, change in (("scale_shift_table", table), ("attn1.norm_q.weight", norm), ("attn1.to_k.bias", bias)):
-        assert torch.allclose(after[f"blocks.0.{name}"], before[f"blocks.0.{name}"] + change, atol=1e-6)
+    for name, change in (
+        ("scale_shift_table", table),
+        ("attn1.norm_q.weight", norm),
+        ("attn1.to_k.bias", bias),
+    ):
+        assert torch.allclose(
+            after[f"blocks.0.{name}"], before[f"blocks.0.{name}"] + change, atol=1e-6
+        )
     twice = weights(tiny_pair, file, f"{file}@-1")
     assert all(torch.allclose(twice[n], before[n], atol=1e-5) for n in before)
     low = weights(tiny_pair, file, dtype=torch.bfloat16)[f"{place}.weight"]
-    assert torch.equal(low, after[f"{place}.weight"].bfloat16())  # stored and difference added in float32, rounded once
+    assert torch.equal(
+        low, after[f"{place}.weight"].bfloat16()
+    )  # stored and difference added in float32, rounded once
 
 
 def first(halves):
@@ -93,12 +132,24 @@ def first(halves):
     "make, words",
     [
         (first, "only one half of its product is there"),
-        (lambda h: {f"{Q}.dora_scale": torch.ones(1)}, "1 of its keys are none of a LoRA's, such as .*dora_scale"),
-        (lambda h: {"blocks.7.ffn.0.diff_b": torch.ones(48)}, "changes 1 parameters that this model has not, such as blocks.7"),
-        (lambda h: {f"{Q}.diff_b": torch.ones(31)}, r"blocks.0.attn1.to_q.bias is \(31,\), and the model's \(32,\)"),
-        (lambda h: {k: torch.ones(3, 5) for k in wan(h)}, r"is \(3, 5\) times \(3, 5\), and the model's \("),
+        (
+            lambda h: {f"{Q}.dora_scale": torch.ones(1)},
+            "1 of its keys are none of a LoRA's, such as .*dora_scale",
+        ),
+        (
+            lambda h: {"blocks.7.ffn.0.diff_b": torch.ones(48)},
+            "changes 1 parameters that this model has not, such as blocks.7",
+        ),
+        (
+            lambda h: {f"{Q}.diff_b": torch.ones(31)},
+            r"blocks.0.attn1.to_q.bias is \(31,\), and the model's \(32,\)",
+        ),
+        (
+            lambda h: {k: torch.ones(3, 5) for k in wan(h)},
+            r"is \(3, 5\) times \(3, 5\), and the model's \(",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused(make, words, halves, tiny_pair, tmp_path):
     with pytest.raises(ModelError, match=words):
         weights(tiny_pair, saved(make(halves), tmp_path / "a.safetensors"))
@@ -118,7 +169,9 @@ def test_files_and_scales_are_checked_before_anything_is_read(tiny_pair, tmp_pat
     assert Lora.parse(odd) == Lora(odd) and Lora.parse(f"{odd}@2") == Lora(odd, 2.0)
 
 
-def test_an_engine_of_a_merged_model_is_another_engine_and_says_so(halves, tiny_pair, tmp_path, monkeypatch):
+def test_an_engine_of_a_merged_model_is_another_engine_and_says_so(
+    halves, tiny_pair, tmp_path, monkeypatch
+):
     pytest.importorskip("onnxruntime")
     from nexus_rt import cli
     from nexus_rt.engines.folder import EngineFolder
@@ -128,18 +181,27 @@ def test_an_engine_of_a_merged_model_is_another_engine_and_says_so(halves, tiny_
     line = ["export", "--pair", str(tiny_pair), "--parts", "small", "--sizes", "32x32x5", "-o"]
     assert cli.main([*line, str(tmp_path / "merged"), "--small-lora", f"{file}@0.5"]) == 0
     manifest = EngineFolder.read(tmp_path / "merged" / "small").manifest
-    assert manifest.lora == loras_hash({"small": [Lora(file, 0.5)]}) != loras_hash({"small": [Lora(file)]})
+    assert (
+        manifest.lora
+        == loras_hash({"small": [Lora(file, 0.5)]})
+        != loras_hash({"small": [Lora(file)]})
+    )
     assert manifest.parity["passed"]  # compared with the merged model
-    options = dict(height=32, width=32, num_frames=5, num_inference_steps=2, plan="small", output_type="latent")
+    options = dict(
+        height=32, width=32, num_frames=5, num_inference_steps=2, plan="small", output_type="latent"
+    )
     x = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     pipes = [
-        NexusPipeline.from_engines(tmp_path / "merged"), NexusPipeline.from_pretrained(tiny_pair, small_lora=f"{file}@0.5"),
+        NexusPipeline.from_engines(tmp_path / "merged"),
+        NexusPipeline.from_pretrained(tiny_pair, small_lora=f"{file}@0.5"),
         NexusPipeline.from_pretrained(tiny_pair),
-    ]  # fmt: skip
+    ]
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
     engine, merged, plain = (p("a red circle", latents=x, **options).frames for p in pipes)
-    assert torch.allclose(engine, merged, atol=1e-4) and not torch.allclose(engine, plain, atol=1e-2)
+    assert torch.allclose(engine, merged, atol=1e-4) and not torch.allclose(
+        engine, plain, atol=1e-2
+    )
 
 
 META, BESIDE = "header", "adapter_config.json"
@@ -158,21 +220,36 @@ def two(halves):
         ({"r": RANK, "lora_alpha": 8}, (4.0, 4.0)),
         ({"r": RANK, "lora_alpha": 8, "use_rslora": True}, (8 / RANK**0.5, 8 / RANK**0.5)),
         ({"r": RANK, "lora_alpha": 8, "alpha_pattern": {"attn1.to_q": 2}}, (1.0, 4.0)),
-        ({"r": RANK, "lora_alpha": 8, "alpha_pattern": {"blocks.0.ffn.net.0.proj": 6, "^to_q": 1}}, (4.0, 3.0)),
-        ({"r": RANK, "lora_alpha": 8, "alpha_pattern": {r"blocks\.\d+\.attn1\.to_(q|k)": 4}}, (2.0, 4.0)),
+        (
+            {
+                "r": RANK,
+                "lora_alpha": 8,
+                "alpha_pattern": {"blocks.0.ffn.net.0.proj": 6, "^to_q": 1},
+            },
+            (4.0, 3.0),
+        ),
+        (
+            {"r": RANK, "lora_alpha": 8, "alpha_pattern": {r"blocks\.\d+\.attn1\.to_(q|k)": 4}},
+            (2.0, 4.0),
+        ),
         ({"r": 7, "lora_alpha": 8, "rank_pattern": {"to_q": RANK, "proj": RANK}}, (4.0, 4.0)),
     ],
 )
 def test_a_scale_outside_the_tensors_counts(where, config, scales, halves, tiny_pair, tmp_path):
-    """diffusers writes it into the header under `transformer.`, PEFT beside the file; what its patterns match is theirs."""
+    """diffusers writes it into the header under `transformer.`, PEFT beside the file; what its
+    patterns match is theirs."""
     import json
 
     names, tensors = two(halves)
     header = {"format": "pt"}
     if where == META:
-        header["lora_adapter_metadata"] = json.dumps({f"transformer.{k}": v for k, v in config.items()})
+        header["lora_adapter_metadata"] = json.dumps(
+            {f"transformer.{k}": v for k, v in config.items()}
+        )
     else:
-        (tmp_path / BESIDE).write_text(json.dumps({"peft_type": "LORA", "target_modules": ["to_q"], **config}))
+        (tmp_path / BESIDE).write_text(
+            json.dumps({"peft_type": "LORA", "target_modules": ["to_q"], **config})
+        )
     save_file(tensors, tmp_path / "adapter_model.safetensors", header)
     before, after = weights(tiny_pair), weights(tiny_pair, tmp_path)  # the folder is its LoRA
     for name, scale in zip(names, scales, strict=True):
@@ -184,13 +261,25 @@ def test_a_scale_outside_the_tensors_counts(where, config, scales, halves, tiny_
     "config, words",
     [
         ({"r": 3, "lora_alpha": 8}, "says rank 3 of .*, and its tensors have rank 2"),
-        ({"r": RANK, "lora_alpha": 8, "use_dora": True}, "sets use_dora, which a merge of plain LoRA would leave out"),
+        (
+            {"r": RANK, "lora_alpha": 8, "use_dora": True},
+            "sets use_dora, which a merge of plain LoRA would leave out",
+        ),
         ({"r": RANK, "peft_type": "LOHA"}, "is a LOHA adapter; only LORA"),
-        ({"r": RANK, "init_lora_weights": "pissa_niter_4"}, "whose base weights are not the published ones"),
+        (
+            {"r": RANK, "init_lora_weights": "pissa_niter_4"},
+            "whose base weights are not the published ones",
+        ),
         ({"r": RANK, "lora_alpha": "8"}, "Expected `float`, got `str`"),
         ({"r": 0, "lora_alpha": 1}, "sets r below 1"),
-        ({"r": RANK, "lora_alpha": 8, "alpha_pattern": {"(a+)+$" + "(" * 3: 1}}, "cannot be matched"),
-        ({"r": RANK, "lora_alpha": 8, "alpha_pattern": {"x|" * 200: 1}}, "pattern has 400 characters"),
+        (
+            {"r": RANK, "lora_alpha": 8, "alpha_pattern": {"(a+)+$" + "(" * 3: 1}},
+            "cannot be matched",
+        ),
+        (
+            {"r": RANK, "lora_alpha": 8, "alpha_pattern": {"x|" * 200: 1}},
+            "pattern has 400 characters",
+        ),
     ],
 )
 def test_configs_that_mean_something_else_are_refused(config, words, halves, tiny_pair, tmp_path):
@@ -209,24 +298,39 @@ def test_alpha_may_be_a_whole_number_and_must_agree(halves, tiny_pair, tmp_path)
     whole = {**tensors, **{f"transformer.{n}.alpha": torch.tensor(6) for n in names}}
     after = weights(tiny_pair, saved(whole, tmp_path / "a.safetensors"))
     place = f"{names[0]}.weight"
-    assert torch.allclose(after[place], weights(tiny_pair)[place] + 3 * halves[names[0]][1] @ halves[names[0]][0], atol=1e-5)
+    assert torch.allclose(
+        after[place],
+        weights(tiny_pair)[place] + 3 * halves[names[0]][1] @ halves[names[0]][0],
+        atol=1e-5,
+    )
     save_file(
         whole,
         tmp_path / "b.safetensors",
         {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 4})},
     )
-    with pytest.raises(ModelError, match="its alpha scales by 3, and .*lora_adapter_metadata by 2; remove the wrong one"):
+    with pytest.raises(
+        ModelError,
+        match="its alpha scales by 3, and .*lora_adapter_metadata by 2; remove the wrong one",
+    ):
         weights(tiny_pair, tmp_path / "b.safetensors")
 
 
 def diffsynth(halves):
     names = {n: f"pipe.dit.{PLACES[n]}" for n in halves}
-    return {f"{names[n]}.lora_{k}.default.weight": t for n, p in halves.items() for k, t in zip("AB", p, strict=True)}
+    return {
+        f"{names[n]}.lora_{k}.default.weight": t
+        for n, p in halves.items()
+        for k, t in zip("AB", p, strict=True)
+    }
 
 
 def kohya_diffusers(halves):
     names = {n: "lora_unet_" + n.replace(".", "_") for n in halves}
-    return {f"{names[n]}.lora_{k}.weight": t for n, p in halves.items() for k, t in zip(("down", "up"), p, strict=True)}
+    return {
+        f"{names[n]}.lora_{k}.weight": t
+        for n, p in halves.items()
+        for k, t in zip(("down", "up"), p, strict=True)
+    }
 
 
 @pytest.mark.parametrize("layout", [diffsynth, kohya_diffusers])
@@ -237,7 +341,10 @@ def test_more_publishers_names(layout, halves, tiny_pair, tmp_path):
 
 
 def test_image_keys_are_skipped_and_counted(halves, tiny_pair, tmp_path):
-    image = {f"diffusion_model.blocks.0.cross_attn.{n}.lora_down.weight": torch.ones(2, 5) for n in ("k_img", "v_img")}
+    image = {
+        f"diffusion_model.blocks.0.cross_attn.{n}.lora_down.weight": torch.ones(2, 5)
+        for n in ("k_img", "v_img")
+    }
     image |= {
         "diffusion_model.img_emb.proj.1.diff_b": torch.ones(3),
         "transformer.blocks.0.attn2.add_k_proj.lora_A.weight": torch.ones(2, 5),
@@ -252,11 +359,15 @@ def test_image_keys_are_skipped_and_counted(halves, tiny_pair, tmp_path):
 
 
 NOTHING = {
-    "empty": lambda h: {}, "alphas alone": lambda h: {f"{Q}.alpha": torch.tensor(4.0)},
+    "empty": lambda h: {},
+    "alphas alone": lambda h: {f"{Q}.alpha": torch.tensor(4.0)},
     "zeros": lambda h: {k: v * (0 if "lora_B" in k else 1) for k, v in peft(h).items()},
-    "zero differences": lambda h: {f"{Q}.diff_b": torch.zeros(32)}, "alpha of zero": lambda h: {**{
-        k: v for k, v in wan(h).items() if f".{Q}." in k}, f"diffusion_model.{Q}.alpha": torch.tensor(0.0)},
-}  # fmt: skip
+    "zero differences": lambda h: {f"{Q}.diff_b": torch.zeros(32)},
+    "alpha of zero": lambda h: {
+        **{k: v for k, v in wan(h).items() if f".{Q}." in k},
+        f"diffusion_model.{Q}.alpha": torch.tensor(0.0),
+    },
+}
 
 
 @pytest.mark.parametrize("make", NOTHING.values(), ids=NOTHING)
@@ -268,20 +379,37 @@ def test_a_lora_that_changes_nothing_is_refused(make, halves, tiny_pair, tmp_pat
 ODD = {
     "one place, two names": (lambda h: {**peft(h), **wan(h)}, "are one place under two names"),
     "two endings": (
-        lambda h: {**peft(h), **{k.replace("lora_A.", "lora_A.default."): v for k, v in peft(h).items()}},
+        lambda h: {
+            **peft(h),
+            **{k.replace("lora_A.", "lora_A.default."): v for k, v in peft(h).items()},
+        },
         "under two names",
     ),
     "NaN": (lambda h: {k: v * float("nan") for k, v in peft(h).items()}, "holds NaN or infinity"),
-    "an infinite alpha": (lambda h: {**wan(h), f"diffusion_model.{Q}.alpha": torch.tensor(float("inf"))}, "NaN or infinity"),
+    "an infinite alpha": (
+        lambda h: {**wan(h), f"diffusion_model.{Q}.alpha": torch.tensor(float("inf"))},
+        "NaN or infinity",
+    ),
     "too large": (lambda h: {k: v * 1e30 for k, v in peft(h).items()}, "beyond float32"),
-    "transposed": (lambda h: {"blocks.0.ffn.0.diff": torch.ones(32, 48)}, r"is \(32, 48\), and the model's \(48, 32\)"),
+    "transposed": (
+        lambda h: {"blocks.0.ffn.0.diff": torch.ones(32, 48)},
+        r"is \(32, 48\), and the model's \(48, 32\)",
+    ),
     "as many numbers": (lambda h: {"blocks.0.ffn.0.diff": torch.ones(48 * 32)}, "and the model's"),
-    "whole numbers": (lambda h: {k: torch.ones(v.shape, dtype=torch.int8) for k, v in peft(h).items()}, "holds whole numbers"),
+    "whole numbers": (
+        lambda h: {k: torch.ones(v.shape, dtype=torch.int8) for k, v in peft(h).items()},
+        "holds whole numbers",
+    ),
     "several alphas": (
         lambda h: {**wan(h), f"diffusion_model.{Q}.alpha": torch.ones(2)},
         r"alpha is \(2,\); expected one number",
     ),
-    "a vector": (lambda h: {**{f"{Q}.lora_A.weight": torch.ones(32), f"{Q}.lora_B.weight": torch.ones(32, 1)}}, "two matrices"),
+    "a vector": (
+        lambda h: {
+            **{f"{Q}.lora_A.weight": torch.ones(32), f"{Q}.lora_B.weight": torch.ones(32, 1)}
+        },
+        "two matrices",
+    ),
 }
 
 
@@ -309,10 +437,14 @@ def test_a_scale_that_is_not_finite_is_refused(scale, halves, tmp_path):
 def test_a_folder_of_several_loras_is_not_guessed(halves, tmp_path):
     for name in "ab":
         saved(peft(halves), tmp_path / f"{name}.safetensors")
-    with pytest.raises(InputError, match=r"is a folder with 2 safetensors files \(a.safetensors, b.safetensors\)"):
+    with pytest.raises(
+        InputError, match=r"is a folder with 2 safetensors files \(a.safetensors, b.safetensors\)"
+    ):
         parse_loras(tmp_path)
     saved(peft(halves), tmp_path / "pytorch_lora_weights.safetensors")
-    assert parse_loras(f"{tmp_path}@0.5") == (Lora(tmp_path / "pytorch_lora_weights.safetensors", 0.5),)
+    assert parse_loras(f"{tmp_path}@0.5") == (
+        Lora(tmp_path / "pytorch_lora_weights.safetensors", 0.5),
+    )
 
 
 def test_the_config_beside_a_lora_is_part_of_its_hash(halves, tmp_path):
@@ -325,12 +457,22 @@ def test_the_config_beside_a_lora_is_part_of_its_hash(halves, tmp_path):
 def test_a_bias_of_a_product_has_its_scale(halves, tiny_pair, tmp_path):
     names, tensors = two(halves)
     bias = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    tensors |= {f"transformer.{names[0]}.lora_B.bias": bias, f"transformer.{names[0]}.alpha": torch.tensor(6.0)}
-    before, after = weights(tiny_pair), weights(tiny_pair, saved(tensors, tmp_path / "a.safetensors"))
-    assert torch.allclose(after[f"{names[0]}.bias"], before[f"{names[0]}.bias"] + 3 * bias, atol=1e-5)
+    tensors |= {
+        f"transformer.{names[0]}.lora_B.bias": bias,
+        f"transformer.{names[0]}.alpha": torch.tensor(6.0),
+    }
+    before, after = (
+        weights(tiny_pair),
+        weights(tiny_pair, saved(tensors, tmp_path / "a.safetensors")),
+    )
+    assert torch.allclose(
+        after[f"{names[0]}.bias"], before[f"{names[0]}.bias"] + 3 * bias, atol=1e-5
+    )
 
 
-def test_stored_bfloat16_and_a_lora_are_added_in_float32_for_engine_and_reference(halves, own_pair, tmp_path):
+def test_stored_bfloat16_and_a_lora_are_added_in_float32_for_engine_and_reference(
+    halves, own_pair, tmp_path
+):
     """Rounded to what is stored and widened again, a float32 engine would fail its gate."""
     from nexus_rt.export.parts import _reference
 
@@ -341,7 +483,10 @@ def test_stored_bfloat16_and_a_lora_are_added_in_float32_for_engine_and_referenc
     engine = load_transformer(own_pair / "small", torch.float32, loras=[lora])
     reference = _reference(own_pair / "small", torch.device("cpu"), [lora])
     place = "blocks.0.attn1.to_q"
-    wanted = stored[f"{place}.weight"].double() + 0.37 * halves[place][1].double() @ halves[place][0].double()
+    wanted = (
+        stored[f"{place}.weight"].double()
+        + 0.37 * halves[place][1].double() @ halves[place][0].double()
+    )
     got = [to_diffusers(m.state_dict())[f"{place}.weight"] for m in (engine, reference)]
     assert torch.equal(*got) and (got[0].double() - wanted).abs().max() < 1e-6
     x, t = torch.randn(1, 16, 1, 4, 4), torch.tensor(500.0)

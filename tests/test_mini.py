@@ -1,4 +1,5 @@
-"""The pair that comes with the package: complete, small, in diffusers' layout, and it shows what it is asked for."""
+"""The pair that comes with the package: complete, small, in diffusers' layout, and it shows what it
+is asked for."""
 
 import av
 import numpy as np
@@ -30,13 +31,20 @@ def test_diffusers_and_transformers_load_every_part():
 
     for name in ("small", "large"):
         model, info = WanTransformer3DModel.from_pretrained(MINI / name, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        assert (
+            not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        )
         assert model.config.in_channels == 16
     assert AutoencoderKLWan.from_pretrained(MINI / "vae").config.z_dim == 16
-    assert UMT5EncoderModel.from_pretrained(MINI / "text_encoder").config.d_model == model.config.text_dim
+    assert (
+        UMT5EncoderModel.from_pretrained(MINI / "text_encoder").config.d_model
+        == model.config.text_dim
+    )
     tokenizer = AutoTokenizer.from_pretrained(MINI / "tokenizer")
     ids = tokenizer("a striped red circle moves left on a black background").input_ids
-    assert ids[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in ids and len(ids) == 11
+    assert (
+        ids[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in ids and len(ids) == 11
+    )
     assert AutoModelForCausalLM.from_pretrained(MINI / "understanding").config.vocab_size == len(
         AutoTokenizer.from_pretrained(MINI / "understanding")
     )
@@ -48,7 +56,9 @@ def test_every_word_of_a_riddle_is_a_token(mini):
     for prompt in make_prompts("riddles", 5, 40):
         for tokenizer in (mini.text.tokenizer, mini.context.understanding.tokenizer):
             ids = tokenizer.encode(prompt.text, special=False)
-            assert tokenizer.unk_id not in ids and len(ids) == len(prompt.text.replace(",", " ,").replace(".", " .").split())
+            assert tokenizer.unk_id not in ids and len(ids) == len(
+                prompt.text.replace(",", " ,").replace(".", " .").split()
+            )
 
 
 def test_the_language_model_answers_riddles(mini):
@@ -56,13 +66,20 @@ def test_the_language_model_answers_riddles(mini):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = MINI / "understanding"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     right = 0
     for prompt in make_prompts("riddles", 5, 20):
         text = f"<|user|> {prompt.text} <|assistant|>"
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-        said = model.generate(ids, max_new_tokens=16, do_sample=False, attention_mask=torch.ones_like(ids))
-        right += tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True).strip() == world.caption(prompt.scene)
+        said = model.generate(
+            ids, max_new_tokens=16, do_sample=False, attention_mask=torch.ones_like(ids)
+        )
+        right += tokenizer.decode(
+            said[0, ids.shape[1] :], skip_special_tokens=True
+        ).strip() == world.caption(prompt.scene)
     assert right >= 18
 
 
@@ -73,12 +90,16 @@ def test_the_vae_keeps_what_the_checker_sees(mini):
         clip = torch.from_numpy(world.render(scene, rng)).transpose(0, 1)[None]
         back = mini.decode(mini.vae.encode(clip))[0]
         assert all(look(back).matches(scene)), scene
-        assert 10 * np.log10(1 / ((back - (clip[0].permute(1, 2, 3, 0).numpy() + 1) / 2) ** 2).mean()) >= 23
+        assert (
+            10 * np.log10(1 / ((back - (clip[0].permute(1, 2, 3, 0).numpy() + 1) / 2) ** 2).mean())
+            >= 23
+        )
 
 
 @pytest.mark.parametrize("kind", ["captions", "riddles"])
 def test_the_bridged_pair_shows_what_it_is_asked_for(mini, kind):
-    """A guard against a broken pair; how often it is right over hundreds of prompts is in training/README.md."""
+    """A guard against a broken pair; how often it is right over hundreds of prompts is in
+    training/README.md."""
     prompts = make_prompts(kind, 1, 12)
     frames = mini([p.text for p in prompts], generator=torch.Generator().manual_seed(0)).frames
     hits = np.array([look(v).matches(p.scene) for v, p in zip(frames, prompts, strict=True)])
@@ -88,14 +109,19 @@ def test_the_bridged_pair_shows_what_it_is_asked_for(mini, kind):
 
 def test_the_large_generator_alone_does_not_reason(mini):
     prompts = make_prompts("riddles", 1, 12)
-    frames = mini([p.text for p in prompts], plan="large", generator=torch.Generator().manual_seed(0)).frames
+    frames = mini(
+        [p.text for p in prompts], plan="large", generator=torch.Generator().manual_seed(0)
+    ).frames
     hits = np.array([look(v).matches(p.scene) for v, p in zip(frames, prompts, strict=True)])
     assert hits.all(1).mean() <= 0.34
 
 
 def test_the_command_runs_it_by_default(tmp_path):
     out = tmp_path / "out.mp4"
-    prompt = "the shape that rolls, in the colour of the sky, moves the opposite way of right on a grey background"
+    prompt = (
+        "the shape that rolls, in the colour of the sky, moves the opposite way of right on a grey"
+        " background"
+    )
     assert main(["generate", prompt, "--steps", "6", "--quiet", "-o", str(out)]) == 0
     with av.open(str(out)) as container:
         assert [(f.width, f.height) for f in container.decode(video=0)] == [(64, 64)] * 17

@@ -14,36 +14,54 @@ from nexus_rt.errors import DecodeError, InputError, ModelError
 from nexus_rt.models.text import TextEncoder, clean_prompt
 from nexus_rt.models.vae import VideoDecoder, read_latents
 
-PROMPTS = ["a red circle  moves\nleft", "the blue square &amp; panda on black background " * 3, "", "caf\u00c3\u00a9 &lt;b&gt;"]
+PROMPTS = [
+    "a red circle  moves\nleft",
+    "the blue square &amp; panda on black background " * 3,
+    "",
+    "caf\u00c3\u00a9 &lt;b&gt;",
+]
 
 
 @pytest.fixture(scope="module")
 def diffusers_pipe(tiny_pair):
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from diffusers import (
+        AutoencoderKLWan,
+        UniPCMultistepScheduler,
+        WanPipeline,
+        WanTransformer3DModel,
+    )
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     return WanPipeline(
         tokenizer=AutoTokenizer.from_pretrained(tiny_pair / "tokenizer"),
         text_encoder=UMT5EncoderModel.from_pretrained(tiny_pair / "text_encoder"),
         vae=AutoencoderKLWan.from_pretrained(tiny_pair / "vae"),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+        ),
         transformer=WanTransformer3DModel.from_pretrained(tiny_pair / "large"),
     )
 
 
 def test_embeddings_equal_diffusers(tiny_pair, diffusers_pipe):
     ours = TextEncoder(tiny_pair, torch.float32, "cpu").encode(PROMPTS, 512)
-    theirs, _ = diffusers_pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=512)
+    theirs, _ = diffusers_pipe.encode_prompt(
+        PROMPTS, do_classifier_free_guidance=False, max_sequence_length=512
+    )
     assert ours.shape == theirs.shape == (4, 512, 32)
     assert (ours - theirs).abs().max() <= 1e-5
     used = (ours != 0).any(-1).sum(1)
-    assert torch.equal(used, (theirs != 0).any(-1).sum(1)) and used[2] == 1  # an empty prompt is its end token
+    assert (
+        torch.equal(used, (theirs != 0).any(-1).sum(1)) and used[2] == 1
+    )  # an empty prompt is its end token
 
 
 def test_long_prompts_are_cut_as_diffusers_cuts_them(tiny_pair, diffusers_pipe):
     long = ["panda " * 50]
     ours = TextEncoder(tiny_pair, torch.float32, "cpu").encode(long, 16)
-    theirs, _ = diffusers_pipe.encode_prompt(long, do_classifier_free_guidance=False, max_sequence_length=16)
+    theirs, _ = diffusers_pipe.encode_prompt(
+        long, do_classifier_free_guidance=False, max_sequence_length=16
+    )
     assert (ours - theirs).abs().max() <= 1e-5
 
 
@@ -110,13 +128,16 @@ def test_tiles_are_used_above_the_limit_only(tiny_pair, monkeypatch):
     vae.load()
     tiles = []
     whole = type(vae.model).tiled_decode
-    monkeypatch.setattr(type(vae.model), "tiled_decode", lambda self, z, **k: tiles.append(1) or whole(self, z, **k))
+    monkeypatch.setattr(
+        type(vae.model), "tiled_decode", lambda self, z, **k: tiles.append(1) or whole(self, z, **k)
+    )
     plain = vae.decode(latents)
     assert not tiles
     monkeypatch.setattr("nexus_rt.models.vae.TILE_ABOVE", 300 * 300)
     tiled = vae.decode(latents)
     assert tiles and tiled.shape == plain.shape
-    # Far from a tile's borders only the decoder's one attention, which sees a tile and not the frame, differs.
+    # Far from a tile's borders only the decoder's one attention, which sees a tile and not the
+    # frame, differs.
     assert (tiled - plain)[..., :64, :64].abs().max() <= 0.1 * plain.std()
 
 
@@ -124,10 +145,13 @@ def test_a_decoding_failure_keeps_the_latents(tiny_pair, tmp_path, monkeypatch):
     vae = VideoDecoder(tiny_pair / "vae", torch.float32, "cpu")
     vae.load()
     monkeypatch.setattr(
-        "nexus_rt.models.vae.decode_whole", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
+        "nexus_rt.models.vae.decode_whole",
+        lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")),
     )
     latents = torch.randn(1, 16, 2, 4, 6)
-    with pytest.raises(DecodeError, match=r"OutOfMemoryError: no memory.*latents are saved in") as caught:
+    with pytest.raises(
+        DecodeError, match=r"OutOfMemoryError: no memory.*latents are saved in"
+    ) as caught:
         vae.decode(latents, tmp_path)
     assert caught.value.latents_path.parent == tmp_path
     assert torch.equal(read_latents(caught.value.latents_path), latents)
@@ -164,11 +188,23 @@ def test_bad_vae_folders(tiny_pair, tmp_path):
 
 
 VAE_DAMAGE = {
-    "a weight is missing": (lambda s, c: s.pop("decoder.conv_out.weight"), r"1 missing \(decoder.conv_out.weight\)"),
+    "a weight is missing": (
+        lambda s, c: s.pop("decoder.conv_out.weight"),
+        r"1 missing \(decoder.conv_out.weight\)",
+    ),
     "a weight more": (lambda s, c: s.update(extra=torch.zeros(1)), r"1 unknown \(extra\)"),
-    "scaled fp8": (lambda s, c: s.update({"decoder.conv_in.scale_weight": torch.ones(1)}), "1 unknown .*scale_weight"),
-    "another shape": (lambda s, c: s.update({"decoder.conv_out.bias": torch.zeros(4)}), r"conv_out.bias has shape \(4,\)"),
-    "Wan's own names": (lambda s, c: [s.update({f"model.{k}": s.pop(k)}) for k in list(s)], "missing .*unknown"),
+    "scaled fp8": (
+        lambda s, c: s.update({"decoder.conv_in.scale_weight": torch.ones(1)}),
+        "1 unknown .*scale_weight",
+    ),
+    "another shape": (
+        lambda s, c: s.update({"decoder.conv_out.bias": torch.zeros(4)}),
+        r"conv_out.bias has shape \(4,\)",
+    ),
+    "Wan's own names": (
+        lambda s, c: [s.update({f"model.{k}": s.pop(k)}) for k in list(s)],
+        "missing .*unknown",
+    ),
     "another width": (lambda s, c: c.update(base_dim=8), "has shape"),
     "more blocks": (lambda s, c: c.update(num_res_blocks=2), "missing"),
     "absurd": (lambda s, c: c.update(num_res_blocks=10**9), "sets num_res_blocks"),
@@ -183,8 +219,14 @@ def test_a_vae_that_does_not_fit_is_found_when_the_pipeline_is_made(own_pair, ch
 
     from nexus_rt import NexusPipeline
 
-    file, config = own_pair / "vae" / "diffusion_pytorch_model.safetensors", own_pair / "vae" / "config.json"
-    state, fields = {k: v.clone() for k, v in load_file(file).items()}, json.loads(config.read_text())
+    file, config = (
+        own_pair / "vae" / "diffusion_pytorch_model.safetensors",
+        own_pair / "vae" / "config.json",
+    )
+    state, fields = (
+        {k: v.clone() for k, v in load_file(file).items()},
+        json.loads(config.read_text()),
+    )
     change(state, fields)
     save_file(state, file)
     config.write_text(json.dumps(fields))
@@ -196,7 +238,11 @@ WAN_VAES = {
     "tiny": {"base_dim": 4, "z_dim": 15, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1},
     "published": {},
     "attention at a scale": {"base_dim": 8, "num_res_blocks": 1, "attn_scales": [0.5]},
-    "a decoder of its own width": {"base_dim": 8, "decoder_base_dim": 12, "temperal_downsample": [True, False, True]},
+    "a decoder of its own width": {
+        "base_dim": 8,
+        "decoder_base_dim": 12,
+        "temperal_downsample": [True, False, True],
+    },
 }
 
 
@@ -208,7 +254,9 @@ def test_our_tree_of_the_vae_is_diffusers_own(config):
 
     with torch.device("meta"):
         ours, theirs = WanVae(config), AutoencoderKLWan(**config)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
 
 
 def test_a_small_clip_needs_no_diffusers(tiny_pair):
@@ -233,5 +281,11 @@ def test_both_trees_of_the_vae_share_their_weights_and_agree(tiny_pair):
     assert all(p is held[name] for name, p in vae.model.named_parameters())
     mean, std = vae._statistics(z.device)
     with torch.no_grad():
-        whole = vae.model.decode(z * std + mean, return_dict=False)[0].add(1).div(2).clamp(0, 1).transpose(1, 2)
+        whole = (
+            vae.model.decode(z * std + mean, return_dict=False)[0]
+            .add(1)
+            .div(2)
+            .clamp(0, 1)
+            .transpose(1, 2)
+        )
     torch.testing.assert_close(small, whole, atol=1e-5, rtol=0)

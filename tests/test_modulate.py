@@ -6,7 +6,10 @@ import torch
 from nexus_rt.kernels.modulate import modulate, modulate_ref
 
 pytest.importorskip("triton")
-DTYPES = [torch.float32, torch.float16]  # the interpreter computes bfloat16 wrongly; the GPU suite checks it
+DTYPES = [
+    torch.float32,
+    torch.float16,
+]  # the interpreter computes bfloat16 wrongly; the GPU suite checks it
 SHAPES = [(1, 3, 1536), (2, 2, 5120), (2, 5, 63), (3, 1, 128), (1, 1, 1)]
 
 
@@ -14,7 +17,9 @@ def inputs(shape, dtype, per_sample=True, device="cpu"):
     g = torch.Generator().manual_seed(hash(shape) % 1000)
     b, _, d = shape
     x, y = (torch.randn(shape, generator=g).to(device, dtype) * 3 + 0.5 for _ in range(2))
-    scale, shift, gate = (torch.randn(b if per_sample else 1, d, generator=g).to(device) for _ in range(3))
+    scale, shift, gate = (
+        torch.randn(b if per_sample else 1, d, generator=g).to(device) for _ in range(3)
+    )
     return x, y, scale, shift, gate
 
 
@@ -26,7 +31,11 @@ def oracle(x, scale, shift, eps, y=None, gate=None):
         total = total.to(x.dtype).double()
     mean = total.mean(-1, keepdim=True)
     var = ((total - mean) ** 2).mean(-1, keepdim=True)
-    return total, (total - mean) / (var + eps).sqrt() * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    return (
+        total,
+        (total - mean) / (var + eps).sqrt() * (1 + scale.double()[:, None])
+        + shift.double()[:, None],
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -89,9 +98,15 @@ def test_a_large_mean_does_not_drown_the_variance():
         (lambda x, s: (x[0], s, s), r"x is torch.float32 \(3, 64\); expected \[B, L, D\]"),
         (lambda x, s: (x.double(), s, s), r"float64"),
         (lambda x, s: (x.transpose(1, 2).contiguous().transpose(1, 2), s, s), r"x has strides"),
-        (lambda x, s: (torch.zeros(385)[1:].view(x.shape), s, s), r"x starts 1 elements into its memory"),
+        (
+            lambda x, s: (torch.zeros(385)[1:].view(x.shape), s, s),
+            r"x starts 1 elements into its memory",
+        ),
         (lambda x, s: (x, torch.zeros(129)[1:].view(s.shape), s), r"scale starts 1 elements"),
-        (lambda x, s: (x, s[:, :32], s[:, :32]), r"scale has shape \(2, 32\); expected \[1, 64\] or \[2, 64\]"),
+        (
+            lambda x, s: (x, s[:, :32], s[:, :32]),
+            r"scale has shape \(2, 32\); expected \[1, 64\] or \[2, 64\]",
+        ),
         (lambda x, s: (x, s[:1], s), r"scale and shift have shapes \(1, 64\) and \(2, 64\)"),
         (lambda x, s: (x, s, s.half()), r"shift is torch.float16"),
         (lambda x, s: (x, s, s.T.contiguous().T), r"shift has strides"),

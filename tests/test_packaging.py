@@ -1,4 +1,5 @@
-"""One top-level name, in every way of installing it and from every folder; nothing of ours runs for anyone else."""
+"""One top-level name, in every way of installing it and from every folder; nothing of ours runs for
+anyone else."""
 
 import os
 import subprocess
@@ -24,7 +25,14 @@ def python(code, cwd, *flags, path=None):
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     if path:
         env["PYTHONPATH"] = str(path)
-    done = subprocess.run([sys.executable, *flags, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\n")
 
@@ -33,7 +41,16 @@ def python(code, cwd, *flags, path=None):
 def source(tmp_path_factory):
     """A copy of the tracked sources: a build leaves nothing in the checkout."""
     copy = tmp_path_factory.mktemp("source")
-    for name in ("nexus_rt", "kernels", "export", "bench", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in (
+        "nexus_rt",
+        "kernels",
+        "export",
+        "bench",
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    ):
         subprocess.run(["cp", "-r", str(ROOT / name), str(copy)], check=True)
     return copy
 
@@ -42,38 +59,64 @@ def source(tmp_path_factory):
 def installed(source, tmp_path_factory):
     """A regular install into a folder of its own."""
     target = tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+    ]
     subprocess.run([*pip, "--target", str(target), str(source)], check=True, timeout=300)
     return target
 
 
 def test_a_regular_install_has_one_name_and_all_its_files(installed, tmp_path):
-    names = {p.name for p in installed.iterdir() if not p.name.endswith(".dist-info") and p.name != "bin"}
+    names = {
+        p.name for p in installed.iterdir() if not p.name.endswith(".dist-info") and p.name != "bin"
+    }
     assert names == {"nexus_rt"}
     tracked = {
-        p.relative_to(ROOT / "nexus_rt") for p in (ROOT / "nexus_rt").rglob("*") if p.suffix in (".py", ".json", ".safetensors")
+        p.relative_to(ROOT / "nexus_rt")
+        for p in (ROOT / "nexus_rt").rglob("*")
+        if p.suffix in (".py", ".json", ".safetensors")
     }
     assert all((installed / "nexus_rt" / p).is_file() for p in tracked)
     out = python(USE, tmp_path, path=installed)
-    assert out[0].startswith(str(installed)) and out[1] == str(installed / "nexus_rt" / "bench" / "core.py")
+    assert out[0].startswith(str(installed)) and out[1] == str(
+        installed / "nexus_rt" / "bench" / "core.py"
+    )
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="python -P is new in 3.11")
 def test_a_regular_install_started_from_the_checkout(installed):
-    """-P: the current folder is not on the path, as for the `nexus-rt` command, so the installed package is found."""
+    """-P: the current folder is not on the path, as for the `nexus-rt` command, so the installed
+    package is found."""
     assert python(USE, ROOT, "-P", path=installed)[1].startswith(str(installed))
 
 
 def test_an_editable_install_from_anywhere(source, tmp_path):
     target = tmp_path / "site"
-    build = "from setuptools.build_meta import build_editable; import sys; print(build_editable(sys.argv[1]))"
+    build = (
+        "from setuptools.build_meta import build_editable; import sys;"
+        " print(build_editable(sys.argv[1]))"
+    )
     target.mkdir()
-    subprocess.run([sys.executable, "-c", build, str(target)], cwd=source, check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-c", build, str(target)],
+        cwd=source,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     wheel = next(target.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
-    # An editable wheel holds a .pth file, which `site.addsitedir` reads as an installation would; the environment that
-    # runs these tests may hold an editable install of its own, which must not answer for this one.
+    # An editable wheel holds a .pth file, which `site.addsitedir` reads as an installation would;
+    # the environment that runs these tests may hold an editable install of its own, which must not
+    # answer for this one.
     start = f"""
 import site, sys
 sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
@@ -84,13 +127,17 @@ site.addsitedir({str(target)!r})
 """
     for cwd in (tmp_path, source):
         out = python(start + USE, cwd)
-        assert out[0] == str(source / "nexus_rt" / "__init__.py") and out[1] == str(source / "bench" / "core.py")
+        assert out[0] == str(source / "nexus_rt" / "__init__.py") and out[1] == str(
+            source / "bench" / "core.py"
+        )
 
 
 def test_a_checkout_that_is_not_installed(tmp_path):
     for cwd, path in ((ROOT, None), (tmp_path, ROOT)):
         out = python(USE, cwd, path=path)
-        assert out[0] == str(ROOT / "nexus_rt" / "__init__.py") and out[1] == str(ROOT / "bench" / "core.py")
+        assert out[0] == str(ROOT / "nexus_rt" / "__init__.py") and out[1] == str(
+            ROOT / "bench" / "core.py"
+        )
 
 
 def test_other_packages_never_run_our_folders():

@@ -1,4 +1,5 @@
-"""The pickle reader: what torch and numpy write is read as it is, and no trick makes it run, build or call anything."""
+"""The pickle reader: what torch and numpy write is read as it is, and no trick makes it run, build
+or call anything."""
 
 import collections
 import os
@@ -59,13 +60,17 @@ def test_plain_pickles_are_read_as_they_are(tmp_path, protocol):
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_files_of_torch_save_are_read_as_they_are(tmp_path, zipped, protocol):
     value = {k: v for k, v in VALUE.items() if zipped or k != "f8"}
-    torch.save(value, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+    torch.save(
+        value, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped, pickle_protocol=protocol
+    )
     got = read_pickle(tmp_path / "a.pt")
     assert got.keys() == value.keys() and all(same(got[k], v) for k, v in value.items())
     shared = torch.arange(8.0)
     torch.save([shared, shared[2:4]], tmp_path / "b.pt", _use_new_zipfile_serialization=zipped)
     a, b = read_pickle(tmp_path / "b.pt")
-    assert a.untyped_storage().data_ptr() <= b.data_ptr() < a.untyped_storage().data_ptr() + 32  # one storage still
+    assert (
+        a.untyped_storage().data_ptr() <= b.data_ptr() < a.untyped_storage().data_ptr() + 32
+    )  # one storage still
 
 
 def rezipped(path, change=lambda name, data: data, compression=zipfile.ZIP_STORED):
@@ -94,13 +99,17 @@ def test_deflated_records_are_unpacked_and_big_endian_is_swapped(tmp_path):
         "l": torch.arange(5),
     }
     path = saved(tmp_path, value)
-    sizes = {i: (t.element_size() // (2 if t.is_complex() else 1)) for i, t in enumerate(value.values())}
+    sizes = {
+        i: t.element_size() // (2 if t.is_complex() else 1) for i, t in enumerate(value.values())
+    }
 
     def big(name, data):
         if name.endswith("byteorder"):
             return b"big"
         if "/data/" in name:
-            return np.frombuffer(data, f"<u{sizes[int(name.rsplit('/', 1)[1])]}").byteswap().tobytes()
+            return (
+                np.frombuffer(data, f"<u{sizes[int(name.rsplit('/', 1)[1])]}").byteswap().tobytes()
+            )
         return data
 
     rezipped(path, big)
@@ -144,7 +153,10 @@ def test_a_flipped_byte_is_found_by_its_checksum(tmp_path):
 
 @pytest.mark.parametrize(
     "instructions, words",
-    [(b"(" * 10**7, "opens more than 256 containers"), (b"N0" * 1_100_000, "has more than 2000000 instructions")],
+    [
+        (b"(" * 10**7, "opens more than 256 containers"),
+        (b"N0" * 1_100_000, "has more than 2000000 instructions"),
+    ],
 )
 def test_a_size_bomb_is_one_sentence(tmp_path, instructions, words):
     path = saved(tmp_path)
@@ -192,10 +204,23 @@ TRICKS = {
     "__builtin__.eval": opcodes(call("__builtin__", "eval", text("1") + b"\x85")),
     "getattr": opcodes(call("builtins", "getattr", b"(t")),
     "import": opcodes(call("importlib", "import_module", text("os") + b"\x85")),
-    "a dotted name": b"\x80\x04" + text("torch") + text("serialization.os.system") + b"\x93" + text(COMMAND) + b"\x85R.",
-    "a dotted allowed name": b"\x80\x04" + text("collections") + text("OrderedDict.__init__.__globals__") + b"\x93.",
-    "an object dtype": opcodes(DTYPE, b"(K\x03", text("|"), b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"),
-    "a scalar of objects": opcodes(call("numpy.core.multiarray", "scalar", DTYPE + b"C\x08AAAAAAAA\x86")),
+    "a dotted name": (
+        b"\x80\x04"
+        + text("torch")
+        + text("serialization.os.system")
+        + b"\x93"
+        + text(COMMAND)
+        + b"\x85R."
+    ),
+    "a dotted allowed name": (
+        b"\x80\x04" + text("collections") + text("OrderedDict.__init__.__globals__") + b"\x93."
+    ),
+    "an object dtype": opcodes(
+        DTYPE, b"(K\x03", text("|"), b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    ),
+    "a scalar of objects": opcodes(
+        call("numpy.core.multiarray", "scalar", DTYPE + b"C\x08AAAAAAAA\x86")
+    ),
     "an array of objects": opcodes(
         call("numpy.core.multiarray", "_reconstruct", b"cnumpy\nndarray\nK\x00\x85C\x01b\x87"),
         b"(K\x01K\x01\x85",
@@ -203,7 +228,11 @@ TRICKS = {
         b"\x89C\x08AAAAAAAAtb",
     ),
     "a frombuffer of objects": opcodes(
-        call("numpy.core.numeric", "_frombuffer", b"(C\x08AAAAAAAA" + DTYPE + b"K\x01\x85" + text("C") + b"t")
+        call(
+            "numpy.core.numeric",
+            "_frombuffer",
+            b"(C\x08AAAAAAAA" + DTYPE + b"K\x01\x85" + text("C") + b"t",
+        )
     ),
     "flags cleared": opcodes(
         call("numpy", "dtype", text("f8") + b"K\x00K\x01\x87"),
@@ -211,13 +240,24 @@ TRICKS = {
         text("<"),
         b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb",
     ),
-    "fields": opcodes(call("numpy", "dtype", text("f8") + b"K\x00K\x01\x87"), b"(K\x03", text("<"), b"N(tNK\x00K\x00K\x00tb"),
+    "fields": opcodes(
+        call("numpy", "dtype", text("f8") + b"K\x00K\x01\x87"),
+        b"(K\x03",
+        text("<"),
+        b"N(tNK\x00K\x00K\x00tb",
+    ),
     "a void dtype": opcodes(call("numpy", "dtype", text("V8") + b"\x85")),
     "a list dtype": opcodes(call("numpy", "dtype", b"](" + text("f4") + b"e\x85")),
-    "defaults of a function": opcodes(b"ctorch._utils\n_rebuild_parameter\n", b"N}(", text("__defaults__"), b"(tu\x86b"),
+    "defaults of a function": opcodes(
+        b"ctorch._utils\n_rebuild_parameter\n", b"N}(", text("__defaults__"), b"(tu\x86b"
+    ),
     "code of a function": opcodes(b"c_codecs\nencode\n", b"}(", text("__code__"), b"Nub"),
-    "attributes of a class": opcodes(b"ccollections\nOrderedDict\n", b"}(", text("__reduce__"), b"Nub"),
-    "a subtype of ndarray": opcodes(call("numpy.core.multiarray", "_reconstruct", b"cnumpy\nmatrix\nK\x00\x85C\x01b\x87")),
+    "attributes of a class": opcodes(
+        b"ccollections\nOrderedDict\n", b"}(", text("__reduce__"), b"Nub"
+    ),
+    "a subtype of ndarray": opcodes(
+        call("numpy.core.multiarray", "_reconstruct", b"cnumpy\nmatrix\nK\x00\x85C\x01b\x87")
+    ),
     "NEWOBJ": opcodes(b"ccollections\nOrderedDict\n)\x81"),
     "NEWOBJ_EX": b"\x80\x04ccollections\nOrderedDict\n)}\x92.",
     "INST": b"(S'a'\nicollections\nOrderedDict\n.",
@@ -226,14 +266,19 @@ TRICKS = {
     "BUFFER": b"\x80\x05\x97.",
     "a persistent id": opcodes(text("x"), b"Q"),
     "a persistent line": b"Pabc\n.",
-    "a storage's constructor": opcodes(call("torch", "FloatStorage", b"\x8a\x05\x00\x00\x00\x00\x10\x85")),
+    "a storage's constructor": opcodes(
+        call("torch", "FloatStorage", b"\x8a\x05\x00\x00\x00\x00\x10\x85")
+    ),
     "a codec": opcodes(call("_codecs", "encode", text("x") + text("rot13") + b"\x86")),
     "bytes of a length": opcodes(call("builtins", "bytes", b"J\xff\xff\xff\x7f\x85")),
     "a nested storage that calls": opcodes(
         call(
             "torch.storage",
             "_load_from_bytes",
-            b"B" + struct.pack("<I", 40) + opcodes(call("os", "system", b"(t")).ljust(40, b".") + b"\x85",
+            b"B"
+            + struct.pack("<I", 40)
+            + opcodes(call("os", "system", b"(t")).ljust(40, b".")
+            + b"\x85",
         )
     ),
     "beyond its storage": rebuilt(0, (5,), (1,)),
@@ -279,12 +324,20 @@ def test_no_trick_is_run_and_every_one_is_refused(tmp_path, monkeypatch, data):
 
 
 def test_nothing_of_the_libraries_is_changed(tmp_path):
-    before = torch._utils._rebuild_parameter.__defaults__, collections.OrderedDict.__reduce__, dict(np.dtype.__dict__)
+    before = (
+        torch._utils._rebuild_parameter.__defaults__,
+        collections.OrderedDict.__reduce__,
+        dict(np.dtype.__dict__),
+    )
     for data in TRICKS.values():
         (tmp_path / "a.pkl").write_bytes(data)
         with pytest.raises(ModelError):
             read_pickle(tmp_path / "a.pkl")
-    assert (torch._utils._rebuild_parameter.__defaults__, collections.OrderedDict.__reduce__, dict(np.dtype.__dict__)) == before
+    assert (
+        torch._utils._rebuild_parameter.__defaults__,
+        collections.OrderedDict.__reduce__,
+        dict(np.dtype.__dict__),
+    ) == before
 
 
 def test_a_state_under_two_names_is_refused(tmp_path):
@@ -310,14 +363,19 @@ def seeds(folder):
 def fuzz(folder, count, seed):
     script = os.path.join(os.path.dirname(__file__), "pickle_fuzz.py")
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    done = subprocess.run([sys.executable, script, str(folder), str(count), str(seed)], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, script, str(folder), str(count), str(seed)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-1500:]
     return done.stdout
 
 
 def test_mutations_run_nothing(tmp_path):
-    """In a process whose audit hook stops it at exec, compile, imports, processes and files opened for writing."""
+    """In a process whose audit hook stops it at exec, compile, imports, processes and files opened
+    for writing."""
     said = fuzz(seeds(tmp_path), 1500, 0)
     assert "'refused'" in said
 

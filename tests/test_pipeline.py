@@ -7,7 +7,15 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from nexus_rt import BlendConfig, Cancelled, DecodeError, InputError, ModelError, NexusPipeline, NumericsError
+from nexus_rt import (
+    BlendConfig,
+    Cancelled,
+    DecodeError,
+    InputError,
+    ModelError,
+    NexusPipeline,
+    NumericsError,
+)
 from nexus_rt.plan import parse_plan
 from nexus_rt.sampling import denoise
 from nexus_rt.solver import time_grid
@@ -22,7 +30,12 @@ def seeded(seed=0):
 
 def test_the_same_seed_gives_the_same_frames(tiny_pipe):
     first = tiny_pipe(PROMPT, generator=seeded()).frames
-    assert first.shape == (1, 5, 32, 48, 3) and first.dtype == np.float32 and first.min() >= 0 and first.max() <= 1
+    assert (
+        first.shape == (1, 5, 32, 48, 3)
+        and first.dtype == np.float32
+        and first.min() >= 0
+        and first.max() <= 1
+    )
     assert np.array_equal(first, tiny_pipe(PROMPT, generator=seeded()).frames)
     assert not np.array_equal(first, tiny_pipe(PROMPT, generator=seeded(1)).frames)
 
@@ -52,22 +65,41 @@ def test_output_types_hold_the_same_video(tiny_pipe):
 
 def test_the_pipeline_is_its_parts(tiny_pipe):
     """Prompt encoding, noise, loop and decoding by hand give the pipeline's latents."""
-    got = tiny_pipe(PROMPT, "panda", generator=seeded(4), plan="reference", guidance_scale=3.0, guidance_scale_2=2.0,
-                    shift=3.0, output_type="latent", blend=BlendConfig(split="fft")).frames  # fmt: skip
+    got = tiny_pipe(
+        PROMPT,
+        "panda",
+        generator=seeded(4),
+        plan="reference",
+        guidance_scale=3.0,
+        guidance_scale_2=2.0,
+        shift=3.0,
+        output_type="latent",
+        blend=BlendConfig(split="fft"),
+    ).frames
     embeds = tiny_pipe.text.encode([PROMPT, "panda"])
     prompt = Prompt(embeds[:1], embeds[1:])
     noise = torch.randn(1, 16, 2, 4, 6, generator=seeded(4))
     plan = parse_plan("reference", time_grid(6, 3.0))
-    expected = denoise(noise, plan, tiny_pipe.engines, {"small": prompt, "large": prompt}, guidance_scale=3.0,
-                       guidance_scale_2=2.0, blend_config=BlendConfig(split="fft"))  # fmt: skip
+    expected = denoise(
+        noise,
+        plan,
+        tiny_pipe.engines,
+        {"small": prompt, "large": prompt},
+        guidance_scale=3.0,
+        guidance_scale_2=2.0,
+        blend_config=BlendConfig(split="fft"),
+    )
     assert torch.equal(got, expected)
 
 
 def test_the_large_plan_is_diffusers_pipeline_on_this_grid(tiny_pair, tiny_pipe):
-    """Same embeddings, noise, grid and solver: diffusers' own transformer gives the same latents."""
+    """Same embeddings, noise, grid and solver: diffusers' own transformer gives the same
+    latents."""
     from tests.test_solver import diffusers_solver
 
-    got = tiny_pipe(PROMPT, generator=seeded(), plan="large", output_type="latent", num_inference_steps=8).frames
+    got = tiny_pipe(
+        PROMPT, generator=seeded(), plan="large", output_type="latent", num_inference_steps=8
+    ).frames
     transformer = WanTransformer3DModel.from_pretrained(tiny_pair / "large").eval()
     grid = time_grid(8, 5.0)
     scheduler, x = diffusers_solver(grid), torch.randn(1, 16, 2, 4, 6, generator=seeded())
@@ -88,29 +120,50 @@ def test_a_pair_may_set_its_own_guidance(own_pair):
 
     def run(pipe, **scales):
         pipe.set_progress_bar_config(disable=True)
-        return pipe(PROMPT, generator=seeded(), plan="reference", output_type="latent", **scales).frames
+        return pipe(
+            PROMPT, generator=seeded(), plan="reference", output_type="latent", **scales
+        ).frames
 
     assert torch.equal(run(pair), run(own, guidance_scale=3.0, guidance_scale_2=2.0))
-    assert torch.equal(run(pair, guidance_scale_2=5.0), run(own, guidance_scale=3.0, guidance_scale_2=5.0))
-    assert torch.equal(run(pair, guidance_scale=4.0), run(own, guidance_scale=4.0))  # one scale given is both
+    assert torch.equal(
+        run(pair, guidance_scale_2=5.0), run(own, guidance_scale=3.0, guidance_scale_2=5.0)
+    )
+    assert torch.equal(
+        run(pair, guidance_scale=4.0), run(own, guidance_scale=4.0)
+    )  # one scale given is both
 
 
 def test_batches_of_prompts(tiny_pipe):
-    out = tiny_pipe([PROMPT, "a blue square"], generator=[seeded(1), seeded(2)], output_type="latent").frames
+    out = tiny_pipe(
+        [PROMPT, "a blue square"], generator=[seeded(1), seeded(2)], output_type="latent"
+    ).frames
     one = tiny_pipe(["a blue square"], generator=[seeded(2)], output_type="latent").frames
     assert out.shape[0] == 2 and torch.allclose(out[1:], one, atol=1e-4)
-    twice = tiny_pipe(PROMPT, num_videos_per_prompt=2, generator=[seeded(1), seeded(2)], output_type="latent").frames
-    assert torch.allclose(twice[:1], out[:1], atol=1e-4) and not torch.allclose(twice[0], twice[1], atol=1e-2)
+    twice = tiny_pipe(
+        PROMPT, num_videos_per_prompt=2, generator=[seeded(1), seeded(2)], output_type="latent"
+    ).frames
+    assert torch.allclose(twice[:1], out[:1], atol=1e-4) and not torch.allclose(
+        twice[0], twice[1], atol=1e-2
+    )
 
 
 def test_embeddings_may_be_given(tiny_pipe):
     embeds, negative = tiny_pipe.encode_prompt(PROMPT, "panda")
     said = tiny_pipe(PROMPT, "panda", generator=seeded(), output_type="latent").frames
-    given = tiny_pipe(prompt_embeds=embeds, negative_prompt_embeds=negative, generator=seeded(), output_type="latent").frames
+    given = tiny_pipe(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=negative,
+        generator=seeded(),
+        output_type="latent",
+    ).frames
     assert torch.equal(said, given)
     with pytest.raises(InputError, match="no negative prompt embeddings"):
         tiny_pipe(prompt_embeds=embeds)
-    assert tiny_pipe(prompt_embeds=embeds, guidance_scale=1.0, output_type="latent").frames.isfinite().all()
+    assert (
+        tiny_pipe(prompt_embeds=embeds, guidance_scale=1.0, output_type="latent")
+        .frames.isfinite()
+        .all()
+    )
 
 
 def test_latents_may_be_given(tiny_pipe):
@@ -128,9 +181,15 @@ def test_callbacks_see_and_change_latents(tiny_pipe):
         seen.append((index, timestep, sorted(tensors)))
         return {"latents": torch.zeros_like(tensors["latents"])} if index == 5 else None
 
-    out = tiny_pipe(PROMPT, callback_on_step_end=callback, output_type="latent",
-                    callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])  # fmt: skip
-    assert [s[:2] for s in seen] == list(enumerate(time_grid(6, 5.0).timesteps)) and torch.count_nonzero(out.frames) == 0
+    out = tiny_pipe(
+        PROMPT,
+        callback_on_step_end=callback,
+        output_type="latent",
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+    )
+    assert [s[:2] for s in seen] == list(
+        enumerate(time_grid(6, 5.0).timesteps)
+    ) and torch.count_nonzero(out.frames) == 0
     assert seen[0][2] == ["latents", "prompt_embeds"]
     with pytest.raises(InputError, match="did you mean 'latents'"):
         tiny_pipe(PROMPT, callback_on_step_end_tensor_inputs=["latent"])
@@ -147,7 +206,9 @@ def test_cancel_from_a_callback(tiny_pipe):
     with pytest.raises(Cancelled, match="step 3 of 6"):
         tiny_pipe(PROMPT, callback_on_step_end=callback)
     assert seen == [0, 1, 2]
-    assert tiny_pipe(PROMPT, output_type="latent").frames.isfinite().all()  # the next call is not cancelled
+    assert (
+        tiny_pipe(PROMPT, output_type="latent").frames.isfinite().all()
+    )  # the next call is not cancelled
 
 
 def test_progress_is_shown(tiny_pipe, capsys):
@@ -158,7 +219,9 @@ def test_progress_is_shown(tiny_pipe, capsys):
 
 
 def test_one_generator_alone(tiny_pair):
-    pipe = NexusPipeline.from_pretrained(small=tiny_pair / "small", vae=tiny_pair, text_encoder=tiny_pair)
+    pipe = NexusPipeline.from_pretrained(
+        small=tiny_pair / "small", vae=tiny_pair, text_encoder=tiny_pair
+    )
     pipe.set_progress_bar_config(disable=True)
     out = pipe(PROMPT, height=32, width=32, num_frames=1, num_inference_steps=2, plan="small")
     assert out.frames.shape == (1, 1, 32, 32, 3)
@@ -206,8 +269,11 @@ def test_generators_of_other_latent_spaces_are_refused(own_pair):
         return NexusPipeline.from_pretrained(own_pair)
 
     shutil.copy(own_pair / "large" / "config.json", own_pair / "kept.json")
-    for change, words in (({"in_channels": 12}, r"in_channels \(16 and 12\)"), ({"patch_size": [1, 1, 1]}, "patch_size"),
-                          ({"text_dim": 48}, "text_dim")):  # fmt: skip
+    for change, words in (
+        ({"in_channels": 12}, r"in_channels \(16 and 12\)"),
+        ({"patch_size": [1, 1, 1]}, "patch_size"),
+        ({"text_dim": 48}, "text_dim"),
+    ):
         shutil.copy(own_pair / "kept.json", own_pair / "large" / "config.json")
         rewrite(own_pair / "large" / "config.json", **change)
         with pytest.raises(ModelError, match=rf"not one latent space: .*{words}"):
@@ -217,7 +283,9 @@ def test_generators_of_other_latent_spaces_are_refused(own_pair):
         shutil.copytree(own_pair / "vae", own_pair / name / "vae")
     rewrite(own_pair / "small" / "vae" / "config.json", latents_mean=[0.0] * 16)
     with pytest.raises(ModelError, match="the VAE's latents_mean"):
-        NexusPipeline.from_pretrained(small=own_pair / "small", large=own_pair / "large", text_encoder=own_pair)
+        NexusPipeline.from_pretrained(
+            small=own_pair / "small", large=own_pair / "large", text_encoder=own_pair
+        )
     rewrite(own_pair / "small" / "vae" / "config.json", z_dim=8)
     with pytest.raises(ModelError, match="z_dim"):
         NexusPipeline.from_pretrained(small=own_pair / "small", text_encoder=own_pair)
@@ -230,9 +298,13 @@ def test_folders_that_are_no_pair(own_pair, tmp_path):
     with pytest.raises(ModelError, match="one model and no pair; pass it as small= or large="):
         NexusPipeline.from_pretrained(own_pair)
     with pytest.raises(ModelError, match="no text encoder"):
-        NexusPipeline.from_pretrained(small=own_pair / "small", vae=own_pair)(PROMPT, height=32, width=32, plan="small")
+        NexusPipeline.from_pretrained(small=own_pair / "small", vae=own_pair)(
+            PROMPT, height=32, width=32, plan="small"
+        )
     with pytest.raises(ModelError, match="no VAE"):
-        NexusPipeline.from_pretrained(small=own_pair / "small", text_encoder=own_pair)(PROMPT, plan="small")
+        NexusPipeline.from_pretrained(small=own_pair / "small", text_encoder=own_pair)(
+            PROMPT, plan="small"
+        )
 
 
 def test_of_two_repositories_one_text_encoder_is_fetched(tiny_pair, tmp_path, monkeypatch):
@@ -280,7 +352,9 @@ def test_decoding_failure_reaches_the_caller_with_the_latents(tiny_pair, tmp_pat
     pipe = NexusPipeline.from_pretrained(tiny_pair)
     pipe.set_progress_bar_config(disable=True)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(type(pipe.vae), "load", lambda self: (_ for _ in ()).throw(MemoryError("no memory")))
+    monkeypatch.setattr(
+        type(pipe.vae), "load", lambda self: (_ for _ in ()).throw(MemoryError("no memory"))
+    )
     with pytest.raises(DecodeError) as caught:
         pipe(PROMPT)
     assert caught.value.latents_path.is_file()
@@ -296,13 +370,22 @@ def test_low_precision_generators_run(tiny_pair):
 
 
 def test_triton_kernels_make_the_same_latents(tiny_pair, tiny_pipe):
-    """Text to latents with every kernel of the runtime, interpreted: DiT, attention, blend, solver."""
+    """Text to latents with every kernel of the runtime, interpreted: DiT, attention, blend,
+    solver."""
     pytest.importorskip("triton")
     fused = NexusPipeline.from_pretrained(tiny_pair, kernels="triton")
     fused.set_progress_bar_config(disable=True)
     options = dict(
-        height=32, width=32, num_frames=1, num_inference_steps=4, plan="small:1 bridge:2 large:1", output_type="latent"
+        height=32,
+        width=32,
+        num_frames=1,
+        num_inference_steps=4,
+        plan="small:1 bridge:2 large:1",
+        output_type="latent",
     )
-    wanted, got = (p("a red circle", generator=torch.Generator().manual_seed(0), **options).frames for p in (tiny_pipe, fused))
+    wanted, got = (
+        p("a red circle", generator=torch.Generator().manual_seed(0), **options).frames
+        for p in (tiny_pipe, fused)
+    )
     assert fused.kernels == "triton" and fused.engines["small"].model.ops.name == "triton"
     assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()

@@ -12,20 +12,27 @@ from nexus_rt.errors import InputError
 from nexus_rt.plan import Segment, StepCosts, gate, parse_plan
 from nexus_rt.solver import time_grid
 
-COSTS = StepCosts(small=3.0, small_guided=5.0, large=11.0, large_guided=19.0, blend=0.25, solver=0.125)
+COSTS = StepCosts(
+    small=3.0, small_guided=5.0, large=11.0, large_guided=19.0, blend=0.25, solver=0.125
+)
 GRID = time_grid(50, 5.0)
 
 
 @st.composite
 def sandwiches(draw):
-    """Segments alternating small and large with bridges of 0 or more steps between them, and their grid."""
+    """Segments alternating small and large with bridges of 0 or more steps between them, and their
+    grid."""
     first, count = draw(st.booleans()), draw(st.integers(1, 4))
     parts = []
     for i in range(count):
         own = draw(st.sampled_from([None, 1.0, 3.5]))
-        parts.append(Segment("small" if (i % 2 == 0) == first else "large", draw(st.integers(1, 8)), own))
+        parts.append(
+            Segment("small" if (i % 2 == 0) == first else "large", draw(st.integers(1, 8)), own)
+        )
         if i + 1 < count:
-            parts.append(Segment("bridge", draw(st.integers(0, 6)), draw(st.sampled_from([None, 2.0]))))
+            parts.append(
+                Segment("bridge", draw(st.integers(0, 6)), draw(st.sampled_from([None, 2.0])))
+            )
     return parts, time_grid(sum(p.steps for p in parts), 5.0)
 
 
@@ -58,7 +65,9 @@ def test_weight_is_continuous_across_bridges(case):
             start, end = (1.0, 0.0) if parts[i - 1].generator == "small" else (0.0, 1.0)
             assert around[0] == start and around[-1] == end
             steepest = math.pi / 2 / (k + 1)  # of a cosine ramp over k+1 intervals
-            assert all(0 < (a - b if start else b - a) <= steepest + 1e-12 for a, b in pairwise(around))
+            assert all(
+                0 < (a - b if start else b - a) <= steepest + 1e-12 for a, b in pairwise(around)
+            )
         position += part.steps
 
 
@@ -69,16 +78,23 @@ def test_price_is_the_sum_of_what_runs(case, small_scale, large_scale):
     plan = plans.segments(grid, parts)
     expected, forwards = 0.0, {"small": 0, "large": 0}
     for i, part in enumerate(parts):
-        sides = {p.generator: p.guidance for p in parts[max(0, i - 1) : i + 2] if p.generator != "bridge"}
+        sides = {
+            p.generator: p.guidance for p in parts[max(0, i - 1) : i + 2] if p.generator != "bridge"
+        }
         running = ["small", "large"] if part.generator == "bridge" else [part.generator]
         cost = COSTS.solver + (COSTS.blend if part.generator == "bridge" else 0)
         for g in running:
-            own = part.guidance if part.generator != "bridge" or part.guidance is not None else sides.get(g)
+            own = (
+                part.guidance
+                if part.generator != "bridge" or part.guidance is not None
+                else sides.get(g)
+            )
             scale = own if own is not None else small_scale if g == "small" else large_scale
             cost += getattr(COSTS, g if scale == 1.0 else g + "_guided")
             forwards[g] += part.steps * (1 if scale == 1.0 else 2)
         expected += part.steps * cost
-    # A bridge of no steps joins its neighbours' guidance to nothing: skip those whose sides are then ambiguous.
+    # A bridge of no steps joins its neighbours' guidance to nothing: skip those whose sides are
+    # then ambiguous.
     assume(all(p.steps for p in parts))
     assert plan.price(COSTS, small_scale, large_scale) == pytest.approx(expected)
     assert plan.evaluations(small_scale, large_scale) == forwards
@@ -100,19 +116,31 @@ def test_baselines_run_one_generator_as_it_is(name):
 @pytest.mark.parametrize(
     "spec, alone, bridge",
     [
-        ("handoff=0.3", 15, 5), ("handoff=0.3,bridge=0", 15, 0), ("handoff=fraction:0.5,bridge=8", 25, 8),
+        ("handoff=0.3", 15, 5),
+        ("handoff=0.3,bridge=0", 15, 0),
+        ("handoff=fraction:0.5,bridge=8", 25, 8),
         ("handoff=900", sum(t >= 900 for t in GRID.timesteps), 5),
         ("handoff=timestep:999,bridge=2", 1, 2),
         ("handoff=sigma:0.9,bridge=3", sum(s >= 0.9 for s in GRID.sigmas), 3),
     ],
-)  # fmt: skip
+)
 def test_handoff_takes_a_timestep_a_fraction_or_a_sigma(spec, alone, bridge):
     runs = [s.runs for s in parse_plan(spec, GRID).steps]
     assert runs == ["small"] * alone + ["both"] * bridge + ["large"] * (50 - alone - bridge)
 
 
-@pytest.mark.parametrize("spec", ["handoff=1000", "handoff=5", "handoff=0", "handoff=-0.5", "handoff=sigma:1.2",
-                                  "handoff=sigma:0.0", "handoff=fraction:1.0"])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "handoff=1000",
+        "handoff=5",
+        "handoff=0",
+        "handoff=-0.5",
+        "handoff=sigma:1.2",
+        "handoff=sigma:0.0",
+        "handoff=fraction:1.0",
+    ],
+)
 def test_handoff_outside_the_schedule(spec):
     with pytest.raises(InputError, match="outside the schedule"):
         parse_plan(spec, GRID)
@@ -141,13 +169,18 @@ def test_auto_snaps_and_leaves_out_what_has_no_share():
 def test_segments_as_written(spec, counts):
     plan = parse_plan(spec, GRID)
     names = [w.split(":")[0] for w in spec.split()]
-    expected = [n if n != "bridge" else "both" for n, c in zip(names, counts, strict=True) for _ in range(c)]
+    expected = [
+        n if n != "bridge" else "both" for n, c in zip(names, counts, strict=True) for _ in range(c)
+    ]
     assert [s.runs for s in plan.steps] == expected
 
 
 def test_own_guidance_makes_one_forward_of_two():
     plan = parse_plan("small:10 bridge:5 large:35@1", GRID)
-    assert plan.evaluations(6.0, 6.0) == {"small": 30, "large": 5 + 35}  # the bridge's large side is unguided too
+    assert plan.evaluations(6.0, 6.0) == {
+        "small": 30,
+        "large": 5 + 35,
+    }  # the bridge's large side is unguided too
     assert plan.steps[12].guidance_small is None and plan.steps[12].guidance_large == 1.0
 
 
@@ -189,7 +222,10 @@ def test_bad_plans_say_what_is_wrong(spec, words):
 def test_energy_reference_needs_both_generators():
     with pytest.raises(InputError, match="leaves one out"):
         parse_plan("handoff=0.3", GRID).with_energy("reference")
-    assert all(s.energy == "progressive" for s in parse_plan("reference", GRID).with_energy("progressive").steps)
+    assert all(
+        s.energy == "progressive"
+        for s in parse_plan("reference", GRID).with_energy("progressive").steps
+    )
     with pytest.raises(InputError, match="did you mean 'progressive'"):
         parse_plan("reference", GRID).with_energy("progresive")
 

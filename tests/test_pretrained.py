@@ -1,4 +1,5 @@
-"""transformers' folders: whole or refused, whatever is missing, foreign, of another shape or packed; and never code."""
+"""transformers' folders: whole or refused, whatever is missing, foreign, of another shape or
+packed; and never code."""
 
 import json
 import shutil
@@ -42,16 +43,31 @@ DAMAGE = {
         lambda s: {k: v for k, v in s.items() if ".block.1." not in k},
         r"missing are \d+ \(encoder.block.1",
     ),
-    "one weight is missing": (lambda s: {k: v for k, v in s.items() if k != Q}, rf"missing are 1 \({Q}"),
-    "foreign names": (lambda s: {k.replace("encoder.block.", "blocks."): v for k, v in s.items()}, r"unknown are \d+ \(blocks"),
-    "a prefix": (lambda s: {f"text_model.{k}": v for k, v in s.items()}, "missing are .*unknown are"),
-    "one weight more": (lambda s: s.update({"encoder.extra.weight": torch.zeros(2)}), r"unknown are 1 \(encoder.extra"),
+    "one weight is missing": (
+        lambda s: {k: v for k, v in s.items() if k != Q},
+        rf"missing are 1 \({Q}",
+    ),
+    "foreign names": (
+        lambda s: {k.replace("encoder.block.", "blocks."): v for k, v in s.items()},
+        r"unknown are \d+ \(blocks",
+    ),
+    "a prefix": (
+        lambda s: {f"text_model.{k}": v for k, v in s.items()},
+        "missing are .*unknown are",
+    ),
+    "one weight more": (
+        lambda s: s.update({"encoder.extra.weight": torch.zeros(2)}),
+        r"unknown are 1 \(encoder.extra",
+    ),
     "another shape": (
         lambda s: s.update({Q: s[Q][:5].clone()}),
         r"another shape are 1 .*\(5, 32\) stored, \(32, 32\) in config",
     ),
     "scaled fp8": (scaled, r"unknown are 1 \(.*scale_weight"),
-    "a scale_input": (lambda s: s.update({Q[:-6] + "scale_input": torch.ones(1)}), r"unknown are 1 \(.*scale_input"),
+    "a scale_input": (
+        lambda s: s.update({Q[:-6] + "scale_input": torch.ones(1)}),
+        r"unknown are 1 \(.*scale_input",
+    ),
     "no weights": (lambda s: {"x": torch.zeros(1)}, "missing are|asks for|describes"),
 }
 
@@ -63,21 +79,31 @@ def test_an_encoder_that_is_not_whole_is_refused(encoder, change, words):
 
 
 def test_whole_ones_still_load(encoder, tiny_pair):
-    """As stored; with the embedding stored once under either name; inside a whole encoder-decoder; plain fp8."""
+    """As stored; with the embedding stored once under either name; inside a whole encoder-decoder;
+    plain fp8."""
     wanted = TextEncoder(tiny_pair, torch.float32, "cpu").encode(["a red circle"], 8)
     _, rewrite = encoder
     assert torch.equal(rewrite(lambda s: None).encode(["a red circle"], 8), wanted)
     assert torch.equal(
-        rewrite(lambda s: {k: v for k, v in s.items() if "embed_tokens" not in k}).encode(["a red circle"], 8), wanted
+        rewrite(lambda s: {k: v for k, v in s.items() if "embed_tokens" not in k}).encode(
+            ["a red circle"], 8
+        ),
+        wanted,
     )
-    spare = {"decoder.block.0.layer.0.layer_norm.weight": torch.ones(32), "lm_head.weight": torch.zeros(16, 32)}
+    spare = {
+        "decoder.block.0.layer.0.layer_norm.weight": torch.ones(32),
+        "lm_head.weight": torch.zeros(16, 32),
+    }
     assert torch.equal(rewrite(lambda s: s.update(spare)).encode(["a red circle"], 8), wanted)
-    eight = rewrite(lambda s: s.update({Q: s[Q].to(torch.float8_e4m3fn)})).encode(["a red circle"], 8)
+    eight = rewrite(lambda s: s.update({Q: s[Q].to(torch.float8_e4m3fn)})).encode(
+        ["a red circle"], 8
+    )
     assert 0 < (eight - wanted).abs().max() < 0.1
 
 
 def test_an_embedding_that_a_version_leaves_random_is_caught(encoder, tiny_pair, monkeypatch):
-    """transformers 5.0 to 5.2 do not tie the encoder's embedding to `shared.weight` with tie_word_embeddings false."""
+    """transformers 5.0 to 5.2 do not tie the encoder's embedding to `shared.weight` with
+    tie_word_embeddings false."""
     import transformers
 
     folder, rewrite = encoder
@@ -93,9 +119,17 @@ def test_an_embedding_that_a_version_leaves_random_is_caught(encoder, tiny_pair,
     monkeypatch.setattr(transformers.UMT5EncoderModel, "from_pretrained", untied)
     wanted = TextEncoder(tiny_pair, torch.float32, "cpu").encode(["a red circle"])
     ours = rewrite(lambda s: {k: v for k, v in s.items() if "embed_tokens" not in k})
-    assert torch.equal(ours.encode(["a red circle"]), wanted)  # the text encoder is not transformers'
+    assert torch.equal(
+        ours.encode(["a red circle"]), wanted
+    )  # the text encoder is not transformers'
     with pytest.raises(ModelError, match=r"missing are 1 \(encoder.embed_tokens.weight\)"):
-        pretrained("UMT5EncoderModel", folder / "text_encoder", "text encoder", torch.device("cpu"), dtype=torch.float32)
+        pretrained(
+            "UMT5EncoderModel",
+            folder / "text_encoder",
+            "text encoder",
+            torch.device("cpu"),
+            dtype=torch.float32,
+        )
 
 
 @pytest.fixture
@@ -106,13 +140,21 @@ def llm(tmp_path):
 
 def test_a_language_model_of_other_weights_is_refused_and_its_head_is_spare(llm):
     model = UnderstandingModel(llm, Template(), torch.float32, "cpu")
-    assert model.hidden_states("panda").isfinite().all()  # the checkpoint holds lm_head.weight, which states do not need
+    assert (
+        model.hidden_states("panda").isfinite().all()
+    )  # the checkpoint holds lm_head.weight, which states do not need
     state = load_file(llm / "model.safetensors")
     name = next(k for k in state if "layers.1.mlp.up_proj" in k)
-    for change, words in (({k: v for k, v in state.items() if k != name}, "missing are 1"),
-                          ({**state, name + "_scale": torch.ones(1)}, "unknown are 1"),
-                          ({k.replace("model.layers", "h"): v for k, v in state.items()}, "missing are")):  # fmt: skip
-        save_file({k: v.contiguous() for k, v in change.items()}, llm / "model.safetensors", {"format": "pt"})
+    for change, words in (
+        ({k: v for k, v in state.items() if k != name}, "missing are 1"),
+        ({**state, name + "_scale": torch.ones(1)}, "unknown are 1"),
+        ({k.replace("model.layers", "h"): v for k, v in state.items()}, "missing are"),
+    ):
+        save_file(
+            {k: v.contiguous() for k, v in change.items()},
+            llm / "model.safetensors",
+            {"format": "pt"},
+        )
         with pytest.raises(ModelError, match=words):
             UnderstandingModel(llm, Template(), torch.float32, "cpu").load()
 
@@ -120,9 +162,15 @@ def test_a_language_model_of_other_weights_is_refused_and_its_head_is_spare(llm)
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"attn_implementation": "owner/kernel"}, "sets attn_implementation='owner/kernel', code from elsewhere"),
+        (
+            {"attn_implementation": "owner/kernel"},
+            "sets attn_implementation='owner/kernel', code from elsewhere",
+        ),
         ({"_attn_implementation": "owner/kernel:fn"}, "code from elsewhere"),
-        ({"text_config": {"experts_implementation": "a/b"}}, "sets text_config.experts_implementation='a/b', code"),
+        (
+            {"text_config": {"experts_implementation": "a/b"}},
+            "sets text_config.experts_implementation='a/b', code",
+        ),
         ({"num_hidden_layers": 10**9}, "sets num_hidden_layers=1e.09; expected at most 1024"),
         ({"hidden_size": 10**9}, "sets hidden_size=1e.09"),
         ({"vocab_size": 10**12}, "sets vocab_size"),
@@ -140,10 +188,16 @@ def test_a_folder_s_own_code_is_never_run(llm, monkeypatch):
     """auto_map names Python in the folder: it is not imported, nothing is asked on the terminal."""
     mark = llm.parent / "ran"
     (llm / "evil.py").write_text(f"open({str(mark)!r}, 'w')\n")
-    for file, entry in (("config.json", {"AutoConfig": "evil.C", "AutoModel": "evil.M"}),
-                        ("tokenizer_config.json", {"AutoTokenizer": ["evil.T", "evil.T"]})):  # fmt: skip
+    for file, entry in (
+        ("config.json", {"AutoConfig": "evil.C", "AutoModel": "evil.M"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["evil.T", "evil.T"]}),
+    ):
         path = llm / file
-        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": entry, "model_type": "unheard-of"}))
+        path.write_text(
+            json.dumps(
+                {**json.loads(path.read_text()), "auto_map": entry, "model_type": "unheard-of"}
+            )
+        )
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked on the terminal"))
     with pytest.raises(ModelError):
         pretrained("AutoModel", llm, "understanding model", torch.device("cpu"))
@@ -165,12 +219,22 @@ def test_loading_leaves_logging_as_it_was(llm):
 
 def test_tokenizers_that_are_damaged_are_one_sentence(llm):
     shutil.copy(llm / "tokenizer.json", llm / "kept.json")
-    for text in ("{", "[]", '{"version": 3}', "\x00" * 10, '{"model": {"type": "BPE", "vocab": 3}}'):
+    for text in (
+        "{",
+        "[]",
+        '{"version": 3}',
+        "\x00" * 10,
+        '{"model": {"type": "BPE", "vocab": 3}}',
+    ):
         (llm / "tokenizer.json").write_text(text)
         with pytest.raises(ModelError, match="cannot be loaded"):
             pretrained("AutoTokenizer", llm, "tokenizer")
 
 
 def test_only_names_that_are_spare_are_spare():
-    assert module._spare("lm_head.weight") and module._spare("model.rotary_emb.inv_freq") and module._spare("decoder.x.weight")
+    assert (
+        module._spare("lm_head.weight")
+        and module._spare("model.rotary_emb.inv_freq")
+        and module._spare("decoder.x.weight")
+    )
     assert not module._spare("lm_head.weight_scale") and not module._spare("encoder.x.weight")

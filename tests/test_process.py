@@ -26,7 +26,8 @@ def load_and_call(pair):
 
 
 def test_eight_threads_load_and_call_at_once(tiny_pair):
-    """In a fresh process, so that first imports race too; then the host builds a module of its own."""
+    """In a fresh process, so that first imports race too; then the host builds a module of its
+    own."""
     code = f"""
 import sys, torch
 sys.path.insert(0, {ROOT!r})
@@ -51,14 +52,20 @@ print("right")
 """
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert done.stdout.strip().endswith("right"), done.stderr[-2000:]
 
 
 def test_calls_of_one_pipeline_run_one_after_the_other(tiny_pipe):
     seeds = range(6)
-    alone = [tiny_pipe("a red circle", generator=torch.Generator().manual_seed(s), **CALL).frames for s in seeds]
+    alone = [
+        tiny_pipe("a red circle", generator=torch.Generator().manual_seed(s), **CALL).frames
+        for s in seeds
+    ]
     running, most, lock = 0, 0, threading.Lock()
 
     def callback(pipe, index, timestep, tensors):
@@ -70,7 +77,10 @@ def test_calls_of_one_pipeline_run_one_after_the_other(tiny_pipe):
 
     def call(seed):
         return tiny_pipe(
-            "a red circle", generator=torch.Generator().manual_seed(seed), callback_on_step_end=callback, **CALL
+            "a red circle",
+            generator=torch.Generator().manual_seed(seed),
+            callback_on_step_end=callback,
+            **CALL,
         ).frames
 
     with ThreadPoolExecutor(6) as pool:
@@ -107,7 +117,9 @@ if __name__ == "__main__":
     with open(script, "w") as file:
         file.write(code)
     try:
-        done = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, timeout=150)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", script], capture_output=True, text=True, timeout=150
+        )
     finally:
         os.unlink(script)
     assert words in done.stdout, done.stdout + done.stderr[-1500:]
@@ -149,7 +161,9 @@ def test_load_and_call_change_nothing_and_print_nothing(tiny_pair, capfd, tmp_pa
     before = state()
     pipe = NexusPipeline.from_pretrained(tiny_pair)
     pipe.set_progress_bar_config(disable=True)
-    pipe("a red circle", generator=torch.Generator().manual_seed(0), **{**CALL, "output_type": "np"})
+    pipe(
+        "a red circle", generator=torch.Generator().manual_seed(0), **{**CALL, "output_type": "np"}
+    )
     after = state()
     assert {k for k in before if before[k] != after[k]} == set()
     assert capfd.readouterr() == ("", "")
@@ -166,4 +180,7 @@ import nexus_rt
 assert state() == before and "torch" not in sys.modules
 print("right")
 """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "right"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "right"
+    )

@@ -8,9 +8,12 @@ from nexus_rt.ops import apply_rope, rope_table
 
 pytest.importorskip("triton")
 CASES = [  # grid, heads, head_dim, dtype
-    ((1, 2, 3), 12, 128, torch.float32), ((2, 1, 2), 40, 128, torch.float16), ((2, 3, 1), 3, 22, torch.float32),
-    ((1, 1, 5), 4, 64, torch.float16), ((1, 1, 1), 1, 2, torch.float32),
-]  # fmt: skip
+    ((1, 2, 3), 12, 128, torch.float32),
+    ((2, 1, 2), 40, 128, torch.float16),
+    ((2, 3, 1), 3, 22, torch.float32),
+    ((1, 1, 5), 4, 64, torch.float16),
+    ((1, 1, 1), 1, 2, torch.float32),
+]
 
 
 def inputs(grid, heads, head_dim, dtype, batch=2):
@@ -30,7 +33,9 @@ def oracle(qkv, weight_q, weight_k, cos, sin, heads, eps):
     for x, weight in zip(qkv.double().chunk(3, -1)[:2], (weight_q, weight_k), strict=True):
         n = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
         z = torch.view_as_complex(n.unflatten(-1, (heads, -1, 2)).contiguous())
-        out.append(torch.view_as_real(z * torch.complex(cos.double(), sin.double())[:, None]).flatten(-2))
+        out.append(
+            torch.view_as_real(z * torch.complex(cos.double(), sin.double())[:, None]).flatten(-2)
+        )
     return out
 
 
@@ -52,7 +57,9 @@ def test_it_is_the_formula(case):
 def test_it_is_what_the_transformer_does():
     qkv, weight_q, weight_k, *_ = args = inputs((2, 2, 2), 3, 32, torch.float32)
     table = rope_table(32, (2, 2, 2), torch.device("cpu"))
-    for got, x, weight in zip(qk_norm_rope(*args), qkv.chunk(3, -1), (weight_q, weight_k), strict=False):
+    for got, x, weight in zip(
+        qk_norm_rope(*args), qkv.chunk(3, -1), (weight_q, weight_k), strict=False
+    ):
         normed = torch.nn.functional.rms_norm(x, (96,), weight, 1e-6).unflatten(-1, (3, -1))
         assert torch.allclose(got, apply_rope(normed, *table), atol=1e-5)
 
@@ -72,10 +79,19 @@ def test_what_the_kernel_does_not_take_is_refused():
         ((qkv[0], weight_q, weight_k, cos, sin, heads), r"expected \[B, L, 3 D\]"),
         ((qkv[..., :95], weight_q, weight_k, cos, sin, heads), r"not 3 x 2 heads"),
         ((qkv, weight_q, weight_k, cos, sin, 5), r"not 3 x 5 heads"),
-        ((qkv, weight_q[:8], weight_k, cos, sin, heads), r"weight_q has shape \(8,\); expected \(32,\)"),
+        (
+            (qkv, weight_q[:8], weight_k, cos, sin, heads),
+            r"weight_q has shape \(8,\); expected \(32,\)",
+        ),
         ((qkv, weight_q, weight_k, cos.double(), sin, heads), r"cos is torch.float64"),
-        ((qkv, weight_q, weight_k, cos, sin[:3], heads), r"sin has shape \(3, 8\); expected \(4, 8\)"),
-        ((qkv.transpose(0, 1).contiguous().transpose(0, 1), weight_q, weight_k, cos, sin, heads), r"qkv has strides"),
+        (
+            (qkv, weight_q, weight_k, cos, sin[:3], heads),
+            r"sin has shape \(3, 8\); expected \(4, 8\)",
+        ),
+        (
+            (qkv.transpose(0, 1).contiguous().transpose(0, 1), weight_q, weight_k, cos, sin, heads),
+            r"qkv has strides",
+        ),
         ((torch.zeros(1, 4, 3 * 20000), weight_q, weight_k, cos, sin, heads), r"up to 16384"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -84,4 +100,6 @@ def test_what_the_kernel_does_not_take_is_refused():
 
 def test_the_op_keeps_torchs_rules(monkeypatch):
     monkeypatch.undo()
-    torch.library.opcheck(torch.ops.nexus_rt.qk_norm_rope.default, inputs((1, 2, 2), 2, 16, torch.float32))
+    torch.library.opcheck(
+        torch.ops.nexus_rt.qk_norm_rope.default, inputs((1, 2, 2), 2, 16, torch.float32)
+    )

@@ -36,7 +36,9 @@ def ssim_by_hand(a, b):
                 vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
                 cov = (window * (p - mp) * (q - mq)).sum()
                 c1, c2 = 0.01**2, 0.03**2
-                values.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
+                values.append(
+                    (2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2))
+                )
     return np.mean(values)
 
 
@@ -60,16 +62,24 @@ def test_quality_columns():
     same = quality.distance(latents, a, latents, a)
     assert same["identical"] and same["psnr_db"] is None and same["latent_error"] == 0
     other = quality.distance(2 * latents, a + 0.01, latents, a)
-    assert other["latent_error"] == pytest.approx(1) and other["psnr_db"] == pytest.approx(40) and not other["identical"]
+    assert (
+        other["latent_error"] == pytest.approx(1)
+        and other["psnr_db"] == pytest.approx(40)
+        and not other["identical"]
+    )
     assert quality.distance(latents, None, latents, None) == {"latent_error": 0.0}  # no VAE
     small = frames(4, (1, 8, 8, 3))
-    assert quality.distance(latents, small, latents, small)["ssim"] is None  # smaller than the window
+    assert (
+        quality.distance(latents, small, latents, small)["ssim"] is None
+    )  # smaller than the window
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=20), st.floats(0, 1))
 def test_percentile_is_numpys(values, share):
-    assert measure.percentile(values, share) == pytest.approx(float(np.quantile(values, share)), abs=1e-9)
+    assert measure.percentile(values, share) == pytest.approx(
+        float(np.quantile(values, share)), abs=1e-9
+    )
 
 
 def test_spans_are_recorded_only_where_somebody_records(tmp_path):
@@ -84,13 +94,19 @@ def test_spans_are_recorded_only_where_somebody_records(tmp_path):
     with span("after"):
         pass
     totals = trace.totals()
-    assert list(totals) == ["small", "solver"] and 30 <= totals["small"] < 300 and totals["solver"] < 5
-    durations = measure.step_durations(trace)
-    assert len(durations) == 3 and all(10 <= ms < 100 for ms in durations) and sum(durations) >= sum(totals.values()) - 1
-    events = json.loads(trace.save(tmp_path / "t.json").read_text())["traceEvents"]
-    assert [e["ph"] for e in events] == ["X"] * 6 and sum(e["dur"] for e in events) == pytest.approx(
-        1000 * sum(totals.values())
+    assert (
+        list(totals) == ["small", "solver"] and 30 <= totals["small"] < 300 and totals["solver"] < 5
     )
+    durations = measure.step_durations(trace)
+    assert (
+        len(durations) == 3
+        and all(10 <= ms < 100 for ms in durations)
+        and sum(durations) >= sum(totals.values()) - 1
+    )
+    events = json.loads(trace.save(tmp_path / "t.json").read_text())["traceEvents"]
+    assert [e["ph"] for e in events] == ["X"] * 6 and sum(
+        e["dur"] for e in events
+    ) == pytest.approx(1000 * sum(totals.values()))
     assert events == sorted(events, key=lambda e: e["ts"]) and events[0]["args"] == {"step": 0}
 
 
@@ -102,13 +118,17 @@ def test_a_span_that_fails_is_recorded_and_the_failure_goes_on():
 
 def test_a_pipelines_spans_cover_its_time(tiny_pipe):
     """What is not named would be time that nobody accounts for."""
-    call = lambda: tiny_pipe("a red circle", plan="small:2 bridge:2 large:2", num_inference_steps=6)  # noqa: E731
+    call = lambda: tiny_pipe("a red circle", plan="small:2 bridge:2 large:2", num_inference_steps=6)
     call()
     run = measure.measured(call, torch.device("cpu"))
     totals = run.trace.totals()
     assert set(totals) == {"text", "prepare", "small", "large", "blend", "solver", "vae"}
     assert 0.7 * run.total_ms <= sum(totals.values()) <= run.total_ms
-    assert len(measure.step_durations(run.trace)) == 6 and run.peak_device is None and run.energy is None
+    assert (
+        len(measure.step_durations(run.trace)) == 6
+        and run.peak_device is None
+        and run.energy is None
+    )
 
 
 @pytest.mark.skipif(not measure.STATM.exists(), reason="resident memory is read from /proc")
@@ -126,7 +146,7 @@ def test_peak_memory_is_seen_while_it_lasts():
 
 def test_runs_are_taken_in_turn():
     order = []
-    calls = {n: (lambda n=n: order.append(n)) for n in "ab"}
+    calls = {n: lambda n=n: order.append(n) for n in "ab"}
     found = measure.interleaved(calls, torch.device("cpu"), 2, 1, lambda: order.append("|"))
     assert "".join(order) == "abab|ab|" and [len(r) for r in found.values()] == [2, 2]
 
@@ -142,10 +162,16 @@ def test_prices_and_predictions():
     grid = time_grid(10)
     costs = StepCosts(1, 2, 10, 20, blend=0.5, solver=0.25)
     plan = parse_plan("small:4 bridge:2 large:4@1", grid)
-    price = 10 * 0.25 + 4 * 2 + 2 * (2 + 10 + 0.5) + 4 * 10  # the bridge's large half is guided as the large is: not
-    assert prediction(plan, costs, (5.0, 5.0), 100.0) == {"predicted_ms": price, "prediction_error": round(price / 100 - 1, 4)}
+    price = (
+        10 * 0.25 + 4 * 2 + 2 * (2 + 10 + 0.5) + 4 * 10
+    )  # the bridge's large half is guided as the large is: not
+    assert prediction(plan, costs, (5.0, 5.0), 100.0) == {
+        "predicted_ms": price,
+        "prediction_error": round(price / 100 - 1, 4),
+    }
     assert middle([StepCosts(i, i, 1, 1) for i in (3, 1, 2)]).small == 2
     assert swap_ratio(plan, [1] * 6 + [30, 10, 10, 10]) == 3.0
     assert (
-        swap_ratio(parse_plan("reference", grid), [1] * 10) is None and swap_ratio(parse_plan("large", grid), [1] * 10) is None
+        swap_ratio(parse_plan("reference", grid), [1] * 10) is None
+        and swap_ratio(parse_plan("large", grid), [1] * 10) is None
     )

@@ -1,4 +1,5 @@
-"""A call's arguments: right, or our error before any work; and the published scripts' defaults and numerics."""
+"""A call's arguments: right, or our error before any work; and the published scripts' defaults and
+numerics."""
 
 import numpy as np
 import pytest
@@ -24,8 +25,12 @@ def seeded(seed=0):
 
 @pytest.fixture
 def untouched(tiny_pipe, monkeypatch):
-    """The pipeline with everything that works failing the test: bad input must not cost a step, nor an encoding."""
-    for part, name in ((tiny_pipe.text, "encode"), *((e, "velocity") for e in tiny_pipe.engines.values())):
+    """The pipeline with everything that works failing the test: bad input must not cost a step, nor
+    an encoding."""
+    for part, name in (
+        (tiny_pipe.text, "encode"),
+        *((e, "velocity") for e in tiny_pipe.engines.values()),
+    ):
         monkeypatch.setattr(part, name, lambda *a, **k: pytest.fail("work was done"))
     return tiny_pipe
 
@@ -85,17 +90,32 @@ WRONG = [
     (dict(latents=torch.zeros(1, 16, 3, 4, 6)), "latents have shape"),
     (dict(latents=torch.zeros(1, 16, 2, 4, 8)), "latents have shape"),
     (dict(prompt_embeds=EMBEDS), "either prompt or prompt_embeds"),
-    (dict(prompt=None, prompt_embeds=EMBEDS[0]), r"prompt_embeds is \[512, 32\] of torch.float32; expected"),
+    (
+        dict(prompt=None, prompt_embeds=EMBEDS[0]),
+        r"prompt_embeds is \[512, 32\] of torch.float32; expected",
+    ),
     (dict(prompt=None, prompt_embeds=EMBEDS.long()), "prompt_embeds is"),
     (dict(prompt=None, prompt_embeds="x"), "prompt_embeds is 'x'"),
-    (dict(prompt=None, prompt_embeds=EMBEDS, negative_prompt="x"), "negative_prompt goes with prompt"),
-    (dict(prompt=None, prompt_embeds=EMBEDS, negative_prompt_embeds=EMBEDS[:, :226]), "negative_prompt_embeds has shape"),
+    (
+        dict(prompt=None, prompt_embeds=EMBEDS, negative_prompt="x"),
+        "negative_prompt goes with prompt",
+    ),
+    (
+        dict(prompt=None, prompt_embeds=EMBEDS, negative_prompt_embeds=EMBEDS[:, :226]),
+        "negative_prompt_embeds has shape",
+    ),
     (
         dict(prompt=None, prompt_embeds=EMBEDS, negative_prompt_embeds=EMBEDS.repeat(2, 1, 1)),
         "negative_prompt_embeds has shape",
     ),
-    (dict(prompt=["a", "b"], negative_prompt_embeds=EMBEDS), "negative_prompt_embeds are for 1 prompts of 2"),
-    (dict(negative_prompt="x", negative_prompt_embeds=EMBEDS), "either negative_prompt or negative_prompt_embeds"),
+    (
+        dict(prompt=["a", "b"], negative_prompt_embeds=EMBEDS),
+        "negative_prompt_embeds are for 1 prompts of 2",
+    ),
+    (
+        dict(negative_prompt="x", negative_prompt_embeds=EMBEDS),
+        "either negative_prompt or negative_prompt_embeds",
+    ),
     (dict(negative_prompt_embeds=EMBEDS[:, :9]), "have 9 tokens; expected 512"),
     (dict(prompt=None, prompt_embeds=EMBEDS, context_embeds=EMBEDS.repeat(3, 1, 1)), "as many"),
 ]
@@ -143,11 +163,20 @@ def test_any_value_is_taken_or_refused_as_ours(values):
         request = make_request(Defaults(), **given_, published=False)
     except InputError:
         return
-    assert len(request.plan) >= 1 and np.isfinite([request.guidance.small, request.guidance.large]).all()
+    assert (
+        len(request.plan) >= 1
+        and np.isfinite([request.guidance.small, request.guidance.large]).all()
+    )
 
 
 def test_numpy_numbers_are_numbers(tiny_pipe):
-    call = dict(height=np.int64(32), width=np.int32(48), num_frames=np.uint8(5), guidance_scale=np.float32(3), **LATENT)
+    call = dict(
+        height=np.int64(32),
+        width=np.int32(48),
+        num_frames=np.uint8(5),
+        guidance_scale=np.float32(3),
+        **LATENT,
+    )
     assert tiny_pipe(PROMPT, generator=seeded(), **call).frames.shape == (1, 16, 2, 4, 6)
 
 
@@ -161,7 +190,10 @@ def test_given_embeddings_serve_several_videos(tiny_pipe):
         **LATENT,
     )
     said = tiny_pipe(
-        ["a red circle", "a blue square"], num_videos_per_prompt=2, generator=[seeded(i) for i in range(4)], **LATENT
+        ["a red circle", "a blue square"],
+        num_videos_per_prompt=2,
+        generator=[seeded(i) for i in range(4)],
+        **LATENT,
     )
     assert out.frames.shape[0] == 4 and torch.equal(out.frames, said.frames)
 
@@ -175,7 +207,11 @@ def test_a_callback_replaces_embeddings_from_the_next_step_on(tiny_pipe):
 
     tensors = ["latents", "prompt_embeds"]
     got = tiny_pipe(
-        PROMPT, generator=seeded(), callback_on_step_end=callback, callback_on_step_end_tensor_inputs=tensors, **LATENT
+        PROMPT,
+        generator=seeded(),
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=tensors,
+        **LATENT,
     ).frames
     embeds, none = tiny_pipe.encode_prompt(PROMPT)
     asked = []
@@ -205,7 +241,11 @@ def test_a_callback_replaces_embeddings_from_the_next_step_on(tiny_pipe):
         {"large": Prompt(embeds, none)},
         on_step=change,
     )
-    assert torch.equal(got, wanted) and [torch.equal(a, other[0]) for a in asked] == [False, False, True]
+    assert torch.equal(got, wanted) and [torch.equal(a, other[0]) for a in asked] == [
+        False,
+        False,
+        True,
+    ]
     for answer, words in (
         ({"prompt_embeds": other[:, :9]}, "expected a tensor of shape"),
         ({"prompt": "x"}, "unknown callback tensor"),
@@ -225,9 +265,16 @@ def test_an_interrupt_ends_the_loop_and_keeps_what_there_is(tiny_pipe):
         kept.append(tensors["latents"])
         pipe._interrupt = index == 1
 
-    out = tiny_pipe(PROMPT, generator=seeded(), callback_on_step_end=callback, **{**LATENT, "num_inference_steps": 6})
+    out = tiny_pipe(
+        PROMPT,
+        generator=seeded(),
+        callback_on_step_end=callback,
+        **{**LATENT, "num_inference_steps": 6},
+    )
     assert seen == [0, 1] and torch.equal(out.frames, kept[-1])
-    assert tiny_pipe(PROMPT, output_type="latent").frames.isfinite().all() and not tiny_pipe.interrupt
+    assert (
+        tiny_pipe(PROMPT, output_type="latent").frames.isfinite().all() and not tiny_pipe.interrupt
+    )
 
 
 def test_a_cancel_while_prompts_are_encoded_stops_the_call(tiny_pipe, monkeypatch):
@@ -245,23 +292,34 @@ def test_a_cancel_while_prompts_are_encoded_stops_the_call(tiny_pipe, monkeypatc
 
 
 def test_words_past_the_limit_are_named(tiny_pipe):
-    with pytest.warns(UserWarning, match=r"has 9 tokens and 5 are read; what comes after is lost: 'left right on"):
+    with pytest.warns(
+        UserWarning, match=r"has 9 tokens and 5 are read; what comes after is lost: 'left right on"
+    ):
         tiny_pipe.encode_prompt("a red circle moves left right on black", max_sequence_length=5)
 
 
 def test_the_published_grid_is_that_of_the_published_scheduler():
-    """Its sigmas before float32: s from float32(0.999), timestep the whole part of 1000 sigma in float64."""
+    """Its sigmas before float32: s from float32(0.999), timestep the whole part of 1000 sigma in
+    float64."""
     for steps, shift in ((50, 5.0), (50, 3.0), (37, 5.0), (20, 8.0)):
         s = np.linspace(float(np.float32(0.999)), 0, steps + 1)[:-1]
         exact = shift * s / (1 + (shift - 1) * s)
         grid = time_grid(steps, shift, float64_timesteps=True)
         assert grid.timesteps == tuple(int(x) for x in exact * 1000)
         assert np.array_equal(np.array(grid.sigmas[:-1], np.float32), exact.astype(np.float32))
-    assert time_grid(198, 5.0, True).timesteps != time_grid(198, 5.0).timesteps  # or the option would be for nothing
+    assert (
+        time_grid(198, 5.0, True).timesteps != time_grid(198, 5.0).timesteps
+    )  # or the option would be for nothing
 
 
 def test_as_published_sets_every_default():
-    pair = Defaults(num_inference_steps=7, guidance_scale=2.0, guidance_scale_2=1.0, shift=3.0, plan="handoff=0.5")
+    pair = Defaults(
+        num_inference_steps=7,
+        guidance_scale=2.0,
+        guidance_scale_2=1.0,
+        shift=3.0,
+        plan="handoff=0.5",
+    )
     given_ = dict.fromkeys(NAMES) | {"output_type": "np", "num_videos_per_prompt": 1}
     request = make_request(pair, **given_, published=True)
     assert (
@@ -270,20 +328,37 @@ def test_as_published_sets_every_default():
         and all(s.energy == "reference" for s in request.plan.steps)
     )
     assert request.plan.grid == time_grid(50, 5.0, float64_timesteps=True)
-    assert (request.guidance.small, request.guidance.large, request.solver) == (6.0, 6.0, "unipc")  # s + 1 of s = 5.0
+    assert (request.guidance.small, request.guidance.large, request.solver) == (
+        6.0,
+        6.0,
+        "unipc",
+    )  # s + 1 of s = 5.0
     assert request.blend == BlendConfig() == PUBLISHED["blend"]
-    assert (request.blend.gamma_hf, request.blend.sigma_min, request.blend.sigma_max) == (0.7, 0.35, 0.7)
-    own = make_request(
-        pair, **{**given_, "num_inference_steps": 4, "guidance_scale": 3.0, "shift": 3.0, "gamma_w": 0.5}, published=True
+    assert (request.blend.gamma_hf, request.blend.sigma_min, request.blend.sigma_max) == (
+        0.7,
+        0.35,
+        0.7,
     )
-    assert len(own.plan) == 4 and own.guidance.large == 3.0 and own.plan.steps[1].w != request.plan.steps[1].w
-    assert [s.w for s in own.plan.steps] == [s.w for s in parse_plan("reference", time_grid(4, 3.0, True), 0.5).steps]
+    own = make_request(
+        pair,
+        **{**given_, "num_inference_steps": 4, "guidance_scale": 3.0, "shift": 3.0, "gamma_w": 0.5},
+        published=True,
+    )
+    assert (
+        len(own.plan) == 4
+        and own.guidance.large == 3.0
+        and own.plan.steps[1].w != request.plan.steps[1].w
+    )
+    assert [s.w for s in own.plan.steps] == [
+        s.w for s in parse_plan("reference", time_grid(4, 3.0, True), 0.5).steps
+    ]
     with pytest.raises(InputError, match="is not as published"):
         make_plan(pair, "handoff=0.3", published=True)
 
 
 def test_the_published_numerics_keep_the_stream_in_float32(tiny_pair):
-    """bfloat16 weights: nearer to float32 than with a narrow stream, equal to it at no step, and float32 out."""
+    """bfloat16 weights: nearer to float32 than with a narrow stream, equal to it at no step, and
+    float32 out."""
     exact = load_transformer(tiny_pair / "large", torch.float32, kernels="torch")
     low = load_transformer(tiny_pair / "large", torch.bfloat16, kernels="torch")
     exact.load_state_dict({k: v.float() for k, v in low.state_dict().items()})  # the same weights
@@ -293,14 +368,22 @@ def test_the_published_numerics_keep_the_stream_in_float32(tiny_pair):
     low.float32_stream = True
     wide = low(x, t, low.prepare_context(text))
     error = [((v.float() - wanted).norm() / wanted.norm()).item() for v in (wide, narrow)]
-    assert wide.dtype == torch.float32 and narrow.dtype == torch.bfloat16 and 0 < error[0] < 0.7 * error[1]
+    assert (
+        wide.dtype == torch.float32
+        and narrow.dtype == torch.bfloat16
+        and 0 < error[0] < 0.7 * error[1]
+    )
     streams = []
-    hook = low.blocks[0].register_forward_hook(lambda m, a, out: streams.append((a[0].dtype, out[0].dtype)))
+    hook = low.blocks[0].register_forward_hook(
+        lambda m, a, out: streams.append((a[0].dtype, out[0].dtype))
+    )
     low(x, t, low.prepare_context(text))
     hook.remove()
     assert streams == [(torch.float32, torch.float32)]
     exact.float32_stream = True
-    assert torch.equal(exact(x, t, exact.prepare_context(text)), wanted)  # float32 throughout is that already
+    assert torch.equal(
+        exact(x, t, exact.prepare_context(text)), wanted
+    )  # float32 throughout is that already
 
 
 def test_as_published_is_of_one_call(tiny_pair):
@@ -309,11 +392,19 @@ def test_as_published_is_of_one_call(tiny_pair):
     call = dict(generator=None, num_inference_steps=3, output_type="latent")
     plain = pipe(PROMPT, plan="reference", **{**call, "generator": seeded()}).frames
     wide = pipe(PROMPT, as_published=True, **{**call, "generator": seeded()}).frames
-    assert not torch.equal(plain, wide) and not any(e.model.float32_stream for e in pipe.engines.values())
-    assert torch.equal(plain, pipe(PROMPT, plan="reference", **{**call, "generator": seeded()}).frames)
-    pictures = pipe(PROMPT, as_published=True, **{**call, "generator": seeded(), "output_type": "pil"}).frames[0]
+    assert not torch.equal(plain, wide) and not any(
+        e.model.float32_stream for e in pipe.engines.values()
+    )
+    assert torch.equal(
+        plain, pipe(PROMPT, plan="reference", **{**call, "generator": seeded()}).frames
+    )
+    pictures = pipe(
+        PROMPT, as_published=True, **{**call, "generator": seeded(), "output_type": "pil"}
+    ).frames[0]
     exact = pipe.decode(wide)[0]
-    assert np.array_equal(np.stack([np.asarray(p) for p in pictures]), (exact * 255).astype(np.uint8))  # cut, not rounded
+    assert np.array_equal(
+        np.stack([np.asarray(p) for p in pictures]), (exact * 255).astype(np.uint8)
+    )  # cut, not rounded
 
 
 def test_a_plan_of_ones_own_has_its_own_numbers(tiny_pipe):

@@ -1,4 +1,5 @@
-"""What is in memory when: planned from bytes, walked by engines that record their calls on a clock that is simulated."""
+"""What is in memory when: planned from bytes, walked by engines that record their calls on a clock
+that is simulated."""
 
 import threading
 
@@ -6,7 +7,15 @@ import pytest
 import torch
 
 from nexus_rt import InputError, NexusPipeline
-from nexus_rt.engines.residency import MODES, STEP, Part, Residency, activation_bytes, parse_bytes, plan_residency
+from nexus_rt.engines.residency import (
+    MODES,
+    STEP,
+    Part,
+    Residency,
+    activation_bytes,
+    parse_bytes,
+    plan_residency,
+)
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.plan import parse_plan
 from nexus_rt.sampling import denoise
@@ -16,8 +25,11 @@ from nexus_rt.step_runners import Prompt
 
 GB = 10**9
 PARTS = {
-    "text encoder": Part(11 * GB, GB), "small": Part(3 * GB, GB), "large": Part(28 * GB, 4 * GB), "vae": Part(GB // 2, 5 * GB),
-}  # fmt: skip
+    "text encoder": Part(11 * GB, GB),
+    "small": Part(3 * GB, GB),
+    "large": Part(28 * GB, 4 * GB),
+    "vae": Part(GB // 2, 5 * GB),
+}
 SANDWICH = parse_plan("small:4 large:4 small:2", time_grid(10))
 BRIDGED = parse_plan("small:4 bridge:2 large:4", time_grid(10))
 
@@ -25,10 +37,14 @@ BRIDGED = parse_plan("small:4 bridge:2 large:4", time_grid(10))
 @pytest.mark.parametrize(
     "plan, budget, mode, peak",
     [
-        (SANDWICH, None, "resident", 42.5 + 5), (SANDWICH, 48, "resident", 47.5), (SANDWICH, 47, "freed", 31 + 4),
-        (SANDWICH, 34.9, "swapped", 28 + 4), (BRIDGED, 36, "freed", 35), (SANDWICH, 32, "swapped", 32),
+        (SANDWICH, None, "resident", 42.5 + 5),
+        (SANDWICH, 48, "resident", 47.5),
+        (SANDWICH, 47, "freed", 31 + 4),
+        (SANDWICH, 34.9, "swapped", 28 + 4),
+        (BRIDGED, 36, "freed", 35),
+        (SANDWICH, 32, "swapped", 32),
     ],
-)  # fmt: skip
+)
 def test_the_most_comfortable_mode_that_fits(plan, budget, mode, peak):
     found = plan_residency(plan, PARTS, None if budget is None else int(budget * GB))
     assert (found.mode, found.peak) == (mode, peak * GB)
@@ -36,20 +52,31 @@ def test_the_most_comfortable_mode_that_fits(plan, budget, mode, peak):
 
 
 def test_a_large_working_memory_makes_prefetching_worth_it():
-    """While the small one runs, the large one's weights fit beside it; both and the large one's activations do not."""
+    """While the small one runs, the large one's weights fit beside it; both and the large one's
+    activations do not."""
     parts = {"small": Part(3 * GB, GB), "large": Part(28 * GB, 4 * GB)}
     plan = parse_plan("small:4 large:6", time_grid(10))
-    assert [plan_residency(plan, parts, b * GB).mode for b in (35, 33, 32)] == ["resident", "prefetched", "prefetched"]
+    assert [plan_residency(plan, parts, b * GB).mode for b in (35, 33, 32)] == [
+        "resident",
+        "prefetched",
+        "prefetched",
+    ]
     phases = plan_residency(plan, parts, 33 * GB).phases
     assert [(p.present, p.arriving, p.peak // GB) for p in phases] == [
-        (("small",), ("large",), 32), (("large",), (), 32),
-    ]  # fmt: skip
+        (("small",), ("large",), 32),
+        (("large",), (), 32),
+    ]
 
 
 def test_a_budget_that_cannot_be_met_names_the_smallest_that_would_do():
-    with pytest.raises(InputError, match=r"30.00 GB do not hold this plan: its 'large' phase needs 32.00 GB .* is 32.00 GB"):
+    with pytest.raises(
+        InputError,
+        match=r"30.00 GB do not hold this plan: its 'large' phase needs 32.00 GB .* is 32.00 GB",
+    ):
         plan_residency(SANDWICH, PARTS, 30 * GB)
-    with pytest.raises(InputError, match=r"its 'both' phase needs 35.00 GB for small, large; .* is 35.00 GB"):
+    with pytest.raises(
+        InputError, match=r"its 'both' phase needs 35.00 GB for small, large; .* is 35.00 GB"
+    ):
         plan_residency(BRIDGED, PARTS, 34 * GB)
     with pytest.raises(InputError, match="runs the large generator, whose size is not known"):
         plan_residency(SANDWICH, {"small": Part(1)}, GB)
@@ -69,15 +96,23 @@ def test_a_plan_walks_while_both_generators_are_streamed(tiny_pipe):
     engines = {n: TorchEngine(e.model) for n, e in tiny_pipe.engines.items()}
     size = ClipSize(48, 32, 5)
     decided = plan_residency(plan, tiny_pipe.call_parts(size), mode="streamed")
-    streamed, phase = engines["large"].streamed_bytes, next(p for p in decided.phases if p.runs == ("large",))
+    streamed, phase = (
+        engines["large"].streamed_bytes,
+        next(p for p in decided.phases if p.runs == ("large",)),
+    )
     assert streamed <= engines["large"].nbytes and phase.peak >= streamed
     prompts, noise = tiny_pipe.encode("a red circle"), torch.randn(1, 16, *size.latent)
     wanted = denoise(noise, plan, engines, prompts)
     residency = Residency(decided, engines)
     seen = []
-    watch = lambda step, _: seen.append([engines[n].model.stream is not None for n in ("small", "large")])  # noqa: E731
+    watch = lambda step, _: seen.append(
+        [engines[n].model.stream is not None for n in ("small", "large")]
+    )
     got = denoise(noise, plan, engines, prompts, residency=residency, on_step=watch)
-    assert torch.equal(got, wanted) and seen == [[True, False]] * 2 + [[True, True]] + [[False, True]] * 2
+    assert (
+        torch.equal(got, wanted)
+        and seen == [[True, False]] * 2 + [[True, True]] + [[False, True]] * 2
+    )
     engines["large"].unload()
 
 
@@ -87,7 +122,10 @@ def test_a_fused_step_counts_only_where_it_is_used():
     assert plan_residency(BRIDGED, parts, 40 * GB).mode == "freed"
 
 
-@pytest.mark.parametrize("text, wanted", [("24GB", 24 * GB), ("22.5GiB", int(22.5 * 2**30)), ("800 mb", 800 * 10**6), ("7", 7)])
+@pytest.mark.parametrize(
+    "text, wanted",
+    [("24GB", 24 * GB), ("22.5GiB", int(22.5 * 2**30)), ("800 mb", 800 * 10**6), ("7", 7)],
+)
 def test_amounts_of_memory(text, wanted):
     assert parse_bytes(text) == wanted
 
@@ -99,7 +137,8 @@ def test_what_is_no_amount_of_memory(text):
 
 
 def test_working_memory_of_wan_14b_at_480p():
-    """65,520 tokens of a guided step, two bytes: a fused projection and a normed stream, or the feed-forward's middle."""
+    """65,520 tokens of a guided step, two bytes: a fused projection and a normed stream, or the
+    feed-forward's middle."""
     wan = dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824)
     assert activation_bytes(wan, ClipSize(832, 480, 81)) == 2 * 32760 * (5 * 5120 + 4 * 5120) * 2
 
@@ -116,7 +155,8 @@ class Clock:
 
 
 class Recorded:
-    """An engine whose weights take time to come, and whose steps take time to run, on a simulated clock."""
+    """An engine whose weights take time to come, and whose steps take time to run, on a simulated
+    clock."""
 
     device = torch.device("cpu")
 
@@ -148,11 +188,20 @@ class Recorded:
 
 def walk(mode, plan, load_s=2.0):
     clock = Clock()
-    engines = {"small": Recorded("small", clock, 0.2, 0.4), "large": Recorded("large", clock, load_s, 2.0)}
+    engines = {
+        "small": Recorded("small", clock, 0.2, 0.4),
+        "large": Recorded("large", clock, load_s, 2.0),
+    }
     parts = {"small": Part(3), "large": Part(28)}
     residency = Residency(plan_residency(plan, parts, mode=mode), engines)
     prompt = Prompt(torch.ones(1, 2, 4), torch.zeros(1, 2, 4))
-    denoise(torch.zeros(1, 4, 1, 2, 2), plan, engines, dict.fromkeys(engines, prompt), residency=residency)
+    denoise(
+        torch.zeros(1, 4, 1, 2, 2),
+        plan,
+        engines,
+        dict.fromkeys(engines, prompt),
+        residency=residency,
+    )
     residency.close()
     return engines, clock
 
@@ -169,18 +218,23 @@ def test_every_step_finds_its_weights_in_every_mode(mode, plan):
             and not [e for e in clock.events if e[2] == "unload"]
         )
     elif plan is SANDWICH:
-        back = ["small"] if mode in ("swapped", "streamed") else []  # prefetched, it is about to run again and does not leave
+        back = (
+            ["small"] if mode in ("swapped", "streamed") else []
+        )  # prefetched, it is about to run again and does not leave
         assert sorted(e[1] for e in loads) == ["large", "small", *back]
     else:
         assert [e[1:] for e in clock.events if e[2] == "unload"] == [("small", "unload")]
 
 
 def test_a_prefetched_engine_is_there_when_it_is_needed():
-    """Four small steps of 0.4 s cover 1.2 s of loading; swapped, the first large step waits for all of it."""
+    """Four small steps of 0.4 s cover 1.2 s of loading; swapped, the first large step waits for all
+    of it."""
     prefetched, _ = walk("prefetched", SANDWICH, load_s=1.2)
     swapped, _ = walk("swapped", SANDWICH, load_s=1.2)
     step = prefetched["large"].step_s
-    assert (prefetched["large"].waited[0] + step) / step <= 1.25  # the issue's bound for the step after the swap
+    assert (
+        prefetched["large"].waited[0] + step
+    ) / step <= 1.25  # the issue's bound for the step after the swap
     assert swapped["large"].waited[0] == pytest.approx(1.2)
     assert sum(prefetched["large"].waited[1:]) == 0
 
@@ -194,7 +248,9 @@ def test_an_engine_that_fails_to_come_says_so_where_it_is_needed():
 
     engines["large"].load = broken
     plan = parse_plan("small:2 large:2", time_grid(4))
-    residency = Residency(plan_residency(plan, {"small": Part(1), "large": Part(1)}, mode="prefetched"), engines)
+    residency = Residency(
+        plan_residency(plan, {"small": Part(1), "large": Part(1)}, mode="prefetched"), engines
+    )
     residency.enter(0)
     residency.enter(1)
     with pytest.raises(MemoryError, match="out of memory"):
@@ -203,15 +259,32 @@ def test_an_engine_that_fails_to_come_says_so_where_it_is_needed():
 
 
 def test_a_pipeline_keeps_to_its_budget(tiny_pair, tiny_pipe):
-    options = dict(height=32, width=32, num_frames=1, num_inference_steps=4, plan="small:2 large:2", output_type="latent")
+    options = dict(
+        height=32,
+        width=32,
+        num_frames=1,
+        num_inference_steps=4,
+        plan="small:2 large:2",
+        output_type="latent",
+    )
     wanted = tiny_pipe("a red circle", generator=torch.Generator().manual_seed(0), **options)
     whole = tiny_pipe.plan_residency(wanted.plan, ClipSize(32, 32, 1))
     least = plan_residency(wanted.plan, {n: Part(0) for n in ("small", "large")}, mode="swapped")
-    assert whole.mode == "resident" and [p.name for p in whole.phases] == ["encode", "small", "large", "decode"]
+    assert whole.mode == "resident" and [p.name for p in whole.phases] == [
+        "encode",
+        "small",
+        "large",
+        "decode",
+    ]
     pipe = NexusPipeline.from_pretrained(tiny_pair, vram=whole.peak - 1)
     pipe.set_progress_bar_config(disable=True)
     got = pipe("a red circle", generator=torch.Generator().manual_seed(0), **options)
-    assert torch.equal(got.frames, wanted.frames) and pipe.text.model is None  # freed before denoising
-    assert pipe.plan_residency(wanted.plan, ClipSize(32, 32, 1)).mode == "freed" and least.mode == "swapped"
+    assert (
+        torch.equal(got.frames, wanted.frames) and pipe.text.model is None
+    )  # freed before denoising
+    assert (
+        pipe.plan_residency(wanted.plan, ClipSize(32, 32, 1)).mode == "freed"
+        and least.mode == "swapped"
+    )
     with pytest.raises(InputError, match="the smallest budget that would do is"):
         NexusPipeline.from_pretrained(tiny_pair, vram="10KB")("a", **options)

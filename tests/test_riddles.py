@@ -1,4 +1,5 @@
-"""The reasoning grammar: every phrase means what it says, by its own arithmetic and world knowledge, and tests are held out."""
+"""The reasoning grammar: every phrase means what it says, by its own arithmetic and world
+knowledge, and tests are held out."""
 
 import itertools
 
@@ -34,13 +35,18 @@ def test_negations_and_opposites_name_the_wrong_thing_too():
             wrong = next(c for c in named if c != colour)
             assert words[words.index(wrong) - 1] in ("not", "but")
     for motion, other in (("left", "right"), ("right", "left"), ("up", "down"), ("down", "up")):
-        assert riddles.motion_phrase(motion, "opposite", rng) == f"moves the opposite way of {other}"
-        assert riddles.motion_phrase(motion, "twice", rng).endswith(f"opposite of the opposite way of {motion}")
+        assert (
+            riddles.motion_phrase(motion, "opposite", rng) == f"moves the opposite way of {other}"
+        )
+        assert riddles.motion_phrase(motion, "twice", rng).endswith(
+            f"opposite of the opposite way of {motion}"
+        )
 
 
 @pytest.mark.parametrize("colour", world.COLOURS)
 def test_mixtures_follow_paint_ink_and_light(colour):
-    """Light adds the primaries red, green and blue; ink takes away with cyan, magenta and yellow; paint as taught."""
+    """Light adds the primaries red, green and blue; ink takes away with cyan, magenta and yellow;
+    paint as taught."""
     light = {frozenset(("red", "green")): "yellow", frozenset(("green", "blue")): "cyan"}
     ink = {
         frozenset(("magenta", "yellow")): "red",
@@ -53,7 +59,8 @@ def test_mixtures_follow_paint_ink_and_light(colour):
 
 
 def test_no_riddle_says_its_answer_outright():
-    """Outside negation, double opposites and `still`'s own words, the answer's word is not in the phrase."""
+    """Outside negation, double opposites and `still`'s own words, the answer's word is not in the
+    phrase."""
     rng = np.random.default_rng(2)
     for _ in range(300):
         scene = world.sample_scene(rng, training=False)
@@ -70,7 +77,11 @@ def test_held_out_triples_are_balanced_and_never_trained_on():
     held = [t for t in triples if riddles.held_out(t)]
     assert len(triples) == 60 and len(held) == 12
     for i in range(3):  # every kind is met in training and in testing
-        assert {t[i] for t in held} == {t[i] for t in triples} == {t[i] for t in triples if t not in held}
+        assert (
+            {t[i] for t in held}
+            == {t[i] for t in triples}
+            == {t[i] for t in triples if t not in held}
+        )
     rng = np.random.default_rng(3)
     assert not any(riddles.held_out(riddles.sample_kinds(rng)) for _ in range(500))
     assert all(riddles.held_out(riddles.sample_kinds(rng, training=False)) for _ in range(200))
@@ -78,7 +89,11 @@ def test_held_out_triples_are_balanced_and_never_trained_on():
 
 
 def test_prompts_of_a_seed_are_always_the_same():
-    assert make_prompts("riddles", 11, 5) == make_prompts("riddles", 11, 9)[:5] != make_prompts("riddles", 12, 5)
+    assert (
+        make_prompts("riddles", 11, 5)
+        == make_prompts("riddles", 11, 9)[:5]
+        != make_prompts("riddles", 12, 5)
+    )
 
 
 def test_the_grammars_words_are_all_known():

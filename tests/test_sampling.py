@@ -15,7 +15,9 @@ from nexus_rt.step_runners import FiniteCheck, Prompt
 from nexus_rt.upfb import BlendConfig, blend
 
 B, C, T, H, W = 2, 3, 2, 6, 10
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
 
 
 class Field:
@@ -55,21 +57,37 @@ def test_one_generator_reaches_the_exact_solution():
 @pytest.mark.parametrize(
     "kernels, solver, split",
     [
-        *(("torch", solver, split) for solver in ("euler", "unipc") for split in ("gaussian", "dct")),
-        *(pytest.param("triton", *rest, marks=needs_triton) for rest in (("unipc", "gaussian"), ("euler", "gaussian"))),
+        *(
+            ("torch", solver, split)
+            for solver in ("euler", "unipc")
+            for split in ("gaussian", "dct")
+        ),
+        *(
+            pytest.param("triton", *rest, marks=needs_triton)
+            for rest in (("unipc", "gaussian"), ("euler", "gaussian"))
+        ),
         pytest.param("triton", "unipc", "dct", marks=needs_triton),
     ],
 )
-@pytest.mark.parametrize("spec", ["reference", "auto=0.1", "small:3 bridge:4 large:5", "large:4 bridge:2 small:6@1"])
+@pytest.mark.parametrize(
+    "spec", ["reference", "auto=0.1", "small:3 bridge:4 large:5", "large:4 bridge:2 small:6@1"]
+)
 def test_the_loop_is_plan_times_blend_times_solver(spec, split, solver, kernels):
     grid = time_grid(12, 5.0)
     plan = parse_plan(spec, grid)
     fields = {"small": Field(0.7, 0.2), "large": Field(0.4, 0.5)}
     config = BlendConfig(split=split, lowpass="butterworth")
     got = denoise(
-        noise(), plan, fields, prompts(), guidance_scale=4.0, guidance_scale_2=2.0, blend_config=config, solver=solver,
+        noise(),
+        plan,
+        fields,
+        prompts(),
+        guidance_scale=4.0,
+        guidance_scale_2=2.0,
+        blend_config=config,
+        solver=solver,
         kernels=kernels,
-    )  # fmt: skip
+    )
 
     x, solve = noise(), make_solver(solver, grid)
     for i, step in enumerate(plan.steps):
@@ -82,7 +100,13 @@ def test_the_loop_is_plan_times_blend_times_solver(spec, split, solver, kernels)
         if step.small and step.large:
             u = blend(v["small"], v["large"], step.w, config, step.energy)
         elif spec.startswith("auto"):
-            u = blend(v["small"] if step.small else None, v["large"] if step.large else None, step.w, config, step.energy)
+            u = blend(
+                v["small"] if step.small else None,
+                v["large"] if step.large else None,
+                step.w,
+                config,
+                step.energy,
+            )
         else:
             u = v["small"] if step.small else v["large"]
         x = solve.step(i, x, u)
@@ -121,7 +145,10 @@ def test_a_velocity_that_is_not_finite_names_generator_and_step(generator, index
             return v
 
     fields = {"small": Field(0.7), "large": Field(0.4), generator: Bad(0.5)}
-    with pytest.raises(NumericsError, match=rf"the {generator} generator.*step {index} \(timestep {grid.timesteps[index]}\)"):
+    with pytest.raises(
+        NumericsError,
+        match=rf"the {generator} generator.*step {index} \(timestep {grid.timesteps[index]}\)",
+    ):
         denoise(noise(), parse_plan("reference", grid), fields, prompts())
 
 
@@ -129,16 +156,24 @@ def test_cancellation_stops_before_the_next_step():
     seen = []
     with pytest.raises(Cancelled, match="step 3 of 8"):
         denoise(
-            noise(), parse_plan("small", time_grid(8)), {"small": Field(0.7)}, prompts(),
-            on_step=lambda s, x: seen.append(s.index), should_stop=lambda: len(seen) == 3,
-        )  # fmt: skip
+            noise(),
+            parse_plan("small", time_grid(8)),
+            {"small": Field(0.7)},
+            prompts(),
+            on_step=lambda s, x: seen.append(s.index),
+            should_stop=lambda: len(seen) == 3,
+        )
     assert seen == [0, 1, 2]
 
 
 def test_a_callback_may_replace_the_latents():
     plan = parse_plan("small", time_grid(4))
     x = denoise(
-        noise(), plan, {"small": Field(0.7)}, prompts(), on_step=lambda s, x: torch.zeros_like(x) if s.index == 3 else None
+        noise(),
+        plan,
+        {"small": Field(0.7)},
+        prompts(),
+        on_step=lambda s, x: torch.zeros_like(x) if s.index == 3 else None,
     )
     assert torch.count_nonzero(x) == 0
 
@@ -149,12 +184,23 @@ def test_a_missing_generator_and_missing_negatives_are_named():
     unguided = {"small": Prompt(torch.ones(B, 4, 8))}
     with pytest.raises(InputError, match="no negative prompt embeddings"):
         denoise(noise(), parse_plan("small", time_grid(4)), {"small": Field(0.7)}, unguided)
-    denoise(noise(), parse_plan("small", time_grid(4)), {"small": Field(0.7)}, unguided, guidance_scale=1.0)
+    denoise(
+        noise(),
+        parse_plan("small", time_grid(4)),
+        {"small": Field(0.7)},
+        unguided,
+        guidance_scale=1.0,
+    )
 
 
 def test_the_callers_latents_are_left_alone():
     x = noise()
-    denoise(x, parse_plan("reference", time_grid(4)), {"small": Field(0.7), "large": Field(0.4)}, prompts())
+    denoise(
+        x,
+        parse_plan("reference", time_grid(4)),
+        {"small": Field(0.7), "large": Field(0.4)},
+        prompts(),
+    )
     assert torch.equal(x, noise())
 
 

@@ -1,4 +1,5 @@
-"""The time grid and the solvers, against the formulas and against diffusers' solver on the same grid."""
+"""The time grid and the solvers, against the formulas and against diffusers' solver on the same
+grid."""
 
 import importlib.util
 import math
@@ -11,7 +12,9 @@ from diffusers import UniPCMultistepScheduler
 from nexus_rt import solver
 from nexus_rt.errors import InputError
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
 
 
 @pytest.mark.parametrize("steps, shift", [(1, 5.0), (4, 3.0), (50, 5.0), (50, 1.0), (30, 8.0)])
@@ -27,7 +30,11 @@ def test_grid_follows_the_formula(steps, shift):
 
 def test_grid_of_the_published_schedule():
     grid = solver.time_grid(50, 5.0)
-    assert grid.timesteps[:3] == (999, 995, 991) and grid.timesteps[0] == 999 and grid.timesteps[-1] == 92
+    assert (
+        grid.timesteps[:3] == (999, 995, 991)
+        and grid.timesteps[0] == 999
+        and grid.timesteps[-1] == 92
+    )
 
 
 @pytest.mark.parametrize("steps", [0, -3, 2.5, True])
@@ -49,9 +56,13 @@ def field(x: torch.Tensor, sigma: float) -> torch.Tensor:
 
 def diffusers_solver(grid: solver.TimeGrid) -> UniPCMultistepScheduler:
     scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, solver_type="bh2", predict_x0=True,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        solver_order=2,
+        solver_type="bh2",
+        predict_x0=True,
         lower_order_final=True,
-    )  # fmt: skip
+    )
     scheduler.set_timesteps(len(grid))
     scheduler.sigmas = torch.tensor(grid.sigmas, dtype=torch.float32)
     scheduler.timesteps = torch.tensor(grid.timesteps)
@@ -60,7 +71,9 @@ def diffusers_solver(grid: solver.TimeGrid) -> UniPCMultistepScheduler:
 
 
 @pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_triton)])
-@pytest.mark.parametrize("steps, shift", [(1, 5.0), (2, 5.0), (3, 3.0), (8, 1.0), (50, 5.0), (50, 3.0), (200, 5.0)])
+@pytest.mark.parametrize(
+    "steps, shift", [(1, 5.0), (2, 5.0), (3, 3.0), (8, 1.0), (50, 5.0), (50, 3.0), (200, 5.0)]
+)
 def test_unipc_equals_diffusers_on_the_same_grid(steps, shift, fused):
     grid = solver.time_grid(steps, shift)
     theirs, ours = diffusers_solver(grid), solver.make_solver("unipc", grid, fused)
@@ -74,7 +87,8 @@ def test_unipc_equals_diffusers_on_the_same_grid(steps, shift, fused):
 
 @pytest.mark.parametrize("name, order", [("euler", 1), ("unipc", 2)])
 def test_order_of_convergence(name, order):
-    """Halving the step of x' = -x (x at sigma=1 to 0) cuts the error by at least 2^order (float64)."""
+    """Halving the step of x' = -x (x at sigma=1 to 0) cuts the error by at least 2^order
+    (float64)."""
 
     # From sigma 0.9: UniPC's log-SNR steps are unbounded at both ends of the schedule.
     def error(n: int) -> float:

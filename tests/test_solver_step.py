@@ -23,12 +23,20 @@ def oracle(x, v, sums, energy, w, history, corrector, predictor):
     if energy != "none":
         n = x[0].numel()
         s, b, u = ((row.double().sum(-1) / n).sqrt() for row in sums)
-        target = {"reference": (s + b * (s / (b + 1e-6))) / 2, "progressive": w * s + (1 - w) * b}[energy]
+        target = {"reference": (s + b * (s / (b + 1e-6))) / 2, "progressive": w * s + (1 - w) * b}[
+            energy
+        ]
         v = v * (target / (u + 1e-6)).view(-1, *[1] * (x.ndim - 1))
     clean = x - sigma * v
     if corrector:
-        x = c[0] * last + sum(a * m for a, m in list(zip(c[1:], (clean, m1, m2), strict=True))[:corrector])
-    return p[0] * x + sum(a * m for a, m in list(zip(p[1:], (clean, m1), strict=True))[:predictor]), x, clean
+        x = c[0] * last + sum(
+            a * m for a, m in list(zip(c[1:], (clean, m1, m2), strict=True))[:corrector]
+        )
+    return (
+        p[0] * x + sum(a * m for a, m in list(zip(p[1:], (clean, m1), strict=True))[:predictor]),
+        x,
+        clean,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +56,29 @@ def test_it_is_the_formula(shape, energy, corrector, predictor, guided, keep):
         whole = twin.double() + 4.0 * (v.double() - twin.double())
     else:
         twin, whole = None, v
-    args = (x, v, twin, 4.0, None if energy == "none" else sums, energy, 0.3, SCALARS, history, corrector, predictor, keep)
+    args = (
+        x,
+        v,
+        twin,
+        4.0,
+        None if energy == "none" else sums,
+        energy,
+        0.3,
+        SCALARS,
+        history,
+        corrector,
+        predictor,
+        keep,
+    )
     got, eager = solver_step(*args), solver_step_ref(*args)
     wanted = oracle(x, whole, sums, energy, 0.3, history, corrector, predictor)
     for g, e, w in list(zip(got, eager, wanted, strict=True))[: 3 if keep else 1]:
         allowed = 2 * (e.double() - w).abs().max() + 2e-6 * w.abs().max()
-        assert g.dtype == torch.float32 and torch.isfinite(g).all() and (g.double() - w).abs().max() <= allowed
+        assert (
+            g.dtype == torch.float32
+            and torch.isfinite(g).all()
+            and (g.double() - w).abs().max() <= allowed
+        )
     if keep and not corrector:
         assert got[1] is x  # not copied
     if not keep:
@@ -61,7 +86,9 @@ def test_it_is_the_formula(shape, energy, corrector, predictor, guided, keep):
 
 
 def test_the_factor_is_the_formula():
-    sums = torch.tensor([[[3.0, 1.0]], [[4.0, 12.0]], [[2.0, 7.0]]])  # of four elements: rms 1, 2, 1.5
+    sums = torch.tensor(
+        [[[3.0, 1.0]], [[4.0, 12.0]], [[2.0, 7.0]]]
+    )  # of four elements: rms 1, 2, 1.5
     assert energy_factor(sums, 4, "progressive", 0.25).item() == pytest.approx(1.75 / 1.5, rel=1e-5)
     assert energy_factor(sums, 4, "reference", 0.25).item() == pytest.approx(1 / 1.5, rel=1e-5)
     assert energy_factor(sums, 4, "none", 0.25).item() == 1.0
@@ -92,10 +119,28 @@ def test_any_number_of_partial_sums(partials):
 )
 def test_what_the_kernel_does_not_take_is_refused(change, words):
     z = torch.zeros(2, 4)
-    given = {"x": z, "v": z, "twin": None, "sums": None, "energy": "none", "history": [z, z, z], **change}
+    given = {
+        "x": z,
+        "v": z,
+        "twin": None,
+        "sums": None,
+        "energy": "none",
+        "history": [z, z, z],
+        **change,
+    }
     with pytest.raises(ValueError, match=words):
         solver_step(
-            given["x"], given["v"], given["twin"], 1.0, given["sums"], given["energy"], 0.5, SCALARS, given["history"], 3, 2
+            given["x"],
+            given["v"],
+            given["twin"],
+            1.0,
+            given["sums"],
+            given["energy"],
+            0.5,
+            SCALARS,
+            given["history"],
+            3,
+            2,
         )
 
 
@@ -104,4 +149,6 @@ def test_the_op_keeps_torchs_rules(monkeypatch):
     x, v, twin, history, sums = tensors((2, 3, 5), 4)
     op = torch.ops.nexus_rt.solver_step.default
     torch.library.opcheck(op, (x, v, None, sums, *history, 1.0, 0.3, SCALARS, 1, 3, 2, True))
-    torch.library.opcheck(op, (x, v, twin, None, None, None, None, 4.0, 0.3, SCALARS, 0, 0, 1, False))
+    torch.library.opcheck(
+        op, (x, v, twin, None, None, None, None, 4.0, 0.3, SCALARS, 0, 0, 1, False)
+    )

@@ -23,7 +23,15 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU he
 
 def target(**change):
     sizes = (ClipSize(32, 32, 5), ClipSize(48, 32, 5))
-    return Target(**{"backend": "tensorrt-rtx", "precision": "fp16", "buckets": sizes, "device": CPU, **change})
+    return Target(
+        **{
+            "backend": "tensorrt-rtx",
+            "precision": "fp16",
+            "buckets": sizes,
+            "device": CPU,
+            **change,
+        }
+    )
 
 
 def small(pair):
@@ -37,17 +45,34 @@ def cache(tmp_path, monkeypatch):
 
 
 @no_gpu
-@pytest.mark.parametrize("precision, sm", [("fp16", None), pytest.param("fp32", "8.9", marks=pytest.mark.slow)])
-def test_an_engine_is_built_and_waits_for_a_gpu_to_compare_it(precision, sm, tiny_pair, cache, capsys):
-    engine = export_part(small(tiny_pair), target(precision=precision, sm=sm), "nexus-rt export -o x")
+@pytest.mark.parametrize(
+    "precision, sm", [("fp16", None), pytest.param("fp32", "8.9", marks=pytest.mark.slow)]
+)
+def test_an_engine_is_built_and_waits_for_a_gpu_to_compare_it(
+    precision, sm, tiny_pair, cache, capsys
+):
+    engine = export_part(
+        small(tiny_pair), target(precision=precision, sm=sm), "nexus-rt export -o x"
+    )
     m = engine.manifest
-    assert set(m.files) == {f"{g}.{kind}" for g in ("context", "velocity") for kind in ("engine", "json")}
-    assert m.files["velocity.engine"]["bytes"] > 10_000 and m.device == {"type": "cuda", "sm": sm, "name": None}
+    assert set(m.files) == {
+        f"{g}.{kind}" for g in ("context", "velocity") for kind in ("engine", "json")
+    }
+    assert m.files["velocity.engine"]["bytes"] > 10_000 and m.device == {
+        "type": "cuda",
+        "sm": sm,
+        "name": None,
+    }
     report = json.loads((engine.path / "velocity.json").read_text())
-    assert report["attention_operators"] == (2 if precision == "fp16" else 0)  # a block: self and cross
+    assert report["attention_operators"] == (
+        2 if precision == "fp16" else 0
+    )  # a block: self and cross
     assert report["attention_fused"] is None and report["inspected"] == "needs a GPU"
     assert m.parity["compared"] is False
-    with pytest.raises(ModelError, match="failed its parity gate .it was built where it cannot run and never compared"):
+    with pytest.raises(
+        ModelError,
+        match="failed its parity gate .it was built where it cannot run and never compared",
+    ):
         engine.check_parity()
     assert cli.main(["engines", "list"]) == 0 and "never compared" in capsys.readouterr().out
 
@@ -59,14 +84,22 @@ def test_a_gpu_that_appears_compares_what_is_in_the_cache(tiny_pair, cache, monk
 
     monkeypatch.setattr(builder, "build", quick)
     nothing = SimpleNamespace(forget=lambda: None)
-    monkeypatch.setattr(GeneratorPart, "trace", lambda self, *args: dict.fromkeys(self.graphs(), nothing))
+    monkeypatch.setattr(
+        GeneratorPart, "trace", lambda self, *args: dict.fromkeys(self.graphs(), nothing)
+    )
     first = export_part(small(tiny_pair), target(), "x")
     monkeypatch.setattr(builder, "can_run", lambda: True)
     monkeypatch.setattr(builder, "build", lambda *args: pytest.fail("built again"))
-    monkeypatch.setattr(build, "engine_of", lambda *args: type("Engine", (), {"unload": lambda self: None})())
+    monkeypatch.setattr(
+        build, "engine_of", lambda *args: type("Engine", (), {"unload": lambda self: None})()
+    )
     monkeypatch.setattr(build, "gate", lambda *args: {"passed": True, "why": "", "rows": {}})
     second = export_part(small(tiny_pair), target(), "x")
-    assert second.path == first.path and second.manifest.parity["passed"] and not first.manifest.parity["passed"]
+    assert (
+        second.path == first.path
+        and second.manifest.parity["passed"]
+        and not first.manifest.parity["passed"]
+    )
     EngineFolder.read(second.path).check_parity()
 
 
@@ -74,7 +107,9 @@ def test_a_gpu_that_appears_compares_what_is_in_the_cache(tiny_pair, cache, monk
 def test_a_builder_that_dies_takes_nothing_with_it(tiny_pair, cache, monkeypatch):
     traced = small(tiny_pair).trace("fp16", target().ordered(), CPU, ("torch", "auto"))
     monkeypatch.setattr(GeneratorPart, "trace", lambda self, *args: traced)
-    monkeypatch.setattr(builder, "profiles", lambda *args: [{"embeds": [[1, 2, 3], [1, 2, 3], [1, 2, 3]]}])  # of another width
+    monkeypatch.setattr(
+        builder, "profiles", lambda *args: [{"embeds": [[1, 2, 3], [1, 2, 3], [1, 2, 3]]}]
+    )  # of another width
     with pytest.raises(ModelError, match="tensorrt-rtx's builder failed on the context graph: "):
         export_part(small(tiny_pair), target(), "x")
     monkeypatch.setattr(builder.sys, "executable", shutil.which("false"))
@@ -86,7 +121,10 @@ def test_a_builder_that_dies_takes_nothing_with_it(tiny_pair, cache, monkeypatch
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"backend": "tensorrt"}, "no tensorrt engine can be built here: tensorrt is not installed"),
+        (
+            {"backend": "tensorrt"},
+            "no tensorrt engine can be built here: tensorrt is not installed",
+        ),
         ({"sm": "9.0"}, "tensorrt-rtx has no target 9.0; it has .*8.9"),
     ],
 )
@@ -98,12 +136,21 @@ def test_what_cannot_be_built_is_said_before_any_work(change, words, tiny_pair, 
 
 def test_a_profile_a_size_and_both_kinds_of_step():
     stacked = (3, "batch", "tokens", 4, 32)
-    shapes = {"latents": ("batch", 16, "frames", "2*rows", "2*columns"), "timestep": (), "keys": stacked}
+    shapes = {
+        "latents": ("batch", 16, "frames", "2*rows", "2*columns"),
+        "timestep": (),
+        "keys": stacked,
+    }
     found = builder.profiles(Traced(None, {}, shapes, ()), target())
     assert [p["latents"] for p in found] == [[[n, 16, 2, 4, w] for n in (1, 2, 2)] for w in (4, 6)]
-    assert found[0]["keys"] == [[3, 1, 2, 4, 32], [3, 2, 128, 4, 32], [3, 2, 2560, 4, 32]] and "timestep" not in found[0]
+    assert (
+        found[0]["keys"] == [[3, 1, 2, 4, 32], [3, 2, 128, 4, 32], [3, 2, 2560, 4, 32]]
+        and "timestep" not in found[0]
+    )
     prompt = Traced(None, {}, {"embeds": ("batch", "tokens", 8)}, ())
-    assert builder.profiles(prompt, target()) == [{"embeds": [[1, 2, 8], [2, 128, 8], [2, 2560, 8]]}]  # of no size
+    assert builder.profiles(prompt, target()) == [
+        {"embeds": [[1, 2, 8], [2, 128, 8], [2, 2560, 8]]}
+    ]  # of no size
     (span,) = builder.profiles(Traced(None, {}, shapes, ()), target(range=True))
     assert span["latents"] == [[1, 16, 2, 4, 4], [2, 16, 2, 4, 6], [2, 16, 2, 4, 6]]
 
@@ -112,13 +159,18 @@ def test_a_profile_a_size_and_both_kinds_of_step():
 def test_a_fused_step_is_built(tiny_pair, cache):
     part = StepPart({n: tiny_pair / n for n in ("small", "large")})
     engine = export_part(part, target(buckets=(ClipSize(32, 32, 5),)), "x")
-    assert set(engine.manifest.files) == {f"{g}.{k}" for g in part.graphs() for k in ("engine", "json")}
-    assert json.loads((engine.path / "step.json").read_text())["attention_operators"] == 2 + 4  # one block and two
+    assert set(engine.manifest.files) == {
+        f"{g}.{k}" for g in part.graphs() for k in ("engine", "json")
+    }
+    assert (
+        json.loads((engine.path / "step.json").read_text())["attention_operators"] == 2 + 4
+    )  # one block and two
 
 
 @no_gpu
 @pytest.mark.parametrize(
-    "part, graphs", [pytest.param(DecoderPart, {"first", "next"}, marks=pytest.mark.slow), (TextPart, {"encode"})]
+    "part, graphs",
+    [pytest.param(DecoderPart, {"first", "next"}, marks=pytest.mark.slow), (TextPart, {"encode"})],
 )
 def test_the_other_parts_are_built(part, graphs, tiny_pair, cache):
     source = tiny_pair / "vae" if part is DecoderPart else tiny_pair

@@ -1,4 +1,5 @@
-"""Tokenizers of folders: the plain ones read without transformers, and the same ids as transformers'."""
+"""Tokenizers of folders: the plain ones read without transformers, and the same ids as
+transformers'."""
 
 import json
 import subprocess
@@ -10,14 +11,24 @@ from nexus_rt.errors import ModelError
 from nexus_rt.models.tokenizer import PlainTokenizer, TransformersTokenizer, load_tokenizer
 from nexus_rt.pair import MINI
 
-TEXTS = ["a red circle", "", "  spaces   between ", "naïve 漢字 🎉 unheard-of", "a " * 700, "</s> <unk> a"]
+TEXTS = [
+    "a red circle",
+    "",
+    "  spaces   between ",
+    "naïve 漢字 🎉 unheard-of",
+    "a " * 700,
+    "</s> <unk> a",
+]
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "understanding"])
 @pytest.mark.parametrize("limit", [None, 1, 2, 7, 512])
 @pytest.mark.parametrize("special", [True, False])
 def test_ids_are_those_of_transformers(part, limit, special):
-    ours, theirs = load_tokenizer(MINI / part, "tokenizer"), TransformersTokenizer(MINI / part, "tokenizer")
+    ours, theirs = (
+        load_tokenizer(MINI / part, "tokenizer"),
+        TransformersTokenizer(MINI / part, "tokenizer"),
+    )
     assert isinstance(ours, PlainTokenizer)
     for text in TEXTS:
         ids = ours.encode(text, special, limit)
@@ -32,20 +43,39 @@ def test_a_files_own_truncation_and_padding_are_not_applied(tmp_path):
     """They are what its maker's last call left in it."""
     wanted = load_tokenizer(MINI / "tokenizer", "tokenizer").encode(TEXTS[4])
     stored = json.loads((MINI / "tokenizer" / "tokenizer.json").read_text())
-    stored["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    stored["padding"] = {"strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
-                         "pad_type_id": 0, "pad_token": "<pad>"}  # fmt: skip
+    stored["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    stored["padding"] = {
+        "strategy": {"Fixed": 9},
+        "direction": "Left",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<pad>",
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
     config = json.loads((MINI / "tokenizer" / "tokenizer_config.json").read_text())
     config["pad_token"] = {"content": "<pad>", "__type": "AddedToken"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path, "tokenizer")
-    assert tokenizer.encode(TEXTS[4]) == wanted and len(tokenizer.encode("a")) == 2 and tokenizer.pad_id == 0
+    assert (
+        tokenizer.encode(TEXTS[4]) == wanted
+        and len(tokenizer.encode("a")) == 2
+        and tokenizer.pad_id == 0
+    )
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"version": 3}', "\x00" * 10, '{"model": {"type": "BPE", "vocab": 3}}', ""])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"version": 3}', "\x00" * 10, '{"model": {"type": "BPE", "vocab": 3}}', ""]
+)
 def test_damaged_ones_are_one_sentence(tmp_path, text):
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_tokenizer(tmp_path, "tokenizer")
@@ -54,9 +84,21 @@ def test_damaged_ones_are_one_sentence(tmp_path, text):
 def test_the_mini_pair_generates_without_transformers_diffusers_or_the_compiler(tmp_path):
     """Their imports take longer than its clip does: from the shell to an mp4 is mostly imports."""
     code = (
-        "import sys; from nexus_rt.cli import main; main(sys.argv[1:])\n"
-        "print([m for m in ('transformers', 'diffusers', 'sympy', 'torch._dynamo', 'torch._inductor') if m in sys.modules])"
+        "import sys; from nexus_rt.cli import main; main(sys.argv[1:])\nprint([m for m in"
+        " ('transformers', 'diffusers', 'sympy', 'torch._dynamo', 'torch._inductor') if m in"
+        " sys.modules])"
     )
-    command = [sys.executable, "-c", code, "generate", "a red circle", "--steps", "2", "--quiet", "-o", str(tmp_path / "a.mp4")]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "generate",
+        "a red circle",
+        "--steps",
+        "2",
+        "--quiet",
+        "-o",
+        str(tmp_path / "a.mp4"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (tmp_path / "a.mp4").stat().st_size and done.stdout.splitlines()[-1] == "[]"

@@ -8,7 +8,9 @@ from nexus_rt.bench.shapes import checker, world
 
 
 def clip(scene, seed=0, **kwargs):
-    return (world.render(scene, np.random.default_rng(seed), **kwargs).transpose(0, 2, 3, 1) + 1) / 2
+    return (
+        world.render(scene, np.random.default_rng(seed), **kwargs).transpose(0, 2, 3, 1) + 1
+    ) / 2
 
 
 def some_scenes(count, seed=5):
@@ -19,7 +21,9 @@ def some_scenes(count, seed=5):
 def test_every_word_of_a_caption_is_a_field():
     for scene in world.all_scenes()[::7]:
         for form in range(3):
-            text = world.caption(scene, type("Fixed", (), {"integers": lambda self, n, k=form: k})())
+            text = world.caption(
+                scene, type("Fixed", (), {"integers": lambda self, n, k=form: k})()
+            )
             for word in (scene.shape, scene.colour, scene.background, scene.motion):
                 assert word in text
             assert (scene.texture in text) == (scene.texture != "plain")
@@ -36,7 +40,9 @@ def test_held_out_scenes_are_never_trained_on():
 def test_the_checker_reads_true_renderings(blur, noise):
     rng = np.random.default_rng(1)
     for scene in some_scenes(40):
-        frames = ndimage.gaussian_filter(clip(scene, 2), (0, blur, blur, 0)) + noise * rng.normal(size=(17, 64, 64, 3))
+        frames = ndimage.gaussian_filter(clip(scene, 2), (0, blur, blur, 0)) + noise * rng.normal(
+            size=(17, 64, 64, 3)
+        )
         assert all(checker.look(np.clip(frames, 0, 1)).matches(scene)), scene
 
 
@@ -62,7 +68,10 @@ def test_signed_distance_is_a_distance():
     for shape in world.SHAPES:
         d = world.signed_distance(shape, x, y, 10.0)
         assert d[40, 40] < 0 < d[0, 0]
-        assert np.abs(np.diff(d, axis=0)).max() <= 0.5 + 1e-4 and np.abs(np.diff(d, axis=1)).max() <= 0.5 + 1e-4
+        assert (
+            np.abs(np.diff(d, axis=0)).max() <= 0.5 + 1e-4
+            and np.abs(np.diff(d, axis=1)).max() <= 0.5 + 1e-4
+        )
 
 
 def test_objects_stay_inside_the_frame():

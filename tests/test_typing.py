@@ -1,4 +1,5 @@
-"""Static tools find every module: the runtime's own, and kernels, export and bench, which stand at the repository's top."""
+"""Static tools find every module: the runtime's own, and kernels, export and bench, which stand at
+the repository's top."""
 
 import subprocess
 import sys
@@ -41,8 +42,14 @@ def test_the_checker_knows_the_types_of_all_four(tmp_path):
         "--cache-dir",
         str(tmp_path / "cache"),
     ]
-    done = subprocess.run([*command, str(tmp_path / "snippet.py")], capture_output=True, text=True, cwd=ROOT)
-    found = [line.split("Revealed type is ")[1] for line in done.stdout.splitlines() if "Revealed type is" in line]
+    done = subprocess.run(
+        [*command, str(tmp_path / "snippet.py")], capture_output=True, text=True, cwd=ROOT
+    )
+    found = [
+        line.split("Revealed type is ")[1]
+        for line in done.stdout.splitlines()
+        if "Revealed type is" in line
+    ]
     assert len(found) == 4 and not [t for t in found if t == '"Any"'], done.stdout
     assert "Guidance" in found[2] and "dict[" in found[3]
     assert 'Argument 1 to "rename" has incompatible type "int"' in done.stdout

@@ -12,11 +12,23 @@ from nexus_rt.models.umt5 import Umt5Config, load_umt5, position_buckets
 CPU = torch.device("cpu")
 CONFIGS = {
     "as Wan's": dict(d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4),
-    "few buckets": dict(d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, relative_attention_num_buckets=16,
-                        relative_attention_max_distance=64, layer_norm_epsilon=1e-5),
-    "no gate": dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="relu"),
-    "another gate": dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-silu"),
-}  # fmt: skip
+    "few buckets": dict(
+        d_model=32,
+        d_kv=16,
+        d_ff=48,
+        num_layers=1,
+        num_heads=2,
+        relative_attention_num_buckets=16,
+        relative_attention_max_distance=64,
+        layer_norm_epsilon=1e-5,
+    ),
+    "no gate": dict(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="relu"
+    ),
+    "another gate": dict(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-silu"
+    ),
+}
 
 
 def saved(folder, **options):
@@ -47,7 +59,8 @@ def test_it_computes_what_transformers_does(tmp_path, options):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_loses_no_more_than_transformers(tmp_path, dtype):
-    """Beside float16, the last linear of a feed-forward stays in float32, as transformers keeps it."""
+    """Beside float16, the last linear of a feed-forward stays in float32, as transformers keeps
+    it."""
     from transformers import UMT5EncoderModel
 
     exact = saved(tmp_path, **CONFIGS["as Wan's"])
@@ -59,19 +72,26 @@ def test_low_precision_loses_no_more_than_transformers(tmp_path, dtype):
         error = (ours(ids, torch.ones_like(ids)).float() - wanted).abs().mean()
         assert error <= 1.5 * (theirs(ids).last_hidden_state.float() - wanted).abs().mean()
     kept = {n for n, p in ours.named_parameters() if p.dtype == torch.float32}
-    assert kept == ({n for n, _ in ours.named_parameters() if ".wo." in n} if dtype == torch.float16 else set())
+    assert kept == (
+        {n for n, _ in ours.named_parameters() if ".wo." in n} if dtype == torch.float16 else set()
+    )
 
 
 @pytest.mark.parametrize("buckets, distance", [(32, 128), (16, 64), (8, 20)])
 def test_buckets_follow_the_formula(buckets, distance):
-    """T5's section 2.1 in float64: behind and ahead apart, exact nearby, then logarithmic to the last."""
-    config = Umt5Config(relative_attention_num_buckets=buckets, relative_attention_max_distance=distance)
+    """T5's section 2.1 in float64: behind and ahead apart, exact nearby, then logarithmic to the
+    last."""
+    config = Umt5Config(
+        relative_attention_num_buckets=buckets, relative_attention_max_distance=distance
+    )
     got = position_buckets(200, config, CPU).numpy()
     offset = np.arange(200)[None] - np.arange(200)[:, None]
     half, exact = buckets // 2, buckets // 4
     away = np.maximum(np.abs(offset), 1).astype(np.float64)
     wide = exact + np.floor(np.log(away / exact) / np.log(distance / exact) * (half - exact) + 1e-6)
-    wanted = np.where(np.abs(offset) < exact, np.abs(offset), np.minimum(wide, half - 1)) + half * (offset > 0)
+    wanted = np.where(np.abs(offset) < exact, np.abs(offset), np.minimum(wide, half - 1)) + half * (
+        offset > 0
+    )
     assert (got == wanted).mean() > 0.999 and got.min() == 0 and got.max() == buckets - 1
 
 

@@ -1,4 +1,5 @@
-"""The understanding model: the published template, hidden states, and what is said when parts are missing."""
+"""The understanding model: the published template, hidden states, and what is said when parts are
+missing."""
 
 import json
 
@@ -19,16 +20,21 @@ def llm(tmp_path_factory):
 
 def test_the_published_template():
     system = (
-        "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-        "provides, and assist the user with a variety of tasks using natural language."
+        "You are a helpful language and vision assistant. You are able to understand the visual"
+        " content that the user provides, and assist the user with a variety of tasks using natural"
+        " language."
     )
-    assert Template().render("a {red} panda") == (
-        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nGenerate a video about:\na {red} panda<|eot_id|>"
+    assert (
+        Template().render("a {red} panda")
+        == f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nGenerate a video about:\na {red}"
+        " panda<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n[GEN_VID]<|end_of_text|>"
     )
     image = Template().render("x", single_frame=True)
-    assert "Generate an image about:\nx<|eot_id|>" in image and image.endswith("[GEN_IMG]<|end_of_text|>")
+    assert "Generate an image about:\nx<|eot_id|>" in image and image.endswith(
+        "[GEN_IMG]<|end_of_text|>"
+    )
 
 
 def test_hidden_states_are_the_models_last(llm):
@@ -37,20 +43,36 @@ def test_hidden_states_are_the_models_last(llm):
     ours = UnderstandingModel(llm, Template(), torch.float32, "cpu")
     states = ours.hidden_states("the red panda")
     text = Template().render("the red panda")
-    ids = AutoTokenizer.from_pretrained(llm)(text, add_special_tokens=False, return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(llm)(
+        text, add_special_tokens=False, return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(llm)(ids, output_hidden_states=True).hidden_states[-1]
+        theirs = AutoModelForCausalLM.from_pretrained(llm)(
+            ids, output_hidden_states=True
+        ).hidden_states[-1]
     assert ids.shape[1] > 30 and torch.equal(states, theirs)
     assert (ours.hidden_states("the red panda", True) != ours.hidden_states("the red panda")).any()
 
 
 def test_an_image_text_model_reads_text(tmp_path):
-    """Any transformers model with last hidden states: here LLaVA's shape, an image tower beside the language model."""
-    from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    """Any transformers model with last hidden states: here LLaVA's shape, an image tower beside the
+    language model."""
+    from transformers import (
+        AutoTokenizer,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
 
     make_llm(tmp_path)
     vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
     )
     text = LlamaConfig(
         vocab_size=64,
@@ -60,10 +82,14 @@ def test_an_image_text_model_reads_text(tmp_path):
         num_attention_heads=2,
         max_position_embeddings=128,
     )
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)).eval()
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    ).eval()
     (tmp_path / "model.safetensors").unlink()
     model.save_pretrained(tmp_path)
-    states = UnderstandingModel(tmp_path, Template(), torch.float32, "cpu").hidden_states("the panda")
+    states = UnderstandingModel(tmp_path, Template(), torch.float32, "cpu").hidden_states(
+        "the panda"
+    )
     ids = AutoTokenizer.from_pretrained(tmp_path)(
         Template().render("the panda"), add_special_tokens=False, return_tensors="pt"
     ).input_ids
@@ -117,9 +143,12 @@ def test_folders_that_are_none(tmp_path, llm):
         UnderstandingModel(tmp_path, Template(), torch.float32, "cpu").load()
 
 
-@pytest.mark.parametrize("pad, eos", [("<|eot_id|>", None), (None, "<|eot_id|>"), ("<unk>", "<|eot_id|>")])
+@pytest.mark.parametrize(
+    "pad, eos", [("<|eot_id|>", None), (None, "<|eot_id|>"), ("<unk>", "<|eot_id|>")]
+)
 def test_the_mask_is_that_of_the_published_code(llm, tmp_path, pad, eos):
-    """`input_ids != pad`, the end token where there is no padding token: so a template's own end tokens are masked there."""
+    """`input_ids != pad`, the end token where there is no padding token: so a template's own end
+    tokens are masked there."""
     import shutil
 
     from transformers import AutoModel, AutoTokenizer
@@ -128,10 +157,20 @@ def test_the_mask_is_that_of_the_published_code(llm, tmp_path, pad, eos):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token, tokenizer.eos_token = pad, eos
     tokenizer.save_pretrained(folder)
-    states = UnderstandingModel(folder, Template(), torch.float32, "cpu").hidden_states("the red panda")
-    ids = tokenizer(Template().render("the red panda"), add_special_tokens=False, return_tensors="pt").input_ids
+    states = UnderstandingModel(folder, Template(), torch.float32, "cpu").hidden_states(
+        "the red panda"
+    )
+    ids = tokenizer(
+        Template().render("the red panda"), add_special_tokens=False, return_tensors="pt"
+    ).input_ids
     mask = (ids != tokenizer.convert_tokens_to_ids(pad or eos)).long()
     with torch.no_grad():
-        theirs = AutoModel.from_pretrained(folder)(input_ids=ids, attention_mask=mask).last_hidden_state
+        theirs = AutoModel.from_pretrained(folder)(
+            input_ids=ids, attention_mask=mask
+        ).last_hidden_state
         unmasked = AutoModel.from_pretrained(folder)(input_ids=ids).last_hidden_state
-    assert 0 < mask.sum() < mask.numel() and torch.equal(states, theirs) and not torch.allclose(states, unmasked)
+    assert (
+        0 < mask.sum() < mask.numel()
+        and torch.equal(states, theirs)
+        and not torch.allclose(states, unmasked)
+    )

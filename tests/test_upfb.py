@@ -1,4 +1,5 @@
-"""The blend against float64 oracles written from the formulas (DESIGN section 1), not from the code."""
+"""The blend against float64 oracles written from the formulas (DESIGN section 1), not from the
+code."""
 
 import math
 
@@ -29,7 +30,12 @@ def gaussian_lf(v: np.ndarray, w: float) -> np.ndarray:
     height, width = v.shape[-2:]
     k = max(3, 2 * math.floor(math.sqrt(height * width) / 1024) + 1)
     sigma, r = 0.35 + (0.7 - 0.35) * w, k // 2
-    kernel = np.array([[math.exp(-(i * i + j * j) / (2 * sigma**2)) for j in range(-r, r + 1)] for i in range(-r, r + 1)])
+    kernel = np.array(
+        [
+            [math.exp(-(i * i + j * j) / (2 * sigma**2)) for j in range(-r, r + 1)]
+            for i in range(-r, r + 1)
+        ]
+    )
     kernel /= kernel.sum()
     padded = np.pad(v, [(0, 0)] * (v.ndim - 2) + [(r, r), (r, r)])
     out = np.zeros_like(v)
@@ -56,7 +62,12 @@ def radial_lf(v: np.ndarray, cutoff: float, split: str, family: str, order: int)
         return np.fft.ifft2(np.fft.fft2(v) * gain).real
     fy, fx = np.arange(height) / height, np.arange(width) / width
     gain = lowpass(np.hypot(fy[:, None], fx[None]), cutoff, family, order)
-    return scipy.fft.idctn(scipy.fft.dctn(v, type=2, norm="ortho", axes=(-2, -1)) * gain, type=2, norm="ortho", axes=(-2, -1))
+    return scipy.fft.idctn(
+        scipy.fft.dctn(v, type=2, norm="ortho", axes=(-2, -1)) * gain,
+        type=2,
+        norm="ortho",
+        axes=(-2, -1),
+    )
 
 
 def np_rms(v: np.ndarray) -> np.ndarray:
@@ -93,7 +104,9 @@ def test_blend_matches_the_formula(split, w, energy):
     assert np.abs(got - expected).max() <= 2e-6 * np.abs(expected).max() + 1e-6
 
 
-@pytest.mark.parametrize("family, order", [("gaussian", 2), ("butterworth", 1), ("butterworth", 4), ("ideal", 2)])
+@pytest.mark.parametrize(
+    "family, order", [("gaussian", 2), ("butterworth", 1), ("butterworth", 4), ("ideal", 2)]
+)
 @pytest.mark.parametrize("split", ["fft", "dct"])
 @pytest.mark.parametrize("plane", PLANES)
 def test_two_sided_matrices_are_the_transforms(plane, split, family, order):
@@ -109,11 +122,19 @@ def test_two_sided_matrices_are_the_transforms(plane, split, family, order):
 @pytest.mark.parametrize("plane", PLANES)
 def test_the_transforms_are_orthonormal_and_one_for_every_cutoff(plane, split):
     here = torch.device("cpu")
-    narrow, wide = (split_filter(*plane, split, "butterworth", 2, cutoff, here) for cutoff in (0.2, 0.9))
+    narrow, wide = (
+        split_filter(*plane, split, "butterworth", 2, cutoff, here) for cutoff in (0.2, 0.9)
+    )
     for side, matrix in zip(plane, (narrow.left, narrow.right), strict=True):
         assert (matrix.double() @ matrix.double().T - torch.eye(side)).abs().max() < 1e-6
-    assert narrow.left is wide.left and narrow.right is wide.right and not torch.equal(narrow.gain, wide.gain)
-    assert split_filter(*plane, split, "gaussian", 2, 0.5, here).gain is None  # separable: two products, not four
+    assert (
+        narrow.left is wide.left
+        and narrow.right is wide.right
+        and not torch.equal(narrow.gain, wide.gain)
+    )
+    assert (
+        split_filter(*plane, split, "gaussian", 2, 0.5, here).gain is None
+    )  # separable: two products, not four
 
 
 @pytest.mark.parametrize("plane", PLANES)
@@ -126,9 +147,12 @@ def test_gaussian_low_band(plane, w):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    w=st.floats(0, 1), split=st.sampled_from(["gaussian", "fft", "dct"]), scale=st.floats(0.05, 20),
-    seed=st.integers(0, 1000), energy=st.sampled_from(["reference", "progressive"]),
-)  # fmt: skip
+    w=st.floats(0, 1),
+    split=st.sampled_from(["gaussian", "fft", "dct"]),
+    scale=st.floats(0.05, 20),
+    seed=st.integers(0, 1000),
+    energy=st.sampled_from(["reference", "progressive"]),
+)
 def test_energy_sets_the_rms_of_every_sample(w, split, scale, seed, energy):
     small, large = velocities((2, 2, 2, 6, 10), seed)
     large = large * scale
@@ -140,11 +164,18 @@ def test_energy_sets_the_rms_of_every_sample(w, split, scale, seed, energy):
 
 
 @settings(max_examples=30, deadline=None)
-@given(w=st.floats(0, 1), split=st.sampled_from(["fft", "dct"]), family=st.sampled_from(["gaussian", "butterworth", "ideal"]))
+@given(
+    w=st.floats(0, 1),
+    split=st.sampled_from(["fft", "dct"]),
+    family=st.sampled_from(["gaussian", "butterworth", "ideal"]),
+)
 def test_shares_add_up_to_one(w, split, family):
-    """Where both generators agree the blend changes nothing: what the small gives up, the large takes."""
+    """Where both generators agree the blend changes nothing: what the small gives up, the large
+    takes."""
     v, _ = velocities((1, 2, 2, 6, 10))
-    assert torch.allclose(blend(v, v, w, BlendConfig(split=split, lowpass=family), "none"), v, atol=1e-5)
+    assert torch.allclose(
+        blend(v, v, w, BlendConfig(split=split, lowpass=family), "none"), v, atol=1e-5
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -196,7 +227,9 @@ def test_gate_at_its_ends_and_in_the_middle():
 
 def test_guidance_is_diffusers_meaning():
     c, u = velocities()
-    assert torch.allclose(guide(c, u, 6.0), c + 5.0 * (c - u), atol=1e-5)  # the paper's s = 5 is g = 6
+    assert torch.allclose(
+        guide(c, u, 6.0), c + 5.0 * (c - u), atol=1e-5
+    )  # the paper's s = 5 is g = 6
     assert torch.equal(guide(c, None, 6.0), c)
 
 

@@ -10,7 +10,14 @@ import torch
 from PIL import Image, ImageSequence
 
 from nexus_rt.errors import InputError
-from nexus_rt.video import check_output, frame_rate, read_frames, read_metadata, save_video, to_uint8
+from nexus_rt.video import (
+    check_output,
+    frame_rate,
+    read_frames,
+    read_metadata,
+    save_video,
+    to_uint8,
+)
 
 
 def clip(frames=9, height=32, width=48):
@@ -39,7 +46,9 @@ def test_gif_reads_back(tmp_path):
         assert image.n_frames == 9 and image.size == (48, 32)
 
 
-@pytest.mark.parametrize("frames, size", [(9, (8 * 48, 2 * 32)), (1, (48, 32)), (40, (8 * 48, 2 * 32))])
+@pytest.mark.parametrize(
+    "frames, size", [(9, (8 * 48, 2 * 32)), (1, (48, 32)), (40, (8 * 48, 2 * 32))]
+)
 def test_png_is_a_contact_sheet(tmp_path, frames, size):
     path = save_video((clip(9)[np.arange(frames) % 9] * 255).astype(np.uint8), tmp_path / "out.png")
     with Image.open(path) as image:
@@ -62,7 +71,10 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(InputError, match="No space left"):
         save_video(clip(), tmp_path / f"a.{suffix}")
-    assert os.listdir(tmp_path) == [f"a.{suffix}"] and (tmp_path / f"a.{suffix}").read_bytes() == b"the old file"
+    assert (
+        os.listdir(tmp_path) == [f"a.{suffix}"]
+        and (tmp_path / f"a.{suffix}").read_bytes() == b"the old file"
+    )
 
 
 def test_bad_paths_and_frames(tmp_path):
@@ -107,7 +119,12 @@ def decoded(path, matrix):
     with av.open(str(path)) as container:
         return np.stack(
             [
-                f.reformat(format="rgb24", src_colorspace=matrix, dst_colorspace=matrix, src_color_range="MPEG").to_ndarray()
+                f.reformat(
+                    format="rgb24",
+                    src_colorspace=matrix,
+                    dst_colorspace=matrix,
+                    src_color_range="MPEG",
+                ).to_ndarray()
                 for f in container.decode(video=0)
             ]
         )
@@ -125,9 +142,18 @@ def test_mp4_is_bt709_and_says_so(tmp_path, size):
     path = save_video(frames, tmp_path / "a.mp4")
     with av.open(str(path)) as container:
         context = container.streams.video[0].codec_context
-        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
+        assert (
+            context.colorspace,
+            context.color_primaries,
+            context.color_trc,
+            context.color_range,
+        ) == (1, 1, 1, 1)
     told, read = decoded(path, "ITU709"), read_frames(path)
-    inside = (slice(None), slice(None), slice(0, size[0] // 4))  # away from the edge of a colour, which chroma smears
+    inside = (
+        slice(None),
+        slice(None),
+        slice(0, size[0] // 4),
+    )  # away from the edge of a colour, which chroma smears
     assert psnr(told[inside], frames[inside]) > 45 and np.abs(told.astype(int) - read).max() <= 1
     assert psnr(decoded(path, "ITU601")[inside], frames[inside]) < 30  # the matrix matters
     assert np.abs(read[0, size[1] // 2, 5].astype(int) - (0, 255, 0)).max() <= 2
@@ -135,26 +161,44 @@ def test_mp4_is_bt709_and_says_so(tmp_path, size):
 
 def test_the_same_frames_give_the_same_bytes(tmp_path):
     rng = np.random.default_rng(0).integers(0, 255, (20, 64, 96, 3), dtype=np.uint8)
-    files = [save_video(rng, tmp_path / f"{i}.mp4", metadata={"seed": 1}).read_bytes() for i in range(3)]
+    files = [
+        save_video(rng, tmp_path / f"{i}.mp4", metadata={"seed": 1}).read_bytes() for i in range(3)
+    ]
     assert files[0] == files[1] == files[2]
 
 
 @pytest.mark.parametrize(
     "fps, rate",
-    [(23.976, (24000, 1001)), (29.97, (30000, 1001)), (59.94, (60000, 1001)), ("30000/1001", (30000, 1001)), ("24", (24, 1)),
-     (Fraction(25, 2), (25, 2)), (0.5, (1, 2)), (12.5, (25, 2)), (np.float64(16), (16, 1)), ("23.976", (24000, 1001))],
-)  # fmt: skip
+    [
+        (23.976, (24000, 1001)),
+        (29.97, (30000, 1001)),
+        (59.94, (60000, 1001)),
+        ("30000/1001", (30000, 1001)),
+        ("24", (24, 1)),
+        (Fraction(25, 2), (25, 2)),
+        (0.5, (1, 2)),
+        (12.5, (25, 2)),
+        (np.float64(16), (16, 1)),
+        ("23.976", (24000, 1001)),
+    ],
+)
 def test_rational_rates(tmp_path, fps, rate):
     with av.open(str(save_video(clip(), tmp_path / "a.mp4", fps))) as container:
         stream = container.streams.video[0]
         assert stream.average_rate == Fraction(*rate)
-        assert float(stream.duration * stream.time_base) == pytest.approx(9 / Fraction(*rate), rel=1e-3)
+        assert float(stream.duration * stream.time_base) == pytest.approx(
+            9 / Fraction(*rate), rel=1e-3
+        )
 
 
-@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), "x", None, True, 1e9, 0.01, "1/0", [16], "0"])
+@pytest.mark.parametrize(
+    "fps", [0, -1, float("nan"), float("inf"), "x", None, True, 1e9, 0.01, "1/0", [16], "0"]
+)
 def test_rates_that_are_none(tmp_path, fps):
     for name in ("a.mp4", "a.gif", "a.png"):
-        with pytest.raises(InputError, match="fps is .*; expected frames per second from 0.1 to 1000"):
+        with pytest.raises(
+            InputError, match="fps is .*; expected frames per second from 0.1 to 1000"
+        ):
             save_video(clip(), tmp_path / name, fps)
     assert not list(tmp_path.iterdir())
 
@@ -162,17 +206,27 @@ def test_rates_that_are_none(tmp_path, fps):
 @pytest.mark.parametrize("fps", [16, 30, 60, 100, 7, 0.5, "24000/1001"])
 @pytest.mark.parametrize("still", [False, True])
 def test_gif_keeps_its_frames_and_its_duration(tmp_path, fps, still):
-    frames = np.full((13, 32, 48, 3), 100, np.uint8) if still else np.random.default_rng(0).integers(0, 255, (13, 32, 48, 3))
+    frames = (
+        np.full((13, 32, 48, 3), 100, np.uint8)
+        if still
+        else np.random.default_rng(0).integers(0, 255, (13, 32, 48, 3))
+    )
     path = save_video(frames, tmp_path / "a.gif", fps)
     with Image.open(path) as image:
         assert image.n_frames == 13 == len(read_frames(path)) and image.info["loop"] == 0
         times = [frame.info["duration"] for frame in ImageSequence.Iterator(image)]
-    assert abs(sum(times) - 13_000 / frame_rate(fps)) <= 5 and min(times) >= 10 and max(times) - min(times) <= 10
+    assert (
+        abs(sum(times) - 13_000 / frame_rate(fps)) <= 5
+        and min(times) >= 10
+        and max(times) - min(times) <= 10
+    )
 
 
 def test_gif_shows_at_most_100_frames_a_second(tmp_path):
     with pytest.warns(UserWarning, match="at most 100 frames per second: 20 of 24 are kept"):
-        path = save_video(np.random.default_rng(0).integers(0, 255, (24, 32, 32, 3)), tmp_path / "a.gif", 120)
+        path = save_video(
+            np.random.default_rng(0).integers(0, 255, (24, 32, 32, 3)), tmp_path / "a.gif", 120
+        )
     with Image.open(path) as image:
         assert sum(f.info["duration"] for f in ImageSequence.Iterator(image)) == 200
 
@@ -182,7 +236,10 @@ def test_odd_sides_are_padded_and_said(tmp_path, size):
     frames = np.full((3, *size, 3), 80, np.uint8)
     with pytest.warns(UserWarning, match="mp4 needs even sides"):
         back = read_frames(save_video(frames, tmp_path / "a.mp4"))
-    assert back.shape == (3, size[0] + size[0] % 2, size[1] + size[1] % 2, 3) and np.abs(back.astype(int) - 80).max() <= 2
+    assert (
+        back.shape == (3, size[0] + size[0] % 2, size[1] + size[1] % 2, 3)
+        and np.abs(back.astype(int) - 80).max() <= 2
+    )
     assert read_frames(save_video(frames, tmp_path / "a.gif")).shape == (3, *size, 3)
 
 
@@ -203,7 +260,18 @@ HALF = np.full((2, 32, 32, 3), 0.5)
         torch.full((2, 32, 32, 3), 128, dtype=torch.uint8),
         [Image.new("RGB", (32, 32), (128,) * 3)] * 2,
     ],
-    ids=["float64", "float16", "float32", "bfloat16", "grad", "int64", "int16", "uint32", "uint8", "pillow"],
+    ids=[
+        "float64",
+        "float16",
+        "float32",
+        "bfloat16",
+        "grad",
+        "int64",
+        "int16",
+        "uint32",
+        "uint8",
+        "pillow",
+    ],
 )
 def test_every_type_of_frames_means_what_it_says(frames):
     assert set(np.unique(to_uint8(frames))) <= {127, 128} and to_uint8(frames).dtype == np.uint8
@@ -238,7 +306,12 @@ def test_truncation_is_the_published_rounding():
 
 
 def test_what_made_a_clip_is_in_it(tmp_path):
-    made = {"prompt": "ein Stern\u2028bewegt sich", "seed": 2**63, "plan": "small:1 large:*", "versions": {"torch": "2.13"}}
+    made = {
+        "prompt": "ein Stern\u2028bewegt sich",
+        "seed": 2**63,
+        "plan": "small:1 large:*",
+        "versions": {"torch": "2.13"},
+    }
     assert read_metadata(save_video(clip(), tmp_path / "a.mp4", metadata=made)) == made
     assert read_metadata(save_video(clip(), tmp_path / "b.mp4")) == {}
     with pytest.raises(InputError, match="cannot be read as a video"):

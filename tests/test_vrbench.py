@@ -18,8 +18,11 @@ from tests.vrbench import TAXONOMY, bench_file, first, questions
 
 def test_the_shipped_file_and_its_layers():
     prompts = read_bench(EXAMPLE, TAXONOMY)
-    assert [(p.category, p.difficulty, len(p.questions)) for p in prompts] == [("ETV", "easy", 8), ("CCR", "medium", 8),
-                                                                              ("CAC", "hard", 8)]  # fmt: skip
+    assert [(p.category, p.difficulty, len(p.questions)) for p in prompts] == [
+        ("ETV", "easy", 8),
+        ("CCR", "medium", 8),
+        ("CAC", "hard", 8),
+    ]
     assert [q.layer for q in prompts[0].questions] == [0, 0, 1, 1, 1, 2, 2, 2]
     assert all(sum(q.weight for q in p.questions) == pytest.approx(1) for p in prompts)
     assert prompts[0].principle == "Motion follows what causes it." and prompts[1].principle == ""
@@ -37,7 +40,11 @@ def test_the_published_taxonomy():
         "Energy Transfer Visualization (ETV)",
     ):
         assert TAXONOMY.code(name) == "ETV"
-    assert TAXONOMY.code("My own") == "My own" and TAXONOMY.layer_names("My own") == ("layer 1", "layer 2", "layer 3")
+    assert TAXONOMY.code("My own") == "My own" and TAXONOMY.layer_names("My own") == (
+        "layer 1",
+        "layer 2",
+        "layer 3",
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,17 +55,38 @@ def test_the_published_taxonomy():
         (lambda s: first(s).update(id="a/b"), r"prompts\[0\].id is 'a/b'; expected a file's name"),
         (lambda s: first(s).update(prompt_en=3), None),
         (lambda s: first(s).update(prompt_en=""), r"prompts\[0\].prompt_en is ''; expected text"),
-        (lambda s: first(s).update(difficulty=True), r"prompts\[0\].difficulty is True; expected text"),
-        (lambda s: first(s).update(evaluation=[]), r"prompts\[0\].evaluation is a list; expected an object"),
-        (lambda s: first(s)["evaluation"].update(evaluation_questions=[]), r"evaluation_questions is \[\]; expected an array"),
-        (lambda s: questions(s)[1].update(id="two"), r"evaluation_questions\[1\].id is 'two'; expected \"q1\""),
+        (
+            lambda s: first(s).update(difficulty=True),
+            r"prompts\[0\].difficulty is True; expected text",
+        ),
+        (
+            lambda s: first(s).update(evaluation=[]),
+            r"prompts\[0\].evaluation is a list; expected an object",
+        ),
+        (
+            lambda s: first(s)["evaluation"].update(evaluation_questions=[]),
+            r"evaluation_questions is \[\]; expected an array",
+        ),
+        (
+            lambda s: questions(s)[1].update(id="two"),
+            r"evaluation_questions\[1\].id is 'two'; expected \"q1\"",
+        ),
         (lambda s: questions(s)[1].update(id="q1"), "id 'q1' is there twice"),
-        (lambda s: questions(s)[2].update(question=""), r"evaluation_questions\[2\].question is ''; expected text"),
-        (lambda s: questions(s)[2].update(weight="1"), r"evaluation_questions\[2\].weight is '1'; expected a number"),
+        (
+            lambda s: questions(s)[2].update(question=""),
+            r"evaluation_questions\[2\].question is ''; expected text",
+        ),
+        (
+            lambda s: questions(s)[2].update(weight="1"),
+            r"evaluation_questions\[2\].weight is '1'; expected a number",
+        ),
         (lambda s: questions(s)[2].update(weight=-1), "expected a number from 0 up"),
         (lambda s: questions(s)[2].update(importance_score="x"), "importance_score is 'x'"),
         (lambda s: [q.update(weight=0) for q in questions(s)], "the weights sum to zero"),
-        (lambda s: next(iter(s.values()))["prompts"].append(first(s)), "id 'etv_example_1' is there twice"),
+        (
+            lambda s: next(iter(s.values()))["prompts"].append(first(s)),
+            "id 'etv_example_1' is there twice",
+        ),
         (lambda s: s.update(X=3), "X.prompts is NoneType; expected an array"),
     ],
 )
@@ -80,12 +108,21 @@ def test_ids_are_one_namespace_over_a_folder(tmp_path):
 
 def test_a_taxonomy_of_ones_own(tmp_path):
     own = tmp_path / "own.json"
-    own.write_text(json.dumps({"categories": {"ETV": {"name": "Energy"}}, "groups": {"All": ["ETV"]}}))
-    assert read_taxonomy(own).groups == {"All": ("ETV",)} and read_taxonomy(own).layer_names("ETV")[0] == "layer 1"
-    own.write_text(json.dumps({"categories": {"ETV": {"name": "Energy"}}, "groups": {"All": ["XYZ"]}}))
+    own.write_text(
+        json.dumps({"categories": {"ETV": {"name": "Energy"}}, "groups": {"All": ["ETV"]}})
+    )
+    assert (
+        read_taxonomy(own).groups == {"All": ("ETV",)}
+        and read_taxonomy(own).layer_names("ETV")[0] == "layer 1"
+    )
+    own.write_text(
+        json.dumps({"categories": {"ETV": {"name": "Energy"}}, "groups": {"All": ["XYZ"]}})
+    )
     with pytest.raises(InputError, match="groups.All holds 'XYZ'"):
         read_taxonomy(own)
-    own.write_text(json.dumps({"categories": {"ETV": {"name": "Energy", "layers": ["a"]}}, "groups": {}}))
+    own.write_text(
+        json.dumps({"categories": {"ETV": {"name": "Energy", "layers": ["a"]}}, "groups": {}})
+    )
     with pytest.raises(InputError, match="ETV.layers has 1 names; expected 3"):
         read_taxonomy(own)
 
@@ -93,11 +130,16 @@ def test_a_taxonomy_of_ones_own(tmp_path):
 def test_frames_are_sampled_uniformly():
     frames = np.arange(81)[:, None, None, None]
     picked = uniform(frames, FRAMES)[:, 0, 0, 0]
-    assert len(picked) == 16 and picked[0] == 0 and picked[-1] == 80 and set(np.diff(picked)) <= {5, 6}
+    assert (
+        len(picked) == 16 and picked[0] == 0 and picked[-1] == 80 and set(np.diff(picked)) <= {5, 6}
+    )
     assert len(uniform(frames[:16], FRAMES)) == 16 and len(uniform(frames[:3], FRAMES)) == 3
 
 
-WHOLE = {"video_id": "v", "answers": {"q1": {"answer": "Yes", "reason": "a"}, "q2": {"answer": "No", "reason": ""}}}
+WHOLE = {
+    "video_id": "v",
+    "answers": {"q1": {"answer": "Yes", "reason": "a"}, "q2": {"answer": "No", "reason": ""}},
+}
 READ = WHOLE["answers"]
 
 
@@ -113,7 +155,10 @@ READ = WHOLE["answers"]
             '{"answers": {"q1": "yes.", "q2": false}}',
             {"q1": {"answer": "Yes", "reason": ""}, "q2": {"answer": "No", "reason": ""}},
         ),
-        ('{"answers": {"q1": {"answer": "YES", "reason": "a"}, "q2": {"answer": "maybe"}}}', {"q1": READ["q1"]}),
+        (
+            '{"answers": {"q1": {"answer": "YES", "reason": "a"}, "q2": {"answer": "maybe"}}}',
+            {"q1": READ["q1"]},
+        ),
         ('{"answers": {"q1": {"answer": "Yes and No"}}}', {}),
         ("Yes, all of it.", {}),
         ('{"answers": ["Yes", "No"]}', {}),
@@ -136,39 +181,64 @@ def test_the_request_asks_everything_at_once():
     prompt = read_bench(EXAMPLE, TAXONOMY)[0]
     text = render(prompt, 16)
     assert all(f"{q.id} (weight {q.weight:g}): {q.text}" in text for q in prompt.questions)
-    assert prompt.text in text and prompt.principle in text and "only partly visible counts as Yes" in text
-    assert '{"video_id": "etv_example_1", "answers": {"q1": {"answer": "Yes" or "No", "reason"' in text
+    assert (
+        prompt.text in text
+        and prompt.principle in text
+        and "only partly visible counts as Yes" in text
+    )
+    assert (
+        '{"video_id": "etv_example_1", "answers": {"q1": {"answer": "Yes" or "No", "reason"' in text
+    )
 
 
 def answered(*words, weights=None):
     weights = weights or [1.0] * len(words)
     return {
-        f"q{i + 1}": {"answer": w, "weight": weights[i], "layer": Question(f"q{i + 1}", "", 1).layer}
+        f"q{i + 1}": {
+            "answer": w,
+            "weight": weights[i],
+            "layer": Question(f"q{i + 1}", "", 1).layer,
+        }
         for i, w in enumerate(words)
     }
 
 
 def test_scores_are_weighted_and_unknown_is_neither_yes_nor_no():
     names = ("a", "b", "c")
-    found = scoring.clip_scores(answered("Yes", "No", "Yes", "Yes", "No", "Unknown", weights=[3, 1, 1, 1, 1, 9]), names)
-    assert found == {"score": round(5 / 7, 4), "layers": {"a": 0.75, "b": 0.6667, "c": None}, "unknown": 1, "questions": 6}
+    found = scoring.clip_scores(
+        answered("Yes", "No", "Yes", "Yes", "No", "Unknown", weights=[3, 1, 1, 1, 1, 9]), names
+    )
+    assert found == {
+        "score": round(5 / 7, 4),
+        "layers": {"a": 0.75, "b": 0.6667, "c": None},
+        "unknown": 1,
+        "questions": 6,
+    }
     assert scoring.clip_scores(answered("Unknown"), names)["score"] is None
-    assert scoring.clip_scores(answered("Yes", "No", "No"), names)["score"] == 0.3333  # four places, as published
+    assert (
+        scoring.clip_scores(answered("Yes", "No", "No"), names)["score"] == 0.3333
+    )  # four places, as published
 
 
-ROWS = st.lists(st.tuples(st.sampled_from(["Yes", "No", "Unknown"]), st.integers(0, 100)), min_size=1, max_size=10)
+ROWS = st.lists(
+    st.tuples(st.sampled_from(["Yes", "No", "Unknown"]), st.integers(0, 100)),
+    min_size=1,
+    max_size=10,
+)
 
 
 @settings(deadline=None)
 @given(ROWS, st.floats(0.1, 10))
 def test_scores_are_shares(rows, factor):
-    make = lambda f: [{"answer": a, "weight": w * f} for a, w in rows]  # noqa: E731
+    make = lambda f: [{"answer": a, "weight": w * f} for a, w in rows]
     score = scoring.weighted(make(1))
     if score is None:
         assert sum(w for a, w in rows if a != "Unknown") == 0
         return
     assert 0 <= score <= 1 and score == pytest.approx(scoring.weighted(make(factor)), abs=1.01e-4)
-    swapped = [{**r, "answer": {"Yes": "No", "No": "Yes"}.get(r["answer"], r["answer"])} for r in make(1)]
+    swapped = [
+        {**r, "answer": {"Yes": "No", "No": "Yes"}.get(r["answer"], r["answer"])} for r in make(1)
+    ]
     assert scoring.weighted(swapped) == pytest.approx(1 - score, abs=1.01e-4)
 
 
@@ -192,15 +262,38 @@ def clip(category, difficulty, *words):
 
 def test_the_summary_groups_as_the_taxonomy_says():
     clips = {
-        "a": clip("ETV", "easy", "Yes", "Yes"), "b": clip("DRF", "hard", "No", "No"), "c": clip("BBR", "easy", "Yes", "No"),
+        "a": clip("ETV", "easy", "Yes", "Yes"),
+        "b": clip("DRF", "hard", "No", "No"),
+        "c": clip("BBR", "easy", "Yes", "No"),
         "d": clip("Mine", "", "Unknown"),
-    }  # fmt: skip
+    }
     found = scoring.summary(clips, TAXONOMY)
-    assert found["overall"]["mean"] == 0.5 and found["overall"]["count"] == 3 and found["overall"]["unknown"] == 1
-    assert {g: s["mean"] for g, s in found["groups"].items()} == {"Physical World": 0.5, "Embodied": 0.5}
-    assert {c: s["mean"] for c, s in found["categories"].items()} == {"DRF": 0.0, "ETV": 1.0, "BBR": 0.5, "Mine": None}
-    assert list(found["difficulties"]) == ["easy", "hard"] and found["difficulties"]["easy"]["mean"] == 0.75
+    assert (
+        found["overall"]["mean"] == 0.5
+        and found["overall"]["count"] == 3
+        and found["overall"]["unknown"] == 1
+    )
+    assert {g: s["mean"] for g, s in found["groups"].items()} == {
+        "Physical World": 0.5,
+        "Embodied": 0.5,
+    }
+    assert {c: s["mean"] for c, s in found["categories"].items()} == {
+        "DRF": 0.0,
+        "ETV": 1.0,
+        "BBR": 0.5,
+        "Mine": None,
+    }
+    assert (
+        list(found["difficulties"]) == ["easy", "hard"]
+        and found["difficulties"]["easy"]["mean"] == 0.75
+    )
     assert found["categories"]["ETV"]["layers"]["energy_continuity"]["mean"] == 1.0
     other = {**clips, "a": clip("ETV", "easy", "Yes", "No"), "b": clip("DRF", "hard", "Yes", "No")}
     pair = scoring.paired(clips, {k: v for k, v in other.items() if k != "c"})
-    assert (pair["better"], pair["worse"], pair["same"], pair["count"], pair["mean"]) == (1, 1, 0, 2, 0.0)
+    assert (pair["better"], pair["worse"], pair["same"], pair["count"], pair["mean"]) == (
+        1,
+        1,
+        0,
+        2,
+        0.0,
+    )

@@ -29,7 +29,9 @@ def clips(tmp_path):
     folder, rng = tmp_path / "run", np.random.default_rng(0)
     folder.mkdir()
     for prompt, count in zip(read_bench(EXAMPLE, TAXONOMY), (20, 20, 5), strict=True):
-        save_video(rng.integers(0, 255, (count, 32, 48, 3), dtype=np.uint8), folder / f"{prompt.id}.mp4")
+        save_video(
+            rng.integers(0, 255, (count, 32, 48, 3), dtype=np.uint8), folder / f"{prompt.id}.mp4"
+        )
     return folder
 
 
@@ -56,7 +58,9 @@ def test_a_folder_is_judged_and_never_asked_again(clips, serve, monkeypatch):
     from PIL import Image
 
     monkeypatch.setenv(judges.KEY, "secret")
-    server = serve(lambda n, body: reply_to(asked_id(body), "No" if "ccr" in asked_id(body) else "Yes"))
+    server = serve(
+        lambda n, body: reply_to(asked_id(body), "No" if "ccr" in asked_id(body) else "Yes")
+    )
     found = judged(clips, server)
     assert {i: c["score"] for i, c in found["clips"].items()} == {
         "etv_example_1": 1.0,
@@ -66,14 +70,22 @@ def test_a_folder_is_judged_and_never_asked_again(clips, serve, monkeypatch):
     assert len(server.seen) == 3 and not found["missing"] and not found["failed"]
     for body in server.seen:
         assert (body["model"], body["temperature"], body["max_tokens"]) == ("tiny", 0, 1024)
-        images = [p["image_url"]["url"] for p in body["messages"][0]["content"] if p["type"] == "image_url"]
+        images = [
+            p["image_url"]["url"]
+            for p in body["messages"][0]["content"]
+            if p["type"] == "image_url"
+        ]
         assert len(images) == (5 if "cac" in asked_id(body) else 16)
-        picture = Image.open(io.BytesIO(base64.b64decode(images[0].removeprefix("data:image/jpeg;base64,"))))
+        picture = Image.open(
+            io.BytesIO(base64.b64decode(images[0].removeprefix("data:image/jpeg;base64,")))
+        )
         assert picture.size == (48, 32)
     assert {h["Authorization"] for h in server.headers} == {"Bearer secret"}
     again = judged(clips, server)
     assert len(server.seen) == 3 and again["clips"] == found["clips"]  # kept
-    (clips / "ccr_example_1.mp4").write_bytes((clips / "etv_example_1.mp4").read_bytes())  # another clip
+    (clips / "ccr_example_1.mp4").write_bytes(
+        (clips / "etv_example_1.mp4").read_bytes()
+    )  # another clip
     judged(clips, server)
     assert [asked_id(b) for b in server.seen[3:]] == ["ccr_example_1"]
     monkeypatch.setattr(protocol, "TEMPLATE", protocol.TEMPLATE + " ")  # another template
@@ -83,7 +95,10 @@ def test_a_folder_is_judged_and_never_asked_again(clips, serve, monkeypatch):
     judge_clips(read_bench(EXAMPLE, TAXONOMY), clips, other, TAXONOMY)  # another judge
     assert len(server.seen) == 10 and {p.suffix for p in (clips / "judged").iterdir()} == {".json"}
     monkeypatch.undo()
-    assert judged(clips, server)["clips"]["etv_example_1"] == found["clips"]["etv_example_1"] and len(server.seen) == 10
+    assert (
+        judged(clips, server)["clips"]["etv_example_1"] == found["clips"]["etv_example_1"]
+        and len(server.seen) == 10
+    )
 
 
 def test_an_unreadable_answer_is_asked_once_more_then_unknown(clips, serve):
@@ -99,12 +114,21 @@ def test_an_unreadable_answer_is_asked_once_more_then_unknown(clips, serve):
     found = judged(clips, server)["clips"]
     assert len(server.seen) == 6  # each once more, and no more
     repeated = next(b for b in server.seen if "etv" in asked_id(b) and len(b["messages"]) == 3)
-    assert repeated["messages"][1]["content"] == "I think so." and repeated["messages"][2]["content"] == judging.AGAIN
+    assert (
+        repeated["messages"][1]["content"] == "I think so."
+        and repeated["messages"][2]["content"] == judging.AGAIN
+    )
     assert found["etv_example_1"]["score"] == 1.0 and found["etv_example_1"]["unknown"] == 0
     lost = found["ccr_example_1"]
-    assert lost["score"] is None and lost["unknown"] == 8 and {a["answer"] for a in lost["answers"].values()} == {"Unknown"}
+    assert (
+        lost["score"] is None
+        and lost["unknown"] == 8
+        and {a["answer"] for a in lost["answers"].values()} == {"Unknown"}
+    )
     assert "No idea, sorry" in lost["answers"]["q1"]["reason"]
-    partly = found["cac_example_1"]["answers"]  # what the first reply had stays; the second adds what was missing
+    partly = found["cac_example_1"][
+        "answers"
+    ]  # what the first reply had stays; the second adds what was missing
     assert [a["answer"] for a in partly.values()] == ["Yes"] * 7 + ["No"]
     summary = scoring.summary(found, TAXONOMY)["overall"]
     assert summary["count"] == 2 and summary["unknown"] == 8
@@ -113,11 +137,17 @@ def test_an_unreadable_answer_is_asked_once_more_then_unknown(clips, serve):
 
 
 def test_a_busy_or_failing_server_is_given_time(clips, serve):
-    troubles = [(429, {"Retry-After": "7"}, "slow down"), (503, {}, "later"), (200, {}, b"<html>not json</html>")]
+    troubles = [
+        (429, {"Retry-After": "7"}, "slow down"),
+        (503, {}, "later"),
+        (200, {}, b"<html>not json</html>"),
+    ]
     server = serve(lambda n, body: troubles[n - 1] if n <= 3 else reply_to(asked_id(body)))
     waits = []
     prompts = read_bench(EXAMPLE, TAXONOMY)[:1]
-    found = judge_clips(prompts, clips, HttpJudge(server.url, "tiny", wait=waits.append), TAXONOMY, 1)
+    found = judge_clips(
+        prompts, clips, HttpJudge(server.url, "tiny", wait=waits.append), TAXONOMY, 1
+    )
     assert found["clips"]["etv_example_1"]["score"] == 1.0 and len(server.seen) == 4
     assert waits[0] == 7 and 1 <= waits[1] <= 2 and 2 <= waits[2] <= 4
 
@@ -132,7 +162,10 @@ def test_a_clip_that_gets_no_reply_is_left_for_the_next_run(clips, serve):
 
     server = serve(script)
     found = judged(clips, server, tries=3)
-    assert list(found["clips"]) == ["etv_example_1", "cac_example_1"] and "3 tries failed" in found["failed"]["ccr_example_1"]
+    assert (
+        list(found["clips"]) == ["etv_example_1", "cac_example_1"]
+        and "3 tries failed" in found["failed"]["ccr_example_1"]
+    )
     broken["on"], before = False, len(server.seen)
     found = judged(clips, server)
     assert len(found["clips"]) == 3 and not found["failed"] and len(server.seen) == before + 1
@@ -148,10 +181,14 @@ def test_a_slow_server_is_asked_about_several_clips_at_once(clips, serve):
     assert server.most == 3
     slow = serve(lambda n, body: time.sleep(1.0) or reply_to(asked_id(body)))
     with pytest.raises(JudgeError, match="no answer within 0.1 s"):
-        HttpJudge(slow.url, "m", timeout=0.1, tries=2, wait=lambda s: None).reply([{"role": "user", "content": []}], [])
+        HttpJudge(slow.url, "m", timeout=0.1, tries=2, wait=lambda s: None).reply(
+            [{"role": "user", "content": []}], []
+        )
 
 
-@pytest.mark.parametrize("status, words", [(401, "refuses us with 401"), (404, "refuses us with 404")])
+@pytest.mark.parametrize(
+    "status, words", [(401, "refuses us with 401"), (404, "refuses us with 404")]
+)
 def test_a_judge_that_refuses_us_ends_the_run(status, words, clips, serve):
     server = serve(lambda n, body: (status, {}, "no such model"))
     with pytest.raises(JudgeUnusable, match=words):
@@ -162,7 +199,9 @@ def test_a_judge_that_refuses_us_ends_the_run(status, words, clips, serve):
 def test_a_judge_that_is_not_there_is_said_once(clips, tmp_path, capsys):
     waits = []
     with pytest.raises(JudgeUnusable, match="cannot be reached"):
-        HttpJudge("http://127.0.0.1:9/v1", "m", wait=waits.append).reply([{"role": "user", "content": []}], [])
+        HttpJudge("http://127.0.0.1:9/v1", "m", wait=waits.append).reply(
+            [{"role": "user", "content": []}], []
+        )
     assert len(waits) == judges.TRIES - 1
     with pytest.raises(InputError, match="expected http:// or https://"):
         HttpJudge("localhost:80", "m")
@@ -184,22 +223,48 @@ def test_what_was_answered_before_a_stop_is_kept(clips, serve):
     good = serve(lambda n, body: reply_to(asked_id(body)))
     fresh = HttpJudge(good.url, "tiny")
     fresh.name = judge.name
-    assert len(judge_clips(prompts, clips, fresh, TAXONOMY, 1)["clips"]) == 3 and len(good.seen) == 2
+    assert (
+        len(judge_clips(prompts, clips, fresh, TAXONOMY, 1)["clips"]) == 3 and len(good.seen) == 2
+    )
 
 
 def test_missing_and_unreadable_clips_are_listed_and_the_rest_judged(clips, serve, capsys):
     (clips / "etv_example_1.mp4").unlink()
     (clips / "ccr_example_1.mp4").write_bytes(b"not a video")
     server = serve(lambda n, body: reply_to(asked_id(body)))
-    line = ["vrbench", "judge", "example", str(clips), "--judge-url", server.url, "--judge-model", "tiny"]
+    line = [
+        "vrbench",
+        "judge",
+        "example",
+        str(clips),
+        "--judge-url",
+        server.url,
+        "--judge-model",
+        "tiny",
+    ]
     assert main(line) == 1
     said = capsys.readouterr()
     assert (
-        "missing: etv_example_1: no etv_example_1.mp4" in said.err and "ccr_example_1.mp4 cannot be read as a video" in said.err
+        "missing: etv_example_1: no etv_example_1.mp4" in said.err
+        and "ccr_example_1.mp4 cannot be read as a video" in said.err
     )
     assert "1.0000 over 1 clips, 0 of 8 answers Unknown, 2 clips missing" in said.out
     assert list(json.loads((clips / judging.FILE).read_text())["clips"]) == ["cac_example_1"]
-    assert main(["vrbench", "judge", "example", str(clips / "none"), "--judge-url", server.url, "--judge-model", "m"]) == 2
+    assert (
+        main(
+            [
+                "vrbench",
+                "judge",
+                "example",
+                str(clips / "none"),
+                "--judge-url",
+                server.url,
+                "--judge-model",
+                "m",
+            ]
+        )
+        == 2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -222,18 +287,31 @@ def tiny_judge(tmp_path_factory):
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=["<image>"], **special)
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=["<image>"], **special
+    )
     template = (
-        "{% for m in messages %}{{ m.role }}: {% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}"
-        "{% endif %}{% endfor %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        "{% for m in messages %}{{ m.role }}: {% for c in m.content %}{% if c.type == 'image'"
+        " %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %}\n{% endfor %}{% if"
+        " add_generation_prompt %}assistant: {% endif %}"
     )
     LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}), tokenizer=words,
-        chat_template=template, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-    ).save_pretrained(folder)  # fmt: skip
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+        ),
+        tokenizer=words,
+        chat_template=template,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
     small = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2)
-    vision = CLIPVisionConfig(**small, num_hidden_layers=2, image_size=16, patch_size=8, projection_dim=16)
-    text = LlamaConfig(**small, vocab_size=len(vocab), num_hidden_layers=1, max_position_embeddings=16384)
+    vision = CLIPVisionConfig(
+        **small, num_hidden_layers=2, image_size=16, patch_size=8, projection_dim=16
+    )
+    text = LlamaConfig(
+        **small, vocab_size=len(vocab), num_hidden_layers=1, max_position_embeddings=16384
+    )
     LlavaForConditionalGeneration(
         LlavaConfig(vision_config=vision, text_config=text, image_token_index=vocab["<image>"])
     ).save_pretrained(folder)
@@ -241,13 +319,23 @@ def tiny_judge(tmp_path_factory):
 
 
 def test_a_model_of_this_process_judges(clips, tiny_judge, monkeypatch, capsys):
-    """Random weights say nothing that can be read: all Unknown, asked twice, from the frames; then a model that answers."""
+    """Random weights say nothing that can be read: all Unknown, asked twice, from the frames; then
+    a model that answers."""
     monkeypatch.setattr(judges, "NEW_TOKENS", 12)
     line = ["vrbench", "judge", "example", str(clips), "--judge-model", str(tiny_judge)]
     assert main(line) == 0
     assert "24 of 24 answers Unknown" in capsys.readouterr().out
     judge = judges.LocalJudge(tiny_judge)
-    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Is it red?"}]}]
+    talk = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image"},
+                {"type": "image"},
+                {"type": "text", "text": "Is it red?"},
+            ],
+        }
+    ]
     dark, light = np.zeros((32, 48, 3), np.uint8), np.full((32, 48, 3), 255, np.uint8)
     assert judge.reply(talk, [dark, light]) == judge.reply(talk, [dark, light])  # greedy
     seen = []
@@ -259,11 +347,17 @@ def test_a_model_of_this_process_judges(clips, tiny_judge, monkeypatch, capsys):
 
     monkeypatch.setattr(judge._model, "generate", generate)
     judge.reply(talk, [dark, light])
-    assert seen[0]["pixel_values"].shape[0] == 2 and not seen[0]["do_sample"] and seen[0]["max_new_tokens"] == 12
+    assert (
+        seen[0]["pixel_values"].shape[0] == 2
+        and not seen[0]["do_sample"]
+        and seen[0]["max_new_tokens"] == 12
+    )
     assert not np.allclose(*seen[0]["pixel_values"].float().cpu().numpy())
     monkeypatch.setattr(judge._processor, "batch_decode", lambda *a, **k: [reply_to("x")])
     prompt = read_bench(EXAMPLE, TAXONOMY)[0]
-    assert {a["answer"] for a in judging.ask(judge, prompt, np.stack([dark, light])).values()} == {"Yes"}
+    assert {a["answer"] for a in judging.ask(judge, prompt, np.stack([dark, light])).values()} == {
+        "Yes"
+    }
 
 
 def test_a_local_judge_that_cannot_be_loaded(tmp_path, tiny_judge, monkeypatch):
@@ -275,12 +369,16 @@ def test_a_local_judge_that_cannot_be_loaded(tmp_path, tiny_judge, monkeypatch):
         raise ImportError("\nQwen3VLVideoProcessor requires the Torchvision library\nand more")
 
     monkeypatch.setattr(judges, "pretrained", needs)
-    with pytest.raises(ModelError, match="not installed here .Qwen3VLVideoProcessor requires the Torchvision library."):
+    with pytest.raises(
+        ModelError,
+        match="not installed here .Qwen3VLVideoProcessor requires the Torchvision library.",
+    ):
         judges.LocalJudge(tiny_judge).reply([], [])
 
 
 def test_a_report_of_two_runs(clips, tmp_path, serve, capsys):
-    """Tables with intervals, paired differences, frames; everything a judge or a prompt said is text."""
+    """Tables with intervals, paired differences, frames; everything a judge or a prompt said is
+    text."""
     path = bench_file(tmp_path, lambda s: first(s).update(prompt_en=f"a circle {SCRIPT}"))
     other = tmp_path / f"other{SCRIPT[:8]}"
     other.mkdir()
@@ -288,30 +386,79 @@ def test_a_report_of_two_runs(clips, tmp_path, serve, capsys):
         (other / clip_path.name).write_bytes(clip_path.read_bytes())
     (other / "cac_example_1.mp4").unlink()
     server = serve(lambda n, body: reply_to(asked_id(body), reason=f'{SCRIPT} " onerror="alert(1)'))
-    half = serve(lambda n, body: json.dumps({"answers": {f"q{i}": "Yes" if i < 2 else "No" for i in range(1, 9)}}))
+    half = serve(
+        lambda n, body: json.dumps(
+            {"answers": {f"q{i}": "Yes" if i < 2 else "No" for i in range(1, 9)}}
+        )
+    )
     for folder, judge in ((clips, server), (other, half)):
-        main(["vrbench", "judge", str(path), str(folder), "--judge-url", judge.url, "--judge-model", "tiny"])
+        main(
+            [
+                "vrbench",
+                "judge",
+                str(path),
+                str(folder),
+                "--judge-url",
+                judge.url,
+                "--judge-model",
+                "tiny",
+            ]
+        )
     capsys.readouterr()
     line = ["vrbench", "report", str(clips), str(other)]
-    assert main([*line, "--html", str(tmp_path / "r.html"), "--json", str(tmp_path / "r.json"),
-                 "--markdown", str(tmp_path / "r.md")]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                *line,
+                "--html",
+                str(tmp_path / "r.html"),
+                "--json",
+                str(tmp_path / "r.json"),
+                "--markdown",
+                str(tmp_path / "r.md"),
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert text == (tmp_path / "r.md").read_text() and SCRIPT not in text
     said = json.loads((tmp_path / "r.json").read_text())
     a, b = said["runs"]
     assert a["scores"]["overall"]["mean"] == 1.0 and b["scores"]["overall"]["mean"] == 0.2
-    assert b["against_first"]["mean"] == -0.8 and b["against_first"]["worse"] == 2 and b["against_first"]["count"] == 2
-    assert "| ETV Energy Transfer Visualization | 1.0000 | 0.2000 |" in text and "| better, same, worse | - | 0, 0, 2 |" in text
-    assert "| Commonsense |" in text and "| hard | 1.0000 | - |" in text and "1 prompts have no answers" in text
+    assert (
+        b["against_first"]["mean"] == -0.8
+        and b["against_first"]["worse"] == 2
+        and b["against_first"]["count"] == 2
+    )
+    assert (
+        "| ETV Energy Transfer Visualization | 1.0000 | 0.2000 |" in text
+        and "| better, same, worse | - | 0, 0, 2 |" in text
+    )
+    assert (
+        "| Commonsense |" in text
+        and "| hard | 1.0000 | - |" in text
+        and "1 prompts have no answers" in text
+    )
     html = (tmp_path / "r.html").read_text()
     tags = Tags()
     tags.feed(html)
     assert "script" not in tags.found and SCRIPT not in html and tags.found.count("img") == 5
-    assert all(link.startswith("data:image/jpeg;base64,") for link in tags.links) and len(tags.links) == 5
+    assert (
+        all(link.startswith("data:image/jpeg;base64,") for link in tags.links)
+        and len(tags.links) == 5
+    )
     if browser := shutil.which("chromium"):
         shown = dump(browser, tmp_path / "r.html", tmp_path / "profile")
-        assert "<title>VR-Bench</title>" in shown and "<title>owned" not in shown and "<h2>Categories</h2>" in shown
-    assert "a circle &lt;script&gt;" in html and html.count("as seen") == 0 and "no cac_example_1.mp4" in html
+        assert (
+            "<title>VR-Bench</title>" in shown
+            and "<title>owned" not in shown
+            and "<h2>Categories</h2>" in shown
+        )
+    assert (
+        "a circle &lt;script&gt;" in html
+        and html.count("as seen") == 0
+        and "no cac_example_1.mp4" in html
+    )
 
 
 def test_a_report_without_its_clips_and_of_other_files(clips, serve, tmp_path, capsys):
@@ -324,26 +471,46 @@ def test_a_report_without_its_clips_and_of_other_files(clips, serve, tmp_path, c
     assert main(["vrbench", "report", str(tmp_path)]) == 2
     assert "expected a file that `nexus-rt vrbench judge PROMPTS" in capsys.readouterr().err
     bad = tmp_path / "x.json"
-    for content, words in (("{", "is not JSON"), ("{}", "holds no results of nexus-rt vrbench"),
-                           (json.dumps({"kind": judging.KIND, "schema": 99}), "has schema 99")):  # fmt: skip
+    for content, words in (
+        ("{", "is not JSON"),
+        ("{}", "holds no results of nexus-rt vrbench"),
+        (json.dumps({"kind": judging.KIND, "schema": 99}), "has schema 99"),
+    ):
         bad.write_text(content)
         with pytest.raises(ModelError, match=words):
             judging.read_judgment(bad)
 
 
 def test_generate_makes_the_clips_of_the_prompts(tiny_pair, tmp_path, capsys):
-    line = ["vrbench", "generate", "example", "-o", str(tmp_path / "out"), "--pair", str(tiny_pair), "--steps", "2"]
+    line = [
+        "vrbench",
+        "generate",
+        "example",
+        "-o",
+        str(tmp_path / "out"),
+        "--pair",
+        str(tiny_pair),
+        "--steps",
+        "2",
+    ]
     assert main(line) == 0 and "3 made, 0 kept, 0 failed" in capsys.readouterr().out
-    assert {p.stem for p in (tmp_path / "out").glob("*.mp4")} == {p.id for p in read_bench(EXAMPLE, TAXONOMY)}
+    assert {p.stem for p in (tmp_path / "out").glob("*.mp4")} == {
+        p.id for p in read_bench(EXAMPLE, TAXONOMY)
+    }
     assert main(line) == 0 and "0 made, 3 kept" in capsys.readouterr().out
     assert report.made_with(tmp_path / "out") == f"handoff=0.3, 2 steps, 48x32x5 pair={tiny_pair}"
     assert report.made_with(tmp_path) == ""
     bad = bench_file(tmp_path, lambda s: questions(s)[0].update(weight=None))
-    assert main(["vrbench", "generate", str(bad), "-o", str(tmp_path / "x")]) == 2 and not (tmp_path / "x").exists()
+    assert (
+        main(["vrbench", "generate", str(bad), "-o", str(tmp_path / "x")]) == 2
+        and not (tmp_path / "x").exists()
+    )
 
 
 def test_the_generation_only_variant_is_read_and_not_judged(tmp_path, clips):
-    path = bench_file(tmp_path, lambda s: [p.pop("evaluation") for c in s.values() for p in c["prompts"]])
+    path = bench_file(
+        tmp_path, lambda s: [p.pop("evaluation") for c in s.values() for p in c["prompts"]]
+    )
     prompts = read_bench(path, TAXONOMY)
     assert len(prompts) == 3 and not any(p.questions for p in prompts)
     with pytest.raises(InputError, match="etv_example_1 has no evaluation_questions"):

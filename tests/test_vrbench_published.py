@@ -1,4 +1,5 @@
-"""VR-Bench as published: its protocol beside the strict one, its doubled id, and servers as they are."""
+"""VR-Bench as published: its protocol beside the strict one, its doubled id, and servers as they
+are."""
 
 import base64
 import json
@@ -30,7 +31,17 @@ PUBLISHED = Protocol("published")
 
 
 def judge_line(folder, server, *more, prompts="example"):
-    return ["vrbench", "judge", str(prompts), str(folder), "--judge-url", server.url, "--judge-model", "tiny", *map(str, more)]
+    return [
+        "vrbench",
+        "judge",
+        str(prompts),
+        str(folder),
+        "--judge-url",
+        server.url,
+        "--judge-model",
+        "tiny",
+        *map(str, more),
+    ]
 
 
 def numbered(*ids, texts=None):
@@ -48,21 +59,31 @@ MENDED = {
 
 
 @pytest.mark.parametrize("ids, place, name", MENDED.values(), ids=MENDED)
-@pytest.mark.parametrize("reader", [lambda p: read_bench(p, TAXONOMY), read_prompts], ids=["bench", "generate"])
+@pytest.mark.parametrize(
+    "reader", [lambda p: read_bench(p, TAXONOMY), read_prompts], ids=["bench", "generate"]
+)
 def test_a_doubled_id_is_mended_by_its_place(ids, place, name, reader, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(numbered(*ids)))
     with pytest.warns(UserWarning, match=rf"read as '{name}', by its place"):
         items = reader(tmp_path)
     found = [i.id for i in items]
     assert found[place] == name and len(set(found)) == len(ids)
-    assert [getattr(i, "text", None) or i.prompt for i in items] == [f"prompt {k}" for k in range(len(ids))]
+    assert [getattr(i, "text", None) or i.prompt for i in items] == [
+        f"prompt {k}" for k in range(len(ids))
+    ]
 
 
 @pytest.mark.parametrize(
     "ids, texts",
-    [(("A_1", "A_5", "A_5", "A_9"), None), (("A_2", "A_2", "A_2", "A_4"), None), (("A_1", "A_1"), None),
-     (("x", "x", "y"), None), (("A_1", "A_2", "A_2", "A_4"), {1: "same", 2: "same"}), (("A_1", "B_2", "B_2", "A_4"), None)],
-)  # fmt: skip
+    [
+        (("A_1", "A_5", "A_5", "A_9"), None),
+        (("A_2", "A_2", "A_2", "A_4"), None),
+        (("A_1", "A_1"), None),
+        (("x", "x", "y"), None),
+        (("A_1", "A_2", "A_2", "A_4"), {1: "same", 2: "same"}),
+        (("A_1", "B_2", "B_2", "A_4"), None),
+    ],
+)
 def test_a_doubled_id_that_could_be_several_is_refused(ids, texts, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(numbered(*ids, texts=texts)))
     with pytest.raises(InputError, match="is there twice"):
@@ -70,41 +91,76 @@ def test_a_doubled_id_that_could_be_several_is_refused(ids, texts, tmp_path):
 
 
 def test_the_published_request(tmp_path):
-    """The category's own words where the file has them, the description, the lenience; 16 frames at truncated places."""
+    """The category's own words where the file has them, the description, the lenience; 16 frames at
+    truncated places."""
 
     def own(said):
-        next(iter(said.values())).update(judge_role="You are a physicist.", judge_instructions="Look at the energy.")
+        next(iter(said.values())).update(
+            judge_role="You are a physicist.", judge_instructions="Look at the energy."
+        )
 
     prompt = read_bench(bench_file(tmp_path, own), TAXONOMY)[0]
     text = PUBLISHED.render(prompt, 16)
-    assert text.startswith("You are a physicist.") and "Look at the energy." in text and prompt.description in text
-    assert "benefit of the doubt" in text and "clearly absent" in text and all(q.text in text for q in prompt.questions)
+    assert (
+        text.startswith("You are a physicist.")
+        and "Look at the energy." in text
+        and prompt.description in text
+    )
+    assert (
+        "benefit of the doubt" in text
+        and "clearly absent" in text
+        and all(q.text in text for q in prompt.questions)
+    )
     strict = Protocol().render(prompt, 16)
-    assert prompt.description not in strict and "physicist" not in strict and "benefit of the doubt" not in strict
+    assert (
+        prompt.description not in strict
+        and "physicist" not in strict
+        and "benefit of the doubt" not in strict
+    )
     frames = np.arange(81)[:, None, None, None]
-    assert PUBLISHED.pick(frames)[:, 0, 0, 0].tolist() == np.linspace(0, 80, 16).astype(int).tolist()
-    assert PUBLISHED.pick(frames)[:, 0, 0, 0].tolist() != Protocol().pick(frames)[:, 0, 0, 0].tolist()
+    assert (
+        PUBLISHED.pick(frames)[:, 0, 0, 0].tolist() == np.linspace(0, 80, 16).astype(int).tolist()
+    )
+    assert (
+        PUBLISHED.pick(frames)[:, 0, 0, 0].tolist() != Protocol().pick(frames)[:, 0, 0, 0].tolist()
+    )
     assert len(PUBLISHED.pick(frames[:5])) == 5
 
 
 def test_two_protocols_stand_side_by_side_and_are_never_mixed(clips, serve, tmp_path, capsys):  # noqa: F811
-    """An answer that cannot be read: strict leaves it out, published keeps it in the denominator."""
+    """An answer that cannot be read: strict leaves it out, published keeps it in the
+    denominator."""
     half = json.dumps({"answers": {f"q{i}": "Yes" for i in range(1, 5)}})
     server = serve(lambda n, body: half)
-    assert main(judge_line(clips, server)) == 0 and main(judge_line(clips, server, "--protocol", "published")) == 0
+    assert (
+        main(judge_line(clips, server)) == 0
+        and main(judge_line(clips, server, "--protocol", "published")) == 0
+    )
     capsys.readouterr()
     assert main(["vrbench", "report", str(clips), "--json", str(tmp_path / "r.json")]) == 0
     text, said = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
     strict, published = said["runs"]
     weights = {i: [a["weight"] for a in c["answers"].values()] for i, c in strict["clips"].items()}
     for name, clip in published["clips"].items():
-        assert strict["clips"][name]["score"] == 1.0 and clip["score"] == round(sum(weights[name][:4]) / sum(weights[name]), 4)
+        assert strict["clips"][name]["score"] == 1.0 and clip["score"] == round(
+            sum(weights[name][:4]) / sum(weights[name]), 4
+        )
         assert clip["unknown"] == 4
-    assert strict["protocol"] == "strict" and published["protocol"] == "published" and "against_first" not in published
     assert (
-        "| protocol | strict | published |" in text and "are not compared" in text and "count as not Yes, as published" in text
+        strict["protocol"] == "strict"
+        and published["protocol"] == "published"
+        and "against_first" not in published
     )
-    assert len(server.seen) == 12 and (clips / "judgment.json").is_file() and (clips / "judgment.published.json").is_file()
+    assert (
+        "| protocol | strict | published |" in text
+        and "are not compared" in text
+        and "count as not Yes, as published" in text
+    )
+    assert (
+        len(server.seen) == 12
+        and (clips / "judgment.json").is_file()
+        and (clips / "judgment.published.json").is_file()
+    )
     found = report.make_report([clips / "judgment.published.json"], TAXONOMY)
     assert [r["protocol"] for r in found["runs"]] == ["published"]
 
@@ -116,7 +172,10 @@ def test_clips_lie_in_their_category_s_folder_too(name, clips, serve, capsys):  
     server = serve(lambda n, body: reply_to(asked_id(body)))
     assert main(judge_line(clips, server)) == 0
     said = json.loads((clips / judging.FILE).read_text())
-    assert said["clips"]["etv_example_1"]["file"] == f"{name}/etv_example_1.mp4" and not said["missing"]
+    assert (
+        said["clips"]["etv_example_1"]["file"] == f"{name}/etv_example_1.mp4"
+        and not said["missing"]
+    )
 
 
 YES1, NO2 = {"q1": {"answer": "Yes", "reason": "a"}}, {"q2": {"answer": "No", "reason": "b"}}
@@ -126,22 +185,40 @@ BOTH = {**YES1, **NO2}
 @pytest.mark.parametrize(
     "reply, found",
     [
-        ('<think>{"answers": {"q1": "No", "q2": "Yes"}}</think>' + json.dumps({"answers": BOTH}), BOTH),
+        (
+            '<think>{"answers": {"q1": "No", "q2": "Yes"}}</think>' + json.dumps({"answers": BOTH}),
+            BOTH,
+        ),
         ("<think>a</think> hm </think>" + json.dumps(BOTH), BOTH),
         ('still thinking {"q1": "No", "q2": "No"}</think>', {}),
-        (json.dumps(YES1) + json.dumps(BOTH), BOTH), (json.dumps(BOTH) + json.dumps(YES1), BOTH),
+        (json.dumps(YES1) + json.dumps(BOTH), BOTH),
+        (json.dumps(BOTH) + json.dumps(YES1), BOTH),
         ('{"q1": "No"} then {"q1": "Yes"}', {"q1": {"answer": "Yes", "reason": ""}}),
-        (json.dumps({"result": {"answers": BOTH}}), BOTH), (json.dumps({"video_id": "v", "output": BOTH}), BOTH),
-        (json.dumps({"answers": [{"id": "q1", **YES1["q1"]}, {"question_id": "q2", **NO2["q2"]}]}), BOTH),
+        (json.dumps({"result": {"answers": BOTH}}), BOTH),
+        (json.dumps({"video_id": "v", "output": BOTH}), BOTH),
+        (
+            json.dumps(
+                {"answers": [{"id": "q1", **YES1["q1"]}, {"question_id": "q2", **NO2["q2"]}]}
+            ),
+            BOTH,
+        ),
         ("{not json " + json.dumps(BOTH) + "}", BOTH),
     ],
-)  # fmt: skip
+)
 def test_of_several_objects_the_most_complete_then_the_last_counts(reply, found):
     assert parse(reply, ["q1", "q2"]) == found
 
 
 @pytest.mark.parametrize(
-    "text", ["{" * 10**6, '{"a":' * 10**5, '{"' * 10**5, '[{"q1":' * 10**5, '{"q1": "Yes",' * 10**5, "<think>" * 10**5]
+    "text",
+    [
+        "{" * 10**6,
+        '{"a":' * 10**5,
+        '{"' * 10**5,
+        '[{"q1":' * 10**5,
+        '{"q1": "Yes",' * 10**5,
+        "<think>" * 10**5,
+    ],
 )
 def test_no_reply_takes_long(text):
     began = time.perf_counter()
@@ -152,20 +229,38 @@ def test_no_reply_takes_long(text):
 def test_content_is_read_as_text_or_parts_and_silence_is_told_apart():
     text = json.dumps(BOTH)
     assert (
-        of_choice({"message": {"content": [{"type": "text", "text": text[:9]}, {"type": "text", "text": text[9:]}]}}).text
+        of_choice(
+            {
+                "message": {
+                    "content": [
+                        {"type": "text", "text": text[:9]},
+                        {"type": "text", "text": text[9:]},
+                    ]
+                }
+            }
+        ).text
         == text
     )
     cases = {
         "length": {"message": {"content": "half an"}, "finish_reason": "length"},
         "content_filter": {"message": {"content": None}, "finish_reason": "content_filter"},
-        "reasoning": {"message": {"content": None, "reasoning_content": "hm"}, "finish_reason": "stop"},
-        "empty": {"message": {"content": None}, "finish_reason": "stop"}, "unreadable": {"message": {"content": "Sure!"}},
-    }  # fmt: skip
-    assert {of_choice(choice).cause: of_choice(choice).cause for choice in cases.values()} == {c: c for c in cases}
+        "reasoning": {
+            "message": {"content": None, "reasoning_content": "hm"},
+            "finish_reason": "stop",
+        },
+        "empty": {"message": {"content": None}, "finish_reason": "stop"},
+        "unreadable": {"message": {"content": "Sure!"}},
+    }
+    assert {of_choice(choice).cause: of_choice(choice).cause for choice in cases.values()} == {
+        c: c for c in cases
+    }
 
 
 def completion(content=None, finish="stop", **message):
-    choice = {"message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
+    choice = {
+        "message": {"role": "assistant", "content": content, **message},
+        "finish_reason": finish,
+    }
     return 200, {}, json.dumps({"choices": [choice]}).encode()
 
 
@@ -194,7 +289,9 @@ def test_causes_are_in_the_record_and_unknown_is_asked_again(clips, serve, capsy
     assert main(judge_line(clips, server, "--no-retry-unknown")) == 0 and len(server.seen) == 5
     assert main(judge_line(clips, server)) == 0 and len(server.seen) == 8
     assert "3 clips to judge (3 again, for answers that were Unknown)" in capsys.readouterr().err
-    assert all(c["score"] == 1.0 for c in json.loads((clips / judging.FILE).read_text())["clips"].values())
+    assert all(
+        c["score"] == 1.0 for c in json.loads((clips / judging.FILE).read_text())["clips"].values()
+    )
     assert main(judge_line(clips, server)) == 0 and len(server.seen) == 8
 
 
@@ -203,10 +300,22 @@ def test_the_request_s_numbers_are_the_user_s(clips, serve, capsys):  # noqa: F8
     options = ["--max-tokens", 77, "--temperature", 0.5, "--frames", 3, "--picture-size", 24]
     assert main(judge_line(clips, server, *options)) == 0
     body = next(b for b in server.seen if "etv" in asked_id(b))
-    images = [p["image_url"]["url"] for p in body["messages"][0]["content"] if p["type"] == "image_url"]
-    assert (body["max_tokens"], body["temperature"], len(images)) == (77, 0.5, 3) and max(size(images[0])) == 24
-    assert main(judge_line(clips, server)) == 0 and len(server.seen) == 6  # other settings, other answers
-    for option in (("--frames", 0), ("--picture-size", -1), ("--max-tokens", 0), ("--temperature", 9), ("--protocol", "loose")):
+    images = [
+        p["image_url"]["url"] for p in body["messages"][0]["content"] if p["type"] == "image_url"
+    ]
+    assert (body["max_tokens"], body["temperature"], len(images)) == (77, 0.5, 3) and max(
+        size(images[0])
+    ) == 24
+    assert (
+        main(judge_line(clips, server)) == 0 and len(server.seen) == 6
+    )  # other settings, other answers
+    for option in (
+        ("--frames", 0),
+        ("--picture-size", -1),
+        ("--max-tokens", 0),
+        ("--temperature", 9),
+        ("--protocol", "loose"),
+    ):
         assert main(judge_line(clips, server, *option)) == 2
 
 
@@ -237,17 +346,37 @@ def test_servers_that_name_a_parameter_otherwise_are_asked_once_more(serve):  # 
             return (
                 400,
                 {},
-                json.dumps({"error": {"message": "Unsupported parameter: 'max_tokens'; use 'max_completion_tokens'."}}),
+                json.dumps(
+                    {
+                        "error": {
+                            "message": (
+                                "Unsupported parameter: 'max_tokens'; use 'max_completion_tokens'."
+                            )
+                        }
+                    }
+                ),
             )
         if "temperature" in body:
-            return 400, {}, json.dumps({"error": {"message": "Unsupported value: 'temperature' does not support 0."}})
+            return (
+                400,
+                {},
+                json.dumps(
+                    {"error": {"message": "Unsupported value: 'temperature' does not support 0."}}
+                ),
+            )
         return "fine"
 
     server = serve(script)
     judge = HttpJudge(server.url, "m", wait=lambda s: None)
-    assert judge.reply(TALK, []) == Reply("fine") and len(server.seen) == 3 and server.seen[2]["max_completion_tokens"] == 1024
+    assert (
+        judge.reply(TALK, []) == Reply("fine")
+        and len(server.seen) == 3
+        and server.seen[2]["max_completion_tokens"] == 1024
+    )
     assert judge.reply(TALK, []) == Reply("fine") and len(server.seen) == 4  # it is remembered
-    stubborn = serve(lambda n, body: (400, {}, "max_tokens max_completion_tokens temperature response_format"))
+    stubborn = serve(
+        lambda n, body: (400, {}, "max_tokens max_completion_tokens temperature response_format")
+    )
     with pytest.raises(JudgeError, match="status 400"):
         HttpJudge(stubborn.url, "m", wait=lambda s: None).reply(TALK, [])
     assert len(stubborn.seen) <= 4
@@ -257,7 +386,8 @@ SECRET = "sk-Very-Secret-1234"
 
 
 def test_the_key_is_kept_to_itself(serve, monkeypatch, tmp_path, capsys, clips):  # noqa: F811
-    """White space off, never from .netrc, in no message, no file and no name; Azure's header and query."""
+    """White space off, never from .netrc, in no message, no file and no name; Azure's header and
+    query."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("OPENAI_API_KEY", f"  {SECRET}\n")
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login bob password hidden\n")
@@ -283,7 +413,11 @@ def test_the_key_is_kept_to_itself(serve, monkeypatch, tmp_path, capsys, clips):
     assert judge.reply(TALK, []).text == "fine" and paths == [
         "/openai/deployments/d/chat/completions?api-version=2024-10-21&code=s3cret"
     ]
-    assert azure.headers[0]["api-key"] == SECRET and "s3cret" not in judge.name and "word" not in judge.name
+    assert (
+        azure.headers[0]["api-key"] == SECRET
+        and "s3cret" not in judge.name
+        and "word" not in judge.name
+    )
     monkeypatch.delenv("OPENAI_API_KEY")
     HttpJudge(server.url, "m")
     with pytest.raises(JudgeUnusable):
@@ -309,7 +443,10 @@ def dripping(pieces, pause):
             def drip(connection=connection):
                 try:
                     connection.recv(65536)
-                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n")
+                    connection.sendall(
+                        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length:"
+                        b" 100000\r\n\r\n"
+                    )
                     for _ in range(pieces):
                         connection.sendall(b" ")
                         time.sleep(pause)
@@ -348,9 +485,12 @@ def test_one_interrupt_ends_a_hanging_run(clips):  # noqa: F811
     ]
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     process = subprocess.Popen(
-        line, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root},
+        line,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     assert "3 clips to judge" in process.stderr.readline()
     time.sleep(0.5)
     began = time.perf_counter()
@@ -403,10 +543,25 @@ def test_the_whole_published_folder_generates_and_judges(tiny_pair, tmp_path, se
                 ]
 
         bench_file(source, rename, f"{name}.json")
-    line = ["vrbench", "generate", str(source), "-o", str(tmp_path / "run"), "--pair", str(tiny_pair)]
+    line = [
+        "vrbench",
+        "generate",
+        str(source),
+        "-o",
+        str(tmp_path / "run"),
+        "--pair",
+        str(tiny_pair),
+    ]
     with pytest.warns(UserWarning, match="by its place"):
         assert main([*line, "--steps", "1", "--plan", "small", "--frames", "1"]) == 0
     server = serve(lambda n, body: reply_to(asked_id(body)))
     with pytest.warns(UserWarning, match="by its place"):
-        assert main(judge_line(tmp_path / "run", server, "--protocol", "published", prompts=source)) == 0
-    assert "over 24 clips" in capsys.readouterr().out and len(server.seen) == 24 and "benefit" in text_of(server.seen[0])
+        assert (
+            main(judge_line(tmp_path / "run", server, "--protocol", "published", prompts=source))
+            == 0
+        )
+    assert (
+        "over 24 clips" in capsys.readouterr().out
+        and len(server.seen) == 24
+        and "benefit" in text_of(server.seen[0])
+    )

@@ -12,16 +12,39 @@ from nexus_rt.models.load import load_transformer
 
 GRIDS = [(1, 6, 10), (5, 8, 14), (3, 2, 2), (2, 4, 6)]  # T, H, W in latent cells
 CONFIGS = [
-    dict(num_attention_heads=2, attention_head_dim=24, num_layers=2, ffn_dim=80, text_dim=40, freq_dim=32),
-    dict(num_attention_heads=3, attention_head_dim=16, num_layers=3, ffn_dim=64, text_dim=24, freq_dim=64),
-    dict(num_attention_heads=1, attention_head_dim=128, num_layers=1, ffn_dim=96, text_dim=32, freq_dim=256),
+    dict(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        num_layers=2,
+        ffn_dim=80,
+        text_dim=40,
+        freq_dim=32,
+    ),
+    dict(
+        num_attention_heads=3,
+        attention_head_dim=16,
+        num_layers=3,
+        ffn_dim=64,
+        text_dim=24,
+        freq_dim=64,
+    ),
+    dict(
+        num_attention_heads=1,
+        attention_head_dim=128,
+        num_layers=1,
+        ffn_dim=96,
+        text_dim=32,
+        freq_dim=256,
+    ),
 ]
 
 
 def reference(config: dict, seed: int = 0) -> WanTransformer3DModel:
     torch.manual_seed(seed)
     model = WanTransformer3DModel(**config).eval()
-    for p in model.parameters():  # every parameter away from its neutral start (norm weights are ones, biases small)
+    for p in (
+        model.parameters()
+    ):  # every parameter away from its neutral start (norm weights are ones, biases small)
         p.data += 0.05 * torch.randn_like(p)
     return model
 
@@ -54,10 +77,16 @@ def test_samples_may_have_their_own_timesteps(tmp_path):
     theirs = reference(CONFIGS[0])
     theirs.save_pretrained(tmp_path)
     ours = load_transformer(tmp_path, dtype=torch.float32)
-    latents, context, timestep = torch.randn(2, 16, 3, 4, 4), padded_context(2, 40), torch.tensor([3, 850])
+    latents, context, timestep = (
+        torch.randn(2, 16, 3, 4, 4),
+        padded_context(2, 40),
+        torch.tensor([3, 850]),
+    )
     with torch.no_grad():
         expected = theirs(latents, timestep, context, return_dict=False)[0]
-        assert (ours(latents, timestep, ours.prepare_context(context)) - expected).abs().max() <= 2e-5
+        assert (
+            ours(latents, timestep, ours.prepare_context(context)) - expected
+        ).abs().max() <= 2e-5
 
 
 def test_low_precision_loses_no_more_than_diffusers(tmp_path):
@@ -66,11 +95,19 @@ def test_low_precision_loses_no_more_than_diffusers(tmp_path):
     exact = load_transformer(tmp_path, dtype=torch.float32)
     low = load_transformer(tmp_path, dtype=torch.bfloat16)
     theirs_low = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    latents, context, timestep = torch.randn(2, 16, 5, 8, 14), padded_context(2, 32), torch.tensor([500, 500])
+    latents, context, timestep = (
+        torch.randn(2, 16, 5, 8, 14),
+        padded_context(2, 32),
+        torch.tensor([500, 500]),
+    )
     with torch.no_grad():
         expected = exact(latents, timestep, exact.prepare_context(context))
-        ours_error = (low(latents, timestep[0], low.prepare_context(context)).float() - expected).norm()
-        theirs_error = (theirs_low(latents.bfloat16(), timestep, context.bfloat16())[0].float() - expected).norm()
+        ours_error = (
+            low(latents, timestep[0], low.prepare_context(context)).float() - expected
+        ).norm()
+        theirs_error = (
+            theirs_low(latents.bfloat16(), timestep, context.bfloat16())[0].float() - expected
+        ).norm()
     assert ours_error <= 1.5 * theirs_error
     assert low.blocks[0].scale_shift_table.dtype == torch.float32  # as diffusers keeps it
 
@@ -96,14 +133,17 @@ def test_collapsed_padding_counts_what_it_stands_for():
 def test_published_sizes_have_diffusers_names_and_shapes(config):
     with torch.device("meta"):
         theirs, ours = WanTransformer3DModel(**config), wan.WanTransformer(wan.WanConfig(**config))
-    assert checkpoint.diffusers_shapes(ours) == {k: tuple(p.shape) for k, p in theirs.named_parameters()}
+    assert checkpoint.diffusers_shapes(ours) == {
+        k: tuple(p.shape) for k, p in theirs.named_parameters()
+    }
     split = checkpoint.to_diffusers(ours.state_dict())
     assert {k: tuple(v.shape) for k, v in split.items()} == checkpoint.diffusers_shapes(ours)
 
 
 @pytest.mark.parametrize("index", range(len(CONFIGS)))
 def test_triton_kernels_compute_the_same(index):
-    """The whole forward by Triton's interpreter, scalar and per-sample timesteps, with and without the affine norm."""
+    """The whole forward by Triton's interpreter, scalar and per-sample timesteps, with and without
+    the affine norm."""
     pytest.importorskip("triton")
     torch.manual_seed(4)
     model = wan.WanTransformer(wan.WanConfig.from_dict(CONFIGS[index])).eval()
@@ -130,7 +170,10 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr("nexus_rt.kernels.op.INTERPRETED", False)
     assert model.use_kernels("auto").ops.name == "torch"
-    with pytest.raises(InputError, match="kernels='triton' cannot run here: they need a CUDA device, and this is cpu"):
+    with pytest.raises(
+        InputError,
+        match="kernels='triton' cannot run here: they need a CUDA device, and this is cpu",
+    ):
         model.use_kernels("triton")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="triton is not installed"):
@@ -145,7 +188,11 @@ def test_context_of_another_width_is_refused():
 
 @pytest.mark.parametrize(
     "field, value, words",
-    [("image_dim", 1280, "image-to-video"), ("qk_norm", "layer", "rms_norm_across_heads"), ("ffn_dim", None, "lacks ffn_dim")],
+    [
+        ("image_dim", 1280, "image-to-video"),
+        ("qk_norm", "layer", "rms_norm_across_heads"),
+        ("ffn_dim", None, "lacks ffn_dim"),
+    ],
 )
 def test_other_architectures_are_refused(field, value, words):
     config = {**CONFIGS[0], field: value}
@@ -157,8 +204,12 @@ def test_other_architectures_are_refused(field, value, words):
 
 @pytest.mark.parametrize("name", ["auto-fp8", "triton-fp8", "sage"])
 def test_approximate_attention_is_for_self_attention_only(name):
-    model = wan.WanTransformer(wan.WanConfig.from_dict(CONFIGS[0])).use_kernels("auto", attention=name)
-    assert {b.attn1.backend for b in model.blocks} == {name} and {b.attn2.backend for b in model.blocks} == {"auto"}
+    model = wan.WanTransformer(wan.WanConfig.from_dict(CONFIGS[0])).use_kernels(
+        "auto", attention=name
+    )
+    assert {b.attn1.backend for b in model.blocks} == {name} and {
+        b.attn2.backend for b in model.blocks
+    } == {"auto"}
     model.use_kernels("auto", attention="math")
     assert {m.backend for m in model.modules() if hasattr(m, "backend")} == {"math"}
 

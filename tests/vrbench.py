@@ -1,4 +1,5 @@
-"""What VR-Bench's tests share: the shipped example, changed, and an HTTP server that plays the judge."""
+"""What VR-Bench's tests share: the shipped example, changed, and an HTTP server that plays the
+judge."""
 
 import json
 import threading
@@ -32,7 +33,8 @@ def reply_to(prompt_id, answer="Yes", reason="as seen", count=8):
 
 
 class Server:
-    """An OpenAI-compatible judge: `script(number, body)` gives a reply's text, or (status, headers, text), or bytes."""
+    """An OpenAI-compatible judge: `script(number, body)` gives a reply's text, or (status, headers,
+    text), or bytes."""
 
     def __init__(self, script):
         self.seen, self.headers, self.busy, self.most, outer = [], [], 0, 0, self
@@ -52,10 +54,16 @@ class Server:
                     outer.busy -= 1
                 status, headers, text = said if isinstance(said, tuple) else (200, {}, said)
                 if status == 200 and isinstance(text, str):
-                    text = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+                    text = json.dumps(
+                        {"choices": [{"message": {"role": "assistant", "content": text}}]}
+                    )
                 data = text if isinstance(text, bytes) else text.encode()
                 self.send_response(status)
-                for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
+                for name, value in {
+                    "Content-Type": "application/json",
+                    "Content-Length": str(len(data)),
+                    **headers,
+                }.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)
@@ -70,7 +78,11 @@ class Server:
 
 def text_of(body, message=0):
     content = body["messages"][message]["content"]
-    return content if isinstance(content, str) else next(p["text"] for p in content if p["type"] == "text")
+    return (
+        content
+        if isinstance(content, str)
+        else next(p["text"] for p in content if p["type"] == "text")
+    )
 
 
 def asked_id(body):

@@ -1,4 +1,5 @@
-"""What every training script shares: the run folder, checkpoints that resume, the learning rate, the log."""
+"""What every training script shares: the run folder, checkpoints that resume, the learning rate,
+the log."""
 
 from __future__ import annotations
 
@@ -13,9 +14,14 @@ import torch
 
 from nexus_rt.bench.shapes import world
 
-# five Newton-Schulz steps forgive bfloat16, and processors that multiply in it do so two to three times faster
-NEWTON_SCHULZ = torch.bfloat16 if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else torch.float32
-RUNS = Path(os.environ.get("NEXUS_RT_RUNS", Path(__file__).resolve().parent / "runs"))  # ignored by git
+# five Newton-Schulz steps forgive bfloat16, and processors that multiply in it do so two to three
+# times faster
+NEWTON_SCHULZ = (
+    torch.bfloat16 if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else torch.float32
+)
+RUNS = Path(
+    os.environ.get("NEXUS_RT_RUNS", Path(__file__).resolve().parent / "runs")
+)  # ignored by git
 
 
 def cosine(step: int, steps: int, peak: float, final: float, warmup: int = 100) -> float:
@@ -27,7 +33,8 @@ def cosine(step: int, steps: int, peak: float, final: float, warmup: int = 100) 
 
 
 class Schedule:
-    """How far a run is, from 0 to 1: by steps, or by the minutes it may take (its own only, whatever it shares)."""
+    """How far a run is, from 0 to 1: by steps, or by the minutes it may take (its own only,
+    whatever it shares)."""
 
     def __init__(self, steps: int | None, minutes: float | None, spent: float = 0.0) -> None:
         if (steps is None) == (minutes is None):
@@ -44,7 +51,9 @@ class Schedule:
 
     def lr(self, step: int, peak: float, final: float, warmup: int = 100) -> float:
         """Linear warm-up over steps, then a cosine from `peak` to `final`."""
-        return cosine(round(1e4 * self.progress(step)), 10000, peak, final, warmup=0) * min(1.0, (step + 1) / warmup)
+        return cosine(round(1e4 * self.progress(step)), 10000, peak, final, warmup=0) * min(
+            1.0, (step + 1) / warmup
+        )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -53,11 +62,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised (Newton-Schulz) for weights of two or more dimensions, AdamW for the rest.
+    """Momentum whose update is orthogonalised (Newton-Schulz) for weights of two or more
+    dimensions, AdamW for the rest.
 
-    K. Jordan's Muon: every direction of a weight moves equally far, which here learns colours and edges several times
-    sooner than AdamW does, and has no spikes where a normalisation meets a flat background. `lr` is for the matrices;
-    the rest learn at `lr * adam_ratio`. `adam` names parameters (by identity) that AdamW takes though they are matrices.
+    K. Jordan's Muon: every direction of a weight moves equally far, which here learns colours and
+    edges several times sooner than AdamW does, and has no spikes where a normalisation meets a flat
+    background. `lr` is for the matrices; the rest learn at `lr * adam_ratio`. `adam` names
+    parameters (by identity) that AdamW takes though they are matrices.
     """
 
     def __init__(
@@ -69,7 +80,10 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         adam: set[int] = frozenset(),
     ) -> None:
-        super().__init__(parameters, dict(lr=lr, adam_ratio=adam_ratio, momentum=momentum, weight_decay=weight_decay))
+        super().__init__(
+            parameters,
+            dict(lr=lr, adam_ratio=adam_ratio, momentum=momentum, weight_decay=weight_decay),
+        )
         self.adam = adam
 
     @staticmethod
@@ -91,12 +105,18 @@ class Muon(torch.optim.Optimizer):
                     continue
                 state, g = self.state[p], p.grad
                 if not state:
-                    state["step"], state["m"], state["v"] = 0, torch.zeros_like(p), torch.zeros_like(p)
+                    state["step"], state["m"], state["v"] = (
+                        0,
+                        torch.zeros_like(p),
+                        torch.zeros_like(p),
+                    )
                 state["step"] += 1
                 m = state["m"]
                 if p.ndim >= 2 and min(p.flatten(1).shape) > 1 and id(p) not in self.adam:
                     m.lerp_(g, 1 - mu)
-                    update = self.orthogonalise(torch.lerp(g, m, mu).reshape(p.shape[0], -1)).view(p.shape)
+                    update = self.orthogonalise(torch.lerp(g, m, mu).reshape(p.shape[0], -1)).view(
+                        p.shape
+                    )
                     p.mul_(1 - lr * group["weight_decay"])
                     p.add_(update, alpha=-lr * max(1.0, p.shape[0] / p[0].numel()) ** 0.5)
                 else:
@@ -133,14 +153,17 @@ class Log:
             f.write(json.dumps(fields) + "\n")
 
 
-def render_batch(rng: np.random.Generator, count: int, frames: int, training: bool = True) -> torch.Tensor:
+def render_batch(
+    rng: np.random.Generator, count: int, frames: int, training: bool = True
+) -> torch.Tensor:
     """Random scenes as one tensor [B, 3, T, H, W] in [-1, 1]."""
     clips = [world.render(world.sample_scene(rng, training), rng, frames) for _ in range(count)]
     return torch.from_numpy(np.stack(clips)).transpose(1, 2)
 
 
 def object_pixels(x: torch.Tensor) -> torch.Tensor:
-    """Which pixels [B, 1, T, H, W] of clips [B, 3, T, H, W] are not background, which is constant along a row."""
+    """Which pixels [B, 1, T, H, W] of clips [B, 3, T, H, W] are not background, which is constant
+    along a row."""
     return (x - x.median(-1, keepdim=True).values).abs().amax(1, keepdim=True) > 0.06
 
 

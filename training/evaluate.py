@@ -1,12 +1,14 @@
 """How good are a pair's clips under some plans? Generates prompts and measures the pixels.
 
     python -m training.evaluate --prompts captions --count 201 --rows small large handoff=0.5
-    python -m training.evaluate --prompts riddles --pair training/runs/pair --rows small handoff=0.5,guidance=6
+    python -m training.evaluate --prompts riddles --pair training/runs/pair --rows small
+    handoff=0.5,guidance=6
 
-A row is a plan, with options after commas: `split=fft`, `guidance=6`, `guidance_2=2`, `unguided=0.33` (no guidance
-after that share of the steps). Every row sees the same prompts and noises, taken from three seeds; the rows take
-turns, batch by batch, so that a busy machine slows all of them alike. Riddles are of triples
-of kinds held out of training; of the captions' scenes a tenth is held out, and reported by itself.
+A row is a plan, with options after commas: `split=fft`, `guidance=6`, `guidance_2=2`,
+`unguided=0.33` (no guidance after that share of the steps). Every row sees the same prompts and
+noises, taken from three seeds; the rows take turns, batch by batch, so that a busy machine slows
+all of them alike. Riddles are of triples of kinds held out of training; of the captions' scenes a
+tenth is held out, and reported by itself.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ class Row:
         for part in text.split(","):
             key, _, value = part.partition("=")
             if key in OPTIONS:
-                own[key] = value if key == "split" else int(value) if key == "steps" else float(value)
+                own[key] = (
+                    value if key == "split" else int(value) if key == "steps" else float(value)
+                )
             else:
                 plan.append(part)
         return cls(text, ",".join(plan), **own)
@@ -63,7 +67,11 @@ class Row:
         if self.unguided is None:
             return plan
         first = round(len(plan) * self.unguided)
-        cut = lambda s: dataclasses.replace(s, guidance_small=1.0, guidance_large=1.0) if s.index >= first else s  # noqa: E731
+        cut = lambda s: (
+            dataclasses.replace(s, guidance_small=1.0, guidance_large=1.0)
+            if s.index >= first
+            else s
+        )
         return dataclasses.replace(plan, name=self.name, steps=tuple(map(cut, plan.steps)))
 
 
@@ -71,14 +79,25 @@ def measure(frames: np.ndarray, scene: world.Scene) -> dict:
     """Everything one clip is measured for."""
     shape, colour, motion = look(frames).matches(scene)
     return {
-        "shape": shape, "colour": colour, "motion": motion, "power": radial_power(frames[::4]).tolist(),
-        "texture": texture_similarity(frames, scene.texture), "consistency": consistency(frames),
-    }  # fmt: skip
+        "shape": shape,
+        "colour": colour,
+        "motion": motion,
+        "power": radial_power(frames[::4]).tolist(),
+        "texture": texture_similarity(frames, scene.texture),
+        "consistency": consistency(frames),
+    }
 
 
 def work(
-    pair: Path | None, rows: list[Row], kind: str, seeds: list[int], count: int, batch: int, shard: tuple[int, int], out: Path
-) -> None:  # fmt: skip
+    pair: Path | None,
+    rows: list[Row],
+    kind: str,
+    seeds: list[int],
+    count: int,
+    batch: int,
+    shard: tuple[int, int],
+    out: Path,
+) -> None:
     """Measure this shard's batches of every row, a line of JSON a clip."""
     pipe = NexusPipeline.from_pretrained(pair)
     pipe.set_progress_bar_config(disable=True)
@@ -90,26 +109,45 @@ def work(
             part = make_prompts(kind, seed, each)[first : first + batch]
             rng = np.random.default_rng([seed, first])
             for prompt in part:
-                clip = (world.render(prompt.scene, rng, d.num_frames, d.height).transpose(0, 2, 3, 1) + 1) / 2
-                file.write(json.dumps({"row": "true renderings", "ms": 0.0, **measure(clip, prompt.scene)}) + "\n")
+                clip = (
+                    world.render(prompt.scene, rng, d.num_frames, d.height).transpose(0, 2, 3, 1)
+                    + 1
+                ) / 2
+                file.write(
+                    json.dumps({"row": "true renderings", "ms": 0.0, **measure(clip, prompt.scene)})
+                    + "\n"
+                )
             texts = [p.text for p in part]
             embeds = pipe.encode_prompt(texts)
             told = dict(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1])
             if pipe.context is not None:
-                told["context_embeds"], told["negative_context_embeds"] = pipe.encode_context(texts, *embeds)
+                told["context_embeds"], told["negative_context_embeds"] = pipe.encode_context(
+                    texts, *embeds
+                )
             for row in rows:
-                noise = [torch.Generator().manual_seed(seed * 100003 + first + k) for k in range(len(part))]
+                noise = [
+                    torch.Generator().manual_seed(seed * 100003 + first + k)
+                    for k in range(len(part))
+                ]
                 start = time.perf_counter()
                 latents = pipe(
-                    **told, plan=row.make(pipe), generator=noise, guidance_scale=row.guidance, guidance_scale_2=row.guidance_2,
-                    blend=BlendConfig(split=row.split), output_type="latent",
-                ).frames  # fmt: skip
+                    **told,
+                    plan=row.make(pipe),
+                    generator=noise,
+                    guidance_scale=row.guidance,
+                    guidance_scale_2=row.guidance_2,
+                    blend=BlendConfig(split=row.split),
+                    output_type="latent",
+                ).frames
                 ms = 1000 * (time.perf_counter() - start) / len(part)
                 for clip, prompt in zip(pipe.decode(latents), part, strict=True):
                     seen = {"held_out": world.held_out(prompt.scene), **measure(clip, prompt.scene)}
                     file.write(json.dumps({"row": row.name, "ms": ms, **seen}) + "\n")
             file.flush()
-            print(f"shard {shard[0]}: seed {seed}, prompts {first} to {first + len(part) - 1}", flush=True)
+            print(
+                f"shard {shard[0]}: seed {seed}, prompts {first} to {first + len(part) - 1}",
+                flush=True,
+            )
 
 
 def interval(right: np.ndarray) -> list[float]:
@@ -117,9 +155,10 @@ def interval(right: np.ndarray) -> list[float]:
 
 
 def summarise(records: list[dict], rows: list[Row], pipe: NexusPipeline) -> dict:
-    """One entry a row: shares right with the interval of "all", fidelity, consistency, forwards and milliseconds."""
+    """One entry a row: shares right with the interval of "all", fidelity, consistency, forwards and
+    milliseconds."""
     table, d = {}, pipe.defaults
-    power = lambda own: np.log10(np.mean([r["power"] for r in own], 0) + 1e-9)  # noqa: E731
+    power = lambda own: np.log10(np.mean([r["power"] for r in own], 0) + 1e-9)
     true = power([r for r in records if r["row"] == "true renderings"])
     plans = {row.name: row for row in rows}
     for name in ["true renderings", *plans]:
@@ -128,40 +167,72 @@ def summarise(records: list[dict], rows: list[Row], pipe: NexusPipeline) -> dict
         every = hits.all(1)
         fields = zip(("shape", "colour", "motion"), hits.mean(0), strict=True)
         entry = {
-            "clips": len(own), **{f: round(float(h), 4) for f, h in fields},
-            "all": round(float(every.mean()), 4), "interval": interval(every),
+            "clips": len(own),
+            **{f: round(float(h), 4) for f, h in fields},
+            "all": round(float(every.mean()), 4),
+            "interval": interval(every),
             "spectrum_distance": round(float(np.abs(power(own) - true).mean()), 4),
             "texture": round(float(np.mean([r["texture"] for r in own])), 4),
             "consistency": round(float(np.mean([r["consistency"] for r in own])), 4),
-        }  # fmt: skip
+        }
         if name in plans:
             row = plans[name]
             scales = (row.guidance, row.guidance_2)
             scales = (d.guidance_scale, d.guidance_scale_2) if row.guidance is None else scales
-            forwards = row.make(pipe).evaluations(scales[0], scales[0] if scales[1] is None else scales[1])
+            forwards = row.make(pipe).evaluations(
+                scales[0], scales[0] if scales[1] is None else scales[1]
+            )
             held = every[[r["held_out"] for r in own]]
             entry |= {
-                "held_out_scenes": {"clips": len(held), "all": round(float(held.mean()), 4) if len(held) else None},
-                "forwards": forwards, "ms": round(float(np.median([r["ms"] for r in own])), 1),
-            }  # fmt: skip
+                "held_out_scenes": {
+                    "clips": len(held),
+                    "all": round(float(held.mean()), 4) if len(held) else None,
+                },
+                "forwards": forwards,
+                "ms": round(float(np.median([r["ms"] for r in own])), 1),
+            }
         table[name] = entry
     return table
 
 
 def evaluate(
-    pair: Path | None, rows: list[Row], kind: str, count: int, batch: int, workers: int, seeds: tuple[int, ...] = SEEDS
+    pair: Path | None,
+    rows: list[Row],
+    kind: str,
+    count: int,
+    batch: int,
+    workers: int,
+    seeds: tuple[int, ...] = SEEDS,
 ) -> dict:
     """Run shards in processes of one thread each, and summarise."""
     with tempfile.TemporaryDirectory() as folder:
         spec = json.dumps([dataclasses.asdict(r) for r in rows])
-        command = [sys.executable, "-m", "training.evaluate", "--prompts", kind, "--count", str(count), "--batch", str(batch)]
-        command += ["--spec", spec, "--seeds", *map(str, seeds), *(["--pair", str(pair)] if pair else [])]
-        # keep freed memory: returning it to the system after every layer took half of a worker's time
+        command = [
+            sys.executable,
+            "-m",
+            "training.evaluate",
+            "--prompts",
+            kind,
+            "--count",
+            str(count),
+            "--batch",
+            str(batch),
+        ]
+        command += [
+            "--spec",
+            spec,
+            "--seeds",
+            *map(str, seeds),
+            *(["--pair", str(pair)] if pair else []),
+        ]
+        # keep freed memory: returning it to the system after every layer took half of a worker's
+        # time
         malloc = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
         env = {**os.environ, "OMP_NUM_THREADS": "1", **malloc}
         files = [Path(folder) / f"{i}.jsonl" for i in range(workers)]
         running = [
-            subprocess.Popen([*command, "--shard", f"{i}/{workers}", "--out", str(f)], env=env) for i, f in enumerate(files)
+            subprocess.Popen([*command, "--shard", f"{i}/{workers}", "--out", str(f)], env=env)
+            for i, f in enumerate(files)
         ]
         codes = [p.wait() for p in running]
         if any(codes):
@@ -169,7 +240,13 @@ def evaluate(
         records = [json.loads(line) for f in files for line in f.read_text().splitlines()]
     pipe = NexusPipeline.from_pretrained(pair)
     d = dataclasses.asdict(pipe.defaults)
-    head = {"prompts": kind, "count": len(records) // (len(rows) + 1), "seeds": list(seeds), "batch": batch, "workers": workers}
+    head = {
+        "prompts": kind,
+        "count": len(records) // (len(rows) + 1),
+        "seeds": list(seeds),
+        "batch": batch,
+        "workers": workers,
+    }
     return {
         **head,
         "defaults": d,
@@ -180,20 +257,26 @@ def evaluate(
 
 def show(result: dict) -> str:
     """The table as text."""
-    lines = [f"{'':34} shape colour motion    all  interval        spectrum texture steady  forwards    ms"]
+    lines = [
+        f"{'':34} shape colour motion    all  interval        spectrum texture steady  forwards "
+        "   ms"
+    ]
     for name, r in result["rows"].items():
         low, high = r["interval"]
         runs = r.get("forwards", {})
         lines.append(
-            f"{name:34} {r['shape']:5.1%} {r['colour']:6.1%} {r['motion']:6.1%} {r['all']:6.1%}  [{low:5.1%}, {high:5.1%}]"
-            f" {r['spectrum_distance']:8.3f} {r['texture']:7.3f} {r['consistency']:6.3f}"
-            f"  {runs.get('small', 0):3d}+{runs.get('large', 0):3d} {r.get('ms', 0):6.0f}"
+            f"{name:34} {r['shape']:5.1%} {r['colour']:6.1%} {r['motion']:6.1%} {r['all']:6.1%} "
+            f" [{low:5.1%}, {high:5.1%}] {r['spectrum_distance']:8.3f} {r['texture']:7.3f}"
+            f" {r['consistency']:6.3f}  {runs.get('small', 0):3d}+{runs.get('large', 0):3d}"
+            f" {r.get('ms', 0):6.0f}"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pair", type=Path, help="a pair folder (default: the mini pair)")
     parser.add_argument("--prompts", choices=("riddles", "captions"), default="captions")
     parser.add_argument("--rows", nargs="+", default=["small", "large", "reference", "handoff=0.5"])
@@ -220,7 +303,13 @@ def main() -> None:
         )
         return
     result = evaluate(
-        args.pair, [Row.parse(r) for r in args.rows], args.prompts, args.count, args.batch, args.workers, tuple(args.seeds)
+        args.pair,
+        [Row.parse(r) for r in args.rows],
+        args.prompts,
+        args.count,
+        args.batch,
+        args.workers,
+        tuple(args.seeds),
     )
     print(show(result))
     if args.json:

@@ -1,7 +1,7 @@
 """What a clip is worth beside what it shows: how finely it is drawn, and how steadily.
 
-All of it is measured from pixels, against true renderings of the same kind; nothing here knows a model. Frames are
-[F, H, W, 3] in 0..1.
+All of it is measured from pixels, against true renderings of the same kind; nothing here knows a
+model. Frames are [F, H, W, 3] in 0..1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     if not count:
         return 0.0, 1.0
     z, p = 1.96, right / count
-    middle, spread = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    middle, spread = (
+        p + z * z / (2 * count),
+        z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)),
+    )
     return (middle - spread) / (1 + z * z / count), (middle + spread) / (1 + z * z / count)
 
 
@@ -43,10 +46,11 @@ def radial_power(frames: np.ndarray) -> np.ndarray:
 
 
 def texture(frame: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
-    """Amplitude [RINGS * SECTORS] of the object's luminance by frequency and direction, its colour and size divided out.
+    """Amplitude [RINGS * SECTORS] of the object's luminance by frequency and direction, its colour
+    and size divided out.
 
-    The object's own outline is taken off first (the mask's mean inside it), so that what is left is shading and
-    texture. None where the object is too small to have one.
+    The object's own outline is taken off first (the mask's mean inside it), so that what is left is
+    shading and texture. None where the object is too small to have one.
     """
     from scipy import ndimage
 
@@ -71,9 +75,11 @@ def _typical() -> dict[str, np.ndarray]:
     out = {}
     for name in world.TEXTURES:
         rng = np.random.default_rng(99)
-        pick = lambda values: str(rng.choice(list(values)))  # noqa: B023, E731
+        pick = lambda values: str(rng.choice(list(values)))  # noqa: B023
         kinds = [
-            world.Scene(pick(world.SHAPES), pick(world.COLOURS), name, "still", pick(world.BACKGROUNDS))
+            world.Scene(
+                pick(world.SHAPES), pick(world.COLOURS), name, "still", pick(world.BACKGROUNDS)
+            )
             for _ in range(PROTOTYPES)
         ]
         frames = [(world.render(s, rng, 1)[0].transpose(1, 2, 0) + 1) / 2 for s in kinds]
@@ -83,7 +89,8 @@ def _typical() -> dict[str, np.ndarray]:
 
 
 def texture_similarity(frames: np.ndarray, name: str, every: int = 5) -> float:
-    """How like the prompted texture a clip's object looks: 1 is a true rendering's typical spectrum, 0 shares nothing.
+    """How like the prompted texture a clip's object looks: 1 is a true rendering's typical
+    spectrum, 0 shares nothing.
 
     One less the Bray-Curtis distance of the amplitudes; 0 for a frame without an object.
     """
@@ -96,8 +103,8 @@ def texture_similarity(frames: np.ndarray, name: str, every: int = 5) -> float:
 
 
 def consistency(frames: np.ndarray, step: int = 2) -> float:
-    """How much the object stays itself as it moves: the mean correlation of its pixels with those two frames later,
-    moved along with its centre; 0 where an object is lost."""
+    """How much the object stays itself as it moves: the mean correlation of its pixels with those
+    two frames later, moved along with its centre; 0 where an object is lost."""
     from scipy import ndimage
 
     masks = [object_mask(f) for f in frames[::step]]

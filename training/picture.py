@@ -1,4 +1,5 @@
-"""Draw README's picture: a riddle a row, small, large and bridged side by side, as one looping gif made by the runtime.
+"""Draw README's picture: a riddle a row, small, large and bridged side by side, as one looping gif
+made by the runtime.
 
 python -m training.picture training/mini.gif
 """
@@ -15,9 +16,14 @@ from PIL import Image, ImageDraw
 from nexus_rt import NexusPipeline
 
 PROMPTS = (
-    "the shape with three sides, in the colour of grapes, striped, moves the opposite way of left on a white background",
-    "of a star and a circle, the one that is not a circle, dotted, moves as smoke does. it is in what red and green light "
-    "make together and on a black background",
+    (
+        "the shape with three sides, in the colour of grapes, striped, moves the opposite way of"
+        " left on a white background"
+    ),
+    (
+        "of a star and a circle, the one that is not a circle, dotted, moves as smoke does. it is"
+        " in what red and green light make together and on a black background"
+    ),
 )
 PLANS = {"small alone": "small", "large alone": "large", "bridged, handoff=0.5": "handoff=0.5"}
 ZOOM, GAP, LINE = 3, 10, 14
@@ -35,7 +41,9 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path)
     parser.add_argument("--pair", type=Path, help="a pair folder (default: the mini pair)")
     parser.add_argument("--seed", type=int, default=3)
@@ -64,7 +72,14 @@ def main() -> None:
                 image.paste(Image.fromarray(clips[p, k, f]), (left, top + head[p]))
             top += head[p] + height + GAP
         sheet.append(image.quantize(128, dither=Image.Dither.NONE))
-    sheet[0].save(args.output, save_all=True, append_images=sheet[1:] + [sheet[-1]] * 8, duration=90, loop=0, optimize=True)
+    sheet[0].save(
+        args.output,
+        save_all=True,
+        append_images=sheet[1:] + [sheet[-1]] * 8,
+        duration=90,
+        loop=0,
+        optimize=True,
+    )
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.2f} MB")
 
 

@@ -1,12 +1,13 @@
 """Train one of the mini pair's Wan DiTs by flow matching on the procedural world's latents.
 
-    python -m training.train_dit --size large --encode 6000       # once: clips -> latents, kept in the run folder
-    python -m training.train_dit --size small --steps 4000
+    python -m training.train_dit --size large --encode 6000       # once: clips -> latents, kept in
+    the run folder python -m training.train_dit --size small --steps 4000
     python -m training.train_dit --size large --steps 6000
     python -m training.train_dit --size small --export nexus_rt/mini/small
 
-x_sigma = (1 - sigma) x_0 + sigma eps, target velocity eps - x_0, timestep 1000 sigma: Wan's convention. One caption in
-ten is empty, for classifier-free guidance. The exported weights are an exponential moving average.
+x_sigma = (1 - sigma) x_0 + sigma eps, target velocity eps - x_0, timestep 1000 sigma: Wan's
+convention. One caption in ten is empty, for classifier-free guidance. The exported weights are an
+exponential moving average.
 """
 
 from __future__ import annotations
@@ -27,7 +28,16 @@ from nexus_rt.convert import transformer_config
 from nexus_rt.models.checkpoint import to_diffusers
 from nexus_rt.models.load import load_transformer
 from nexus_rt.models.wan import WanConfig, WanTransformer
-from training.common import RUNS, Log, Muon, Schedule, load_checkpoint, object_pixels, save_checkpoint, set_lr
+from training.common import (
+    RUNS,
+    Log,
+    Muon,
+    Schedule,
+    load_checkpoint,
+    object_pixels,
+    save_checkpoint,
+    set_lr,
+)
 from training.train_text import fillers, tokenize
 
 MINI = Path(__file__).resolve().parent.parent / "nexus_rt" / "mini"
@@ -36,7 +46,10 @@ SIZES = {
     "small": dict(num_attention_heads=4, attention_head_dim=32, ffn_dim=384, num_layers=4),
     "large": dict(num_attention_heads=4, attention_head_dim=64, ffn_dim=704, num_layers=5),
 }
-TRAIN = {"small": dict(lr=1.2e-2, batch=24), "large": dict(lr=1.2e-2, batch=24)}  # lr of the blocks' matrices, by Muon
+TRAIN = {
+    "small": dict(lr=1.2e-2, batch=24),
+    "large": dict(lr=1.2e-2, batch=24),
+}  # lr of the blocks' matrices, by Muon
 EMPTY = 0.1  # share of captions dropped
 SHIFT = 2.0  # training noise leans to the high end, where meaning and motion are decided
 
@@ -48,14 +61,18 @@ def config(size: str) -> WanConfig:
 def covered(x: torch.Tensor) -> torch.Tensor:
     """Which latent cells [B, 5, 8, 8] of clips [B, 3, 17, 64, 64] the shape touches."""
     mask = F.max_pool2d(object_pixels(x).squeeze(1).float(), 8)  # [B, 17, 8, 8]
-    return torch.stack([mask[:, :1].amax(1)] + [mask[:, 1 + 4 * i : 5 + 4 * i].amax(1) for i in range(4)], 1)
+    return torch.stack(
+        [mask[:, :1].amax(1)] + [mask[:, 1 + 4 * i : 5 + 4 * i].amax(1) for i in range(4)], 1
+    )
 
 
 @torch.no_grad()
 def encode(size: str, count: int, seed: int, vae_folder: Path) -> None:
-    """Render `count` clips and keep their normalised latents [count, 16, 5, 8, 8] with each clip's scene.
+    """Render `count` clips and keep their normalised latents [count, 16, 5, 8, 8] with each clip's
+    scene.
 
-    Rough pictures for the small generator, fine ones for the large: the same scenes at the same seed.
+    Rough pictures for the small generator, fine ones for the large: the same scenes at the same
+    seed.
     """
     rng = np.random.default_rng(seed)
     vae = AutoencoderKLWan.from_pretrained(vae_folder, torch_dtype=torch.float32)
@@ -67,7 +84,9 @@ def encode(size: str, count: int, seed: int, vae_folder: Path) -> None:
     order, latents, scenes, masks = {s: i for i, s in enumerate(world.all_scenes())}, [], [], []
     for start in range(0, count, 16):
         chosen = [world.sample_scene(rng) for _ in range(min(16, count - start))]
-        x = torch.from_numpy(np.stack([world.render(s, rng, rough=size == "small") for s in chosen])).transpose(1, 2)
+        x = torch.from_numpy(
+            np.stack([world.render(s, rng, rough=size == "small") for s in chosen])
+        ).transpose(1, 2)
         z = vae.encode(x.contiguous(memory_format=torch.channels_last_3d)).latent_dist.mode()
         latents.append(((z - mean) / std).half())
         masks.append(covered(x).bool())
@@ -83,7 +102,9 @@ class Captions:
 
     def __init__(self, pair: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(pair / "tokenizer")
-        self.encoder = UMT5EncoderModel.from_pretrained(pair / "text_encoder", dtype=torch.float32).eval()
+        self.encoder = UMT5EncoderModel.from_pretrained(
+            pair / "text_encoder", dtype=torch.float32
+        ).eval()
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> torch.Tensor:
@@ -97,23 +118,38 @@ def pad_context(context: torch.Tensor, length: int = CONTEXT) -> torch.Tensor:
 
 
 class Clips:
-    """The encoded clips: batches of latents, the scene of each, and the weight of each latent cell."""
+    """The encoded clips: batches of latents, the scene of each, and the weight of each latent
+    cell."""
 
     def __init__(self, size: str, generator: torch.Generator) -> None:
         data = load_checkpoint(RUNS / "dit" / f"latents-{size}.pt")
         if data is None:
-            raise SystemExit(f"no latents: run `python -m training.train_dit --size {size} --encode 6000` first")
-        self.latents, self.rows, self.masks, self.generator = data["latents"], data["scenes"], data["masks"], generator
+            raise SystemExit(
+                f"no latents: run `python -m training.train_dit --size {size} --encode 6000` first"
+            )
+        self.latents, self.rows, self.masks, self.generator = (
+            data["latents"],
+            data["scenes"],
+            data["masks"],
+            generator,
+        )
         self.scenes = world.all_scenes()
 
     def batch(self, count: int) -> tuple[torch.Tensor, list[world.Scene], torch.Tensor]:
-        """Latents [N, 16, 5, 8, 8], scenes, and weights [N, 1, 5, 8, 8] of mean 1 that favour the shape's cells."""
+        """Latents [N, 16, 5, 8, 8], scenes, and weights [N, 1, 5, 8, 8] of mean 1 that favour the
+        shape's cells."""
         pick = torch.randint(len(self.latents), (count,), generator=self.generator)
         weight = 1 + 2 * self.masks[pick].float().unsqueeze(1)
-        return self.latents[pick].float(), [self.scenes[i] for i in self.rows[pick]], weight / weight.mean()
+        return (
+            self.latents[pick].float(),
+            [self.scenes[i] for i in self.rows[pick]],
+            weight / weight.mean(),
+        )
 
 
-def flow_loss(model: WanTransformer, x0, weight, context, generator: torch.Generator) -> torch.Tensor:
+def flow_loss(
+    model: WanTransformer, x0, weight, context, generator: torch.Generator
+) -> torch.Tensor:
     """Flow matching at random noise levels: mean weighted squared error of the velocity."""
     u = torch.rand(len(x0), generator=generator)
     sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
@@ -137,7 +173,9 @@ def average(ema: dict[str, torch.Tensor], state: dict[str, torch.Tensor], step: 
         ema[key].lerp_(value, 1 - decay)
 
 
-def train(size: str, schedule: tuple[int | None, float | None], seed: int, pair: Path, init: Path | None) -> None:
+def train(
+    size: str, schedule: tuple[int | None, float | None], seed: int, pair: Path, init: Path | None
+) -> None:
     torch.manual_seed(seed)
     settings = TRAIN[size]
     path, log = RUNS / "dit" / f"{size}.pt", Log(RUNS / "dit" / f"{size}.jsonl")
@@ -157,12 +195,22 @@ def train(size: str, schedule: tuple[int | None, float | None], seed: int, pair:
     generator = torch.Generator().manual_seed(seed + start)
     rng = np.random.default_rng([seed, start])
     clips, embed, extra = Clips(size, generator), Captions(pair), fillers()
-    print(f"{size}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, from step {start}", flush=True)
+    print(
+        f"{size}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, from step"
+        f" {start}",
+        flush=True,
+    )
     clock, step, running = Schedule(*schedule, spent), start, None
     while clock.progress(step) < 1:
         set_lr(optimizer, clock.lr(step, settings["lr"], settings["lr"] / 50))
         x0, scenes, weight = clips.batch(settings["batch"])
-        loss = flow_loss(model, x0, weight, pad_context(embed([training_caption(s, rng, extra) for s in scenes])), generator)
+        loss = flow_loss(
+            model,
+            x0,
+            weight,
+            pad_context(embed([training_caption(s, rng, extra) for s in scenes])),
+            generator,
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -174,7 +222,12 @@ def train(size: str, schedule: tuple[int | None, float | None], seed: int, pair:
             log(size=size, step=step, loss=running, progress=clock.progress(step))
         if step % 250 == 0 or clock.progress(step) >= 1:
             save_checkpoint(
-                path, model=model.state_dict(), ema=ema, optimizer=optimizer.state_dict(), step=step, spent=clock.spent
+                path,
+                model=model.state_dict(),
+                ema=ema,
+                optimizer=optimizer.state_dict(),
+                step=step,
+                spent=clock.spent,
             )
 
 
@@ -189,7 +242,9 @@ def training_caption(scene: world.Scene, rng: np.random.Generator, extra: tuple[
 def export(size: str, folder: Path, weights: dict[str, torch.Tensor], step: int) -> None:
     """Write averaged weights as a diffusers folder in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.to(torch.bfloat16).contiguous().clone() for k, v in to_diffusers(weights).items()}
+    weights = {
+        k: v.to(torch.bfloat16).contiguous().clone() for k, v in to_diffusers(weights).items()
+    }
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     fields = transformer_config(config(size))
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
@@ -197,15 +252,27 @@ def export(size: str, folder: Path, weights: dict[str, torch.Tensor], step: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encode", type=int, metavar="CLIPS", help="render and encode clips for this size")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--encode", type=int, metavar="CLIPS", help="render and encode clips for this size"
+    )
     parser.add_argument("--vae", type=Path, default=MINI / "vae")
-    parser.add_argument("--pair", type=Path, default=MINI, help="the folder whose text encoder reads the captions")
+    parser.add_argument(
+        "--pair", type=Path, default=MINI, help="the folder whose text encoder reads the captions"
+    )
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--minutes", type=float, help="instead of steps: how long; the learning rate follows the clock")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="instead of steps: how long; the learning rate follows the clock",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", type=Path, help="start from this transformer folder, where there is no checkpoint")
+    parser.add_argument(
+        "--init", type=Path, help="start from this transformer folder, where there is no checkpoint"
+    )
     parser.add_argument("--export", type=Path)
     args = parser.parse_args()
     if args.encode:

@@ -1,9 +1,10 @@
 """Train the mini pair's understanding model: a tiny causal language model that works riddles out.
 
-Half of every batch is conversation: the user's riddle, answered by the plain caption it means, learned by next-token
-prediction. The other half ends in `[GEN_VID]`, as generation asks; there, linear classifiers read the five fields of
-the scene off the state, so that the meaning stands where the connector will look for it. The classifiers are thrown
-away. Held-out triples of kinds are never seen.
+Half of every batch is conversation: the user's riddle, answered by the plain caption it means,
+learned by next-token prediction. The other half ends in `[GEN_VID]`, as generation asks; there,
+linear classifiers read the five fields of the scene off the state, so that the meaning stands where
+the connector will look for it. The classifiers are thrown away. Held-out triples of kinds are never
+seen.
 
     python -m training.train_lm --steps 2500 --export nexus_rt/mini
 """
@@ -25,7 +26,15 @@ from nexus_rt.bench.shapes import riddles, world
 from training.common import RUNS, Log, Muon, Schedule, load_checkpoint, save_checkpoint, set_lr
 from training.train_text import FIELDS, LETTERS, WORDS
 
-SPECIAL = ("<pad>", "<unk>", "<|user|>", "<|assistant|>", "<|end_of_text|>", "[GEN_VID]", "[GEN_IMG]")
+SPECIAL = (
+    "<pad>",
+    "<unk>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end_of_text|>",
+    "[GEN_VID]",
+    "[GEN_IMG]",
+)
 VIDEO = "<|user|> Generate a video about: {prompt} <|assistant|> [GEN_VID] <|end_of_text|>"
 IMAGE = "<|user|> Generate an image about: {prompt} <|assistant|> [GEN_IMG] <|end_of_text|>"
 CHAT = "<|user|> {prompt} <|assistant|> {answer} <|end_of_text|>"
@@ -34,21 +43,33 @@ CHAT = "<|user|> {prompt} <|assistant|> {answer} <|end_of_text|>"
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Words of the grammar, single characters for all else; spaces are not kept."""
     normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(r"\s+", " ")])
-    texts = [*riddles.words(), "Generate a video about : an image", *(w for v in FIELDS.values() for w in v)]
+    texts = [
+        *riddles.words(),
+        "Generate a video about : an image",
+        *(w for v in FIELDS.values() for w in v),
+    ]
     texts += [world.caption(s, np.random.default_rng(i)) for i, s in enumerate(world.all_scenes())]
-    found = dict.fromkeys(word for t in texts for word, _ in WORDS.pre_tokenize_str(normalizer.normalize_str(t)))
+    found = dict.fromkeys(
+        word for t in texts for word, _ in WORDS.pre_tokenize_str(normalizer.normalize_str(t))
+    )
     vocab = [(name, 0.0) for name in SPECIAL] + [(word, -8.0) for word in found]
     vocab += [(c, -20.0) for c in ["▁", *LETTERS] if c not in found]
     tokenizer = Tokenizer(models.Unigram(vocab, unk_id=1))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, WORDS
     tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<|end_of_text|>",
-        additional_special_tokens=list(SPECIAL[2:4] + SPECIAL[5:]), model_max_length=512,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<|end_of_text|>",
+        additional_special_tokens=list(SPECIAL[2:4] + SPECIAL[5:]),
+        model_max_length=512,
+    )
 
 
-def sample_prompt(rng: np.random.Generator, scene: world.Scene | None = None, training: bool = True) -> riddles.Riddle:
+def sample_prompt(
+    rng: np.random.Generator, scene: world.Scene | None = None, training: bool = True
+) -> riddles.Riddle:
     """A riddle, or in a tenth of training a plain caption."""
     scene = scene or world.sample_scene(rng)
     if training and rng.random() < 0.1:
@@ -71,7 +92,11 @@ def read(model, heads, tokenizer, prompts: list[riddles.Riddle]) -> np.ndarray:
     ids, mask = tokenize(tokenizer, [VIDEO.format(prompt=r.text) for r in prompts])
     states = model.model(ids, mask).last_hidden_state[torch.arange(len(ids)), mask.sum(1) - 2]
     return np.stack(
-        [(h(states).argmax(-1) == y).numpy() for h, y in zip(heads, label([r.scene for r in prompts]).T, strict=True)], 1
+        [
+            (h(states).argmax(-1) == y).numpy()
+            for h, y in zip(heads, label([r.scene for r in prompts]).T, strict=True)
+        ],
+        1,
     )
 
 
@@ -79,14 +104,27 @@ def train(folder: Path, schedule: tuple[int | None, float | None], seed: int) ->
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None,
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
         eos_token_id=SPECIAL.index("<|end_of_text|>"),
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config)
     heads = nn.ModuleList([nn.Linear(config.hidden_size, len(names)) for names in FIELDS.values()])
     edges = {id(p) for m in (model.model.embed_tokens, heads) for p in m.parameters()}
-    optimizer = Muon([*model.parameters(), *heads.parameters()], lr=1.5e-2, adam_ratio=0.15, weight_decay=0.01, adam=edges)
+    optimizer = Muon(
+        [*model.parameters(), *heads.parameters()],
+        lr=1.5e-2,
+        adam_ratio=0.15,
+        weight_decay=0.01,
+        adam=edges,
+    )
     path, log = RUNS / "lm" / "lm.pt", Log(RUNS / "lm" / "train.jsonl")
     step, spent, state = 0, 0.0, load_checkpoint(path)
     if state:
@@ -96,18 +134,26 @@ def train(folder: Path, schedule: tuple[int | None, float | None], seed: int) ->
         step, spent = state["step"], state["spent"]
     rng, clock = np.random.default_rng([seed, step]), Schedule(*schedule, spent)
     begin, pad = tokenizer.convert_tokens_to_ids("<|assistant|>"), tokenizer.pad_token_id
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)}"
+        " tokens",
+        flush=True,
+    )
     while clock.progress(step) < 1:
         set_lr(optimizer, clock.lr(step, 1.5e-2, 2e-4))
         prompts = [sample_prompt(rng) for _ in range(48)]
         talk, ask = prompts[:24], prompts[24:]
-        ids, mask = tokenize(tokenizer, [CHAT.format(prompt=r.text, answer=world.caption(r.scene)) for r in talk])
+        ids, mask = tokenize(
+            tokenizer, [CHAT.format(prompt=r.text, answer=world.caption(r.scene)) for r in talk]
+        )
         spoken = (ids == begin).cumsum(1).bool() & (ids != pad)
         logits = model(ids, mask).logits[:, :-1]
         target, said = ids[:, 1:], spoken[:, :-1] & mask[:, 1:].bool()
         speech = F.cross_entropy(logits[said], target[said])
         ids, mask = tokenize(tokenizer, [VIDEO.format(prompt=r.text) for r in ask])
-        states = model.model(ids, mask).last_hidden_state[torch.arange(len(ids)), mask.sum(1) - 2]  # at [GEN_VID]
+        states = model.model(ids, mask).last_hidden_state[
+            torch.arange(len(ids)), mask.sum(1) - 2
+        ]  # at [GEN_VID]
         fields = label([r.scene for r in ask])
         reading = sum(F.cross_entropy(h(states), fields[:, i]) for i, h in enumerate(heads))
         loss = speech + reading
@@ -119,11 +165,23 @@ def train(folder: Path, schedule: tuple[int | None, float | None], seed: int) ->
         if step % 100 == 0:
             test = [sample_prompt(rng, training=False) for _ in range(96)]
             right = read(model, heads, tokenizer, test)
-            log(step=step, speech=speech.item(), reading=reading.item(), held_out=right.all(1).mean().item(),
-                fields=" ".join(f"{v:.2f}" for v in right.mean(0)), progress=clock.progress(step))  # fmt: skip
+            log(
+                step=step,
+                speech=speech.item(),
+                reading=reading.item(),
+                held_out=right.all(1).mean().item(),
+                fields=" ".join(f"{v:.2f}" for v in right.mean(0)),
+                progress=clock.progress(step),
+            )
         if step % 250 == 0 or clock.progress(step) >= 1:
-            save_checkpoint(path, model=model.state_dict(), heads=heads.state_dict(), optimizer=optimizer.state_dict(),
-                            step=step, spent=clock.spent)  # fmt: skip
+            save_checkpoint(
+                path,
+                model=model.state_dict(),
+                heads=heads.state_dict(),
+                optimizer=optimizer.state_dict(),
+                step=step,
+                spent=clock.spent,
+            )
             out = folder / "understanding"
             model.save_pretrained(out)
             small = LlamaForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
@@ -131,12 +189,17 @@ def train(folder: Path, schedule: tuple[int | None, float | None], seed: int) ->
             tokenizer.save_pretrained(out)
             file = out / "tokenizer_config.json"  # a class name that transformers 4 and 5 both know
             file.write_text(
-                json.dumps({**json.loads(file.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
+                json.dumps(
+                    {**json.loads(file.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"},
+                    indent=2,
+                )
             )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int)
     parser.add_argument("--minutes", type=float, help="instead of steps: how long")
     parser.add_argument("--seed", type=int, default=0)

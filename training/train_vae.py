@@ -1,8 +1,9 @@
 """Train the mini pair's shared `AutoencoderKLWan` on the procedural world, on a CPU.
 
-Two stages. `frames`: single frames, where a causal 3-D convolution sees only its last temporal tap, so that tap alone
-is computed (a third of the work). `clips`: 17-frame clips, starting from the frame model *inflated*: past taps zeroed,
-the temporal resamplers set to copy, so that the first clip step already decodes every frame.
+Two stages. `frames`: single frames, where a causal 3-D convolution sees only its last temporal tap,
+so that tap alone is computed (a third of the work). `clips`: 17-frame clips, starting from the
+frame model *inflated*: past taps zeroed, the temporal resamplers set to copy, so that the first
+clip step already decodes every frame.
 
     python -m training.train_vae --stage frames --steps 3000
     python -m training.train_vae --stage clips --steps 1500
@@ -20,10 +21,23 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
-from training.common import RUNS, Log, Muon, cosine, load_checkpoint, object_pixels, psnr, render_batch, save_checkpoint, set_lr
+from training.common import (
+    RUNS,
+    Log,
+    Muon,
+    cosine,
+    load_checkpoint,
+    object_pixels,
+    psnr,
+    render_batch,
+    save_checkpoint,
+    set_lr,
+)
 
 CONFIG = dict(base_dim=8, z_dim=16, num_res_blocks=1)
-LATENT_NOISE = 0.10  # relative to the latents' own spread: the decoder must forgive a generator's small errors
+LATENT_NOISE = (
+    0.10  # relative to the latents' own spread: the decoder must forgive a generator's small errors
+)
 
 
 def build() -> AutoencoderKLWan:
@@ -37,13 +51,21 @@ def build() -> AutoencoderKLWan:
 
 
 def last_tap_only() -> None:
-    """Make a causal convolution over a single frame a 2-D one: the taps it drops multiply zero padding."""
+    """Make a causal convolution over a single frame a 2-D one: the taps it drops multiply zero
+    padding."""
     whole = WanCausalConv3d.forward
 
     def forward(self, x, cache_x=None):
-        if cache_x is None and x.shape[2] == 1 and self.kernel_size[0] == 3 and self._padding[4] == 2:
+        if (
+            cache_x is None
+            and x.shape[2] == 1
+            and self.kernel_size[0] == 3
+            and self._padding[4] == 2
+        ):
             weight = self.weight[:, :, -1].contiguous(memory_format=torch.channels_last)
-            return F.conv2d(x[:, :, 0], weight, self.bias, padding=(self._padding[2], self._padding[0])).unsqueeze(2)
+            return F.conv2d(
+                x[:, :, 0], weight, self.bias, padding=(self._padding[2], self._padding[0])
+            ).unsqueeze(2)
         return whole(self, x, cache_x)
 
     WanCausalConv3d.forward = forward
@@ -65,7 +87,8 @@ def inflate(vae: AutoencoderKLWan) -> None:
 
 
 def foreground_weight(x: torch.Tensor) -> torch.Tensor:
-    """Weights of mean about 1 that count a shape's pixels several times: most of a frame is plain background."""
+    """Weights of mean about 1 that count a shape's pixels several times: most of a frame is plain
+    background."""
     weight = 1 + 5 * object_pixels(x)
     return weight / weight.float().mean()
 
@@ -89,9 +112,13 @@ class Autoencoder(torch.nn.Module):
         vae.clear_cache()
         z = vae.post_quant_conv(z)
         chunks = []
-        for i in range(z.shape[2]):  # the loop of AutoencoderKLWan._decode, without its clamp (which stops gradients)
+        for i in range(
+            z.shape[2]
+        ):  # the loop of AutoencoderKLWan._decode, without its clamp (which stops gradients)
             vae._conv_idx = [0]
-            chunks.append(vae.decoder(z[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx))
+            chunks.append(
+                vae.decoder(z[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx)
+            )
         return torch.cat(chunks, 2), mean
 
 
@@ -110,13 +137,17 @@ def train(stage: str, steps: int, batch: int, lr: float, seed: int, compile_: bo
     elif not single:
         frames = load_checkpoint(RUNS / "vae" / "frames.pt")
         if frames is None:
-            raise SystemExit("no frame model: run `python -m training.train_vae --stage frames` first")
+            raise SystemExit(
+                "no frame model: run `python -m training.train_vae --stage frames` first"
+            )
         vae.load_state_dict(frames["model"])
         inflate(vae)
     if single:
         last_tap_only()
     step_fn = Autoencoder(vae, single)
-    if compile_ and single:  # a clip's graph, ten times larger, takes longer to compile than it saves
+    if (
+        compile_ and single
+    ):  # a clip's graph, ten times larger, takes longer to compile than it saves
         step_fn = torch.compile(step_fn)
     recent: list[tuple[float, float]] = []
     frames, shape = (1, (batch, 16, 1, 8, 8)) if single else (17, (batch, 16, 5, 8, 8))
@@ -135,7 +166,9 @@ def train(stage: str, steps: int, batch: int, lr: float, seed: int, compile_: bo
             loss_, psnr_ = np.mean(recent[-25:], 0).tolist()
             log(stage=stage, step=step + 1, loss=loss_, psnr=psnr_, std=mean.std().item())
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            save_checkpoint(path, model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+            save_checkpoint(
+                path, model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1
+            )
 
 
 @torch.no_grad()
@@ -160,7 +193,9 @@ def export(folder: Path, seed: int = 7) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stage", choices=("frames", "clips"))
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int)

@@ -1,8 +1,10 @@
-"""What does a clip show? Measured from its pixels alone: shape, colour and motion of the one object in it.
+"""What does a clip show? Measured from its pixels alone: shape, colour and motion of the one object
+in it.
 
-Knows the world's names and what its shapes look like, and nothing of any model, latent or prompt. The background is
-read off the frame's border, the object is what differs from it; colour is its most common hue, shape the best overlap
-with a filled outline of the same area, motion how far the object's centre travels.
+Knows the world's names and what its shapes look like, and nothing of any model, latent or prompt.
+The background is read off the frame's border, the object is what differs from it; colour is its
+most common hue, shape the best overlap with a filled outline of the same area, motion how far the
+object's centre travels.
 """
 
 from __future__ import annotations
@@ -31,11 +33,13 @@ class Seen:
 
 
 def object_mask(frame: np.ndarray) -> np.ndarray:
-    """Pixels [H, W] of the object in a frame [H, W, 3] of values 0..1: far from the border's colour, and connected."""
+    """Pixels [H, W] of the object in a frame [H, W, 3] of values 0..1: far from the border's
+    colour, and connected."""
     from scipy import ndimage
 
     side = frame.shape[0]
-    # the background changes from row to row only: each row's colour is the median of its two ends and of the whole border
+    # the background changes from row to row only: each row's colour is the median of its two ends
+    # and of the whole border
     ends = np.concatenate([frame[:, :4], frame[:, -4:]], 1)
     row = np.median(ends, 1)
     t = np.arange(side) / side
@@ -62,12 +66,15 @@ def _outlines() -> dict[str, np.ndarray]:
     for shape in world.SHAPES:
         axis = (np.arange(GRID * 2) + 0.5 - GRID) / GRID * 3
         x, y = np.meshgrid(axis, axis)
-        out[shape] = _normalise(world.signed_distance(shape, x.astype(np.float32), y.astype(np.float32), 1.0) < 0)
+        out[shape] = _normalise(
+            world.signed_distance(shape, x.astype(np.float32), y.astype(np.float32), 1.0) < 0
+        )
     return out
 
 
 def _normalise(mask: np.ndarray) -> np.ndarray:
-    """Resample a mask so that its centroid is the grid's centre and its area a fixed share of the grid."""
+    """Resample a mask so that its centroid is the grid's centre and its area a fixed share of the
+    grid."""
     from scipy import ndimage
 
     ys, xs = np.nonzero(mask)
@@ -80,7 +87,9 @@ def _normalise(mask: np.ndarray) -> np.ndarray:
 def shape_scores(mask: np.ndarray) -> dict[str, float]:
     """Overlap (intersection over union) of a mask with each shape's outline."""
     m = _normalise(mask)
-    return {k: float(np.minimum(m, o).sum() / np.maximum(m, o).sum()) for k, o in _outlines().items()}
+    return {
+        k: float(np.minimum(m, o).sum() / np.maximum(m, o).sum()) for k, o in _outlines().items()
+    }
 
 
 def look(frames: np.ndarray) -> Seen:

@@ -1,11 +1,13 @@
 """The reasoning grammar: prompts that never say outright what to show.
 
-A riddle says a scene's shape, colour and motion each in a way that must be worked out; texture and background are said
-plainly. `KINDS` are the ways. Literal words that are wrong abound ("the opposite way of right", "of a star and a
-cross , the one that is not a star"), so that a model that reads words without their sense is led astray.
+A riddle says a scene's shape, colour and motion each in a way that must be worked out; texture and
+background are said plainly. `KINDS` are the ways. Literal words that are wrong abound ("the
+opposite way of right", "of a star and a cross , the one that is not a star"), so that a model that
+reads words without their sense is led astray.
 
-Every phrase is drawn from `numpy.random.Generator`. A fifth of the triples of kinds (shape's, colour's, motion's) is
-held out: no model is ever trained on them, and the claim is tested on them alone.
+Every phrase is drawn from `numpy.random.Generator`. A fifth of the triples of kinds (shape's,
+colour's, motion's) is held out: no model is ever trained on them, and the claim is tested on them
+alone.
 """
 
 from __future__ import annotations
@@ -16,7 +18,21 @@ import numpy as np
 
 from nexus_rt.bench.shapes.world import COLOURS, MOTIONS, SHAPES, Scene, caption, sample_scene
 
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+NUMBERS = (
+    "no",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
 CORNERS = {"circle": 0, "triangle": 3, "square": 4, "star": 10, "cross": 12}
 SHAPE_DEFINITIONS = {
     "circle": ("the shape without any corners", "the shape that is round all over"),
@@ -29,8 +45,16 @@ SHAPE_LIKENESS = {
     "circle": ("the shape that rolls", "the shape of a wheel", "the shape of a coin"),
     "triangle": ("the shape of a slice of pizza", "the shape of a pyramid", "the shape of a tent"),
     "square": ("the shape of a chess board", "the shape of a tile", "the face of a dice"),
-    "star": ("the shape that sheriffs wear", "the shape that shines at night", "the shape atop a christmas tree"),
-    "cross": ("the sign of a pharmacy", "the sign of first aid", "the sign between numbers in a sum"),
+    "star": (
+        "the shape that sheriffs wear",
+        "the shape that shines at night",
+        "the shape atop a christmas tree",
+    ),
+    "cross": (
+        "the sign of a pharmacy",
+        "the sign of first aid",
+        "the sign between numbers in a sum",
+    ),
 }
 COLOUR_LIKENESS = {
     "red": ("the colour of blood", "the colour of a tomato", "the colour that says stop"),
@@ -75,10 +99,13 @@ class Riddle:
 
 
 def held_out(kinds: tuple[str, str, str]) -> bool:
-    """True for twelve of the sixty triples of kinds, each pair of kinds in at most one: never trained on, always tested on."""
+    """True for twelve of the sixty triples of kinds, each pair of kinds in at most one: never
+    trained on, always tested on."""
     if "plain" in kinds:
         return False
-    shape, colour, motion = (KINDS[field].index(kind) for field, kind in zip(KINDS, kinds, strict=True))
+    shape, colour, motion = (
+        KINDS[field].index(kind) for field, kind in zip(KINDS, kinds, strict=True)
+    )
     return (shape + 2 * colour + motion) % 5 == 0
 
 
@@ -100,7 +127,14 @@ def _one(options, rng: np.random.Generator):
 
 def _negation(names, own: str, rng: np.random.Generator) -> str:
     other = _other(names, own, rng)
-    return _one((f"not {other} but {own}", f"{own} and not {other}", f"anything but {other} , namely {own}"), rng)
+    return _one(
+        (
+            f"not {other} but {own}",
+            f"{own} and not {other}",
+            f"anything but {other} , namely {own}",
+        ),
+        rng,
+    )
 
 
 def shape_phrase(shape: str, kind: str, rng: np.random.Generator) -> str:
@@ -163,14 +197,21 @@ def riddle(scene: Scene, kinds: tuple[str, str, str], rng: np.random.Generator) 
         f"{ground} , {shape} , in {colour}{texture} , {motion}",
         f"{shape}{texture} , {motion} . it is in {colour} and {ground}",
     )
-    return Riddle(" ".join(_one(forms, rng).replace(" ,", ",").replace(" .", ".").split()), scene, kinds)
+    return Riddle(
+        " ".join(_one(forms, rng).replace(" ,", ",").replace(" .", ".").split()), scene, kinds
+    )
 
 
-def sample_kinds(rng: np.random.Generator, training: bool = True, plain: float = 0.15) -> tuple[str, str, str]:
-    """Kinds for the three fields: in training each plain with a probability, and never a held-out triple; in testing
-    always a held-out one."""
+def sample_kinds(
+    rng: np.random.Generator, training: bool = True, plain: float = 0.15
+) -> tuple[str, str, str]:
+    """Kinds for the three fields: in training each plain with a probability, and never a held-out
+    triple; in testing always a held-out one."""
     while True:
-        kinds = tuple("plain" if training and rng.random() < plain else str(rng.choice(k)) for k in KINDS.values())
+        kinds = tuple(
+            "plain" if training and rng.random() < plain else str(rng.choice(k))
+            for k in KINDS.values()
+        )
         if held_out(kinds) != training:
             return kinds
 
@@ -179,14 +220,24 @@ def words() -> list[str]:
     """Every word of the grammar."""
     rng, found = np.random.default_rng(0), {}
     for k in range(6000):
-        text = riddle(Scene(SHAPES[k % 5], list(COLOURS)[k % 6], "striped" if k % 2 else "dotted", list(MOTIONS)[(k // 7) % 5],
-                            "black"), sample_kinds(rng), rng).text  # fmt: skip
+        text = riddle(
+            Scene(
+                SHAPES[k % 5],
+                list(COLOURS)[k % 6],
+                "striped" if k % 2 else "dotted",
+                list(MOTIONS)[(k // 7) % 5],
+                "black",
+            ),
+            sample_kinds(rng),
+            rng,
+        ).text
         found |= dict.fromkeys(text.replace(",", " ,").replace(".", " .").split())
     return [*found, *(n for n in NUMBERS if n not in found)]
 
 
 def make_prompts(kind: str, seed: int, count: int) -> list[Riddle]:
-    """Test prompts: "riddles" of held-out triples of kinds, or plain "captions"; the same for a seed, always."""
+    """Test prompts: "riddles" of held-out triples of kinds, or plain "captions"; the same for a
+    seed, always."""
     rng = np.random.default_rng([seed, 7])
     prompts = []
     for _ in range(count):

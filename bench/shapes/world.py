@@ -1,9 +1,10 @@
 """The procedural world: a caption grammar and the renderer that draws what a caption says.
 
-A scene is one textured shape that moves over a plain background. Every word of a caption is decided by one field of
-`Scene`; what no word decides (radius, start, how far it travels, texture phase) is drawn from `numpy.random.Generator`.
-Frames are float32 RGB in [-1, 1], shape [T, 3, H, W], anti-aliased from signed distances, so that edges and textures
-carry the high frequencies a large generator is there to draw.
+A scene is one textured shape that moves over a plain background. Every word of a caption is decided
+by one field of `Scene`; what no word decides (radius, start, how far it travels, texture phase) is
+drawn from `numpy.random.Generator`. Frames are float32 RGB in [-1, 1], shape [T, 3, H, W],
+anti-aliased from signed distances, so that edges and textures carry the high frequencies a large
+generator is there to draw.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def all_scenes() -> list[Scene]:
 
 
 def held_out(scene: Scene) -> bool:
-    """True for about a tenth of the (shape, colour, motion) triples: never trained on, always tested on."""
+    """True for about a tenth of the (shape, colour, motion) triples: never trained on, always
+    tested on."""
     key = f"{scene.shape}/{scene.colour}/{scene.motion}".encode()
     return hashlib.sha256(key).digest()[0] < 26
 
@@ -65,14 +67,25 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     look = scene.colour if scene.texture == "plain" else f"{scene.texture} {scene.colour}"
     still = scene.motion == "still"
     forms = (
-        f"a {look} {scene.shape} {'stays still' if still else 'moves ' + scene.motion} on a {scene.background} background",
-        f"a {look} {scene.shape} {'staying still' if still else 'moving ' + scene.motion}, {scene.background} background",
-        f"on a {scene.background} background, a {look} {scene.shape} {'stays still' if still else 'moves ' + scene.motion}",
+        (
+            f"a {look} {scene.shape} {'stays still' if still else 'moves ' + scene.motion} on a"
+            f" {scene.background} background"
+        ),
+        (
+            f"a {look} {scene.shape} {'staying still' if still else 'moving ' + scene.motion},"
+            f" {scene.background} background"
+        ),
+        (
+            f"on a {scene.background} background, a {look} {scene.shape}"
+            f" {'stays still' if still else 'moves ' + scene.motion}"
+        ),
     )
     return forms[0] if rng is None else forms[int(rng.integers(len(forms)))]
 
 
-def loose_caption(scene: Scene, rng: np.random.Generator, fillers: tuple[str, ...] = ()) -> tuple[str, tuple[bool, ...]]:
+def loose_caption(
+    scene: Scene, rng: np.random.Generator, fillers: tuple[str, ...] = ()
+) -> tuple[str, tuple[bool, ...]]:
     """A caption as people write them: some leave a field out, some carry words that say nothing.
 
     Returns the text and which fields (in `Scene`'s order) it says.
@@ -96,7 +109,9 @@ def loose_caption(scene: Scene, rng: np.random.Generator, fillers: tuple[str, ..
 def sample_scene(rng: np.random.Generator, training: bool = True) -> Scene:
     """A random scene; in training never a held-out one."""
     while True:
-        scene = Scene(*(str(rng.choice(list(v))) for v in (SHAPES, COLOURS, TEXTURES, MOTIONS, BACKGROUNDS)))
+        scene = Scene(
+            *(str(rng.choice(list(v))) for v in (SHAPES, COLOURS, TEXTURES, MOTIONS, BACKGROUNDS))
+        )
         if not (training and held_out(scene)):
             return scene
 
@@ -115,13 +130,27 @@ def _polygon(shape: str) -> np.ndarray:
     if shape == "cross":
         a, b = 1.08, 0.36
         return np.array(
-            [(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]
+            [
+                (-b, -a),
+                (b, -a),
+                (b, -b),
+                (a, -b),
+                (a, b),
+                (b, b),
+                (b, a),
+                (-b, a),
+                (-b, b),
+                (-a, b),
+                (-a, -b),
+                (-b, -b),
+            ]
         )
     raise ValueError(f"unknown shape {shape!r}: expected one of {', '.join(SHAPES)}")
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance in pixels (negative inside) of points (x, y) to a shape of `radius` pixels around the origin."""
+    """Signed distance in pixels (negative inside) of points (x, y) to a shape of `radius` pixels
+    around the origin."""
     if shape == "circle":
         return np.hypot(x, y) - radius
     v = _polygon(shape).astype(np.float32) * radius
@@ -136,7 +165,9 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
     return np.where(inside, -1.0, 1.0).astype(np.float32) * np.sqrt(d2)
 
 
-def _path(motion: str, radius: float, frames: int, size: int, rng: np.random.Generator) -> np.ndarray:
+def _path(
+    motion: str, radius: float, frames: int, size: int, rng: np.random.Generator
+) -> np.ndarray:
     """Centres [T, 2] of the shape, inside the frame from first to last."""
     margin = 1.22 * radius + 1
     free = size - 2 * margin
@@ -147,11 +178,17 @@ def _path(motion: str, radius: float, frames: int, size: int, rng: np.random.Gen
     return (middle[None] + along[:, None] * travel * direction[None]).astype(np.float32)
 
 
-def render(scene: Scene, rng: np.random.Generator, frames: int = FRAMES, size: int = SIZE, rough: bool = False) -> np.ndarray:
+def render(
+    scene: Scene,
+    rng: np.random.Generator,
+    frames: int = FRAMES,
+    size: int = SIZE,
+    rough: bool = False,
+) -> np.ndarray:
     """Draw a scene: float32 [T, 3, H, W] in [-1, 1].
 
-    `rough` draws what a sketch would: soft edges, and a texture's mean tone in its place. The same draws of `rng` give
-    the same scene, rough or fine.
+    `rough` draws what a sketch would: soft edges, and a texture's mean tone in its place. The same
+    draws of `rng` give the same scene, rough or fine.
     """
     unit = size / 64
     radius = rng.uniform(*RADIUS) * unit
@@ -161,7 +198,11 @@ def render(scene: Scene, rng: np.random.Generator, frames: int = FRAMES, size: i
     x = grid[None, None, :] - centres[:, 0, None, None]  # [T, 1, W]
     y = grid[None, :, None] - centres[:, 1, None, None]  # [T, H, 1]
     x, y = np.broadcast_arrays(x, y)
-    cover = np.clip(0.5 - signed_distance(scene.shape, x, y, radius) / (ROUGH_EDGE * unit if rough else 1.0), 0, 1)
+    cover = np.clip(
+        0.5 - signed_distance(scene.shape, x, y, radius) / (ROUGH_EDGE * unit if rough else 1.0),
+        0,
+        1,
+    )
 
     period = TEXTURE_PERIOD * unit
     if scene.texture == "striped":
@@ -169,7 +210,11 @@ def render(scene: Scene, rng: np.random.Generator, frames: int = FRAMES, size: i
         tone = np.full_like(x, 0.5) if rough else np.clip(0.5 - wave, 0, 1)
     elif scene.texture == "dotted":
         u, v = ((x + phase[0]) % period) - period / 2, ((y + phase[1]) % period) - period / 2
-        tone = np.full_like(x, np.pi * 0.29**2) if rough else np.clip(0.5 - (np.hypot(u, v) - period * 0.29), 0, 1)
+        tone = (
+            np.full_like(x, np.pi * 0.29**2)
+            if rough
+            else np.clip(0.5 - (np.hypot(u, v) - period * 0.29), 0, 1)
+        )
     else:
         tone = np.zeros_like(x)
     light = 1.0 - 0.14 * np.clip(y / radius, -1, 1)

@@ -45,19 +45,26 @@ def judge(args: argparse.Namespace) -> int:
     prompts = read_bench(prompts_path(args.prompts), taxonomy)
     if args.requests < 1:
         raise InputError(f"--requests is {args.requests}; expected at least 1.")
-    protocol = Protocol(args.protocol, args.frames, args.picture_size, args.max_tokens, args.temperature)
+    protocol = Protocol(
+        args.protocol, args.frames, args.picture_size, args.max_tokens, args.temperature
+    )
     dtype = getattr(torch, args.dtype) if args.dtype else None
     asked = find_judge(args.judge_url, args.judge_model, args.device, dtype, protocol)
     folder = Path(args.clips).expanduser()
-    found = judge_clips(prompts, folder, asked, taxonomy, args.requests, say, protocol, args.retry_unknown)
+    found = judge_clips(
+        prompts, folder, asked, taxonomy, args.requests, say, protocol, args.retry_unknown
+    )
     scores = summary(found["clips"], taxonomy)
     for kind in ("missing", "failed"):
         for name, why in found[kind].items():
             say(f"{kind}: {name}: {why}")
     whole = scores["overall"]
     where = folder / FILES[protocol.name]
-    print(f"{where}: {shown(whole)} over {whole['count']} clips, {whole['unknown']} of {whole['questions']} answers "
-          f"Unknown, {len(found['missing'])} clips missing, {len(found['failed'])} not judged")  # fmt: skip
+    print(
+        f"{where}: {shown(whole)} over {whole['count']} clips, {whole['unknown']} of"
+        f" {whole['questions']} answers Unknown, {len(found['missing'])} clips missing,"
+        f" {len(found['failed'])} not judged"
+    )
     return 1 if found["missing"] or found["failed"] else 0
 
 
@@ -65,14 +72,18 @@ def report(args: argparse.Namespace) -> int:
     """Print the tables of judged folders, and write them as asked."""
     for given in (args.markdown, args.json, args.html):
         if given and not Path(given).expanduser().parent.is_dir():
-            raise InputError(f"{Path(given).parent} does not exist; make the folder first, or write somewhere else.")
+            raise InputError(
+                f"{Path(given).parent} does not exist; make the folder first, or write somewhere"
+                " else."
+            )
     taxonomy = read_taxonomy(args.taxonomy)
     found = make_report([Path(p).expanduser() for p in args.runs], taxonomy)
     text = markdown(found, taxonomy)
     made: list[tuple[str | None, Callable[[], str]]] = [
-        (args.markdown, lambda: text), (args.html, lambda: page(found, taxonomy)),
+        (args.markdown, lambda: text),
+        (args.html, lambda: page(found, taxonomy)),
         (args.json, lambda: json.dumps(found, indent=1, ensure_ascii=False) + "\n"),
-    ]  # fmt: skip
+    ]
     for given, content in made:
         if given:
             write_text(Path(given).expanduser(), content())

@@ -1,4 +1,5 @@
-"""A judge behind an OpenAI-compatible endpoint: one request a clip, a time limit on the whole of it, the key kept to itself."""
+"""A judge behind an OpenAI-compatible endpoint: one request a clip, a time limit on the whole of
+it, the key kept to itself."""
 
 from __future__ import annotations
 
@@ -36,44 +37,64 @@ class JudgeUnusable(NexusError):
 
 
 class HttpJudge:
-    """`POST {url}/chat/completions`, tried again with growing waits where the server is busy or fails.
+    """`POST {url}/chat/completions`, tried again with growing waits where the server is busy or
+    fails.
 
     Args:
-        url: up to and including `/v1`, or the whole address of `chat/completions`; a query stays (Azure's `api-version`).
+        url: up to and including `/v1`, or the whole address of `chat/completions`; a query stays
+            (Azure's `api-version`).
         model: what the server calls it.
         timeout: seconds for the whole of a request, from connecting to the reply's last byte.
         wait: sleeps for some seconds between tries.
         protocol: max_tokens, temperature and the size of pictures.
 
-    The key is read from `OPENAI_API_KEY`, white space around it left out, and sent as `Authorization: Bearer` and, to Azure,
-    as `api-key`; without one neither is sent. It is in no message. A server that knows `max_completion_tokens` instead of
-    `max_tokens`, or no `temperature`, and says so, is asked so.
+    The key is read from `OPENAI_API_KEY`, white space around it left out, and sent as
+    `Authorization: Bearer` and, to Azure, as `api-key`; without one neither is sent. It is in no
+    message. A server that knows `max_completion_tokens` instead of `max_tokens`, or no
+    `temperature`, and says so, is asked so.
     """
 
     parallel = True
 
     def __init__(
-        self, url: str, model: str, timeout: float = TIMEOUT, tries: int = TRIES, wait: Callable[[float], Any] | None = None,
+        self,
+        url: str,
+        model: str,
+        timeout: float = TIMEOUT,
+        tries: int = TRIES,
+        wait: Callable[[float], Any] | None = None,
         protocol: Protocol | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         parts = urlsplit(url.strip())
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(
-                f"--judge-url is {cut(repr(url), 120)}; expected http:// or https://, such as http://localhost:8000/v1."
+                f"--judge-url is {cut(repr(url), 120)}; expected http:// or https://, such as"
+                " http://localhost:8000/v1."
             )
         path = parts.path.rstrip("/")
         path += "" if path.endswith("/chat/completions") else "/chat/completions"
         self.url = urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
-        self.shown = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], path, "", ""))  # without secrets
+        self.shown = urlunsplit(
+            (parts.scheme, parts.netloc.rpartition("@")[2], path, "", "")
+        )  # without secrets
         self.azure = "api-version=" in parts.query or parts.hostname.endswith(".azure.com")
-        self.model, self.timeout, self.tries, self._stopped = model, timeout, tries, threading.Event()
+        self.model, self.timeout, self.tries, self._stopped = (
+            model,
+            timeout,
+            tries,
+            threading.Event(),
+        )
         self.protocol = protocol or Protocol()
         self._wait = wait or self._stopped.wait
         self.name = f"{model} at {self.shown}"
         self._key = (os.environ.get(KEY) or "").strip()
         if self._key and not (self._key.isascii() and self._key.isprintable()):
-            raise InputError(f"the key in {KEY} holds characters that no header can carry; set it again.")
-        self._renamed: dict[str, str | None] = {}  # parameters as this server wants them; None: left out
+            raise InputError(
+                f"the key in {KEY} holds characters that no header can carry; set it again."
+            )
+        self._renamed: dict[
+            str, str | None
+        ] = {}  # parameters as this server wants them; None: left out
         self._local, self._clients, self._lock = threading.local(), [], threading.Lock()
 
     def stop(self) -> None:
@@ -89,7 +110,9 @@ class HttpJudge:
         try:
             import httpx2
         except ImportError as error:
-            raise ModelError("a judge behind --judge-url needs httpx2; pip install 'nexus-rt[vrbench]'.") from error
+            raise ModelError(
+                "a judge behind --judge-url needs httpx2; pip install 'nexus-rt[vrbench]'."
+            ) from error
         if not hasattr(self._local, "client"):
             headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
             if self._key and self.azure:
@@ -105,7 +128,7 @@ class HttpJudge:
         side = self.protocol.picture_size or longest
         while True:
             scale = side / longest if longest else 1.0
-            height = lambda f: None if scale >= 1 else max(1, round(f.shape[0] * scale))  # noqa: B023, E731
+            height = lambda f: None if scale >= 1 else max(1, round(f.shape[0] * scale))  # noqa: B023
             urls = [data_url(f, "JPEG", height(f)) for f in frames]
             if self.protocol.picture_size or sum(map(len, urls)) <= MOST_PICTURES or side <= 32:
                 return urls
@@ -116,13 +139,24 @@ class HttpJudge:
         messages = []
         for message in talk:
             parts = [
-                {"type": "image_url", "image_url": {"url": next(left)}} if part["type"] == "image" else part
+                (
+                    {"type": "image_url", "image_url": {"url": next(left)}}
+                    if part["type"] == "image"
+                    else part
+                )
                 for part in message["content"]
             ]
             alone = len(parts) == 1 and parts[0]["type"] == "text"
-            messages.append({"role": message["role"], "content": parts[0]["text"] if alone else parts})
+            messages.append(
+                {"role": message["role"], "content": parts[0]["text"] if alone else parts}
+            )
         p = self.protocol
-        return {"model": self.model, "messages": messages, "temperature": p.temperature, "max_tokens": p.max_tokens or TOKENS}
+        return {
+            "model": self.model,
+            "messages": messages,
+            "temperature": p.temperature,
+            "max_tokens": p.max_tokens or TOKENS,
+        }
 
     def _adapted(self, body: dict[str, Any]) -> dict[str, Any]:
         """A body with the parameters that the server has shown it wants."""
@@ -130,8 +164,13 @@ class HttpJudge:
         return {names[k]: v for k, v in body.items() if names[k] is not None}
 
     def _learn(self, text: str) -> bool:
-        """Whether a refusal names a parameter that has another name or can be left out; each is tried once."""
-        for name, other in (("max_tokens", "max_completion_tokens"), ("temperature", None), ("response_format", None)):
+        """Whether a refusal names a parameter that has another name or can be left out; each is
+        tried once."""
+        for name, other in (
+            ("max_tokens", "max_completion_tokens"),
+            ("temperature", None),
+            ("response_format", None),
+        ):
             if name in text and name not in self._renamed:
                 self._renamed[name] = other
                 return True
@@ -147,14 +186,18 @@ class HttpJudge:
 
         until = time.monotonic() + self.timeout
         try:
-            with self._client().stream("POST", self.url, json=body, timeout=httpx2.Timeout(self.timeout)) as answer:
+            with self._client().stream(
+                "POST", self.url, json=body, timeout=httpx2.Timeout(self.timeout)
+            ) as answer:
                 data = bytearray()
                 for piece in answer.iter_bytes():
                     data += piece
                     if time.monotonic() > until:
                         raise TimeoutError
                     if len(data) > MOST_REPLY:
-                        raise JudgeError(f"a reply above {MOST_REPLY >> 20} MiB, which is no judge's")
+                        raise JudgeError(
+                            f"a reply above {MOST_REPLY >> 20} MiB, which is no judge's"
+                        )
                 return answer.status_code, dict(answer.headers), bytes(data)
         except httpx2.TimeoutException:
             raise TimeoutError from None
@@ -168,7 +211,8 @@ class HttpJudge:
         """The next message of a conversation; frames: [H, W, 3] uint8 for its image parts.
 
         Raises:
-            JudgeUnusable: no connection after all tries, or the server refuses the key, the address or the model.
+            JudgeUnusable: no connection after all tries, or the server refuses the key, the address
+                or the model.
             JudgeError: it stayed busy or failing, or answered something else than a completion.
         """
         self._client()
@@ -195,8 +239,8 @@ class HttpJudge:
             reached, text = True, data.decode("utf-8", "replace")
             if status in (401, 403, 404):
                 raise JudgeUnusable(
-                    f"the judge refuses us with {status} ({self._said(text)}); check --judge-url, --judge-model and the key in "
-                    f"{KEY}."
+                    f"the judge refuses us with {status} ({self._said(text)}); check --judge-url,"
+                    f" --judge-model and the key in {KEY}."
                 )
             if status in PASSING:
                 why, asked = f"status {status}", headers.get("retry-after")
@@ -211,12 +255,16 @@ class HttpJudge:
             except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
                 why = f"a body that is no chat completion: {self._said(text)!r}"
         if not reached:
-            raise JudgeUnusable(f"the judge at {self.shown} cannot be reached ({why}); start it, or check --judge-url.")
+            raise JudgeUnusable(
+                f"the judge at {self.shown} cannot be reached ({why}); start it, or check"
+                " --judge-url."
+            )
         raise JudgeError(f"{self.tries} tries failed, the last with {why}")
 
 
 def _pause(turn: int, asked: str | None) -> float:
-    """Seconds before a try: what the server asked for, else doubling, a random half of it so that threads spread out."""
+    """Seconds before a try: what the server asked for, else doubling, a random half of it so that
+    threads spread out."""
     try:
         return min(max(float(asked or ""), 0.0), LONGEST_WAIT)
     except ValueError:

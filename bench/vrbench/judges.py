@@ -1,7 +1,9 @@
-"""What answers a clip's questions: an OpenAI-compatible endpoint, or a transformers image-text-to-text model in this process.
+"""What answers a clip's questions: an OpenAI-compatible endpoint, or a transformers
+image-text-to-text model in this process.
 
-Both take a conversation: `[{"role", "content": [{"type": "text", "text"} | {"type": "image"}]}]`, whose image parts stand for
-the clip's frames in their order, and return the reply's text. Temperature 0, 1,024 new tokens, as published for Qwen3-VL.
+Both take a conversation: `[{"role", "content": [{"type": "text", "text"} | {"type": "image"}]}]`,
+whose image parts stand for the clip's frames in their order, and return the reply's text.
+Temperature 0, 1,024 new tokens, as published for Qwen3-VL.
 """
 
 from __future__ import annotations
@@ -13,20 +15,37 @@ from typing import Any, Protocol
 import numpy as np
 
 from nexus_rt.bench.vrbench import protocol as how
-from nexus_rt.bench.vrbench.http_judge import KEY, TRIES, Conversation, HttpJudge, JudgeError, JudgeUnusable
+from nexus_rt.bench.vrbench.http_judge import (
+    KEY,
+    TRIES,
+    Conversation,
+    HttpJudge,
+    JudgeError,
+    JudgeUnusable,
+)
 from nexus_rt.bench.vrbench.replies import Reply
 from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.loading import default_device, default_dtype
 from nexus_rt.models.load import folder_fingerprint, require_safetensors
 from nexus_rt.models.pretrained import pretrained
 
-__all__ = ["KEY", "TRIES", "HttpJudge", "Judge", "JudgeError", "JudgeUnusable", "LocalJudge", "Reply", "find_judge"]
+__all__ = [
+    "KEY",
+    "TRIES",
+    "HttpJudge",
+    "Judge",
+    "JudgeError",
+    "JudgeUnusable",
+    "LocalJudge",
+    "Reply",
+    "find_judge",
+]
 NEW_TOKENS = how.TOKENS
 
 
 class Judge(Protocol):
-    """name: what makes its answers its own; parallel: whether `reply` may be called from several threads; stop: give up what
-    waits to be tried again."""
+    """name: what makes its answers its own; parallel: whether `reply` may be called from several
+    threads; stop: give up what waits to be tried again."""
 
     name: str
     parallel: bool
@@ -39,7 +58,8 @@ class Judge(Protocol):
 
 
 class LocalJudge:
-    """A transformers image-text-to-text model (Qwen3-VL is the published one), read when first asked, greedy.
+    """A transformers image-text-to-text model (Qwen3-VL is the published one), read when first
+    asked, greedy.
 
     Args:
         folder: of `save_pretrained`: model in safetensors, processor, chat template.
@@ -48,17 +68,25 @@ class LocalJudge:
     parallel = False
 
     def __init__(
-        self, folder: str | Path, device: Any = None, dtype: Any = None, protocol: how.Protocol | None = None
-    ) -> None:  # fmt: skip
+        self,
+        folder: str | Path,
+        device: Any = None,
+        dtype: Any = None,
+        protocol: how.Protocol | None = None,
+    ) -> None:
         self.folder, self.protocol = Path(folder).expanduser(), protocol or how.Protocol()
         if not (self.folder / "config.json").is_file():
             raise ModelError(
-                f"{folder} holds no config.json; expected a folder with an image-text-to-text model, or pass --judge-url too."
+                f"{folder} holds no config.json; expected a folder with an image-text-to-text"
+                " model, or pass --judge-url too."
             )
         require_safetensors(self.folder)
         self.device = default_device(device)
         self.dtype = default_dtype(dtype, self.device)
-        self.name = f"{self.folder.name} ({folder_fingerprint(self.folder)}, {str(self.dtype).removeprefix('torch.')})"
+        self.name = (
+            f"{self.folder.name} ({folder_fingerprint(self.folder)},"
+            f" {str(self.dtype).removeprefix('torch.')})"
+        )
         self._model: Any = None
 
     def stop(self) -> None:
@@ -69,14 +97,22 @@ class LocalJudge:
             return
         try:
             self._processor = pretrained("AutoProcessor", self.folder, "judge's processor")
-            self._model = pretrained("AutoModelForImageTextToText", self.folder, "judge", self.device, dtype=self.dtype)
-        except (ImportError, AttributeError, ModelError) as error:  # transformers says any where a package is missing
+            self._model = pretrained(
+                "AutoModelForImageTextToText", self.folder, "judge", self.device, dtype=self.dtype
+            )
+        except (
+            ImportError,
+            AttributeError,
+            ModelError,
+        ) as error:  # transformers says any where a package is missing
             if isinstance(error, ModelError) and not isinstance(error.__cause__, AttributeError):
                 raise
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+            first = next(
+                (line.strip() for line in str(error).splitlines() if line.strip()), "no message"
+            )
             raise ModelError(
-                f"{self.folder}: the judge needs a package that is not installed here ({first[:300]}); Qwen-VL's processors "
-                "need torchvision."
+                f"{self.folder}: the judge needs a package that is not installed here"
+                f" ({first[:300]}); Qwen-VL's processors need torchvision."
             ) from error
 
     def reply(self, talk: Conversation, frames: Sequence[np.ndarray]) -> Reply:
@@ -91,20 +127,33 @@ class LocalJudge:
         self._load()
         left = iter(_sized(Image.fromarray(f), self.protocol.picture_size) for f in frames)
         messages = [
-            {"role": m["role"], "content": [
-                {"type": "image", "image": next(left)} if p["type"] == "image" else p for p in m["content"]
-            ]} for m in talk
-        ]  # fmt: skip
+            {
+                "role": m["role"],
+                "content": [
+                    {"type": "image", "image": next(left)} if p["type"] == "image" else p
+                    for p in m["content"]
+                ],
+            }
+            for m in talk
+        ]
         try:
             inputs = self._processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                messages,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
             ).to(self.device, self.dtype)
             with torch.no_grad():
                 heat = self.protocol.temperature
                 sampled = {"do_sample": True, "temperature": heat} if heat else {"do_sample": False}
                 most = self.protocol.max_tokens or NEW_TOKENS
                 made = self._model.generate(**inputs, max_new_tokens=most, **sampled)
-        except (RuntimeError, ValueError, IndexError) as error:  # out of memory, a clip longer than the model reads
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+        ) as error:  # out of memory, a clip longer than the model reads
             raise JudgeError(f"the judge failed: {cut(error)}") from error
         new = made[:, inputs["input_ids"].shape[1] :]
         text = self._processor.batch_decode(new, skip_special_tokens=True)[0]
@@ -114,15 +163,31 @@ class LocalJudge:
 def _sized(image: Any, side: int | None) -> Any:
     """An image whose longest side is at most `side`."""
     scale = 1.0 if side is None else side / max(image.size)
-    return image if scale >= 1 else image.resize(tuple(max(1, round(n * scale)) for n in image.size))
+    return (
+        image if scale >= 1 else image.resize(tuple(max(1, round(n * scale)) for n in image.size))
+    )
 
 
 def find_judge(
-    url: str | None, model: str | None, device: Any = None, dtype: Any = None, protocol: how.Protocol | None = None
-) -> HttpJudge | LocalJudge:  # fmt: skip
-    """The judge that `--judge-url` and `--judge-model` name: an endpoint where there is a URL, else a folder."""
+    url: str | None,
+    model: str | None,
+    device: Any = None,
+    dtype: Any = None,
+    protocol: how.Protocol | None = None,
+) -> HttpJudge | LocalJudge:
+    """The judge that `--judge-url` and `--judge-model` name: an endpoint where there is a URL, else
+    a folder."""
     if not model:
-        raise InputError("no judge: pass --judge-model, a model's folder, or what the server at --judge-url calls it.")
+        raise InputError(
+            "no judge: pass --judge-model, a model's folder, or what the server at --judge-url"
+            " calls it."
+        )
     if url and (device or dtype):
-        raise InputError("--device and --dtype are of a judge that runs here; leave them out with --judge-url.")
-    return HttpJudge(url, model, protocol=protocol) if url else LocalJudge(model, device, dtype, protocol)
+        raise InputError(
+            "--device and --dtype are of a judge that runs here; leave them out with --judge-url."
+        )
+    return (
+        HttpJudge(url, model, protocol=protocol)
+        if url
+        else LocalJudge(model, device, dtype, protocol)
+    )

@@ -1,8 +1,10 @@
-"""Clips and questions to a judge, and its replies to answers: asked once, kept, and never asked again.
+"""Clips and questions to a judge, and its replies to answers: asked once, kept, and never asked
+again.
 
-Every clip's answers are a file of their own in `<clips>/judged/`, named by a hash of the clip's bytes, the questions, the
-judge and the prompt template, and written when the reply has come: a run that was stopped goes on, another judge or another
-template starts anew, and going back to the first costs nothing.
+Every clip's answers are a file of their own in `<clips>/judged/`, named by a hash of the clip's
+bytes, the questions, the judge and the prompt template, and written when the reply has come: a run
+that was stopped goes on, another judge or another template starts anew, and going back to the first
+costs nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ from nexus_rt.video import read_frames
 __all__ = ["FILE", "FILES", "FRAMES", "ask", "judge_clips", "parse", "read_judgment", "render"]
 SCHEMA, KIND = 1, "nexus-rt vrbench"
 FILE = "judgment.json"
-FILES = {"strict": FILE, "published": "judgment.published.json"}  # a protocol's own: scores of two are never mixed
+FILES = {
+    "strict": FILE,
+    "published": "judgment.published.json",
+}  # a protocol's own: scores of two are never mixed
 GRACE = 1.2  # seconds that replies on their way have when a run is stopped
 
 
@@ -47,32 +52,51 @@ def render(prompt: Prompt, count: int, protocol: Protocol = Protocol()) -> str: 
 
 def key_of(clip: bytes, prompt: Prompt, judge: str, protocol: Protocol = Protocol()) -> str:  # noqa: B008 (frozen)
     """What a clip's answers are kept under."""
-    asked = [hashlib.sha256(clip).hexdigest(), render(prompt, protocol.frames, protocol), AGAIN, judge, *protocol.settings()]
+    asked = [
+        hashlib.sha256(clip).hexdigest(),
+        render(prompt, protocol.frames, protocol),
+        AGAIN,
+        judge,
+        *protocol.settings(),
+    ]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
 
 def ask(
-    judge: Judge, prompt: Prompt, frames: np.ndarray, protocol: Protocol = Protocol()  # noqa: B008 (frozen)
-) -> dict[str, dict[str, str]]:  # fmt: skip
-    """All of a clip's questions in one request, and once more where a reply lacks any; what is missing then is Unknown, with
-    its cause.
+    judge: Judge,
+    prompt: Prompt,
+    frames: np.ndarray,
+    protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
+) -> dict[str, dict[str, str]]:
+    """All of a clip's questions in one request, and once more where a reply lacks any; what is
+    missing then is Unknown, with its cause.
 
     Raises:
         JudgeError, JudgeUnusable: no reply.
     """
     picked = protocol.pick(frames)
-    content = [*({"type": "image"} for _ in picked), {"type": "text", "text": render(prompt, len(picked), protocol)}]
+    content = [
+        *({"type": "image"} for _ in picked),
+        {"type": "text", "text": render(prompt, len(picked), protocol)},
+    ]
     talk: Conversation = [{"role": "user", "content": content}]
     wanted = [q.id for q in prompt.questions]
     reply = _reply(judge, talk, picked)
     found = parse(reply.text, wanted)
     if len(found) < len(wanted) and reply.finish != "content_filter":
         first = reply.text or "(no content)"
-        talk += [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in (("assistant", first), ("user", AGAIN))]
+        talk += [
+            {"role": r, "content": [{"type": "text", "text": t}]}
+            for r, t in (("assistant", first), ("user", AGAIN))
+        ]
         reply = _reply(judge, talk, picked)
         found = {**parse(reply.text, wanted), **found}
     shown = reply.text[:300].strip() or "nothing"
-    left_out = {"answer": UNKNOWN, "reason": f"{CAUSES[reply.cause]}; the judge's last reply: {shown}", "cause": reply.cause}
+    left_out = {
+        "answer": UNKNOWN,
+        "reason": f"{CAUSES[reply.cause]}; the judge's last reply: {shown}",
+        "cause": reply.cause,
+    }
     return {q: found.get(q, left_out) for q in wanted}
 
 
@@ -87,7 +111,11 @@ class _Answer(msgspec.Struct):
     cause: str = ""
 
     def row(self) -> dict[str, str]:
-        return {"answer": self.answer, "reason": self.reason, **({"cause": self.cause} if self.cause else {})}
+        return {
+            "answer": self.answer,
+            "reason": self.reason,
+            **({"cause": self.cause} if self.cause else {}),
+        }
 
 
 class _Asked(_Answer, kw_only=True):
@@ -130,8 +158,12 @@ class Clip:
 
 
 def clip_path(folder: Path, prompt: Prompt) -> Path | None:
-    """`<folder>/<id>.mp4` (or .gif), or under the category's folder, by its code or its name in the prompt file."""
-    places = [folder, *(folder / name for name in dict.fromkeys((prompt.category, prompt.category_name)) if name)]
+    """`<folder>/<id>.mp4` (or .gif), or under the category's folder, by its code or its name in the
+    prompt file."""
+    places = [
+        folder,
+        *(folder / name for name in dict.fromkeys((prompt.category, prompt.category_name)) if name),
+    ]
     for place in places:
         for suffix in (".mp4", ".gif"):
             if (path := place / f"{prompt.id}{suffix}").is_file():
@@ -140,11 +172,16 @@ def clip_path(folder: Path, prompt: Prompt) -> Path | None:
 
 
 def find_clips(
-    prompts: list[Prompt], folder: Path, judge: str, protocol: Protocol = Protocol()  # noqa: B008 (frozen)
-) -> tuple[list[Clip], dict[str, str]]:  # fmt: skip
+    prompts: list[Prompt],
+    folder: Path,
+    judge: str,
+    protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
+) -> tuple[list[Clip], dict[str, str]]:
     """The clips of a folder (`clip_path`), and why the others have none."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; expected one that holds a clip for every prompt's id.")
+        raise InputError(
+            f"{folder} is not a folder; expected one that holds a clip for every prompt's id."
+        )
     found, missing = [], {}
     for prompt in prompts:
         path = clip_path(folder, prompt)
@@ -178,40 +215,60 @@ def _kept(path: Path, prompt: Prompt) -> dict[str, dict[str, str]] | None:
 
 
 def judge_clips(
-    prompts: list[Prompt], folder: Path, judge: Judge, taxonomy: Taxonomy, requests: int = 4,
-    say: Callable[[str], None] = lambda line: None, protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
+    prompts: list[Prompt],
+    folder: Path,
+    judge: Judge,
+    taxonomy: Taxonomy,
+    requests: int = 4,
+    say: Callable[[str], None] = lambda line: None,
+    protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
     retry_unknown: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Judge every prompt's clip in a folder, and write the protocol's file there.
 
     Args:
         requests: clips asked about at a time, where the judge takes several.
-        retry_unknown: ask again about clips with an answer that could not be read before; what was answered stays.
+        retry_unknown: ask again about clips with an answer that could not be read before; what was
+            answered stays.
 
     Returns:
-        What the file holds: {"judge", "clips": {id: answers and scores}, "missing": {id: why}, "failed": {id: why}, ...}.
+        What the file holds: {"judge", "clips": {id: answers and scores}, "missing": {id: why},
+        "failed": {id: why}, ...}.
 
     Raises:
-        InputError: prompts without questions, or answers that cannot be written down. JudgeUnusable: nothing can be judged;
-            what was answered is kept.
+        InputError: prompts without questions, or answers that cannot be written down.
+            JudgeUnusable: nothing can be judged; what was answered is kept.
     """
     if silent := [p.id for p in prompts if not p.questions]:
         raise InputError(
-            f"{silent[0]} has no evaluation_questions ({len(silent)} such prompts): the generation-only variant cannot be "
-            "judged; pass the files with evaluation."
+            f"{silent[0]} has no evaluation_questions ({len(silent)} such prompts): the"
+            " generation-only variant cannot be judged; pass the files with evaluation."
         )
     clips, missing = find_clips(prompts, folder, judge.name, protocol)
     store = folder / "judged"
     try:
         store.mkdir(exist_ok=True)
     except OSError as error:
-        raise InputError(f"{store} cannot be made ({error.strerror}); judge a folder that you may write to.") from None
-    answers = {c.prompt.id: kept for c in clips if (kept := _kept(store / f"{c.key}.json", c.prompt)) is not None}
-    unread = {n for n, kept in answers.items() if retry_unknown and any(a["answer"] == UNKNOWN for a in kept.values())}
+        raise InputError(
+            f"{store} cannot be made ({error.strerror}); judge a folder that you may write to."
+        ) from None
+    answers = {
+        c.prompt.id: kept
+        for c in clips
+        if (kept := _kept(store / f"{c.key}.json", c.prompt)) is not None
+    }
+    unread = {
+        n
+        for n, kept in answers.items()
+        if retry_unknown and any(a["answer"] == UNKNOWN for a in kept.values())
+    }
     todo = [c for c in clips if c.prompt.id not in answers or c.prompt.id in unread]
     failed: dict[str, str] = {}
     again = f" ({len(unread)} again, for answers that were Unknown)" if unread else ""
-    say(f"{len(todo)} clips to judge{again}, {len(answers) - len(unread)} were judged before, {len(missing)} are missing")
+    say(
+        f"{len(todo)} clips to judge{again}, {len(answers) - len(unread)} were judged before,"
+        f" {len(missing)} are missing"
+    )
 
     def one(clip: Clip) -> dict[str, dict[str, str]]:
         try:
@@ -220,8 +277,14 @@ def judge_clips(
             raise Unreadable(str(error)) from error
         answers = ask(judge, clip.prompt, frames, protocol)
         before = answers.get(clip.prompt.id, {})
-        answers = {q: before[q] if before.get(q, {}).get("answer") in (YES, NO) else a for q, a in answers.items()}
-        _write(store / f"{clip.key}.json", {"clip": clip.path.name, "judge": judge.name, "answers": answers})
+        answers = {
+            q: before[q] if before.get(q, {}).get("answer") in (YES, NO) else a
+            for q, a in answers.items()
+        }
+        _write(
+            store / f"{clip.key}.json",
+            {"clip": clip.path.name, "judge": judge.name, "answers": answers},
+        )
         return answers
 
     done = 0
@@ -241,21 +304,33 @@ def judge_clips(
             yes = sum(a["answer"] == YES for a in result.values())
             say(f"[{done}/{len(todo)}] {name}: {yes} of {len(result)} Yes")
     found = {
-        "schema": SCHEMA, "kind": KIND, "judge": judge.name, "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "protocol": protocol.name, "template": protocol.template,
+        "schema": SCHEMA,
+        "kind": KIND,
+        "judge": judge.name,
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "protocol": protocol.name,
+        "template": protocol.template,
         "clips": {
-            c.prompt.id: _row(c, answers[c.prompt.id], taxonomy, folder, protocol) for c in clips if c.prompt.id in answers
+            c.prompt.id: _row(c, answers[c.prompt.id], taxonomy, folder, protocol)
+            for c in clips
+            if c.prompt.id in answers
         },
-        "missing": missing, "failed": failed,
-    }  # fmt: skip
+        "missing": missing,
+        "failed": failed,
+    }
     _write(folder / FILES[protocol.name], found)
     return found
 
 
 def _in_threads(
-    work: Callable[[Clip], Any], todo: list[Clip], count: int, judge: Judge, say: Callable[[str], None]
-) -> Iterator[tuple[Clip, Any]]:  # fmt: skip
-    """Each clip with what `work` returned or raised, as it ends; in threads that a stopped process does not wait for.
+    work: Callable[[Clip], Any],
+    todo: list[Clip],
+    count: int,
+    judge: Judge,
+    say: Callable[[str], None],
+) -> Iterator[tuple[Clip, Any]]:
+    """Each clip with what `work` returned or raised, as it ends; in threads that a stopped process
+    does not wait for.
 
     A run that is stopped gives replies on their way a moment, then leaves them.
     """
@@ -297,22 +372,36 @@ def _in_threads(
         stopped.set()
         until = time.monotonic() + GRACE
         if on_way := len(begun):
-            say(f"stopping; {on_way} replies are on their way, and those that come within {GRACE:g} s are kept")
+            say(
+                f"stopping; {on_way} replies are on their way, and those that come within {GRACE:g}"
+                " s are kept"
+            )
             while begun and time.monotonic() < until:
                 time.sleep(0.02)
         judge.stop()
 
 
 def _row(
-    clip: Clip, said: dict[str, dict[str, str]], taxonomy: Taxonomy, folder: Path, protocol: Protocol
-) -> dict[str, Any]:  # fmt: skip
+    clip: Clip,
+    said: dict[str, dict[str, str]],
+    taxonomy: Taxonomy,
+    folder: Path,
+    protocol: Protocol,
+) -> dict[str, Any]:
     prompt = clip.prompt
-    answers = {q.id: {**said[q.id], "question": q.text, "weight": q.weight, "layer": q.layer} for q in prompt.questions}
+    answers = {
+        q.id: {**said[q.id], "question": q.text, "weight": q.weight, "layer": q.layer}
+        for q in prompt.questions
+    }
     return {
-        "category": prompt.category, "difficulty": prompt.difficulty, "prompt": prompt.text,
-        "file": clip.path.relative_to(folder).as_posix(), "key": clip.key, "answers": answers,
+        "category": prompt.category,
+        "difficulty": prompt.difficulty,
+        "prompt": prompt.text,
+        "file": clip.path.relative_to(folder).as_posix(),
+        "key": clip.key,
+        "answers": answers,
         **clip_scores(answers, taxonomy.layer_names(prompt.category), protocol.counts_unanswered),
-    }  # fmt: skip
+    }
 
 
 def judgments(path: Path) -> list[Path]:

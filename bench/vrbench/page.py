@@ -1,4 +1,5 @@
-"""A report as one self-contained HTML page: tables, and every clip with its answers and reasons; all text is escaped."""
+"""A report as one self-contained HTML page: tables, and every clip with its answers and reasons;
+all text is escaped."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ details{border-bottom:1px solid #e5e5e5;padding:.4rem 0}summary{cursor:pointer}
 def picture(run: dict[str, Any], clip: dict[str, Any] | None) -> str:
     """A clip's frames as an element; a dash where there is no clip, or no longer."""
     try:
-        shown = clip and thumbnail(read_frames(Path(run["folder"]) / Path(clip["file"]).name), 6, 80, "JPEG")
+        shown = clip and thumbnail(
+            read_frames(Path(run["folder"]) / Path(clip["file"]).name), 6, 80, "JPEG"
+        )
     except InputError:
         shown = None
     return f'<img src="{escape(shown, quote=True)}" alt="frames">' if shown else "—"
@@ -39,7 +42,8 @@ def _answer(answer: dict[str, Any] | None) -> str:
 
 
 def clip_details(report: dict[str, Any], name: str) -> str:
-    """A prompt: what it was to show, and every run's frames, score, answers and reasons side by side."""
+    """A prompt: what it was to show, and every run's frames, score, answers and reasons side by
+    side."""
     runs = report["runs"]
     known = [(r, r["clips"].get(name)) for r in runs]
     any_clip = next(c for _, c in known if c)
@@ -52,8 +56,9 @@ def clip_details(report: dict[str, Any], name: str) -> str:
     head = ["", "question", *(escape(r["name"]) for r in runs)]
     inside = table(head, rows, len(head)).replace("<table>", '<table class="clip">', 1)
     return (
-        f"<details><summary><b>{escape(name)}</b> {escape(any_clip['category'])} {escape(any_clip['difficulty'])} "
-        f"<code>{scores}</code> {escape(any_clip['prompt'])}</summary>{inside}</details>"
+        f"<details><summary><b>{escape(name)}</b> {escape(any_clip['category'])}"
+        f" {escape(any_clip['difficulty'])} <code>{scores}</code>"
+        f" {escape(any_clip['prompt'])}</summary>{inside}</details>"
     )
 
 
@@ -64,10 +69,16 @@ def page(report: dict[str, Any], taxonomy: Taxonomy) -> str:
     body = ["<h1>VR-Bench</h1>"]
     body += [f'<p class="note">{escape(introduction(r))}</p>' for r in runs]
     body += [f'<p class="note">{escape(note)}</p>' for note in report["notes"]]
-    body.append('<p class="note">Means of clips\' weighted shares of Yes, with bootstrap 95% intervals over clips.</p>')
+    body.append(
+        '<p class="note">Means of clips\' weighted shares of Yes, with bootstrap 95% intervals over'
+        " clips.</p>"
+    )
     for title, rows in sections(report, taxonomy):
         head = ["", *(escape(r["name"]) for r in runs)]
-        body += [f"<h2>{escape(title)}</h2>", table(head, [[escape(n), *map(escape, cells)] for n, cells in rows])]
+        body += [
+            f"<h2>{escape(title)}</h2>",
+            table(head, [[escape(n), *map(escape, cells)] for n, cells in rows]),
+        ]
     if lost := absent(report):
         rows = [[escape(cell) for cell in row] for row in lost]
         body += ["<h2>Without answers</h2>", table(["run", "prompt", "why"], rows, 3)]

@@ -1,8 +1,9 @@
 """How a clip is put to a judge and its answers are counted: as published, or strictly.
 
-`published` (Lumos-Nexus, arXiv 2605.31603): the category's own role and instructions where the prompt files have them, the
-description of what was meant, the benefit of the doubt, frames at truncated uniform places; a question without an answer
-stays in the denominator. `strict` leaves a question without an answer out of both sums, and counts it beside the score.
+`published` (Lumos-Nexus, arXiv 2605.31603): the category's own role and instructions where the
+prompt files have them, the description of what was meant, the benefit of the doubt, frames at
+truncated uniform places; a question without an answer stays in the denominator. `strict` leaves a
+question without an answer out of both sums, and counts it beside the score.
 """
 
 from __future__ import annotations
@@ -40,13 +41,18 @@ Answer "No" only where it is clearly absent.
 
 Reply with this JSON and nothing else, one entry a question:
 {{"video_id": "{id}", "answers": {{{shape}}}}}"""
-AGAIN = "That could not be read as the JSON asked for with an answer to every question. Reply with the JSON alone."
+AGAIN = (
+    "That could not be read as the JSON asked for with an answer to every question. Reply with the"
+    " JSON alone."
+)
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How clips are judged. name: one of `PROTOCOLS`; frames: of a clip that the judge sees; picture_size: longest side in
-    pixels, None for as large as keeps a request below 4 MB; max_tokens, temperature: of its reply."""
+    """How clips are judged. name: one of `PROTOCOLS`; frames: of a clip that the judge sees;
+    picture_size: longest side in pixels, None for as large as keeps a request below 4 MB;
+        max_tokens, temperature: of its reply.
+    """
 
     name: str = "strict"
     frames: int = FRAMES
@@ -56,8 +62,11 @@ class Protocol:
 
     def __post_init__(self) -> None:
         choose("protocol", self.name, PROTOCOLS)
-        for name, value, high in (("frames", self.frames, 1024), ("picture-size", self.picture_size, 4096),
-                                  ("max-tokens", self.max_tokens, 1_000_000)):  # fmt: skip
+        for name, value, high in (
+            ("frames", self.frames, 1024),
+            ("picture-size", self.picture_size, 4096),
+            ("max-tokens", self.max_tokens, 1_000_000),
+        ):
             if value is not None and not 1 <= value <= high:
                 raise InputError(f"--{name} is {value}; expected 1 to {high}.")
         if not 0 <= self.temperature <= 2:
@@ -75,7 +84,8 @@ class Protocol:
         return hashlib.sha256((own + AGAIN).encode()).hexdigest()[:16]
 
     def pick(self, frames: np.ndarray) -> np.ndarray:
-        """The frames a judge sees, uniformly from first to last; as published their places are cut, not rounded."""
+        """The frames a judge sees, uniformly from first to last; as published their places are cut,
+        not rounded."""
         if self.name != "published":
             return uniform(frames, self.frames)
         return frames[np.linspace(0, len(frames) - 1, min(self.frames, len(frames))).astype(int)]
@@ -89,17 +99,28 @@ class Protocol:
         """The text of a clip's request."""
         published = self.name == "published"
         about = [
-            f"{name}: {text}" for name, text in (
-                ("Description", prompt.description if published else ""), ("Instruction", prompt.instruction),
-                ("What matters", prompt.behaviour), ("Principle", prompt.principle),
-            ) if text
-        ]  # fmt: skip
-        shape = ", ".join(f'"{q.id}": {{"answer": "Yes" or "No", "reason": "one sentence"}}' for q in prompt.questions)
+            f"{name}: {text}"
+            for name, text in (
+                ("Description", prompt.description if published else ""),
+                ("Instruction", prompt.instruction),
+                ("What matters", prompt.behaviour),
+                ("Principle", prompt.principle),
+            )
+            if text
+        ]
+        shape = ", ".join(
+            f'"{q.id}": {{"answer": "Yes" or "No", "reason": "one sentence"}}'
+            for q in prompt.questions
+        )
         asked = "\n".join(f"{q.id} (weight {q.weight:g}): {q.text}" for q in prompt.questions)
         text = dict(
-            count=count, prompt=prompt.text, about="\n".join(about) + "\n" * bool(about), questions=asked, id=prompt.id,
+            count=count,
+            prompt=prompt.text,
+            about="\n".join(about) + "\n" * bool(about),
+            questions=asked,
+            id=prompt.id,
             shape=shape,
-        )  # fmt: skip
+        )
         if not published:
             return TEMPLATE.format(**text)
         lines = {"role": prompt.role, "instructions": prompt.judge_instructions}

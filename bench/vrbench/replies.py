@@ -9,7 +9,10 @@ from typing import Any
 
 from nexus_rt.bench.vrbench.scoring import NO, YES
 
-MOST_TEXT, MOST_OBJECTS = 200_000, 256  # of a reply: characters read, places tried for a JSON object
+MOST_TEXT, MOST_OBJECTS = (
+    200_000,
+    256,
+)  # of a reply: characters read, places tried for a JSON object
 START = re.compile(r'\{\s*(?=["}])')
 CAUSES = {  # why a question has no answer -> in words
     "length": "the reply was cut at the token limit (finish_reason length)",
@@ -22,7 +25,8 @@ CAUSES = {  # why a question has no answer -> in words
 
 @dataclass(frozen=True)
 class Reply:
-    """What a judge said. finish: the server's finish_reason; reasoning: it reasoned and wrote no content."""
+    """What a judge said. finish: the server's finish_reason; reasoning: it reasoned and wrote no
+    content."""
 
     text: str
     finish: str | None = None
@@ -45,21 +49,34 @@ def of_choice(choice: dict[str, Any]) -> Reply:
     message = choice["message"]
     content, finish = message.get("content"), choice.get("finish_reason")
     if isinstance(content, list):
-        parts = [p if isinstance(p, str) else p.get("text") for p in content if isinstance(p, (str, dict))]
+        parts = [
+            p if isinstance(p, str) else p.get("text")
+            for p in content
+            if isinstance(p, (str, dict))
+        ]
         content = "".join(p for p in parts if isinstance(p, str))
-    reasoned = any(isinstance(message.get(k), str) and message[k].strip() for k in ("reasoning_content", "reasoning"))
+    reasoned = any(
+        isinstance(message.get(k), str) and message[k].strip()
+        for k in ("reasoning_content", "reasoning")
+    )
     refusal = message.get("refusal")
     if not content and isinstance(refusal, str) and refusal:
         content = refusal
-    return Reply(content if isinstance(content, str) else "", finish if isinstance(finish, str) else None, reasoned)
+    return Reply(
+        content if isinstance(content, str) else "",
+        finish if isinstance(finish, str) else None,
+        reasoned,
+    )
 
 
 def parse(reply: str, wanted: list[str]) -> dict[str, dict[str, str]]:
-    """The answers found in a reply: question -> {"answer": "Yes" | "No", "reason"}; what cannot be read is left out.
+    """The answers found in a reply: question -> {"answer": "Yes" | "No", "reason"}; what cannot be
+    read is left out.
 
-    What a model thought before its last `</think>` is dropped. Of several JSON objects the one with most answers counts, of
-    equals the last. Tolerates code fences, text around the JSON, a bare "Yes", lower case, and answers without their
-    `answers` object. Bounded in time whatever the text.
+    What a model thought before its last `</think>` is dropped. Of several JSON objects the one with
+    most answers counts, of equals the last. Tolerates code fences, text around the JSON, a bare
+    "Yes", lower case, and answers without their `answers` object. Bounded in time whatever the
+    text.
     """
     text = reply.rpartition("</think>")[2][-MOST_TEXT:]
     decoder, best, end = json.JSONDecoder(), {}, 0
@@ -103,4 +120,7 @@ def _answer(value: Any) -> dict[str, str] | None:
     if plain not in ("yes", "no"):
         return None
     reason = row.get("reason")
-    return {"answer": YES if plain == "yes" else NO, "reason": reason.strip() if isinstance(reason, str) else ""}
+    return {
+        "answer": YES if plain == "yes" else NO,
+        "reason": reason.strip() if isinstance(reason, str) else "",
+    }

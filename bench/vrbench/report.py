@@ -1,4 +1,5 @@
-"""Judged runs as one report: scores beside each other, and every run compared with the first, clip by clip."""
+"""Judged runs as one report: scores beside each other, and every run compared with the first, clip
+by clip."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ from nexus_rt.errors import InputError, cut
 
 
 def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
-    """{"runs": [{"name", "judge", "protocol", "scores", "against_first", "clips", "missing", "failed", ...}], "notes"}.
+    """{"runs": [{"name", "judge", "protocol", "scores", "against_first", "clips", "missing",
+    "failed", ...}], "notes"}.
 
-    A folder judged by both protocols is two runs, side by side. Scores are made anew from the answers, under this taxonomy.
+    A folder judged by both protocols is two runs, side by side. Scores are made anew from the
+    answers, under this taxonomy.
 
     Raises:
         InputError: a run was not judged, or none holds a clip. ModelError: a damaged file.
@@ -34,40 +37,64 @@ def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
                 i: c | clip_scores(c["answers"], taxonomy.layer_names(c["category"]), rule)
                 for i, c in judgment["clips"].items()
             }
-            kept = {k: judgment[k] for k in ("judge", "when", "template", "missing", "failed", "protocol")}
+            kept = {
+                k: judgment[k]
+                for k in ("judge", "when", "template", "missing", "failed", "protocol")
+            }
             scores = {"scores": summary(clips, taxonomy), "clips": clips}
             shown_as = name if protocol.name == "strict" else f"{name} ({protocol.name})"
-            found["runs"].append({"name": shown_as, "folder": str(folder), "made_with": made_with(folder), **kept, **scores})
+            found["runs"].append(
+                {
+                    "name": shown_as,
+                    "folder": str(folder),
+                    "made_with": made_with(folder),
+                    **kept,
+                    **scores,
+                }
+            )
     if not any(run["clips"] for run in found["runs"]):
         raise InputError("no run holds a judged clip; nothing to report.")
     first = found["runs"][0]
     for run in found["runs"][1:]:
         if run["protocol"] != first["protocol"]:
             found["notes"].append(
-                f"{first['name']} is judged by the {first['protocol']} protocol, {run['name']} by the {run['protocol']} one: "
-                "their scores stand side by side and are not compared"
+                f"{first['name']} is judged by the {first['protocol']} protocol, {run['name']} by"
+                f" the {run['protocol']} one: their scores stand side by side and are not compared"
             )
             continue
         run["against_first"] = paired(first["clips"], run["clips"])
         for field, words in (("judge", "judges"), ("template", "prompt templates")):
             if run[field] != first[field]:
-                found["notes"].append(f"{first['name']} and {run['name']} had different {words}: their scores do not compare")
+                found["notes"].append(
+                    f"{first['name']} and {run['name']} had different {words}: their scores do not"
+                    " compare"
+                )
     for run in found["runs"]:
         if absent := len(run["missing"]) + len(run["failed"]):
-            found["notes"].append(f"{run['name']}: {absent} prompts have no answers (listed below), and are in no mean")
-        if unknown := run["scores"]["overall"]["unknown"]:
-            where = "count as not Yes, as published" if run["protocol"] == "published" else "are in no mean"
             found["notes"].append(
-                f"{run['name']}: {unknown} of {run['scores']['overall']['questions']} answers are Unknown (could not be read), "
-                f"and {where}"
+                f"{run['name']}: {absent} prompts have no answers (listed below), and are in no"
+                " mean"
+            )
+        if unknown := run["scores"]["overall"]["unknown"]:
+            where = (
+                "count as not Yes, as published"
+                if run["protocol"] == "published"
+                else "are in no mean"
+            )
+            found["notes"].append(
+                f"{run['name']}: {unknown} of {run['scores']['overall']['questions']} answers are"
+                f" Unknown (could not be read), and {where}"
             )
     return found
 
 
 def made_with(folder: Path) -> str:
-    """Plan, steps, size and models of a folder's clips, where `nexus-rt batch` or `vrbench generate` made them."""
+    """Plan, steps, size and models of a folder's clips, where `nexus-rt batch` or
+    `vrbench generate` made them."""
     rows = [r["settings"] for r in finished(folder)[0].values() if r["status"] == "done"]
-    words = lambda s: "{plan}, {steps} steps, {size}x{frames} {models}".format_map(collections.defaultdict(str, s))  # noqa: E731
+    words = lambda s: "{plan}, {steps} steps, {size}x{frames} {models}".format_map(
+        collections.defaultdict(str, s)
+    )
     texts = {cut(words(s), 200) for s in rows}
     return "; ".join(sorted(texts)[:3]) + ("; ..." if len(texts) > 3 else "")
 
@@ -86,10 +113,14 @@ def shown(score: dict[str, Any]) -> str:
     """A mean and its interval."""
     if score["mean"] is None:
         return "-"
-    return f"{score['mean']:.4f}" + ("" if score["low"] is None else f" [{score['low']:.4f}, {score['high']:.4f}]")
+    return f"{score['mean']:.4f}" + (
+        "" if score["low"] is None else f" [{score['low']:.4f}, {score['high']:.4f}]"
+    )
 
 
-def sections(report: dict[str, Any], taxonomy: Taxonomy) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+def sections(
+    report: dict[str, Any], taxonomy: Taxonomy
+) -> list[tuple[str, list[tuple[str, list[str]]]]]:
     """Title and rows (what it is, a cell a run) of every table."""
     runs = report["runs"]
 
@@ -102,25 +133,37 @@ def sections(report: dict[str, Any], taxonomy: Taxonomy) -> list[tuple[str, list
             out.append(shown(at or mean_interval([])))
         return out
 
-    every = lambda kind: list(dict.fromkeys(k for r in runs for k in r["scores"][kind]))  # noqa: E731
+    every = lambda kind: list(dict.fromkeys(k for r in runs for k in r["scores"][kind]))
     whole = [r["scores"]["overall"] for r in runs]
     overall = [
-        ("protocol", [r["protocol"] for r in runs]), ("all clips", cells("overall")),
+        ("protocol", [r["protocol"] for r in runs]),
+        ("all clips", cells("overall")),
         ("clips scored", [str(w["count"]) for w in whole]),
         ("Unknown answers", [f"{w['unknown']}/{w['questions']}" for w in whole]),
-    ]  # fmt: skip
+    ]
     if len(runs) > 1:
-        counted = lambda a: f"{a['better']}, {a['same']}, {a['worse']}"  # noqa: E731
-        for name, words in ((f"minus {runs[0]['name']}, paired", _signed), ("better, same, worse", counted)):
-            compared = [words(r["against_first"]) if "against_first" in r else "-" for r in runs[1:]]
+        counted = lambda a: f"{a['better']}, {a['same']}, {a['worse']}"
+        for name, words in (
+            (f"minus {runs[0]['name']}, paired", _signed),
+            ("better, same, worse", counted),
+        ):
+            compared = [
+                words(r["against_first"]) if "against_first" in r else "-" for r in runs[1:]
+            ]
             overall.append((name, ["-", *compared]))
     found = [("Overall", overall)]
     found.append(("Groups", [(g, cells("groups", g)) for g in every("groups")]))
-    found.append(("Categories", [(_titled(c, taxonomy), cells("categories", c)) for c in every("categories")]))
+    found.append(
+        (
+            "Categories",
+            [(_titled(c, taxonomy), cells("categories", c)) for c in every("categories")],
+        )
+    )
     layers = [
         (f"{c}: {layer}", cells("categories", c, "layers", layer))
-        for c in every("categories") for layer in taxonomy.layer_names(c)
-    ]  # fmt: skip
+        for c in every("categories")
+        for layer in taxonomy.layer_names(c)
+    ]
     found.append(("Layers", layers))
     found.append(("Difficulty", [(d, cells("difficulties", d)) for d in every("difficulties")]))
     return [(title, rows) for title, rows in found if rows]
@@ -133,24 +176,37 @@ def _titled(code: str, taxonomy: Taxonomy) -> str:
 def _signed(score: dict[str, Any]) -> str:
     if score["mean"] is None:
         return "-"
-    return f"{score['mean']:+.4f}" + ("" if score["low"] is None else f" [{score['low']:+.4f}, {score['high']:+.4f}]")
+    return f"{score['mean']:+.4f}" + (
+        "" if score["low"] is None else f" [{score['low']:+.4f}, {score['high']:+.4f}]"
+    )
 
 
 def absent(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(run, id, why) of every prompt without answers."""
-    return [(r["name"], i, why) for r in report["runs"] for kind in ("missing", "failed") for i, why in r[kind].items()]
+    return [
+        (r["name"], i, why)
+        for r in report["runs"]
+        for kind in ("missing", "failed")
+        for i, why in r[kind].items()
+    ]
 
 
 def introduction(run: dict[str, Any]) -> str:
     """A run in one line."""
     made = f"{run['made_with']}; " if run["made_with"] else ""
-    return f"{run['name']}: {made}judged by {run['judge']}, {run['protocol']} protocol, {run['when'][:10]}"
+    return (
+        f"{run['name']}: {made}judged by {run['judge']}, {run['protocol']} protocol,"
+        f" {run['when'][:10]}"
+    )
 
 
 def _escaped(text: str) -> str:
     """Text as markdown shows it, HTML and table marks included."""
     for mark in "\\`*_{}[]<>|&":
-        text = text.replace(mark, "\\" + mark if mark not in "<>&" else {"<": "&lt;", ">": "&gt;", "&": "&amp;"}[mark])
+        text = text.replace(
+            mark,
+            "\\" + mark if mark not in "<>&" else {"<": "&lt;", ">": "&gt;", "&": "&amp;"}[mark],
+        )
     return " ".join(text.split())
 
 

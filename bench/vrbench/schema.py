@@ -1,8 +1,10 @@
-"""VR-Bench's prompt files (Lumos-Nexus, arXiv 2605.31603) as categories, prompts and weighted questions.
+"""VR-Bench's prompt files (Lumos-Nexus, arXiv 2605.31603) as categories, prompts and weighted
+questions.
 
-A file is one object keyed by category name -> `category_description`, optional `evaluation_principle`, `prompts`: `[{id,
-category, prompt_en, description, difficulty, evaluation: {overall_instruction, evaluation_description, scoring_method?,
-evaluation_questions: [{id: "q1", question, weight, importance_score}]}}]`. The generation-only variant has no `evaluation`.
+A file is one object keyed by category name -> `category_description`, optional
+`evaluation_principle`, `prompts`: `[{id, category, prompt_en, description, difficulty, evaluation:
+{overall_instruction, evaluation_description, scoring_method?, evaluation_questions: [{id: "q1",
+question, weight, importance_score}]}}]`. The generation-only variant has no `evaluation`.
 """
 
 from __future__ import annotations
@@ -18,14 +20,22 @@ import msgspec
 
 from nexus_rt import documents
 from nexus_rt.errors import InputError, cut
-from nexus_rt.prompts import category_prompts, check_ids, check_name, parse_json, prompt_files, read_text
+from nexus_rt.prompts import (
+    category_prompts,
+    check_ids,
+    check_name,
+    parse_json,
+    prompt_files,
+    read_text,
+)
 
 LAYERS = 3
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a clip. weight: what its Yes counts; importance: the file's `importance_score`, kept and not used."""
+    """One question of a clip. weight: what its Yes counts; importance: the file's
+    `importance_score`, kept and not used."""
 
     id: str
     text: str
@@ -43,8 +53,9 @@ class Question:
 class Prompt:
     """One clip to make and what to ask of it; `questions` is empty in the generation-only variant.
 
-    category: its code; category_name: as the file has it. role, judge_instructions: the category's own words to the judge,
-    of its `judge_role` (or `role`) and `judge_instructions` (or `instructions`), for the published protocol.
+    category: its code; category_name: as the file has it. role, judge_instructions: the category's
+    own words to the judge, of its `judge_role` (or `role`) and `judge_instructions` (or
+    `instructions`), for the published protocol.
     """
 
     id: str
@@ -63,15 +74,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """Categories by code: their names, the names of their three layers, and the groups they are reported in."""
+    """Categories by code: their names, the names of their three layers, and the groups they are
+    reported in."""
 
     names: dict[str, str]
     layers: dict[str, tuple[str, ...]]
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def code(self, name: str) -> str:
-        """The code of a category named by its code, its name, or both ("Energy Transfer Visualization (ETV)"); an unknown
-        name is its own code."""
+        """The code of a category named by its code, its name, or both ("Energy Transfer
+        Visualization (ETV)"); an unknown name is its own code."""
         plain = re.sub(r"[^a-z]+", " ", re.sub(r"\(.*?\)", "", name).lower()).strip()
         for code, full in self.names.items():
             if name.strip().upper() == code or f"({code})" in name or plain == full.lower():
@@ -95,7 +107,8 @@ class _Taxonomy(msgspec.Struct):
 
 
 def read_taxonomy(path: str | Path | None = None) -> Taxonomy:
-    """Names, layers and groups of categories: a file of your own in `taxonomy.json`'s form, else that.
+    """Names, layers and groups of categories: a file of your own in `taxonomy.json`'s form, else
+    that.
 
     Raises:
         InputError: it breaks the form.
@@ -103,15 +116,23 @@ def read_taxonomy(path: str | Path | None = None) -> Taxonomy:
     path = Path(path).expanduser() if path else Path(__file__).with_name("taxonomy.json")
     names, layers, groups = {}, {}, {}
     document = parse_json(read_text(path), str(path))
-    taxonomy = documents.check(document, _Taxonomy, str(path), InputError, "see taxonomy.json's form")
+    taxonomy = documents.check(
+        document, _Taxonomy, str(path), InputError, "see taxonomy.json's form"
+    )
     for code, row in taxonomy.categories.items():
         names[code] = row.name
         layers[code] = tuple(row.layers or ())
         if len(layers[code]) not in (0, LAYERS):
-            raise InputError(f"{path}: categories.{code}.layers has {len(layers[code])} names; expected {LAYERS}.")
+            raise InputError(
+                f"{path}: categories.{code}.layers has {len(layers[code])} names; expected"
+                f" {LAYERS}."
+            )
     for group, codes in taxonomy.groups.items():
         if unknown := [c for c in codes if c not in names]:
-            raise InputError(f"{path}: groups.{group} holds {unknown[0]!r}; expected categories, of {', '.join(names)}.")
+            raise InputError(
+                f"{path}: groups.{group} holds {unknown[0]!r}; expected categories, of"
+                f" {', '.join(names)}."
+            )
         groups[group] = tuple(codes)
     return Taxonomy(names, layers, groups)
 
@@ -120,8 +141,8 @@ def read_bench(path: str | Path, taxonomy: Taxonomy) -> list[Prompt]:
     """The prompts of a VR-Bench file, or of all the `.json` files of a folder.
 
     Raises:
-        InputError: a file that breaks the schema (with the field's place and what was expected), an id that is there twice,
-            weights that sum to zero.
+        InputError: a file that breaks the schema (with the field's place and what was expected), an
+            id that is there twice, weights that sum to zero.
     """
     path = Path(path).expanduser()
     prompts = [prompt for file in prompt_files(path) for prompt in _file(file, taxonomy)]
@@ -133,24 +154,41 @@ def _file(path: Path, taxonomy: Taxonomy) -> list[Prompt]:
     document = parse_json(read_text(path), str(path))
     if not isinstance(document, dict) or not document:
         kind = "nothing" if document == {} else f"a {type(document).__name__}"
-        raise InputError(f"{path} holds {kind}; expected an object keyed by category name, as VR-Bench's files are.")
+        raise InputError(
+            f"{path} holds {kind}; expected an object keyed by category name, as VR-Bench's files"
+            " are."
+        )
     found = []
     for name, category in document.items():
         where = f"{path}: {name}"
         rows = category_prompts(category, where)
         principle = _text(category, "evaluation_principle", where)
         role = _text(category, "judge_role", where) or _text(category, "role", where)
-        words = _text(category, "judge_instructions", where) or _text(category, "instructions", where)
+        words = _text(category, "judge_instructions", where) or _text(
+            category, "instructions", where
+        )
         for row, place in rows:
             prompt = _prompt(row, place, taxonomy.code(name), principle)
-            found.append(replace(prompt, category_name=_folder_name(name), role=role, judge_instructions=words))
+            found.append(
+                replace(
+                    prompt, category_name=_folder_name(name), role=role, judge_instructions=words
+                )
+            )
     return found
 
 
 def _folder_name(name: str) -> str:
     """A category's name where it can be a folder's, else nothing."""
     plain = name.strip()
-    return plain if plain and "/" not in plain and "\\" not in plain and plain not in (".", "..") and len(plain) < 200 else ""
+    return (
+        plain
+        if plain
+        and "/" not in plain
+        and "\\" not in plain
+        and plain not in (".", "..")
+        and len(plain) < 200
+        else ""
+    )
 
 
 def _text(row: dict[str, Any], name: str, where: str) -> str:
@@ -167,9 +205,13 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
 
 def _prompt(row: dict[str, Any], where: str, category: str, principle: str) -> Prompt:
     found = Prompt(
-        check_name(row["id"], where), category, str(row["prompt_en"]).strip(), _text(row, "difficulty", where),
-        _text(row, "description", where), principle=principle,
-    )  # fmt: skip
+        check_name(row["id"], where),
+        category,
+        str(row["prompt_en"]).strip(),
+        _text(row, "difficulty", where),
+        _text(row, "description", where),
+        principle=principle,
+    )
     if row.get("evaluation") is None:
         return found
     evaluation, place = row["evaluation"], f"{where}.evaluation"
@@ -177,19 +219,37 @@ def _prompt(row: dict[str, Any], where: str, category: str, principle: str) -> P
         raise InputError(f"{place} is a {type(evaluation).__name__}; expected an object.")
     rows = evaluation.get("evaluation_questions")
     if not isinstance(rows, list) or not rows:
-        raise InputError(f"{place}.evaluation_questions is {cut(repr(rows), 80)}; expected an array of questions.")
-    questions = tuple(_question(q, f"{place}.evaluation_questions[{i}]") for i, q in enumerate(rows))
+        raise InputError(
+            f"{place}.evaluation_questions is {cut(repr(rows), 80)}; expected an array of"
+            " questions."
+        )
+    questions = tuple(
+        _question(q, f"{place}.evaluation_questions[{i}]") for i, q in enumerate(rows)
+    )
     ids = [q.id for q in questions]
     if len(set(ids)) < len(ids):
-        raise InputError(f"{place}.evaluation_questions: id {max(ids, key=ids.count)!r} is there twice; expected each once.")
+        raise InputError(
+            f"{place}.evaluation_questions: id {max(ids, key=ids.count)!r} is there twice; expected"
+            " each once."
+        )
     if sum(q.weight for q in questions) <= 0:
-        raise InputError(f"{place}.evaluation_questions: the weights sum to zero; expected one above zero at least.")
-    instruction, behaviour = (_text(evaluation, name, place) for name in ("overall_instruction", "evaluation_description"))
+        raise InputError(
+            f"{place}.evaluation_questions: the weights sum to zero; expected one above zero at"
+            " least."
+        )
+    instruction, behaviour = (
+        _text(evaluation, name, place) for name in ("overall_instruction", "evaluation_description")
+    )
     return replace(found, instruction=instruction, behaviour=behaviour, questions=questions)
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and value >= 0
+    )
 
 
 def _question(row: Any, where: str) -> Question:
@@ -203,5 +263,7 @@ def _question(row: Any, where: str) -> Question:
         raise InputError(f"{where}.weight is {row.get('weight')!r}; expected a number from 0 up.")
     importance = row.get("importance_score")
     if importance is not None and not _number(importance):
-        raise InputError(f"{where}.importance_score is {cut(repr(importance), 80)}; expected a number from 0 up.")
+        raise InputError(
+            f"{where}.importance_score is {cut(repr(importance), 80)}; expected a number from 0 up."
+        )
     return Question(row["id"], row["question"].strip(), float(row["weight"]), importance)

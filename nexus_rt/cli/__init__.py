@@ -13,36 +13,67 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from nexus_rt import __version__
-from nexus_rt.cli import batch, bench, convert, decode, doctor, engines, export, generate, plan, vrbench
+from nexus_rt.cli import (
+    batch,
+    bench,
+    convert,
+    decode,
+    doctor,
+    engines,
+    export,
+    generate,
+    plan,
+    vrbench,
+)
 from nexus_rt.cli.options import check_options
 from nexus_rt.errors import InputError, NexusError
 from nexus_rt.log import LEVELS, show
 
 COMMANDS = {
-    "generate": generate, "batch": batch, "vrbench": vrbench, "decode": decode, "plan": plan, "export": export,
-    "engines": engines, "convert": convert, "bench": bench, "doctor": doctor,
-}  # fmt: skip
+    "generate": generate,
+    "batch": batch,
+    "vrbench": vrbench,
+    "decode": decode,
+    "plan": plan,
+    "export": export,
+    "engines": engines,
+    "convert": convert,
+    "bench": bench,
+    "doctor": doctor,
+}
 
 
 def parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
     top = argparse.ArgumentParser(
-        prog="nexus-rt", description="Video generation with two generators in one latent space.",
-        epilog="Without --small, --large or --pair the miniature pair that comes with the package runs, offline.",
-    )  # fmt: skip
+        prog="nexus-rt",
+        description="Video generation with two generators in one latent space.",
+        epilog=(
+            "Without --small, --large or --pair the miniature pair that comes with the package"
+            " runs, offline."
+        ),
+    )
     top.add_argument("--version", action="version", version=f"nexus-rt {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS.values():
         command.add(commands)
     for leaf in _leaves(top):
-        leaf.add_argument("--log-level", choices=LEVELS, help="what to log: info says what every 'auto' chose, and why")
+        leaf.add_argument(
+            "--log-level",
+            choices=LEVELS,
+            help="what to log: info says what every 'auto' chose, and why",
+        )
     return top
 
 
 def _leaves(of: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     """The parsers of commands and actions that have none below them."""
     below = [a for a in of._actions if isinstance(a, argparse._SubParsersAction)]
-    return [leaf for a in below for inner in a.choices.values() for leaf in _leaves(inner)] if below else [of]
+    return (
+        [leaf for a in below for inner in a.choices.values() for leaf in _leaves(inner)]
+        if below
+        else [of]
+    )
 
 
 def _ended(number: int, frame: object) -> None:
@@ -50,12 +81,15 @@ def _ended(number: int, frame: object) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, 1 for a failure, 2 for wrong arguments, 130 when interrupted."""
+    """Run a command; returns its exit code: 0, 1 for a failure, 2 for wrong arguments, 130 when
+    interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     known = parser()
     args = known.parse_args(words)
     args.line = shlex.join(["nexus-rt", *words])  # engines remember what made them
-    if argv is None:  # the command's own process, not a program that calls us: what is half-made is taken away
+    if (
+        argv is None
+    ):  # the command's own process, not a program that calls us: what is half-made is taken away
         signal.signal(signal.SIGTERM, _ended)
     if args.log_level:
         show(args.log_level)
@@ -83,11 +117,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> NoReturn:
     """The command's own process: as `main`, and then it ends.
 
-    What is registered for the end runs, output is flushed, and the interpreter is not taken apart: with PyTorch in it that
-    takes a third of a second, in which nothing is done.
+    What is registered for the end runs, output is flushed, and the interpreter is not taken apart:
+    with PyTorch in it that takes a third of a second, in which nothing is done.
     """
     code = main()
-    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does: first the threads that are not daemons, then what atexit holds
+    # as the interpreter does: first the threads that are not daemons, then what atexit holds
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

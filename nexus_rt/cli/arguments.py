@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 
 PLAN_HELP = (
-    "reference | small | large | handoff=AT[,bridge=K] | auto[=TOLERANCE] | segments such as "
-    "'small:10 bridge:5 large:15@1'. AT is a fraction of the steps below 1, a timestep from 1 up, or sigma:0.9; "
-    "segments take steps, percentages (30%%) or * for the rest, and a guidance scale of their own after @"
+    "reference | small | large | handoff=AT[,bridge=K] | auto[=TOLERANCE] | segments such as"
+    " 'small:10 bridge:5 large:15@1'. AT is a fraction of the steps below 1, a timestep from 1 up,"
+    " or sigma:0.9; segments take steps, percentages (30%%) or * for the rest, and a guidance scale"
+    " of their own after @"
 )
 DTYPES = ("float32", "bfloat16", "float16")
 BLEND_NUMBERS = {  # of BlendConfig
@@ -18,7 +19,10 @@ BLEND_NUMBERS = {  # of BlendConfig
     "rho_max": "cutoff of fft and dct at w = 1, as a fraction of Nyquist (default: 0.9)",
     "order": "order of the Butterworth low-pass (default: 2)",
 }
-SEED_HELP = "0 to 2^64 - 1; the same seed gives the same video, -1 draws a fresh one and prints it (default: 0)"
+SEED_HELP = (
+    "0 to 2^64 - 1; the same seed gives the same video, -1 draws a fresh one and prints it"
+    " (default: 0)"
+)
 FPS_HELP = "frames per second of the file, such as 16, 23.976 or 30000/1001 (default: 16)"
 
 
@@ -35,18 +39,45 @@ def models() -> argparse.ArgumentParser:
     """Where the models are."""
     parent = argparse.ArgumentParser(add_help=False)
     group = parent.add_argument_group("models (folders in diffusers' or Wan's layout, or hub ids)")
-    group.add_argument("--pair", metavar="DIR", help="a folder that holds small/, large/, vae/, text_encoder/, tokenizer/")
-    group.add_argument("--small", metavar="DIR", help="the small generator, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    group.add_argument("--large", metavar="DIR", help="the large generator, such as Wan-AI/Wan2.1-T2V-14B-Diffusers")
-    group.add_argument("--vae", metavar="DIR", help="the VAE (default: that of --large, else of --small)")
-    group.add_argument("--text-encoder", metavar="DIR", help="holds text_encoder/ and tokenizer/ (default: as --vae)")
-    group.add_argument("--understanding", metavar="DIR", help="the language model that steers the small generator")
-    group.add_argument("--connector", metavar="DIR", help="between the two (both: `nexus-rt convert omnivideo` makes them)")
+    group.add_argument(
+        "--pair",
+        metavar="DIR",
+        help="a folder that holds small/, large/, vae/, text_encoder/, tokenizer/",
+    )
+    group.add_argument(
+        "--small",
+        metavar="DIR",
+        help="the small generator, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    )
+    group.add_argument(
+        "--large",
+        metavar="DIR",
+        help="the large generator, such as Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    )
+    group.add_argument(
+        "--vae", metavar="DIR", help="the VAE (default: that of --large, else of --small)"
+    )
+    group.add_argument(
+        "--text-encoder",
+        metavar="DIR",
+        help="holds text_encoder/ and tokenizer/ (default: as --vae)",
+    )
+    group.add_argument(
+        "--understanding", metavar="DIR", help="the language model that steers the small generator"
+    )
+    group.add_argument(
+        "--connector",
+        metavar="DIR",
+        help="between the two (both: `nexus-rt convert omnivideo` makes them)",
+    )
     for name in ("small", "large"):
         group.add_argument(
-            f"--{name}-lora", metavar="FILE[@SCALE]", action="append", default=[],
+            f"--{name}-lora",
+            metavar="FILE[@SCALE]",
+            action="append",
+            default=[],
             help=f"a LoRA to merge into the {name} generator; may be given again",
-        )  # fmt: skip
+        )
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     group.add_argument("--local-files-only", action="store_true", help="never ask the hub")
     return parent
@@ -56,19 +87,38 @@ def running() -> argparse.ArgumentParser:
     """What runs the models."""
     parent = argparse.ArgumentParser(add_help=False)
     group = parent.add_argument_group("what runs them")
-    group.add_argument("--engines", metavar="DIR", help="exported engines (`nexus-rt export`) instead of models")
-    group.add_argument("--force", action="store_true", help="with --engines: load one that failed its parity gate")
-    group.add_argument("--vram", metavar="SIZE", help="a memory budget such as 24GB: weights come and go to keep within it")
-    group.add_argument("--cuda-graphs", action="store_true", help="record each generator's step once and replay it")
+    group.add_argument(
+        "--engines", metavar="DIR", help="exported engines (`nexus-rt export`) instead of models"
+    )
+    group.add_argument(
+        "--force", action="store_true", help="with --engines: load one that failed its parity gate"
+    )
+    group.add_argument(
+        "--vram",
+        metavar="SIZE",
+        help="a memory budget such as 24GB: weights come and go to keep within it",
+    )
+    group.add_argument(
+        "--cuda-graphs", action="store_true", help="record each generator's step once and replay it"
+    )
     group.add_argument("--backend", default="torch", help="what runs the models: torch (default)")
-    group.add_argument("--kernels", default="auto", help="blend, solver, norms and RoPE by torch | triton | auto (default)")
+    group.add_argument(
+        "--kernels",
+        default="auto",
+        help="blend, solver, norms and RoPE by torch | triton | auto (default)",
+    )
     group.add_argument(
         "--attention",
         default="auto",
-        help="auto (default) | auto-fp8 | sdpa | flash | cudnn | math | triton | triton-fp8 | fa3 | sage",
+        help=(
+            "auto (default) | auto-fp8 | sdpa | flash | cudnn | math | triton | triton-fp8 | fa3 |"
+            " sage"
+        ),
     )
     group.add_argument(
-        "--dtype", choices=DTYPES, help="data type of generators and encoders (default: bfloat16 on a GPU, float32 on a CPU)"
+        "--dtype",
+        choices=DTYPES,
+        help="data type of generators and encoders (default: bfloat16 on a GPU, float32 on a CPU)",
     )
     return parent
 
@@ -79,41 +129,93 @@ def walk() -> argparse.ArgumentParser:
     group = parent.add_argument_group("what runs when")
     group.add_argument("--plan", metavar="PLAN", help=PLAN_HELP)
     group.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: 50)")
-    group.add_argument("--shift", type=float, help="shift of the time grid (default: 5.0; 3.0 for small frames)")
     group.add_argument(
-        "--guidance", type=float, metavar="G", help="guidance scale: v_u + G (v_c - v_u); 1 is none (default: 6.0)"
+        "--shift", type=float, help="shift of the time grid (default: 5.0; 3.0 for small frames)"
     )
     group.add_argument(
-        "--guidance-2", type=float, metavar="G", help="guidance scale of the large generator (default: that of --guidance)"
+        "--guidance",
+        type=float,
+        metavar="G",
+        help="guidance scale: v_u + G (v_c - v_u); 1 is none (default: 6.0)",
     )
     group.add_argument(
-        "--as-published", action="store_true",
-        help="the published scripts' defaults and numerics: plan reference, 50 steps, shift 5, guidance 6 (their s = 5)",
-    )  # fmt: skip
-    group.add_argument("--split", help="frequency split: gaussian (the paper's) | fft | dct (default: gaussian)")
-    group.add_argument("--lowpass", help="low-pass of fft and dct: gaussian | butterworth | ideal (default: gaussian)")
+        "--guidance-2",
+        type=float,
+        metavar="G",
+        help="guidance scale of the large generator (default: that of --guidance)",
+    )
+    group.add_argument(
+        "--as-published",
+        action="store_true",
+        help=(
+            "the published scripts' defaults and numerics: plan reference, 50 steps, shift 5,"
+            " guidance 6 (their s = 5)"
+        ),
+    )
+    group.add_argument(
+        "--split", help="frequency split: gaussian (the paper's) | fft | dct (default: gaussian)"
+    )
+    group.add_argument(
+        "--lowpass",
+        help="low-pass of fft and dct: gaussian | butterworth | ideal (default: gaussian)",
+    )
     for name, words in BLEND_NUMBERS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=int if name == "order" else float, help=words)
-    group.add_argument("--gamma-w", type=float, help="exponent of the gate in the plans reference and auto (default: 0.3)")
-    group.add_argument("--energy", help="energy rule of the blend: reference | progressive | none (default: the plan's)")
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=int if name == "order" else float, help=words
+        )
+    group.add_argument(
+        "--gamma-w",
+        type=float,
+        help="exponent of the gate in the plans reference and auto (default: 0.3)",
+    )
+    group.add_argument(
+        "--energy",
+        help="energy rule of the blend: reference | progressive | none (default: the plan's)",
+    )
     group.add_argument("--solver", help="solver: unipc | euler (default: unipc)")
-    group.add_argument("--size", type=frame_size, metavar="WxH", help="frame size, such as 832x480 (default: the pair's)")
-    group.add_argument("--frames", type=int, metavar="N", help="4k+1 frames (default: the pair's; Wan: 81)")
+    group.add_argument(
+        "--size",
+        type=frame_size,
+        metavar="WxH",
+        help="frame size, such as 832x480 (default: the pair's)",
+    )
+    group.add_argument(
+        "--frames", type=int, metavar="N", help="4k+1 frames (default: the pair's; Wan: 81)"
+    )
     return parent
 
 
 def clips() -> argparse.ArgumentParser:
     """A list of prompts and the folder of their clips."""
     parent = argparse.ArgumentParser(add_help=False)
-    parent.add_argument("prompts", metavar="LIST", help="a prompt a line (.txt), .json, .jsonl, or VR-Bench's files")
+    parent.add_argument(
+        "prompts", metavar="LIST", help="a prompt a line (.txt), .json, .jsonl, or VR-Bench's files"
+    )
     group = parent.add_argument_group("the folder of clips")
     group.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="for the clips and results.jsonl; goes on where it was"
+        "-o",
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="for the clips and results.jsonl; goes on where it was",
     )
-    group.add_argument("--seed", type=int, default=0, help="seed of clips whose entry names none; " + SEED_HELP)
+    group.add_argument(
+        "--seed", type=int, default=0, help="seed of clips whose entry names none; " + SEED_HELP
+    )
     group.add_argument("--fps", default="16", help=FPS_HELP)
     group.add_argument("--format", default="mp4", help="mp4 (default) | gif | png (contact sheets)")
-    group.add_argument("--shard", default="1/1", metavar="I/N", help="this process's part of the list, such as 1/4")
-    group.add_argument("--ray", action="store_true", help="distribute the list over Ray workers (pip install 'nexus-rt[ray]')")
-    group.add_argument("--workers", type=int, metavar="N", help="number of Ray workers (default: one per GPU, else one)")
+    group.add_argument(
+        "--shard", default="1/1", metavar="I/N", help="this process's part of the list, such as 1/4"
+    )
+    group.add_argument(
+        "--ray",
+        action="store_true",
+        help="distribute the list over Ray workers (pip install 'nexus-rt[ray]')",
+    )
+    group.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="number of Ray workers (default: one per GPU, else one)",
+    )
     return parent

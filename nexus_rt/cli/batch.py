@@ -12,7 +12,9 @@ from nexus_rt.cli.pipeline import call_options, check_device, model_words, quiet
 def add(commands: argparse._SubParsersAction) -> None:
     """The command's parser."""
     commands.add_parser(
-        "batch", parents=[models(), running(), walk(), clips()], help="turn a list of prompts into a folder of videos"
+        "batch",
+        parents=[models(), running(), walk(), clips()],
+        help="turn a list of prompts into a folder of videos",
     )
 
 
@@ -35,8 +37,16 @@ def run_batch(args: argparse.Namespace, items: list) -> int:
     whole("--seed", args.seed, -1, 2**64 - 1)
     models = model_words(args)
     folder = Path(args.output).expanduser()
-    job = Job(folder, args.seed, args.fps, f".{args.format.lstrip('.')}", parse_shard(args.shard), options, models)
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    job = Job(
+        folder,
+        args.seed,
+        args.fps,
+        f".{args.format.lstrip('.')}",
+        parse_shard(args.shard),
+        options,
+        models,
+    )
+    say = lambda line: print(line, file=sys.stderr, flush=True)
     if args.ray:
         from nexus_rt.batch_ray import run_on_ray
 

@@ -10,10 +10,14 @@ from nexus_rt.errors import choose
 
 def add(commands: argparse._SubParsersAction) -> None:
     """The command's parser."""
-    convert = commands.add_parser("convert", help="make a pair's folder of a published checkpoint; reads pickles safely")
+    convert = commands.add_parser(
+        "convert", help="make a pair's folder of a published checkpoint; reads pickles safely"
+    )
     convert.add_argument("kind", help="what SRC is: omnivideo")
     convert.add_argument("source", metavar="SRC", help="the published folder")
-    convert.add_argument("target", metavar="DST", help="the folder to make; it appears only when complete")
+    convert.add_argument(
+        "target", metavar="DST", help="the folder to make; it appears only when complete"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

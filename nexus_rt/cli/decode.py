@@ -11,10 +11,20 @@ from nexus_rt.cli.pipeline import make_pipeline
 def add(commands: argparse._SubParsersAction) -> None:
     """The command's parser."""
     decode = commands.add_parser(
-        "decode", parents=[models(), running()], help="decode latents that a failed decoding left behind"
+        "decode",
+        parents=[models(), running()],
+        help="decode latents that a failed decoding left behind",
     )
-    decode.add_argument("latents", metavar="LATENTS", help="the safetensors file that the error named")
-    decode.add_argument("-o", "--output", default="out.mp4", metavar="FILE", help=".mp4, .gif or .png (a contact sheet)")
+    decode.add_argument(
+        "latents", metavar="LATENTS", help="the safetensors file that the error named"
+    )
+    decode.add_argument(
+        "-o",
+        "--output",
+        default="out.mp4",
+        metavar="FILE",
+        help=".mp4, .gif or .png (a contact sheet)",
+    )
     decode.add_argument("--fps", default="16", help=FPS_HELP)
 
 
@@ -28,5 +38,7 @@ def run(args: argparse.Namespace) -> int:
     latents = read_latents(args.latents)
     frames = make_pipeline(args).decode(latents, "np", rescue=output.parent)
     for i, clip in enumerate(frames):
-        save_video(clip, output if len(frames) == 1 else output.with_stem(f"{output.stem}-{i}"), args.fps)
+        save_video(
+            clip, output if len(frames) == 1 else output.with_stem(f"{output.stem}-{i}"), args.fps
+        )
     return 0

@@ -7,7 +7,9 @@ import argparse
 
 def add(commands: argparse._SubParsersAction) -> None:
     """The command's parser."""
-    commands.add_parser("doctor", help="versions, devices, which backends work here and why others do not")
+    commands.add_parser(
+        "doctor", help="versions, devices, which backends work here and why others do not"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

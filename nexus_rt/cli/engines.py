@@ -9,7 +9,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     """The command's parser."""
     engines = commands.add_parser("engines", help="the engines in the cache: list, verify, prune")
     engines.add_argument("action", help="list | verify | prune")
-    engines.add_argument("folders", nargs="*", metavar="DIR", help="engine folders to list or verify, not the cache's")
+    engines.add_argument(
+        "folders",
+        nargs="*",
+        metavar="DIR",
+        help="engine folders to list or verify, not the cache's",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,9 +12,20 @@ from nexus_rt.errors import InputError, NexusError
 
 def add(commands: argparse._SubParsersAction) -> None:
     """The command's parser."""
-    generate = commands.add_parser("generate", parents=[models(), running(), walk()], help="turn a prompt into a video")
-    generate.add_argument("prompt", help="what to show, such as 'a striped red circle moves left on a black background'")
-    generate.add_argument("-o", "--output", default="out.mp4", metavar="FILE", help=".mp4, .gif or .png (a contact sheet)")
+    generate = commands.add_parser(
+        "generate", parents=[models(), running(), walk()], help="turn a prompt into a video"
+    )
+    generate.add_argument(
+        "prompt",
+        help="what to show, such as 'a striped red circle moves left on a black background'",
+    )
+    generate.add_argument(
+        "-o",
+        "--output",
+        default="out.mp4",
+        metavar="FILE",
+        help=".mp4, .gif or .png (a contact sheet)",
+    )
     generate.add_argument("--negative", default="", metavar="PROMPT", help="what not to show")
     generate.add_argument("--seed", type=int, default=0, help=SEED_HELP)
     generate.add_argument("--fps", default="16", help=FPS_HELP)
@@ -42,13 +53,20 @@ def run(args: argparse.Namespace) -> int:
     noise = torch.Generator("cpu").manual_seed(seed)
     latents = pipe(args.prompt, args.negative, generator=noise, output_type="latent", **options)
     frames = pipe.decode(latents.frames, "np", rescue=output.parent)
-    made = made_with(args.prompt, args.negative, seed, latents.plan.name, options, model_words(args))
+    made = made_with(
+        args.prompt, args.negative, seed, latents.plan.name, options, model_words(args)
+    )
     try:
         save_video(frames[0], output, args.fps, made, truncate=args.as_published)
     except InputError as error:
         if (kept := rescue_latents(latents.frames, output.parent)) is None:
             raise
-        raise NexusError(f"{error} The latents are saved in {kept}; decode them again with `nexus-rt decode`.") from error
+        raise NexusError(
+            f"{error} The latents are saved in {kept}; decode them again with `nexus-rt decode`."
+        ) from error
     if not args.quiet:
-        print(f"{output}: {frames.shape[1]} frames of {frames.shape[3]}x{frames.shape[2]}, plan {latents.plan.name}")
+        print(
+            f"{output}: {frames.shape[1]} frames of {frames.shape[3]}x{frames.shape[2]}, plan"
+            f" {latents.plan.name}"
+        )
     return 0

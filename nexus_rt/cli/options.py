@@ -1,4 +1,5 @@
-"""Which options go together: a table, checked before a command begins, so that nothing asked for is dropped in silence."""
+"""Which options go together: a table, checked before a command begins, so that nothing asked for is
+dropped in silence."""
 
 from __future__ import annotations
 
@@ -9,17 +10,51 @@ from dataclasses import dataclass
 
 from nexus_rt.errors import InputError
 
-MODELS = ("pair", "small", "large", "vae", "text_encoder", "understanding", "connector", "small_lora", "large_lora")
+MODELS = (
+    "pair",
+    "small",
+    "large",
+    "vae",
+    "text_encoder",
+    "understanding",
+    "connector",
+    "small_lora",
+    "large_lora",
+)
 RUNS = ("generate", "batch", "decode", "plan", "vrbench")
 MEASURED = (
-    *MODELS, "preset", "plans", "engines", "parts", "vs", "scaling", "prompt", "size", "frames", "steps", "seed", "runs",
-    "warmup", "accuracy", "kernels", "attention", "dtype", "estimate", "tflops", "json", "html", "plot", "trace", "device",
-)  # fmt: skip
+    *MODELS,
+    "preset",
+    "plans",
+    "engines",
+    "parts",
+    "vs",
+    "scaling",
+    "prompt",
+    "size",
+    "frames",
+    "steps",
+    "seed",
+    "runs",
+    "warmup",
+    "accuracy",
+    "kernels",
+    "attention",
+    "dtype",
+    "estimate",
+    "tflops",
+    "json",
+    "html",
+    "plot",
+    "trace",
+    "device",
+)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Of some commands: `option`, where it is given (and has `value`), goes without `others`, or needs `needs` first.
+    """Of some commands: `option`, where it is given (and has `value`), goes without `others`, or
+    needs `needs` first.
 
     why: what is wrong, and what to do.
     """
@@ -45,23 +80,61 @@ class Rule:
 def _backend(option: str, *backends: str) -> tuple[Rule, ...]:
     known = ("onnx", "aoti", "tensorrt", "tensorrt-rtx")
     why = f"is of --backend {' and '.join(backends)} alone"
-    return tuple(Rule(("export",), "backend", why, (option,), value=b) for b in known if b not in backends)
+    return tuple(
+        Rule(("export",), "backend", why, (option,), value=b) for b in known if b not in backends
+    )
 
 
 TABLE = (
-    Rule(RUNS, "engines", "is of PyTorch's models, and --engines names finished ones: what they are made of was said when they "
-         "were exported; leave one of the two out", (*MODELS, "backend", "attention")),
-    Rule(RUNS, "force", "goes with --engines: it loads an engine that failed its parity gate", needs="engines"),
-    Rule(("batch", "vrbench"), "workers", "goes with --ray; without it, start a process a --shard", needs="ray"),
-    Rule(("plan",), "costs", "measures nothing where --costs gives the prices; leave it out",
-         ("kernels", "attention", "backend", "dtype", "cuda_graphs")),
-    Rule(("generate", "batch", "plan", "vrbench"), "as_published", "is not as published; leave it or --as-published out",
-         ("energy", "split", "lowpass", "rho_min", "rho_max", "order")),
-    *_backend("sm", "tensorrt-rtx"), *_backend("opset", "onnx", "tensorrt", "tensorrt-rtx"),
-    *_backend("weight_streaming", "tensorrt", "tensorrt-rtx"), *_backend("refit", "tensorrt", "tensorrt-rtx"),
-    Rule(("bench",), "action", "is measured, and `bench compare` compares two files; leave it out", MEASURED),
-    Rule(("bench",), "estimate", "goes with an estimate, and --estimate never makes none", ("tflops",), value="never"),
-)  # fmt: skip
+    Rule(
+        RUNS,
+        "engines",
+        "is of PyTorch's models, and --engines names finished ones: what they are made of was said"
+        " when they were exported; leave one of the two out",
+        (*MODELS, "backend", "attention"),
+    ),
+    Rule(
+        RUNS,
+        "force",
+        "goes with --engines: it loads an engine that failed its parity gate",
+        needs="engines",
+    ),
+    Rule(
+        ("batch", "vrbench"),
+        "workers",
+        "goes with --ray; without it, start a process a --shard",
+        needs="ray",
+    ),
+    Rule(
+        ("plan",),
+        "costs",
+        "measures nothing where --costs gives the prices; leave it out",
+        ("kernels", "attention", "backend", "dtype", "cuda_graphs"),
+    ),
+    Rule(
+        ("generate", "batch", "plan", "vrbench"),
+        "as_published",
+        "is not as published; leave it or --as-published out",
+        ("energy", "split", "lowpass", "rho_min", "rho_max", "order"),
+    ),
+    *_backend("sm", "tensorrt-rtx"),
+    *_backend("opset", "onnx", "tensorrt", "tensorrt-rtx"),
+    *_backend("weight_streaming", "tensorrt", "tensorrt-rtx"),
+    *_backend("refit", "tensorrt", "tensorrt-rtx"),
+    Rule(
+        ("bench",),
+        "action",
+        "is measured, and `bench compare` compares two files; leave it out",
+        MEASURED,
+    ),
+    Rule(
+        ("bench",),
+        "estimate",
+        "goes with an estimate, and --estimate never makes none",
+        ("tflops",),
+        value="never",
+    ),
+)
 
 
 def given_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
@@ -77,7 +150,9 @@ def given_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[s
     return {name for name, value in found.items() if value not in ([], None)}
 
 
-def check_options(parser: argparse.ArgumentParser, argv: Sequence[str], args: argparse.Namespace) -> None:
+def check_options(
+    parser: argparse.ArgumentParser, argv: Sequence[str], args: argparse.Namespace
+) -> None:
     """Hold a command line against the table.
 
     Raises:

@@ -13,8 +13,18 @@ if TYPE_CHECKING:
     from nexus_rt.pipeline import NexusPipeline
     from nexus_rt.upfb import BlendConfig
 
-MODEL_ARGUMENTS = ("engines", "pair", "small", "large", "vae", "text_encoder", "understanding", "connector", "small_lora",
-                   "large_lora")  # fmt: skip
+MODEL_ARGUMENTS = (
+    "engines",
+    "pair",
+    "small",
+    "large",
+    "vae",
+    "text_encoder",
+    "understanding",
+    "connector",
+    "small_lora",
+    "large_lora",
+)
 
 
 def make_pipeline(args: argparse.Namespace) -> NexusPipeline:
@@ -35,16 +45,29 @@ def make_pipeline(args: argparse.Namespace) -> NexusPipeline:
             cuda_graphs=args.cuda_graphs,
         )
     return NexusPipeline.from_pretrained(
-        args.pair, small=args.small, large=args.large, vae=args.vae, text_encoder=args.text_encoder,
-        understanding=args.understanding, connector=args.connector, small_lora=args.small_lora, large_lora=args.large_lora,
-        torch_dtype=getattr(torch, args.dtype) if args.dtype else None, device=args.device,
-        backend=args.backend, kernels=args.kernels, attention=args.attention,
-        local_files_only=args.local_files_only, vram=args.vram, cuda_graphs=args.cuda_graphs,
-    )  # fmt: skip
+        args.pair,
+        small=args.small,
+        large=args.large,
+        vae=args.vae,
+        text_encoder=args.text_encoder,
+        understanding=args.understanding,
+        connector=args.connector,
+        small_lora=args.small_lora,
+        large_lora=args.large_lora,
+        torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
+        device=args.device,
+        backend=args.backend,
+        kernels=args.kernels,
+        attention=args.attention,
+        local_files_only=args.local_files_only,
+        vram=args.vram,
+        cuda_graphs=args.cuda_graphs,
+    )
 
 
 def quiet_pipeline(args: argparse.Namespace) -> NexusPipeline:
-    """The same without a progress bar; a function of its own, so that Ray's workers can be sent it."""
+    """The same without a progress bar; a function of its own, so that Ray's workers can be sent
+    it."""
     pipe = make_pipeline(args)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -58,24 +81,36 @@ def make_blend(args: argparse.Namespace) -> BlendConfig | None:
     """
     from nexus_rt.upfb import BlendConfig
 
-    given = {n: v for n in ("split", "lowpass", *BLEND_NUMBERS) if (v := getattr(args, n)) is not None}
+    given = {
+        n: v for n in ("split", "lowpass", *BLEND_NUMBERS) if (v := getattr(args, n)) is not None
+    }
     split, lowpass = given.get("split", "gaussian"), given.get("lowpass", "gaussian")
     blend = BlendConfig(**given)
     if split == "gaussian" and lowpass != "gaussian":
-        print(f"nexus-rt: --lowpass {lowpass} has no part in --split gaussian, and changes nothing.", file=sys.stderr)
+        print(
+            f"nexus-rt: --lowpass {lowpass} has no part in --split gaussian, and changes nothing.",
+            file=sys.stderr,
+        )
     for name in given:
         flag = "--" + name.replace("_", "-")
         if split == "gaussian" and name in ("rho_min", "rho_max", "order"):
             raise InputError(f"{flag} is of the splits fft and dct; pass --split fft or dct too.")
         if split != "gaussian" and name in ("sigma_min", "sigma_max"):
-            raise InputError(f"{flag} is of the split gaussian; with --split {split} use --rho-min and --rho-max.")
+            raise InputError(
+                f"{flag} is of the split gaussian; with --split {split} use --rho-min and"
+                " --rho-max."
+            )
         if name == "order" and lowpass != "butterworth":
-            raise InputError(f"--order is of the Butterworth low-pass; pass --lowpass butterworth too, not {lowpass}.")
+            raise InputError(
+                "--order is of the Butterworth low-pass; pass --lowpass butterworth too, not"
+                f" {lowpass}."
+            )
     return blend if given else None
 
 
 def call_options(args: argparse.Namespace) -> dict:
-    """What the arguments say of every clip, as the pipeline's call takes it; checked before any model is read."""
+    """What the arguments say of every clip, as the pipeline's call takes it; checked before any
+    model is read."""
     from nexus_rt.pair import Defaults
     from nexus_rt.request import make_request
     from nexus_rt.video import frame_rate
@@ -83,15 +118,33 @@ def call_options(args: argparse.Namespace) -> dict:
     frame_rate(args.fps, "--fps")
     width, height = args.size or (None, None)
     options = dict(
-        height=height, width=width, num_frames=args.frames, num_inference_steps=args.steps, guidance_scale=args.guidance,
-        guidance_scale_2=args.guidance_2, plan=args.plan, shift=args.shift, blend=make_blend(args), energy=args.energy,
-        gamma_w=args.gamma_w, solver=args.solver,
-    )  # fmt: skip
+        height=height,
+        width=width,
+        num_frames=args.frames,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        guidance_scale_2=args.guidance_2,
+        plan=args.plan,
+        shift=args.shift,
+        blend=make_blend(args),
+        energy=args.energy,
+        gamma_w=args.gamma_w,
+        solver=args.solver,
+    )
     # with any pair's defaults: what no pair would take is said before one is read
-    make_request(Defaults(), **options, output_type="np", num_videos_per_prompt=1, published=args.as_published)
+    make_request(
+        Defaults(),
+        **options,
+        output_type="np",
+        num_videos_per_prompt=1,
+        published=args.as_published,
+    )
     for name, value in (("--size", min(args.size or (1,))), ("--frames", args.frames)):
         if value is not None and value < 1:
-            raise InputError(f"{name} has {value}; expected positive numbers, such as --size 832x480 --frames 81.")
+            raise InputError(
+                f"{name} has {value}; expected positive numbers, such as --size 832x480"
+                " --frames 81."
+            )
     return {**options, "as_published": args.as_published}
 
 
@@ -105,7 +158,9 @@ def check_device(name: str | None) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"device {name!r} cannot be used here ({reason}); `nexus-rt doctor` lists what can.") from error
+        raise InputError(
+            f"device {name!r} cannot be used here ({reason}); `nexus-rt doctor` lists what can."
+        ) from error
 
 
 def model_words(args: argparse.Namespace) -> str:

@@ -20,12 +20,18 @@ if TYPE_CHECKING:
 def add(commands: argparse._SubParsersAction) -> None:
     """The command's parser."""
     plan = commands.add_parser(
-        "plan", parents=[models(), running(), walk()], help="print which generator runs at which step, and its price"
+        "plan",
+        parents=[models(), running(), walk()],
+        help="print which generator runs at which step, and its price",
     )
     plan.add_argument(
-        "--costs", metavar="SMALL,LARGE",
-        help="milliseconds of one guided step of each, instead of measuring the models on this machine",
-    )  # fmt: skip
+        "--costs",
+        metavar="SMALL,LARGE",
+        help=(
+            "milliseconds of one guided step of each, instead of measuring the models on this"
+            " machine"
+        ),
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,22 +49,33 @@ def run(args: argparse.Namespace) -> int:
     blend = make_blend(args) or BlendConfig()
     check_device(args.device)
     models = args.pair or args.small or args.large or args.engines
-    pipe = make_pipeline(args) if models or not args.costs else None  # prices that are given need no models
+    pipe = (
+        make_pipeline(args) if models or not args.costs else None
+    )  # prices that are given need no models
     defaults = pipe.defaults if pipe else Defaults()
-    plan = make_plan(defaults, args.plan, args.steps, args.shift, args.energy, args.gamma_w, args.as_published)
+    plan = make_plan(
+        defaults, args.plan, args.steps, args.shift, args.energy, args.gamma_w, args.as_published
+    )
     guidance = make_guidance(defaults, args.guidance, args.guidance_2, args.as_published)
     width, height = args.size or (defaults.width, defaults.height)
     size = ClipSize(width, height, args.frames or defaults.num_frames)
     # a budget that cannot be met is said before anything is measured
     memory = pipe.plan_residency(plan, size) if pipe and pipe.engines else None
-    costs = given_costs(args.costs) if args.costs or pipe is None else measured_costs(pipe, size, blend, args.solver)
+    costs = (
+        given_costs(args.costs)
+        if args.costs or pipe is None
+        else measured_costs(pipe, size, blend, args.solver)
+    )
     _print_steps(plan, costs, guidance, blend)
     _print_totals(plan, costs, guidance)
     if memory is not None:
         print(memory.table())
     source = "as given" if args.costs else "measured on this machine"
-    print(f"step costs ({source}): small {costs.small_guided:.2f} ms guided, large {costs.large_guided:.2f} ms guided, "
-          f"blend {costs.blend:.3f} ms, solver {costs.solver:.3f} ms")  # fmt: skip
+    print(
+        f"step costs ({source}): small {costs.small_guided:.2f} ms guided, large"
+        f" {costs.large_guided:.2f} ms guided, blend {costs.blend:.3f} ms, solver"
+        f" {costs.solver:.3f} ms"
+    )
     return 0
 
 
@@ -66,13 +83,20 @@ def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendC
     """A row a step: timestep, gate, cutoff, generators, their guidance, price."""
     gaussian = blend.split == "gaussian"
     cutoff = "sigma" if gaussian else "cutoff"
-    print(f"{'step':>4} {'timestep':>8} {'w':>6} {cutoff:>6}  {'runs':5} {'guidance':>11} {'ms':>10}")
+    print(
+        f"{'step':>4} {'timestep':>8} {'w':>6} {cutoff:>6}  {'runs':5} {'guidance':>11} {'ms':>10}"
+    )
     for step in plan.steps:
         value = blend.sigma(step.w) if gaussian else blend.cutoff(step.w)
         shown = f"{value:6.3f}" if step.blended else "     -"
-        scales = "/".join(f"{guidance.at(step, name):g}" for name in ("small", "large") if getattr(step, name))
+        scales = "/".join(
+            f"{guidance.at(step, name):g}" for name in ("small", "large") if getattr(step, name)
+        )
         price = plan.step_price(step, costs, guidance.small, guidance.large)
-        print(f"{step.index:4d} {step.timestep:8d} {step.w:6.3f} {shown}  {step.runs:5} {scales:>11} {price:10.2f}")
+        print(
+            f"{step.index:4d} {step.timestep:8d} {step.w:6.3f} {shown}  {step.runs:5} {scales:>11}"
+            f" {price:10.2f}"
+        )
 
 
 def _print_totals(plan: Plan, costs: StepCosts, guidance: Guidance) -> None:
@@ -83,7 +107,11 @@ def _print_totals(plan: Plan, costs: StepCosts, guidance: Guidance) -> None:
     for each in (plan, parse_plan("reference", plan.grid)):
         count = each.evaluations(guidance.small, guidance.large)
         totals.append(each.price(costs, guidance.small, guidance.large))
-        print(f"{each.name}: {count['small']} small and {count['large']} large forwards, {totals[-1]:.1f} ms", end="")
+        print(
+            f"{each.name}: {count['small']} small and {count['large']} large forwards,"
+            f" {totals[-1]:.1f} ms",
+            end="",
+        )
         if len(totals) == 1:
             print()
     ours, published = totals
@@ -101,7 +129,9 @@ def given_costs(text: str) -> StepCosts:
     return StepCosts(small / 2, small, large / 2, large)
 
 
-def measured_costs(pipe: NexusPipeline, size: ClipSize, blend: BlendConfig, solver: str) -> StepCosts:
+def measured_costs(
+    pipe: NexusPipeline, size: ClipSize, blend: BlendConfig, solver: str
+) -> StepCosts:
     """Milliseconds of a step's parts on this machine, at a size."""
     from nexus_rt.costs import measure_step_costs, step_calls
 

@@ -1,4 +1,5 @@
-"""AOTInductor packages (`.pt2`): compiled code, and its weights beside it, in one file; no model code needed at load.
+"""AOTInductor packages (`.pt2`): compiled code, and its weights beside it, in one file; no model
+code needed at load.
 
 On a CPU the code is C++, on a GPU Triton kernels, ours among them, compiled for its architecture.
 """
@@ -15,17 +16,28 @@ from torch import Tensor
 from nexus_rt.engines.exported import Sessions
 
 # torch._inductor.aoti_load_package does not read weights that lie beside the code; this does
-LOADER = "torch.export.pt2_archive._package.load_pt2(path, device_index=-1, load_weights_from_disk=True).aoti_runners"
+LOADER = (
+    "torch.export.pt2_archive._package.load_pt2(path, device_index=-1,"
+    " load_weights_from_disk=True).aoti_runners"
+)
 SIMD = ("avx", "sse4", "fma", "f16c", "amx", "asimd", "sve", "bf16", "i8mm", "neon", "vnni")
 
 
 def instruction_sets() -> list[str]:
-    """The vector extensions of this processor, which compiled code may use any of; empty where the system does not say."""
+    """The vector extensions of this processor, which compiled code may use any of; empty where the
+    system does not say."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return []
-    line = next((v for k, _, v in (row.partition(":") for row in text.split("\n")) if k.strip() in ("flags", "Features")), "")
+    line = next(
+        (
+            v
+            for k, _, v in (row.partition(":") for row in text.split("\n"))
+            if k.strip() in ("flags", "Features")
+        ),
+        "",
+    )
     return sorted(f for f in set(line.split()) if any(word in f for word in SIMD))
 
 
@@ -52,7 +64,11 @@ class AotiSessions(Sessions):
 
         index = -1 if self.device.type == "cpu" else self.device.index or 0
         for name in self.graphs:
-            found = load_pt2(str(self.folder.artefact(f"{name}.pt2")), device_index=index, load_weights_from_disk=True)
+            found = load_pt2(
+                str(self.folder.artefact(f"{name}.pt2")),
+                device_index=index,
+                load_weights_from_disk=True,
+            )
             (self.packages[name],) = found.aoti_runners.values()
 
     def unload(self) -> None:
@@ -63,5 +79,7 @@ class AotiSessions(Sessions):
 
     def run(self, graph: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
         made = self.packages[graph](*(inputs[name] for name in self.graphs[graph]))
-        for out, t in zip(outputs.values(), made if isinstance(made, list | tuple) else (made,), strict=True):
+        for out, t in zip(
+            outputs.values(), made if isinstance(made, list | tuple) else (made,), strict=True
+        ):
             out.copy_(t)

@@ -1,4 +1,5 @@
-"""What the runtime calls on an engine: the protocol of the loop, and those of what an engine may do besides."""
+"""What the runtime calls on an engine: the protocol of the loop, and those of what an engine may do
+besides."""
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ from nexus_rt.size import ClipSize
 class Engine(Protocol):
     """A generator as the denoising loop sees it: any object with these two methods will do.
 
-    The backends of this package are also `Resident` and `Sized`, and some of them the rest of this file.
+    The backends of this package are also `Resident` and `Sized`, and some of them the rest of this
+    file.
     """
 
     def prepare(self, context: Tensor) -> Any:
-        """Whatever of a prompt can be computed once: text embeddings [N, L, D] to an opaque context of batch N."""
+        """Whatever of a prompt can be computed once: text embeddings [N, L, D] to an opaque context
+        of batch N."""
         ...
 
     def velocity(self, latents: Tensor, timestep: Tensor, context: Any) -> Tensor:
@@ -26,8 +29,9 @@ class Engine(Protocol):
         Args:
             latents: [B, C, T, H, W] float32.
             timestep: scalar float tensor, 0..1000.
-            context: of `prepare`, batch N, a multiple of B: the latents are repeated N/B times, so that a guided step
-                (conditional samples, then their unconditional twins) is one call.
+            context: of `prepare`, batch N, a multiple of B: the latents are repeated N/B times, so
+                that a guided step (conditional samples, then their unconditional twins) is one
+                call.
 
         Returns:
             [N, C, T, H, W], any floating dtype.
@@ -87,7 +91,8 @@ class Warmable(Protocol):
     """An engine whose first step at a size is slow."""
 
     def warmup(self, latent: tuple[int, int, int]) -> None:
-        """One step on noise at a latent size (T, H, W), so that the first real one is as fast as the rest."""
+        """One step on noise at a latent size (T, H, W), so that the first real one is as fast as
+        the rest."""
         ...
 
 

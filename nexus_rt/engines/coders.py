@@ -1,4 +1,5 @@
-"""The VAE's decoder and the text encoder as engines: the same calls as in PyTorch, on a backend's sessions."""
+"""The VAE's decoder and the text encoder as engines: the same calls as in PyTorch, on a backend's
+sessions."""
 
 from __future__ import annotations
 
@@ -14,18 +15,26 @@ from nexus_rt.size import ClipSize
 
 
 class EngineDecoder(Exported, Decoder):
-    """A Wan VAE's decoder: graph "first" makes a frame of a latent frame, "next" four of each that follows.
+    """A Wan VAE's decoder: graph "first" makes a frame of a latent frame, "next" four of each that
+    follows.
 
-    What the convolutions remember of the frames before are tensors that go from call to call, so memory is that of four
-    frames however long the clip is, and a clip may have any number of them.
+    What the convolutions remember of the frames before are tensors that go from call to call, so
+    memory is that of four frames however long the clip is, and a clip may have any number of them.
     """
 
     bound = 2
 
     def __init__(self, sessions: Sessions) -> None:
         Exported.__init__(self, sessions)
-        Decoder.__init__(self, sessions.folder.manifest.architecture, DTYPES[sessions.folder.manifest.precision], self.device)
-        self.states: list[list[int]] = sessions.folder.manifest.options["states"]  # channels and scale of each
+        Decoder.__init__(
+            self,
+            sessions.folder.manifest.architecture,
+            DTYPES[sessions.folder.manifest.precision],
+            self.device,
+        )
+        self.states: list[list[int]] = sessions.folder.manifest.options[
+            "states"
+        ]  # channels and scale of each
 
     def drop(self) -> None:
         self.unload()
@@ -43,15 +52,24 @@ class EngineDecoder(Exported, Decoder):
     def _clip(self, z: Tensor) -> Tensor:
         """One clip [1, C, T, H, W], a latent frame at a time."""
         _, _, frames, height, width = z.shape
-        make = lambda count, c, s: torch.zeros(1, c, count, s * height, s * width, dtype=self.dtype, device=self.device)  # noqa: E731
+        make = lambda count, c, s: torch.zeros(
+            1, c, count, s * height, s * width, dtype=self.dtype, device=self.device
+        )
         names = [f"state_{i}" for i in range(len(self.states))]
         states, spare = ([make(2, c, s) for c, s in self.states] for _ in range(2))
         out = []
         for i in range(frames):
             graph, made = ("next", self.temporal) if i else ("first", 1)
-            inputs = {"latents": z[:, :, i : i + 1].contiguous(), **(dict(zip(names, states, strict=True)) if i else {})}
+            inputs = {
+                "latents": z[:, :, i : i + 1].contiguous(),
+                **(dict(zip(names, states, strict=True)) if i else {}),
+            }
             video = make(made, 3, self.spatial)
-            self.sessions.run(graph, inputs, {"video": video, **{f"new_{n}": t for n, t in zip(names, spare, strict=True)}})
+            self.sessions.run(
+                graph,
+                inputs,
+                {"video": video, **{f"new_{n}": t for n, t in zip(names, spare, strict=True)}},
+            )
             states, spare = spare, states
             out.append(video)
         return torch.cat(out, 2)
@@ -79,5 +97,7 @@ class EngineTextEncoder(Exported, Tokenized):
             return torch.cat([self._states(ids[r], mask[r]) for r in runs])
         width = self.folder.manifest.architecture["d_model"]
         out = torch.empty(*ids.shape, width, dtype=self.dtype, device=self.device)
-        self.sessions.run("encode", {"ids": ids.contiguous(), "mask": mask.contiguous()}, {"states": out})
+        self.sessions.run(
+            "encode", {"ids": ids.contiguous(), "mask": mask.contiguous()}, {"states": out}
+        )
         return out

@@ -16,20 +16,29 @@ def run(action: str, folders: list[str]) -> int:
     """Do one; returns the exit code: 1 where verify finds damage."""
     choose("action", action, ACTIONS)
     if folders and action == "prune":
-        raise InputError("engines prune takes no folders: it removes from the cache what is unfinished, failed or damaged.")
+        raise InputError(
+            "engines prune takes no folders: it removes from the cache what is unfinished, failed"
+            " or damaged."
+        )
     return {"list": _list, "verify": _verify, "prune": _prune}[action](folders)
 
 
 def _line(engine: EngineFolder) -> str:
     m = engine.manifest
     where = m.device["name"] or m.device["type"]
-    worst = max((r.get("relative_error") or 0.0 for r in m.parity.get("rows", {}).values()), default=0.0)
+    worst = max(
+        (r.get("relative_error") or 0.0 for r in m.parity.get("rows", {}).values()), default=0.0
+    )
     never = m.parity.get("compared") is False or not m.parity
-    parity = "never compared" if never else f"parity {'passed' if m.parity.get('passed') else 'FAILED'} ({worst:.1e})"
+    parity = (
+        "never compared"
+        if never
+        else f"parity {'passed' if m.parity.get('passed') else 'FAILED'} ({worst:.1e})"
+    )
     sizes = ",".join(str(ClipSize(*b)) for b in m.buckets)
     return (
-        f"{engine.path.name}  {m.part:5} {m.backend} {m.backend_version} {m.precision} on {where}  {sizes}  "
-        f"{engine.nbytes / 1e6:.1f} MB  {parity}"
+        f"{engine.path.name}  {m.part:5} {m.backend} {m.backend_version} {m.precision} on {where} "
+        f" {sizes}  {engine.nbytes / 1e6:.1f} MB  {parity}"
     )
 
 

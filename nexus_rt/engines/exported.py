@@ -1,7 +1,8 @@
-"""What exported engines share: sizes, the sessions a backend gives them, and the generator they make.
+"""What exported engines share: sizes, the sessions a backend gives them, and the generator they
+make.
 
-An engine is a part of a pair (its role) on the sessions of a backend: the role knows what its graphs mean, the backend
-how to run them. `nexus_rt.engines.open` puts the two together.
+An engine is a part of a pair (its role) on the sessions of a backend: the role knows what its
+graphs mean, the backend how to run them. `nexus_rt.engines.open` puts the two together.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from nexus_rt.size import ClipSize
 if TYPE_CHECKING:
     from nexus_rt.engines.folder import EngineFolder
 
-# an engine's graphs and their inputs, in order; the VAE's further states follow its latents (nexus_rt.export.coders)
+# an engine's graphs and their inputs, in order; the VAE's further states follow its latents
+# (nexus_rt.export.coders)
 CONTEXT = ("embeds",)
 VELOCITY = ("latents", "timestep", "keys", "values", "bias")
 GRAPHS = {"context": CONTEXT, "velocity": VELOCITY}
@@ -28,12 +30,15 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass
 class EngineContext:
-    """A prompt as an exported engine reads it: keys, values [layers, N, L, heads, head_dim], bias [N, L] float32."""
+    """A prompt as an exported engine reads it: keys, values [layers, N, L, heads, head_dim], bias
+    [N, L] float32."""
 
     keys: Tensor | None
     values: Tensor | None
     bias: Tensor | None
-    parts: list[EngineContext] = field(default_factory=list)  # instead of the three, where a run takes fewer samples
+    parts: list[EngineContext] = field(
+        default_factory=list
+    )  # instead of the three, where a run takes fewer samples
 
     @property
     def batch(self) -> int:
@@ -41,9 +46,11 @@ class EngineContext:
 
 
 class Sessions:
-    """The graphs of an engine folder on a backend, which adds `resident`, `load`, `unload` and `run`.
+    """The graphs of an engine folder on a backend, which adds `resident`, `load`, `unload` and
+    `run`.
 
-    Loading is put off to the first use, so that a plan's engines can be opened, priced and moved without their weights.
+    Loading is put off to the first use, so that a plan's engines can be opened, priced and moved
+    without their weights.
     """
 
     most: int | None = None  # samples that one run takes; None: any number
@@ -66,7 +73,8 @@ class Sessions:
         raise NotImplementedError
 
     def run(self, graph: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
-        """Run a graph, filling `outputs`; all tensors contiguous and on the device, in the graph's order."""
+        """Run a graph, filling `outputs`; all tensors contiguous and on the device, in the graph's
+        order."""
         raise NotImplementedError
 
 
@@ -105,26 +113,32 @@ class Exported:
         m = self.folder.manifest
         if m.options.get("range"):
             low, high = self.buckets
-            right = all(a <= b <= c for a, b, c in list(zip(low, size, high, strict=True))[: self.bound])
+            right = all(
+                a <= b <= c for a, b, c in list(zip(low, size, high, strict=True))[: self.bound]
+            )
         else:
             right = size[: self.bound] in [b[: self.bound] for b in self.buckets]
         if not right:
             raise InputError(
-                f"size {size} is none that this {m.part} engine was built for: "
-                f"{(' to ' if m.options.get('range') else ', ').join(map(str, self.buckets))}; generate one of them, or "
-                "export with --sizes."
+                f"size {size} is none that this {m.part} engine was built for:"
+                f" {(' to ' if m.options.get('range') else ', ').join(map(str, self.buckets))};"
+                " generate one of them, or export with --sizes."
             )
 
 
 class ExportedEngine(Exported):
     """A generator behind the engine protocol: graphs "context" and "velocity"."""
 
-    def warmup(self, latent: tuple[int, int, int] | None = None, batch: int = 2, tokens: int = 24) -> None:
-        """One step on noise at a latent size (T, H, W; the first it was built for by default), so that the first real
-        one is as fast as the rest."""
+    def warmup(
+        self, latent: tuple[int, int, int] | None = None, batch: int = 2, tokens: int = 24
+    ) -> None:
+        """One step on noise at a latent size (T, H, W; the first it was built for by default), so
+        that the first real one is as fast as the rest."""
         a = self.folder.manifest.architecture
         context = self.prepare(torch.randn(batch, tokens, a["text_dim"], device=self.device))
-        latents = torch.randn(batch, a["in_channels"], *(latent or self.buckets[0].latent), device=self.device)
+        latents = torch.randn(
+            batch, a["in_channels"], *(latent or self.buckets[0].latent), device=self.device
+        )
         self.velocity(latents, torch.tensor(500.0, device=self.device), context)
 
     def published_numerics(self, on: bool) -> None:
@@ -135,8 +149,9 @@ class ExportedEngine(Exported):
         """
         if on and self.dtype != torch.float32:
             raise InputError(
-                f"the {self.folder.manifest.part} engine computes in {self.folder.manifest.precision} alone and the published "
-                "code in float32 beside it; export with --precision fp32, or use PyTorch."
+                f"the {self.folder.manifest.part} engine computes in"
+                f" {self.folder.manifest.precision} alone and the published code in float32 beside"
+                " it; export with --precision fp32, or use PyTorch."
             )
 
     def prepare(self, context: Tensor) -> EngineContext:
@@ -149,38 +164,63 @@ class ExportedEngine(Exported):
         self.check_size(ClipSize.of(latents))
         self.load()
         repeats = context.batch // latents.shape[0]
-        latents = latents.float().repeat(repeats, 1, 1, 1, 1) if repeats > 1 else latents.float().contiguous()
+        latents = (
+            latents.float().repeat(repeats, 1, 1, 1, 1)
+            if repeats > 1
+            else latents.float().contiguous()
+        )
         channels = self.folder.manifest.architecture["out_channels"]
         out = torch.empty(latents.shape[0], channels, *latents.shape[2:], device=self.device)
         timestep = timestep.float().reshape(()).to(self.device)
         parts = context.parts or [context]
         counts = [p.batch for p in parts]
         for part, x, velocity in zip(parts, latents.split(counts), out.split(counts), strict=True):
-            inputs = {"latents": x, "timestep": timestep, "keys": part.keys, "values": part.values, "bias": part.bias}
+            inputs = {
+                "latents": x,
+                "timestep": timestep,
+                "keys": part.keys,
+                "values": part.values,
+                "bias": part.bias,
+            }
             self.sessions.run("velocity", inputs, {"velocity": velocity})
         return out
 
 
 @torch.no_grad()
-def run_context(engine: Exported, graph: str, architecture: dict, embeds: Tensor, runs: list[list[int]]) -> EngineContext:
-    """A generator's prompt through a graph of an engine: embeddings [N, L, text_dim], their zero padding counted once.
+def run_context(
+    engine: Exported, graph: str, architecture: dict, embeds: Tensor, runs: list[list[int]]
+) -> EngineContext:
+    """A generator's prompt through a graph of an engine: embeddings [N, L, text_dim], their zero
+    padding counted once.
 
     Args:
         runs: which of the N samples each later run of the engine takes.
     """
     a = architecture
     if embeds.ndim != 3 or embeds.shape[-1] != a["text_dim"]:
-        raise InputError(f"context has shape {tuple(embeds.shape)}; expected [batch, tokens, {a['text_dim']}].")
+        raise InputError(
+            f"context has shape {tuple(embeds.shape)}; expected [batch, tokens, {a['text_dim']}]."
+        )
     if len(runs) > 1:
-        return EngineContext(None, None, None, [run_context(engine, graph, a, embeds[r], [r]) for r in runs])
+        return EngineContext(
+            None, None, None, [run_context(engine, graph, a, embeds[r], [r]) for r in runs]
+        )
     embeds = embeds.to(engine.device, engine.dtype)
     embeds, bias = collapse_padding(embeds, at_least=2)
-    bias = torch.zeros(embeds.shape[:2], device=engine.device) if bias is None else bias.float().contiguous()
+    bias = (
+        torch.zeros(embeds.shape[:2], device=engine.device)
+        if bias is None
+        else bias.float().contiguous()
+    )
     shape = (a["num_layers"], *embeds.shape[:2], a["num_attention_heads"], a["attention_head_dim"])
     keys, values = (torch.empty(shape, dtype=engine.dtype, device=engine.device) for _ in range(2))
-    whole = engine.together(len(embeds))  # a fused step's run has twice the samples of the context's own
+    whole = engine.together(
+        len(embeds)
+    )  # a fused step's run has twice the samples of the context's own
     if len(whole) == 1:
-        engine.sessions.run(graph, {"embeds": embeds.contiguous()}, {"keys": keys, "values": values})
+        engine.sessions.run(
+            graph, {"embeds": embeds.contiguous()}, {"keys": keys, "values": values}
+        )
     for r in whole if len(whole) > 1 else ():
         made = {"keys": torch.empty_like(keys[:, r]), "values": torch.empty_like(values[:, r])}
         engine.sessions.run(graph, {"embeds": embeds[r].contiguous()}, made)
@@ -188,13 +228,19 @@ def run_context(engine: Exported, graph: str, architecture: dict, embeds: Tensor
     return EngineContext(keys, values, bias)
 
 
-def __getattr__(name: str) -> Any:  # names of one release before, when a clip's size was an engine's
+def __getattr__(
+    name: str,
+) -> Any:  # names of one release before, when a clip's size was an engine's
     if name in ("Bucket", "parse_sizes"):
         import warnings
 
         from nexus_rt import size
 
         new = {"Bucket": "ClipSize"}.get(name, name)
-        warnings.warn(f"nexus_rt.engines.exported.{name} is nexus_rt.size.{new}", DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            f"nexus_rt.engines.exported.{name} is nexus_rt.size.{new}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
         return getattr(size, new)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

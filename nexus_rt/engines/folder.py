@@ -1,8 +1,10 @@
-"""Engine folders: `manifest.json` and artefacts, checked before anything is run; and the cache they are built in.
+"""Engine folders: `manifest.json` and artefacts, checked before anything is run; and the cache they
+are built in.
 
-A folder says what it was made of (the weights' hash, the architecture, sizes, precision), for what (backend, version,
-GPU), how right it is (the parity gate's results) and what its files are (sizes and hashes). Loading refuses whatever does
-not match, in one sentence that says what differs and which command rebuilds.
+A folder says what it was made of (the weights' hash, the architecture, sizes, precision), for what
+(backend, version, GPU), how right it is (the parity gate's results) and what its files are (sizes
+and hashes). Loading refuses whatever does not match, in one sentence that says what differs and
+which command rebuilds.
 """
 
 from __future__ import annotations
@@ -31,12 +33,16 @@ READ_AGAIN = 64 << 20  # bytes hashed in some 40 ms
 class Manifest:
     """What an engine folder says of itself.
 
-    part: "small", "large", "step" (both in one graph), "vae" or "text_encoder". graphs: name -> inputs, in order.
-    architecture: WanConfig's fields; of a step, those of both under "small" and "large"; else the part's own config.
-    weights: sha256 of the source's weight files. buckets: [width, height, frames]; with options["range"], its two ends.
-    device: {"type": "cpu" | "cuda", "sm": "9.0" or None, "name"}. parity: see `nexus_rt.export.parity`. files: name ->
-    {"bytes", "sha256"}. contract: graph -> its inputs and outputs (`nexus_rt.export.contract`). command: what rebuilds
-    the engine. lora: hash of what was merged into the weights, or None.
+    part: "small", "large", "step" (both in one graph), "vae" or "text_encoder". graphs: name ->
+        inputs, in order.
+    architecture: WanConfig's fields; of a step, those of both under "small" and "large"; else the
+        part's own config.
+    weights: sha256 of the source's weight files. buckets: [width, height, frames]; with
+        options["range"], its two ends.
+    device: {"type": "cpu" | "cuda", "sm": "9.0" or None, "name"}. parity: see
+    `nexus_rt.export.parity`. files: name -> {"bytes", "sha256"}. contract: graph -> its inputs and
+    outputs (`nexus_rt.export.contract`). command: what rebuilds the engine. lora: hash of what was
+    merged into the weights, or None.
     """
 
     part: str
@@ -59,8 +65,13 @@ class Manifest:
     schema: int = SCHEMA
 
     def identity(self) -> str:
-        """What decides that two engines are the same: everything but results, files and words. 16 hex digits."""
-        kept = {k: v for k, v in asdict(self).items() if k not in ("parity", "files", "command", "part", "contract")}
+        """What decides that two engines are the same: everything but results, files and words. 16
+        hex digits."""
+        kept = {
+            k: v
+            for k, v in asdict(self).items()
+            if k not in ("parity", "files", "command", "part", "contract")
+        }
         kept["device"] = {k: v for k, v in self.device.items() if k != "name"}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -112,25 +123,41 @@ class _Stored(msgspec.Struct):
     contract: dict[str, dict[str, list[dict[str, Any]]]] = {}
 
     def check(self, where: str) -> None:
-        """Raise where a file would lie outside the folder, or the parts of the manifest contradict each other."""
+        """Raise where a file would lie outside the folder, or the parts of the manifest contradict
+        each other."""
         for name in self.files:
             pieces = name.split("/")
-            if name.startswith("/") or "\\" in name or "\0" in name or any(p in ("", ".", "..") for p in pieces):
-                raise ModelError(f"{where} lists {cut(repr(name), 120)}; expected names of files in its folder.")
+            if (
+                name.startswith("/")
+                or "\\" in name
+                or "\0" in name
+                or any(p in ("", ".", "..") for p in pieces)
+            ):
+                raise ModelError(
+                    f"{where} lists {cut(repr(name), 120)}; expected names of files in its folder."
+                )
         if not self.graphs or not self.files:
             raise ModelError(f"{where} lists no graphs or no files; export the engine again.")
         if self.part in ("small", "large", "step") and not self.buckets:
             raise ModelError(f"{where} lists no sizes; export the engine again.")
         if self.options.get("range") and len(self.buckets) != 2:
-            raise ModelError(f"{where} is of a range and lists {len(self.buckets)} sizes; expected its two ends.")
+            raise ModelError(
+                f"{where} is of a range and lists {len(self.buckets)} sizes; expected its two ends."
+            )
         if self.part == "vae":
             from nexus_rt.models.vae import check_space
 
             documents.check(
-                self.options.get("states"), list[Annotated[list[Side], msgspec.Meta(min_length=2, max_length=2)]], where
+                self.options.get("states"),
+                list[Annotated[list[Side], msgspec.Meta(min_length=2, max_length=2)]],
+                where,
             )
             check_space(self.architecture, where)
-        architectures = [self.architecture.get(n) for n in ("small", "large")] if self.part == "step" else [self.architecture]
+        architectures = (
+            [self.architecture.get(n) for n in ("small", "large")]
+            if self.part == "step"
+            else [self.architecture]
+        )
         if self.part in ("small", "large", "step"):
             from nexus_rt.models.wan import WanConfig
 
@@ -156,7 +183,10 @@ def files_of(folder: Path) -> dict[str, dict]:
     """The files of a folder as a manifest lists them."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        found[path.relative_to(folder).as_posix()] = {
+            "bytes": path.stat().st_size,
+            "sha256": file_hash(path),
+        }
     return found
 
 
@@ -176,21 +206,30 @@ class EngineFolder:
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
-            raise ModelError(f"{path} holds no {MANIFEST}; expected an engine folder, as `nexus-rt export` makes.")
+            raise ModelError(
+                f"{path} holds no {MANIFEST}; expected an engine folder, as `nexus-rt export`"
+                " makes."
+            )
         where, remedy = str(path / MANIFEST), "export the engine again"
         document = documents.parse(documents.read_bytes(path / MANIFEST), where, remedy=remedy)
         schema = document.get("schema") if isinstance(document, dict) else None
         if not isinstance(schema, int) or isinstance(schema, bool):
-            raise ModelError(f"{path / MANIFEST} is no engine's manifest: it has no schema; export the engine again.")
+            raise ModelError(
+                f"{path / MANIFEST} is no engine's manifest: it has no schema; export the engine"
+                " again."
+            )
         if schema > SCHEMA:
             raise ModelError(
-                f"{path} has a manifest of schema {schema}, and this nexus-rt reads up to {SCHEMA}; upgrade nexus-rt, or "
-                f"export again: {cut(document.get('command', 'nexus-rt export'))}"
+                f"{path} has a manifest of schema {schema}, and this nexus-rt reads up to {SCHEMA};"
+                " upgrade nexus-rt, or export again:"
+                f" {cut(document.get('command', 'nexus-rt export'))}"
             )
         known = {f.name for f in fields(Manifest)}
         missing = known - document.keys() - {"contract"}
         if missing:
-            raise ModelError(f"{path / MANIFEST} lacks {', '.join(sorted(missing))}; export the engine again.")
+            raise ModelError(
+                f"{path / MANIFEST} lacks {', '.join(sorted(missing))}; export the engine again."
+            )
         stored = documents.check(document, _Stored, where, remedy=remedy)
         stored.check(where)
         return cls(path, Manifest(**{k: v for k, v in document.items() if k in known}))
@@ -219,19 +258,30 @@ class EngineFolder:
                 raise ModelError(f"{file} is missing; {self.rebuild()}")
             size = file.stat().st_size
             if size != known["bytes"]:
-                raise ModelError(f"{file} has {size} bytes and was written with {known['bytes']}; {self.rebuild()}")
-            whole = again or size <= READ_AGAIN  # small files are read again: it costs less than the question
+                raise ModelError(
+                    f"{file} has {size} bytes and was written with {known['bytes']};"
+                    f" {self.rebuild()}"
+                )
+            whole = (
+                again or size <= READ_AGAIN
+            )  # small files are read again: it costs less than the question
             if hashes and (file_hash if whole else trusted_hash)(file) != known["sha256"]:
-                raise ModelError(f"{file} is damaged: its sha256 is not the manifest's; {self.rebuild()}")
+                raise ModelError(
+                    f"{file} is damaged: its sha256 is not the manifest's; {self.rebuild()}"
+                )
 
     def artefact(self, name: str) -> Path:
-        """The path of a file to be loaded, which the manifest must list: what is not hashed is not run.
+        """The path of a file to be loaded, which the manifest must list: what is not hashed is not
+        run.
 
         Raises:
             ModelError: it is not listed, or leads out of the folder.
         """
         if name not in self.manifest.files:
-            raise ModelError(f"{self.path / MANIFEST} does not list {name}, which the engine needs; {self.rebuild()}")
+            raise ModelError(
+                f"{self.path / MANIFEST} does not list {name}, which the engine needs;"
+                f" {self.rebuild()}"
+            )
         self._inside(self.path / name)
         return self.path / name
 
@@ -240,9 +290,20 @@ class EngineFolder:
         if not file.is_symlink() and not file.parent.is_symlink():
             return
         real, home = file.resolve(), self.path.resolve()
-        cache = next((p.parent for p in (self.path.absolute(), *self.path.absolute().parents) if p.name == "snapshots"), None)
-        if not real.is_relative_to(home) and not (cache and real.is_relative_to(cache.resolve() / "blobs")):
-            raise ModelError(f"{file} is a link to {real}, outside its engine folder; {self.rebuild()}")
+        cache = next(
+            (
+                p.parent
+                for p in (self.path.absolute(), *self.path.absolute().parents)
+                if p.name == "snapshots"
+            ),
+            None,
+        )
+        if not real.is_relative_to(home) and not (
+            cache and real.is_relative_to(cache.resolve() / "blobs")
+        ):
+            raise ModelError(
+                f"{file} is a link to {real}, outside its engine folder; {self.rebuild()}"
+            )
 
     def check_here(self, versions: dict[str, str], device: dict[str, Any]) -> None:
         """Compare what it was built for with what is here.
@@ -260,7 +321,9 @@ class EngineFolder:
             different.append(tuple(word.get(d["type"], d["type"]) for d in (m.device, device)))
         elif m.device.get("sm") and m.device["sm"] != device.get("sm"):
             different.append((f"compute capability {m.device['sm']}", device.get("sm")))
-        needed = set(m.options.get("instruction_sets") or ()) - set(device.get("instruction_sets") or ())
+        needed = set(m.options.get("instruction_sets") or ()) - set(
+            device.get("instruction_sets") or ()
+        )
         if needed and device.get("instruction_sets") is not None:
             different.append((f"a processor with {', '.join(sorted(needed)[:4])}", "one without"))
         here = versions.get(m.backend)
@@ -268,14 +331,19 @@ class EngineFolder:
             different.append((f"{m.backend} {m.backend_version}", here))
         if different:
             theirs, ours = different[0]
-            raise ModelError(f"{self.path} was built for {theirs}, and this is {ours}; {self.rebuild()}")
+            raise ModelError(
+                f"{self.path} was built for {theirs}, and this is {ours}; {self.rebuild()}"
+            )
 
     def check_parity(self, force: bool = False) -> None:
         """Raise a `ModelError` unless the parity gate let the engine through, or `force`."""
         if force or self.manifest.parity.get("passed"):
             return
         why = self.manifest.parity.get("why") or "it was never compared"
-        raise ModelError(f"{self.path} failed its parity gate ({why}); {self.rebuild()}, or load it with force=True (--force).")
+        raise ModelError(
+            f"{self.path} failed its parity gate ({why}); {self.rebuild()}, or load it with"
+            " force=True (--force)."
+        )
 
     def write(self) -> None:
         """Write the manifest; last of a folder's files, so that one without it is unfinished."""
@@ -290,9 +358,12 @@ def engines_root() -> Path:
 
 
 def trusted_hash(file: Path) -> str:
-    """sha256 of a file, remembered in the cache for as long as its size and time stay: loading reads 28 GB once."""
+    """sha256 of a file, remembered in the cache for as long as its size and time stay: loading
+    reads 28 GB once."""
     stat = file.stat()
-    key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode()).hexdigest()
+    key = hashlib.sha256(
+        f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode()
+    ).hexdigest()
     note = cache_root() / "hashes" / key
     try:
         found = note.read_text().strip()
@@ -323,7 +394,8 @@ def cached() -> Iterator[EngineFolder]:
 
 
 def unusable() -> Iterator[tuple[Path, str]]:
-    """What `prune` removes from the cache: unfinished builds no process holds, engines that failed or cannot be read."""
+    """What `prune` removes from the cache: unfinished builds no process holds, engines that failed
+    or cannot be read."""
     root = engines_root()
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         if path.is_symlink() and not path.is_dir():
@@ -359,7 +431,8 @@ def _held(lock: Path) -> bool:
 
 
 def places(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
-    """A folder's files and where each goes in a copy of it; folders are made on the way, empty ones too."""
+    """A folder's files and where each goes in a copy of it; folders are made on the way, empty ones
+    too."""
     for path in sorted(source.rglob("*")):
         place = target / path.relative_to(source)
         if path.is_dir():
@@ -370,7 +443,8 @@ def places(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """A copy of a folder by hard links where the file system has them: a complete pair costs no second 28 GB.
+    """A copy of a folder by hard links where the file system has them: a complete pair costs no
+    second 28 GB.
 
     `target` must not exist; it appears only when complete.
     """

@@ -1,8 +1,9 @@
-"""Steps recorded once as CUDA graphs and replayed: no launch is paid again, which is what small steps wait for.
+"""Steps recorded once as CUDA graphs and replayed: no launch is paid again, which is what small
+steps wait for.
 
-One graph for every shape of latents and context. Contexts are padded to a multiple of 64 tokens, so that most prompts
-share a graph; padding has a bias of minus infinity and counts for nothing. All graphs work in one pool of memory, as they
-never run at once, and a velocity leaves it by a copy.
+One graph for every shape of latents and context. Contexts are padded to a multiple of 64 tokens, so
+that most prompts share a graph; padding has a bias of minus infinity and counts for nothing. All
+graphs work in one pool of memory, as they never run at once, and a velocity leaves it by a copy.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def capture(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[
         _pools[device] = torch.cuda.graph_pool_handle()
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):  # what a first call decides, compiles and allocates is not recorded
+    with torch.cuda.stream(
+        side
+    ):  # what a first call decides, compiles and allocates is not recorded
         for _ in range(2):
             call()
     torch.cuda.current_stream(device).wait_stream(side)
@@ -44,7 +47,8 @@ def capture(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[
 
 
 def mapped(context: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A context (a dataclass of tensors, lists of them and of contexts, and None) with every tensor changed."""
+    """A context (a dataclass of tensors, lists of them and of contexts, and None) with every tensor
+    changed."""
     new: dict[str, Any] = {}
     for f in fields(context):
         value = getattr(context, f.name)
@@ -56,8 +60,8 @@ def mapped(context: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def padded(context: Any) -> Any:
-    """A context with keys to the next multiple of `TOKENS`; one whose keys carry no bias is left alone, it is of Wan's one
-    length."""
+    """A context with keys to the next multiple of `TOKENS`; one whose keys carry no bias is left
+    alone, it is of Wan's one length."""
     if context.bias is None:
         return context
     short = -context.bias.shape[1] % TOKENS
@@ -129,7 +133,11 @@ class ReplayedEngine:
         return result.clone()
 
     def _recorded(self, latents: Tensor, timestep: Tensor, context: Any) -> tuple:
-        x, t, static = latents.clone(), timestep.reshape(()).float().clone(), mapped(context, Tensor.clone)
+        x, t, static = (
+            latents.clone(),
+            timestep.reshape(()).float().clone(),
+            mapped(context, Tensor.clone),
+        )
         replay, result = self.record(lambda: self.engine.velocity(x, t, static), self.engine.device)
         return replay, result, x, t, static, [context]
 
@@ -141,5 +149,8 @@ def cannot_replay(engine: Any) -> str | None:
     sessions = getattr(engine, "sessions", None)
     if not isinstance(engine, TorchEngine) and not isinstance(sessions, TensorRTSessions):
         backend = sessions.folder.manifest.backend if sessions else type(engine).__name__
-        return f"{backend} engines launch on streams of their own; torch, tensorrt and tensorrt-rtx engines can be"
+        return (
+            f"{backend} engines launch on streams of their own; torch, tensorrt and tensorrt-rtx"
+            " engines can be"
+        )
     return None

@@ -1,6 +1,7 @@
 """ONNX Runtime, on the CPU, CUDA and TensorRT execution providers.
 
-Tensors are bound where they lie, by address, so nothing is copied on either device and bfloat16 needs no numpy.
+Tensors are bound where they lie, by address, so nothing is copied on either device and bfloat16
+needs no numpy.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ def version() -> str | None:
 
 def why_not() -> str | None:
     """Why ONNX engines cannot run here; None where they can."""
-    return None if find_spec("onnxruntime") else "onnxruntime is not installed (pip install 'nexus-rt[onnx]')"
+    return (
+        None
+        if find_spec("onnxruntime")
+        else "onnxruntime is not installed (pip install 'nexus-rt[onnx]')"
+    )
 
 
 class OnnxSessions(Sessions):
@@ -40,19 +45,30 @@ class OnnxSessions(Sessions):
     providers: "cpu", "cuda" or "tensorrt" execution provider; by default the device's own.
     """
 
-    def __init__(self, folder, device: torch.device, provider: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, folder, device: torch.device, provider: str | None = None, threads: int | None = None
+    ) -> None:
         super().__init__(folder, device)
         if reason := why_not():
             raise InputError(f"ONNX engines cannot run here: {reason}.")
         import onnxruntime
 
-        names = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+        names = {
+            "cpu": "CPUExecutionProvider",
+            "cuda": "CUDAExecutionProvider",
+            "tensorrt": "TensorrtExecutionProvider",
+        }
         provider = provider or device.type
         if names.get(provider) not in onnxruntime.get_available_providers():
             found = ", ".join(onnxruntime.get_available_providers())
-            raise InputError(f"ONNX Runtime here has no provider {provider!r}; it has {found} (onnxruntime-gpu brings CUDA's).")
+            raise InputError(
+                f"ONNX Runtime here has no provider {provider!r}; it has {found} (onnxruntime-gpu"
+                " brings CUDA's)."
+            )
         self.providers = (
-            [names[provider]] if provider == "cpu" else [names[provider], names["cuda"]][: 1 + (provider != "cuda")]
+            [names[provider]]
+            if provider == "cpu"
+            else [names[provider], names["cuda"]][: 1 + (provider != "cuda")]
         )
         self.threads = torch.get_num_threads() if threads is None else threads
         self.sessions: dict[str, Any] = {}
@@ -69,10 +85,13 @@ class OnnxSessions(Sessions):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
-        # threads that spin between calls take the processor from PyTorch's: on two cores whole clips took 2.5 times as long
+        # threads that spin between calls take the processor from PyTorch's: on two cores whole
+        # clips took 2.5 times as long
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.sessions = {
-            name: onnxruntime.InferenceSession(str(self.folder.artefact(f"{name}.onnx")), options, providers=self.providers)
+            name: onnxruntime.InferenceSession(
+                str(self.folder.artefact(f"{name}.onnx")), options, providers=self.providers
+            )
             for name in self.graphs
         }
 
@@ -86,6 +105,8 @@ class OnnxSessions(Sessions):
             for name, t in tensors.items():
                 bind(name, self.device.type, index, ELEMENTS[t.dtype], tuple(t.shape), t.data_ptr())
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # the session runs on a stream of its own
+            torch.cuda.current_stream(
+                self.device
+            ).synchronize()  # the session runs on a stream of its own
         self.sessions[graph].run_with_iobinding(binding)
         binding.synchronize_outputs()

@@ -1,4 +1,5 @@
-"""From an engine folder to an engine: what is here, what the folder was built for, and whether they match."""
+"""From an engine folder to an engine: what is here, what the folder was built for, and whether they
+match."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def here(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Backends whose engines are bound to a version: that version here. ONNX graphs are not: any runtime reads them."""
+    """Backends whose engines are bound to a version: that version here. ONNX graphs are not: any
+    runtime reads them."""
     from nexus_rt.engines import tensorrt
 
     found = {"aoti": aoti.version(), **{b: tensorrt.version(b) for b in tensorrt.PACKAGES}}
@@ -49,7 +51,8 @@ def sessions_of(folder: EngineFolder, device: torch.device, **options: Any) -> S
 
 
 def engine_of(folder: EngineFolder, device: torch.device, **options: Any) -> Any:
-    """The engine of a folder, as its part asks: a generator, a step, a decoder or a text encoder; unchecked."""
+    """The engine of a folder, as its part asks: a generator, a step, a decoder or a text encoder;
+    unchecked."""
     sessions = sessions_of(folder, device, **options)
     if folder.manifest.part == "step":
         return StepEngine(sessions)
@@ -61,7 +64,8 @@ def engine_of(folder: EngineFolder, device: torch.device, **options: Any) -> Any
 
 
 def open_engine(path: str | Path, device: torch.device, force: bool = False, **options: Any) -> Any:
-    """Check an engine folder against its manifest and this machine, and open it; its weights are read on first use.
+    """Check an engine folder against its manifest and this machine, and open it; its weights are
+    read on first use.
 
     Args:
         force: load an engine that failed its parity gate.
@@ -70,17 +74,22 @@ def open_engine(path: str | Path, device: torch.device, force: bool = False, **o
         What `engine_of` makes of it.
 
     Raises:
-        ModelError: no engine folder, damaged files, a newer schema, another version or GPU, or parity that failed.
+        ModelError: no engine folder, damaged files, a newer schema, another version or GPU, or
+            parity that failed.
         InputError: a backend that cannot run here.
     """
     folder = EngineFolder.read(path)
-    folder.check_here(versions(), {**here(device), "instruction_sets": aoti.instruction_sets() or None})
+    folder.check_here(
+        versions(), {**here(device), "instruction_sets": aoti.instruction_sets() or None}
+    )
     folder.check_parity(force)
     folder.verify()
     return engine_of(folder, device, **options)
 
 
-def open_engines(root: Path, device: torch.device, force: bool = False, **options: Any) -> dict[str, Any]:
+def open_engines(
+    root: Path, device: torch.device, force: bool = False, **options: Any
+) -> dict[str, Any]:
     """The engines of a folder that `nexus-rt export` made, by part; "small" or "large" at least.
 
     Raises:
@@ -88,8 +97,14 @@ def open_engines(root: Path, device: torch.device, force: bool = False, **option
     """
     found = {n: root / n for n in PARTS if (root / n / MANIFEST).is_file()}
     if not found.keys() & {"small", "large"}:
-        raise ModelError(f"{root} holds no engines (small/ or large/ with a {MANIFEST}); make them with `nexus-rt export`.")
+        raise ModelError(
+            f"{root} holds no engines (small/ or large/ with a {MANIFEST}); make them with"
+            " `nexus-rt export`."
+        )
     for name, path in found.items():
         if (part := EngineFolder.read(path).manifest.part) != name:
-            raise ModelError(f"{path} holds the {part} engine; expected {name}: put the folders back under their parts' names.")
+            raise ModelError(
+                f"{path} holds the {part} engine; expected {name}: put the folders back under their"
+                " parts' names."
+            )
     return {name: open_engine(path, device, force, **options) for name, path in found.items()}

@@ -1,8 +1,10 @@
-"""An engine from the cache to the folder that was asked for: files that any program opens in place, on one disk once.
+"""An engine from the cache to the folder that was asked for: files that any program opens in place,
+on one disk once.
 
-onnx refuses external data behind a hard or a symbolic link, so the files of an output folder are its own: the engine moves
-there and the cache keeps a link to it; where it lies in another output already it is shared block by block (a reflink),
-where the file system can, or copied, and that is said.
+onnx refuses external data behind a hard or a symbolic link, so the files of an output folder are
+its own: the engine moves there and the cache keeps a link to it; where it lies in another output
+already it is shared block by block (a reflink), where the file system can, or copied, and that is
+said.
 """
 
 from __future__ import annotations
@@ -50,12 +52,18 @@ def _copy_tree(source: Path, target: Path) -> int:
 
 
 def publish(
-    engine: EngineFolder, place: Path, part: str, command: str, say: Callable[[str], None] = lambda text: None,
+    engine: EngineFolder,
+    place: Path,
+    part: str,
+    command: str,
+    say: Callable[[str], None] = lambda text: None,
     lasting: bool = True,
-) -> EngineFolder:  # fmt: skip
-    """Put an engine of the cache into an output folder, under its part's name and with the asker's command.
+) -> EngineFolder:
+    """Put an engine of the cache into an output folder, under its part's name and with the asker's
+    command.
 
-    What stood there is replaced once the new one is complete. lasting: False leaves the engine in the cache, and links it.
+    What stood there is replaced once the new one is complete. lasting: False leaves the engine in
+    the cache, and links it.
 
     Raises:
         OSError: the disk is full; what stood there stays.
@@ -65,7 +73,9 @@ def publish(
         fcntl.flock(lock, fcntl.LOCK_EX)
         real = cached.resolve()
         if real != place.absolute() and real != place.resolve():
-            part_folder, old = (place.with_name(f".{place.name}.{kind}-{os.getpid()}") for kind in ("part", "old"))
+            part_folder, old = (
+                place.with_name(f".{place.name}.{kind}-{os.getpid()}") for kind in ("part", "old")
+            )
             shutil.rmtree(part_folder, ignore_errors=True)
             moved = False
             try:
@@ -78,7 +88,10 @@ def publish(
                 if lasting and not moved:
                     copied = _copy_tree(real, part_folder)
                     if copied > 1 << 20:
-                        say(f"{part}: copied {copied / 1e6:.0f} MB, which this file system cannot share with {real.parent}")
+                        say(
+                            f"{part}: copied {copied / 1e6:.0f} MB, which this file system cannot"
+                            f" share with {real.parent}"
+                        )
                 if place.is_symlink():
                     place.unlink()
                 elif place.exists():

@@ -1,16 +1,18 @@
-"""Which weights are where, and when: decided before the first step, from the plan, the engines' bytes and a budget.
+"""Which weights are where, and when: decided before the first step, from the plan, the engines'
+bytes and a budget.
 
-A call has phases: encoding, one phase for every run of steps with the same engines, decoding. Five modes, the first that
-fits is taken:
+A call has phases: encoding, one phase for every run of steps with the same engines, decoding. Five
+modes, the first that fits is taken:
 
 resident    everything stays where it runs;
 freed       both engines stay; the encoders leave before denoising, the VAE comes for decoding;
-prefetched  an engine comes while the one before it runs alone, and that one leaves when it has run for the last time;
-swapped     an engine comes when it is needed, and the step after the swap waits for it;
-streamed    as swapped, and an engine that can comes block by block as it runs: the least memory, slower at every step.
+prefetched  an engine comes while the one before it runs alone, and that one leaves when it has run
+for the last time; swapped     an engine comes when it is needed, and the step after the swap waits
+for it; streamed    as swapped, and an engine that can comes block by block as it runs: the least
+memory, slower at every step.
 
-Peaks are weights plus one block of working memory, which engines share as they never run at once. The working memory is
-an estimate (`activation_bytes`), not a measurement.
+Peaks are weights plus one block of working memory, which engines share as they never run at once.
+The working memory is an estimate (`activation_bytes`), not a measurement.
 """
 
 from __future__ import annotations
@@ -32,13 +34,23 @@ from nexus_rt.tracing import span
 
 MODES = ("resident", "freed", "prefetched", "swapped", "streamed")
 STEP = "fused step"
-UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 1e3,
+    "MB": 1e6,
+    "GB": 1e9,
+    "TB": 1e12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something that takes memory: bytes of its weights, of what it needs to run, and of its weights while they are
-    streamed (None: it cannot be)."""
+    """Something that takes memory: bytes of its weights, of what it needs to run, and of its
+    weights while they are streamed (None: it cannot be)."""
 
     weights: int
     working: int = 0
@@ -47,7 +59,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a call: steps first to last (-1, -1 outside denoising), what runs, what is there besides, peak bytes."""
+    """A stretch of a call: steps first to last (-1, -1 outside denoising), what runs, what is there
+    besides, peak bytes."""
 
     name: str
     first: int
@@ -81,9 +94,16 @@ class ResidencyPlan:
         for p in self.phases:
             steps = "" if p.first < 0 else f"{p.first}-{p.last}"
             arriving = f" ({', '.join(p.arriving)})" if p.arriving else ""
-            lines.append(f"{p.name:8} {steps:>7} {amount(p.peak):>10}  {', '.join(p.present)}{arriving}")
+            lines.append(
+                f"{p.name:8} {steps:>7} {amount(p.peak):>10}  {', '.join(p.present)}{arriving}"
+            )
         budget = "" if self.budget is None else f" of {amount(self.budget)}"
-        return "\n".join([*lines, f"{self.mode}: at most {amount(self.peak)}{budget}; working memory is estimated"])
+        return "\n".join(
+            [
+                *lines,
+                f"{self.mode}: at most {amount(self.peak)}{budget}; working memory is estimated",
+            ]
+        )
 
 
 def parse_bytes(text: str) -> int:
@@ -103,10 +123,14 @@ def amount(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def activation_bytes(architecture: Mapping[str, int], size: ClipSize, batch: int = 2, element: int = 2) -> int:
-    """An estimate of a Wan transformer's working memory: the widest point of a block, its feed-forward or its projection.
+def activation_bytes(
+    architecture: Mapping[str, int], size: ClipSize, batch: int = 2, element: int = 2
+) -> int:
+    """An estimate of a Wan transformer's working memory: the widest point of a block, its
+    feed-forward or its projection.
 
-    There the residual stream, the norm's output and the layer's input and output are alive together.
+    There the residual stream, the norm's output and the layer's input and output are alive
+    together.
     """
     t, h, w = size.latent
     dim = architecture["num_attention_heads"] * architecture["attention_head_dim"]
@@ -114,12 +138,15 @@ def activation_bytes(architecture: Mapping[str, int], size: ClipSize, batch: int
     return batch * t * (h // 2) * (w // 2) * (widest + 4 * dim) * element
 
 
-def call_parts(engines: Mapping[str, Any], others: Mapping[str, Any], size: ClipSize, batch: int = 2) -> dict[str, Part]:
+def call_parts(
+    engines: Mapping[str, Any], others: Mapping[str, Any], size: ClipSize, batch: int = 2
+) -> dict[str, Part]:
     """What a call holds in memory.
 
     Args:
-        engines: "small", "large". others: whatever else has `nbytes`: encoders, and under "vae" a decoder, which has
-            `working_bytes(width, height, frames)` too. batch: samples of a step, unconditional twins counted.
+        engines: "small", "large". others: whatever else has `nbytes`: encoders, and under "vae" a
+            decoder, which has `working_bytes(width, height, frames)` too. batch: samples of a step,
+            unconditional twins counted.
     """
     parts = {name: Part(other.nbytes) for name, other in others.items()}
     for name, engine in engines.items():
@@ -131,7 +158,9 @@ def call_parts(engines: Mapping[str, Any], others: Mapping[str, Any], size: Clip
         working = activation_bytes(architecture, size, batch, element)
         parts[name] = Part(engine.nbytes, working, getattr(engine, "streamed_bytes", None))
     if "vae" in others:
-        parts["vae"] = Part(others["vae"].nbytes, others["vae"].working_bytes(size.width, size.height, size.frames))
+        parts["vae"] = Part(
+            others["vae"].nbytes, others["vae"].working_bytes(size.width, size.height, size.frames)
+        )
     return parts
 
 
@@ -154,14 +183,23 @@ def _phases(plan: Plan, parts: Mapping[str, Part], mode: str) -> tuple[Phase, ..
     vae = ("vae",) if "vae" in parts else ()
     stretches = _stretches(plan)
 
-    def phase(name: str, first: int, last: int, runs: tuple, present: tuple, arriving: tuple = ()) -> Phase:
+    def phase(
+        name: str, first: int, last: int, runs: tuple, present: tuple, arriving: tuple = ()
+    ) -> Phase:
         working = max((parts[n].working for n in runs), default=0)
         there = [parts[n] for n in (*present, *arriving)]
-        weights = sum(p.streamed if mode == "streamed" and p.streamed is not None else p.weights for p in there)
+        weights = sum(
+            p.streamed if mode == "streamed" and p.streamed is not None else p.weights
+            for p in there
+        )
         return Phase(name, first, last, runs, present, arriving, weights + working)
 
     everything = (*encoders, *engines, *vae, *((STEP,) if STEP in parts else ()))
-    found = [phase("encode", -1, -1, encoders, everything if mode == "resident" else encoders)] if encoders else []
+    found = (
+        [phase("encode", -1, -1, encoders, everything if mode == "resident" else encoders)]
+        if encoders
+        else []
+    )
     for i, (first, last, runs) in enumerate(stretches):
         arriving: tuple[str, ...] = ()
         if mode == "resident":
@@ -172,18 +210,22 @@ def _phases(plan: Plan, parts: Mapping[str, Part], mode: str) -> tuple[Phase, ..
             present = runs
             if mode == "prefetched" and i + 1 < len(stretches):
                 arriving = tuple(n for n in stretches[i + 1][2] if n not in runs)
-        found.append(phase("both" if len(runs) > 1 else runs[0], first, last, runs, present, arriving))
+        found.append(
+            phase("both" if len(runs) > 1 else runs[0], first, last, runs, present, arriving)
+        )
     if vae:
         found.append(phase("decode", -1, -1, vae, everything if mode == "resident" else vae))
     return tuple(found)
 
 
-def plan_residency(plan: Plan, parts: Mapping[str, Part], budget: int | None = None, mode: str | None = None) -> ResidencyPlan:
+def plan_residency(
+    plan: Plan, parts: Mapping[str, Part], budget: int | None = None, mode: str | None = None
+) -> ResidencyPlan:
     """The most comfortable mode that fits a budget.
 
     Args:
-        parts: "small", "large" (those the plan runs), and any of the encoders, "vae", and a fused step, which only
-            "resident" uses.
+        parts: "small", "large" (those the plan runs), and any of the encoders, "vae", and a fused
+            step, which only "resident" uses.
         budget: bytes; None takes "resident". mode: this one, if it fits.
 
     Raises:
@@ -191,26 +233,32 @@ def plan_residency(plan: Plan, parts: Mapping[str, Part], budget: int | None = N
     """
     missing = [n for n in plan.generators if n not in parts]
     if missing:
-        raise InputError(f"plan {plan.name!r} runs the {missing[0]} generator, whose size is not known.")
+        raise InputError(
+            f"plan {plan.name!r} runs the {missing[0]} generator, whose size is not known."
+        )
     tried = [ResidencyPlan(m, _phases(plan, parts, m), budget) for m in ([mode] if mode else MODES)]
     for found in tried:
         if budget is None or found.peak <= budget:
             if budget is not None and mode is None:
-                chose("residency", found.mode, f"its peak is {amount(found.peak)} of {amount(budget)}")
+                chose(
+                    "residency", found.mode, f"its peak is {amount(found.peak)} of {amount(budget)}"
+                )
             return found
     least = min(tried, key=lambda r: r.peak)
     worst = max(least.phases, key=lambda p: p.peak)
     raise InputError(
-        f"{amount(budget or 0)} do not hold this plan: its {worst.name!r} phase needs {amount(worst.peak)} for "
-        f"{', '.join(worst.present)}; the smallest budget that would do is {amount(least.peak)}. A plan without a "
-        "bridge, smaller frames or weights of a lower precision need less."
+        f"{amount(budget or 0)} do not hold this plan: its {worst.name!r} phase needs"
+        f" {amount(worst.peak)} for {', '.join(worst.present)}; the smallest budget that would do"
+        f" is {amount(least.peak)}. A plan without a bridge, smaller frames or weights of a lower"
+        " precision need less."
     )
 
 
 class Residency:
     """Moves engines as a `ResidencyPlan` says: call `enter` before every step, `close` at the end.
 
-    An engine that arrives is loaded by a thread of its own, on a stream of its own, while the steps before it run.
+    An engine that arrives is loaded by a thread of its own, on a stream of its own, while the steps
+    before it run.
     """
 
     def __init__(self, plan: ResidencyPlan, engines: Mapping[str, Resident]) -> None:

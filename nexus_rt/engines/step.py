@@ -1,4 +1,5 @@
-"""A step in one session run: both generators, guidance and blend in one graph (`nexus-rt export --fuse-step`)."""
+"""A step in one session run: both generators, guidance and blend in one graph
+(`nexus-rt export --fuse-step`)."""
 
 from __future__ import annotations
 
@@ -14,22 +15,30 @@ class StepEngine(Exported):
     """Graphs "step", "context_small" and "context_large"."""
 
     def prepare(self, name: str, context: Tensor) -> EngineContext:
-        """A generator's prompt, "small" or "large": embeddings [2 B, L, D], unconditional samples last."""
+        """A generator's prompt, "small" or "large": embeddings [2 B, L, D], unconditional samples
+        last."""
         self.load()
         batch = len(context) // 2
         both = [*range(batch)], [*range(batch, 2 * batch)]
         runs = [[i for samples in both for i in samples[r]] for r in self.together(batch)]
-        return run_context(self, f"context_{name}", self.folder.manifest.architecture[name], context, runs)
+        return run_context(
+            self, f"context_{name}", self.folder.manifest.architecture[name], context, runs
+        )
 
     @torch.no_grad()
     def step(
-        self, latents: Tensor, timestep: Tensor, contexts: dict[str, EngineContext], inputs: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        contexts: dict[str, EngineContext],
+        inputs: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
         """The blended velocity of a guided step.
 
         Args:
             latents: [B, C, T, H, W] float32. timestep: scalar, 0..1000.
-            contexts: of `prepare`, "small" and "large", batch 2 B. inputs: of `nexus_rt.upfb.step_inputs`.
+            contexts: of `prepare`, "small" and "large", batch 2 B. inputs: of
+                `nexus_rt.upfb.step_inputs`.
 
         Returns:
             velocity [B, C, T, H, W] and the RMS of both guided velocities [2, B], float32.
@@ -37,7 +46,10 @@ class StepEngine(Exported):
         self.check_size(ClipSize.of(latents))
         batch = latents.shape[0]
         if any(c.batch != 2 * batch for c in contexts.values()):
-            raise InputError(f"a fused step of {batch} samples needs contexts of {2 * batch}, unconditional samples last.")
+            raise InputError(
+                f"a fused step of {batch} samples needs contexts of {2 * batch}, unconditional"
+                " samples last."
+            )
         self.load()
         latents, made = latents.float().contiguous(), []
         given: dict[str, Tensor] = {"timestep": timestep.float().reshape(()).to(self.device)}

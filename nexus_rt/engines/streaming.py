@@ -1,7 +1,9 @@
-"""A transformer larger than the memory it runs in: its blocks wait in host memory, two at a time come to the device.
+"""A transformer larger than the memory it runs in: its blocks wait in host memory, two at a time
+come to the device.
 
-While a block runs, the next is copied beside it on a stream of its own, so a step takes the longer of computing and
-copying: 14B in bfloat16 is 28 GB a forward, about half a second at 55 GB/s (PCIe 5).
+While a block runs, the next is copied beside it on a stream of its own, so a step takes the longer
+of computing and copying: 14B in bfloat16 is 28 GB a forward, about half a second at 55 GB/s (PCIe
+5).
 """
 
 from __future__ import annotations
@@ -16,19 +18,23 @@ from nexus_rt.models.wan import WanTransformer
 
 def streamed_bytes(model: WanTransformer) -> int:
     """Bytes on the device while streaming: all but the blocks, and two of them."""
-    size = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())  # noqa: E731
+    size = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
     blocks = [size(b) for b in model.blocks]
     return size(model) - sum(blocks) + 2 * max(blocks)
 
 
 class BlockStream:
-    """Streams the blocks of a model to a device from where they are now, which should be host memory.
+    """Streams the blocks of a model to a device from where they are now, which should be host
+    memory.
 
-    The rest of the model is moved there for good. `dtype` converts what arrives, so that a model stored in bfloat16 can
-    compute in float32 with two blocks of that; None keeps each parameter's own.
+    The rest of the model is moved there for good. `dtype` converts what arrives, so that a model
+    stored in bfloat16 can compute in float32 with two blocks of that; None keeps each parameter's
+    own.
     """
 
-    def __init__(self, model: WanTransformer, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: WanTransformer, device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
         self.model, self.device = model, device
         self.cuda = device.type == "cuda"
         in_blocks = {id(p) for p in model.blocks.parameters()}
@@ -36,7 +42,10 @@ class BlockStream:
             if id(p) not in in_blocks:
                 p.data = p.data.to(device, dtype or p.dtype)
         self.host = [[self._waiting(p) for p in block.parameters()] for block in model.blocks]
-        self.slots = [[torch.empty(t.shape, dtype=dtype or t.dtype, device=device) for t in self.host[0]] for _ in range(2)]
+        self.slots = [
+            [torch.empty(t.shape, dtype=dtype or t.dtype, device=device) for t in self.host[0]]
+            for _ in range(2)
+        ]
         self.holds = [-1, -1]  # which block each slot has, or is getting
         self.side = torch.cuda.Stream(device) if self.cuda else None
         self.ready = [torch.cuda.Event() for _ in range(2)] if self.cuda else []
@@ -47,7 +56,8 @@ class BlockStream:
         return p.data.cpu().pin_memory() if self.cuda and not p.data.is_pinned() else p.data
 
     def bring(self, index: int) -> None:
-        """Make block `index` ready to be queued, and start on the one after it; call it for each block in turn."""
+        """Make block `index` ready to be queued, and start on the one after it; call it for each
+        block in turn."""
         slot = self.holds.index(index) if index in self.holds else self._fetch(index, 0)
         if self.cuda:
             torch.cuda.current_stream(self.device).wait_event(self.ready[slot])
@@ -62,7 +72,9 @@ class BlockStream:
         self.holds[slot] = index
         with contextlib.ExitStack() as stack:
             if self.side is not None:
-                self.side.wait_stream(torch.cuda.current_stream(self.device))  # what still runs from this slot
+                self.side.wait_stream(
+                    torch.cuda.current_stream(self.device)
+                )  # what still runs from this slot
                 stack.enter_context(torch.cuda.stream(self.side))
             for there, waiting in zip(self.slots[slot], self.host[index], strict=True):
                 there.copy_(waiting, non_blocking=True)

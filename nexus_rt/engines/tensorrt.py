@@ -1,7 +1,8 @@
 """TensorRT and TensorRT for RTX: one module, the package that is installed is the only difference.
 
-A profile a size. All graphs share one block of activation memory, which the engine asks of PyTorch and gives back when
-it is unloaded; launches go to PyTorch's current stream, so a step needs no synchronisation and can be captured.
+A profile a size. All graphs share one block of activation memory, which the engine asks of PyTorch
+and gives back when it is unloaded; launches go to PyTorch's current stream, so a step needs no
+synchronisation and can be captured.
 """
 
 from __future__ import annotations
@@ -48,14 +49,17 @@ def package(backend: str) -> ModuleType:
         found = import_module(PACKAGES[backend])
         found.Builder  # noqa: B018 (the stub package lacks it)
     except (ImportError, OSError, AttributeError) as error:
-        raise InputError(f"{backend} is installed without its libraries ({error}); {INSTALL[backend]}.") from None
+        raise InputError(
+            f"{backend} is installed without its libraries ({error}); {INSTALL[backend]}."
+        ) from None
     return found
 
 
 def logger(trt: ModuleType, kept: list[str]) -> Any:
     """A TensorRT logger that keeps errors."""
 
-    class Kept(trt.ILogger):  # type: ignore[name-defined]  # the module is found when it is asked for
+    # the module is found when it is asked for
+    class Kept(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -66,14 +70,16 @@ def logger(trt: ModuleType, kept: list[str]) -> Any:
     return Kept()
 
 
-SAMPLES = 2  # of one run at most, what a profile is for: a sample and its unconditional twin. More are run in turn
+# of one run at most, what a profile is for: a sample and its unconditional twin. More are run in
+# turn
+SAMPLES = 2
 
 
 class TensorRTSessions(Sessions):
     """Execution contexts of all graphs on one block of activation memory.
 
-    weight_budget: bytes of the weights that stay on the GPU, the rest streamed at every step; engines built with
-        weight streaming only.
+    weight_budget: bytes of the weights that stay on the GPU, the rest streamed at every step;
+        engines built with weight streaming only.
     """
 
     most = SAMPLES
@@ -81,11 +87,16 @@ class TensorRTSessions(Sessions):
     def __init__(self, folder, device: torch.device, weight_budget: int | None = None) -> None:
         super().__init__(folder, device)
         if device.type != "cuda":
-            raise InputError(f"{folder.manifest.backend} engines run on a CUDA device, and this is {device.type}.")
+            raise InputError(
+                f"{folder.manifest.backend} engines run on a CUDA device, and this is"
+                f" {device.type}."
+            )
         self.trt = package(folder.manifest.backend)
         self.weight_budget = weight_budget
         self.errors: list[str] = []
-        sizes = {g: folder.manifest.files.get(f"{g}.engine", {"bytes": 0})["bytes"] for g in self.graphs}
+        sizes = {
+            g: folder.manifest.files.get(f"{g}.engine", {"bytes": 0})["bytes"] for g in self.graphs
+        }
         self.largest = max(sizes, key=sizes.__getitem__)  # the one whose weights a budget is for
         self.buckets = [ClipSize(*b).latent for b in folder.manifest.buckets]
         self.logger = logger(self.trt, self.errors)
@@ -103,12 +114,18 @@ class TensorRTSessions(Sessions):
             return
         runtime = self.trt.Runtime(self.logger)
         for graph in self.graphs:
-            engine = runtime.deserialize_cuda_engine((self.folder.path / f"{graph}.engine").read_bytes())
+            engine = runtime.deserialize_cuda_engine(
+                (self.folder.path / f"{graph}.engine").read_bytes()
+            )
             if engine is None:
                 message = self.errors[-1] if self.errors else "no message"
-                raise ModelError(f"{self.folder.path} cannot be loaded here ({message}); {self.folder.rebuild()}")
+                raise ModelError(
+                    f"{self.folder.path} cannot be loaded here ({message}); {self.folder.rebuild()}"
+                )
             if self.weight_budget is not None and graph == self.largest:
-                engine.weight_streaming_budget_v2 = min(self.weight_budget, engine.streamable_weights_size)
+                engine.weight_streaming_budget_v2 = min(
+                    self.weight_budget, engine.streamable_weights_size
+                )
             self.engines[graph] = engine
         size = max(e.device_memory_size_v2 for e in self.engines.values())
         self.memory = torch.empty(max(1, size), dtype=torch.uint8, device=self.device)
@@ -125,7 +142,8 @@ class TensorRTSessions(Sessions):
         torch.cuda.empty_cache()
 
     def _profile_of(self, graph: str, inputs: dict[str, Tensor]) -> int:
-        """Which profile holds these inputs: the latents' size decides, frames aside where a graph takes one at a time."""
+        """Which profile holds these inputs: the latents' size decides, frames aside where a graph
+        takes one at a time."""
         if "latents" not in inputs or self.folder.manifest.options.get("range"):
             return 0
         size = tuple(inputs["latents"].shape[2:])
@@ -142,7 +160,10 @@ class TensorRTSessions(Sessions):
             self.profile[graph] = profile
         for name, t in inputs.items():
             if not context.set_input_shape(name, tuple(t.shape)):
-                raise InputError(f"{self.folder.path}: {name} of shape {tuple(t.shape)} is outside the engine's profile.")
+                raise InputError(
+                    f"{self.folder.path}: {name} of shape {tuple(t.shape)} is outside the engine's"
+                    " profile."
+                )
         for name, t in (*inputs.items(), *outputs.items()):
             context.set_tensor_address(name, t.data_ptr())
         if not context.execute_async_v3(stream):

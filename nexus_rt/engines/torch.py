@@ -1,4 +1,5 @@
-"""The PyTorch backend: a Wan transformer, eager with our kernels, or each of its blocks compiled."""
+"""The PyTorch backend: a Wan transformer, eager with our kernels, or each of its blocks
+compiled."""
 
 from __future__ import annotations
 
@@ -13,11 +14,14 @@ from nexus_rt.models.wan import WanContext, WanTransformer
 class TorchEngine:
     """A Wan transformer behind the engine protocol.
 
-    compiled: compile each block (one compilation serves them all); the first step at a size pays for it, or `warmup`.
+    compiled: compile each block (one compilation serves them all); the first step at a size pays
+        for it, or `warmup`.
     device: where it runs, if not where the model is: `load` brings it there.
     """
 
-    def __init__(self, model: WanTransformer, compiled: bool = False, device: torch.device | None = None) -> None:
+    def __init__(
+        self, model: WanTransformer, compiled: bool = False, device: torch.device | None = None
+    ) -> None:
         self.model, self.device = model, device or model.device
         self.weights = Moved(model, self.device)
         if compiled:
@@ -52,20 +56,23 @@ class TorchEngine:
             self.weights.load()
 
     def unload(self) -> None:
-        """Leave the weights in pinned host memory, so that another engine has the device's; they are copied once."""
+        """Leave the weights in pinned host memory, so that another engine has the device's; they
+        are copied once."""
         if self.model.stream is not None:
             self.model.stream.close()
         self.weights.unload()
 
     def warmup(self, latent: tuple[int, int, int], batch: int = 2, tokens: int = 24) -> None:
-        """One step on noise at a latent size (T, H, W), so that the first real one is as fast as the rest."""
+        """One step on noise at a latent size (T, H, W), so that the first real one is as fast as
+        the rest."""
         c = self.model.config
         context = self.prepare(torch.randn(batch, tokens, c.text_dim, device=self.device))
         latents = torch.randn(batch, c.in_channels, *latent, device=self.device)
         self.velocity(latents, torch.tensor(500.0, device=self.device), context)
 
     def published_numerics(self, on: bool) -> None:
-        """Residual stream, time projection and velocity in float32, as the published code computes them; or not."""
+        """Residual stream, time projection and velocity in float32, as the published code computes
+        them; or not."""
         self.model.float32_stream = on
 
     @torch.no_grad()
@@ -82,5 +89,6 @@ class TorchEngine:
         return self.model(latents, timestep, context)
 
     def not_finite(self) -> list[str]:
-        """Names of the parameters that hold NaN or infinity: where to look when a velocity is not finite."""
+        """Names of the parameters that hold NaN or infinity: where to look when a velocity is not
+        finite."""
         return [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]

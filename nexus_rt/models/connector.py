@@ -1,9 +1,10 @@
 """The connector: an understanding model's hidden states to context tokens of the small generator.
 
-Two query transformers in a row, as Omni-Video has them (arXiv 2507.06119; Lumos-Nexus keeps them): the *vision head*
-reads the hidden states of the whole prompt into a few visual tokens, and the *adapter* turns each visual token, alone,
-into tokens of the generator's text width. Parameters carry the published checkpoints' names (`decoder_query`, `fc.0`,
-`fc.2`, `visionHeadAdapter.*`, `adapter.*`) under `vision_head.` and `adapter.`.
+Two query transformers in a row, as Omni-Video has them (arXiv 2507.06119; Lumos-Nexus keeps them):
+the *vision head* reads the hidden states of the whole prompt into a few visual tokens, and the
+*adapter* turns each visual token, alone, into tokens of the generator's text width. Parameters
+carry the published checkpoints' names (`decoder_query`, `fc.0`, `fc.2`, `visionHeadAdapter.*`,
+`adapter.*`) under `vision_head.` and `adapter.`.
 
 Everything here depends on the prompt alone: it runs once per prompt and never per step.
 """
@@ -20,7 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_rt.errors import InputError, ModelError, cut
-from nexus_rt.models.checkpoint import compare, fill_exactly, find_tensors, read_header, read_tensors
+from nexus_rt.models.checkpoint import (
+    compare,
+    fill_exactly,
+    find_tensors,
+    read_header,
+    read_tensors,
+)
 from nexus_rt.models.layers import Linear
 from nexus_rt.models.load import read_json
 from nexus_rt.models.understanding import Template
@@ -31,14 +38,21 @@ MAX_CONTEXT_LEN = 2560
 
 
 LARGEST = {  # a connector's numbers are no larger, and building one of larger would hang
-    "llm_hidden_size": 2**17, "vision_dim": 2**15, "vision_queries": 4096, "text_dim": 2**15, "adapter_queries": 2**15,
-    "num_layers": 64, "num_heads": 1024, "max_context_len": 2**18,
-}  # fmt: skip
+    "llm_hidden_size": 2**17,
+    "vision_dim": 2**15,
+    "vision_queries": 4096,
+    "text_dim": 2**15,
+    "adapter_queries": 2**15,
+    "num_layers": 64,
+    "num_heads": 1024,
+    "max_context_len": 2**18,
+}
 
 
 @dataclass(frozen=True)
 class ConnectorConfig:
-    """Dimensions, by default those of the published checkpoints; `template` is the understanding model's."""
+    """Dimensions, by default those of the published checkpoints; `template` is the understanding
+    model's."""
 
     llm_hidden_size: int = 4096
     vision_dim: int = 1152
@@ -62,27 +76,37 @@ class ConnectorConfig:
         unknown = sorted(values.keys() - known)
         if unknown:
             raise ModelError(
-                f"the connector's config.json sets an unknown {cut(repr(unknown[0]), 80)}; expected {', '.join(sorted(known))}."
+                f"the connector's config.json sets an unknown {cut(repr(unknown[0]), 80)}; expected"
+                f" {', '.join(sorted(known))}."
             )
         template = Template.from_dict(values.pop("template", {}))
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 shown = cut(repr(value), 80)
-                raise ModelError(f"the connector's config.json sets {name}={shown}; expected a positive whole number.")
+                raise ModelError(
+                    f"the connector's config.json sets {name}={shown}; expected a positive whole"
+                    " number."
+                )
             if value > LARGEST[name]:
-                raise ModelError(f"the connector's config.json sets {name}={value}; expected at most {LARGEST[name]}.")
+                raise ModelError(
+                    f"the connector's config.json sets {name}={value}; expected at most"
+                    f" {LARGEST[name]}."
+                )
         found = cls(**values, template=template)
         for name in ("vision_dim", "text_dim"):
             if getattr(found, name) % found.num_heads:
                 raise ModelError(
-                    f"the connector's {name}={getattr(found, name)} is no multiple of num_heads={found.num_heads}."
+                    f"the connector's {name}={getattr(found, name)} is no multiple of"
+                    f" num_heads={found.num_heads}."
                 )
         return found
 
     def save(self, folder: Path) -> None:
         """Write `config.json` into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"_class_name": "Connector", **asdict(self)}, indent=2) + "\n")
+        (folder / "config.json").write_text(
+            json.dumps({"_class_name": "Connector", **asdict(self)}, indent=2) + "\n"
+        )
 
 
 class Attention(nn.Module):
@@ -91,13 +115,17 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.in_proj_weight, self.in_proj_bias = nn.Parameter(torch.empty(3 * dim, dim)), nn.Parameter(torch.zeros(3 * dim))
+        self.in_proj_weight, self.in_proj_bias = (
+            nn.Parameter(torch.empty(3 * dim, dim)),
+            nn.Parameter(torch.zeros(3 * dim)),
+        )
         self.out_proj = Linear(dim, dim)
         if not self.in_proj_weight.is_meta:
             nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """Queries x [N, L, dim], keys and values source [N, S, dim]; mask [N, 1, 1, S] is True where a row counts."""
+        """Queries x [N, L, dim], keys and values source [N, S, dim]; mask [N, 1, 1, S] is True
+        where a row counts."""
         if x is source:
             q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         else:
@@ -105,11 +133,14 @@ class Attention(nn.Module):
             q = F.linear(x, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
             k, v = F.linear(source, self.in_proj_weight[dim:], self.in_proj_bias[dim:]).chunk(2, -1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.out_proj(
+            F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        )
 
 
 class Layer(nn.Module):
-    """A pre-norm layer: self-attention, in a decoder attention to the encoder, feed-forward; PyTorch's parameter names."""
+    """A pre-norm layer: self-attention, in a decoder attention to the encoder, feed-forward;
+    PyTorch's parameter names."""
 
     def __init__(self, dim: int, heads: int, decoder: bool) -> None:
         super().__init__()
@@ -123,7 +154,8 @@ class Layer(nn.Module):
             self.norm3 = norms[2]
 
     def forward(self, x: Tensor, mask: Tensor | None, memory: Tensor | None = None) -> Tensor:
-        """An encoder's x [N, S, dim] under mask, or a decoder's x [N, L, dim] that reads memory [N, S, dim] under it."""
+        """An encoder's x [N, S, dim] under mask, or a decoder's x [N, L, dim] that reads memory [N,
+        S, dim] under it."""
         own = self.norm1(x)
         if memory is None:
             x = x + self.self_attn(own, own, mask)
@@ -141,7 +173,10 @@ class Stack(nn.Module):
 
     def __init__(self, dim: int, layers: int, heads: int, decoder: bool) -> None:
         super().__init__()
-        self.layers, self.norm = nn.ModuleList([Layer(dim, heads, decoder) for _ in range(layers)]), nn.LayerNorm(dim)
+        self.layers, self.norm = (
+            nn.ModuleList([Layer(dim, heads, decoder) for _ in range(layers)]),
+            nn.LayerNorm(dim),
+        )
 
     def forward(self, x: Tensor, mask: Tensor | None, memory: Tensor | None = None) -> Tensor:
         for layer in self.layers:
@@ -150,21 +185,28 @@ class Stack(nn.Module):
 
 
 class QueryTransformer(nn.Module):
-    """Linear, GELU, Linear to `dim`; then an encoder-decoder whose target is `queries` learned vectors.
+    """Linear, GELU, Linear to `dim`; then an encoder-decoder whose target is `queries` learned
+    vectors.
 
-    The computation and the parameter names of `nn.Transformer(norm_first=True)`, which draws random numbers where it is built.
+    The computation and the parameter names of `nn.Transformer(norm_first=True)`, which draws random
+    numbers where it is built.
 
     Args:
         name: the attribute the published checkpoints keep the `nn.Transformer` under.
     """
 
-    def __init__(self, width: int, dim: int, queries: int, layers: int, heads: int, name: str) -> None:
+    def __init__(
+        self, width: int, dim: int, queries: int, layers: int, heads: int, name: str
+    ) -> None:
         super().__init__()
         self.fc = nn.Sequential(Linear(width, dim), nn.GELU(), Linear(dim, dim))
         query = torch.empty(1, queries, dim)
         self.decoder_query = nn.Parameter(query if query.is_meta else query.normal_(std=0.02))
         self.name = name
-        stacks = {"encoder": Stack(dim, layers, heads, False), "decoder": Stack(dim, layers, heads, True)}
+        stacks = {
+            "encoder": Stack(dim, layers, heads, False),
+            "decoder": Stack(dim, layers, heads, True),
+        }
         self.add_module(name, nn.ModuleDict(stacks))
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
@@ -176,19 +218,28 @@ class QueryTransformer(nn.Module):
 
 
 class Connector(nn.Module):
-    """Hidden states [N, L, llm_hidden_size] to adapter tokens [N, vision_queries * adapter_queries, text_dim].
+    """Hidden states [N, L, llm_hidden_size] to adapter tokens [N, vision_queries * adapter_queries,
+    text_dim].
 
-    `special_tokens` maps the six markers to rows [n, text_dim]; `unconditional_text` [m, text_dim] and
-    `unconditional_hidden` [L, llm_hidden_size] are what guidance is measured against, as published.
+    `special_tokens` maps the six markers to rows [n, text_dim]; `unconditional_text` [m, text_dim]
+    and `unconditional_hidden` [L, llm_hidden_size] are what guidance is measured against, as
+    published.
     """
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
         c = self.config = config
         self.vision_head = QueryTransformer(
-            c.llm_hidden_size, c.vision_dim, c.vision_queries, c.num_layers, c.num_heads, "visionHeadAdapter"
+            c.llm_hidden_size,
+            c.vision_dim,
+            c.vision_queries,
+            c.num_layers,
+            c.num_heads,
+            "visionHeadAdapter",
         )
-        self.adapter = QueryTransformer(c.vision_dim, c.text_dim, c.adapter_queries, c.num_layers, c.num_heads, "adapter")
+        self.adapter = QueryTransformer(
+            c.vision_dim, c.text_dim, c.adapter_queries, c.num_layers, c.num_heads, "adapter"
+        )
         self.special_tokens: dict[str, Tensor] = {}
         self.unconditional_text: Tensor | None = None
         self.unconditional_hidden: Tensor | None = None
@@ -201,37 +252,52 @@ class Connector(nn.Module):
     def device(self) -> torch.device:
         return self.adapter.decoder_query.device
 
-    def forward(self, hidden: Tensor, single_frame: bool = False, padding: Tensor | None = None) -> Tensor:
-        """Adapter tokens of prompts' hidden states; a single frame takes the first visual token only.
+    def forward(
+        self, hidden: Tensor, single_frame: bool = False, padding: Tensor | None = None
+    ) -> Tensor:
+        """Adapter tokens of prompts' hidden states; a single frame takes the first visual token
+        only.
 
-        `padding` [N, L] is True at rows that are none, where prompts of several lengths come together.
+        `padding` [N, L] is True at rows that are none, where prompts of several lengths come
+        together.
 
         Raises:
             InputError: the hidden size is not the connector's.
         """
         if hidden.ndim != 3 or hidden.shape[-1] != self.config.llm_hidden_size:
             raise InputError(
-                f"hidden states have shape {tuple(hidden.shape)}; this connector reads [batch, tokens, "
-                f"{self.config.llm_hidden_size}]: pair it with the understanding model it was trained with."
+                f"hidden states have shape {tuple(hidden.shape)}; this connector reads [batch,"
+                f" tokens, {self.config.llm_hidden_size}]: pair it with the understanding model it"
+                " was trained with."
             )
         visual = self.vision_head(hidden.to(self.device, self.dtype), padding)
         if single_frame:
             visual = visual[:, :1]
-        tokens = self.adapter(visual.flatten(0, 1)[:, None])  # each visual token alone: sequence length 1
+        tokens = self.adapter(
+            visual.flatten(0, 1)[:, None]
+        )  # each visual token alone: sequence length 1
         return tokens.unflatten(0, visual.shape[:2]).flatten(1, 2)
 
     def pack(
-        self, text: Tensor, adapter: Tensor | None, visual: Tensor | None = None, reference: Tensor | None = None
+        self,
+        text: Tensor,
+        adapter: Tensor | None,
+        visual: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> Tensor:
-        """One prompt's context [max_context_len, text_dim], zero-padded; each part [n, text_dim], the text unpadded.
+        """One prompt's context [max_context_len, text_dim], zero-padded; each part [n, text_dim],
+        the text unpadded.
 
-        In the published order: visual, reference, adapter, text, each between its markers; what does not fit is cut at
-        the end, and a warning names it.
+        In the published order: visual, reference, adapter, text, each between its markers; what
+        does not fit is cut at the end, and a warning names it.
         """
         parts: list[tuple[str, Tensor]] = []
         for name, pair, rows in (
-            ("visual", "img", visual), ("reference", "img", reference), ("adapter", "ipl", adapter), ("text", "prp", text),
-        ):  # fmt: skip
+            ("visual", "img", visual),
+            ("reference", "img", reference),
+            ("adapter", "ipl", adapter),
+            ("text", "prp", text),
+        ):
             if rows is not None:
                 parts += [
                     (f"<{pair}_st>", self._marker(f"<{pair}_st>")),
@@ -244,10 +310,15 @@ class Connector(nn.Module):
             lost, start = [], 0
             for name, rows in parts:
                 gone = min(len(rows), max(0, start + len(rows) - limit))
-                lost += [name if name.startswith("<") else f"{gone} of {len(rows)} {name} tokens"] if gone else []
+                lost += (
+                    [name if name.startswith("<") else f"{gone} of {len(rows)} {name} tokens"]
+                    if gone
+                    else []
+                )
                 start += len(rows)
             warnings.warn(
-                f"the context has {len(context)} tokens and is cut at {limit}, as published; lost: {', '.join(lost)}.",
+                f"the context has {len(context)} tokens and is cut at {limit}, as published; lost:"
+                f" {', '.join(lost)}.",
                 stacklevel=2,
             )
             context = context[:limit]
@@ -256,31 +327,42 @@ class Connector(nn.Module):
     def _marker(self, name: str) -> Tensor:
         if name not in self.special_tokens:
             raise ModelError(
-                f"the connector has no special token {name}; expected {', '.join(SPECIAL_TOKENS)}; convert it again."
+                f"the connector has no special token {name}; expected {', '.join(SPECIAL_TOKENS)};"
+                " convert it again."
             )
         rows = self.special_tokens[name]
         return rows if rows.ndim == 2 else rows.reshape(-1, self.config.text_dim)
 
 
-def save_connector(connector: Connector, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a connector folder: `config.json`, `model`, `special_tokens` and `unconditional`, all safetensors."""
+def save_connector(
+    connector: Connector, folder: str | Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write a connector folder: `config.json`, `model`, `special_tokens` and `unconditional`, all
+    safetensors."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     connector.config.save(folder)
-    own = lambda tensors: {k: v.detach().to(dtype).contiguous().clone() for k, v in tensors.items()}  # noqa: E731
+    own = lambda tensors: {k: v.detach().to(dtype).contiguous().clone() for k, v in tensors.items()}
     meta = {"format": "pt"}
     save_file(own(connector.state_dict()), folder / "model.safetensors", meta)
     save_file(own(connector.special_tokens), folder / "special_tokens.safetensors", meta)
     unconditional = {"text": connector.unconditional_text, "hidden": connector.unconditional_hidden}
-    save_file(own({k: v for k, v in unconditional.items() if v is not None}), folder / "unconditional.safetensors", meta)
+    save_file(
+        own({k: v for k, v in unconditional.items() if v is not None}),
+        folder / "unconditional.safetensors",
+        meta,
+    )
 
 
-def load_connector(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu") -> Connector:
+def load_connector(
+    folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+) -> Connector:
     """Load a connector folder; each tensor goes straight from the mapped file to its place.
 
     Raises:
-        ModelError: not a connector folder, a parameter is missing or of another shape, or a special token is missing.
+        ModelError: not a connector folder, a parameter is missing or of another shape, or a special
+            token is missing.
     """
     folder, device = Path(folder), torch.device(device)
     config = ConnectorConfig.from_dict(read_json(folder / "config.json"))
@@ -292,12 +374,21 @@ def load_connector(folder: str | Path, dtype: torch.dtype = torch.bfloat16, devi
     connector.special_tokens = _rows(folder / "special_tokens.safetensors", dtype, device)
     lost = [t for t in TEXT_MARKERS if t not in connector.special_tokens]
     if lost:
-        raise ModelError(f"{folder}/special_tokens.safetensors lacks {', '.join(lost)}; convert the checkpoint again.")
+        raise ModelError(
+            f"{folder}/special_tokens.safetensors lacks {', '.join(lost)}; convert the checkpoint"
+            " again."
+        )
     file = folder / "unconditional.safetensors"
     rows = _rows(file, dtype, device) if file.is_file() else {}
-    connector.unconditional_text, connector.unconditional_hidden = rows.get("text"), rows.get("hidden")
+    connector.unconditional_text, connector.unconditional_hidden = (
+        rows.get("text"),
+        rows.get("hidden"),
+    )
     return connector.eval()
 
 
 def _rows(path: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device, dtype, copy=True) for name, tensor in read_tensors(read_header(path).items())}
+    return {
+        name: tensor.to(device, dtype, copy=True)
+        for name, tensor in read_tensors(read_header(path).items())
+    }

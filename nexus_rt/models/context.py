@@ -1,4 +1,5 @@
-"""What each generator is told: the large one the text, the small one the text and what was understood of it."""
+"""What each generator is told: the large one the text, the small one the text and what was
+understood of it."""
 
 from __future__ import annotations
 
@@ -16,19 +17,23 @@ from nexus_rt.tracing import span
 
 
 def unpad(text: Tensor) -> Tensor:
-    """Rows of an embedding [L, D] up to its last that is not zero: the prompt without its padding."""
+    """Rows of an embedding [L, D] up to its last that is not zero: the prompt without its
+    padding."""
     used = (text != 0).any(-1).nonzero()
     return text[: int(used[-1]) + 1] if len(used) else text[:0]
 
 
 class ContextEncoder(Lazy):
-    """Understanding model and connector, together the context of the small generator; each loaded when first used.
+    """Understanding model and connector, together the context of the small generator; each loaded
+    when first used.
 
     Args:
         understanding, connector: their folders.
     """
 
-    def __init__(self, understanding: Path, connector: Path, dtype: torch.dtype, device: str | torch.device) -> None:
+    def __init__(
+        self, understanding: Path, connector: Path, dtype: torch.dtype, device: str | torch.device
+    ) -> None:
         self.folder, self.dtype, self.device = Path(connector), dtype, torch.device(device)
         self.config = ConnectorConfig.from_dict(read_json(self.folder / "config.json"))
         self.understanding = UnderstandingModel(understanding, self.config.template, dtype, device)
@@ -37,8 +42,8 @@ class ContextEncoder(Lazy):
         width = {**config, **(inner if isinstance(inner, dict) else {})}.get("hidden_size")
         if width != self.config.llm_hidden_size:
             raise ModelError(
-                f"the understanding model's hidden size is {cut(repr(width), 40)} and the connector reads "
-                f"{self.config.llm_hidden_size}; pair the two that were trained together."
+                f"the understanding model's hidden size is {cut(repr(width), 40)} and the connector"
+                f" reads {self.config.llm_hidden_size}; pair the two that were trained together."
             )
 
     @property
@@ -70,28 +75,35 @@ class ContextEncoder(Lazy):
         super().drop()
 
     def unconditional_text(self) -> Tensor | None:
-        """The stored embedding [m, text_dim] that stands for no prompt, if the checkpoint has one."""
+        """The stored embedding [m, text_dim] that stands for no prompt, if the checkpoint has
+        one."""
         return self.connector.unconditional_text
 
     @torch.no_grad()
     def encode(self, prompts: list[str], text: Tensor, single_frame: bool = False) -> Tensor:
-        """Contexts [B, max_context_len, text_dim] of prompts, given their text embeddings [B, L, text_dim]."""
+        """Contexts [B, max_context_len, text_dim] of prompts, given their text embeddings [B, L,
+        text_dim]."""
         connector = self.connector
         contexts = []
         for prompt, rows in zip(prompts, text, strict=True):
-            hidden = self.understanding.hidden_states(prompt.strip(), single_frame)  # raw, as published
+            hidden = self.understanding.hidden_states(
+                prompt.strip(), single_frame
+            )  # raw, as published
             with span("connector"):
                 contexts.append(connector.pack(unpad(rows), connector(hidden, single_frame)[0]))
         return torch.stack(contexts)
 
     @torch.no_grad()
     def encode_unconditional(self, text: Tensor, single_frame: bool = False) -> Tensor:
-        """Contexts [B, max_context_len, text_dim] of the negative branch: its text [B, L, text_dim] behind the stored
-        unconditional hidden states (an empty prompt's, where the checkpoint stores none)."""
+        """Contexts [B, max_context_len, text_dim] of the negative branch: its text [B, L, text_dim]
+        behind the stored unconditional hidden states (an empty prompt's, where the checkpoint
+        stores none)."""
         connector = self.connector
         hidden = connector.unconditional_hidden
         hidden = (
-            self.understanding.hidden_states("", single_frame) if hidden is None else hidden.reshape(1, -1, hidden.shape[-1])
+            self.understanding.hidden_states("", single_frame)
+            if hidden is None
+            else hidden.reshape(1, -1, hidden.shape[-1])
         )
         with span("connector"):
             adapter = connector(hidden, single_frame)[0]

@@ -1,9 +1,11 @@
-"""A whole clip through Wan's VAE decoder in one pass: for clips small enough that what lies between its layers fits.
+"""A whole clip through Wan's VAE decoder in one pass: for clips small enough that what lies between
+its layers fits.
 
-diffusers decodes a latent frame at a time and keeps, for every convolution over time, the two frames before; the values
-are those of one pass in which nothing, which is zeros, comes before the first frame, and in which the first frame goes
-round every doubling of time. On a CPU the convolutions are oneDNN's whatever their size: PyTorch gives those of one clip of
-few channels to a loop that takes ten to eighty times as long. The modules are diffusers' `AutoencoderKLWan`.
+diffusers decodes a latent frame at a time and keeps, for every convolution over time, the two
+frames before; the values are those of one pass in which nothing, which is zeros, comes before the
+first frame, and in which the first frame goes round every doubling of time. On a CPU the
+convolutions are oneDNN's whatever their size: PyTorch gives those of one clip of few channels to a
+loop that takes ten to eighty times as long. The modules are diffusers' `AutoencoderKLWan`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 
 
 def can_decode_whole(vae: Any) -> bool:
-    """Whether a VAE is of the kind that `decode_whole` knows: Wan 2.1's, without patches or residual up-sampling."""
+    """Whether a VAE is of the kind that `decode_whole` knows: Wan 2.1's, without patches or
+    residual up-sampling."""
     return vae.config.patch_size is None and not vae.config.is_residual
 
 
@@ -25,12 +28,19 @@ def _conv(conv: Any, x: Tensor) -> Tensor:
     left, _, top, _, before, _ = conv._padding
     if before:
         b, c, t, h, w = x.shape
-        whole = torch.empty((b, c, t + before, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+        whole = torch.empty(
+            (b, c, t + before, h, w),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last_3d,
+        )
         whole[:, :, :before] = 0
         whole[:, :, before:] = x
         x = whole
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.mkldnn_convolution(x, conv.weight, conv.bias, (0, top, left), (1, 1, 1), (1, 1, 1), 1)
+        return torch.mkldnn_convolution(
+            x, conv.weight, conv.bias, (0, top, left), (1, 1, 1), (1, 1, 1), 1
+        )
     return F.conv3d(x, conv.weight, conv.bias, padding=(0, top, left))
 
 
@@ -43,7 +53,9 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
 def _resnet(block: Any, x: Tensor) -> Tensor:
     out = _conv(block.conv1, F.silu(_norm(block.norm1, x), inplace=True))
     out = _conv(block.conv2, F.silu(_norm(block.norm2, out), inplace=True))
-    return out.add_(x if isinstance(block.conv_shortcut, nn.Identity) else _conv(block.conv_shortcut, x))
+    return out.add_(
+        x if isinstance(block.conv_shortcut, nn.Identity) else _conv(block.conv_shortcut, x)
+    )
 
 
 def _frames(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""Layers that are built on the meta device without random numbers: drawing them there imports PyTorch's compiler, which
-takes longer than a small clip. On other devices they are PyTorch's own."""
+"""Layers that are built on the meta device without random numbers: drawing them there imports
+PyTorch's compiler, which takes longer than a small clip. On other devices they are PyTorch's
+own."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, the quotient in float32 and rounded before the weight."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, the quotient in float32 and rounded
+    before the weight."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -43,10 +45,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(self.weight.dtype)
+        return self.weight * (
+            wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        ).to(self.weight.dtype)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu, "silu": F.silu, "gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}  # fmt: skip  # by transformers' names
+}  # by transformers' names

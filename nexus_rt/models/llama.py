@@ -1,8 +1,9 @@
-"""A Llama language model without its head, under transformers' parameter names: the understanding model of the published
-checkpoints and of the miniature pair.
+"""A Llama language model without its head, under transformers' parameter names: the understanding
+model of the published checkpoints and of the miniature pair.
 
-Read for its hidden states alone, so it has no cache. Written here because importing transformers' models takes longer than a
-small clip; agrees with `transformers.LlamaModel`. Other architectures, and quantised ones, are transformers' own.
+Read for its hidden states alone, so it has no cache. Written here because importing transformers'
+models takes longer than a small clip; agrees with `transformers.LlamaModel`. Other architectures,
+and quantised ones, are transformers' own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ ROPE_TYPES = ("default", "linear", "llama3")
 
 
 class Rope(msgspec.Struct, frozen=True):
-    """Rotary frequencies: `rope_parameters` of transformers 5, or `rope_scaling` beside a `rope_theta` of version 4."""
+    """Rotary frequencies: `rope_parameters` of transformers 5, or `rope_scaling` beside a
+    `rope_theta` of version 4."""
 
     rope_theta: float = 10000.0
     rope_type: str = "default"
@@ -37,23 +39,35 @@ class Rope(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         numbers = [getattr(self, name) for name in self.__struct_fields__ if name != "rope_type"]
-        if self.rope_type not in ROPE_TYPES or min(numbers) <= 0 or self.high_freq_factor <= self.low_freq_factor:
-            raise ModelError(f"{self} is no rotary embedding of Llama's; download the folder again.")
+        if (
+            self.rope_type not in ROPE_TYPES
+            or min(numbers) <= 0
+            or self.high_freq_factor <= self.low_freq_factor
+        ):
+            raise ModelError(
+                f"{self} is no rotary embedding of Llama's; download the folder again."
+            )
 
     def frequencies(self, dim: int, device: torch.device) -> Tensor:
-        """Radians a position [dim / 2], float32; "llama3" slows down the low ones (Llama 3.1's report, arXiv 2407.21783)."""
+        """Radians a position [dim / 2], float32; "llama3" slows down the low ones (Llama 3.1's
+        report, arXiv 2407.21783)."""
         plain = 1.0 / self.rope_theta ** (torch.arange(0, dim, 2, device=device).float() / dim)
         if self.rope_type == "default":
             return plain
         if self.rope_type == "linear":
             return plain / self.factor
-        turns = self.original_max_position_embeddings * plain / (2 * math.pi)  # within the context of the pretraining
-        share = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        turns = (
+            self.original_max_position_embeddings * plain / (2 * math.pi)
+        )  # within the context of the pretraining
+        share = (
+            (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        ).clamp(0, 1)
         return plain * (share + (1 - share) / self.factor)
 
 
 class LlamaConfig(msgspec.Struct, frozen=True):
-    """The fields of transformers' `LlamaConfig` that the backbone computes with, and its defaults."""
+    """The fields of transformers' `LlamaConfig` that the backbone computes with, and its
+    defaults."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -74,12 +88,19 @@ class LlamaConfig(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < 2**31:
+            if (
+                isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and not 0 < value < 2**31
+            ):
                 raise ModelError(f"{name} is {value}; expected a positive number.")
-        if self.num_attention_heads % self.kv_heads or (self.head_dim is None and self.hidden_size % self.num_attention_heads):
+        if self.num_attention_heads % self.kv_heads or (
+            self.head_dim is None and self.hidden_size % self.num_attention_heads
+        ):
             raise ModelError(
-                f"{self.num_attention_heads} attention heads do not divide hidden_size={self.hidden_size}, or are no multiple "
-                f"of num_key_value_heads={self.kv_heads}."
+                f"{self.num_attention_heads} attention heads do not divide"
+                f" hidden_size={self.hidden_size}, or are no multiple of"
+                f" num_key_value_heads={self.kv_heads}."
             )
         if self.width % 2:
             raise ModelError(f"heads are {self.width} wide; rotary embeddings need an even width.")
@@ -98,7 +119,12 @@ class LlamaConfig(msgspec.Struct, frozen=True):
         found = dict(self.rope_parameters or self.rope_scaling or {})
         found.setdefault("rope_type", found.pop("type", "default"))
         found.setdefault("original_max_position_embeddings", self.max_position_embeddings)
-        return check({"rope_theta": self.rope_theta, **found}, Rope, "the rotary embedding", remedy="download the folder again")
+        return check(
+            {"rope_theta": self.rope_theta, **found},
+            Rope,
+            "the rotary embedding",
+            remedy="download the folder again",
+        )
 
 
 def is_native(config: dict[str, Any]) -> bool:
@@ -106,10 +132,13 @@ def is_native(config: dict[str, Any]) -> bool:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
     return (
-        config.get("model_type") == "llama" and kind in ROPE_TYPES and config.get("hidden_act", "silu") in ACTIVATIONS
-        and "partial_rotary_factor" not in rope and not config.get("quantization_config")
+        config.get("model_type") == "llama"
+        and kind in ROPE_TYPES
+        and config.get("hidden_act", "silu") in ACTIVATIONS
+        and "partial_rotary_factor" not in rope
+        and not config.get("quantization_config")
         and config.get("architectures") in (["LlamaForCausalLM"], ["LlamaModel"])
-    )  # fmt: skip
+    )
 
 
 class Attention(nn.Module):
@@ -117,15 +146,24 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.width = config.num_attention_heads, config.kv_heads, config.width
+        self.heads, self.kv_heads, self.width = (
+            config.num_attention_heads,
+            config.kv_heads,
+            config.width,
+        )
         rows = (self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.width)
-        self.q_proj, self.k_proj, self.v_proj = (Linear(config.hidden_size, n, bias=config.attention_bias) for n in rows)
-        self.o_proj = Linear(self.heads * self.width, config.hidden_size, bias=config.attention_bias)
+        self.q_proj, self.k_proj, self.v_proj = (
+            Linear(config.hidden_size, n, bias=config.attention_bias) for n in rows
+        )
+        self.o_proj = Linear(
+            self.heads * self.width, config.hidden_size, bias=config.attention_bias
+        )
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         """x [B, L, D], cosines and sines [L, width], mask [B, 1, L, L] of bool -> [B, L, D]."""
         q, k, v = (
-            layer(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj)
+            layer(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = (_rotate(t, *rope) for t in (q, k))
         if self.kv_heads < self.heads:
@@ -142,7 +180,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Mlp(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        wide, inner, self.activation = config.hidden_size, config.intermediate_size, ACTIVATIONS[config.hidden_act]
+        wide, inner, self.activation = (
+            config.hidden_size,
+            config.intermediate_size,
+            ACTIVATIONS[config.hidden_act],
+        )
         self.gate_proj, self.up_proj = (Linear(wide, inner, bias=config.mlp_bias) for _ in range(2))
         self.down_proj = Linear(inner, wide, bias=config.mlp_bias)
 
@@ -163,7 +205,8 @@ class Layer(nn.Module):
 
 
 class LlamaBackbone(nn.Module):
-    """Token ids and mask [B, L] int64 to the last hidden states [B, L, D]; a masked token is attended to nowhere."""
+    """Token ids and mask [B, L] int64 to the last hidden states [B, L, D]; a masked token is
+    attended to nowhere."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -175,7 +218,8 @@ class LlamaBackbone(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         x, length = self.embed_tokens(ids), ids.shape[1]
         angles = torch.outer(
-            torch.arange(length, device=ids.device).float(), self.config.rope.frequencies(self.config.width, ids.device)
+            torch.arange(length, device=ids.device).float(),
+            self.config.rope.frequencies(self.config.width, ids.device),
         )
         angles = torch.cat([angles, angles], -1)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -185,13 +229,18 @@ class LlamaBackbone(nn.Module):
         return self.norm(x)
 
 
-def load_llama(folder: Path, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> LlamaBackbone:
-    """The backbone from a folder of transformers' layout, given its `config.json` (see `is_native`).
+def load_llama(
+    folder: Path, config: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> LlamaBackbone:
+    """The backbone from a folder of transformers' layout, given its `config.json` (see
+    `is_native`).
 
     Raises:
         ModelError: an impossible config, weights that are missing, foreign or of other shapes.
     """
-    checked = check(config, LlamaConfig, str(folder / "config.json"), remedy="download the folder again")
+    checked = check(
+        config, LlamaConfig, str(folder / "config.json"), remedy="download the folder again"
+    )
     checked.rope  # noqa: B018  # refused now, not at the first prompt
     with torch.device("meta"):
         model = LlamaBackbone(checked)
@@ -202,5 +251,8 @@ def _bare(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The names without the prefix that a model with a head stores."""
     found = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     if len(found) < len(tensors):
-        raise ModelError("some weights are stored twice, with and without the prefix 'model.'; download the folder again.")
+        raise ModelError(
+            "some weights are stored twice, with and without the prefix 'model.'; download the"
+            " folder again."
+        )
     return found

@@ -1,7 +1,9 @@
-"""LoRAs merged into a transformer's weights as it is loaded: low-rank products, and plain differences.
+"""LoRAs merged into a transformer's weights as it is loaded: low-rank products, and plain
+differences.
 
-Merging costs nothing at a step, and an engine can be exported of it. A file is read and checked whole before anything is
-changed; sums are made in float32 and rounded once, into whatever the weights are kept in.
+Merging costs nothing at a step, and an engine can be exported of it. A file is read and checked
+whole before anything is changed; sums are made in float32 and rounded once, into whatever the
+weights are kept in.
 """
 
 from __future__ import annotations
@@ -19,9 +21,20 @@ from torch import Tensor, nn
 
 from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.models.checkpoint import diffusers_shapes, fused_place, read_header, read_tensors
-from nexus_rt.models.lora_file import ENDINGS, Key, Scaling, is_image_key, module_names, read_key, read_scaling
+from nexus_rt.models.lora_file import (
+    ENDINGS,
+    Key,
+    Scaling,
+    is_image_key,
+    module_names,
+    read_key,
+    read_scaling,
+)
 
-FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # as diffusers and PEFT name them
+FOLDER_FILES = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+)  # as diffusers and PEFT name them
 LARGEST = float(torch.finfo(torch.float32).max)
 
 
@@ -34,11 +47,15 @@ class Lora:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
-            raise InputError(f"LoRA {self.path}: scale {self.scale} is not finite; expected a number, such as 0.8.")
+            raise InputError(
+                f"LoRA {self.path}: scale {self.scale} is not finite; expected a number, such as"
+                " 0.8."
+            )
 
     @classmethod
     def parse(cls, text: str | Path) -> Lora:
-        """ "FILE" or "FILE@SCALE"; a folder is its one safetensors file, or the one that diffusers or PEFT would name.
+        """ "FILE" or "FILE@SCALE"; a folder is its one safetensors file, or the one that diffusers
+        or PEFT would name.
 
         Raises:
             InputError: no such safetensors file, or a scale that is no finite number.
@@ -52,11 +69,14 @@ class Lora:
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"LoRA {text}: {cut(repr(scale), 80)} is no scale; expected FILE@SCALE, such as distill.safetensors@0.8."
+                f"LoRA {text}: {cut(repr(scale), 80)} is no scale; expected FILE@SCALE, such as"
+                " distill.safetensors@0.8."
             ) from None
         path = _in_folder(found.path) if found.path.is_dir() else found.path
         if not path.is_file() or path.suffix != ".safetensors":
-            raise InputError(f"LoRA {path} is not a safetensors file here; expected FILE or FILE@SCALE.")
+            raise InputError(
+                f"LoRA {path} is not a safetensors file here; expected FILE or FILE@SCALE."
+            )
         return cls(path, found.scale)
 
 
@@ -68,7 +88,10 @@ def _in_folder(folder: Path) -> Path:
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         several = ", ".join(f.name for f in files[:3]) or "none"
-        raise InputError(f"LoRA {folder} is a folder with {len(files)} safetensors files ({several}); name the one to merge.")
+        raise InputError(
+            f"LoRA {folder} is a folder with {len(files)} safetensors files ({several}); name the"
+            " one to merge."
+        )
     return files[0]
 
 
@@ -82,17 +105,21 @@ def parse_loras(source: LoraSource) -> tuple[Lora, ...]:
 
 
 def loras_hash(loras: Mapping[str, Sequence[Lora]]) -> str | None:
-    """A hash of what is merged into which generator: contents, scales and order. None where nothing is."""
+    """A hash of what is merged into which generator: contents, scales and order. None where nothing
+    is."""
     if not any(loras.values()):
         return None
     content = {}
     for name, files in loras.items():
-        content[name] = [(hashlib.sha256(_content(lora.path)).hexdigest(), lora.scale) for lora in files]
+        content[name] = [
+            (hashlib.sha256(_content(lora.path)).hexdigest(), lora.scale) for lora in files
+        ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _content(path: Path) -> bytes:
-    """Everything that decides a LoRA's meaning: the file, and the config beside it where there is one."""
+    """Everything that decides a LoRA's meaning: the file, and the config beside it where there is
+    one."""
     beside = path.with_name("adapter_config.json")
     return path.read_bytes() + (beside.read_bytes() if beside.is_file() else b"")
 
@@ -113,8 +140,9 @@ class Changes:
         shapes: of the parameters, in diffusers' names.
 
     Raises:
-        ModelError: a damaged file, keys that are none of a LoRA's or of this architecture, halves or shapes that do not fit,
-            one place under two namings, numbers that are not finite, or a file that changes nothing.
+        ModelError: a damaged file, keys that are none of a LoRA's or of this architecture, halves
+            or shapes that do not fit, one place under two namings, numbers that are not finite, or
+            a file that changes nothing.
     """
 
     def __init__(self, loras: Sequence[Lora], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -135,7 +163,9 @@ class Changes:
             if isinstance(part, Tensor):
                 total.add_(part.to(weight.device).float().view(total.shape), alpha=strength)
             elif part.down is None:
-                total.add_(part.up.to(weight.device).float().view(total.shape), alpha=strength * part.scale)
+                total.add_(
+                    part.up.to(weight.device).float().view(total.shape), alpha=strength * part.scale
+                )
             else:
                 up, down = (t.to(weight.device).float() for t in (part.up, part.down))
                 total.add_((up @ down).view(total.shape), alpha=strength * part.scale)
@@ -145,29 +175,47 @@ class Changes:
         found, keys = _read(lora.path)
         if strange := sorted(found.keys() - self.shapes.keys()):
             raise ModelError(
-                f"{lora.path} changes {len(strange)} parameters that this model has not, such as {cut(strange[0], 120)}; "
-                "it was made for another architecture."
+                f"{lora.path} changes {len(strange)} parameters that this model has not, such as"
+                f" {cut(strange[0], 120)}; it was made for another architecture."
             )
         scaling, own = read_scaling(lora.path), []
         for name, tensors in found.items():
-            for part in _parts(tensors, self.shapes[name], keys[name], scaling, f"{lora.path}: {name}"):
+            for part in _parts(
+                tensors, self.shapes[name], keys[name], scaling, f"{lora.path}: {name}"
+            ):
                 own.append((name, part))
         for name, tensors in found.items():  # a bias of a product has its product's scale
             if "up_bias" in tensors:
-                own.append((name, self._bias(name, tensors["up_bias"], found, keys, scaling, lora.path)))
+                own.append(
+                    (name, self._bias(name, tensors["up_bias"], found, keys, scaling, lora.path))
+                )
         if not any(_nonzero(part) for _, part in own):
-            raise ModelError(f"{lora.path} changes nothing: it holds no differences, or only zeros; download it again.")
+            raise ModelError(
+                f"{lora.path} changes nothing: it holds no differences, or only zeros; download it"
+                " again."
+            )
         for name, part in own:
             self.parts.setdefault(name, []).append((lora.scale, part))
 
-    def _bias(self, name: str, bias: Tensor, found: dict, keys: dict, scaling: Scaling | None, path: Path) -> _Product:
+    def _bias(
+        self, name: str, bias: Tensor, found: dict, keys: dict, scaling: Scaling | None, path: Path
+    ) -> _Product:
         weight = name.removesuffix("bias") + "weight"
         if not {"down", "up"} <= found.get(weight, {}).keys():
-            raise ModelError(f"{path}: {name} has a bias of a product that is not there; download the file again.")
+            raise ModelError(
+                f"{path}: {name} has a bias of a product that is not there; download the file"
+                " again."
+            )
         if bias.numel() != math.prod(self.shapes[name]):
-            raise ModelError(f"{path}: {name} is {tuple(bias.shape)}, and the model's {self.shapes[name]}.")
+            raise ModelError(
+                f"{path}: {name} is {tuple(bias.shape)}, and the model's {self.shapes[name]}."
+            )
         tensors = found[weight]
-        return _Product(bias, None, _scale(tensors, keys[weight], scaling, tensors["down"].shape[0], f"{path}: {weight}"))
+        return _Product(
+            bias,
+            None,
+            _scale(tensors, keys[weight], scaling, tensors["down"].shape[0], f"{path}: {weight}"),
+        )
 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Key]]:
@@ -184,22 +232,31 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Key]]:
             unknown.append(name)
             continue
         if other := named.get((key.parameter, key.kind)):
-            raise ModelError(f"{path}: {cut(other, 120)} and {cut(name, 120)} are one place under two names; keep one of them.")
+            raise ModelError(
+                f"{path}: {cut(other, 120)} and {cut(name, 120)} are one place under two names;"
+                " keep one of them."
+            )
         named[key.parameter, key.kind] = name
         if not tensor.is_floating_point() and key.kind != "alpha":
-            raise ModelError(f"{path}: {cut(name, 120)} holds whole numbers ({tensor.dtype}); expected a LoRA's floats.")
+            raise ModelError(
+                f"{path}: {cut(name, 120)} holds whole numbers ({tensor.dtype}); expected a LoRA's"
+                " floats."
+            )
         if not bool(tensor.float().isfinite().all()):
-            raise ModelError(f"{path}: {cut(name, 120)} holds NaN or infinity; download the file again.")
+            raise ModelError(
+                f"{path}: {cut(name, 120)} holds NaN or infinity; download the file again."
+            )
         found.setdefault(key.parameter, {})[key.kind] = tensor.clone()
         keys.setdefault(key.parameter, key)
     if unknown:
         raise ModelError(
-            f"{path}: {len(unknown)} of its keys are none of a LoRA's, such as {cut(sorted(unknown)[0], 120)}; expected names "
-            f"that end in {', '.join(ENDINGS)}."
+            f"{path}: {len(unknown)} of its keys are none of a LoRA's, such as"
+            f" {cut(sorted(unknown)[0], 120)}; expected names that end in {', '.join(ENDINGS)}."
         )
     if image:
         warnings.warn(
-            f"{path}: {image} keys of the image branch (k_img, v_img, img_emb) are skipped; this is a text-to-video model.",
+            f"{path}: {image} keys of the image branch (k_img, v_img, img_emb) are skipped; this is"
+            " a text-to-video model.",
             stacklevel=2,
         )
     return found, keys
@@ -210,8 +267,12 @@ def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _parts(
-    tensors: dict[str, Tensor], shape: tuple[int, ...], key: Key, scaling: Scaling | None, where: str
-) -> list[Tensor | _Product]:  # fmt: skip
+    tensors: dict[str, Tensor],
+    shape: tuple[int, ...],
+    key: Key,
+    scaling: Scaling | None,
+    where: str,
+) -> list[Tensor | _Product]:
     """What a parameter of `shape` gets; where: for errors."""
     parts: list[Tensor | _Product] = []
     if "add" in tensors:
@@ -220,48 +281,76 @@ def _parts(
         parts.append(tensors["add"])
     if tensors.keys() & {"down", "up"}:
         if not {"down", "up"} <= tensors.keys():
-            raise ModelError(f"{where}: only one half of its product is there; download the file again.")
+            raise ModelError(
+                f"{where}: only one half of its product is there; download the file again."
+            )
         down, up = tensors["down"], tensors["up"]
         if down.ndim < 2 or up.ndim < 2:
-            raise ModelError(f"{where} is {tuple(up.shape)} times {tuple(down.shape)}; expected two matrices.")
+            raise ModelError(
+                f"{where} is {tuple(up.shape)} times {tuple(down.shape)}; expected two matrices."
+            )
         down, up = down.flatten(1), up.flatten(1)
         rank = down.shape[0]
-        if not rank or up.shape[1] != rank or (up.shape[0], down.shape[1]) != (shape[0], math.prod(shape[1:])):
-            raise ModelError(f"{where} is {tuple(up.shape)} times {tuple(down.shape)}, and the model's {shape}.")
+        if (
+            not rank
+            or up.shape[1] != rank
+            or (up.shape[0], down.shape[1]) != (shape[0], math.prod(shape[1:]))
+        ):
+            raise ModelError(
+                f"{where} is {tuple(up.shape)} times {tuple(down.shape)}, and the model's {shape}."
+            )
         scale = _scale(tensors, key, scaling, rank, where)
-        if float(up.float().abs().max()) * float(down.float().abs().max()) * rank * abs(scale) > LARGEST:
-            raise ModelError(f"{where}: the product of its halves is beyond float32; download the file again.")
+        if (
+            float(up.float().abs().max()) * float(down.float().abs().max()) * rank * abs(scale)
+            > LARGEST
+        ):
+            raise ModelError(
+                f"{where}: the product of its halves is beyond float32; download the file again."
+            )
         parts.append(_Product(up, down, scale))
     return parts
 
 
-def _scale(tensors: dict[str, Tensor], key: Key, scaling: Scaling | None, rank: int, where: str) -> float:
-    """A product's own factor: of its `.alpha`, else of the header or the config beside the file, else 1."""
+def _scale(
+    tensors: dict[str, Tensor], key: Key, scaling: Scaling | None, rank: int, where: str
+) -> float:
+    """A product's own factor: of its `.alpha`, else of the header or the config beside the file,
+    else 1."""
     stored = None
     if "alpha" in tensors:
         if tensors["alpha"].numel() != 1:
-            raise ModelError(f"{where}: its alpha is {tuple(tensors['alpha'].shape)}; expected one number.")
+            raise ModelError(
+                f"{where}: its alpha is {tuple(tensors['alpha'].shape)}; expected one number."
+            )
         stored = float(tensors["alpha"]) / rank
     if scaling is None:
         return 1.0 if stored is None else stored
     scale = scaling.scale(rank, *module_names(key))
     if stored is not None and not math.isclose(stored, scale, rel_tol=1e-3):
-        raise ModelError(f"{where}: its alpha scales by {stored:g}, and {scaling.where} by {scale:g}; remove the wrong one.")
+        raise ModelError(
+            f"{where}: its alpha scales by {stored:g}, and {scaling.where} by {scale:g}; remove the"
+            " wrong one."
+        )
     return scale
 
 
 def _nonzero(part: Tensor | _Product) -> bool:
     if isinstance(part, Tensor):
         return bool(part.float().any())
-    return part.scale != 0 and bool(part.up.float().any()) and (part.down is None or bool(part.down.float().any()))
+    return (
+        part.scale != 0
+        and bool(part.up.float().any())
+        and (part.down is None or bool(part.down.float().any()))
+    )
 
 
 @torch.no_grad()
 def merge(model: nn.Module, lora: Lora) -> int:
-    """Add a LoRA to a Wan transformer in memory, in float32 a parameter at a time; returns how many it changed.
+    """Add a LoRA to a Wan transformer in memory, in float32 a parameter at a time; returns how many
+    it changed.
 
-    Rounding to the weights' own dtype comes after the sum; where several are merged into weights that are being loaded,
-    `load_transformer(loras=...)` rounds once for all of them.
+    Rounding to the weights' own dtype comes after the sum; where several are merged into weights
+    that are being loaded, `load_transformer(loras=...)` rounds once for all of them.
 
     Raises:
         ModelError: as `Changes`; nothing has been changed then.

@@ -1,4 +1,5 @@
-"""Weights that leave a device and come back: one copy in pinned host memory, made when they first leave."""
+"""Weights that leave a device and come back: one copy in pinned host memory, made when they first
+leave."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from nexus_rt.process import LOADING
 
 
 class Moved:
-    """The parameters and buffers of a module, on `device` or in host memory. On a CPU they stay where they are."""
+    """The parameters and buffers of a module, on `device` or in host memory. On a CPU they stay
+    where they are."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module, self.device = module, device
@@ -54,7 +56,8 @@ class Moved:
 
 
 class Lazy:
-    """A model that is read when it is first needed; a subclass has `device` and says how in `_read`."""
+    """A model that is read when it is first needed; a subclass has `device` and says how in
+    `_read`."""
 
     device: torch.device
     model: Any = None

@@ -1,8 +1,9 @@
-"""Pickled tensors without running what a pickle may hold: `torch.save` zips, its old format, and plain pickles.
+"""Pickled tensors without running what a pickle may hold: `torch.save` zips, its old format, and
+plain pickles.
 
-For the converter only. The instructions are walked by `nexus_rt.models.unpickling`; storages are taken from the file by
-checked lengths, zips record by record with their checksums, so that a damaged file is refused and never read as other
-numbers.
+For the converter only. The instructions are walked by `nexus_rt.models.unpickling`; storages are
+taken from the file by checked lengths, zips record by record with their checksums, so that a
+damaged file is refused and never read as other numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import ModelError, cut
-from nexus_rt.models.unpickling import MOST_NESTED, STORAGES, Interpreter, Name, Storage, refuse, whole
+from nexus_rt.models.unpickling import (
+    MOST_NESTED,
+    STORAGES,
+    Interpreter,
+    Name,
+    Storage,
+    refuse,
+    whole,
+)
 
 MAGIC = 0x1950A86A20F9469CFC6C  # torch.save's old format begins with it
 MOST_RECORDS, PIECE = 200_000, 1 << 24
@@ -29,7 +38,8 @@ MOST_RATIO = 100  # of unpacked to packed bytes, above 16 MiB: weights do not sh
 
 
 def read_pickle(path: Path) -> Any:
-    """Tensors, arrays and containers of a file written by `torch.save` or by plain `pickle`; nothing in it is run.
+    """Tensors, arrays and containers of a file written by `torch.save` or by plain `pickle`;
+    nothing in it is run.
 
     Tensors of a `torch.save` file stay on disk until they are used.
 
@@ -44,11 +54,24 @@ def read_pickle(path: Path) -> Any:
                 raise refuse("it is empty")
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
         return _read(memoryview(mapped), 0)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, NotImplementedError,
-            OverflowError, MemoryError, KeyError, TypeError, struct.error) as error:  # fmt: skip
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        OSError,
+        EOFError,
+        ValueError,
+        RuntimeError,
+        NotImplementedError,
+        OverflowError,
+        MemoryError,
+        KeyError,
+        TypeError,
+        struct.error,
+    ) as error:
         reason = cut(error).rstrip(".") or type(error).__name__
         raise ModelError(
-            f"{path} is refused: {reason}. Only tensors and containers are read; get the file from the publisher again."
+            f"{path} is refused: {reason}. Only tensors and containers are read; get the file from"
+            " the publisher again."
         ) from error
 
 
@@ -58,7 +81,7 @@ def _read(data: memoryview, depth: int) -> Any:
         raise refuse("storages are nested in storages")
     if bytes(data[:4]) == b"PK\x03\x04":
         return _read_zip(data)
-    load_bytes = lambda inner: _read(memoryview(bytearray(inner)), depth + 1)  # noqa: E731
+    load_bytes = lambda inner: _read(memoryview(bytearray(inner)), depth + 1)
     file: io.BytesIO | _Mapped = io.BytesIO(data) if len(data) < PIECE else _Mapped(data)
     first = Interpreter(load_bytes=load_bytes).run(file)
     return _read_old(file, data) if isinstance(first, int) and first == MAGIC else first
@@ -86,7 +109,9 @@ class _Mapped(io.RawIOBase):
         return self.place
 
     def seek(self, place: int, whence: int = 0) -> int:
-        self.place = place if whence == 0 else self.place + place if whence == 1 else len(self.data) + place
+        self.place = (
+            place if whence == 0 else self.place + place if whence == 1 else len(self.data) + place
+        )
         return self.place
 
 
@@ -100,8 +125,14 @@ def _storage_type(name: Any) -> torch.dtype | None:
 
 
 def _identity(value: Any, lengths: tuple[int, ...]) -> tuple[torch.dtype | None, str, int]:
-    """Type, key and count of elements of a persistent id ("storage", class, key, location, count[, view])."""
-    if not isinstance(value, tuple) or len(value) not in lengths or value[0] != "storage" or not isinstance(value[2], str):
+    """Type, key and count of elements of a persistent id ("storage", class, key, location, count[,
+    view])."""
+    if (
+        not isinstance(value, tuple)
+        or len(value) not in lengths
+        or value[0] != "storage"
+        or not isinstance(value[2], str)
+    ):
         raise refuse("it refers to something that is no storage")
     if len(value) == 6 and value[5] is not None:
         raise refuse("a storage is a view of another, as torch wrote them long ago")
@@ -119,7 +150,10 @@ def _swapped(data: memoryview, dtype: torch.dtype | None, big: bool) -> memoryvi
     if size > 1:
         view = memoryview(turned)
         for i in range(size // 2):
-            view[i::size], view[size - 1 - i :: size] = bytes(view[size - 1 - i :: size]), bytes(view[i::size])
+            view[i::size], view[size - 1 - i :: size] = (
+                bytes(view[size - 1 - i :: size]),
+                bytes(view[i::size]),
+            )
     return memoryview(turned)
 
 
@@ -145,12 +179,15 @@ class _Zip:
             self.records[name] = info
 
     def read(self, name: str, most: int) -> memoryview:
-        """A record's bytes: of the mapped file where they are stored as they are, else unpacked, no more than declared."""
+        """A record's bytes: of the mapped file where they are stored as they are, else unpacked, no
+        more than declared."""
         info = self.records.get(name)
         if info is None:
             raise refuse(f"it lacks its record {name[:80]}")
         if info.file_size > most:
-            raise refuse(f"its record {name[:80]} has {info.file_size} bytes; expected at most {most}")
+            raise refuse(
+                f"its record {name[:80]} has {info.file_size} bytes; expected at most {most}"
+            )
         if info.compress_type != zipfile.ZIP_STORED:
             if info.file_size > max(PIECE, MOST_RATIO * info.compress_size):
                 raise refuse(f"its record {name[:80]} would unpack to {info.file_size} bytes")
@@ -166,7 +203,9 @@ class _Zip:
         piece = self.data[begin : begin + info.file_size]
         if len(piece) != info.file_size or info.compress_size != info.file_size:
             raise refuse(f"its record {name[:80]} is cut short")
-        if info.CRC and self._checksum(piece) != info.CRC:  # 0: written without (torch.serialization.set_crc32_options)
+        if (
+            info.CRC and self._checksum(piece) != info.CRC
+        ):  # 0: written without (torch.serialization.set_crc32_options)
             raise refuse(f"its record {name[:80]} is damaged: its checksum differs")
         return piece
 
@@ -182,7 +221,11 @@ def _read_zip(data: memoryview) -> Any:
     archive = _Zip(data)
     if "data.pkl" not in archive.records:
         raise refuse("it is a zip without data.pkl, none that torch.save writes")
-    order = bytes(archive.read("byteorder", 16)).strip() if "byteorder" in archive.records else b"little"
+    order = (
+        bytes(archive.read("byteorder", 16)).strip()
+        if "byteorder" in archive.records
+        else b"little"
+    )
     if order not in (b"little", b"big"):
         raise refuse("its byte order is neither little nor big")
     known: dict[str, Storage] = {}
@@ -203,7 +246,8 @@ def _read_zip(data: memoryview) -> Any:
 
 
 def _read_old(file: Any, data: memoryview) -> Any:
-    """The rest of torch.save's old format: version, machine, the value, its storages' keys, their bytes."""
+    """The rest of torch.save's old format: version, machine, the value, its storages' keys, their
+    bytes."""
     plain = Interpreter()
     version, machine = plain.run(file), plain.run(file)
     if version != 1001 or not isinstance(machine, dict):
@@ -219,11 +263,17 @@ def _read_old(file: Any, data: memoryview) -> Any:
         room = count * (dtype.itemsize if dtype else 1)
         if room > len(data):
             raise refuse(f"storage {key[:40]} has {room} bytes and the file {len(data)}")
-        return Storage(memoryview(bytearray(room)) if not room else data[:room], dtype)  # a stand-in of its length
+        return Storage(
+            memoryview(bytearray(room)) if not room else data[:room], dtype
+        )  # a stand-in of its length
 
     Interpreter(collect).run(file)
     keys = plain.run(file)
-    if not isinstance(keys, list) or set(map(str, keys)) != wanted.keys() or len(keys) != len(wanted):
+    if (
+        not isinstance(keys, list)
+        or set(map(str, keys)) != wanted.keys()
+        or len(keys) != len(wanted)
+    ):
         raise refuse("its storages are not those it names")
     found: dict[str, Storage] = {}
     for key in keys:
@@ -242,7 +292,8 @@ def _read_old(file: Any, data: memoryview) -> Any:
 
 
 def read_state(path: Path, *wrappers: str) -> dict[str, Tensor]:
-    """A pickled state dict: out of the first of `wrappers` that is there, `module.` prefixes taken off.
+    """A pickled state dict: out of the first of `wrappers` that is there, `module.` prefixes taken
+    off.
 
     Raises:
         ModelError: as `read_pickle`, or it is no dictionary of tensors.
@@ -252,10 +303,18 @@ def read_state(path: Path, *wrappers: str) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
             break
-    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    named = isinstance(state, dict) and all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    )
     if not named or not state:
-        raise ModelError(f"{path} is no state dict: expected names and tensors{' under ' + wrappers[0] if wrappers else ''}.")
+        raise ModelError(
+            f"{path} is no state dict: expected names and"
+            f" tensors{' under ' + wrappers[0] if wrappers else ''}."
+        )
     found = {k.removeprefix("module."): v for k, v in state.items()}
     if len(found) < len(state):
-        raise ModelError(f"{path} holds a tensor twice, with and without 'module.'; get the file from the publisher again.")
+        raise ModelError(
+            f"{path} holds a tensor twice, with and without 'module.'; get the file from the"
+            " publisher again."
+        )
     return found

@@ -1,7 +1,9 @@
-"""transformers' models, tokenizers and processors from a local folder: complete, of the stored weights, and only data.
+"""transformers' models, tokenizers and processors from a local folder: complete, of the stored
+weights, and only data.
 
-transformers gives weights that are missing, foreign or of another shape random values and goes on with a log line. Here its
-own loading report decides, and a folder that is not whole is refused. No code of a folder is ever run.
+transformers gives weights that are missing, foreign or of another shape random values and goes on
+with a log line. Here its own loading report decides, and a folder that is not whole is refused. No
+code of a folder is ever run.
 """
 
 from __future__ import annotations
@@ -20,25 +22,50 @@ from nexus_rt.errors import ModelError, cut
 from nexus_rt.models.checkpoint import StoredTensor, fill_exactly, find_tensors, read_header
 from nexus_rt.process import LOADING
 
-# Stored beside the weights that are used, and rightly left out: vocabulary heads, the decoder of an encoder-decoder, and
-# tables that are computed.
-SPARE = ("lm_head.", "decoder.", "score.", "rotary_emb.inv_freq", "position_ids", "masked_bias", ".attn.bias")
-# A layer count or width above these is no model's, and building its modules alone would hang or exhaust the machine.
+# Stored beside the weights that are used, and rightly left out: vocabulary heads, the decoder of an
+# encoder-decoder, and tables that are computed.
+SPARE = (
+    "lm_head.",
+    "decoder.",
+    "score.",
+    "rotary_emb.inv_freq",
+    "position_ids",
+    "masked_bias",
+    ".attn.bias",
+)
+# A layer count or width above these is no model's, and building its modules alone would hang or
+# exhaust the machine.
 MOST_LAYERS, MOST_WIDTH = 1024, 2**24
-HARMLESS_LARGE = ("theta", "max_position", "model_max_length", "seed", "token", "length", "bytes", "size_in", "factor")
+HARMLESS_LARGE = (
+    "theta",
+    "max_position",
+    "model_max_length",
+    "seed",
+    "token",
+    "length",
+    "bytes",
+    "size_in",
+    "factor",
+)
 
 
-def pretrained(class_name: str, folder: Path, what: str, device: torch.device | None = None, **options: Any) -> Any:
-    """transformers' `class_name.from_pretrained(folder)`, local files only; a model (given a device) goes there, complete.
+def pretrained(
+    class_name: str, folder: Path, what: str, device: torch.device | None = None, **options: Any
+) -> Any:
+    """transformers' `class_name.from_pretrained(folder)`, local files only; a model (given a
+    device) goes there, complete.
 
     Raises:
-        ModelError: a damaged folder, or weights that are missing, foreign or of other shapes; `what` names the part.
+        ModelError: a damaged folder, or weights that are missing, foreign or of other shapes;
+            `what` names the part.
     """
     with LOADING:
         return _pretrained(class_name, folder, what, device, options)
 
 
-def _pretrained(class_name: str, folder: Path, what: str, device: torch.device | None, options: dict[str, Any]) -> Any:
+def _pretrained(
+    class_name: str, folder: Path, what: str, device: torch.device | None, options: dict[str, Any]
+) -> Any:
     import transformers
 
     check_config(folder, what)
@@ -48,11 +75,17 @@ def _pretrained(class_name: str, folder: Path, what: str, device: torch.device |
     loader = getattr(transformers, class_name)
     try:
         with _quiet():
-            loaded = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+            loaded = loader.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **options
+            )
     except ImportError:  # a package that the class needs is not here: the caller knows which
         raise
-    except Exception as error:  # transformers, tokenizers and safetensors raise nearly everything on damaged files
-        raise ModelError(f"{folder}: the {what} cannot be loaded ({cut(error)}); download it again.") from error
+    except (
+        Exception
+    ) as error:  # transformers, tokenizers and safetensors raise nearly everything on damaged files
+        raise ModelError(
+            f"{folder}: the {what} cannot be loaded ({cut(error)}); download it again."
+        ) from error
     if device is None:
         return loaded
     model, info = loaded
@@ -61,7 +94,8 @@ def _pretrained(class_name: str, folder: Path, what: str, device: torch.device |
 
 
 def check_config(folder: Path, what: str) -> dict[str, Any]:
-    """A transformers folder's `config.json` ({} where there is none), refused where it reaches for code or is absurd.
+    """A transformers folder's `config.json` ({} where there is none), refused where it reaches for
+    code or is absurd.
 
     Raises:
         ModelError: an attention implementation from elsewhere, layer counts or widths of no model.
@@ -70,16 +104,24 @@ def check_config(folder: Path, what: str) -> dict[str, Any]:
     config = read_object(path) if path.is_file() else {}
     for where, value in _leaves(config):
         key = where.rpartition(".")[2]
-        if "implementation" in key and isinstance(value, str) and not value.replace("_", "").replace("|", "").isalnum():
+        if (
+            "implementation" in key
+            and isinstance(value, str)
+            and not value.replace("_", "").replace("|", "").isalnum()
+        ):
             raise ModelError(
-                f"{path} sets {where}={cut(value, 80)!r}, code from elsewhere; this runtime runs none: remove the field."
+                f"{path} sets {where}={cut(value, 80)!r}, code from elsewhere; this runtime runs"
+                " none: remove the field."
             )
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             layers = any(word in key for word in ("layers", "blocks", "n_layer", "depth"))
             limit = MOST_LAYERS if layers else MOST_WIDTH
             large = not layers and any(word in key for word in HARMLESS_LARGE)
             if not large and (abs(value) > limit or not math.isfinite(value)):
-                raise ModelError(f"{path} sets {where}={value:.6g}; expected at most {limit}: the {what} is no such model.")
+                raise ModelError(
+                    f"{path} sets {where}={value:.6g}; expected at most {limit}: the {what} is no"
+                    " such model."
+                )
     return config
 
 
@@ -93,36 +135,48 @@ def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_size(folder: Path, what: str) -> None:
-    """Raise where config.json asks for far more parameters than the files hold: they would be made up."""
+    """Raise where config.json asks for far more parameters than the files hold: they would be made
+    up."""
     config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     inner = config.get("text_config")
     text: dict[str, Any] = inner if isinstance(inner, dict) else config
-    number = lambda *names: next((v for n in names if isinstance(v := text.get(n), int)), 1)  # noqa: E731
+    number = lambda *names: next((v for n in names if isinstance(v := text.get(n), int)), 1)
     width, layers = number("hidden_size", "d_model"), number("num_hidden_layers", "num_layers")
     least = width * (number("vocab_size") + layers * number("intermediate_size", "d_ff"))
     try:
-        stored = sum(math.prod(t.shape) for p in folder.glob("*.safetensors") for t in read_header(p, integers=True).values())
+        stored = sum(
+            math.prod(t.shape)
+            for p in folder.glob("*.safetensors")
+            for t in read_header(p, integers=True).values()
+        )
     except ModelError as error:
         raise ModelError(f"{folder}: the {what} cannot be loaded: {error}") from error
     if stored and least > 8 * stored:  # packed formats hold up to eight weights in a number
         raise ModelError(
-            f"{folder}: config.json describes a {what} of at least {least:.3g} weights and the files hold {stored:.3g}; "
-            "it is not their config: download the folder again."
+            f"{folder}: config.json describes a {what} of at least {least:.3g} weights and the"
+            f" files hold {stored:.3g}; it is not their config: download the folder again."
         )
 
 
 def fill_whole(
-    module: torch.nn.Module, folder: Path, what: str, dtype: torch.dtype, device: torch.device,
-    rename: Callable[[dict[str, StoredTensor]], dict[str, StoredTensor]] = dict, keep_fp32: tuple[str, ...] = (),
-) -> Any:  # fmt: skip
-    """`module`, built on the meta device, with the weights of a transformers folder: all of them, and no others.
+    module: torch.nn.Module,
+    folder: Path,
+    what: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    rename: Callable[[dict[str, StoredTensor]], dict[str, StoredTensor]] = dict,
+    keep_fp32: tuple[str, ...] = (),
+) -> Any:
+    """`module`, built on the meta device, with the weights of a transformers folder: all of them,
+    and no others.
 
     Args:
         rename: the stored tensors under the module's names.
         keep_fp32: parts of names of weights that stay in float32.
 
     Raises:
-        ModelError: a damaged folder, or weights that are missing, foreign or of other shapes; `what` names the part.
+        ModelError: a damaged folder, or weights that are missing, foreign or of other shapes;
+            `what` names the part.
     """
     _check_size(folder, what)
     try:
@@ -132,7 +186,11 @@ def fill_whole(
     expected = module.state_dict()
     unknown = [n for n in stored if n not in expected and not _spare(n)]
     stored = {n: t for n, t in stored.items() if n in expected}
-    mismatched = [_mismatch(n, t.shape, expected[n].shape) for n, t in stored.items() if t.shape != tuple(expected[n].shape)]
+    mismatched = [
+        _mismatch(n, t.shape, expected[n].shape)
+        for n, t in stored.items()
+        if t.shape != tuple(expected[n].shape)
+    ]
     _refuse(folder, what, expected.keys() - stored.keys(), unknown, mismatched)
     fill_exactly(module, stored, dtype, device, keep_fp32)
     return module
@@ -148,11 +206,19 @@ def _some(names: Iterable[Any]) -> str:
 
 
 def _check_complete(model: torch.nn.Module, info: dict[str, Any], folder: Path, what: str) -> None:
-    """Raise unless every weight of the model is a stored one, and every stored weight is in the model or rightly spare."""
+    """Raise unless every weight of the model is a stored one, and every stored weight is in the
+    model or rightly spare."""
     missing = set(info.get("missing_keys", ())) | set(_untied(model, folder))
     unknown = {n for n in info.get("unexpected_keys", ()) if not _spare(n)}
     mismatched = {_mismatch(m[0], m[1], m[2]) for m in info.get("mismatched_keys", ())}
-    _refuse(folder, what, missing, unknown, mismatched, [cut(m) for m in list(info.get("error_msgs") or ())[:2]])
+    _refuse(
+        folder,
+        what,
+        missing,
+        unknown,
+        mismatched,
+        [cut(m) for m in list(info.get("error_msgs") or ())[:2]],
+    )
 
 
 def _mismatch(name: str, stored: Iterable[int], expected: Iterable[int]) -> str:
@@ -160,22 +226,30 @@ def _mismatch(name: str, stored: Iterable[int], expected: Iterable[int]) -> str:
 
 
 def _refuse(
-    folder: Path, what: str, missing: Iterable[str], unknown: Iterable[str], mismatched: Iterable[str],
+    folder: Path,
+    what: str,
+    missing: Iterable[str],
+    unknown: Iterable[str],
+    mismatched: Iterable[str],
     errors: Iterable[str] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Raise a `ModelError` that names the first weights of each kind, if there are any."""
-    kinds = ("missing are", list(missing)), ("unknown are", list(unknown)), ("of another shape are", list(mismatched))
+    kinds = (
+        ("missing are", list(missing)),
+        ("unknown are", list(unknown)),
+        ("of another shape are", list(mismatched)),
+    )
     found = [f"{words} {_some(names)}" for words, names in kinds if names] + list(errors)
     if found:
         raise ModelError(
-            f"{folder}: the weights are not this {what}'s: {'; '.join(found)}. Loaded so, it would compute with random values: "
-            "get the folder in transformers' own layout, unquantised."
+            f"{folder}: the weights are not this {what}'s: {'; '.join(found)}. Loaded so, it would"
+            " compute with random values: get the folder in transformers' own layout, unquantised."
         )
 
 
 def _untied(model: Any, folder: Path) -> list[str]:
-    """Weights that a class ties to others and the files hold once, where the loaded two differ: one of them was left random
-    (transformers 5.0 to 5.2 do so with `tie_word_embeddings: false`)."""
+    """Weights that a class ties to others and the files hold once, where the loaded two differ: one
+    of them was left random (transformers 5.0 to 5.2 do so with `tie_word_embeddings: false`)."""
     tied = getattr(type(model), "_tied_weights_keys", None) or {}
     base = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     stored = {n for path in folder.glob("*.safetensors") for n in read_header(path, integers=True)}
@@ -186,17 +260,22 @@ def _untied(model: Any, folder: Path) -> list[str]:
         place = places.get(name)
         if place is None or source is None or any(s.endswith(name) for s in stored):
             continue
-        if place.shape != source.shape or not (place.data_ptr() == source.data_ptr() or torch.equal(place, source)):
+        if place.shape != source.shape or not (
+            place.data_ptr() == source.data_ptr() or torch.equal(place, source)
+        ):
             lost.append(name)
     return lost
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' load report: what it says is an error here, or of no concern. A filter and no level: with its
-    level raised, transformers checks tensor-parallel plans and says so."""
-    drop = lambda record: "LOAD REPORT" not in record.getMessage()  # noqa: E731
-    logs = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "utils.loading_report")]
+    """Without transformers' load report: what it says is an error here, or of no concern. A filter
+    and no level: with its level raised, transformers checks tensor-parallel plans and says so."""
+    drop = lambda record: "LOAD REPORT" not in record.getMessage()
+    logs = [
+        logging.getLogger(f"transformers.{name}")
+        for name in ("modeling_utils", "utils.loading_report")
+    ]
     from transformers.utils import logging as bars
 
     shown = bars.is_progress_bar_enabled()

@@ -23,7 +23,9 @@ MAX_SEQUENCE_LENGTH = 512  # Wan's: the transformer attends to the zero padding 
 
 def clean_prompt(text: str) -> str:
     """Mend broken unicode (ftfy), unescape HTML twice, fold white space."""
-    if not (text.isascii() and text.isprintable() and "&" not in text):  # such text is whole, and ftfy slow to import
+    if not (
+        text.isascii() and text.isprintable() and "&" not in text
+    ):  # such text is whole, and ftfy slow to import
         import ftfy
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -55,10 +57,11 @@ class Tokenized:
 
     @torch.no_grad()
     def encode(self, prompts: list[str], max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> Tensor:
-        """Embeddings [B, max_sequence_length, D] in the encoder's dtype, zero after each prompt's last token.
+        """Embeddings [B, max_sequence_length, D] in the encoder's dtype, zero after each prompt's
+        last token.
 
-        The padding is never run through the encoder: the batch is padded to its longest prompt, which the attention
-        mask makes equal to padding it to the full length.
+        The padding is never run through the encoder: the batch is padded to its longest prompt,
+        which the attention mask makes equal to padding it to the full length.
         """
         if not prompts:
             raise InputError("the prompt list is empty; pass at least one prompt.")
@@ -85,8 +88,8 @@ class Tokenized:
             if len(ids) > limit:
                 lost = self.tokenizer.decode(ids[max(0, limit - 1) :])
                 warnings.warn(
-                    f"the prompt {cut(repr(text), 60)} has {len(ids)} tokens and {limit} are read; what comes after is lost: "
-                    f"{cut(repr(lost), 120)}.",
+                    f"the prompt {cut(repr(text), 60)} has {len(ids)} tokens and {limit} are read;"
+                    f" what comes after is lost: {cut(repr(lost), 120)}.",
                     stacklevel=4,
                 )
 
@@ -102,7 +105,10 @@ class TextEncoder(Lazy, Tokenized):
         self.folder = Path(folder)
         for part, file in (("text_encoder", "config.json"), ("tokenizer", "tokenizer_config.json")):
             if not (self.folder / part / file).is_file():
-                raise ModelError(f"{self.folder} has no {part}/{file}; expected a folder with text_encoder/ and tokenizer/.")
+                raise ModelError(
+                    f"{self.folder} has no {part}/{file}; expected a folder with text_encoder/ and"
+                    " tokenizer/."
+                )
         super().__init__(self.folder / "tokenizer", dtype, torch.device(device))
 
     @property

@@ -1,7 +1,8 @@
 """Tokenizers of transformers' folders: texts to token ids, one at a time, unpadded.
 
-Where `tokenizer_config.json` names the class that is `tokenizer.json` and nothing else, the tokenizers library reads that file
-alone; every other class is transformers' own, whose import takes longer than a small clip.
+Where `tokenizer_config.json` names the class that is `tokenizer.json` and nothing else, the
+tokenizers library reads that file alone; every other class is transformers' own, whose import takes
+longer than a small clip.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from nexus_rt.errors import ModelError, cut
 from nexus_rt.models.pretrained import pretrained
 from nexus_rt.process import LOADING
 
-PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers' names of it: before version 5, and since
+PLAIN = (
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+)  # transformers' names of it: before version 5, and since
 
 
 class Tokenizer(ABC):
@@ -27,7 +31,8 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str, special: bool = True, limit: int | None = None) -> list[int]:
-        """Token ids of a text, with the tokens that the tokenizer adds where `special`; cut to `limit`, those included."""
+        """Token ids of a text, with the tokens that the tokenizer adds where `special`; cut to
+        `limit`, those included."""
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
@@ -48,10 +53,14 @@ class PlainTokenizer(Tokenizer):
         try:
             self.inner = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises bare Exceptions
-            raise ModelError(f"{folder}: the {what} cannot be loaded ({cut(error)}); download it again.") from error
+            raise ModelError(
+                f"{folder}: the {what} cannot be loaded ({cut(error)}); download it again."
+            ) from error
         self.inner.no_truncation()  # what a file says of them is its maker's last call
         self.inner.no_padding()
-        self.pad_id, self.eos_id, self.unk_id = (self._named(config, f"{name}_token") for name in ("pad", "eos", "unk"))
+        self.pad_id, self.eos_id, self.unk_id = (
+            self._named(config, f"{name}_token") for name in ("pad", "eos", "unk")
+        )
 
     def _named(self, config: dict[str, Any], name: str) -> int | None:
         token = config.get(name)
@@ -77,10 +86,16 @@ class TransformersTokenizer(Tokenizer):
 
     def __init__(self, folder: Path, what: str) -> None:
         self.inner = pretrained("AutoTokenizer", folder, what)
-        self.pad_id, self.eos_id, self.unk_id = self.inner.pad_token_id, self.inner.eos_token_id, self.inner.unk_token_id
+        self.pad_id, self.eos_id, self.unk_id = (
+            self.inner.pad_token_id,
+            self.inner.eos_token_id,
+            self.inner.unk_token_id,
+        )
 
     def encode(self, text: str, special: bool = True, limit: int | None = None) -> list[int]:
-        cutting = {"truncation": True, "max_length": limit} if limit is not None else {"verbose": False}
+        cutting = (
+            {"truncation": True, "max_length": limit} if limit is not None else {"verbose": False}
+        )
         return self.inner(text, add_special_tokens=special, **cutting).input_ids
 
     def decode(self, ids: list[int]) -> str:
@@ -88,7 +103,11 @@ class TransformersTokenizer(Tokenizer):
 
     def token_id(self, token: str) -> int | None:
         found = self.inner.convert_tokens_to_ids(token)
-        return None if found is None or (found == self.unk_id and token != self.inner.unk_token) else found
+        return (
+            None
+            if found is None or (found == self.unk_id and token != self.inner.unk_token)
+            else found
+        )
 
 
 def load_tokenizer(folder: Path, what: str) -> Tokenizer:

@@ -1,7 +1,8 @@
 """UMT5's encoder (arXiv 2304.09151), Wan's text encoder, under transformers' parameter names.
 
-It differs from T5 (arXiv 1910.10683) in that every layer has its own relative position bias. Written here because importing
-transformers' models takes longer than a small clip; agrees with `transformers.UMT5EncoderModel`.
+It differs from T5 (arXiv 1910.10683) in that every layer has its own relative position bias.
+Written here because importing transformers' models takes longer than a small clip; agrees with
+`transformers.UMT5EncoderModel`.
 """
 
 from __future__ import annotations
@@ -40,17 +41,26 @@ class Umt5Config(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < 2**31:
+            if (
+                isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and not 0 < value < 2**31
+            ):
                 raise ModelError(f"{name} is {value}; expected a positive number.")
         # Half of the buckets look each way, and half of those are single positions.
-        if self.relative_attention_num_buckets < 4 or self.relative_attention_max_distance <= self._exact:
+        if (
+            self.relative_attention_num_buckets < 4
+            or self.relative_attention_max_distance <= self._exact
+        ):
             raise ModelError(
-                f"relative_attention_num_buckets={self.relative_attention_num_buckets} with relative_attention_max_distance="
-                f"{self.relative_attention_max_distance}; expected at least 4 buckets and a distance above a quarter of them."
+                f"relative_attention_num_buckets={self.relative_attention_num_buckets} with"
+                f" relative_attention_max_distance={self.relative_attention_max_distance}; expected"
+                " at least 4 buckets and a distance above a quarter of them."
             )
         if self.activation not in ACTIVATIONS:
             raise ModelError(
-                f"feed_forward_proj is {self.feed_forward_proj[:80]!r}; expected one of {', '.join(ACTIVATIONS)}, or gated-..."
+                f"feed_forward_proj is {self.feed_forward_proj[:80]!r}; expected one of"
+                f" {', '.join(ACTIVATIONS)}, or gated-..."
             )
 
     @property
@@ -59,8 +69,13 @@ class Umt5Config(msgspec.Struct, frozen=True):
 
     @property
     def activation(self) -> str:
-        """The name of the feed-forward layers' activation: T5's "gated-gelu" is the tanh approximation."""
-        return "gelu_new" if self.feed_forward_proj == "gated-gelu" else self.feed_forward_proj.removeprefix("gated-")
+        """The name of the feed-forward layers' activation: T5's "gated-gelu" is the tanh
+        approximation."""
+        return (
+            "gelu_new"
+            if self.feed_forward_proj == "gated-gelu"
+            else self.feed_forward_proj.removeprefix("gated-")
+        )
 
 
 class SelfAttention(nn.Module):
@@ -71,14 +86,20 @@ class SelfAttention(nn.Module):
         self.heads, inner = config.num_heads, config.num_heads * config.d_kv
         self.q, self.k, self.v = (Linear(config.d_model, inner, bias=False) for _ in range(3))
         self.o = Linear(inner, config.d_model, bias=False)
-        self.relative_attention_bias = Embedding(config.relative_attention_num_buckets, config.num_heads)
+        self.relative_attention_bias = Embedding(
+            config.relative_attention_num_buckets, config.num_heads
+        )
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor) -> Tensor:
         """x [B, L, D], buckets [L, L] int64, additive mask [B, 1, 1, L] -> [B, L, D]."""
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
         bias = self.relative_attention_bias(buckets).permute(2, 0, 1)
         scores = q @ k.transpose(-1, -2) + bias + mask
-        # In the layer's precision, as transformers': a float32 softmax would be another model's numbers.
+        # In the layer's precision, as transformers': a float32 softmax would be another model's
+        # numbers.
         return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
@@ -89,7 +110,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = config.activation
         if config.feed_forward_proj.startswith("gated-"):
-            self.wi_0, self.wi_1 = (Linear(config.d_model, config.d_ff, bias=False) for _ in range(2))
+            self.wi_0, self.wi_1 = (
+                Linear(config.d_model, config.d_ff, bias=False) for _ in range(2)
+            )
         else:
             self.wi = Linear(config.d_model, config.d_ff, bias=False)
         self.wo = Linear(config.d_ff, config.d_model, bias=False)
@@ -97,7 +120,9 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         act = ACTIVATIONS[self.activation]
         inner = act(self.wi_0(x)) * self.wi_1(x) if hasattr(self, "wi_0") else act(self.wi(x))
-        return self.wo(inner.to(self.wo.weight.dtype))  # kept in float32 beside float16, whose range it leaves
+        return self.wo(
+            inner.to(self.wo.weight.dtype)
+        )  # kept in float32 beside float16, whose range it leaves
 
 
 class Sublayer(nn.Module):
@@ -161,34 +186,44 @@ class Umt5Encoder(nn.Module):
 
 
 def position_buckets(length: int, config: Umt5Config, device: torch.device) -> Tensor:
-    """The bucket [L, L], int64, of each key's position relative to each query's (T5, section 2.1): half of the buckets for
-    keys behind and half for keys ahead, in each half one a position at first, then logarithmically wider ones."""
+    """The bucket [L, L], int64, of each key's position relative to each query's (T5, section 2.1):
+    half of the buckets for keys behind and half for keys ahead, in each half one a position at
+    first, then logarithmically wider ones.
+    """
     position = torch.arange(length, device=device)
     offset = position[None] - position[:, None]
     half, distance = config.relative_attention_num_buckets // 2, offset.abs()
     exact = half // 2
-    wide = torch.log(distance.clamp_min(1).float() / exact) / math.log(config.relative_attention_max_distance / exact)
+    wide = torch.log(distance.clamp_min(1).float() / exact) / math.log(
+        config.relative_attention_max_distance / exact
+    )
     far = (exact + (wide * (half - exact)).long()).clamp_max(half - 1)
     return torch.where(offset > 0, half, 0) + torch.where(distance < exact, distance, far)
 
 
 def load_umt5(folder: Path, dtype: torch.dtype, device: torch.device) -> Umt5Encoder:
-    """A UMT5 encoder from a folder of transformers' layout; what a whole encoder-decoder holds beside it is left out.
+    """A UMT5 encoder from a folder of transformers' layout; what a whole encoder-decoder holds
+    beside it is left out.
 
     Raises:
-        ModelError: another architecture, weights that are missing, foreign, quantised or of other shapes.
+        ModelError: another architecture, weights that are missing, foreign, quantised or of other
+            shapes.
     """
     stored = check_config(folder, "text encoder")
     if stored.get("model_type", "umt5") != "umt5":
         raise ModelError(
-            f"{folder} holds a {str(stored['model_type'])[:80]!r}; expected a UMT5 encoder, as Wan's checkpoints have."
+            f"{folder} holds a {str(stored['model_type'])[:80]!r}; expected a UMT5 encoder, as"
+            " Wan's checkpoints have."
         )
-    config = check(stored, Umt5Config, str(folder / "config.json"), remedy="download the folder again")
+    config = check(
+        stored, Umt5Config, str(folder / "config.json"), remedy="download the folder again"
+    )
     with torch.device("meta"):
         model = Umt5Encoder(config)
 
     def tied(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-        """The embedding is stored under one of two names or both; untied, the encoder reads its own."""
+        """The embedding is stored under one of two names or both; untied, the encoder reads its
+        own."""
         own = tensors.get(TIED)
         tensors = {k: v for k, v in tensors.items() if k != TIED}
         if own is not None and (SHARED not in tensors or not config.tie_word_embeddings):

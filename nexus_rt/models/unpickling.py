@@ -1,8 +1,10 @@
-"""A pickle interpreter that knows tensors, arrays and containers, and calls nothing that a pickle names.
+"""A pickle interpreter that knows tensors, arrays and containers, and calls nothing that a pickle
+names.
 
-The opcodes are walked one by one; a name is looked up in a table of functions of this module, each of which checks its
-arguments and builds its value from bytes of checked length. No object of a pickle's own is ever made, changed or called:
-Python's unpickler, numpy's `_reconstruct` and dtype states are not used, since each can be led to run code.
+The opcodes are walked one by one; a name is looked up in a table of functions of this module, each
+of which checks its arguments and builds its value from bytes of checked length. No object of a
+pickle's own is ever made, changed or called: Python's unpickler, numpy's `_reconstruct` and dtype
+states are not used, since each can be led to run code.
 """
 
 from __future__ import annotations
@@ -23,18 +25,30 @@ from torch import Tensor
 
 for _codec in ("raw_unicode_escape", "unicode_escape", "cp437", "latin1", "ascii"):
     codecs.lookup(_codec)  # now, and not while a file is read: an import runs code
-# A checkpoint of a thousand tensors has thirty thousand instructions; of these limits' sizes, seconds go by.
+# A checkpoint of a thousand tensors has thirty thousand instructions; of these limits' sizes,
+# seconds go by.
 MOST_OPCODES, MOST_MARKS, MOST_DIMENSIONS, MOST_NESTED = 2_000_000, 256, 64, 2
 UnpicklingError = pickle.UnpicklingError
 
 DTYPES = {  # torch's names, as globals and as `<Name>Storage`
-    "float64": ("Double", torch.float64), "float32": ("Float", torch.float32), "float16": ("Half", torch.float16),
-    "bfloat16": ("BFloat16", torch.bfloat16), "int64": ("Long", torch.int64), "int32": ("Int", torch.int32),
-    "int16": ("Short", torch.int16), "int8": ("Char", torch.int8), "uint8": ("Byte", torch.uint8), "bool": ("Bool", torch.bool),
-    "complex64": ("ComplexFloat", torch.complex64), "complex128": ("ComplexDouble", torch.complex128),
-    "float8_e4m3fn": ("", torch.float8_e4m3fn), "float8_e5m2": ("", torch.float8_e5m2), "uint16": ("", torch.uint16),
-    "uint32": ("", torch.uint32), "uint64": ("", torch.uint64),
-}  # fmt: skip
+    "float64": ("Double", torch.float64),
+    "float32": ("Float", torch.float32),
+    "float16": ("Half", torch.float16),
+    "bfloat16": ("BFloat16", torch.bfloat16),
+    "int64": ("Long", torch.int64),
+    "int32": ("Int", torch.int32),
+    "int16": ("Short", torch.int16),
+    "int8": ("Char", torch.int8),
+    "uint8": ("Byte", torch.uint8),
+    "bool": ("Bool", torch.bool),
+    "complex64": ("ComplexFloat", torch.complex64),
+    "complex128": ("ComplexDouble", torch.complex128),
+    "float8_e4m3fn": ("", torch.float8_e4m3fn),
+    "float8_e5m2": ("", torch.float8_e5m2),
+    "uint16": ("", torch.uint16),
+    "uint32": ("", torch.uint32),
+    "uint64": ("", torch.uint64),
+}
 STORAGES = {f"{storage}Storage": dtype for storage, dtype in DTYPES.values() if storage}
 NUMPY = {
     f"{kind}{size}"
@@ -101,7 +115,9 @@ def shape_of(value: Any) -> tuple[int, ...]:
     return tuple(whole(n, "a side") for n in value)
 
 
-def tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.dtype | None = None) -> Tensor:
+def tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.dtype | None = None
+) -> Tensor:
     """A strided view of a storage that lies inside it and has no element twice."""
     if not isinstance(storage, Storage):
         raise refuse("a tensor's storage is none")
@@ -152,8 +168,11 @@ def ordered(*args: Any) -> OrderedDict:
 
 
 def key_of(value: Any) -> Any:
-    """A dictionary's key: plain, or a flat tuple of plain values, so that hashing it takes no time."""
-    flat = isinstance(value, tuple) and len(value) <= 64 and all(isinstance(v, PLAIN) for v in value)
+    """A dictionary's key: plain, or a flat tuple of plain values, so that hashing it takes no
+    time."""
+    flat = (
+        isinstance(value, tuple) and len(value) <= 64 and all(isinstance(v, PLAIN) for v in value)
+    )
     if not (isinstance(value, PLAIN) or flat):
         raise refuse(f"a key is a {type(value).__name__}; expected text or numbers")
     return value
@@ -181,7 +200,11 @@ def device(*args: Any) -> str:
 def dtype(*args: Any) -> ArrayDtype:
     """`numpy.dtype(code, False, True)`: a number or bool of a fixed size, and nothing else."""
     code = args[0] if args else None
-    if not isinstance(code, str) or len(args) > 3 or not all(isinstance(a, (bool, int)) for a in args[1:]):
+    if (
+        not isinstance(code, str)
+        or len(args) > 3
+        or not all(isinstance(a, (bool, int)) for a in args[1:])
+    ):
         raise refuse("a numpy dtype has odd arguments")
     order = code[0] if code[:1] in "<>|=" else "<"
     code = {"?": "b1"}.get(code.lstrip("<>|="), code.lstrip("<>|="))
@@ -192,11 +215,18 @@ def dtype(*args: Any) -> ArrayDtype:
 
 def array(kind: Any, data: Any, shape: Any, order: Any = "C") -> np.ndarray:
     """An array of its bytes, as many as its shape takes."""
-    if not isinstance(kind, ArrayDtype) or not isinstance(data, (bytes, bytearray)) or order not in ("C", "F"):
+    if (
+        not isinstance(kind, ArrayDtype)
+        or not isinstance(data, (bytes, bytearray))
+        or order not in ("C", "F")
+    ):
         raise refuse("an array has odd arguments")
     shape, made = shape_of(shape), kind.numpy()
     if math.prod(shape) * made.itemsize != len(data):
-        raise refuse(f"an array of shape {list(shape)} has {len(data)} bytes; expected {math.prod(shape) * made.itemsize}")
+        raise refuse(
+            f"an array of shape {list(shape)} has {len(data)} bytes; expected"
+            f" {math.prod(shape) * made.itemsize}"
+        )
     if kind.code == "b1" and set(data) - {0, 1}:
         raise refuse("an array of bools holds other bytes")
     found = np.frombuffer(bytearray(data), made).reshape(shape, order=order)
@@ -237,16 +267,28 @@ def empty_or_bytes(*args: Any) -> bytes:
 
 
 FUNCTIONS: dict[tuple[str, str], Callable] = {
-    ("collections", "OrderedDict"): ordered, ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_tensor_v3"): rebuild_tensor_v3, ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
-    ("torch", "Size"): size, ("torch", "device"): device, ("numpy", "dtype"): dtype, ("_codecs", "encode"): latin1,
-    **{(m, n): elements(k) for m in ("builtins", "__builtin__") for n, k in (("set", set), ("frozenset", frozenset))},
+    ("collections", "OrderedDict"): ordered,
+    ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_tensor_v3"): rebuild_tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
+    ("torch", "Size"): size,
+    ("torch", "device"): device,
+    ("numpy", "dtype"): dtype,
+    ("_codecs", "encode"): latin1,
+    **{
+        (m, n): elements(k)
+        for m in ("builtins", "__builtin__")
+        for n, k in (("set", set), ("frozenset", frozenset))
+    },
     **{(m, "bytes"): empty_or_bytes for m in ("builtins", "__builtin__")},
     **{(m, "bytearray"): empty_or_bytes for m in ("builtins", "__builtin__")},
-    **{(f"{core}.multiarray", n): f for core in ("numpy.core", "numpy._core")
-       for n, f in (("_reconstruct", reconstruct), ("scalar", scalar))},
+    **{
+        (f"{core}.multiarray", n): f
+        for core in ("numpy.core", "numpy._core")
+        for n, f in (("_reconstruct", reconstruct), ("scalar", scalar))
+    },
     **{(f"{core}.numeric", "_frombuffer"): frombuffer for core in ("numpy.core", "numpy._core")},
-}  # fmt: skip
+}
 VALUES: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): Name("numpy", "ndarray"),
     **{("torch", name): kind for name, (_, kind) in DTYPES.items()},
@@ -262,21 +304,26 @@ class Interpreter:
     """
 
     def __init__(
-        self, persistent: Callable[[Any], Any] | None = None, load_bytes: Callable[[bytes], Any] | None = None
-    ) -> None:  # fmt: skip
+        self,
+        persistent: Callable[[Any], Any] | None = None,
+        load_bytes: Callable[[bytes], Any] | None = None,
+    ) -> None:
         self.persistent, self.load_bytes = persistent, load_bytes
 
     def run(self, file: io.BufferedIOBase | io.RawIOBase) -> Any:
         """The value of the next pickle of a file.
 
         Raises:
-            pickle.UnpicklingError: it asks for anything but tensors, arrays and containers, or is damaged.
+            pickle.UnpicklingError: it asks for anything but tensors, arrays and containers, or is
+                damaged.
         """
         stack: list[Any] = []
         marks: list[list[Any]] = []
         memo: dict[int, Any] = {}
         try:
-            for number, (opcode, argument, _) in enumerate(pickletools.genops(cast(IO[bytes], file))):
+            for number, (opcode, argument, _) in enumerate(
+                pickletools.genops(cast(IO[bytes], file))
+            ):
                 if number > MOST_OPCODES:
                     raise refuse(f"it has more than {MOST_OPCODES} instructions")
                 name = opcode.name
@@ -289,7 +336,15 @@ class Interpreter:
                 stack = self._step(name, argument, stack, marks, memo)
         except UnpicklingError:
             raise
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError, AttributeError) as error:
+        except (
+            ValueError,
+            IndexError,
+            KeyError,
+            TypeError,
+            OverflowError,
+            RecursionError,
+            AttributeError,
+        ) as error:
             raise refuse(f"it is damaged ({type(error).__name__}: {str(error)[:120]})") from None
         raise refuse("it ends before its last instruction")
 
@@ -350,8 +405,14 @@ class Interpreter:
         where = module, name
         if where in VALUES:
             return VALUES[where]
-        storage = module in ("torch", "torch.storage") and (name in STORAGES or name in ("UntypedStorage", "TypedStorage"))
-        if where in FUNCTIONS or storage or (where == ("torch.storage", "_load_from_bytes") and self.load_bytes):
+        storage = module in ("torch", "torch.storage") and (
+            name in STORAGES or name in ("UntypedStorage", "TypedStorage")
+        )
+        if (
+            where in FUNCTIONS
+            or storage
+            or (where == ("torch.storage", "_load_from_bytes") and self.load_bytes)
+        ):
             return Name(module, name)
         raise refuse(f"it asks for {Name(module, name)}, which is no tensor or container")
 
@@ -360,7 +421,11 @@ class Interpreter:
             raise refuse("it calls something that is no function")
         arguments = tuple(finished(a) for a in arguments)
         if (function.module, function.name) == ("torch.storage", "_load_from_bytes"):
-            if self.load_bytes is None or len(arguments) != 1 or not isinstance(arguments[0], (bytes, bytearray)):
+            if (
+                self.load_bytes is None
+                or len(arguments) != 1
+                or not isinstance(arguments[0], (bytes, bytearray))
+            ):
                 raise refuse("a storage's bytes are none")
             return self.load_bytes(bytes(arguments[0]))
         known = FUNCTIONS.get((function.module, function.name))
@@ -383,8 +448,17 @@ def check_depth(value: Any) -> None:
     layer: list[Any] = [value]
     seen: set[int] = set()
     for _ in range(MOST_DIMENSIONS):
-        inner = [x for v in layer if isinstance(v, (dict, list, tuple)) for x in (v.values() if isinstance(v, dict) else v)]
-        layer = list({id(x): x for x in inner if isinstance(x, (dict, list, tuple)) and id(x) not in seen}.values())
+        inner = [
+            x
+            for v in layer
+            if isinstance(v, (dict, list, tuple))
+            for x in (v.values() if isinstance(v, dict) else v)
+        ]
+        layer = list(
+            {
+                id(x): x for x in inner if isinstance(x, (dict, list, tuple)) and id(x) not in seen
+            }.values()
+        )
         seen |= set(map(id, layer))
         if not layer:
             return
@@ -392,7 +466,8 @@ def check_depth(value: Any) -> None:
 
 
 def build(target: Any, state: Any) -> None:
-    """BUILD: the state of an array or of a dtype, by value; of an ordered dictionary nothing (torch's `_metadata`)."""
+    """BUILD: the state of an array or of a dtype, by value; of an ordered dictionary nothing
+    (torch's `_metadata`)."""
     if isinstance(target, PendingArray):
         if not isinstance(state, tuple) or len(state) not in (4, 5):
             raise refuse("an array's state is none")
@@ -401,7 +476,9 @@ def build(target: Any, state: Any) -> None:
             raise refuse("an array holds objects")
         target.value = array(kind, data, shape, "F" if fortran else "C")
     elif isinstance(target, ArrayDtype):
-        plain = isinstance(state, tuple) and len(state) in (8, 9) and state[1] in ("<", ">", "|", "=")
+        plain = (
+            isinstance(state, tuple) and len(state) in (8, 9) and state[1] in ("<", ">", "|", "=")
+        )
         if (
             not plain
             or any(s is not None for s in state[2:5])
@@ -460,21 +537,50 @@ def _append(stack: list) -> None:
 
 
 LITERALS = {
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES",
-    "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "FLOAT",
+    "INT",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG",
+    "LONG1",
+    "LONG4",
+    "STRING",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+    "BYTEARRAY8",
+    "UNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE",
+    "BINUNICODE8",
+    "FLOAT",
     "BINFLOAT",
-}  # fmt: skip
+}
 CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
-    "EMPTY_DICT": dict, "EMPTY_SET": set,
-}  # fmt: skip
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": set,
+}
 FROM_MARK: dict[str, Callable[[list, list], None]] = {
-    "APPENDS": _extend, "SETITEMS": _set_items, "ADDITEMS": _add_items, "DICT": _made_dict,
+    "APPENDS": _extend,
+    "SETITEMS": _set_items,
+    "ADDITEMS": _add_items,
+    "DICT": _made_dict,
     "LIST": lambda stack, items: stack.append(list(map(finished, items))),
     "TUPLE": lambda stack, items: stack.append(tuple(map(finished, items))),
     "FROZENSET": lambda stack, items: stack.append(frozenset(key_of(v) for v in items)),
-}  # fmt: skip
+}
 FIXED: dict[str, Callable[[list], None]] = {
-    "TUPLE1": _tuple(1), "TUPLE2": _tuple(2), "TUPLE3": _tuple(3), "SETITEM": _set_item, "APPEND": _append,
+    "TUPLE1": _tuple(1),
+    "TUPLE2": _tuple(2),
+    "TUPLE3": _tuple(3),
+    "SETITEM": _set_item,
+    "APPEND": _append,
     "DUP": lambda stack: stack.append(stack[-1]),
-}  # fmt: skip
+}

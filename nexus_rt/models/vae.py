@@ -1,4 +1,5 @@
-"""Latents to pixels by the modules of diffusers' `AutoencoderKLWan`: small clips in one pass, large ones frame by frame."""
+"""Latents to pixels by the modules of diffusers' `AutoencoderKLWan`: small clips in one pass, large
+ones frame by frame."""
 
 from __future__ import annotations
 
@@ -15,7 +16,14 @@ from torch import Tensor
 from nexus_rt import documents
 from nexus_rt.errors import DecodeError, ModelError, cut
 from nexus_rt.log import chose
-from nexus_rt.models.checkpoint import StoredTensor, compare, fill_exactly, find_tensors, read_header, read_tensors
+from nexus_rt.models.checkpoint import (
+    StoredTensor,
+    compare,
+    fill_exactly,
+    find_tensors,
+    read_header,
+    read_tensors,
+)
 from nexus_rt.models.decoder import can_decode_whole, decode_whole
 from nexus_rt.models.load import folder_bytes, read_json
 from nexus_rt.models.moving import Lazy
@@ -25,31 +33,85 @@ from nexus_rt.process import LOADING
 from nexus_rt.tracing import span
 
 TILE_ABOVE = 1280 * 720  # pixels of a frame from which decoding is tiled when `tiling` is "auto"
-TOGETHER = 2**21  # pixels (of all frames) decoded in one call: small clips gain four times from it, large ones go alone
-WHOLE = 2**24  # elements of the decoder's widest activation up to which a clip is decoded in one pass
-LATENT_FIELDS = ("z_dim", "latents_mean", "latents_std", "scale_factor_spatial", "scale_factor_temporal")
-# What AutoencoderKLWan has when a config.json leaves the field out: the published Wan 2.1 VAE's statistics.
+TOGETHER = (
+    2**21
+    # pixels (of all frames) decoded in one call: small clips gain four times from it, large ones go
+    # alone
+)
+WHOLE = (
+    2**24
+)  # elements of the decoder's widest activation up to which a clip is decoded in one pass
+LATENT_FIELDS = (
+    "z_dim",
+    "latents_mean",
+    "latents_std",
+    "scale_factor_spatial",
+    "scale_factor_temporal",
+)
+# What AutoencoderKLWan has when a config.json leaves the field out: the published Wan 2.1 VAE's
+# statistics.
 WAN_VAE = {
-    "z_dim": 16, "scale_factor_spatial": 8, "scale_factor_temporal": 4,
-    "latents_mean": [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-                     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
-    "latents_std": [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-                    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160],
-}  # fmt: skip
+    "z_dim": 16,
+    "scale_factor_spatial": 8,
+    "scale_factor_temporal": 4,
+    "latents_mean": [
+        -0.7571,
+        -0.7089,
+        -0.9113,
+        0.1075,
+        -0.1745,
+        0.9653,
+        -0.1517,
+        1.5508,
+        0.4134,
+        -0.0715,
+        0.5517,
+        -0.3632,
+        -0.1922,
+        -0.9497,
+        0.2503,
+        -0.2921,
+    ],
+    "latents_std": [
+        2.8184,
+        1.4541,
+        2.3275,
+        2.6558,
+        1.2196,
+        1.7708,
+        2.6052,
+        2.0743,
+        3.2687,
+        2.1526,
+        2.8652,
+        1.5579,
+        1.6382,
+        1.1253,
+        2.8251,
+        1.9160,
+    ],
+}
 
 
 Factor = Annotated[int, msgspec.Meta(ge=1, le=64)]
 
 
 class _Blocks(msgspec.Struct):
-    """What decides how many modules a VAE has; above these it is none, and building it would hang."""
+    """What decides how many modules a VAE has; above these it is none, and building it would
+    hang."""
 
     base_dim: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 96
     decoder_base_dim: Annotated[int, msgspec.Meta(ge=1, le=4096)] | None = None
-    dim_mult: Annotated[list[Factor], msgspec.Meta(min_length=1, max_length=8)] = msgspec.field(default_factory=lambda: [1])
+    dim_mult: Annotated[list[Factor], msgspec.Meta(min_length=1, max_length=8)] = msgspec.field(
+        default_factory=lambda: [1]
+    )
     num_res_blocks: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
-    attn_scales: Annotated[list[float], msgspec.Meta(max_length=16)] = msgspec.field(default_factory=list)
-    temperal_downsample: Annotated[list[bool], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=list)
+    attn_scales: Annotated[list[float], msgspec.Meta(max_length=16)] = msgspec.field(
+        default_factory=list
+    )
+    temperal_downsample: Annotated[list[bool], msgspec.Meta(max_length=8)] = msgspec.field(
+        default_factory=list
+    )
 
 
 class _Space(msgspec.Struct):
@@ -71,8 +133,8 @@ def check_space(space: dict[str, Any], where: str) -> None:
     stored = documents.check(space, _Space, where)
     if not len(stored.latents_mean) == len(stored.latents_std) == stored.z_dim:
         raise ModelError(
-            f"{where} has {len(stored.latents_mean)} means and {len(stored.latents_std)} deviations of latents "
-            f"for z_dim={stored.z_dim} channels; expected one of each a channel."
+            f"{where} has {len(stored.latents_mean)} means and {len(stored.latents_std)} deviations"
+            f" of latents for z_dim={stored.z_dim} channels; expected one of each a channel."
         )
 
 
@@ -85,7 +147,8 @@ def vae_space(folder: Path) -> dict[str, Any]:
 
 
 class Decoder:
-    """Latents to frames, whatever computes them; `space` is `vae_space` of the VAE. Subclasses add `load` and `_video`."""
+    """Latents to frames, whatever computes them; `space` is `vae_space` of the VAE. Subclasses add
+    `load` and `_video`."""
 
     def __init__(self, space: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
         self.space, self.dtype, self.device = space, dtype, device
@@ -109,19 +172,24 @@ class Decoder:
         raise NotImplementedError
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(self.space[k], device=device).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
+        mean, std = (
+            torch.tensor(self.space[k], device=device).view(1, -1, 1, 1, 1)
+            for k in ("latents_mean", "latents_std")
+        )
         return mean, std
 
     @torch.no_grad()
     def decode(self, latents: Tensor, rescue: str | Path | None = None) -> Tensor:
-        """Normalised latents [B, C, T, H, W] to frames [B, F, 3, H, W] in [0, 1], float32; large clips one at a time.
+        """Normalised latents [B, C, T, H, W] to frames [B, F, 3, H, W] in [0, 1], float32; large
+        clips one at a time.
 
         Args:
-            rescue: where to save the latents if decoding fails: a folder (default, and where it is full or cannot be written:
-                the system's temporary one).
+            rescue: where to save the latents if decoding fails: a folder (default, and where it is
+                full or cannot be written: the system's temporary one).
 
         Raises:
-            DecodeError: anything went wrong, running out of memory included; carries the path of the saved latents.
+            DecodeError: anything went wrong, running out of memory included; carries the path of
+                the saved latents.
         """
         try:
             self.load()
@@ -136,14 +204,18 @@ class Decoder:
                 out.append(video.float().add_(1).div_(2).clamp_(0, 1))
             return torch.cat(out).transpose(1, 2)
         except Exception as error:
-            named = rescue is not None and not Path(rescue).is_dir()  # a folder that is not there is the caller's mistake
+            named = (
+                rescue is not None and not Path(rescue).is_dir()
+            )  # a folder that is not there is the caller's mistake
             path = save_latents(latents, rescue) if named else rescue_latents(latents, rescue)
             saved = (
                 f"the latents are saved in {path}; decode them again with `nexus-rt decode`"
                 if path
                 else "and saving them failed too"
             )
-            raise DecodeError(f"decoding failed ({type(error).__name__}: {error}); {saved}.", path) from error
+            raise DecodeError(
+                f"decoding failed ({type(error).__name__}: {error}); {saved}.", path
+            ) from error
 
 
 class VideoDecoder(Lazy, Decoder):
@@ -151,28 +223,48 @@ class VideoDecoder(Lazy, Decoder):
 
     Args:
         folder: holds `config.json` and safetensors in diffusers' layout.
-        tiling: True, False, or "auto": decode in overlapping tiles above 1280 x 720, where memory would run out.
+        tiling: True, False, or "auto": decode in overlapping tiles above 1280 x 720, where memory
+            would run out.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: str | torch.device, tiling: bool | str = "auto") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        tiling: bool | str = "auto",
+    ) -> None:
         self.folder, self.tiling = Path(folder), tiling
         super().__init__(vae_space(self.folder), dtype, torch.device(device))
         if not any(self.folder.glob("*.safetensors")):
-            raise ModelError(f"{self.folder} holds no safetensors; expected an AutoencoderKLWan in diffusers' layout.")
+            raise ModelError(
+                f"{self.folder} holds no safetensors; expected an AutoencoderKLWan in diffusers'"
+                " layout."
+            )
         self._empty()  # what does not fit is found now, and not after the last step
 
     def _empty(self) -> tuple[torch.nn.Module, dict[str, StoredTensor]]:
         """The module on the meta device, and the stored tensors, which are exactly its own."""
         config = check_config(self.folder, "VAE")
         known = {k: v for k, v in config.items() if k in _Blocks.__struct_fields__}
-        documents.check(known, _Blocks, f"{self.folder}/config.json", remedy="it is no AutoencoderKLWan's: get it again")
+        documents.check(
+            known,
+            _Blocks,
+            f"{self.folder}/config.json",
+            remedy="it is no AutoencoderKLWan's: get it again",
+        )
         if config.get("_class_name", "AutoencoderKLWan") != "AutoencoderKLWan":
-            raise ModelError(f"{self.folder} holds a {cut(config['_class_name'], 80)}; expected an AutoencoderKLWan.")
+            raise ModelError(
+                f"{self.folder} holds a {cut(config['_class_name'], 80)}; expected an"
+                " AutoencoderKLWan."
+            )
         try:
             with torch.device("meta"):
                 model = WanVae(config) if is_plain(config) else _diffusers_vae(config)
         except Exception as error:  # diffusers checks no value of a config
-            raise ModelError(f"{self.folder}/config.json is no AutoencoderKLWan's ({cut(error)}); get it again.") from error
+            raise ModelError(
+                f"{self.folder}/config.json is no AutoencoderKLWan's ({cut(error)}); get it again."
+            ) from error
         try:
             stored = find_tensors(self.folder)
             compare(stored, model, self.folder, "VAE")
@@ -182,8 +274,8 @@ class VideoDecoder(Lazy, Decoder):
 
     @property
     def model(self) -> Any:
-        """diffusers' `AutoencoderKLWan`, on the tensors that are loaded; None where none are. Made when first asked for: a
-        small clip is decoded without it."""
+        """diffusers' `AutoencoderKLWan`, on the tensors that are loaded; None where none are. Made
+        when first asked for: a small clip is decoded without it."""
         if isinstance(self._held, WanVae):
             if self._whole is None:
                 with LOADING, torch.device("meta"):
@@ -208,22 +300,25 @@ class VideoDecoder(Lazy, Decoder):
         return folder_bytes(self.folder)
 
     def working_bytes(self, width: int, height: int, frames: int) -> int:
-        """An estimate: float32, four frames at a time or the whole clip, six activations of the decoder's last width (96 in
-        Wan's)."""
+        """An estimate: float32, four frames at a time or the whole clip, six activations of the
+        decoder's last width (96 in Wan's)."""
         plane = read_json(self.folder / "config.json").get("base_dim", 96) * width * height
         return 6 * plane * (frames if plane * frames <= WHOLE else 4) * 4
 
     def _read(self) -> torch.nn.Module:
         model, stored = self._empty()
         fill_exactly(model, stored, self.dtype, self.device)
-        for parameter in model.parameters():  # convolutions run about twice as fast in this layout on a CPU
+        for (
+            parameter
+        ) in model.parameters():  # convolutions run about twice as fast in this layout on a CPU
             if parameter.ndim == 5:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
         return model.eval()
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
-        """Frames [B, 3, F, H, W] in [-1, 1] to normalised latents [B, C, T, H/8, W/8] (the posterior's mode), float32."""
+        """Frames [B, 3, F, H, W] in [-1, 1] to normalised latents [B, C, T, H/8, W/8] (the
+        posterior's mode), float32."""
         self.load()
         frames = frames.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last_3d)
         mean, std = self._statistics(self.device)
@@ -233,9 +328,20 @@ class VideoDecoder(Lazy, Decoder):
         height, width = (s * self.spatial for s in z.shape[-2:])
         tiled = height * width > TILE_ABOVE if self.tiling == "auto" else bool(self.tiling)
         if self.tiling == "auto":
-            chose("VAE tiling", "on" if tiled else "off", f"frames of {width}x{height} against {TILE_ABOVE} pixels", once=True)
+            chose(
+                "VAE tiling",
+                "on" if tiled else "off",
+                f"frames of {width}x{height} against {TILE_ABOVE} pixels",
+                once=True,
+            )
         z = z.contiguous(memory_format=torch.channels_last_3d)
-        elements = z.shape[0] * ((z.shape[2] - 1) * self.temporal + 1) * height * width * self._held.config.base_dim
+        elements = (
+            z.shape[0]
+            * ((z.shape[2] - 1) * self.temporal + 1)
+            * height
+            * width
+            * self._held.config.base_dim
+        )
         if not tiled and elements <= WHOLE and can_decode_whole(self._held):
             return decode_whole(self._held, z)
         self.model.use_tiling = False
@@ -253,12 +359,15 @@ def save_latents(latents: Tensor, folder: str | Path | None = None) -> Path | No
         path = root / f"nexus-rt-latents-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.safetensors"
         save_file({"latents": latents.detach().float().cpu().contiguous()}, path)
         return path
-    except Exception:  # the caller is already reporting a failure: it must not be lost under this one
+    except (
+        Exception
+    ):  # the caller is already reporting a failure: it must not be lost under this one
         return None
 
 
 def rescue_latents(latents: Tensor, folder: str | Path | None = None) -> Path | None:
-    """`save_latents` into a folder, else, where that cannot be written, into the system's temporary one."""
+    """`save_latents` into a folder, else, where that cannot be written, into the system's temporary
+    one."""
     return save_latents(latents, folder) or save_latents(latents)
 
 
@@ -269,14 +378,17 @@ def read_latents(path: str | Path) -> Tensor:
         if stored is None:
             raise ModelError("it has no tensor 'latents'")
         if len(stored.shape) != 5 or 0 in stored.shape:
-            raise ModelError(f"its latents have shape {list(stored.shape)}; expected [batch, channels, frames, height, width]")
+            raise ModelError(
+                f"its latents have shape {list(stored.shape)}; expected [batch, channels, frames,"
+                " height, width]"
+            )
         (_, latents), *_ = read_tensors([("latents", stored)])
         latents = latents.float()
         if not bool(latents.isfinite().all()):
             raise ModelError("its latents hold NaN or infinity")
     except ModelError as error:
         raise ModelError(
-            f"{path} holds no latents ({cut(error)}); expected a safetensors file with a tensor 'latents', as a failed "
-            "decoding leaves it."
+            f"{path} holds no latents ({cut(error)}); expected a safetensors file with a tensor"
+            " 'latents', as a failed decoding leaves it."
         ) from error
     return latents

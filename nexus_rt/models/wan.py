@@ -1,12 +1,14 @@
 """The Wan 2.1 text-to-video diffusion transformer, written for inference.
 
-The same function as diffusers' `WanTransformer3DModel` and Wan's own `WanModel`, with four differences that do not
-change its value: Q, K and V of self-attention are one projection; RoPE tables are real-valued and cached per grid; the
-cross-attention keys and values of every block are computed once per context (`prepare_context`) and not at every step;
-and the zero padding of a context, whose keys are all equal, is kept as one key that counts as many (an additive
-log-count in the softmax), so that 512 padded tokens cost as many keys as the prompt has words.
+The same function as diffusers' `WanTransformer3DModel` and Wan's own `WanModel`, with four
+differences that do not change its value: Q, K and V of self-attention are one projection; RoPE
+tables are real-valued and cached per grid; the cross-attention keys and values of every block are
+computed once per context (`prepare_context`) and not at every step; and the zero padding of a
+context, whose keys are all equal, is kept as one key that counts as many (an additive log-count in
+the softmax), so that 512 padded tokens cost as many keys as the prompt has words.
 
-Parameters carry diffusers' names, but for the fused ones: `FUSED` says which of theirs make one of ours.
+Parameters carry diffusers' names, but for the fused ones: `FUSED` says which of theirs make one of
+ours.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ from nexus_rt.models.layers import Conv3d, Linear
 from nexus_rt.ops import TORCH, Ops, choose_ops
 
 # our parameter prefix -> diffusers' parameter prefixes, concatenated along the first dimension
-FUSED = {"attn1.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn2.to_kv": ("attn2.to_k", "attn2.to_v")}
+FUSED = {
+    "attn1.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attn2.to_kv": ("attn2.to_k", "attn2.to_v"),
+}
 # kept in float32 whatever the model's dtype, as diffusers' `_keep_in_fp32_modules` does
 KEEP_FP32 = ("time_embedder", "scale_shift_table", "norm2")
 
@@ -41,12 +46,14 @@ class _Stored(msgspec.Struct):
     """The fields of a `config.json` that make a `WanConfig`, with the ranges of any model."""
 
     num_attention_heads: Count
-    attention_head_dim: Annotated[int, msgspec.Meta(ge=2, le=1024, multiple_of=2)]  # RoPE turns pairs
+    attention_head_dim: Annotated[
+        int, msgspec.Meta(ge=2, le=1024, multiple_of=2)
+    ]  # RoPE turns pairs
     ffn_dim: Width
     num_layers: Count
-    patch_size: Annotated[list[Annotated[int, msgspec.Meta(ge=1, le=64)]], msgspec.Meta(min_length=3, max_length=3)] = (
-        msgspec.field(default_factory=lambda: [1, 2, 2])
-    )
+    patch_size: Annotated[
+        list[Annotated[int, msgspec.Meta(ge=1, le=64)]], msgspec.Meta(min_length=3, max_length=3)
+    ] = msgspec.field(default_factory=lambda: [1, 2, 2])
     in_channels: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 16
     out_channels: Annotated[int, msgspec.Meta(ge=1, le=4096)] | None = None
     text_dim: Width = 4096
@@ -79,7 +86,8 @@ class WanConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> WanConfig:
-        """Read a diffusers `config.json`, or an original Wan one (`dim`, `num_heads`, `model_type`).
+        """Read a diffusers `config.json`, or an original Wan one (`dim`, `num_heads`,
+        `model_type`).
 
         Raises:
             ModelError: the config is of another architecture (image-to-video, other norms).
@@ -89,7 +97,8 @@ class WanConfig:
                 documents.check(config[key], Width, f"config.json's {key}")
             if config["dim"] % config["num_heads"]:
                 raise ModelError(
-                    f"config.json sets dim={config['dim']}, which num_heads={config['num_heads']} does not divide."
+                    f"config.json sets dim={config['dim']}, which num_heads={config['num_heads']}"
+                    " does not divide."
                 )
             config = {
                 **config,
@@ -99,19 +108,36 @@ class WanConfig:
                 "out_channels": config.get("out_dim", 16),
             }
             if config.get("model_type", "t2v") != "t2v":
-                raise ModelError(f"model_type is {config['model_type']!r}; only text-to-video ('t2v') Wan models run here.")
-        missing = [k for k in ("num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers") if k not in config]
+                raise ModelError(
+                    f"model_type is {config['model_type']!r}; only text-to-video ('t2v') Wan models"
+                    " run here."
+                )
+        missing = [
+            k
+            for k in ("num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers")
+            if k not in config
+        ]
         if missing:
-            raise ModelError(f"config.json lacks {', '.join(missing)}; is this a Wan transformer folder?")
+            raise ModelError(
+                f"config.json lacks {', '.join(missing)}; is this a Wan transformer folder?"
+            )
         for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
             if config.get(key) is not None:
-                raise ModelError(f"config.json sets {key}={config[key]}: an image-to-video model; use a text-to-video one.")
+                raise ModelError(
+                    f"config.json sets {key}={config[key]}: an image-to-video model; use a"
+                    " text-to-video one."
+                )
         if config.get("qk_norm", "rms_norm_across_heads") not in ("rms_norm_across_heads", True):
-            raise ModelError(f"qk_norm is {config['qk_norm']!r}; expected 'rms_norm_across_heads', as Wan 2.1 has it.")
+            raise ModelError(
+                f"qk_norm is {config['qk_norm']!r}; expected 'rms_norm_across_heads', as Wan 2.1"
+                " has it."
+            )
         known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
         patch = known.get("patch_size", (1, 2, 2))
         known["patch_size"] = list(patch) if isinstance(patch, list | tuple) else [1, patch, patch]
-        stored = documents.check(known, _Stored, "config.json", remedy="take the one that belongs to the weights")
+        stored = documents.check(
+            known, _Stored, "config.json", remedy="take the one that belongs to the weights"
+        )
         found = {name: getattr(stored, name) for name in known}
         found["patch_size"] = tuple(stored.patch_size)
         found["out_channels"] = stored.out_channels or stored.in_channels
@@ -122,9 +148,9 @@ class WanConfig:
 class WanContext:
     """A prompt as the transformer reads it: cross-attention keys and values of every block.
 
-    keys, values: one [N, L', heads, head_dim] a block. bias: [N, L'] float32 added to the scores (log of how many tokens
-    a key stands for, -inf for none), or None where every token is its own key. N is the batch of a step: B samples, or
-    2B when each has its unconditional twin behind it.
+    keys, values: one [N, L', heads, head_dim] a block. bias: [N, L'] float32 added to the scores
+    (log of how many tokens a key stands for, -inf for none), or None where every token is its own
+    key. N is the batch of a step: B samples, or 2B when each has its unconditional twin behind it.
     """
 
     keys: list[Tensor]
@@ -137,20 +163,28 @@ class WanContext:
 
 
 def collapse_padding(context: Tensor, at_least: int = 1) -> tuple[Tensor, Tensor | None]:
-    """Keep one of the zero rows that end each sample of `context` [N, L, D], and say how many it stands for.
+    """Keep one of the zero rows that end each sample of `context` [N, L, D], and say how many it
+    stands for.
 
     `at_least` tokens are kept, so that a caller can have one length for many prompts.
 
-    Returns the shorter context [N, L', D] and the additive bias [N, L'] in float32 (None if nothing collapses).
+    Returns the shorter context [N, L', D] and the additive bias [N, L'] in float32 (None if nothing
+    collapses).
     """
     length = context.shape[1]
     used = (context != 0).any(-1)  # [N, L]
-    real = (used * torch.arange(1, length + 1, device=context.device)).amax(1)  # tokens up to the last that is not zero
+    real = (used * torch.arange(1, length + 1, device=context.device)).amax(
+        1
+    )  # tokens up to the last that is not zero
     kept = max(at_least, int(real.max()) + 1)
     if kept >= length:
         return context, None
     position = torch.arange(kept, device=context.device)[None]
-    count = torch.where(position < real[:, None], 1.0, torch.where(position == real[:, None], length - real[:, None], 0.0))
+    count = torch.where(
+        position < real[:, None],
+        1.0,
+        torch.where(position == real[:, None], length - real[:, None], 0.0),
+    )
     return context[:, :kept], count.log()
 
 
@@ -182,13 +216,16 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1))
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-attention keys and values [N, L, heads, head_dim] of an embedded context [N, L, dim]."""
+        """Cross-attention keys and values [N, L, heads, head_dim] of an embedded context [N, L,
+        dim]."""
         k, v = self.to_kv(context).chunk(2, -1)
         return self._heads(self.norm_k(k)), self._heads(v).contiguous()
 
     def self_attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         qkv = self.to_qkv(x)
-        q, k = self.ops.qk_norm_rope(qkv, self.norm_q.weight, self.norm_k.weight, *rope, self.heads, self.eps)
+        q, k = self.ops.qk_norm_rope(
+            qkv, self.norm_q.weight, self.norm_k.weight, *rope, self.heads, self.eps
+        )
         return self._attend(q, k, self._heads(qkv.chunk(3, -1)[2]), None)
 
     def cross_attention(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -204,7 +241,9 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
         self.ops = TORCH
-        self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": Linear(dim, inner)}), "2": Linear(inner, dim)})
+        self.net = nn.ModuleDict(
+            {"0": nn.ModuleDict({"proj": Linear(dim, inner)}), "2": Linear(inner, dim)}
+        )
 
     @property
     def second(self) -> Linear:
@@ -217,25 +256,36 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention and feed-forward, the first and last modulated by the timestep."""
+    """Self-attention, cross-attention and feed-forward, the first and last modulated by the
+    timestep."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.eps, self.ops = config.eps, TORCH
         self.attn1 = Attention(config, cross=False)
         self.attn2 = Attention(config, cross=True)
-        self.norm2 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
+        self.norm2 = (
+            nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
+        )
         self.ffn = FeedForward(config.dim, config.ffn_dim)
         self.scale_shift_table = _table(6, config.dim)
 
     def forward(
-        self, x: Tensor, y: Tensor | None, gate: Tensor | None, modulation: Tensor, rope: tuple[Tensor, Tensor],
-        k: Tensor, v: Tensor, bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        gate: Tensor | None,
+        modulation: Tensor,
+        rope: tuple[Tensor, Tensor],
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One block, its residuals added where the next norm reads them.
 
         Args:
-            x, y, gate: the residual stream [N, L, dim] and what the block before still has to add, `gate * y`.
+            x, y, gate: the residual stream [N, L, dim] and what the block before still has to add,
+                `gate * y`.
             modulation: of the timestep [M, 6, dim], M = N or 1.
 
         Returns:
@@ -246,17 +296,21 @@ class Block(nn.Module):
         modulate, dtype = self._modulate(x)
         x, h = modulate(x, scale1, shift1, self.eps, y, gate)
         attended = self.attn1.self_attention(h.to(dtype), rope)
-        if isinstance(self.norm2, nn.LayerNorm):  # an affine norm is a modulation by weight - 1 and bias
+        if isinstance(
+            self.norm2, nn.LayerNorm
+        ):  # an affine norm is a modulation by weight - 1 and bias
             scale, shift = self.norm2.weight[None] - 1, self.norm2.bias[None]
             x, h = modulate(x, scale, shift, self.eps, attended, gate1)
         else:
             x = h = torch.addcmul(x.float(), attended.float(), gate1.unsqueeze(1)).to(x.dtype)
-        x, h = modulate(x, scale2, shift2, self.eps, self.attn2.cross_attention(h.to(dtype), k, v, bias))
+        x, h = modulate(
+            x, scale2, shift2, self.eps, self.attn2.cross_attention(h.to(dtype), k, v, bias)
+        )
         return x, self.ffn(h.to(dtype)), gate2
 
     def _modulate(self, x: Tensor) -> tuple[Callable[..., Any], torch.dtype]:
-        """What norms the stream, and the dtype that the products compute in: a float32 stream beside narrower weights is the
-        published numerics, and PyTorch's alone."""
+        """What norms the stream, and the dtype that the products compute in: a float32 stream
+        beside narrower weights is the published numerics, and PyTorch's alone."""
         dtype: torch.dtype = self.ffn.second.weight.dtype
         return (self.ops if x.dtype == dtype else TORCH).modulate, dtype
 
@@ -271,18 +325,27 @@ class ConditionEmbedder(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         dim = config.dim
-        pair = lambda inner: nn.ModuleDict({"linear_1": Linear(inner, dim), "linear_2": Linear(dim, dim)})  # noqa: E731
+        pair = lambda inner: nn.ModuleDict(
+            {"linear_1": Linear(inner, dim), "linear_2": Linear(dim, dim)}
+        )
         self.freq_dim = config.freq_dim
         self.time_embedder = pair(config.freq_dim)
         self.time_proj = Linear(dim, 6 * dim)
         self.text_embedder = pair(config.text_dim)
 
     def time(self, timestep: Tensor, wide: bool = False) -> tuple[Tensor, Tensor]:
-        """timestep [M] -> embedding [M, dim] and modulation [M, 6, dim], float32; wide: projected in float32 too."""
+        """timestep [M] -> embedding [M, dim] and modulation [M, 6, dim], float32; wide: projected
+        in float32 too."""
         half = self.freq_dim // 2
-        freq = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+        freq = torch.exp(
+            -math.log(10000.0)
+            * torch.arange(half, dtype=torch.float32, device=timestep.device)
+            / half
+        )
         angle = timestep.float()[:, None] * freq
-        h = torch.cat([angle.cos(), angle.sin()], -1).to(cast(Linear, self.time_embedder["linear_1"]).weight.dtype)
+        h = torch.cat([angle.cos(), angle.sin()], -1).to(
+            cast(Linear, self.time_embedder["linear_1"]).weight.dtype
+        )
         h = self.time_embedder["linear_2"](F.silu(self.time_embedder["linear_1"](h)))
         if wide:
             return h, _linear_float32(self.time_proj, F.silu(h.float())).unflatten(1, (6, -1))
@@ -300,13 +363,16 @@ class WanTransformer(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embedding = Conv3d(config.in_channels, config.dim, config.patch_size, config.patch_size)
+        self.patch_embedding = Conv3d(
+            config.in_channels, config.dim, config.patch_size, config.patch_size
+        )
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.proj_out = Linear(config.dim, config.out_channels * math.prod(config.patch_size))
         self.scale_shift_table = _table(2, config.dim)
         self.ops = TORCH
-        # As published: residual stream, time projection and velocity in float32 whatever the weights are kept in.
+        # As published: residual stream, time projection and velocity in float32 whatever the
+        # weights are kept in.
         self.float32_stream = False
         self.stream: Any = None  # brings each block before it runs (nexus_rt.engines.streaming)
 
@@ -321,8 +387,8 @@ class WanTransformer(nn.Module):
 
         Args:
             kernels: "torch", "triton", or "auto": triton where the device can.
-            attention: a backend of `nexus_rt.attention`, or "auto" or "auto-fp8". An approximate one computes
-                self-attention; cross-attention, some 2% of the work, stays exact.
+            attention: a backend of `nexus_rt.attention`, or "auto" or "auto-fp8". An approximate
+                one computes self-attention; cross-attention, some 2% of the work, stays exact.
 
         Raises:
             InputError: an unknown name, or triton asked for where it cannot run.
@@ -345,20 +411,24 @@ class WanTransformer(nn.Module):
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
 
-    def prepare_context(self, context: Tensor, collapse: bool = True, at_least: int = 1) -> WanContext:
+    def prepare_context(
+        self, context: Tensor, collapse: bool = True, at_least: int = 1
+    ) -> WanContext:
         """Keys and values of every block for text embeddings [N, L, text_dim]; once per prompt.
 
         Args:
-            collapse: count the zero padding at the end once (module docstring); False keeps every padded token.
-            at_least: tokens to keep when collapsing, for contexts of one length whatever the prompt.
+            collapse: count the zero padding at the end once (module docstring); False keeps every
+                padded token.
+            at_least: tokens to keep when collapsing, for contexts of one length whatever the
+                prompt.
 
         Raises:
             InputError: the embeddings are not three-dimensional or of another width.
         """
         if context.ndim != 3 or context.shape[-1] != self.config.text_dim:
             raise InputError(
-                f"context has shape {tuple(context.shape)}; expected [batch, tokens, {self.config.text_dim}], "
-                "the text encoder's hidden size of this transformer."
+                f"context has shape {tuple(context.shape)}; expected [batch, tokens,"
+                f" {self.config.text_dim}], the text encoder's hidden size of this transformer."
             )
         context = context.to(self.device, self.dtype)
         collapse = collapse and takes_bias(cast(Block, self.blocks[0]).attn2.backend, self.device)
@@ -372,7 +442,8 @@ class WanTransformer(nn.Module):
 
         Args:
             latents: [N, C, T, H, W], H and W multiples of the patch size.
-            timestep: scalar, or [N], on the scale 0..1000; a scalar's embedding is computed once for the batch.
+            timestep: scalar, or [N], on the scale 0..1000; a scalar's embedding is computed once
+                for the batch.
             context: of `prepare_context`, batch N.
 
         Returns:
@@ -389,7 +460,12 @@ class WanTransformer(nn.Module):
         y = gate = None
         for block, k, v in zip(self._in_turn(), context.keys, context.values, strict=True):
             x, y, gate = block(x, y, gate, modulation, rope, k, v, context.bias)
-        shift, scale = (self.scale_shift_table + embedding.float()[:, None]).transpose(0, 1).contiguous().unbind(0)
+        shift, scale = (
+            (self.scale_shift_table + embedding.float()[:, None])
+            .transpose(0, 1)
+            .contiguous()
+            .unbind(0)
+        )
         x = (TORCH if wide else self.ops).modulate(x, scale, shift, self.config.eps, y, gate)[1]
         x = _linear_float32(self.proj_out, x) if wide else self.proj_out(x)
         x = x.unflatten(1, grid).unflatten(-1, (pt, ph, pw, -1))  # [N, t, h, w, pt, ph, pw, C]
@@ -398,6 +474,8 @@ class WanTransformer(nn.Module):
     def patchify(self, latents: Tensor) -> Tensor:
         """[N, C, T, H, W] -> tokens [N, L, dim]: the patch convolution as one matrix product."""
         pt, ph, pw = self.config.patch_size
-        x = latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pt))  # [N, C, t, pt, h, ph, w, pw]
+        x = (
+            latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pt))
+        )  # [N, C, t, pt, h, ph, w, pw]
         x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
         return F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)

@@ -1,8 +1,10 @@
-"""Wan 2.1's VAE as a tree of weights under diffusers' names, for `nexus_rt.models.decoder` to compute with.
+"""Wan 2.1's VAE as a tree of weights under diffusers' names, for `nexus_rt.models.decoder` to
+compute with.
 
-The same parameters as diffusers' `AutoencoderKLWan`, built without importing it: diffusers and what it imports take longer
-than a small clip. Only the decoder computes here (`decode_whole`); tiles, long clips and the encoder are diffusers' own, on
-the same tensors. Weights are empty until they are read.
+The same parameters as diffusers' `AutoencoderKLWan`, built without importing it: diffusers and what
+it imports take longer than a small clip. Only the decoder computes here (`decode_whole`); tiles,
+long clips and the encoder are diffusers' own, on the same tensors. Weights are empty until they are
+read.
 """
 
 from __future__ import annotations
@@ -16,9 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DEFAULTS = {  # of diffusers' AutoencoderKLWan
-    "base_dim": 96, "decoder_base_dim": None, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [],
-    "temperal_downsample": [False, True, True], "in_channels": 3, "out_channels": 3, "is_residual": False, "patch_size": None,
-}  # fmt: skip
+    "base_dim": 96,
+    "decoder_base_dim": None,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "in_channels": 3,
+    "out_channels": 3,
+    "is_residual": False,
+    "patch_size": None,
+}
 
 
 def _empty(*shape: int) -> nn.Parameter:
@@ -26,9 +37,16 @@ def _empty(*shape: int) -> nn.Parameter:
 
 
 class CausalConv3d(nn.Module):
-    """A convolution that sees no later frame; `_padding` as diffusers keeps it: (left, right, top, bottom, before, after)."""
+    """A convolution that sees no later frame; `_padding` as diffusers keeps it: (left, right, top,
+    bottom, before, after)."""
 
-    def __init__(self, inner: int, outer: int, kernel: tuple[int, int, int] = (3, 3, 3), pad: tuple[int, int, int] = (1, 1, 1)):
+    def __init__(
+        self,
+        inner: int,
+        outer: int,
+        kernel: tuple[int, int, int] = (3, 3, 3),
+        pad: tuple[int, int, int] = (1, 1, 1),
+    ):
         super().__init__()
         self.weight, self.bias = _empty(outer, inner, *kernel), _empty(outer)
         self._padding = (pad[2], pad[2], pad[1], pad[1], 2 * pad[0], 0)
@@ -39,14 +57,19 @@ class Conv2d(nn.Module):
 
     def __init__(self, inner: int, outer: int, kernel: int, padding: int = 0) -> None:
         super().__init__()
-        self.weight, self.bias, self.padding = _empty(outer, inner, kernel, kernel), _empty(outer), padding
+        self.weight, self.bias, self.padding = (
+            _empty(outer, inner, kernel, kernel),
+            _empty(outer),
+            padding,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, padding=self.padding)
 
 
 class Norm(nn.Module):
-    """x over its length along the channels, times their root and gamma; dims: axes after the channels."""
+    """x over its length along the channels, times their root and gamma; dims: axes after the
+    channels."""
 
     def __init__(self, dim: int, dims: int) -> None:
         super().__init__()
@@ -61,7 +84,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = Norm(inner, 3), CausalConv3d(inner, outer)
         self.norm2, self.conv2 = Norm(outer, 3), CausalConv3d(outer, outer)
-        self.conv_shortcut = nn.Identity() if inner == outer else CausalConv3d(inner, outer, (1, 1, 1), (0, 0, 0))
+        self.conv_shortcut = (
+            nn.Identity() if inner == outer else CausalConv3d(inner, outer, (1, 1, 1), (0, 0, 0))
+        )
 
 
 class AttentionBlock(nn.Module):
@@ -69,12 +94,18 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm, self.to_qkv, self.proj = Norm(dim, 2), Conv2d(dim, 3 * dim, 1), Conv2d(dim, dim, 1)
+        self.norm, self.to_qkv, self.proj = (
+            Norm(dim, 2),
+            Conv2d(dim, 3 * dim, 1),
+            Conv2d(dim, dim, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] to the same shape."""
         frames = x.transpose(1, 2).flatten(0, 1)  # [B T, C, H, W]
-        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)  # [B T, 1, H W, 3 C]
+        qkv = (
+            self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)
+        )  # [B T, 1, H W, 3 C]
         out = F.scaled_dot_product_attention(*(t.contiguous() for t in qkv.chunk(3, -1)))
         out = self.proj(out.squeeze(1).transpose(1, 2).unflatten(2, frames.shape[2:]))
         return out.unflatten(0, (x.shape[0], -1)).transpose(1, 2) + x
@@ -83,7 +114,9 @@ class AttentionBlock(nn.Module):
 class Double(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """[N, C, H, W] to [N, C, 2 H, 2 W]."""
-        return F.interpolate(frames.float(), scale_factor=2.0, mode="nearest-exact").to(frames.dtype)
+        return F.interpolate(frames.float(), scale_factor=2.0, mode="nearest-exact").to(
+            frames.dtype
+        )
 
 
 class Resample(nn.Module):
@@ -93,7 +126,9 @@ class Resample(nn.Module):
         super().__init__()
         self.mode = mode
         up = mode.startswith("up")
-        self.resample = nn.Sequential(Double() if up else nn.Identity(), Conv2d(dim, dim // 2 if up else dim, 3, 1))
+        self.resample = nn.Sequential(
+            Double() if up else nn.Identity(), Conv2d(dim, dim // 2 if up else dim, 3, 1)
+        )
         if mode.endswith("3d"):
             self.time_conv = CausalConv3d(dim, 2 * dim if up else dim, (3, 1, 1), (int(up), 0, 0))
 
@@ -108,7 +143,9 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     def __init__(self, inner: int, outer: int, count: int, mode: str | None) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList([ResidualBlock(inner if i == 0 else outer, outer) for i in range(count + 1)])
+        self.resnets = nn.ModuleList(
+            [ResidualBlock(inner if i == 0 else outer, outer) for i in range(count + 1)]
+        )
         self.upsamplers = nn.ModuleList([Resample(outer, mode)]) if mode else None
 
 
@@ -126,7 +163,9 @@ class Encoder(nn.Module):
                 if scale in c.attn_scales:
                     blocks.append(AttentionBlock(outer))
             if i != len(c.dim_mult) - 1:
-                blocks.append(Resample(outer, "downsample3d" if c.temperal_downsample[i] else "downsample2d"))
+                blocks.append(
+                    Resample(outer, "downsample3d" if c.temperal_downsample[i] else "downsample2d")
+                )
                 scale /= 2
         self.down_blocks, self.mid_block = nn.ModuleList(blocks), MidBlock(dims[-1])
         self.norm_out, self.conv_out = Norm(dims[-1], 3), CausalConv3d(dims[-1], 2 * c.z_dim)
@@ -140,7 +179,9 @@ class Decoder(nn.Module):
         self.conv_in, self.mid_block, blocks = CausalConv3d(c.z_dim, dims[0]), MidBlock(dims[0]), []
         for i, (inner, outer) in enumerate(pairwise(dims)):
             last = i == len(c.dim_mult) - 1
-            mode = None if last else "upsample3d" if c.temperal_downsample[::-1][i] else "upsample2d"
+            mode = (
+                None if last else "upsample3d" if c.temperal_downsample[::-1][i] else "upsample2d"
+            )
             blocks.append(UpBlock(inner if i == 0 else inner // 2, outer, c.num_res_blocks, mode))
         self.up_blocks = nn.ModuleList(blocks)
         self.norm_out, self.conv_out = Norm(dims[-1], 3), CausalConv3d(dims[-1], c.out_channels)
@@ -163,6 +204,11 @@ class WanVae(nn.Module):
 
 
 def is_plain(config: dict[str, Any]) -> bool:
-    """Whether a config is of Wan 2.1's kind: no patches, no residual up-sampling, a scale for every doubling."""
+    """Whether a config is of Wan 2.1's kind: no patches, no residual up-sampling, a scale for every
+    doubling."""
     c: dict[str, Any] = {k: config.get(k, v) for k, v in DEFAULTS.items()}
-    return c["patch_size"] is None and not c["is_residual"] and len(c["temperal_downsample"]) >= len(c["dim_mult"]) - 1
+    return (
+        c["patch_size"] is None
+        and not c["is_residual"]
+        and len(c["temperal_downsample"]) >= len(c["dim_mult"]) - 1
+    )
