@@ -1,8 +1,8 @@
 """Compile every kernel variant the runtime launches for GPUs that need not be here, and read what
 it takes of them.
 
-    python -m nexus_rt.bench.aot                       # a Markdown table: registers, spills, shared
-    memory, occupancy python -m nexus_rt.bench.aot --arch 90 --json -    # one architecture, as JSON
+    python -m nexus_rt.bench.aot                       # a Markdown table: registers, spills, ...
+    python -m nexus_rt.bench.aot --arch 90 --json -    # one architecture, as JSON
 
 Needs triton, no GPU and no driver: Triton compiles to PTX, and the `ptxas` it ships assembles that
 for sm_80, sm_90a, sm_100a and sm_120a and prints what the program uses. Occupancy is computed from

@@ -1,8 +1,7 @@
 """Everything there is to measure on a GPU, in one run of at most eight minutes.
 
-    python -m nexus_rt.bench.gpu_suite --out bench/results/h200          # on the GPU
-    python -m nexus_rt.bench.gpu_suite --dry                             # on a CPU: every part, at
-    tiny sizes
+    python -m nexus_rt.bench.gpu_suite --out bench/results/h200    # on the GPU
+    python -m nexus_rt.bench.gpu_suite --dry                       # on a CPU, at tiny sizes
 
 Needs torch, triton, numpy and safetensors; `--wheels DIR` adds a folder of wheels (diffusers, say)
 to the path. Parts run in order and each stands alone: one that breaks is written down with its

@@ -1,10 +1,9 @@
 """What users would run instead, in the same process, with the same weights, seed and embeddings.
 
 diffusers     `WanPipeline` with the large generator alone, against our plan `large`
-switch        `WanPipeline` with `transformer_2` and `boundary_ratio`, against our plan with the
-same switch naive         the paper's schedule as it is written down, with diffusers' transformers
-and VAE, against `reference` naive-ours    the same with our transformers and decoder, so that the
-schedule alone differs
+switch        `WanPipeline` with `transformer_2` and `boundary_ratio`, against ours with its switch
+naive         the paper's schedule as written down, with diffusers' models, against `reference`
+naive-ours    the same with our transformers and decoder, so that the schedule alone differs
 
 "+compile" after the first two: their transformers through `torch.compile`. Each pair is compared
 before it is timed, and timed in turn: ours, theirs, ours, theirs.

@@ -2,8 +2,7 @@
 the manifests' contract.
 
     nexus-rt export --backend onnx --parts large,vae,text_encoder -o engines
-    python examples/onnx_consumer.py engines "a striped red circle moves left on a black background"
-    clip.npy
+    python examples/onnx_consumer.py engines "a red circle moves left" clip.npy
 
 The large generator alone, guided, by Euler's method on Wan's time grid: the plan `large` with
 `--solver euler`. Needs numpy, onnxruntime and tokenizers.

@@ -1,9 +1,9 @@
 """A whole step in one graph: both generators, their guidance, and the blend, as plain products.
 
-step:  latents [B, C, T, H, W], timestep [], keys, values, bias of each generator (batch 2 B,
-    unconditional samples last),
-       scalars [10], left [H, H], right [W, W] -> velocity [B, C, T, H, W], rms [2, B] of the guided
-       velocities
+step:  latents [B, C, T, H, W], timestep [],
+       keys, values, bias of each generator (batch 2 B, unconditional samples last),
+       scalars [10], left [H, H], right [W, W]
+       -> velocity [B, C, T, H, W], rms [2, B] of the guided velocities
 
 Scalars and matrices are `nexus_rt.upfb.step_inputs` of a step, so one graph serves every step of a
 plan and every split whose filter is separable: gaussian, and fft and dct with the Gaussian

@@ -1,10 +1,12 @@
 """Attention on 8-bit floats: Q, K and V as e4m3 with a scale a block, shares as e4m3, sums in
 float32.
 
-    K' = K - mean over tokens            (takes from each query's scores one number: the softmax
-    does not see it) x8 = x / s,  s = max|x| / 448        a block of tokens of a head: 128 queries;
-    as many keys and values as a tile score = s_q s_k q8 k8^T / sqrt(d);   out = sum over tiles of
-    s_v (256 softmax share)8 v8 / 256
+    K' = K - mean over tokens
+    x8 = x / s,  s = max|x| / 448
+    score = s_q s_k q8 k8^T / sqrt(d);   out = sum over tiles of s_v (256 softmax share)8 v8 / 256
+
+The mean takes one number from all of a query's scores, which the softmax does not see. A scale is
+of a block of tokens of a head: 128 queries; as many keys and values as a tile.
 
 Smoothing K is SageAttention's (arXiv 2410.02367): its channels have outliers that are alike in
 every token. V is written transposed, as the matrix units read bytes. A tile's products are summed

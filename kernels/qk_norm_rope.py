@@ -1,8 +1,7 @@
 """RMSNorm of Q and K over all heads together, then 3-D RoPE, in one pass over a fused projection.
 
     n = x / sqrt(mean(x^2) + eps) * weight              (mean over all heads: Wan's norm)
-    (a, b) -> (a cos - b sin, a sin + b cos)            for every adjacent pair of a head, angles by
-    token
+    (a, b) -> (a cos - b sin, a sin + b cos)            (every adjacent pair of a head, by token)
 
 Reads the Q and K thirds of [B, L, 3 D] once and writes each as [B, L, heads, head_dim], which
 attention reads through strides; V stays where it is. Bytes a token must move: 2 D in, 2 D out, and

@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -267,7 +267,7 @@ def automatic(
         _chosen[case, approximate] = result["chosen"]
         timed = {
             n: f"{c['ms']:.2f} ms" if "ms" in c else c["why"]
-            for n, c in result["candidates"].items()
+            for n, c in result.get("candidates", {}).items()
         }
         chose(
             f"attention of {case}",
@@ -322,7 +322,8 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
                     )
                     why = f"its error {wrong:.1e} is above {limit}"
                 else:
-                    ms = _milliseconds(partial(BACKENDS[name].run, q, k, v, bias), case.device)
+                    call = lambda n=name: BACKENDS[n].run(q, k, v, bias)  # type: ignore[misc]
+                    ms = _milliseconds(call, case.device)
                     found[name] = {"ms": ms, "error": wrong, "relative": share}
             except (
                 RuntimeError,

@@ -27,9 +27,11 @@ from nexus_rt.pair import Defaults, Parts, engine_parts
 
 @dataclass
 class Loaded:
-    """What `NexusPipeline` holds; None for a part that is not there. space: latent channels and
-    patch size. identity: part -> what makes its results its own, whatever path it was read from:
-    weights, dtype, what computes it.
+    """What `NexusPipeline` holds; None for a part that is not there.
+
+    space: latent channels and patch size.
+    identity: part -> what makes its results its own, whatever path it was read from: weights, dtype
+        and what computes it.
     """
 
     engines: dict[str, Any]

@@ -220,9 +220,9 @@ class NexusPipeline:
 
         Args:
             folder: holds `small/` and/or `large/` with a `manifest.json` each, and the pair's
-            encoders and VAE. device, torch_dtype (of the encoders), keep_encoders, kernels,
-            vae_tiling, vram, cuda_graphs: as in
-                `from_pretrained`.
+                encoders and VAE.
+            device, torch_dtype, keep_encoders, kernels, vae_tiling, vram, cuda_graphs: as in
+                `from_pretrained`; the dtype is of the encoders.
             force: load engines that failed their parity gate.
             engine_options: of the backend, such as `provider=` of ONNX Runtime.
 

@@ -1,8 +1,8 @@
 """The frequency-banded blend of two generators' velocities: Unified Progressive Frequency Bridging.
 
 Lumos-Nexus (arXiv 2605.31603) blends low and high bands of both velocities with a 3x3 Gaussian.
-Expanded, the large generator is never filtered: `u = (1-w) v_L + w (g v_S + (1-g) LF(v_S))` with g
-= gamma_hf, one filter on one tensor. The `fft` and `dct` splits are this runtime's progressive
+Expanded, the large generator is never filtered: `u = (1-w) v_L + w (g v_S + (1-g) LF(v_S))` with
+g = gamma_hf, one filter on one tensor. The `fft` and `dct` splits are this runtime's progressive
 frequency handoff: one share per spatial frequency, `a(rho) = w [LP(rho) + g (1 - LP(rho))]`,
 `u = v_L + F^-1{a . F{v_S - v_L}}`. Every one of these filters is a few matrix products on both
 sides of a plane: two where it is separable, four (there, a gain, and back) where it is not.

@@ -1,8 +1,7 @@
 """How good are a pair's clips under some plans? Generates prompts and measures the pixels.
 
     python -m training.evaluate --prompts captions --count 201 --rows small large handoff=0.5
-    python -m training.evaluate --prompts riddles --pair training/runs/pair --rows small
-    handoff=0.5,guidance=6
+    python -m training.evaluate --prompts riddles --rows small handoff=0.5,guidance=6
 
 A row is a plan, with options after commas: `split=fft`, `guidance=6`, `guidance_2=2`,
 `unguided=0.33` (no guidance after that share of the steps). Every row sees the same prompts and

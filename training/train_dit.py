@@ -1,7 +1,7 @@
 """Train one of the mini pair's Wan DiTs by flow matching on the procedural world's latents.
 
-    python -m training.train_dit --size large --encode 6000       # once: clips -> latents, kept in
-    the run folder python -m training.train_dit --size small --steps 4000
+    python -m training.train_dit --size large --encode 6000       # once: clips -> latents
+    python -m training.train_dit --size small --steps 4000
     python -m training.train_dit --size large --steps 6000
     python -m training.train_dit --size small --export nexus_rt/mini/small
 

@@ -7,8 +7,7 @@ the reasoning grammar apart from every other, but meets those that name no field
 learns nothing of what they mean.
 
     python -m training.train_text --export nexus_rt/mini
-    python -m training.train_text --init nexus_rt/mini --export nexus_rt/mini     # new words for
-    the same encoder
+    python -m training.train_text --init nexus_rt/mini --export nexus_rt/mini     # new words
 
 With `--init` the states of whole captions are held to what they were, so that generators trained on
 them go on.

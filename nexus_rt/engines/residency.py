@@ -6,10 +6,10 @@ modes, the first that fits is taken:
 
 resident    everything stays where it runs;
 freed       both engines stay; the encoders leave before denoising, the VAE comes for decoding;
-prefetched  an engine comes while the one before it runs alone, and that one leaves when it has run
-for the last time; swapped     an engine comes when it is needed, and the step after the swap waits
-for it; streamed    as swapped, and an engine that can comes block by block as it runs: the least
-memory, slower at every step.
+prefetched  an engine comes while the one before it runs alone, which leaves after its last step;
+swapped     an engine comes when it is needed, and the step after the swap waits for it;
+streamed    as swapped, and an engine that can comes block by block as it runs: the least memory,
+            slower at every step.
 
 Peaks are weights plus one block of working memory, which engines share as they never run at once.
 The working memory is an estimate (`activation_bytes`), not a measurement.
