@@ -12,40 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.base import PublishedNumerics, Sized
+from nexus_rt.call import Call
+from nexus_rt.engines.base import Sized
 from nexus_rt.engines.residency import (
     STEP,
     Part,
-    Residency,
     ResidencyPlan,
     call_parts,
     parse_bytes,
     plan_residency,
 )
-from nexus_rt.engines.step import StepEngine
-from nexus_rt.errors import Cancelled, InputError, ModelError, choose, cut
+from nexus_rt.errors import ModelError, choose
 from nexus_rt.latents import LatentGrid, random_latents
 from nexus_rt.loading import Loaded, default_device, default_dtype, load_engines, load_models
 from nexus_rt.models.lora import LoraSource, parse_loras
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
 from nexus_rt.pair import MINI, find_parts
-from nexus_rt.plan import Plan, Step
+from nexus_rt.plan import Plan
 from nexus_rt.process import LOADING, computes
 from nexus_rt.request import (
-    CALLBACK_TENSORS,
     OUTPUT_TYPES,
     CallInputs,
-    GenerationRequest,
-    check_generators,
-    check_latents,
-    check_prompts,
     make_plan,
     make_request,
     prompt_lists,
 )
-from nexus_rt.sampling import denoise
 from nexus_rt.size import ClipSize
-from nexus_rt.step_runners import Change, Prompt
+from nexus_rt.step_runners import Prompt
 from nexus_rt.upfb import BlendConfig
 from nexus_rt.video import as_output
 
@@ -59,20 +52,6 @@ class NexusOutput:
 
     frames: Any
     plan: Plan
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a call's weights are: what moves the engines (None: nothing does), and the fused step
-    if it may be used."""
-
-    residency: Residency | None
-    step_engine: StepEngine | None
-
-    @property
-    def tight(self) -> bool:
-        """Whether memory is budgeted so that parts come and go."""
-        return self.residency is not None and self.residency.plan.mode != "resident"
 
 
 class NexusPipeline:
@@ -113,7 +92,7 @@ class NexusPipeline:
         self.identity = loaded.identity
         self.device, self.keep_encoders, self.kernels = device, keep_encoders, kernels
         self.vram = None if vram is None else parse_bytes(str(vram))
-        self._progress: dict[str, Any] = {}
+        self.progress: dict[str, Any] = {}
         self._cancel = threading.Event()
         self._interrupt = False
         self._calling = threading.RLock()
@@ -240,7 +219,7 @@ class NexusPipeline:
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm, such as `disable=True`."""
-        self._progress = options
+        self.progress = options
 
     def cancel(self) -> None:
         """Stop the running call before its next step (from a callback or another thread); it raises
@@ -365,17 +344,18 @@ class NexusPipeline:
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
         """Noise [B, C, T, H, W], float32; a list of generators gives each sample its own."""
-        shape = (batch, self.channels, *self._grid.latent(num_frames, height, width))
+        shape = (batch, self.channels, *self.grid.latent(num_frames, height, width))
         return random_latents(shape, generator, self.device)
 
     @property
-    def _grid(self) -> LatentGrid:
+    def grid(self) -> LatentGrid:
+        """From pixels and frames to latent cells."""
         space, time = (self.vae.spatial, self.vae.temporal) if self.vae else (8, 4)
         return LatentGrid(space, time, self.patch)
 
     def check_inputs(self, height: int, width: int, num_frames: int, output_type: str) -> None:
         """Raise an `InputError` that names the nearest valid value."""
-        self._grid.check(num_frames, height, width)
+        self.grid.check(num_frames, height, width)
         choose("output_type", output_type, OUTPUT_TYPES)
         for engine in (*self.engines.values(), self.vae, self.step_engine):
             if isinstance(engine, Sized):
@@ -477,230 +457,16 @@ class NexusPipeline:
             callback_on_step_end_tensor_inputs,
             max_sequence_length,
         )
-        with (
-            self._calling
-        ):  # a second thread waits for the first: a call keeps state on the pipeline
+        with self._calling:  # a second thread waits: a call keeps state on the pipeline
             self._cancel.clear()
             self._interrupt = False
             computes()
-            videos = self._check_call(request, inputs)
-            place = self._place(request, videos)
-            embeds = self._encode_call(request, inputs)
-            self._leave_encoders(place)
-            noise = self._noise(request, inputs, videos)
-            latents = self._sample(request, inputs, noise, embeds, place)
-            frames = self._decode_call(request, latents, place)
-        return NexusOutput(frames, request.plan)
+            return NexusOutput(Call(self, request, inputs).run(), request.plan)
 
-    def _check_call(self, request: GenerationRequest, inputs: CallInputs) -> int:
-        """How many videos a call makes, everything about it checked.
-
-        Raises:
-            InputError: before any work.
-        """
-        size, plan, given = request.size, request.plan, inputs.embeds
-        self.check_inputs(size.height, size.width, size.frames, request.output_type)
-        if absent := [g for g in plan.generators if g not in self.engines]:
-            raise InputError(
-                f"plan {plan.name!r} runs the {absent[0]} generator, which was not loaded; pass"
-                f" {absent[0]}=."
-            )
-        count = check_prompts(
-            inputs.prompt, inputs.negative_prompt, given, inputs.max_sequence_length
-        )
-        if self._steered(plan, given) and inputs.prompt is None:
-            raise InputError(
-                "the small generator is steered by the understanding model, which reads the prompt;"
-                " pass prompt, or context_embeds made by encode_context besides prompt_embeds."
-            )
-        videos = count * request.videos_per_prompt
-        check_generators(inputs.generator, videos)
-        if inputs.latents is not None:
-            shape = (
-                videos,
-                self.channels,
-                *self._grid.latent(size.frames, size.height, size.width),
-            )
-            check_latents(inputs.latents, shape)
-        return videos
-
-    def _steered(self, plan: Plan, given: dict[str, Tensor | None]) -> bool:
-        """Whether the small generator's context is to be made of the prompt."""
-        return (
-            self.context is not None
-            and "small" in plan.generators
-            and given["context_embeds"] is None
-        )
-
-    def _place(self, request: GenerationRequest, videos: int) -> Placement:
-        """Where a call's weights are: what moves the engines under a memory budget, and the fused
-        step where both generators may be in memory."""
-        step_engine = None if request.published else self.step_engine
-        if self.vram is None:
-            return Placement(None, step_engine)
-        residency = Residency(self.plan_residency(request.plan, request.size, videos), self.engines)
-        if residency.plan.mode == "resident":
-            return Placement(residency, step_engine)
-        for engine in (*self.engines.values(), *((self.step_engine,) if self.step_engine else ())):
-            engine.unload()
-        return Placement(residency, None)
-
-    def _encode_call(
-        self, request: GenerationRequest, inputs: CallInputs
-    ) -> dict[str, Tensor | None]:
-        """A call's embeddings and contexts under its arguments' names, one for each video: those
-        given, the rest encoded.
-
-        Raises:
-            Cancelled: `cancel()` was called meanwhile.
-        """
-        every, prompt, given = request.videos_per_prompt, inputs.prompt, inputs.embeds
-        embeds = {k: None if v is None else v.repeat_interleave(every, 0) for k, v in given.items()}
-        if prompt is not None:
-            positive, none = self.encode_prompt(
-                prompt, inputs.negative_prompt, every, inputs.max_sequence_length
-            )
-            embeds["prompt_embeds"] = positive
-            if given["negative_prompt_embeds"] is None:
-                embeds["negative_prompt_embeds"] = none
-            self._check_cancelled("after the prompt was encoded")
-        if self._steered(request.plan, given):
-            text, no_text = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
-            assert (
-                prompt is not None and text is not None and no_text is not None
-            )  # of the prompt, which was checked
-            context, none = self.encode_context(
-                prompt, text, no_text, request.size.frames == 1, every
-            )
-            embeds["context_embeds"] = context
-            if given["negative_context_embeds"] is None:
-                embeds["negative_context_embeds"] = none
-            self._check_cancelled("after the prompt was understood")
-        return embeds
-
-    def _check_cancelled(self, when: str) -> None:
-        if self._cancel.is_set():
-            raise Cancelled(f"stopped {when}, as asked.")
-
-    def _leave_encoders(self, place: Placement) -> None:
-        """Free what the rest of a call does not need: where memory is budgeted, or encoders are not
-        kept."""
-        for encoder in (self.text, self.context) if place.tight or not self.keep_encoders else ():
-            if encoder is not None:
-                (encoder.unload if self.keep_encoders else encoder.drop)()
-
-    def _noise(self, request: GenerationRequest, inputs: CallInputs, videos: int) -> Tensor:
-        """The latents that a call was given, or drawn ones."""
-        if inputs.latents is not None:
-            return inputs.latents
-        return self.prepare_latents(
-            videos, request.size.frames, request.size.height, request.size.width, inputs.generator
-        )
-
-    def _prompts(self, embeds: dict[str, Tensor | None]) -> dict[str, Prompt]:
-        """What each generator is told."""
-        text, context = embeds["prompt_embeds"], embeds["context_embeds"]
-        assert text is not None  # given or encoded
-        prompts = dict.fromkeys(self.engines, Prompt(text, embeds["negative_prompt_embeds"]))
-        if context is not None:
-            prompts["small"] = Prompt(context, embeds["negative_context_embeds"])
-        return prompts
-
-    def _sample(
-        self,
-        request: GenerationRequest,
-        inputs: CallInputs,
-        noise: Tensor,
-        embeds: dict[str, Tensor | None],
-        place: Placement,
-    ) -> Tensor:
-        """Noise to clean latents, with the progress bar and the caller's callback."""
-        from tqdm import tqdm
-
-        plan = request.plan
-        running = [self.engines[name] for name in plan.generators] if request.published else []
-        exact = [engine for engine in running if isinstance(engine, PublishedNumerics)]
-        with tqdm(
-            **{"total": len(plan), "desc": plan.name, "unit": "step", **self._progress}
-        ) as bar:
-
-            def on_step(step: Step, latents: Tensor) -> Change | None:
-                bar.set_postfix_str(step.runs, refresh=False)
-                bar.update()
-                if inputs.callback is None:
-                    return None
-                known = {"latents": latents, **embeds}
-                answer = inputs.callback(
-                    self, step.index, step.timestep, {name: known[name] for name in inputs.tensors}
-                )
-                return self._change(answer, known, embeds)
-
-            try:
-                for engine in exact:
-                    engine.published_numerics(True)
-                return denoise(
-                    noise.to(self.device),
-                    plan,
-                    self.engines,
-                    self._prompts(embeds),
-                    guidance_scale=request.guidance.small,
-                    guidance_scale_2=request.guidance.large,
-                    blend_config=request.blend,
-                    solver=request.solver,
-                    kernels=self.kernels,
-                    residency=place.residency,
-                    step_engine=place.step_engine,
-                    on_step=on_step,
-                    should_stop=self._cancel.is_set,
-                    should_finish=lambda: self._interrupt,
-                )
-            finally:
-                for engine in exact:
-                    engine.published_numerics(False)
-                if place.residency is not None:
-                    place.residency.close()
-
-    def _decode_call(self, request: GenerationRequest, latents: Tensor, place: Placement) -> Any:
-        """A call's frames; under a tight budget the engines leave the memory to the decoder, and it
-        leaves after them."""
-        for engine in self.engines.values() if place.tight else ():
-            engine.unload()
-        frames = self.decode(latents, request.output_type, truncate=request.published)
-        if place.tight and self.vae is not None:
-            self.vae.unload()
-        return frames
-
-    def _change(
-        self, answer: Any, known: dict[str, Tensor | None], embeds: dict[str, Tensor | None]
-    ) -> Change | None:
-        """What a callback's answer changes; embeddings are replaced in `embeds`.
-
-        Raises:
-            InputError: anything but a dictionary of tensors like those there are.
-        """
-        if answer is None:
-            return None
-        if not isinstance(answer, dict):
-            raise InputError(
-                f"the callback returned {cut(repr(answer), 80)}; expected a dictionary of tensors,"
-                " or None."
-            )
-        for name, value in answer.items():
-            choose("callback tensor", name, CALLBACK_TENSORS)
-            there = known[name]
-            if not isinstance(value, Tensor) or there is None or value.shape != there.shape:
-                shape = None if there is None else list(there.shape)
-                found = list(value.shape) if isinstance(value, Tensor) else cut(repr(value), 80)
-                raise InputError(
-                    f"the callback returned {name} as {found}; expected a tensor of shape {shape}."
-                )
-        new = {
-            name: value
-            for name, value in answer.items()
-            if name != "latents" and value is not known[name]
-        }
-        embeds.update(new)
-        return Change(answer.get("latents"), self._prompts(embeds) if new else None)
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel()` was called since the running call began."""
+        return self._cancel.is_set()
 
     @property
     def interrupt(self) -> bool:

@@ -1,0 +1,253 @@
+"""One call of a pipeline: check, place, encode, sample, decode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from nexus_rt.engines.base import PublishedNumerics
+from nexus_rt.engines.residency import Residency
+from nexus_rt.engines.step import StepEngine
+from nexus_rt.errors import Cancelled, InputError, choose, cut
+from nexus_rt.plan import Step
+from nexus_rt.request import (
+    CALLBACK_TENSORS,
+    CallInputs,
+    GenerationRequest,
+    check_generators,
+    check_latents,
+    check_prompts,
+)
+from nexus_rt.sampling import denoise
+from nexus_rt.step_runners import Change, Prompt
+
+if TYPE_CHECKING:
+    from nexus_rt.pipeline import NexusPipeline
+
+Embeds = dict[str, Tensor | None]  # texts and contexts under the call's argument names
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a call's weights are.
+
+    residency: moves the engines between memories; None where nothing moves.
+    step_engine: the fused step, where it may be used.
+    """
+
+    residency: Residency | None
+    step_engine: StepEngine | None
+
+    @property
+    def tight(self) -> bool:
+        """Whether memory is budgeted so that parts come and go."""
+        return self.residency is not None and self.residency.plan.mode != "resident"
+
+
+class Call:
+    """A pipeline's parts at work for one request."""
+
+    def __init__(self, pipe: NexusPipeline, request: GenerationRequest, inputs: CallInputs) -> None:
+        self.pipe, self.request, self.inputs = pipe, request, inputs
+
+    def run(self) -> Any:
+        """Frames as the request's `output_type` asks."""
+        videos = self.check()
+        place = self.place(videos)
+        embeds = self.encode()
+        self.leave_encoders(place)
+        latents = self.sample(self.noise(videos), embeds, place)
+        return self.decode(latents, place)
+
+    def check(self) -> int:
+        """The number of videos, everything about the call checked.
+
+        Raises:
+            InputError: before any work.
+        """
+        pipe, request, inputs = self.pipe, self.request, self.inputs
+        size, plan = request.size, request.plan
+        pipe.check_inputs(size.height, size.width, size.frames, request.output_type)
+        if absent := [g for g in plan.generators if g not in pipe.engines]:
+            raise InputError(
+                f"plan {plan.name!r} runs the {absent[0]} generator, which was not loaded; pass"
+                f" {absent[0]}=."
+            )
+        count = check_prompts(
+            inputs.prompt, inputs.negative_prompt, inputs.embeds, inputs.max_sequence_length
+        )
+        if self.steered and inputs.prompt is None:
+            raise InputError(
+                "the small generator is steered by the understanding model, which reads the prompt;"
+                " pass prompt, or context_embeds made by encode_context besides prompt_embeds."
+            )
+        videos = count * request.videos_per_prompt
+        check_generators(inputs.generator, videos)
+        if inputs.latents is not None:
+            latent = pipe.grid.latent(size.frames, size.height, size.width)
+            check_latents(inputs.latents, (videos, pipe.channels, *latent))
+        return videos
+
+    @property
+    def steered(self) -> bool:
+        """Whether the small generator's context is to be made of the prompt."""
+        if self.pipe.context is None or self.inputs.embeds["context_embeds"] is not None:
+            return False
+        return "small" in self.request.plan.generators
+
+    def place(self, videos: int) -> Placement:
+        """Decide where the weights are; under a memory budget, clear the device first."""
+        pipe, request = self.pipe, self.request
+        step_engine = None if request.published else pipe.step_engine
+        if pipe.vram is None:
+            return Placement(None, step_engine)
+        plan = pipe.plan_residency(request.plan, request.size, videos)
+        residency = Residency(plan, pipe.engines)
+        if plan.mode == "resident":
+            return Placement(residency, step_engine)
+        for engine in (*pipe.engines.values(), *((pipe.step_engine,) if pipe.step_engine else ())):
+            engine.unload()
+        return Placement(residency, None)
+
+    def encode(self) -> Embeds:
+        """Embeddings and contexts, one for each video: those given, the rest made of the prompt.
+
+        Raises:
+            Cancelled: `cancel()` was called meanwhile.
+        """
+        pipe, request, inputs = self.pipe, self.request, self.inputs
+        every, prompt, given = request.videos_per_prompt, inputs.prompt, inputs.embeds
+        embeds = {k: None if v is None else v.repeat_interleave(every, 0) for k, v in given.items()}
+        if prompt is not None:
+            positive, negative = pipe.encode_prompt(
+                prompt, inputs.negative_prompt, every, inputs.max_sequence_length
+            )
+            embeds["prompt_embeds"] = positive
+            if given["negative_prompt_embeds"] is None:
+                embeds["negative_prompt_embeds"] = negative
+            self._check_cancelled("after the prompt was encoded")
+        if self.steered:
+            text, no_text = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
+            assert prompt is not None and text is not None and no_text is not None  # `check`
+            context, negative = pipe.encode_context(
+                prompt, text, no_text, request.size.frames == 1, every
+            )
+            embeds["context_embeds"] = context
+            if given["negative_context_embeds"] is None:
+                embeds["negative_context_embeds"] = negative
+            self._check_cancelled("after the prompt was understood")
+        return embeds
+
+    def _check_cancelled(self, when: str) -> None:
+        if self.pipe.cancelled:
+            raise Cancelled(f"stopped {when}, as asked.")
+
+    def leave_encoders(self, place: Placement) -> None:
+        """Free the encoders, where memory is budgeted or they are not kept."""
+        pipe = self.pipe
+        for encoder in (pipe.text, pipe.context) if place.tight or not pipe.keep_encoders else ():
+            if encoder is not None:
+                (encoder.unload if pipe.keep_encoders else encoder.drop)()
+
+    def noise(self, videos: int) -> Tensor:
+        """The latents that the call was given, or drawn ones."""
+        if self.inputs.latents is not None:
+            return self.inputs.latents
+        size = self.request.size
+        return self.pipe.prepare_latents(
+            videos, size.frames, size.height, size.width, self.inputs.generator
+        )
+
+    def prompts(self, embeds: Embeds) -> dict[str, Prompt]:
+        """The prompt of each generator."""
+        text, context = embeds["prompt_embeds"], embeds["context_embeds"]
+        assert text is not None  # given or encoded
+        prompts = dict.fromkeys(self.pipe.engines, Prompt(text, embeds["negative_prompt_embeds"]))
+        if context is not None:
+            prompts["small"] = Prompt(context, embeds["negative_context_embeds"])
+        return prompts
+
+    def sample(self, noise: Tensor, embeds: Embeds, place: Placement) -> Tensor:
+        """Noise to clean latents, with the progress bar and the caller's callback."""
+        from tqdm import tqdm
+
+        pipe, request, plan = self.pipe, self.request, self.request.plan
+        running = [pipe.engines[name] for name in plan.generators] if request.published else []
+        exact = [engine for engine in running if isinstance(engine, PublishedNumerics)]
+        options = {"total": len(plan), "desc": plan.name, "unit": "step", **pipe.progress}
+        with tqdm(**options) as bar:
+
+            def on_step(step: Step, latents: Tensor) -> Change | None:
+                bar.set_postfix_str(step.runs, refresh=False)
+                bar.update()
+                return self.callback(step, latents, embeds)
+
+            try:
+                for engine in exact:
+                    engine.published_numerics(True)
+                return denoise(
+                    noise.to(pipe.device),
+                    plan,
+                    pipe.engines,
+                    self.prompts(embeds),
+                    guidance_scale=request.guidance.small,
+                    guidance_scale_2=request.guidance.large,
+                    blend_config=request.blend,
+                    solver=request.solver,
+                    kernels=pipe.kernels,
+                    residency=place.residency,
+                    step_engine=place.step_engine,
+                    on_step=on_step,
+                    should_stop=lambda: pipe.cancelled,
+                    should_finish=lambda: pipe.interrupt,
+                )
+            finally:
+                for engine in exact:
+                    engine.published_numerics(False)
+                if place.residency is not None:
+                    place.residency.close()
+
+    def callback(self, step: Step, latents: Tensor, embeds: Embeds) -> Change | None:
+        """Ask the caller's callback; new embeddings are put into `embeds`.
+
+        Raises:
+            InputError: it returned anything but a dictionary of tensors like those there are.
+        """
+        if self.inputs.callback is None:
+            return None
+        known: Embeds = {"latents": latents, **embeds}
+        tensors = {name: known[name] for name in self.inputs.tensors}
+        answer = self.inputs.callback(self.pipe, step.index, step.timestep, tensors)
+        if answer is None:
+            return None
+        if not isinstance(answer, dict):
+            raise InputError(
+                f"the callback returned {cut(repr(answer), 80)}; expected a dictionary of tensors,"
+                " or None."
+            )
+        for name, value in answer.items():
+            choose("callback tensor", name, CALLBACK_TENSORS)
+            there = known[name]
+            if not isinstance(value, Tensor) or there is None or value.shape != there.shape:
+                shape = None if there is None else list(there.shape)
+                returned = list(value.shape) if isinstance(value, Tensor) else cut(repr(value), 80)
+                raise InputError(
+                    f"the callback returned {name} as {returned}; expected a tensor of shape"
+                    f" {shape}."
+                )
+        new = {n: v for n, v in answer.items() if n != "latents" and v is not known[n]}
+        embeds.update(new)
+        return Change(answer.get("latents"), self.prompts(embeds) if new else None)
+
+    def decode(self, latents: Tensor, place: Placement) -> Any:
+        """Frames; under a tight budget the engines leave the memory to the decoder, which leaves it
+        in its turn."""
+        pipe, request = self.pipe, self.request
+        for engine in pipe.engines.values() if place.tight else ():
+            engine.unload()
+        frames = pipe.decode(latents, request.output_type, truncate=request.published)
+        if place.tight and pipe.vae is not None:
+            pipe.vae.unload()
+        return frames
