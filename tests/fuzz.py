@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from nexus_rt import documents
 from nexus_rt.errors import NexusError
+from tests.omnivideo import make_llm
 
 ODD = [
     None,
@@ -212,13 +213,17 @@ def make_targets(pair, steered, work):
     from nexus_rt.models.connector import ConnectorConfig, load_connector
     from nexus_rt.models.load import load_config, load_transformer, read_json
     from nexus_rt.models.lora import Lora, merge
-    from nexus_rt.models.pretrained import pretrained
+    from nexus_rt.models.tokenizer import load_tokenizer
+    from nexus_rt.models.umt5 import load_umt5
+    from nexus_rt.models.understanding import Template, UnderstandingModel
     from nexus_rt.models.vae import VideoDecoder, read_latents, save_latents, vae_space
     from nexus_rt.pair import find_parts
     from nexus_rt.prompts import read_prompts
 
     root = shutil.copytree(pair, work / "pair")
-    cpu = torch.device("cpu")
+    cpu, ids = torch.device("cpu"), torch.tensor([[1, 2, 3]])
+    llm = work / "llm"
+    make_llm(llm)
 
     def put(name, value):
         (work / name).parent.mkdir(parents=True, exist_ok=True)
@@ -417,19 +422,22 @@ def make_targets(pair, steered, work):
         Target(
             "text encoder config.json",
             root / "text_encoder" / "config.json",
-            lambda: pretrained(
-                "UMT5EncoderModel", root / "text_encoder", "text encoder", cpu, dtype=torch.float32
-            ),
+            lambda: load_umt5(root / "text_encoder", torch.float32, cpu)(ids, torch.ones_like(ids)),
+        ),
+        Target(
+            "understanding config.json",
+            llm / "config.json",
+            lambda: UnderstandingModel(llm, Template(), torch.float32, "cpu").hidden_states("a"),
         ),
         Target(
             "tokenizer.json",
             root / "tokenizer" / "tokenizer.json",
-            lambda: pretrained("AutoTokenizer", root / "tokenizer", "tokenizer"),
+            lambda: load_tokenizer(root / "tokenizer", "tokenizer").encode("a red", limit=5),
         ),
         Target(
             "tokenizer_config.json",
             root / "tokenizer" / "tokenizer_config.json",
-            lambda: pretrained("AutoTokenizer", root / "tokenizer", "tokenizer"),
+            lambda: load_tokenizer(root / "tokenizer", "tokenizer").encode("a red", limit=5),
         ),
         Target(
             "transformer weights",

@@ -130,14 +130,14 @@ class LlamaConfig(msgspec.Struct, frozen=True):
 def is_native(config: dict[str, Any]) -> bool:
     """Whether a `config.json` is of a model that this file computes."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
+    if not isinstance(rope, dict) or "partial_rotary_factor" in rope:
+        return False
     return (
         config.get("model_type") == "llama"
-        and kind in ROPE_TYPES
-        and config.get("hidden_act", "silu") in ACTIVATIONS
-        and "partial_rotary_factor" not in rope
-        and not config.get("quantization_config")
         and config.get("architectures") in (["LlamaForCausalLM"], ["LlamaModel"])
+        and rope.get("rope_type", rope.get("type", "default")) in ROPE_TYPES
+        and str(config.get("hidden_act", "silu")) in ACTIVATIONS
+        and not config.get("quantization_config")
     )
 
 

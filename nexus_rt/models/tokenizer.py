@@ -7,12 +7,14 @@ longer than a small clip.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nexus_rt.documents import MAX_BYTES, read_bytes, read_object
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, NexusError, cut
 from nexus_rt.models.pretrained import pretrained
 from nexus_rt.process import LOADING
 
@@ -43,21 +45,34 @@ class Tokenizer(ABC):
         """The id of one token, None where the vocabulary lacks it."""
 
 
+@contextlib.contextmanager
+def whole(folder: Path, what: str) -> Iterator[None]:
+    """A `ModelError` for what the libraries raise on files whose parts do not fit each other, some
+    when they are read and some when a text is: bare Exceptions, and panics, which are none."""
+    try:
+        yield
+    except NexusError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ModelError(
+                f"{folder}: the {what} cannot be loaded ({cut(error)}); download it again."
+            ) from error
+        raise
+
+
 class PlainTokenizer(Tokenizer):
     """`tokenizer.json`, read by the tokenizers library."""
 
     def __init__(self, folder: Path, config: dict[str, Any], what: str) -> None:
         import tokenizers
 
+        self.folder, self.what = folder, what
         data = read_bytes(folder / "tokenizer.json", limit=MAX_BYTES)
-        try:
+        with whole(self.folder, self.what):
             self.inner = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises bare Exceptions
-            raise ModelError(
-                f"{folder}: the {what} cannot be loaded ({cut(error)}); download it again."
-            ) from error
-        self.inner.no_truncation()  # what a file says of them is its maker's last call
-        self.inner.no_padding()
+            self.inner.no_truncation()  # what a file says of them is its maker's last call
+            self.inner.no_padding()
         self.pad_id, self.eos_id, self.unk_id = (
             self._named(config, f"{name}_token") for name in ("pad", "eos", "unk")
         )
@@ -68,11 +83,12 @@ class PlainTokenizer(Tokenizer):
         return self.token_id(token) if isinstance(token, str) else None
 
     def encode(self, text: str, special: bool = True, limit: int | None = None) -> list[int]:
-        if limit is None or not special:
-            return self.inner.encode(text, add_special_tokens=special).ids[:limit]
-        encoding = self.inner.encode(text, add_special_tokens=False)
-        encoding.truncate(max(0, limit - self.inner.num_special_tokens_to_add(False)))
-        return self.inner.post_process(encoding, add_special_tokens=True).ids[:limit]
+        with whole(self.folder, self.what):
+            if limit is None or not special:
+                return self.inner.encode(text, add_special_tokens=special).ids[:limit]
+            encoding = self.inner.encode(text, add_special_tokens=False)
+            encoding.truncate(max(0, limit - self.inner.num_special_tokens_to_add(False)))
+            return self.inner.post_process(encoding, add_special_tokens=True).ids[:limit]
 
     def decode(self, ids: list[int]) -> str:
         return self.inner.decode(ids, skip_special_tokens=True)
@@ -85,29 +101,27 @@ class TransformersTokenizer(Tokenizer):
     """Any tokenizer of transformers', by its `AutoTokenizer`."""
 
     def __init__(self, folder: Path, what: str) -> None:
+        self.folder, self.what = folder, what
         self.inner = pretrained("AutoTokenizer", folder, what)
-        self.pad_id, self.eos_id, self.unk_id = (
-            self.inner.pad_token_id,
-            self.inner.eos_token_id,
-            self.inner.unk_token_id,
-        )
+        with whole(folder, what):
+            self.pad_id, self.eos_id = self.inner.pad_token_id, self.inner.eos_token_id
+            self.unk_id = self.inner.unk_token_id
 
     def encode(self, text: str, special: bool = True, limit: int | None = None) -> list[int]:
-        cutting = (
-            {"truncation": True, "max_length": limit} if limit is not None else {"verbose": False}
-        )
-        return self.inner(text, add_special_tokens=special, **cutting).input_ids
+        cutting: dict[str, Any] = {"verbose": False}
+        if limit is not None:
+            cutting = {"truncation": True, "max_length": limit}
+        with whole(self.folder, self.what):
+            return self.inner(text, add_special_tokens=special, **cutting).input_ids
 
     def decode(self, ids: list[int]) -> str:
         return self.inner.decode(ids, skip_special_tokens=True)
 
     def token_id(self, token: str) -> int | None:
-        found = self.inner.convert_tokens_to_ids(token)
-        return (
-            None
-            if found is None or (found == self.unk_id and token != self.inner.unk_token)
-            else found
-        )
+        with whole(self.folder, self.what):
+            found = self.inner.convert_tokens_to_ids(token)
+            unknown = found == self.unk_id and token != self.inner.unk_token
+        return None if found is None or unknown else found
 
 
 def load_tokenizer(folder: Path, what: str) -> Tokenizer:
