@@ -23,7 +23,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 def loaded(name):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -225,3 +225,22 @@ def test_a_compute_capability_is_one_thing_however_it_is_written(written, meant)
     assert capability(written) == meant
     with pytest.raises(InputError, match="expected a compute capability"):
         capability("hopper")
+
+
+def test_a_worker_makes_clips_reports_errors_and_cancels(tiny_pair, tmp_path):
+    """examples/embed.py: what a server does with a pipeline."""
+    embed = loaded("embed")
+    worker = embed.Worker(NexusPipeline.from_pretrained(tiny_pair))
+    good = worker.submit(embed.Job("a red circle", tmp_path / "a.mp4", steps=3))
+    bad = worker.submit(embed.Job("a red circle", tmp_path / "b.mp4", steps=0))
+    long = worker.submit(embed.Job("a red circle", tmp_path / "c.mp4", steps=5000))
+    assert good.done.wait(60) and bad.done.wait(60)
+    assert good.file.stat().st_size and good.progress == 1.0 and good.error is None
+    assert "num_inference_steps is 0" in bad.error and not bad.file.exists()
+    while not long.progress:
+        assert not long.done.wait(0.01)
+    late = worker.submit(embed.Job("a red circle", tmp_path / "d.mp4", steps=3))
+    worker.cancel(late)
+    worker.cancel(long)
+    worker.close()
+    assert long.cancelled and late.cancelled and not long.file.exists() and not late.file.exists()
