@@ -13,9 +13,8 @@ pytest.importorskip("triton")
 ALL = (80, 90, 100, 120)
 
 
-# In every run Hopper and the smallest Blackwell: the most and the least shared memory, with and
-# without wgmma; all of them in the slow one.
-@pytest.fixture(scope="module", params=[(90, 120), pytest.param(ALL, marks=pytest.mark.slow)])
+# Hopper in every run, all of them in the slow one.
+@pytest.fixture(scope="module", params=[(90,), pytest.param(ALL, marks=pytest.mark.slow)])
 def arches(request):
     return request.param
 

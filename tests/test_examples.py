@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from nexus_rt import NexusPipeline
 from nexus_rt.cli import main
 from nexus_rt.engines import aoti
+from nexus_rt.engines.folder import EngineFolder, engines_root
 from nexus_rt.engines.open import open_engine
 from nexus_rt.errors import ModelError
 from tests.conftest import SIZES
@@ -125,19 +127,14 @@ def test_a_second_folder_is_another_s_copy_and_both_are_whole(
 
 
 def test_a_damaged_engine_that_kept_its_time_is_found_and_built_again(
-    tiny_pair, tmp_path, monkeypatch, capsys
+    tiny_pair, tiny_engines, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))
-    line = [
-        "export",
-        "--pair",
-        str(tiny_pair),
-        "--parts",
-        "text_encoder",
-        "-o",
-        str(tmp_path / "out"),
-    ]
-    assert main(line) == 0
+    made = EngineFolder.read(tiny_engines / "text_encoder")
+    shutil.copytree(made.path, engines_root() / made.manifest.identity())
+    line = ["export", "--pair", str(tiny_pair), "--parts", "text_encoder"]
+    line += ["-o", str(tmp_path / "out")]
+    assert main(line) == 0 and "found in the cache" in capsys.readouterr().err
     file = tmp_path / "out" / "text_encoder" / "encode.onnx.data"
     stat, data = file.stat(), bytearray(file.read_bytes())
     data[100] ^= 1
