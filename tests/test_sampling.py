@@ -231,11 +231,30 @@ def test_checks_are_settled_in_order_up_to_a_step():
         watch.settle(3)
 
 
-def test_the_old_names_still_work_and_say_so():
+@pytest.mark.parametrize(
+    "old, new, names",
+    [
+        ("nexus_rt.denoise", "nexus_rt.sampling", ("denoise", "Prompt", "Change", "Watch")),
+        ("nexus_rt.options", "nexus_rt.cli.options", ("TABLE", "given_options")),
+        ("nexus_rt.arguments", "nexus_rt.cli.parser", ("parser",)),
+    ],
+)
+def test_the_old_names_still_work_and_say_so(old, new, names):
     import importlib
     import sys
 
-    sys.modules.pop("nexus_rt.denoise", None)
-    with pytest.warns(DeprecationWarning, match="now nexus_rt.sampling"):
-        old = importlib.import_module("nexus_rt.denoise")
-    assert old.denoise is denoise and old.Prompt is Prompt and old.Watch is FiniteCheck
+    sys.modules.pop(old, None)
+    with pytest.warns(DeprecationWarning, match=f"now {new}"):
+        module = importlib.import_module(old)
+    assert all(getattr(module, name) for name in names)
+    if old == "nexus_rt.denoise":
+        assert module.denoise is denoise and module.Watch is FiniteCheck
+
+
+def test_the_filter_is_still_found_where_it_was():
+    from nexus_rt.kernels import band_blend, band_filter
+
+    with pytest.warns(DeprecationWarning, match="is in nexus_rt.kernels.band_filter"):
+        assert band_blend.band_filter is band_filter.band_filter
+    with pytest.raises(AttributeError):
+        band_blend.nothing  # noqa: B018
