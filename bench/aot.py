@@ -127,9 +127,8 @@ def compile_variant(variant, arch: int) -> dict:
         int(re.search(r"Used (\d+) registers", output)[1]),
         int(compiled.metadata.shared),
     )
-    threads = re.search(
-        r"\.(?:reqntid|maxntid) (\d+)", ptx
-    )  # warp groups of a specialised kernel are counted there
+    # warp groups of a specialised kernel are counted there
+    threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)
     warps = int(threads[1]) // 32 if threads else variant.num_warps
     resident, limit = occupancy(arch, warps, registers, shared)
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", output)]

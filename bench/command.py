@@ -86,10 +86,11 @@ def compare(before: str, after: str) -> int:
 
 
 def write(found: dict[str, Any], args: argparse.Namespace) -> None:
+    # the page has them
     without = {
         **found,
         "rows": [{k: v for k, v in r.items() if k != "thumbnail"} for r in found["rows"]],
-    }  # the page has them
+    }
     made = (
         (args.json, lambda: json.dumps(finite(without), indent=1) + "\n"),
         (args.html, lambda: page(finite(found))),

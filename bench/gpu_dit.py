@@ -47,9 +47,8 @@ def dit(suite: Any, name: str) -> dict:
                 call = lambda f=forward, c=context: f(latents, timestep, c)
                 if suite.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                if (
-                    "compiled" not in label
-                ):  # a hook would be compiled too; its arguments are those of "torch"
+                # a hook would be compiled too; its arguments are those of "torch"
+                if "compiled" not in label:
                     hook = model.blocks[-1].register_forward_pre_hook(
                         lambda block, args, k=kernel: seen.setdefault(k, args)
                     )
@@ -65,9 +64,8 @@ def dit(suite: Any, name: str) -> dict:
                     (outputs[label].float() - first).abs().max() / first.abs().max()
                 )
                 if kernel == "triton":  # after the peak: a graph has memory of its own
-                    with failure_in(
-                        rows, f"{label}, replayed"
-                    ):  # what launches cost is the difference
+                    # what launches cost is the difference
+                    with failure_in(rows, f"{label}, replayed"):
                         rows[f"{label}, replayed"] = suite.of_roof(
                             suite.ms(call, 3, 1, graph=True), flops=flops
                         )

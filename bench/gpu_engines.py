@@ -14,10 +14,11 @@ from typing import Any
 from nexus_rt.bench.measure import failure_in
 from nexus_rt.bench.presets import random_transformer
 
+# of the swap: a 14B of a quarter of its blocks, so that twelve steps take seconds
 LAYERS = {
     "small": 30,
     "large": 10,
-}  # of the swap: a 14B of a quarter of its blocks, so that twelve steps take seconds
+}
 STEPS = "small:6 large:6"
 
 
@@ -120,13 +121,14 @@ def swap(suite: Any) -> dict:
         suite.random(1, 16, *size.latent, dtype=torch.float32),
     )
     rows: dict[str, Any] = {}
+    # the first warms everything up
     for mode in (
         "resident",
         "resident",
         "prefetched",
         "swapped",
         "streamed",
-    ):  # the first warms everything up
+    ):
         with failure_in(rows, mode):
             for engine in made.values():
                 engine.unload()

@@ -43,9 +43,8 @@ def pipeline(suite: Any) -> dict:
     vae, pipe.vae = pipe.vae, None
     embeds = random_prompt(pipe, suite.dtype)
     clip = Clip(size.height, size.width, size.frames, STEPS, embeds=embeds)
-    found = measure(
-        [Engine("torch", pipe)], PLANS, clip, runs=1, warmup=0, pictures=False
-    )  # the reference clip warms up
+    # the reference clip warms up
+    found = measure([Engine("torch", pipe)], PLANS, clip, runs=1, warmup=0, pictures=False)
     rows: dict[str, Any] = {"costs": found["costs"]}
     kept = (
         "total_duration_ms",

@@ -63,9 +63,8 @@ class Suite:
         import torch
 
         self.device = torch.device("cpu" if self.dry else "cuda")
-        self.dtype = (
-            torch.float32 if self.dry else torch.bfloat16
-        )  # the interpreter computes bfloat16 wrongly
+        # the interpreter computes bfloat16 wrongly
+        self.dtype = torch.float32 if self.dry else torch.bfloat16
         self.half = torch.bfloat16  # moves bytes, computes nothing
         self.grid = (1, 3, 4) if self.dry else GRID
         self.configs = {"tiny": DRY} if self.dry else CONFIGS
@@ -297,9 +296,8 @@ def attention(suite: Suite) -> dict:
                 suite.device,
                 biased,
             )
-            names = [
-                n for n in BACKENDS if n != "math" or suite.dry or keys < 1000
-            ]  # math would hold 86 GB of scores
+            # math would hold 86 GB of scores
+            names = [n for n in BACKENDS if n != "math" or suite.dry or keys < 1000]
             found = decide(case, names, remeasure=True)["candidates"]
             found |= _other_loads(suite, case)
             flops = 4 * case.queries * case.keys * heads * head_dim
@@ -454,9 +452,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.wheels:
-        sys.path[:0] = [
-            str(w) for w in sorted(args.wheels.glob("*.whl"))
-        ]  # pure-Python wheels import as they are
+        # pure-Python wheels import as they are
+        sys.path[:0] = [str(w) for w in sorted(args.wheels.glob("*.whl"))]
     if args.dry:
         os.environ["TRITON_INTERPRET"] = "1"
     import torch

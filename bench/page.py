@@ -22,10 +22,11 @@ COLOURS = {
     "vae": "#457b9d",
     "encode-to-mp4": "#adb5bd",
 }
+# the steps
 BEFORE, AFTER = (
     ("text", "understanding", "connector", "prepare"),
     ("vae", "encode-to-mp4"),
-)  # the steps
+)
 CEILING = 60.0  # decibels
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1180px;margin:2rem auto;padding:0 1rem}

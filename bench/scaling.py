@@ -18,10 +18,11 @@ from nexus_rt.bench.latency import Clip, prompts_of
 from nexus_rt.costs import median_ms
 from nexus_rt.pipeline import NexusPipeline
 
+# shares of the clip's
 FRAMES, SIZES = (
     (0.25, 0.5, 1.0, 2.0, 3.0, 4.0),
     (0.5, 0.75, 1.0, 1.5, 2.0, 2.5),
-)  # shares of the clip's
+)
 BATCHES, STEPS = (1, 2, 3, 4), (0.25, 0.5, 1.0, 1.5)
 
 

@@ -34,12 +34,13 @@ from nexus_rt.export.symbols import Traced
 from nexus_rt.models import load
 from nexus_rt.size import ClipSize
 
+# backend -> module
 BUILDERS = {
     "onnx": "onnx",
     "aoti": "aoti",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt",
-}  # backend -> module
+}
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,10 @@ def export_part(
             )
         work = final.with_suffix(".part")
         work.mkdir(parents=True, exist_ok=True)
+        # stored in half?
         need = int(weights_bytes(part.folders) * (2 if target.precision == "fp32" else 1.1)) + (
             1 << 20
-        )  # stored in half?
+        )
         try:
             _room(work, need)
             _artefacts(part, work, target, builder, say)
@@ -168,9 +170,8 @@ def _finished(final: Path) -> EngineFolder | None:
         return None
     try:
         found = EngineFolder.read(final)
-        found.verify(
-            again=True
-        )  # what is handed out is read: a damaged file may have kept its time
+        # what is handed out is read: a damaged file may have kept its time
+        found.verify(again=True)
         return found
     except ModelError:
         remove(final)
@@ -350,9 +351,8 @@ def export_parts(
         raise InputError(
             f"{output} cannot be written ({error.strerror}); choose a folder that you may write to."
         ) from None
-    engines = [
-        export_part(part, target, command, say) for part in parts
-    ]  # one that fails leaves the output as it was
+    # one that fails leaves the output as it was
+    engines = [export_part(part, target, command, say) for part in parts]
     built = {}
     with _locked(
         output / ".export.lock", lambda: say(f"another process writes {output}; waiting for it")

@@ -43,9 +43,8 @@ class DecoderGraph(nn.Module):
         n, (h, w) = latents.shape[0], latents.shape[-2:]
         out = []
         for (channels, scale), kept in zip(self.shapes, cache, strict=True):
-            if not isinstance(
-                kept, Tensor
-            ):  # a temporal upsampling that the first frame goes round
+            # a temporal upsampling that the first frame goes round
+            if not isinstance(kept, Tensor):
                 kept = latents.new_zeros(n, channels, 2, scale * h, scale * w)
             elif kept.shape[2] < 2:
                 kept = torch.cat([torch.zeros_like(kept), kept], 2)

@@ -109,9 +109,8 @@ def write(graph: str, traced: Traced, folder: Path, opset: int) -> None:
             )
             _publish(program.model, contract.symbols(traced))
             program.save(str(path), external_data=True)
-            for initializer in (
-                program.model.graph.initializers.values()
-            ):  # the exporter keeps graphs, and with them weights
+            # the exporter keeps graphs, and with them weights
+            for initializer in program.model.graph.initializers.values():
                 initializer.const_value = None
     finally:
         logging.getLogger("torch.onnx").setLevel(level)

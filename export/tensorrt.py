@@ -147,9 +147,8 @@ def _child(job: dict[str, Any]) -> dict[str, Any]:
     errors: list[str] = []
     log = backend.logger(trt, errors)
     builder = trt.Builder(log)
-    typed = getattr(
-        trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None
-    )  # TensorRT 11 knows no other kind
+    # TensorRT 11 knows no other kind
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(job["onnx"]):

@@ -195,9 +195,8 @@ def resolve_loads(
     if loads not in LOADS:
         raise ValueError(f"attention: loads is {loads!r}; expected one of {', '.join(LOADS)}.")
     major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 0
-    tiled = q.element_size() == 2 and (
-        fp8 or all(end_to_end(t) for t in (q, k, v))
-    )  # bytes are written end to end
+    # bytes are written end to end
+    tiled = q.element_size() == 2 and (fp8 or all(end_to_end(t) for t in (q, k, v)))
     if loads == "auto":
         if major < 9 or not tiled:
             return "pointers"

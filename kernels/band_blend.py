@@ -100,9 +100,8 @@ if triton is not None:
                 u += share_large * v_large
                 sum_large += v_large * v_large
             sum_small += here * here
-            sum_u += tl.where(
-                inside, u * u, 0.0
-            )  # beyond the last row the filter still sees the one above
+            # beyond the last row the filter still sees the one above
+            sum_u += tl.where(inside, u * u, 0.0)
             tl.store(u_ptr + at, u, mask=inside)
             above = here
             here = below
@@ -203,9 +202,8 @@ def band_blend_ref(
 ) -> tuple[Tensor, Tensor]:
     """The formula in plain PyTorch, float32; arguments as in `band_blend`."""
     v_small = guide(small, small_u, scales[0])
-    taps = torch.full(
-        (3,), side, device=v_small.device
-    )  # no copy from the host: it can be captured beside the kernel
+    # no copy from the host: it can be captured beside the kernel
+    taps = torch.full((3,), side, device=v_small.device)
     taps[1] = 1 - 2 * side
     planes = v_small.flatten(0, -3).unsqueeze(1)
     filtered = F.conv2d(

@@ -81,9 +81,8 @@ if triton is not None:
         for start in range(0, H, ROWS):
             row = start + tl.arange(0, ROWS)[:, None]
             product = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for k in tl.range(
-                0, H, DEPTH, num_stages=1
-            ):  # not copied ahead of the barrier by the asynchronous engine
+            # not copied ahead of the barrier by the asynchronous engine
+            for k in tl.range(0, H, DEPTH, num_stages=1):
                 across, down = k + tl.arange(0, DEPTH)[None, :], k + tl.arange(0, DEPTH)[:, None]
                 if LAST and not FIRST:
                     left = tl.load(

@@ -106,9 +106,8 @@ def check_tensor(
             f"{op}: {name} has strides {t.stride()}; expected a contiguous tensor (call"
             " .contiguous())."
         )
-    if (
-        t.storage_offset() * t.element_size() % 16
-    ):  # not data_ptr: there is none while a graph is traced
+    # not data_ptr: there is none while a graph is traced
+    if t.storage_offset() * t.element_size() % 16:
         raise ValueError(
             f"{op}: {name} starts {t.storage_offset()} elements into its memory, off a 16-byte"
             " boundary (clone it)."

@@ -224,9 +224,8 @@ def attend(
 
 
 _chosen: dict[tuple[Case, bool], str] = {}  # what auto and auto-fp8 stand for
-_fit: set[tuple[str, Case]] = (
-    set()
-)  # explicit backends found able: asked once a case, not at every layer
+# explicit backends found able: asked once a case, not at every layer
+_fit: set[tuple[str, Case]] = set()
 
 
 def takes_bias(backend: str, device: torch.device) -> bool:
@@ -312,9 +311,8 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
                     error(out),
                     float((out[part].float() - wanted).norm() / wanted.norm()),
                 )
-                if not (
-                    wrong <= allowed if BACKENDS[name].exact else share <= APPROXIMATE
-                ):  # NaN is wrong too
+                # NaN is wrong too
+                if not (wrong <= allowed if BACKENDS[name].exact else share <= APPROXIMATE):
                     limit = (
                         f"{allowed:.1e}"
                         if BACKENDS[name].exact

@@ -28,13 +28,14 @@ from nexus_rt.prompts import Item
 from nexus_rt.request import check_seed
 from nexus_rt.video import SUFFIXES, frame_rate, is_clip, made_with, remove_orphans, save_video
 
+# of a call, as `make_plan` takes them
 PLAN_OPTIONS = (
     "plan",
     "num_inference_steps",
     "shift",
     "energy",
     "gamma_w",
-)  # of a call, as `make_plan` takes them
+)
 TOGETHER = 8  # prompts encoded in one call
 
 
@@ -454,9 +455,8 @@ def _write(
             truncate=job.options.get("as_published", False),
         )
     except Exception as error:
-        if (
-            decoded and (kept := rescue_latents(latents, job.folder)) is not None
-        ):  # what was denoised is not lost to a full disk
+        # what was denoised is not lost to a full disk
+        if decoded and (kept := rescue_latents(latents, job.folder)) is not None:
             error = NexusError(f"{error} The latents are saved in {kept}.")
         return _failed(row, error)
     return {

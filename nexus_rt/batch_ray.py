@@ -31,9 +31,8 @@ class Worker:
     def __init__(
         self, make: Callable[[Any], Any], argument: Any, job: Job, attempts: int, place: str
     ) -> None:
-        if os.path.isdir(
-            place
-        ):  # relative names of models mean what they mean to whoever started the batch
+        # relative names of models mean what they mean to whoever started the batch
+        if os.path.isdir(place):
             os.chdir(place)
         self.pipe, self.job, self.attempts = make(argument), job, attempts
         self.log = job.folder / f"results.{uuid.uuid4().hex[:12]}.jsonl"

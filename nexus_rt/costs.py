@@ -57,9 +57,8 @@ def step_calls(
     """What `StepCosts` prices, each as a call: one guided and one plain step of each engine, the
     blend and the solver, on latents [B, C, T, H, W]."""
     fused = choose_ops(kernels, latents.device).name == "triton"
-    finish = (
-        (lambda p: p) if fused else Prediction.tensor
-    )  # fused, guidance is the blend's or the solver's
+    # fused, guidance is the blend's or the solver's
+    finish = (lambda p: p) if fused else Prediction.tensor
     timestep = torch.tensor(500.0, device=latents.device)
     calls: dict[str, Callable[[], object]] = {}
     for name, engine in engines.items():

@@ -228,9 +228,8 @@ def find_parts(pretrained: str | Path | None, given: dict[str, Any], hub: dict) 
     _same_space(folders, vaes)
     text = None
     for source in [given["text_encoder"]] if "text_encoder" in given else [s for s, _ in sources]:
-        found = load.resolve(
-            source, ("text_encoder", "tokenizer"), **hub
-        )  # of one source only: it is the large part
+        # of one source only: it is the large part
+        found = load.resolve(source, ("text_encoder", "tokenizer"), **hub)
         if "text_encoder" in given or (found / "text_encoder").is_dir():
             text = found
             break

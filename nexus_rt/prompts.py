@@ -89,13 +89,11 @@ def read_text(path: Path) -> str:
 def _file(path: Path) -> list[Item]:
     text = read_text(path)
     if path.suffix == ".txt":
-        lines = [
-            line.strip() for line in text.split("\n")
-        ]  # at line feeds alone: U+2028 and U+0085 are text
+        # at line feeds alone: U+2028 and U+0085 are text
+        lines = [line.strip() for line in text.split("\n")]
         lines = [line for line in lines if line and not line.startswith("#")]
-        return [
-            Item(f"{i:04}", line) for i, line in enumerate(lines)
-        ]  # an id stays as the list grows
+        # an id stays as the list grows
+        return [Item(f"{i:04}", line) for i, line in enumerate(lines)]
     if path.suffix not in (".json", ".jsonl"):
         raise InputError(
             f"{path} ends in {path.suffix or 'nothing'}; expected .txt, .json or .jsonl."

@@ -81,14 +81,12 @@ def denoise(
             break
         if residency is not None:
             residency.enter(step.index)
-        velocity = runner.velocity(
-            latents, step, finite
-        )  # of the plan's generators, guided and blended
+        # of the plan's generators, guided and blended
+        velocity = runner.velocity(latents, step, finite)
         with span("solver", step=step.index):
             latents = solve.step(step.index, latents, velocity)
-        finite.settle(
-            step.index if latents.is_cuda else step.index + 1
-        )  # a GPU is asked when it has the next step
+        # a GPU is asked when it has the next step
+        finite.settle(step.index if latents.is_cuda else step.index + 1)
         if on_step is not None and (change := on_step(step, latents)) is not None:
             change = change if isinstance(change, Change) else Change(change)
             latents = latents if change.latents is None else change.latents.float()

@@ -24,9 +24,8 @@ class Report:
     used: dict[str, int] = field(default_factory=dict)
     overridden: dict[str, list[str]] = field(default_factory=dict)
     unused: dict[str, list[str]] = field(default_factory=dict)
-    notes: dict[str, str] = field(
-        default_factory=dict
-    )  # source -> what was absent, or which form it had
+    # source -> what was absent, or which form it had
+    notes: dict[str, str] = field(default_factory=dict)
 
     def add(
         self, source: str, used: int, overridden: Iterable[str] = (), unused: Iterable[str] = ()

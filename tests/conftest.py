@@ -8,9 +8,8 @@ import shutil
 import pytest
 import torch
 
-if (
-    not torch.cuda.is_available()
-):  # before any kernel is decorated: they run in Triton's interpreter
+# before any kernel is decorated: they run in Triton's interpreter
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TRANSFORMERS = {

@@ -21,9 +21,8 @@ def arches(request):
 
 @pytest.fixture(scope="module")
 def rows(arches):
-    env = {
-        k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"
-    }  # the compiler, not the interpreter
+    # the compiler, not the interpreter
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = subprocess.run(
         [sys.executable, "-m", "nexus_rt.bench.aot", "--json", "-", "--arch", *map(str, arches)],
         env=env,
@@ -90,10 +89,11 @@ def test_occupancy_follows_the_programming_guides_rules():
     from nexus_rt.bench.aot import occupancy
 
     assert occupancy(90, 4, 32, 0) == (64, "warps")
+    # 8,192 registers a warp: two in each partition
     assert occupancy(90, 8, 255, 0) == (
         8,
         "registers",
-    )  # 8,192 registers a warp: two in each partition
+    )
     assert occupancy(90, 4, 168, 0) == (12, "registers")  # 5,376 a warp: three in each
     assert occupancy(90, 4, 40, 100 << 10) == (8, "shared memory")  # 228 / 101
     assert occupancy(120, 4, 40, 49 << 10) == (8, "shared memory")  # 100 / 50

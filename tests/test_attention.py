@@ -129,11 +129,12 @@ def test_a_decision_is_made_once_and_read_from_disk(cache, monkeypatch):
     first = attention.decide(case(), ["sdpa", "math"])
     monkeypatch.setattr(attention, "_milliseconds", lambda *a: pytest.fail("measured again"))
     assert attention.decide(case(), ["sdpa", "math"]) == first
+    # another case is another question
     for other in (
         case(queries=21),
         case(biased=True),
         case(dtype=torch.float16),
-    ):  # another case is another question
+    ):
         with pytest.raises(pytest.fail.Exception):
             attention.decide(other, ["sdpa", "math"])
     monkeypatch.setattr(attention, "_machine", lambda device: ["torch 0"])

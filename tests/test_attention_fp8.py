@@ -55,9 +55,8 @@ def test_blocks_are_scaled_and_rounded_as_the_formula(shape, rows):
     assert t8.shape == (shape[0], shape[2], shape[3], -(-shape[1] // rows) * rows)
     back = t8.float() * scale.repeat_interleave(rows, -1)[:, :, None]
     assert torch.allclose(back[..., : shape[1]].permute(0, 3, 1, 2), wanted, rtol=1e-6)
-    assert (
-        torch.count_nonzero(t8.view(torch.uint8)[..., shape[1] :]) == 0
-    )  # padding that is read is zero
+    # padding that is read is zero
+    assert torch.count_nonzero(t8.view(torch.uint8)[..., shape[1] :]) == 0
 
 
 @pytest.mark.parametrize("loads", ["auto", "pointers", "descriptors", "specialised"])

@@ -12,10 +12,11 @@ from nexus_rt.velocity import Prediction
 from tests.test_upfb import gaussian_lf, oracle, radial_lf
 
 pytest.importorskip("triton")
+# the interpreter computes bfloat16 wrongly; the GPU suite checks it
 DTYPES = [
     torch.float32,
     torch.float16,
-]  # the interpreter computes bfloat16 wrongly; the GPU suite checks it
+]
 SHAPES = [
     (1, 2, 1, 60, 104),
     (2, 3, 2, 17, 23),
@@ -100,11 +101,12 @@ def test_the_stencil_is_the_formula(shape, dtype, subset):
     v_small, v_large = guided64(four, scales)
     side = np.array([0.21, 1 - 2 * 0.21, 0.21])
     padded = np.pad(v_small.numpy(), [(0, 0)] * 3 + [(1, 1), (1, 1)])
+    # the kernel tap by tap
     filtered = sum(
         side[i] * side[j] * padded[..., i : i + shape[-2], j : j + shape[-1]]
         for i in range(3)
         for j in range(3)
-    )  # the kernel tap by tap
+    )
     wanted = 0.42 * v_small + 0.18 * torch.from_numpy(filtered)
     wanted = wanted if v_large is None else wanted + 0.4 * v_large
     assert got.shape == shape and got.dtype == torch.float32

@@ -194,11 +194,12 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(tiny_pipe, tmp_path, monkeyp
         and "No space left" in said["worse"]["error"]
     )
     assert not (tmp_path / "worse.png").exists()
+    # what failed is tried again
     assert run(tiny_pipe, items, job) == {
         "made": 1,
         "kept": 2,
         "failed": 1,
-    }  # what failed is tried again
+    }
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -236,10 +237,11 @@ def test_where_there_is_room(tiny_pipe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 60)
     monkeypatch.setattr(tiny_pipe, "device", torch.device("cuda"))
+    # what PyTorch holds and does not use is free too
     for free, wanted in (
         (need - 40, True),
         (need - 41, False),
-    ):  # what PyTorch holds and does not use is free too
+    ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, n=free: (n, 10**12))
         assert batch.decodes_beside(tiny_pipe, {"size": "48x32", "frames": 5}) == wanted
     monkeypatch.setattr(tiny_pipe, "vram", 10**9)  # a budget was planned for one thing at a time
@@ -316,9 +318,8 @@ def test_the_command_resumes_after_a_kill(tiny_pair, tmp_path):
     out = subprocess.run(line, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     after = rows(tmp_path / "out")
-    assert sorted(r["id"] for r in after) == [
-        f"{i:04}" for i in range(6)
-    ]  # each once: what had a line was kept
+    # each once: what had a line was kept
+    assert sorted(r["id"] for r in after) == [f"{i:04}" for i in range(6)]
     assert all(r["when"] == before[r["id"]] for r in after if r["id"] in before)
     assert {p.suffix for p in (tmp_path / "out").iterdir()} <= {".png", ".jsonl", ".lock"}
     assert f"{6 - len(before)} made, {len(before)} kept, 0 failed" in out.stdout

@@ -93,9 +93,8 @@ def test_no_speed_without_its_quality(measured):
         )
         assert row["first_preview_ms"] > 0 and -0.9 < row["prediction_error"] < 2
         assert f"{row['total_duration_ms']:.1f}" in printed
-    assert (
-        rows[0]["quality"]["identical"] and rows[0]["cold_ms"] > 0
-    )  # the same plan, engine and seed: the same bits
+    # the same plan, engine and seed: the same bits
+    assert rows[0]["quality"]["identical"] and rows[0]["cold_ms"] > 0
     assert not rows[1]["quality"]["identical"] and rows[1]["quality"]["latent_error"] > 1e-3
     assert (
         found["fingerprint"]["weights"].keys() == {"small", "large"}
@@ -122,9 +121,8 @@ def test_peers_are_the_same_mathematics(measured):
         rows["switch", "small:2 large:*"]["same_mathematics"]
         and rows["naive", "reference"]["same_mathematics"]
     )
-    assert (
-        rows["naive", "auto=0.02"]["same_mathematics"] is False
-    )  # another schedule, its distance shown
+    # another schedule, its distance shown
+    assert rows["naive", "auto=0.02"]["same_mathematics"] is False
 
 
 def test_traces_open_in_a_viewer(measured):

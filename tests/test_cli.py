@@ -244,9 +244,8 @@ def test_an_interrupt_leaves_no_file_and_exits_130(tiny_pair, tmp_path):
     """A real process on a terminal, and a real signal in the middle of the loop."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     terminal, inside = os.openpty()
-    fcntl.ioctl(
-        terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0)
-    )  # a bar is drawn to the width there is
+    # a bar is drawn to the width there is
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
     process = subprocess.Popen(
         [
             sys.executable,
@@ -507,9 +506,8 @@ def test_given_options_are_those_of_the_line_alone():
         for a in p._actions
     }
     names |= {"action"}
-    assert all(
-        {r.option, *r.others} - {""} <= names for r in TABLE
-    )  # no rule about an option that is gone
+    # no rule about an option that is gone
+    assert all({r.option, *r.others} - {""} <= names for r in TABLE)
 
 
 def test_a_process_ends_with_its_code_its_output_and_what_was_registered(tmp_path):

@@ -71,8 +71,7 @@ def test_the_dit_and_a_step_are_whole_graphs_with_their_kernels_in_them():
     said = subprocess.run([sys.executable, "-c", TRACE], env=env, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr[-2000:]
     dit, attention, step = (line.split() for line in said.stdout.splitlines())
-    assert (
-        dit.count("_modulate_kernel") == 2 * 3 + 1 and dit.count("_qk_norm_rope_kernel") == 2
-    )  # a block's norms, and the last
+    # a block's norms, and the last
+    assert dit.count("_modulate_kernel") == 2 * 3 + 1 and dit.count("_qk_norm_rope_kernel") == 2
     assert attention == ["_attention_kernel"]
     assert step == ["_product_kernel", "_product_kernel", "_solver_kernel", "_stencil_kernel"]

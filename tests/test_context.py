@@ -140,9 +140,8 @@ def test_understanding_changes_the_small_generator_only(pipe, tiny_pipe):
         for p in (pipe, tiny_pipe)
     )
     assert np.abs(a - b).max() > 1e-3
-    same = dict(
-        generator=None, num_inference_steps=4, plan="large", guidance_scale=1.0
-    )  # without the negative branch
+    # without the negative branch
+    same = dict(generator=None, num_inference_steps=4, plan="large", guidance_scale=1.0)
     a, b = (
         p("the red panda", **{**same, "generator": generator()}).frames for p in (pipe, tiny_pipe)
     )
@@ -165,12 +164,10 @@ def test_a_negative_prompt_replaces_the_stored_text(pipe, monkeypatch):
     spy = Spy(monkeypatch, pipe)
     pipe("the red panda", "blue", generator=generator(), **RUN)
     blue = unpad(pipe.text.encode(["blue"])[0])
-    assert torch.allclose(
-        spy.told["large"][1, : len(blue)], blue, atol=1e-5
-    )  # encoded beside the prompt: rounding
-    assert torch.allclose(
-        spy.told["small"][1, 27 : 27 + len(blue)], blue, atol=1e-5
-    )  # 1 + 24 + 1 adapter rows, <prp_st>
+    # encoded beside the prompt: rounding
+    assert torch.allclose(spy.told["large"][1, : len(blue)], blue, atol=1e-5)
+    # 1 + 24 + 1 adapter rows, <prp_st>
+    assert torch.allclose(spy.told["small"][1, 27 : 27 + len(blue)], blue, atol=1e-5)
 
 
 def test_given_contexts_are_used(pipe):
@@ -214,9 +211,8 @@ def test_encoders_can_be_dropped_before_denoising(steered_pair, pipe):
     frames = lean("the red panda", generator=generator(), callback_on_step_end=look, **RUN).frames
     assert held == [(None, None, None)] * 4
     assert np.array_equal(frames, pipe("the red panda", generator=generator(), **RUN).frames)
-    assert np.array_equal(
-        frames, lean("the red panda", generator=generator(), **RUN).frames
-    )  # read again when needed
+    # read again when needed
+    assert np.array_equal(frames, lean("the red panda", generator=generator(), **RUN).frames)
 
 
 def test_everything_computes_in_the_dtype_asked_for(steered_pair):

@@ -80,9 +80,8 @@ def test_conformance(name, make, tiny_pair):
     g = torch.Generator().manual_seed(0)
     allowed = 0.02 if "fp16" in name else 1e-5
     cases = ((1, True, 5, 16), (2, True, 9, 16), (1, False, 1, 40), (1, True, 12, 12))
-    for samples, guided, words, length in (
-        cases[:1] if "compiled" in name else cases
-    ):  # a shape costs it a compilation
+    # a shape costs it a compilation
+    for samples, guided, words, length in cases[:1] if "compiled" in name else cases:
         embeds = torch.zeros(samples * (1 + guided), length, 32)
         embeds[:, :words] = torch.randn(len(embeds), words, 32, generator=g)
         latents = torch.randn(samples, 16, *SIZE.latent, generator=g)
@@ -100,9 +99,8 @@ def test_conformance(name, make, tiny_pair):
     first = engine.velocity(latents, t, mine).clone()
     engine.unload()
     engine.warmup(SIZE.latent)
-    assert engine.resident and torch.allclose(
-        engine.velocity(latents, t, mine), first, atol=1e-5
-    )  # contexts outlive a swap
+    # contexts outlive a swap
+    assert engine.resident and torch.allclose(engine.velocity(latents, t, mine), first, atol=1e-5)
 
 
 def test_a_size_it_was_not_built_for_is_named(make):
@@ -316,9 +314,8 @@ def test_a_fused_step_is_one_session_run_and_the_same_video(exported, tiny_pipe,
         "step": ["context_small", "context_large", *["step"] * 3] * 2,
     }
     assert not pipe.engines["small"].resident  # what it does not need is not loaded
-    options = dict(
-        plan="reference", blend=BlendConfig("fft", "butterworth")
-    )  # not separable: the generators' own engines
+    # not separable: the generators' own engines
+    options = dict(plan="reference", blend=BlendConfig("fft", "butterworth"))
     assert distance(make(pipe, **options), make(tiny_pipe, **options))["relative_error"] < 1e-4
     assert ran["small"] == ["context", *["velocity"] * 3] == ran["large"]
     ran["step"].clear()

@@ -97,9 +97,8 @@ def test_one_graph_serves_several_sizes_and_holds_no_scatter(tiny_pair):
     ]
     assert set(engine.manifest.files) >= {"context.onnx", "velocity.onnx", "velocity.onnx.data"}
     again, said = export_small(tiny_pair, buckets=sizes[::-1])
-    assert (
-        again == engine and "found in the cache" in said[-1]
-    )  # the same sizes in another order are the same engine
+    # the same sizes in another order are the same engine
+    assert again == engine and "found in the cache" in said[-1]
     runs, reference = (
         engine_of(engine, CPU),
         TorchEngine(load_transformer(tiny_pair / "small", torch.float32)),
@@ -107,9 +106,8 @@ def test_one_graph_serves_several_sizes_and_holds_no_scatter(tiny_pair):
     embeds, x, t = torch.randn(1, 5, 32), torch.randn(1, 16, 2, 4, 6), torch.tensor(700.0)
     with pytest.raises(InputError, match="size 48x32x5 is none"):
         runs.velocity(x, t, runs.prepare(embeds))
-    ends = replace(
-        engine.manifest, buckets=[[32, 32, 1], [64, 48, 9]], options={"range": True}
-    )  # the same graph as a range
+    # the same graph as a range
+    ends = replace(engine.manifest, buckets=[[32, 32, 1], [64, 48, 9]], options={"range": True})
     runs = engine_of(replace(engine, manifest=ends), CPU)
     got, wanted = (e.velocity(x, t, e.prepare(embeds)) for e in (runs, reference))
     assert parity.distance(got, wanted)["relative_error"] < 1e-5
@@ -245,9 +243,8 @@ def _export_in_a_process(pair, cache, queue):
     with pytest.MonkeyPatch.context() as patch:
         without_building(patch)
         built = onnx_builder.build
-        patch.setattr(
-            onnx_builder, "build", lambda *args: (time.sleep(1), built(*args))
-        )  # long enough to meet
+        # long enough to meet
+        patch.setattr(onnx_builder, "build", lambda *args: (time.sleep(1), built(*args)))
         engine, said = export_small(pair)
     queue.put((str(engine.path), said))
 
@@ -304,9 +301,8 @@ def test_the_command_makes_a_folder_that_generate_takes(
     capsys.readouterr()
     assert cli.main(command) == 0
     said = capsys.readouterr()
-    assert (
-        f"{out / 'small'}: 0.1 MB, 7 comparisons passed" in said.out
-    )  # a context, and three of each size
+    # a context, and three of each size
+    assert f"{out / 'small'}: 0.1 MB, 7 comparisons passed" in said.out
     assert "large: found in the cache" in said.err
     assert {p.name for p in out.iterdir()} >= {
         "small",
@@ -417,8 +413,7 @@ def test_a_decoder_that_forgets_fails_the_gate(tiny_pair):
 
     part = DecoderPart(tiny_pair / "vae")
     engine = Forgets(tiny_pair / "vae", torch.float32, CPU)
-    assert parity.gate(part, engine, [ClipSize(32, 32, 5)], "fp32", CPU)[
-        "passed"
-    ]  # two latent frames: nothing to forget
+    # two latent frames: nothing to forget
+    assert parity.gate(part, engine, [ClipSize(32, 32, 5)], "fp32", CPU)["passed"]
     result = parity.gate(part, engine, [ClipSize(32, 32, 9)], "fp32", CPU)
     assert not result["passed"] and result["why"].startswith("frames 32x32x9: cosine")

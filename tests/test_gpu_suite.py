@@ -75,9 +75,8 @@ def test_the_whole_suite_runs_dry(tmp_path):
         for p in ("diffusers", "switch", "naive")
     )
     found = {name: value for name, _, value, _ in gpu_tables.targets(results)}
-    missing = [
-        n for n, v in found.items() if v is None
-    ]  # on a CPU: a GPU's memory, the blend at true size, fp8
+    # on a CPU: a GPU's memory, the blend at true size, fp8
+    missing = [n for n, v in found.items() if v is None]
     assert (
         all("memory" in n or "fp8" in n or n.startswith("band_blend") for n in missing)
         and len(missing) == 7
@@ -227,10 +226,11 @@ def test_what_was_wanted_stands_beside_what_was_measured():
     assert found["band_blend 90x160, against eager"] == (pytest.approx(9), True)
     assert found["band_blend 90x160, percent of the copy"] == (71.0, False)
     assert found["band_blend 60x104, against eager"] == (None, None)
+    # one of the two failed
     assert found["modulate, percent of the copy, the least of 2"] == (
         None,
         None,
-    )  # one of the two failed
+    )
     assert found["attention self 14B: auto against the best of PyTorch's"] == (1.0, True)
     assert found["attention self 14B: triton"] == (pytest.approx(3.0 / 3.2), True)
     assert found["attention self 14B: triton-fp8"] == (1.5, True)

@@ -56,13 +56,13 @@ def test_replays_are_the_engine(engines):
                     engine.velocity(x, torch.tensor(timestep), theirs),
                 )
             )
-        assert all(
-            torch.allclose(a, b, atol=1e-5) for a, b in kept
-        )  # a velocity outlives the next replay
+        # a velocity outlives the next replay
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in kept)
+    # prompts of 5 and 9 words share a graph; two samples have their own
     assert (recorder.recorded, recorder.replayed) == (
         2,
         8,
-    )  # prompts of 5 and 9 words share a graph; two samples have their own
+    )
     assert replayed.nbytes == engine.nbytes
 
 
@@ -82,9 +82,8 @@ def test_graphs_do_not_pile_up(engines):
     context = replayed.prepare(noise(2, 5, 32))
     for frames in (1, 2, 3, 4, 5, 5, 2, 1):
         replayed.velocity(noise(1, 16, frames, 4, 4), torch.tensor(9.0), context)
-    assert (
-        recorder.recorded == 6 and len(replayed.graphs) == graphs.KEPT
-    )  # the oldest, one frame, was given up
+    # the oldest, one frame, was given up
+    assert recorder.recorded == 6 and len(replayed.graphs) == graphs.KEPT
 
 
 def test_streamed_weights_are_not_recorded(engines):

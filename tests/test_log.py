@@ -34,9 +34,8 @@ def test_every_choice_and_its_reason(tiny_pair, caplog):
             "VAE tiling: off (frames of 48x32 against 921600 pixels)",
         ):
             assert lines.count(line) == 1, lines
-    assert (
-        sum(line.startswith("residency: resident (its peak is ") for line in lines) == 2
-    )  # decided at every call
+    # decided at every call
+    assert sum(line.startswith("residency: resident (its peak is ") for line in lines) == 2
 
 
 def test_a_program_that_asks_for_nothing_reads_nothing(tiny_pair, capfd):

@@ -119,9 +119,8 @@ def test_alpha_over_rank_scales_and_differences_are_added(halves, tiny_pair, tmp
     twice = weights(tiny_pair, file, f"{file}@-1")
     assert all(torch.allclose(twice[n], before[n], atol=1e-5) for n in before)
     low = weights(tiny_pair, file, dtype=torch.bfloat16)[f"{place}.weight"]
-    assert torch.equal(
-        low, after[f"{place}.weight"].bfloat16()
-    )  # stored and difference added in float32, rounded once
+    # stored and difference added in float32, rounded once
+    assert torch.equal(low, after[f"{place}.weight"].bfloat16())
 
 
 def first(halves):

@@ -81,10 +81,11 @@ def test_rows_are_read_and_summed_up(tiny_pair):
     )
     plan = row.make(pipe)
     assert [s.guidance_large for s in plan.steps] == [None] * 3 + [1.0] * 3
+    # three guided small, the bridge and two large unguided
     assert plan.evaluations(4.0, 4.0) == {
         "small": 7,
         "large": 3,
-    }  # three guided small, the bridge and two large unguided
+    }
     right, wrong = clip(scene()), clip(world.Scene("star", "red", "striped", "left", "grey"))
     records = [{"row": "true renderings", "ms": 0.0, **measure(right, scene())}]
     records += [

@@ -51,9 +51,8 @@ def test_embeddings_equal_diffusers(tiny_pair, diffusers_pipe):
     assert ours.shape == theirs.shape == (4, 512, 32)
     assert (ours - theirs).abs().max() <= 1e-5
     used = (ours != 0).any(-1).sum(1)
-    assert (
-        torch.equal(used, (theirs != 0).any(-1).sum(1)) and used[2] == 1
-    )  # an empty prompt is its end token
+    # an empty prompt is its end token
+    assert torch.equal(used, (theirs != 0).any(-1).sum(1)) and used[2] == 1
 
 
 def test_long_prompts_are_cut_as_diffusers_cuts_them(tiny_pair, diffusers_pipe):
@@ -122,9 +121,8 @@ def test_encode_inverts_the_statistics(tiny_pair):
 
 def test_tiles_are_used_above_the_limit_only(tiny_pair, monkeypatch):
     vae = VideoDecoder(tiny_pair / "vae", torch.float32, "cpu")
-    latents = torch.randn(
-        1, 16, 1, 40, 40, generator=torch.Generator().manual_seed(0)
-    )  # 320 x 320 pixels, larger than a 256-pixel tile
+    # 320 x 320 pixels, larger than a 256-pixel tile
+    latents = torch.randn(1, 16, 1, 40, 40, generator=torch.Generator().manual_seed(0))
     vae.load()
     tiles = []
     whole = type(vae.model).tiled_decode

@@ -6,10 +6,11 @@ import torch
 from nexus_rt.kernels.modulate import modulate, modulate_ref
 
 pytest.importorskip("triton")
+# the interpreter computes bfloat16 wrongly; the GPU suite checks it
 DTYPES = [
     torch.float32,
     torch.float16,
-]  # the interpreter computes bfloat16 wrongly; the GPU suite checks it
+]
 SHAPES = [(1, 3, 1536), (2, 2, 5120), (2, 5, 63), (3, 1, 128), (1, 1, 1)]
 
 

@@ -68,9 +68,8 @@ def test_files_of_torch_save_are_read_as_they_are(tmp_path, zipped, protocol):
     shared = torch.arange(8.0)
     torch.save([shared, shared[2:4]], tmp_path / "b.pt", _use_new_zipfile_serialization=zipped)
     a, b = read_pickle(tmp_path / "b.pt")
-    assert (
-        a.untyped_storage().data_ptr() <= b.data_ptr() < a.untyped_storage().data_ptr() + 32
-    )  # one storage still
+    # one storage still
+    assert a.untyped_storage().data_ptr() <= b.data_ptr() < a.untyped_storage().data_ptr() + 32
 
 
 def rezipped(path, change=lambda name, data: data, compression=zipfile.ZIP_STORED):

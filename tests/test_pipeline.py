@@ -128,9 +128,8 @@ def test_a_pair_may_set_its_own_guidance(own_pair):
     assert torch.equal(
         run(pair, guidance_scale_2=5.0), run(own, guidance_scale=3.0, guidance_scale_2=5.0)
     )
-    assert torch.equal(
-        run(pair, guidance_scale=4.0), run(own, guidance_scale=4.0)
-    )  # one scale given is both
+    # one scale given is both
+    assert torch.equal(run(pair, guidance_scale=4.0), run(own, guidance_scale=4.0))
 
 
 def test_batches_of_prompts(tiny_pipe):
@@ -206,9 +205,8 @@ def test_cancel_from_a_callback(tiny_pipe):
     with pytest.raises(Cancelled, match="step 3 of 6"):
         tiny_pipe(PROMPT, callback_on_step_end=callback)
     assert seen == [0, 1, 2]
-    assert (
-        tiny_pipe(PROMPT, output_type="latent").frames.isfinite().all()
-    )  # the next call is not cancelled
+    # the next call is not cancelled
+    assert tiny_pipe(PROMPT, output_type="latent").frames.isfinite().all()
 
 
 def test_progress_is_shown(tiny_pipe, capsys):

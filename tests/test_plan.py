@@ -177,10 +177,11 @@ def test_segments_as_written(spec, counts):
 
 def test_own_guidance_makes_one_forward_of_two():
     plan = parse_plan("small:10 bridge:5 large:35@1", GRID)
+    # the bridge's large side is unguided too
     assert plan.evaluations(6.0, 6.0) == {
         "small": 30,
         "large": 5 + 35,
-    }  # the bridge's large side is unguided too
+    }
     assert plan.steps[12].guidance_small is None and plan.steps[12].guidance_large == 1.0
 
 

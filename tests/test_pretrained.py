@@ -119,9 +119,8 @@ def test_an_embedding_that_a_version_leaves_random_is_caught(encoder, tiny_pair,
     monkeypatch.setattr(transformers.UMT5EncoderModel, "from_pretrained", untied)
     wanted = TextEncoder(tiny_pair, torch.float32, "cpu").encode(["a red circle"])
     ours = rewrite(lambda s: {k: v for k, v in s.items() if "embed_tokens" not in k})
-    assert torch.equal(
-        ours.encode(["a red circle"]), wanted
-    )  # the text encoder is not transformers'
+    # the text encoder is not transformers'
+    assert torch.equal(ours.encode(["a red circle"]), wanted)
     with pytest.raises(ModelError, match=r"missing are 1 \(encoder.embed_tokens.weight\)"):
         pretrained(
             "UMT5EncoderModel",
@@ -140,9 +139,8 @@ def llm(tmp_path):
 
 def test_a_language_model_of_other_weights_is_refused_and_its_head_is_spare(llm):
     model = UnderstandingModel(llm, Template(), torch.float32, "cpu")
-    assert (
-        model.hidden_states("panda").isfinite().all()
-    )  # the checkpoint holds lm_head.weight, which states do not need
+    # the checkpoint holds lm_head.weight, which states do not need
+    assert model.hidden_states("panda").isfinite().all()
     state = load_file(llm / "model.safetensors")
     name = next(k for k in state if "layers.1.mlp.up_proj" in k)
     for change, words in (

@@ -69,9 +69,8 @@ def test_quality_columns():
     )
     assert quality.distance(latents, None, latents, None) == {"latent_error": 0.0}  # no VAE
     small = frames(4, (1, 8, 8, 3))
-    assert (
-        quality.distance(latents, small, latents, small)["ssim"] is None
-    )  # smaller than the window
+    # smaller than the window
+    assert quality.distance(latents, small, latents, small)["ssim"] is None
 
 
 @settings(max_examples=50, deadline=None)
@@ -162,9 +161,8 @@ def test_prices_and_predictions():
     grid = time_grid(10)
     costs = StepCosts(1, 2, 10, 20, blend=0.5, solver=0.25)
     plan = parse_plan("small:4 bridge:2 large:4@1", grid)
-    price = (
-        10 * 0.25 + 4 * 2 + 2 * (2 + 10 + 0.5) + 4 * 10
-    )  # the bridge's large half is guided as the large is: not
+    # the bridge's large half is guided as the large is: not
+    price = 10 * 0.25 + 4 * 2 + 2 * (2 + 10 + 0.5) + 4 * 10
     assert prediction(plan, costs, (5.0, 5.0), 100.0) == {
         "predicted_ms": price,
         "prediction_error": round(price / 100 - 1, 4),

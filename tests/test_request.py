@@ -307,9 +307,8 @@ def test_the_published_grid_is_that_of_the_published_scheduler():
         grid = time_grid(steps, shift, float64_timesteps=True)
         assert grid.timesteps == tuple(int(x) for x in exact * 1000)
         assert np.array_equal(np.array(grid.sigmas[:-1], np.float32), exact.astype(np.float32))
-    assert (
-        time_grid(198, 5.0, True).timesteps != time_grid(198, 5.0).timesteps
-    )  # or the option would be for nothing
+    # or the option would be for nothing
+    assert time_grid(198, 5.0, True).timesteps != time_grid(198, 5.0).timesteps
 
 
 def test_as_published_sets_every_default():
@@ -328,11 +327,12 @@ def test_as_published_sets_every_default():
         and all(s.energy == "reference" for s in request.plan.steps)
     )
     assert request.plan.grid == time_grid(50, 5.0, float64_timesteps=True)
+    # s + 1 of s = 5.0
     assert (request.guidance.small, request.guidance.large, request.solver) == (
         6.0,
         6.0,
         "unipc",
-    )  # s + 1 of s = 5.0
+    )
     assert request.blend == BlendConfig() == PUBLISHED["blend"]
     assert (request.blend.gamma_hf, request.blend.sigma_min, request.blend.sigma_max) == (
         0.7,
@@ -381,9 +381,8 @@ def test_the_published_numerics_keep_the_stream_in_float32(tiny_pair):
     hook.remove()
     assert streams == [(torch.float32, torch.float32)]
     exact.float32_stream = True
-    assert torch.equal(
-        exact(x, t, exact.prepare_context(text)), wanted
-    )  # float32 throughout is that already
+    # float32 throughout is that already
+    assert torch.equal(exact(x, t, exact.prepare_context(text)), wanted)
 
 
 def test_as_published_is_of_one_call(tiny_pair):
@@ -402,9 +401,10 @@ def test_as_published_is_of_one_call(tiny_pair):
         PROMPT, as_published=True, **{**call, "generator": seeded(), "output_type": "pil"}
     ).frames[0]
     exact = pipe.decode(wide)[0]
+    # cut, not rounded
     assert np.array_equal(
         np.stack([np.asarray(p) for p in pictures]), (exact * 255).astype(np.uint8)
-    )  # cut, not rounded
+    )
 
 
 def test_a_plan_of_ones_own_has_its_own_numbers(tiny_pipe):

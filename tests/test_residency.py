@@ -218,9 +218,8 @@ def test_every_step_finds_its_weights_in_every_mode(mode, plan):
             and not [e for e in clock.events if e[2] == "unload"]
         )
     elif plan is SANDWICH:
-        back = (
-            ["small"] if mode in ("swapped", "streamed") else []
-        )  # prefetched, it is about to run again and does not leave
+        # prefetched, it is about to run again and does not leave
+        back = ["small"] if mode in ("swapped", "streamed") else []
         assert sorted(e[1] for e in loads) == ["large", "small", *back]
     else:
         assert [e[1:] for e in clock.events if e[2] == "unload"] == [("small", "unload")]
@@ -279,9 +278,8 @@ def test_a_pipeline_keeps_to_its_budget(tiny_pair, tiny_pipe):
     pipe = NexusPipeline.from_pretrained(tiny_pair, vram=whole.peak - 1)
     pipe.set_progress_bar_config(disable=True)
     got = pipe("a red circle", generator=torch.Generator().manual_seed(0), **options)
-    assert (
-        torch.equal(got.frames, wanted.frames) and pipe.text.model is None
-    )  # freed before denoising
+    # freed before denoising
+    assert torch.equal(got.frames, wanted.frames) and pipe.text.model is None
     assert (
         pipe.plan_residency(wanted.plan, ClipSize(32, 32, 1)).mode == "freed"
         and least.mode == "swapped"

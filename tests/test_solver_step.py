@@ -86,9 +86,8 @@ def test_it_is_the_formula(shape, energy, corrector, predictor, guided, keep):
 
 
 def test_the_factor_is_the_formula():
-    sums = torch.tensor(
-        [[[3.0, 1.0]], [[4.0, 12.0]], [[2.0, 7.0]]]
-    )  # of four elements: rms 1, 2, 1.5
+    # of four elements: rms 1, 2, 1.5
+    sums = torch.tensor([[[3.0, 1.0]], [[4.0, 12.0]], [[2.0, 7.0]]])
     assert energy_factor(sums, 4, "progressive", 0.25).item() == pytest.approx(1.75 / 1.5, rel=1e-5)
     assert energy_factor(sums, 4, "reference", 0.25).item() == pytest.approx(1 / 1.5, rel=1e-5)
     assert energy_factor(sums, 4, "none", 0.25).item() == 1.0

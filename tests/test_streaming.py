@@ -38,9 +38,8 @@ def test_a_streamed_model_is_the_model(layers):
     context = engine.prepare(embeds)  # cross-attention keys come from the blocks too
     got = [engine.velocity(latents, torch.tensor(t), context) for t in (900.0, 300.0)]
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    assert len(copies) == (
-        3 * layers + 1 if layers > 2 else layers
-    )  # two blocks stay; more are copied at each of three passes
+    # two blocks stay; more are copied at each of three passes
+    assert len(copies) == (3 * layers + 1 if layers > 2 else layers)
     slots = {t.data_ptr() for slot in model.stream.slots for t in slot}
     assert {p.data_ptr() for p in model.blocks[-1].parameters()} <= slots
     engine.unload()

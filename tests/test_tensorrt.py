@@ -64,9 +64,8 @@ def test_an_engine_is_built_and_waits_for_a_gpu_to_compare_it(
         "name": None,
     }
     report = json.loads((engine.path / "velocity.json").read_text())
-    assert report["attention_operators"] == (
-        2 if precision == "fp16" else 0
-    )  # a block: self and cross
+    # a block: self and cross
+    assert report["attention_operators"] == (2 if precision == "fp16" else 0)
     assert report["attention_fused"] is None and report["inspected"] == "needs a GPU"
     assert m.parity["compared"] is False
     with pytest.raises(
@@ -107,9 +106,10 @@ def test_a_gpu_that_appears_compares_what_is_in_the_cache(tiny_pair, cache, monk
 def test_a_builder_that_dies_takes_nothing_with_it(tiny_pair, cache, monkeypatch):
     traced = small(tiny_pair).trace("fp16", target().ordered(), CPU, ("torch", "auto"))
     monkeypatch.setattr(GeneratorPart, "trace", lambda self, *args: traced)
+    # of another width
     monkeypatch.setattr(
         builder, "profiles", lambda *args: [{"embeds": [[1, 2, 3], [1, 2, 3], [1, 2, 3]]}]
-    )  # of another width
+    )
     with pytest.raises(ModelError, match="tensorrt-rtx's builder failed on the context graph: "):
         export_part(small(tiny_pair), target(), "x")
     monkeypatch.setattr(builder.sys, "executable", shutil.which("false"))
@@ -148,9 +148,10 @@ def test_a_profile_a_size_and_both_kinds_of_step():
         and "timestep" not in found[0]
     )
     prompt = Traced(None, {}, {"embeds": ("batch", "tokens", 8)}, ())
+    # of no size
     assert builder.profiles(prompt, target()) == [
         {"embeds": [[1, 2, 8], [2, 128, 8], [2, 2560, 8]]}
-    ]  # of no size
+    ]
     (span,) = builder.profiles(Traced(None, {}, shapes, ()), target(range=True))
     assert span["latents"] == [[1, 16, 2, 4, 4], [2, 16, 2, 4, 6], [2, 16, 2, 4, 6]]
 
@@ -162,9 +163,8 @@ def test_a_fused_step_is_built(tiny_pair, cache):
     assert set(engine.manifest.files) == {
         f"{g}.{k}" for g in part.graphs() for k in ("engine", "json")
     }
-    assert (
-        json.loads((engine.path / "step.json").read_text())["attention_operators"] == 2 + 4
-    )  # one block and two
+    # one block and two
+    assert json.loads((engine.path / "step.json").read_text())["attention_operators"] == 2 + 4
 
 
 @no_gpu

@@ -132,9 +132,8 @@ def test_the_transforms_are_orthonormal_and_one_for_every_cutoff(plane, split):
         and narrow.right is wide.right
         and not torch.equal(narrow.gain, wide.gain)
     )
-    assert (
-        split_filter(*plane, split, "gaussian", 2, 0.5, here).gain is None
-    )  # separable: two products, not four
+    # separable: two products, not four
+    assert split_filter(*plane, split, "gaussian", 2, 0.5, here).gain is None
 
 
 @pytest.mark.parametrize("plane", PLANES)
@@ -227,9 +226,8 @@ def test_gate_at_its_ends_and_in_the_middle():
 
 def test_guidance_is_diffusers_meaning():
     c, u = velocities()
-    assert torch.allclose(
-        guide(c, u, 6.0), c + 5.0 * (c - u), atol=1e-5
-    )  # the paper's s = 5 is g = 6
+    # the paper's s = 5 is g = 6
+    assert torch.allclose(guide(c, u, 6.0), c + 5.0 * (c - u), atol=1e-5)
     assert torch.equal(guide(c, None, 6.0), c)
 
 

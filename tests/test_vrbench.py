@@ -215,9 +215,8 @@ def test_scores_are_weighted_and_unknown_is_neither_yes_nor_no():
         "questions": 6,
     }
     assert scoring.clip_scores(answered("Unknown"), names)["score"] is None
-    assert (
-        scoring.clip_scores(answered("Yes", "No", "No"), names)["score"] == 0.3333
-    )  # four places, as published
+    # four places, as published
+    assert scoring.clip_scores(answered("Yes", "No", "No"), names)["score"] == 0.3333
 
 
 ROWS = st.lists(

@@ -83,9 +83,8 @@ def test_a_folder_is_judged_and_never_asked_again(clips, serve, monkeypatch):
     assert {h["Authorization"] for h in server.headers} == {"Bearer secret"}
     again = judged(clips, server)
     assert len(server.seen) == 3 and again["clips"] == found["clips"]  # kept
-    (clips / "ccr_example_1.mp4").write_bytes(
-        (clips / "etv_example_1.mp4").read_bytes()
-    )  # another clip
+    # another clip
+    (clips / "ccr_example_1.mp4").write_bytes((clips / "etv_example_1.mp4").read_bytes())
     judged(clips, server)
     assert [asked_id(b) for b in server.seen[3:]] == ["ccr_example_1"]
     monkeypatch.setattr(protocol, "TEMPLATE", protocol.TEMPLATE + " ")  # another template
@@ -126,9 +125,8 @@ def test_an_unreadable_answer_is_asked_once_more_then_unknown(clips, serve):
         and {a["answer"] for a in lost["answers"].values()} == {"Unknown"}
     )
     assert "No idea, sorry" in lost["answers"]["q1"]["reason"]
-    partly = found["cac_example_1"][
-        "answers"
-    ]  # what the first reply had stays; the second adds what was missing
+    # what the first reply had stays; the second adds what was missing
+    partly = found["cac_example_1"]["answers"]
     assert [a["answer"] for a in partly.values()] == ["Yes"] * 7 + ["No"]
     summary = scoring.summary(found, TAXONOMY)["overall"]
     assert summary["count"] == 2 and summary["unknown"] == 8

@@ -306,9 +306,8 @@ def test_the_request_s_numbers_are_the_user_s(clips, serve, capsys):  # noqa: F8
     assert (body["max_tokens"], body["temperature"], len(images)) == (77, 0.5, 3) and max(
         size(images[0])
     ) == 24
-    assert (
-        main(judge_line(clips, server)) == 0 and len(server.seen) == 6
-    )  # other settings, other answers
+    # other settings, other answers
+    assert main(judge_line(clips, server)) == 0 and len(server.seen) == 6
     for option in (
         ("--frames", 0),
         ("--picture-size", -1),

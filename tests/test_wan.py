@@ -42,9 +42,8 @@ CONFIGS = [
 def reference(config: dict, seed: int = 0) -> WanTransformer3DModel:
     torch.manual_seed(seed)
     model = WanTransformer3DModel(**config).eval()
-    for p in (
-        model.parameters()
-    ):  # every parameter away from its neutral start (norm weights are ones, biases small)
+    # every parameter away from its neutral start (norm weights are ones, biases small)
+    for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)
     return model
 

@@ -19,9 +19,8 @@ from nexus_rt.bench.shapes import world
 NEWTON_SCHULZ = (
     torch.bfloat16 if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else torch.float32
 )
-RUNS = Path(
-    os.environ.get("NEXUS_RT_RUNS", Path(__file__).resolve().parent / "runs")
-)  # ignored by git
+# ignored by git
+RUNS = Path(os.environ.get("NEXUS_RT_RUNS", Path(__file__).resolve().parent / "runs"))
 
 
 def cosine(step: int, steps: int, peak: float, final: float, warmup: int = 100) -> float:

@@ -132,9 +132,8 @@ def imitate(
         set_lr(optimizer, cosine(step, steps, 1e-2, 3e-4))
         prompts = [sample_prompt(rng) for _ in range(48)]
         wanted = [unpad(e) for e in embed([world.caption(r.scene) for r in prompts])]
-        wanted = torch.stack(
-            [w[torch.arange(count) % len(w)] for w in wanted]
-        )  # a short caption begins again
+        # a short caption begins again
+        wanted = torch.stack([w[torch.arange(count) % len(w)] for w in wanted])
         hidden, padding = understand([r.text for r in prompts])
         loss = F.mse_loss(connector(hidden, padding=padding), wanted) / wanted.var()
         optimizer.zero_grad(set_to_none=True)

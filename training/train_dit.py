@@ -46,10 +46,11 @@ SIZES = {
     "small": dict(num_attention_heads=4, attention_head_dim=32, ffn_dim=384, num_layers=4),
     "large": dict(num_attention_heads=4, attention_head_dim=64, ffn_dim=704, num_layers=5),
 }
+# lr of the blocks' matrices, by Muon
 TRAIN = {
     "small": dict(lr=1.2e-2, batch=24),
     "large": dict(lr=1.2e-2, batch=24),
-}  # lr of the blocks' matrices, by Muon
+}
 EMPTY = 0.1  # share of captions dropped
 SHIFT = 2.0  # training noise leans to the high end, where meaning and motion are decided
 

@@ -151,9 +151,8 @@ def train(folder: Path, schedule: tuple[int | None, float | None], seed: int) ->
         target, said = ids[:, 1:], spoken[:, :-1] & mask[:, 1:].bool()
         speech = F.cross_entropy(logits[said], target[said])
         ids, mask = tokenize(tokenizer, [VIDEO.format(prompt=r.text) for r in ask])
-        states = model.model(ids, mask).last_hidden_state[
-            torch.arange(len(ids)), mask.sum(1) - 2
-        ]  # at [GEN_VID]
+        # at [GEN_VID]
+        states = model.model(ids, mask).last_hidden_state[torch.arange(len(ids)), mask.sum(1) - 2]
         fields = label([r.scene for r in ask])
         reading = sum(F.cross_entropy(h(states), fields[:, i]) for i, h in enumerate(heads))
         loss = speech + reading

@@ -194,9 +194,8 @@ def train(folder: Path, steps: int, seed: int, init: Path | None) -> None:
     save_checkpoint(RUNS / "text" / "encoder.pt", model=encoder.state_dict())
     encoder.to(torch.bfloat16).save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
-    path = (
-        folder / "tokenizer" / "tokenizer_config.json"
-    )  # a class name that transformers 4 and 5 both know
+    # a class name that transformers 4 and 5 both know
+    path = folder / "tokenizer" / "tokenizer_config.json"
     path.write_text(
         json.dumps(
             {**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2

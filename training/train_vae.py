@@ -112,9 +112,8 @@ class Autoencoder(torch.nn.Module):
         vae.clear_cache()
         z = vae.post_quant_conv(z)
         chunks = []
-        for i in range(
-            z.shape[2]
-        ):  # the loop of AutoencoderKLWan._decode, without its clamp (which stops gradients)
+        # the loop of AutoencoderKLWan._decode, without its clamp (which stops gradients)
+        for i in range(z.shape[2]):
             vae._conv_idx = [0]
             chunks.append(
                 vae.decoder(z[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx)
@@ -145,9 +144,8 @@ def train(stage: str, steps: int, batch: int, lr: float, seed: int, compile_: bo
     if single:
         last_tap_only()
     step_fn = Autoencoder(vae, single)
-    if (
-        compile_ and single
-    ):  # a clip's graph, ten times larger, takes longer to compile than it saves
+    # a clip's graph, ten times larger, takes longer to compile than it saves
+    if compile_ and single:
         step_fn = torch.compile(step_fn)
     recent: list[tuple[float, float]] = []
     frames, shape = (1, (batch, 16, 1, 8, 8)) if single else (17, (batch, 16, 5, 8, 8))

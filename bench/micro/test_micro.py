@@ -145,9 +145,8 @@ def test_attention(benchmark, backend):
     if backend == "math" and CUDA:
         pytest.skip("a matrix of 32,760 x 32,760 for every head")
     run = lambda name: attend(q, k, v, backend=name)
-    one = (
-        x[:, :, :1].transpose(1, 2).float() for x in (q[:, :256], k, v)
-    )  # a head's first queries
+    # a head's first queries
+    one = (x[:, :, :1].transpose(1, 2).float() for x in (q[:, :256], k, v))
     close(
         run(backend)[:, :256, :1].transpose(1, 2),
         F.scaled_dot_product_attention(*one),

@@ -74,9 +74,8 @@ class HttpJudge:
         path = parts.path.rstrip("/")
         path += "" if path.endswith("/chat/completions") else "/chat/completions"
         self.url = urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
-        self.shown = urlunsplit(
-            (parts.scheme, parts.netloc.rpartition("@")[2], path, "", "")
-        )  # without secrets
+        # without secrets
+        self.shown = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], path, "", ""))
         self.azure = "api-version=" in parts.query or parts.hostname.endswith(".azure.com")
         self.model, self.timeout, self.tries, self._stopped = (
             model,

@@ -38,10 +38,11 @@ from nexus_rt.video import read_frames
 __all__ = ["FILE", "FILES", "FRAMES", "ask", "judge_clips", "parse", "read_judgment", "render"]
 SCHEMA, KIND = 1, "nexus-rt vrbench"
 FILE = "judgment.json"
+# a protocol's own: scores of two are never mixed
 FILES = {
     "strict": FILE,
     "published": "judgment.published.json",
-}  # a protocol's own: scores of two are never mixed
+}
 GRACE = 1.2  # seconds that replies on their way have when a run is stopped
 
 

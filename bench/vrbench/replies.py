@@ -9,10 +9,11 @@ from typing import Any
 
 from nexus_rt.bench.vrbench.scoring import NO, YES
 
+# of a reply: characters read, places tried for a JSON object
 MOST_TEXT, MOST_OBJECTS = (
     200_000,
     256,
-)  # of a reply: characters read, places tried for a JSON object
+)
 START = re.compile(r'\{\s*(?=["}])')
 CAUSES = {  # why a question has no answer -> in words
     "length": "the reply was cut at the token limit (finish_reason length)",

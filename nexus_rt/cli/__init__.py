@@ -87,9 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = parser()
     args = known.parse_args(words)
     args.line = shlex.join(["nexus-rt", *words])  # engines remember what made them
-    if (
-        argv is None
-    ):  # the command's own process, not a program that calls us: what is half-made is taken away
+    # the command's own process, not a program that calls us: what is half-made is taken away
+    if argv is None:
         signal.signal(signal.SIGTERM, _ended)
     if args.log_level:
         show(args.log_level)

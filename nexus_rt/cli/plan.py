@@ -49,9 +49,8 @@ def run(args: argparse.Namespace) -> int:
     blend = make_blend(args) or BlendConfig()
     check_device(args.device)
     models = args.pair or args.small or args.large or args.engines
-    pipe = (
-        make_pipeline(args) if models or not args.costs else None
-    )  # prices that are given need no models
+    # prices that are given need no models
+    pipe = make_pipeline(args) if models or not args.costs else None
     defaults = pipe.defaults if pipe else Defaults()
     plan = make_plan(
         defaults, args.plan, args.steps, args.shift, args.energy, args.gamma_w, args.as_published

@@ -32,9 +32,8 @@ class EngineDecoder(Exported, Decoder):
             DTYPES[sessions.folder.manifest.precision],
             self.device,
         )
-        self.states: list[list[int]] = sessions.folder.manifest.options[
-            "states"
-        ]  # channels and scale of each
+        # channels and scale of each
+        self.states: list[list[int]] = sessions.folder.manifest.options["states"]
 
     def drop(self) -> None:
         self.unload()

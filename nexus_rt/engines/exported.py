@@ -36,9 +36,8 @@ class EngineContext:
     keys: Tensor | None
     values: Tensor | None
     bias: Tensor | None
-    parts: list[EngineContext] = field(
-        default_factory=list
-    )  # instead of the three, where a run takes fewer samples
+    # instead of the three, where a run takes fewer samples
+    parts: list[EngineContext] = field(default_factory=list)
 
     @property
     def batch(self) -> int:
@@ -214,9 +213,8 @@ def run_context(
     )
     shape = (a["num_layers"], *embeds.shape[:2], a["num_attention_heads"], a["attention_head_dim"])
     keys, values = (torch.empty(shape, dtype=engine.dtype, device=engine.device) for _ in range(2))
-    whole = engine.together(
-        len(embeds)
-    )  # a fused step's run has twice the samples of the context's own
+    # a fused step's run has twice the samples of the context's own
+    whole = engine.together(len(embeds))
     if len(whole) == 1:
         engine.sessions.run(
             graph, {"embeds": embeds.contiguous()}, {"keys": keys, "values": values}

@@ -262,9 +262,8 @@ class EngineFolder:
                     f"{file} has {size} bytes and was written with {known['bytes']};"
                     f" {self.rebuild()}"
                 )
-            whole = (
-                again or size <= READ_AGAIN
-            )  # small files are read again: it costs less than the question
+            # small files are read again: it costs less than the question
+            whole = again or size <= READ_AGAIN
             if hashes and (file_hash if whole else trusted_hash)(file) != known["sha256"]:
                 raise ModelError(
                     f"{file} is damaged: its sha256 is not the manifest's; {self.rebuild()}"

@@ -34,9 +34,8 @@ def capture(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[
         _pools[device] = torch.cuda.graph_pool_handle()
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(
-        side
-    ):  # what a first call decides, compiles and allocates is not recorded
+    # what a first call decides, compiles and allocates is not recorded
+    with torch.cuda.stream(side):
         for _ in range(2):
             call()
     torch.cuda.current_stream(device).wait_stream(side)

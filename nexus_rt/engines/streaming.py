@@ -72,9 +72,8 @@ class BlockStream:
         self.holds[slot] = index
         with contextlib.ExitStack() as stack:
             if self.side is not None:
-                self.side.wait_stream(
-                    torch.cuda.current_stream(self.device)
-                )  # what still runs from this slot
+                # what still runs from this slot
+                self.side.wait_stream(torch.cuda.current_stream(self.device))
                 stack.enter_context(torch.cuda.stream(self.side))
             for there, waiting in zip(self.slots[slot], self.host[index], strict=True):
                 there.copy_(waiting, non_blocking=True)

@@ -61,9 +61,8 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     if not path.is_file():
         raise ModelError(f"{path} is missing; download the folder again.")
     try:
-        with safe_open(
-            path, "pt"
-        ):  # the library's own validation: offsets, overlaps, shapes against bytes, length
+        # the library's own validation: offsets, overlaps, shapes against bytes, length
+        with safe_open(path, "pt"):
             pass
     except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
         raise ModelError(
@@ -320,9 +319,8 @@ def fill(
     """
     expected = diffusers_shapes(model)
     stored = in_diffusers_names(tensors)
-    stored = {
-        k: v for k, v in stored.items() if "norm_added_q" not in k
-    }  # some published files carry this unused one
+    # some published files carry this unused one
+    stored = {k: v for k, v in stored.items() if "norm_added_q" not in k}
     missing, unknown = (
         sorted(expected.keys() - stored.keys()),
         sorted(stored.keys() - expected.keys()),

@@ -273,9 +273,8 @@ class Connector(nn.Module):
         visual = self.vision_head(hidden.to(self.device, self.dtype), padding)
         if single_frame:
             visual = visual[:, :1]
-        tokens = self.adapter(
-            visual.flatten(0, 1)[:, None]
-        )  # each visual token alone: sequence length 1
+        # each visual token alone: sequence length 1
+        tokens = self.adapter(visual.flatten(0, 1)[:, None])
         return tokens.unflatten(0, visual.shape[:2]).flatten(1, 2)
 
     def pack(

@@ -86,9 +86,8 @@ class ContextEncoder(Lazy):
         connector = self.connector
         contexts = []
         for prompt, rows in zip(prompts, text, strict=True):
-            hidden = self.understanding.hidden_states(
-                prompt.strip(), single_frame
-            )  # raw, as published
+            # raw, as published
+            hidden = self.understanding.hidden_states(prompt.strip(), single_frame)
             with span("connector"):
                 contexts.append(connector.pack(unpad(rows), connector(hidden, single_frame)[0]))
         return torch.stack(contexts)

@@ -50,10 +50,11 @@ class RMSNorm(nn.Module):
         ).to(self.weight.dtype)
 
 
+# by transformers' names
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}  # by transformers' names
+}

@@ -56,9 +56,8 @@ class Rope(msgspec.Struct, frozen=True):
             return plain
         if self.rope_type == "linear":
             return plain / self.factor
-        turns = (
-            self.original_max_position_embeddings * plain / (2 * math.pi)
-        )  # within the context of the pretraining
+        # within the context of the pretraining
+        turns = self.original_max_position_embeddings * plain / (2 * math.pi)
         share = (
             (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         ).clamp(0, 1)

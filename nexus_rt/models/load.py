@@ -68,9 +68,8 @@ def resolve(
 
     patterns = ["*.json", *(f"{s}/*" for s in subfolders)]
     if "transformer" in subfolders:
-        patterns.append(
-            "diffusion_pytorch_model*"
-        )  # Wan's own layout keeps the transformer at the top
+        # Wan's own layout keeps the transformer at the top
+        patterns.append("diffusion_pytorch_model*")
     try:
         return Path(
             snapshot_download(

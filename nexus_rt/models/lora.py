@@ -31,10 +31,11 @@ from nexus_rt.models.lora_file import (
     read_scaling,
 )
 
+# as diffusers and PEFT name them
 FOLDER_FILES = (
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
-)  # as diffusers and PEFT name them
+)
 LARGEST = float(torch.finfo(torch.float32).max)
 
 

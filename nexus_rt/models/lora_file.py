@@ -64,12 +64,13 @@ KOHYA = (  # underscores that were dots, where names have none of their own
 IMAGE = re.compile(
     r"(^|[._])(k_img|v_img|norm_k_img|img_emb|add_k_proj|add_v_proj|norm_added_[kq]|image_embedder)([._]|$)"
 )
+# adapters made with these need other base weights than the published
 CHANGES_BASE = (
     "pissa",
     "olora",
     "corda",
     "loftq",
-)  # adapters made with these need other base weights than the published
+)
 PATTERN_LENGTH = 200
 
 
@@ -187,9 +188,8 @@ class Scaling:
         return default
 
     def _ends(self, pattern: str, name: str) -> bool:
-        if re.fullmatch(
-            r"\^?[\w.]+\$?", pattern
-        ):  # the common case, and no regular expression can be slow on it
+        # the common case, and no regular expression can be slow on it
+        if re.fullmatch(r"\^?[\w.]+\$?", pattern):
             plain = pattern.strip("^$")
             return name == plain or (not pattern.startswith("^") and name.endswith("." + plain))
         import regex  # comes with transformers; it has a time limit

@@ -203,9 +203,8 @@ class _Zip:
         piece = self.data[begin : begin + info.file_size]
         if len(piece) != info.file_size or info.compress_size != info.file_size:
             raise refuse(f"its record {name[:80]} is cut short")
-        if (
-            info.CRC and self._checksum(piece) != info.CRC
-        ):  # 0: written without (torch.serialization.set_crc32_options)
+        # 0: written without (torch.serialization.set_crc32_options)
+        if info.CRC and self._checksum(piece) != info.CRC:
             raise refuse(f"its record {name[:80]} is damaged: its checksum differs")
         return piece
 
@@ -263,9 +262,8 @@ def _read_old(file: Any, data: memoryview) -> Any:
         room = count * (dtype.itemsize if dtype else 1)
         if room > len(data):
             raise refuse(f"storage {key[:40]} has {room} bytes and the file {len(data)}")
-        return Storage(
-            memoryview(bytearray(room)) if not room else data[:room], dtype
-        )  # a stand-in of its length
+        # a stand-in of its length
+        return Storage(memoryview(bytearray(room)) if not room else data[:room], dtype)
 
     Interpreter(collect).run(file)
     keys = plain.run(file)

@@ -23,9 +23,8 @@ MAX_SEQUENCE_LENGTH = 512  # Wan's: the transformer attends to the zero padding 
 
 def clean_prompt(text: str) -> str:
     """Mend broken unicode (ftfy), unescape HTML twice, fold white space."""
-    if not (
-        text.isascii() and text.isprintable() and "&" not in text
-    ):  # such text is whole, and ftfy slow to import
+    # such text is whole, and ftfy slow to import
+    if not (text.isascii() and text.isprintable() and "&" not in text):
         import ftfy
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))

@@ -18,10 +18,11 @@ from nexus_rt.errors import ModelError, NexusError, cut
 from nexus_rt.models.pretrained import pretrained
 from nexus_rt.process import LOADING
 
+# transformers' names of it: before version 5, and since
 PLAIN = (
     "PreTrainedTokenizerFast",
     "TokenizersBackend",
-)  # transformers' names of it: before version 5, and since
+)
 
 
 class Tokenizer(ABC):

@@ -120,9 +120,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         act = ACTIVATIONS[self.activation]
         inner = act(self.wi_0(x)) * self.wi_1(x) if hasattr(self, "wi_0") else act(self.wi(x))
-        return self.wo(
-            inner.to(self.wo.weight.dtype)
-        )  # kept in float32 beside float16, whose range it leaves
+        # kept in float32 beside float16, whose range it leaves
+        return self.wo(inner.to(self.wo.weight.dtype))
 
 
 class Sublayer(nn.Module):

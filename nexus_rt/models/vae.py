@@ -38,9 +38,8 @@ TOGETHER = (
     # pixels (of all frames) decoded in one call: small clips gain four times from it, large ones go
     # alone
 )
-WHOLE = (
-    2**24
-)  # elements of the decoder's widest activation up to which a clip is decoded in one pass
+# elements of the decoder's widest activation up to which a clip is decoded in one pass
+WHOLE = 2**24
 LATENT_FIELDS = (
     "z_dim",
     "latents_mean",
@@ -204,9 +203,8 @@ class Decoder:
                 out.append(video.float().add_(1).div_(2).clamp_(0, 1))
             return torch.cat(out).transpose(1, 2)
         except Exception as error:
-            named = (
-                rescue is not None and not Path(rescue).is_dir()
-            )  # a folder that is not there is the caller's mistake
+            # a folder that is not there is the caller's mistake
+            named = rescue is not None and not Path(rescue).is_dir()
             path = save_latents(latents, rescue) if named else rescue_latents(latents, rescue)
             saved = (
                 f"the latents are saved in {path}; decode them again with `nexus-rt decode`"

@@ -46,9 +46,8 @@ class _Stored(msgspec.Struct):
     """The fields of a `config.json` that make a `WanConfig`, with the ranges of any model."""
 
     num_attention_heads: Count
-    attention_head_dim: Annotated[
-        int, msgspec.Meta(ge=2, le=1024, multiple_of=2)
-    ]  # RoPE turns pairs
+    # RoPE turns pairs
+    attention_head_dim: Annotated[int, msgspec.Meta(ge=2, le=1024, multiple_of=2)]
     ffn_dim: Width
     num_layers: Count
     patch_size: Annotated[
@@ -173,9 +172,8 @@ def collapse_padding(context: Tensor, at_least: int = 1) -> tuple[Tensor, Tensor
     """
     length = context.shape[1]
     used = (context != 0).any(-1)  # [N, L]
-    real = (used * torch.arange(1, length + 1, device=context.device)).amax(
-        1
-    )  # tokens up to the last that is not zero
+    # tokens up to the last that is not zero
+    real = (used * torch.arange(1, length + 1, device=context.device)).amax(1)
     kept = max(at_least, int(real.max()) + 1)
     if kept >= length:
         return context, None
@@ -296,9 +294,8 @@ class Block(nn.Module):
         modulate, dtype = self._modulate(x)
         x, h = modulate(x, scale1, shift1, self.eps, y, gate)
         attended = self.attn1.self_attention(h.to(dtype), rope)
-        if isinstance(
-            self.norm2, nn.LayerNorm
-        ):  # an affine norm is a modulation by weight - 1 and bias
+        # an affine norm is a modulation by weight - 1 and bias
+        if isinstance(self.norm2, nn.LayerNorm):
             scale, shift = self.norm2.weight[None] - 1, self.norm2.bias[None]
             x, h = modulate(x, scale, shift, self.eps, attended, gate1)
         else:
@@ -474,8 +471,7 @@ class WanTransformer(nn.Module):
     def patchify(self, latents: Tensor) -> Tensor:
         """[N, C, T, H, W] -> tokens [N, L, dim]: the patch convolution as one matrix product."""
         pt, ph, pw = self.config.patch_size
-        x = (
-            latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pt))
-        )  # [N, C, t, pt, h, ph, w, pw]
+        # [N, C, t, pt, h, ph, w, pw]
+        x = latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pt))
         x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
         return F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)

@@ -103,9 +103,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] to the same shape."""
         frames = x.transpose(1, 2).flatten(0, 1)  # [B T, C, H, W]
-        qkv = (
-            self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)
-        )  # [B T, 1, H W, 3 C]
+        # [B T, 1, H W, 3 C]
+        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)
         out = F.scaled_dot_product_attention(*(t.contiguous() for t in qkv.chunk(3, -1)))
         out = self.proj(out.squeeze(1).transpose(1, 2).unflatten(2, frames.shape[2:]))
         return out.unflatten(0, (x.shape[0], -1)).transpose(1, 2) + x
