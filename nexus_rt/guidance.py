@@ -37,5 +37,4 @@ class Guidance:
 
     def at(self, step: Step, generator: str) -> float:
         """The scale of "small" or "large" at a step: the plan's own, else the call's."""
-        own = step.guidance_small if generator == "small" else step.guidance_large
-        return float(getattr(self, generator) if own is None else own)
+        return step.scale(generator, getattr(self, generator))

@@ -49,6 +49,11 @@ class Step:
     guidance_large: float | None = None
     blended: bool = True
 
+    def scale(self, generator: str, default: float) -> float:
+        """The guidance scale of "small" or "large": this step's own, else the call's."""
+        own = self.guidance_small if generator == "small" else self.guidance_large
+        return float(default if own is None else own)
+
     @property
     def runs(self) -> str:
         return "both" if self.small and self.large else "small" if self.small else "large"
@@ -105,8 +110,7 @@ class Plan:
 
     def guidance(self, step: Step, generator: str, small: float, large: float) -> float:
         """The guidance scale of a generator at a step, given the call's two defaults."""
-        own = step.guidance_small if generator == "small" else step.guidance_large
-        return own if own is not None else small if generator == "small" else large
+        return step.scale(generator, small if generator == "small" else large)
 
     def evaluations(self, guidance_small: float, guidance_large: float) -> dict[str, int]:
         """Forward passes of each generator (a guided step has two)."""

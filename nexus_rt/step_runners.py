@@ -135,10 +135,6 @@ class SeparateGenerators:
     ) -> None:
         self.plan, self.generators, self.config, self.fused = plan, generators, config, fused
 
-    def takes(self, step: Step) -> bool:
-        """Any step."""
-        return True
-
     def running(self, step: Step) -> list[Generator]:
         """The generators of a step, in the order small, large."""
         return [self.generators[name] for name in self.plan.generators if getattr(step, name)]

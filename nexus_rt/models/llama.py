@@ -21,7 +21,7 @@ from nexus_rt.documents import check
 from nexus_rt.errors import ModelError
 from nexus_rt.models.checkpoint import StoredTensor
 from nexus_rt.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
-from nexus_rt.models.pretrained import fill_whole
+from nexus_rt.models.pretrained import check_positive, fill_whole
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -85,14 +85,7 @@ class LlamaConfig(msgspec.Struct, frozen=True):
     rope_scaling: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            value = getattr(self, name)
-            if (
-                isinstance(value, (int, float))
-                and not isinstance(value, bool)
-                and not 0 < value < 2**31
-            ):
-                raise ModelError(f"{name} is {value}; expected a positive number.")
+        check_positive(self)
         if self.num_attention_heads % self.kv_heads or (
             self.head_dim is None and self.hidden_size % self.num_attention_heads
         ):

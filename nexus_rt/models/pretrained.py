@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from nexus_rt.documents import read_object
@@ -123,6 +124,15 @@ def check_config(folder: Path, what: str) -> dict[str, Any]:
                     " such model."
                 )
     return config
+
+
+def check_positive(config: msgspec.Struct) -> None:
+    """Raise a `ModelError` that names a number of a config which is not positive or is absurd."""
+    for name in config.__struct_fields__:
+        value = getattr(config, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and not 0 < value < 2**31:
+            raise ModelError(f"{name} is {value}; expected a positive number.")
 
 
 def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:

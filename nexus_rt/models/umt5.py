@@ -18,7 +18,7 @@ from nexus_rt.documents import check
 from nexus_rt.errors import ModelError
 from nexus_rt.models.checkpoint import StoredTensor
 from nexus_rt.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
-from nexus_rt.models.pretrained import check_config, fill_whole
+from nexus_rt.models.pretrained import check_config, check_positive, fill_whole
 
 SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"
 
@@ -39,14 +39,7 @@ class Umt5Config(msgspec.Struct, frozen=True):
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            value = getattr(self, name)
-            if (
-                isinstance(value, (int, float))
-                and not isinstance(value, bool)
-                and not 0 < value < 2**31
-            ):
-                raise ModelError(f"{name} is {value}; expected a positive number.")
+        check_positive(self)
         # Half of the buckets look each way, and half of those are single positions.
         if (
             self.relative_attention_num_buckets < 4
