@@ -6,6 +6,8 @@ setup(
     packages=[
         "nexus_rt",
         "nexus_rt.cli",
+        "nexus_rt.loading",
+        "nexus_rt.memory",
         "nexus_rt.models",
         "nexus_rt.engines",
         "nexus_rt.kernels",

@@ -184,7 +184,7 @@ def main() -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="also write JSON ('-': only print it)")
     args = parser.parse_args()
-    from nexus_rt.kernels.op import INTERPRETED, triton
+    from nexus_rt.kernels.triton_op import INTERPRETED, triton
 
     if triton is None or INTERPRETED:
         raise SystemExit("ahead-of-time compilation needs triton, and TRITON_INTERPRET unset")

@@ -25,16 +25,17 @@ from nexus_rt.bench.presets import (
     random_prompt,
 )
 from nexus_rt.bench.scaling import scaling
+from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError, ModelError, NexusError, choose
-from nexus_rt.loading import default_device, default_dtype
-from nexus_rt.pair import MINI, Defaults, find_parts
+from nexus_rt.loading.pair import default_device, default_dtype
+from nexus_rt.loading.pair_folder import MINI, Defaults, find_pair
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan import parse_plan
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
 
-ENGINES = ("torch", "compiled", "onnx", "aoti", "tensorrt", "tensorrt-rtx")
+ENGINES = ("torch", "compiled", *ENGINE_BACKENDS)
 ESTIMATES = ("auto", "never", "always")
 RANDOM = (
     "random weights of the true architecture: the latency is valid, the pictures are not;"
@@ -243,7 +244,7 @@ def _real(args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
     names = ("small", "large", "vae", "text_encoder", "understanding", "connector")
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     pretrained = args.pair if args.pair or args.small or args.large else MINI
-    folders = find_parts(pretrained, given, {"local_files_only": args.local_files_only}).generators
+    folders = find_pair(pretrained, given, {"local_files_only": args.local_files_only}).generators
     make = lambda: NexusPipeline.from_pretrained(
         args.pair,
         **given,
@@ -278,9 +279,9 @@ def _engine(
         return Engine(name, twin)
     if not real:
         raise InputError("engines are exported of folders of weights; pass --small and --large")
-    from nexus_rt.export.build import Target, export_parts
-    from nexus_rt.export.command import chosen_parts, folders_beside
-    from nexus_rt.models.lora import parse_loras
+    from nexus_rt.export.build import Target, export_components
+    from nexus_rt.export.command import chosen_components, folders_beside
+    from nexus_rt.loading.lora import parse_loras
 
     precision = "fp32" if device.type == "cpu" else "bf16"
     target = Target(name, precision, (size,), device)
@@ -288,7 +289,7 @@ def _engine(
     names = ("small", "large", "vae", "text_encoder", "understanding", "connector")
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     pretrained = args.pair if args.pair or args.small or args.large else MINI
-    parts_found = find_parts(pretrained, given, {"local_files_only": args.local_files_only})
+    parts_found = find_pair(pretrained, given, {"local_files_only": args.local_files_only})
     others = {"vae": parts_found.vae, "text_encoder": parts_found.text}
     exported = (
         args.parts.split(",")
@@ -300,10 +301,10 @@ def _engine(
         for n in ("small", "large")
         if (sources := getattr(args, f"{n}_lora"))
     }
-    parts = chosen_parts(parts_found, ",".join(exported), False, loras)
+    parts = chosen_components(parts_found, ",".join(exported), False, loras)
     index = Path(pretrained) / "model_index.json" if pretrained else None
     index = index if index is not None and index.is_file() else None
-    export_parts(
+    export_components(
         parts,
         folders_beside(parts_found, parts),
         index,

@@ -83,8 +83,8 @@ def bench_dit(runs: int) -> dict:
     prompt and latents."""
     from diffusers import WanTransformer3DModel
 
-    from nexus_rt.models.load import load_transformer
-    from nexus_rt.pair import MINI
+    from nexus_rt.loading.pair_folder import MINI
+    from nexus_rt.loading.transformer import load_transformer
     from nexus_rt.pipeline import NexusPipeline
 
     pipe = NexusPipeline.from_pretrained()
@@ -113,7 +113,7 @@ def bench_dit(runs: int) -> dict:
 
 LOAD = """
 import resource, sys, threading, time, torch
-from nexus_rt.models.load import load_transformer
+from nexus_rt.loading.transformer import load_transformer
 def rss():
     with open('/proc/self/statm') as f: return int(f.read().split()[1]) * resource.getpagesize()
 from nexus_rt.models.wan import WanConfig, WanTransformer
@@ -137,7 +137,7 @@ def synthetic_folder(folder: Path, gigabytes: float, dtype: torch.dtype) -> None
     pattern."""
     from safetensors.torch import save_file
 
-    from nexus_rt.models.checkpoint import diffusers_shapes
+    from nexus_rt.loading.checkpoint import diffusers_shapes
     from nexus_rt.models.wan import WanConfig, WanTransformer
 
     dim, ffn = 1536, 8960

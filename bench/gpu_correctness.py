@@ -144,7 +144,7 @@ def _attention_fp8(suite: Any):
 
 
 def _linear_gelu(suite: Any):
-    from nexus_rt.ops import TORCH, _linear_gelu_epilogue
+    from nexus_rt.block_ops import TORCH, _linear_gelu_epilogue
 
     for dim, inner in ((32, 64),) if suite.dry else ((1536, 8960), (5120, 13824)):
         x, weight, bias = (

@@ -35,11 +35,12 @@ def _engines(suite: Any, config: dict) -> dict:
     """Each is exported as a user would, parity gate and all, from a folder of random weights."""
     import torch
 
-    from nexus_rt.engines.graphs import ReplayedEngine
-    from nexus_rt.engines.open import open_engine
+    from nexus_rt.engines.backends import ENGINE_BACKENDS
+    from nexus_rt.engines.cuda_graphs import ReplayedEngine
+    from nexus_rt.engines.registry import open_engine
     from nexus_rt.engines.torch import TorchEngine
-    from nexus_rt.export.build import Target, export_part
-    from nexus_rt.export.parts import GeneratorPart
+    from nexus_rt.export.build import Target, export_component
+    from nexus_rt.export.components import GeneratorComponent
 
     size, config = suite.size, {**config, "num_layers": 2}
     latents, rows = suite.random(1, 16, *size.latent, dtype=torch.float32), {}
@@ -60,13 +61,15 @@ def _engines(suite: Any, config: dict) -> dict:
                     suite, replayed, latents, timestep, context, wanted, rows["torch"]["ms"]
                 )
         precision = "fp32" if suite.dry else "bf16"
-        for backend in ("aoti", "onnx", "tensorrt", "tensorrt-rtx"):
+        for backend in ENGINE_BACKENDS:
             if suite.dry and backend != "onnx":
                 continue  # compiled and built in tests of their own
             with failure_in(rows, backend):
                 start = time.monotonic()
                 target = Target(backend, precision, (size,), suite.device)
-                made = export_part(GeneratorPart("small", source), target, "the GPU suite")
+                made = export_component(
+                    GeneratorComponent("small", source), target, "the GPU suite"
+                )
                 built = time.monotonic() - start
                 engine = open_engine(made.path, suite.device)
                 start = time.monotonic()
@@ -98,8 +101,8 @@ def swap(suite: Any) -> dict:
     against what was planned, in every mode of residency."""
     import torch
 
-    from nexus_rt.engines.residency import Residency, call_parts, plan_residency
     from nexus_rt.engines.torch import TorchEngine
+    from nexus_rt.memory.residency import Residency, call_parts, plan_residency
     from nexus_rt.plan import parse_plan
     from nexus_rt.sampling import denoise
     from nexus_rt.solver import time_grid
@@ -218,7 +221,7 @@ def _saved(suite: Any, config: dict, folder: Path) -> Path:
 
     from safetensors.torch import save_file
 
-    from nexus_rt.models.checkpoint import to_diffusers
+    from nexus_rt.loading.checkpoint import to_diffusers
 
     model = random_transformer(config, suite.dtype, suite.device)
     folder.mkdir()
@@ -233,6 +236,6 @@ def _saved(suite: Any, config: dict, folder: Path) -> Path:
 
 
 def _loaded(suite: Any, folder: Path):
-    from nexus_rt.models.load import load_transformer
+    from nexus_rt.loading.transformer import load_transformer
 
     return load_transformer(folder, suite.dtype, suite.device)

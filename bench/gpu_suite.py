@@ -4,7 +4,7 @@
     python -m nexus_rt.bench.gpu_suite --dry                       # on a CPU, at tiny sizes
 
 Needs torch, triton, numpy and safetensors; `--wheels DIR` adds a folder of wheels (diffusers, say)
-to the path. Parts run in order and each stands alone: one that breaks is written down with its
+to the path. Sections run in order and each stands alone: one that breaks is written down with its
 error, one that the time does not reach is written down as not reached, and the files are written
 anew after each, so that a run that is killed leaves what it had measured. Correctness comes first:
 a kernel that is wrong gets no speed. Every figure stands beside the roof measured in the same run:
@@ -276,7 +276,7 @@ def loop_calls(suite: Suite) -> dict[str, tuple]:
 def attention(suite: Suite) -> dict:
     """Every backend at Wan's shapes, self and cross; each one checked by `decide` before it is
     timed."""
-    from nexus_rt.attention import BACKENDS, Case, decide
+    from nexus_rt.attention import ATTENTION_BACKENDS, Case, decide
 
     rows = {}
     for name, config in suite.configs.items():
@@ -297,7 +297,7 @@ def attention(suite: Suite) -> dict:
                 biased,
             )
             # math would hold 86 GB of scores
-            names = [n for n in BACKENDS if n != "math" or suite.dry or keys < 1000]
+            names = [n for n in ATTENTION_BACKENDS if n != "math" or suite.dry or keys < 1000]
             found = decide(case, names, remeasure=True)["candidates"]
             found |= _other_loads(suite, case)
             flops = 4 * case.queries * case.keys * heads * head_dim
@@ -311,7 +311,11 @@ def attention(suite: Suite) -> dict:
                     **({"of_best_exact": round(best / c["ms"], 3)} if rate else {}),
                 }
             chosen = min(
-                (n for n, c in found.items() if "ms" in c and n in BACKENDS and _exact(n)),
+                (
+                    n
+                    for n, c in found.items()
+                    if "ms" in c and n in ATTENTION_BACKENDS and _exact(n)
+                ),
                 key=lambda n: found[n]["ms"],
             )
             rows[f"{label} {name}"] = {"chosen": chosen, "backends": shown}
@@ -319,9 +323,9 @@ def attention(suite: Suite) -> dict:
 
 
 def _exact(backend: str) -> bool:
-    from nexus_rt.attention import BACKENDS
+    from nexus_rt.attention import ATTENTION_BACKENDS
 
-    return BACKENDS[backend.split(",")[0]].exact
+    return ATTENTION_BACKENDS[backend.split(",")[0]].exact
 
 
 def _other_loads(suite: Suite, case) -> dict[str, dict]:

@@ -28,7 +28,7 @@ from nexus_rt.bench.measure import interleaved, summary
 from nexus_rt.bench.naive import four_filter_blend
 from nexus_rt.bench.quality import distance
 from nexus_rt.errors import InputError, choose
-from nexus_rt.models.checkpoint import to_diffusers
+from nexus_rt.loading.checkpoint import to_diffusers
 from nexus_rt.models.context import unpad
 from nexus_rt.models.wan import WanTransformer
 from nexus_rt.pipeline import NexusPipeline

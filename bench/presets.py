@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nexus_rt.engines.residency import activation_bytes
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import choose
-from nexus_rt.loading import Loaded
-from nexus_rt.models.checkpoint import KEEP_FP32
+from nexus_rt.loading.checkpoint import KEEP_FP32
+from nexus_rt.loading.pair import Loaded
+from nexus_rt.loading.pair_folder import Defaults
+from nexus_rt.memory.residency import activation_bytes
 from nexus_rt.models.vae import WAN_VAE, VideoDecoder
 from nexus_rt.models.wan import WanConfig, WanTransformer
-from nexus_rt.pair import Defaults
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.size import ClipSize
 

@@ -17,7 +17,8 @@ import torch
 from nexus_rt import documents
 from nexus_rt.doctor import versions
 from nexus_rt.errors import InputError, ModelError, cut
-from nexus_rt.models.load import folder_fingerprint, transformer_folder
+from nexus_rt.loading.source import folder_fingerprint
+from nexus_rt.loading.transformer import transformer_folder
 
 SCHEMA, KIND = 1, "nexus-rt bench"
 NOISE = 0.02  # a slowdown that counts, beyond what the runs' own spread explains

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nexus_rt.engines import aoti as backend
-from nexus_rt.engines.open import here
-from nexus_rt.export.symbols import Traced
+from nexus_rt.engines.registry import here
+from nexus_rt.export.dynamic_shapes import Traced
 
 if TYPE_CHECKING:
     from nexus_rt.export.build import Target

@@ -22,25 +22,18 @@ from types import ModuleType
 import torch
 
 from nexus_rt import __version__
-from nexus_rt.engines.exported import DTYPES
+from nexus_rt.engines.backends import ENGINE_BACKENDS
+from nexus_rt.engines.exported_engine import DTYPES
 from nexus_rt.engines.folder import EngineFolder, Manifest, engines_root, files_of, link_tree
-from nexus_rt.engines.open import engine_of
 from nexus_rt.engines.publish import publish, remove
+from nexus_rt.engines.registry import engine_of
 from nexus_rt.errors import InputError, ModelError, NexusError, choose
+from nexus_rt.export.components import Component, weights_bytes, weights_hash
 from nexus_rt.export.contract import contract
+from nexus_rt.export.dynamic_shapes import Traced
 from nexus_rt.export.parity import gate
-from nexus_rt.export.parts import Part, weights_bytes, weights_hash
-from nexus_rt.export.symbols import Traced
-from nexus_rt.models import load
+from nexus_rt.memory.offload import release
 from nexus_rt.size import ClipSize
-
-# backend -> module
-BUILDERS = {
-    "onnx": "onnx",
-    "aoti": "aoti",
-    "tensorrt": "tensorrt",
-    "tensorrt-rtx": "tensorrt",
-}
 
 
 @dataclass(frozen=True)
@@ -74,18 +67,18 @@ class Target:
             InputError: an unknown backend or precision, no sizes, or no builder that can run here;
                 said before any work.
         """
-        choose("backend", self.backend, BUILDERS)
+        choose("backend", self.backend, ENGINE_BACKENDS)
         choose("precision", self.precision, DTYPES)
         if not self.buckets:
             raise InputError("no sizes to export for; pass --sizes, such as 832x480x81.")
-        module = importlib.import_module(f"nexus_rt.export.{BUILDERS[self.backend]}")
+        module = importlib.import_module(ENGINE_BACKENDS[self.backend].builder)
         if why := module.cannot_build(self):
             raise InputError(f"no {self.backend} engine can be built here: {why}.")
         return module
 
 
-def export_part(
-    part: Part, target: Target, command: str, say: Callable[[str], None] = lambda text: None
+def export_component(
+    part: Component, target: Target, command: str, say: Callable[[str], None] = lambda text: None
 ) -> EngineFolder:
     """Build, or find in the cache, the engine of a part.
 
@@ -203,7 +196,7 @@ def _locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
 
 
 def _artefacts(
-    part: Part, work: Path, target: Target, builder: ModuleType, say: Callable[[str], None]
+    part: Component, work: Path, target: Target, builder: ModuleType, say: Callable[[str], None]
 ) -> None:
     """Every graph's artefact, those of an interrupted build kept: each is built aside and moved in
     when it is complete."""
@@ -248,7 +241,7 @@ def _artefacts(
     for graph in traced.values():
         graph.forget()
     del traced
-    load.release(target.device)
+    release(target.device)
 
 
 def _first_line(error: Exception) -> str:
@@ -274,7 +267,7 @@ def _kernels(target: Target) -> tuple[str, str]:
 
 
 def _compared(
-    part: Part,
+    part: Component,
     work: Path,
     final: Path,
     manifest: Manifest,
@@ -318,8 +311,8 @@ def _compared(
     return EngineFolder(where, done.manifest)
 
 
-def export_parts(
-    parts: list[Part],
+def export_components(
+    parts: list[Component],
     beside: dict[str, Path],
     index: Path | None,
     target: Target,
@@ -339,7 +332,7 @@ def export_parts(
             only when complete.
 
     Raises:
-        InputError, ModelError: as `export_part`.
+        InputError, ModelError: as `export_component`.
     """
     for part in parts:
         replace(target, precision=part.precision(target.precision)).builder()
@@ -352,7 +345,7 @@ def export_parts(
             f"{output} cannot be written ({error.strerror}); choose a folder that you may write to."
         ) from None
     # one that fails leaves the output as it was
-    engines = [export_part(part, target, command, say) for part in parts]
+    engines = [export_component(part, target, command, say) for part in parts]
     built = {}
     with _locked(
         output / ".export.lock", lambda: say(f"another process writes {output}; waiting for it")

@@ -15,19 +15,25 @@ from tqdm import tqdm
 
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.errors import InputError, choose
-from nexus_rt.export.build import Target, export_parts
-from nexus_rt.export.parts import DecoderPart, GeneratorPart, Part, StepPart, TextPart
-from nexus_rt.loading import default_device
+from nexus_rt.export.build import Target, export_components
+from nexus_rt.export.components import (
+    Component,
+    DecoderComponent,
+    GeneratorComponent,
+    StepComponent,
+    TextComponent,
+)
+from nexus_rt.loading.lora import Lora, parse_loras
+from nexus_rt.loading.pair import default_device
+from nexus_rt.loading.pair_folder import MINI, PairFolders, find_pair
 from nexus_rt.log import chose
-from nexus_rt.models.lora import Lora, parse_loras
-from nexus_rt.pair import MINI, Parts, find_parts
 from nexus_rt.size import parse_sizes
 
 NAMES = ("small", "large", "vae", "text_encoder")
 
 
 @contextlib.contextmanager
-def progress(parts: list[Part]) -> Iterator[Callable[[str], None]]:
+def progress(parts: list[Component]) -> Iterator[Callable[[str], None]]:
     """Something to call with a line a stage: on a terminal a bar over the stages, whose clock goes
     on while one builds for minutes; elsewhere the lines."""
     if not sys.stderr.isatty():
@@ -66,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     names = ("small", "large", "vae", "text_encoder", "understanding", "connector")
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     pretrained = args.pair if args.pair or args.small or args.large else MINI
-    found = find_parts(pretrained, given, {"local_files_only": args.local_files_only})
+    found = find_pair(pretrained, given, {"local_files_only": args.local_files_only})
     d = found.defaults
     sizes, ends = parse_sizes(args.sizes or f"{d.width}x{d.height}x{d.num_frames}")
     precision = args.precision or ("fp32" if device.type == "cpu" else "bf16")
@@ -90,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         for n in ("small", "large")
         if (sources := getattr(args, f"{n}_lora"))
     }
-    parts = chosen_parts(found, args.parts, args.fuse_step, loras)
+    parts = chosen_components(found, args.parts, args.fuse_step, loras)
     index = (
         Path(pretrained) / "model_index.json"
         if pretrained and (Path(pretrained) / "model_index.json").is_file()
@@ -98,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     )
     output = Path(args.output).expanduser()
     with progress(parts) as say:
-        built = export_parts(
+        built = export_components(
             parts, folders_beside(found, parts), index, target, output, args.line, say
         )
     for name, engine in built.items():
@@ -118,20 +124,21 @@ def capability(text: str) -> str:
     return f"{int(found[1])}.{found[2]}"
 
 
-def chosen_parts(
-    found: Parts,
+def chosen_components(
+    found: PairFolders,
     names: str | None,
     fuse_step: bool = False,
     loras: Mapping[str, tuple[Lora, ...]] | None = None,
-) -> list[Part]:
-    """Parts of a pair to export: those named, or its generators, with what is merged into them.
+) -> list[Component]:
+    """Components of a pair to export: those named, or its generators, with what is merged into
+    them.
 
     Raises:
         InputError: an unknown part, or one that the pair has not; a fused step without both
             generators.
     """
     chosen = [n.strip() for n in names.split(",")] if names else list(found.generators)
-    parts: list[Part] = []
+    parts: list[Component] = []
     for name in dict.fromkeys(choose("part", n, NAMES) for n in chosen):
         folder = {**found.generators, "vae": found.vae, "text_encoder": found.text}.get(name)
         if folder is None:
@@ -139,20 +146,20 @@ def chosen_parts(
                 f"there is no {name} here to export; pass --{name.replace('_', '-')}, or other"
                 " --parts."
             )
-        kind = {"vae": DecoderPart, "text_encoder": TextPart}.get(name)
+        kind = {"vae": DecoderComponent, "text_encoder": TextComponent}.get(name)
         parts.append(
-            kind(folder) if kind else GeneratorPart(name, folder, (loras or {}).get(name, ()))
+            kind(folder) if kind else GeneratorComponent(name, folder, (loras or {}).get(name, ()))
         )
     if fuse_step:
         if len(found.generators) < 2:
             raise InputError(
                 "--fuse-step puts both generators in one graph; pass --small and --large."
             )
-        parts.append(StepPart(found.generators, dict(loras or {})))
+        parts.append(StepComponent(found.generators, dict(loras or {})))
     return parts
 
 
-def folders_beside(found: Parts, parts: list[Part]) -> dict[str, Path]:
+def folders_beside(found: PairFolders, parts: list[Component]) -> dict[str, Path]:
     """What a folder of engines needs besides them: encoders and VAE that are not exported, and the
     tokenizer."""
     folders = {"vae": found.vae, "understanding": found.understanding, "connector": found.connector}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from nexus_rt.export.symbols import Traced, split
+from nexus_rt.export.dynamic_shapes import Traced, split
 
 MEANING = {
     "latents": (

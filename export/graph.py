@@ -20,30 +20,19 @@ import torch
 from torch import Tensor, nn
 from torch.export import export
 
-from nexus_rt.export.symbols import Shape, Symbols, Traced
+from nexus_rt.block_ops import TORCH
+from nexus_rt.export.dynamic_shapes import Shape, Symbols, Traced
+from nexus_rt.kernels.formulas import rope_angles, rope_tables
 from nexus_rt.models.wan import WanContext, WanTransformer
-from nexus_rt.ops import TORCH
 from nexus_rt.size import ClipSize
 
 
 def rope_in_graph(
     head_dim: int, grid: tuple[int, int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """`nexus_rt.ops.rope_table` for sizes that are symbols: float32 angles, of positions below a
-    few hundred."""
-    side = 2 * (head_dim // 6)
-    parts = []
-    for axis, (size, dim) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
-        frequency = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angle = torch.arange(size, device=device, dtype=torch.float32)[
-            :, None
-        ] * frequency.float().to(device)
-        shape = [1, 1, 1, dim // 2]
-        shape[axis] = size
-        parts.append(angle.view(shape).expand(*grid, dim // 2))
-    angle = torch.cat(parts, -1).flatten(0, 2).unsqueeze(1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.stack([cos, cos], -1).flatten(-2), torch.stack([-sin, sin], -1).flatten(-2)
+    """`nexus_rt.block_ops.rope_table` for sizes that are symbols: float32 angles, of positions
+    below a few hundred."""
+    return rope_tables(rope_angles(head_dim, grid, device, torch.float32))
 
 
 class ContextGraph(nn.Module):

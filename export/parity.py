@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.base import Engine
-from nexus_rt.models import load
+from nexus_rt.engines.protocol import Engine
+from nexus_rt.memory.offload import release
 from nexus_rt.plan import parse_plan
 from nexus_rt.sampling import denoise
 from nexus_rt.size import ClipSize
@@ -174,10 +174,11 @@ def judge(got: Answers, wanted: Answers, precision: str) -> dict[str, Any]:
 def gate(
     part: Any, engine: Any, buckets: list[ClipSize], precision: str, device: torch.device
 ) -> dict[str, Any]:
-    """Compare the engine of a part (`nexus_rt.export.parts`) with PyTorch; returns as `judge`."""
+    """Compare a component's engine (`nexus_rt.export.components`) with PyTorch; returns as
+    `judge`."""
     with torch.no_grad():
         wanted = part.answers(None, buckets, device)
-        load.release(device)
+        release(device)
         try:
             got = part.answers(engine, buckets, device)
         except RuntimeError as problem:

@@ -20,7 +20,7 @@ from nexus_rt.engines import tensorrt as backend
 from nexus_rt.engines.folder import engines_root
 from nexus_rt.errors import InputError
 from nexus_rt.export import onnx
-from nexus_rt.export.symbols import Traced, concrete, size_of
+from nexus_rt.export.dynamic_shapes import Traced, concrete, size_of
 
 if TYPE_CHECKING:
     from nexus_rt.export.build import Target
@@ -68,7 +68,7 @@ def built_for(target: Target) -> dict[str, Any]:
     """The device of the manifest: the GPU here, or the architecture asked for (None: all that the
     package knows)."""
     if target.backend == "tensorrt":
-        from nexus_rt.engines.open import here
+        from nexus_rt.engines.registry import here
 
         return here(torch.device("cuda"))
     return {"type": "cuda", "sm": target.sm, "name": None}

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from nexus_rt.kernels.op import DTYPES, Variant, kernel_op, launch, tl, triton
+from nexus_rt.kernels.triton_op import DTYPES, Variant, kernel_op, launch, tl, triton
 
 HEAD_DIMS = (16, 32, 64, 128)
 FP8_HEAD_DIMS = (64, 128)

@@ -33,7 +33,7 @@ from nexus_rt.kernels.attention import (
     launch_config,
     resolve_loads,
 )
-from nexus_rt.kernels.op import Variant, kernel_op, launch, tl, triton
+from nexus_rt.kernels.triton_op import Variant, kernel_op, launch, tl, triton
 
 PEAK = 448.0  # of e4m3
 OLDEST = (8, 9)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_rt.kernels.formulas import guide
-from nexus_rt.kernels.op import DTYPES, Variant, check_tensor, kernel_op, launch, tl, triton
+from nexus_rt.kernels.triton_op import DTYPES, Variant, check_tensor, kernel_op, launch, tl, triton
 
 MAX_WIDTH = 4096  # of the stencil: a row of a plane lies in one warp
 MAX_SIDE = 1 << 15  # a plane is indexed in 32 bits

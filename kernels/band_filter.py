@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nexus_rt.kernels.band_blend import check_predictions, guided, sums_ref
 from nexus_rt.kernels.formulas import guide
-from nexus_rt.kernels.op import Variant, check_tensor, kernel_op, launch, tl, triton
+from nexus_rt.kernels.triton_op import Variant, check_tensor, kernel_op, launch, tl, triton
 
 if triton is not None:
 

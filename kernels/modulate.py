@@ -16,10 +16,10 @@ roof is the copy bandwidth.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_rt.kernels.op import (
+from nexus_rt.kernels import formulas
+from nexus_rt.kernels.triton_op import (
     DTYPES,
     MAX_ROW,
     Variant,
@@ -124,12 +124,7 @@ def modulate_ref(
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The formula in plain PyTorch, float32; shapes as in `modulate`."""
-    total = x
-    if y is not None:
-        gated = y.float() if gate is None else y.float() * gate.unsqueeze(1)
-        total = (x.float() + gated).to(x.dtype)
-    normed = F.layer_norm(total.float(), total.shape[-1:], eps=eps)
-    return total, torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1)).to(x.dtype)
+    return formulas.modulate(x, scale, shift, eps, y, gate)
 
 
 def _check(x: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, gate: Tensor | None) -> None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nexus_rt.kernels.op import (
+from nexus_rt.kernels import formulas
+from nexus_rt.kernels.triton_op import (
     DTYPES,
     MAX_ROW,
     Variant,
@@ -109,13 +110,14 @@ def qk_norm_rope_ref(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """The formula in plain PyTorch, float32; shapes as in `qk_norm_rope`."""
-    out = []
-    for x, weight in zip(qkv.float().chunk(3, -1)[:2], (weight_q, weight_k), strict=True):
-        n = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
-        a, b = n.unflatten(-1, (heads, -1, 2)).unbind(-1)  # [B, L, heads, head_dim / 2]
-        c, s = cos[:, None], sin[:, None]
-        out.append(torch.stack((a * c - b * s, a * s + b * c), -1).flatten(-2).to(qkv.dtype))
-    return out[0], out[1]
+    tables = (
+        torch.stack((cos, cos), -1).flatten(-2)[:, None],
+        torch.stack((-sin, sin), -1).flatten(-2)[:, None],
+    )
+    q, k = formulas.qk_norm_rope(
+        qkv.float(), weight_q.float(), weight_k.float(), *tables, heads, eps
+    )
+    return q.to(qkv.dtype), k.to(qkv.dtype)
 
 
 def _check(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.kernels.formulas import ENERGIES, EPS, guide, target_energy
-from nexus_rt.kernels.op import DTYPES, Variant, check_tensor, kernel_op, launch, tl, triton
+from nexus_rt.kernels.triton_op import DTYPES, Variant, check_tensor, kernel_op, launch, tl, triton
 
 if triton is not None:
     _EPS = tl.constexpr(EPS)

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_rt import documents
+from nexus_rt.block_ops import cannot_run_triton
 from nexus_rt.cache import cache_root
 from nexus_rt.errors import InputError, NexusError, choose
 from nexus_rt.log import chose
-from nexus_rt.ops import cannot_run_triton
 
 ROWS_CHECKED = 256  # queries of the first head that a candidate is compared with float32 on
 # of the output's RMS: what an approximate backend may be off on Gaussian inputs (e4m3 loses 0.055)
@@ -174,7 +174,7 @@ def _first(*reasons: Callable[[Case], str | None]) -> Callable[[Case], str | Non
     return lambda case: next((why for r in reasons if (why := r(case))), None)
 
 
-BACKENDS = {
+ATTENTION_BACKENDS = {
     "sdpa": Backend(_sdpa, lambda case: None),
     "math": Backend(_torch_backend("MATH"), lambda case: None),
     "flash": Backend(_torch_backend("FLASH_ATTENTION"), _flash),
@@ -187,7 +187,7 @@ BACKENDS = {
     ),
 }
 AUTOMATIC = ("auto", "auto-fp8")
-NAMES = (*AUTOMATIC, *BACKENDS)
+ATTENTION_NAMES = (*AUTOMATIC, *ATTENTION_BACKENDS)
 
 
 def attend(
@@ -197,7 +197,7 @@ def attend(
 
     Args:
         q: [B, Lq, heads, head_dim]; k, v: [B, Lk, heads, head_dim]; bias: [B, Lk] float, or None.
-        backend: a name of `BACKENDS`, "auto", or "auto-fp8".
+        backend: a name of `ATTENTION_BACKENDS`, "auto", or "auto-fp8".
 
     Returns:
         [B, Lq, heads, head_dim] in q's dtype.
@@ -213,14 +213,14 @@ def attend(
     ):  # sizes may be symbols there; an unfit backend says so when it is run
         case = Case.of(q, k, bias)
         if (backend, case) not in _fit:
-            choose("attention backend", backend, NAMES)
-            if why := BACKENDS[backend].why_not(case):
+            choose("attention backend", backend, ATTENTION_NAMES)
+            if why := ATTENTION_BACKENDS[backend].why_not(case):
                 raise InputError(
                     f"attention backend {backend!r} cannot run here: it {why}; use 'auto' or"
                     " 'sdpa'."
                 )
             _fit.add((backend, case))
-    return BACKENDS[backend].run(q, k, v, bias)
+    return ATTENTION_BACKENDS[backend].run(q, k, v, bias)
 
 
 _chosen: dict[tuple[Case, bool], str] = {}  # what auto and auto-fp8 stand for
@@ -243,7 +243,7 @@ def takes_bias(backend: str, device: torch.device) -> bool:
         device,
         False,
     )
-    run = BACKENDS[backend]
+    run = ATTENTION_BACKENDS[backend]
     return run.why_not(replace(case, biased=True)) is None or run.why_not(case) is not None
 
 
@@ -262,7 +262,7 @@ def automatic(
         return "sdpa"
     case = Case.of(q, k, bias)
     if (case, approximate) not in _chosen:
-        result = decide(case, list(BACKENDS) if approximate else None)
+        result = decide(case, list(ATTENTION_BACKENDS) if approximate else None)
         _chosen[case, approximate] = result["chosen"]
         timed = {
             n: f"{c['ms']:.2f} ms" if "ms" in c else c["why"]
@@ -288,7 +288,11 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
         `math` in the case's own dtype, an approximate one's RMS at most `APPROXIMATE` of the
         output's.
     """
-    names = [n for n in BACKENDS if BACKENDS[n].exact] if candidates is None else list(candidates)
+    names = (
+        [n for n in ATTENTION_BACKENDS if ATTENTION_BACKENDS[n].exact]
+        if candidates is None
+        else list(candidates)
+    )
     known, key = _read_cache(), _key(case, names)
     if not remeasure and key in known:
         return known[key]
@@ -300,27 +304,31 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
     wanted, part = _reference(q, k, v, bias)
     error = lambda out: float((out[part].float() - wanted).abs().max())
     first = q[:1, :ROWS_CHECKED, :1], k[:1, :, :1], v[:1, :, :1]
-    allowed = 2 * error(BACKENDS["math"].run(*first, None if bias is None else bias[:1])) + 1e-6
+    allowed = (
+        2 * error(ATTENTION_BACKENDS["math"].run(*first, None if bias is None else bias[:1])) + 1e-6
+    )
     found: dict[str, dict] = {}
     for name in names:
-        why = BACKENDS[name].why_not(case)
+        why = ATTENTION_BACKENDS[name].why_not(case)
         if not why:
             try:
-                out = BACKENDS[name].run(q, k, v, bias)
+                out = ATTENTION_BACKENDS[name].run(q, k, v, bias)
                 wrong, share = (
                     error(out),
                     float((out[part].float() - wanted).norm() / wanted.norm()),
                 )
                 # NaN is wrong too
-                if not (wrong <= allowed if BACKENDS[name].exact else share <= APPROXIMATE):
+                if not (
+                    wrong <= allowed if ATTENTION_BACKENDS[name].exact else share <= APPROXIMATE
+                ):
                     limit = (
                         f"{allowed:.1e}"
-                        if BACKENDS[name].exact
+                        if ATTENTION_BACKENDS[name].exact
                         else f"{APPROXIMATE} of the output's RMS ({share:.2f})"
                     )
                     why = f"its error {wrong:.1e} is above {limit}"
                 else:
-                    call = lambda n=name: BACKENDS[n].run(q, k, v, bias)  # type: ignore[misc]
+                    call = lambda n=name: ATTENTION_BACKENDS[n].run(q, k, v, bias)  # type: ignore[misc]
                     ms = _milliseconds(call, case.device)
                     found[name] = {"ms": ms, "error": wrong, "relative": share}
             except (

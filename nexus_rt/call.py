@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from nexus_rt.engines.base import PublishedNumerics
-from nexus_rt.engines.residency import Residency
-from nexus_rt.engines.step import StepEngine
+from nexus_rt.engines.fused_step import StepEngine
+from nexus_rt.engines.protocol import PublishedNumerics
 from nexus_rt.errors import Cancelled, InputError, choose, cut
+from nexus_rt.memory.residency import Residency
 from nexus_rt.plan import Step
 from nexus_rt.request import (
     CALLBACK_TENSORS,

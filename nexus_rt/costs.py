@@ -11,8 +11,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.base import Engine
-from nexus_rt.ops import choose_ops
+from nexus_rt.block_ops import choose_ops
+from nexus_rt.engines.protocol import Engine
 from nexus_rt.plan import StepCosts
 from nexus_rt.solver import make_solver, time_grid
 from nexus_rt.step_runners import Prompt

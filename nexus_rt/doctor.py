@@ -40,8 +40,8 @@ def backends() -> dict[str, tuple[bool, str]]:
     """Backend name -> (works here, in words)."""
     import torch
 
+    from nexus_rt.block_ops import cannot_run_triton
     from nexus_rt.engines import onnx, tensorrt
-    from nexus_rt.ops import cannot_run_triton
 
     cuda = torch.cuda.is_available()
     why = cannot_run_triton(torch.device("cuda" if cuda else "cpu"))
@@ -74,7 +74,7 @@ def report() -> str:
     """A page of text."""
     import torch
 
-    from nexus_rt.pair import MINI
+    from nexus_rt.loading.pair_folder import MINI
 
     lines = [
         f"nexus-rt {__version__}, Python {platform.python_version()}, {platform.platform()}",

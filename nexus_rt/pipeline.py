@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from nexus_rt.call import Call
-from nexus_rt.engines.base import Sized
-from nexus_rt.engines.residency import (
+from nexus_rt.engines.protocol import Sized
+from nexus_rt.errors import ModelError, choose
+from nexus_rt.latents import LatentGrid, random_latents
+from nexus_rt.loading.lora import LoraSource, parse_loras
+from nexus_rt.loading.pair import Loaded, default_device, default_dtype, load_engines, load_models
+from nexus_rt.loading.pair_folder import MINI, find_pair
+from nexus_rt.memory.residency import (
     STEP,
-    Part,
+    MemoryUse,
     ResidencyPlan,
     call_parts,
     parse_bytes,
     plan_residency,
 )
-from nexus_rt.errors import ModelError, choose
-from nexus_rt.latents import LatentGrid, random_latents
-from nexus_rt.loading import Loaded, default_device, default_dtype, load_engines, load_models
-from nexus_rt.models.lora import LoraSource, parse_loras
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
-from nexus_rt.pair import MINI, find_parts
 from nexus_rt.plan import Plan
 from nexus_rt.process import LOADING, computes
 from nexus_rt.request import (
@@ -42,7 +42,7 @@ from nexus_rt.step_runners import Prompt
 from nexus_rt.upfb import BlendConfig
 from nexus_rt.video import as_output
 
-BACKENDS = ("torch",)  # engine backends that can run a generator
+GENERATOR_BACKENDS = ("torch",)  # engine backends that can run a generator
 
 
 @dataclass
@@ -146,20 +146,20 @@ class NexusPipeline:
             backend: what runs the generators: "torch".
             kernels: of the blend, the solver and the torch backend's norms, RoPE and modulation:
                 "torch", "triton", or "auto" (triton on a GPU).
-            attention: of the torch backend: a name of `nexus_rt.attention.BACKENDS`, or "auto"
-                (measured on a GPU).
+            attention: of the torch backend: a name of `nexus_rt.attention.ATTENTION_BACKENDS`, or
+                "auto" (measured on a GPU).
             vae_tiling: True, False, or "auto" (above 1280 x 720).
             vram: a budget such as "24GB": engines, encoders and VAE then come and go as
                 `plan_residency` decides.
             cuda_graphs: record each generator's step once a shape and replay it
-                (`nexus_rt.engines.graphs`).
+                (`nexus_rt.engines.cuda_graphs`).
             cache_dir, local_files_only, revision: as in diffusers.
 
         Raises:
             ModelError: a folder is no model, is damaged, or the two are not of one latent space.
         """
         device = default_device(device)
-        choose("backend", backend, BACKENDS)
+        choose("backend", backend, GENERATOR_BACKENDS)
         loras = {
             n: parse_loras(sources)
             for n, sources in (("small", small_lora), ("large", large_lora))
@@ -170,7 +170,7 @@ class NexusPipeline:
         if pretrained is None and small is None and large is None:
             pretrained = MINI
         hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, revision=revision)
-        parts = find_parts(
+        parts = find_pair(
             pretrained, {k: v for k, v in {**given, **steering}.items() if v is not None}, hub
         )
         dtype, first = default_dtype(torch_dtype, device), torch.device("cpu") if vram else device
@@ -257,7 +257,7 @@ class NexusPipeline:
             plan, self.call_parts(size, videos * (1 + guided)), self.vram if vram is None else vram
         )
 
-    def call_parts(self, size: ClipSize, batch: int = 2) -> dict[str, Part]:
+    def call_parts(self, size: ClipSize, batch: int = 2) -> dict[str, MemoryUse]:
         """What a call holds in memory; batch: samples of a step, unconditional twins counted."""
         others: dict[str, Any] = {
             "text encoder": self.text,

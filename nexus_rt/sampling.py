@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from nexus_rt.engines.base import Engine
-from nexus_rt.engines.residency import Residency
-from nexus_rt.engines.step import StepEngine
+from nexus_rt.block_ops import choose_ops
+from nexus_rt.engines.fused_step import StepEngine
+from nexus_rt.engines.protocol import Engine
 from nexus_rt.errors import Cancelled
 from nexus_rt.guidance import GUIDANCE_SCALE, Guidance
-from nexus_rt.ops import choose_ops
+from nexus_rt.memory.residency import Residency
 from nexus_rt.plan import Plan, Step
 from nexus_rt.solver import make_solver
 from nexus_rt.step_runners import Change, FiniteCheck, Prompt, make_runner

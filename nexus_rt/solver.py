@@ -17,7 +17,6 @@ from nexus_rt.errors import InputError, choose
 from nexus_rt.velocity import Prediction, Velocity
 
 TRAIN_STEPS = 1000
-SOLVERS = ("unipc", "euler")
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def euler_table(grid: TimeGrid) -> list[SolverStep]:
     return [SolverStep(s, None, (after / s, 1 - after / s)) for s, after in pairs]
 
 
-TABLES = {"unipc": unipc_table, "euler": euler_table}
+SOLVERS = {"unipc": unipc_table, "euler": euler_table}
 
 
 class Solver:
@@ -207,4 +206,4 @@ class Solver:
 
 def make_solver(name: str, grid: TimeGrid, fused: bool = False) -> Solver:
     """A fresh solver for one generation: "unipc" or "euler"."""
-    return Solver(TABLES[choose("solver", name, SOLVERS)](grid), fused)
+    return Solver(SOLVERS[choose("solver", name, SOLVERS)](grid), fused)

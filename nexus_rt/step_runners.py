@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.base import Diagnosable, Engine
-from nexus_rt.engines.step import StepEngine
+from nexus_rt.engines.fused_step import StepEngine
+from nexus_rt.engines.protocol import Diagnosable, Engine
 from nexus_rt.errors import InputError, NumericsError
 from nexus_rt.guidance import Guidance
 from nexus_rt.plan import Plan, Step

@@ -20,13 +20,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from nexus_rt.block_ops import choose_ops
 from nexus_rt.errors import InputError, choose
 from nexus_rt.kernels.formulas import ENERGIES, EPS, target_energy
-from nexus_rt.ops import choose_ops
 from nexus_rt.velocity import Prediction, Velocity
 
 SPLITS = ("gaussian", "fft", "dct")
-LOWPASSES = ("gaussian", "butterworth", "ideal")
+LOWPASSES = {  # gain at rho / cutoff
+    "gaussian": lambda ratio, order: torch.exp(-0.5 * math.log(2) * ratio**2),
+    "butterworth": lambda ratio, order: 1 / torch.sqrt(1 + ratio ** (2 * order)),
+    "ideal": lambda ratio, order: (ratio <= 1).to(ratio.dtype),
+}
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,7 @@ def gaussian_taps(height: int, width: int, sigma: float) -> Tensor:
 def lowpass_gain(rho: Tensor, cutoff: float, lowpass: str, order: int) -> Tensor:
     """Gain LP(rho; cutoff) of a low-pass family at radial frequencies rho (fractions of Nyquist),
     float64."""
-    ratio = rho / cutoff
-    if lowpass == "gaussian":
-        return torch.exp(-0.5 * math.log(2) * ratio**2)
-    if lowpass == "butterworth":
-        return 1 / torch.sqrt(1 + ratio ** (2 * order))
-    return (ratio <= 1).to(rho.dtype)
+    return LOWPASSES[lowpass](rho / cutoff, order)
 
 
 @dataclass(frozen=True)

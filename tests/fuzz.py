@@ -209,15 +209,16 @@ def make_targets(pair, steered, work):
     from nexus_rt.bench.vrbench import judging, schema
     from nexus_rt.bench.vrbench.command import EXAMPLE
     from nexus_rt.engines.folder import EngineFolder
-    from nexus_rt.models.checkpoint import find_tensors, read_header
+    from nexus_rt.loading.checkpoint import find_tensors, read_header
+    from nexus_rt.loading.lora import Lora, merge
+    from nexus_rt.loading.pair_folder import find_pair
+    from nexus_rt.loading.source import read_json
+    from nexus_rt.loading.transformer import load_config, load_transformer
     from nexus_rt.models.connector import ConnectorConfig, load_connector
-    from nexus_rt.models.load import load_config, load_transformer, read_json
-    from nexus_rt.models.lora import Lora, merge
     from nexus_rt.models.tokenizer import load_tokenizer
     from nexus_rt.models.umt5 import load_umt5
     from nexus_rt.models.understanding import Template, UnderstandingModel
     from nexus_rt.models.vae import VideoDecoder, read_latents, save_latents, vae_space
-    from nexus_rt.pair import find_parts
     from nexus_rt.prompts import read_prompts
 
     root = shutil.copytree(pair, work / "pair")
@@ -413,7 +414,7 @@ def make_targets(pair, steered, work):
             ),
             lambda: load_config(work / "wan"),
         ),
-        Target("model_index.json", root / "model_index.json", lambda: find_parts(root, {}, {})),
+        Target("model_index.json", root / "model_index.json", lambda: find_pair(root, {}, {})),
         Target(
             "VAE config.json",
             root / "vae" / "config.json",

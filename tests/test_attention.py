@@ -37,7 +37,9 @@ def case(**change):
 
 
 def running(biased):
-    return [n for n, b in attention.BACKENDS.items() if b.why_not(case(biased=biased)) is None]
+    return [
+        n for n, b in attention.ATTENTION_BACKENDS.items() if b.why_not(case(biased=biased)) is None
+    ]
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -77,9 +79,9 @@ def test_an_explicit_backend_is_never_replaced():
 )
 def test_reasons_on_a_gpu(name, change, words):
     gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16, **change}
-    assert words in attention.BACKENDS[name].why_not(case(**gpu))
+    assert words in attention.ATTENTION_BACKENDS[name].why_not(case(**gpu))
     assert (
-        attention.BACKENDS["cudnn"].why_not(
+        attention.ATTENTION_BACKENDS["cudnn"].why_not(
             case(**{**gpu, "dtype": torch.bfloat16, "biased": True})
         )
         is None
@@ -88,7 +90,9 @@ def test_reasons_on_a_gpu(name, change, words):
 
 def test_triton_says_which_head_sizes_it_takes():
     pytest.importorskip("triton")
-    assert "16, 32, 64, 128, not 24" in attention.BACKENDS["triton"].why_not(case(head_dim=24))
+    assert "16, 32, 64, 128, not 24" in attention.ATTENTION_BACKENDS["triton"].why_not(
+        case(head_dim=24)
+    )
 
 
 def test_auto_on_a_cpu_does_not_measure(cache):
@@ -112,7 +116,7 @@ def test_the_fastest_right_one_is_chosen_and_the_reasons_kept(cache, monkeypatch
 
     always = lambda case: None
     for name, run in (("slow", slow), ("wrong", wrong), ("broken", broken)):
-        monkeypatch.setitem(attention.BACKENDS, name, attention.Backend(run, always))
+        monkeypatch.setitem(attention.ATTENTION_BACKENDS, name, attention.Backend(run, always))
     names = ["slow", "wrong", "broken", "sdpa", "cudnn"]
     result = attention.decide(case(biased=biased), names)
     found = result["candidates"]
@@ -157,7 +161,10 @@ def test_nothing_that_runs_is_an_error():
 
 
 def test_approximate_backends_are_not_in_auto():
-    assert {n for n, b in attention.BACKENDS.items() if not b.exact} == {"triton-fp8", "sage"}
+    assert {n for n, b in attention.ATTENTION_BACKENDS.items() if not b.exact} == {
+        "triton-fp8",
+        "sage",
+    }
     assert not {"triton-fp8", "sage"} & attention.decide(case())["candidates"].keys()
 
 
@@ -167,13 +174,13 @@ def test_an_approximate_backend_is_held_to_its_stated_error(
     cache, monkeypatch, share, taken, exact
 ):
     def near(q, k, v, bias):
-        out = attention.BACKENDS["sdpa"].run(q, k, v, bias)
+        out = attention.ATTENTION_BACKENDS["sdpa"].run(q, k, v, bias)
         return out + share * out.square().mean().sqrt() * torch.randn(
             out.shape, generator=torch.Generator().manual_seed(0)
         )
 
     monkeypatch.setitem(
-        attention.BACKENDS, "near", attention.Backend(near, lambda case: None, exact)
+        attention.ATTENTION_BACKENDS, "near", attention.Backend(near, lambda case: None, exact)
     )
     monkeypatch.setattr(
         attention,
@@ -205,7 +212,7 @@ def test_auto_fp8_asks_for_all_and_is_kept_apart_from_auto(monkeypatch):
     for _ in range(2):
         assert attention.automatic(q, q, q, None) == "sdpa"
         assert attention.automatic(q, q, q, None, approximate=True) == "triton-fp8"
-    assert asked == [None, list(attention.BACKENDS)]
+    assert asked == [None, list(attention.ATTENTION_BACKENDS)]
     assert (
         attention.automatic(*inputs(1, 4, 4, 1, 64, torch.float32), None, approximate=True)
         == "sdpa"

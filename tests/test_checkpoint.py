@@ -9,8 +9,9 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from nexus_rt.errors import ModelError
-from nexus_rt.models.checkpoint import diffusers_name, find_tensors, read_tensors, to_diffusers
-from nexus_rt.models.load import load_transformer, resolve
+from nexus_rt.loading.checkpoint import diffusers_name, find_tensors, read_tensors, to_diffusers
+from nexus_rt.loading.source import resolve
+from nexus_rt.loading.transformer import load_transformer
 
 CONFIG = dict(
     num_attention_heads=2, attention_head_dim=16, num_layers=3, ffn_dim=48, text_dim=32, freq_dim=32

@@ -12,15 +12,15 @@ TRACE = """
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-from nexus_rt import ops
+from nexus_rt import block_ops
 from nexus_rt.kernels.attention import attention
 from nexus_rt.kernels.band_blend import band_blend
 from nexus_rt.kernels.band_filter import band_filter
 from nexus_rt.kernels.modulate import modulate
-from nexus_rt.kernels.op import INTERPRETED
+from nexus_rt.kernels.triton_op import INTERPRETED
 from nexus_rt.kernels.qk_norm_rope import qk_norm_rope
 from nexus_rt.kernels.solver_step import solver_step
-from nexus_rt.models.checkpoint import KEEP_FP32
+from nexus_rt.loading.checkpoint import KEEP_FP32
 from nexus_rt.models.wan import WanConfig, WanTransformer
 
 from nexus_rt.upfb import split_filter

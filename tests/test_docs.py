@@ -40,7 +40,7 @@ def test_the_documentation_builds(tmp_path):
     for name in (
         "NexusPipeline.from_pretrained",
         "sampling.denoise",
-        "engines.base.Engine",
+        "engines.protocol.Engine",
         "plan.parse_plan",
     ):
         assert f"nexus_rt.{name}" in api or name in api

@@ -11,17 +11,17 @@ import torch
 from nexus_rt import InputError, ModelError, NexusPipeline
 from nexus_rt.engines import folder as folders
 from nexus_rt.engines.command import run as engines_command
-from nexus_rt.engines.exported import Sessions
+from nexus_rt.engines.exported_engine import Sessions
 from nexus_rt.engines.folder import EngineFolder
-from nexus_rt.engines.open import engine_of, open_engine
+from nexus_rt.engines.registry import engine_of, open_engine
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import DecodeError, NumericsError
-from nexus_rt.export.build import Target, export_part, export_parts
-from nexus_rt.export.command import chosen_parts, folders_beside
+from nexus_rt.export.build import Target, export_component, export_components
+from nexus_rt.export.command import chosen_components, folders_beside
+from nexus_rt.export.components import GeneratorComponent
 from nexus_rt.export.parity import distance
-from nexus_rt.export.parts import GeneratorPart
-from nexus_rt.models.load import load_transformer
-from nexus_rt.pair import MINI, find_parts
+from nexus_rt.loading.pair_folder import MINI, find_pair
+from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.size import ClipSize, parse_sizes
 from nexus_rt.upfb import BlendConfig
 from tests.conftest import SIZES
@@ -64,8 +64,8 @@ def make(cache, tiny_pair):
         target = Target(
             backend, "fp16" if "fp16" in rest else "fp32", sizes, CPU, 20 if "20" in rest else 23
         )
-        part = GeneratorPart(generator(name), tiny_pair / generator(name))
-        return open_engine(export_part(part, target, "nexus-rt export").path, CPU)
+        part = GeneratorComponent(generator(name), tiny_pair / generator(name))
+        return open_engine(export_component(part, target, "nexus-rt export").path, CPU)
 
     return build
 
@@ -207,9 +207,9 @@ def test_force_loads_what_failed(own):
 
 def export_whole(pair, target, output, names="small,large,vae,text_encoder", fuse_step=True):
     """Every part of a pair as an engine."""
-    found = find_parts(pair, {}, {})
-    parts = chosen_parts(found, names, fuse_step)
-    export_parts(
+    found = find_pair(pair, {}, {})
+    parts = chosen_components(found, names, fuse_step)
+    export_components(
         parts,
         folders_beside(found, parts),
         pair / "model_index.json",

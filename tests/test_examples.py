@@ -16,7 +16,7 @@ from nexus_rt import NexusPipeline
 from nexus_rt.cli import main
 from nexus_rt.engines import aoti
 from nexus_rt.engines.folder import EngineFolder, engines_root
-from nexus_rt.engines.open import open_engine
+from nexus_rt.engines.registry import open_engine
 from nexus_rt.errors import ModelError
 from tests.conftest import SIZES
 

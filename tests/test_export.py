@@ -16,16 +16,16 @@ import torch
 from nexus_rt import InputError, ModelError, cli
 from nexus_rt.engines import folder as folders
 from nexus_rt.engines.folder import EngineFolder
-from nexus_rt.engines.open import engine_of
+from nexus_rt.engines.registry import engine_of
 from nexus_rt.engines.torch import TorchEngine
-from nexus_rt.export import build, graph, parity, parts
+from nexus_rt.export import build, components, graph, parity
 from nexus_rt.export import onnx as onnx_builder
-from nexus_rt.export.build import Target, export_part
-from nexus_rt.export.command import chosen_parts
-from nexus_rt.export.parts import DecoderPart, GeneratorPart, TextPart
-from nexus_rt.models.load import load_transformer
+from nexus_rt.export.build import Target, export_component
+from nexus_rt.export.command import chosen_components
+from nexus_rt.export.components import DecoderComponent, GeneratorComponent, TextComponent
+from nexus_rt.loading.pair_folder import find_pair
+from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models.vae import VideoDecoder
-from nexus_rt.pair import find_parts
 from nexus_rt.size import ClipSize
 from tests.conftest import SIZES
 
@@ -49,8 +49,8 @@ def target(**change):
 def export_small(pair, **change):
     said = []
     return (
-        export_part(
-            GeneratorPart("small", pair / "small"),
+        export_component(
+            GeneratorComponent("small", pair / "small"),
             target(**change),
             "nexus-rt export -o x",
             said.append,
@@ -63,7 +63,7 @@ def without_building(monkeypatch):
     """Building and comparing replaced by a file and a pass: for what stands around them."""
     nothing = SimpleNamespace(forget=lambda: None)
     monkeypatch.setattr(
-        GeneratorPart, "trace", lambda self, *args: dict.fromkeys(self.graphs(), nothing)
+        GeneratorComponent, "trace", lambda self, *args: dict.fromkeys(self.graphs(), nothing)
     )
     monkeypatch.setattr(
         onnx_builder,
@@ -132,7 +132,7 @@ def test_what_an_engine_is_made_of_and_for_is_its_name(quick, tiny_pair, own_pai
 
 
 def swapped_weights(monkeypatch, tiny_pair):
-    right = parts.load.load_transformer
+    right = components.load.load_transformer
 
     def load(folder, dtype, device, *rest, **named):
         model = right(folder, dtype, device, *rest, **named)
@@ -141,7 +141,7 @@ def swapped_weights(monkeypatch, tiny_pair):
                 p.data = p.data.flip(0)
         return model
 
-    monkeypatch.setattr(parts.load, "load_transformer", load)
+    monkeypatch.setattr(components.load, "load_transformer", load)
 
 
 def wrong_rope(monkeypatch, tiny_pair):
@@ -178,7 +178,7 @@ def test_an_engine_whose_velocity_is_not_finite_fails_the_gate(tiny_pair):
         def velocity(self, *args):
             return super().velocity(*args) * float("inf")
 
-    part = GeneratorPart("small", tiny_pair / "small")
+    part = GeneratorComponent("small", tiny_pair / "small")
     model = load_transformer(tiny_pair / "small", torch.float32)
     result = parity.gate(part, Infinite(model), [SIZE], "fp32", CPU)
     assert not result["passed"] and result["why"] == f"velocity {SIZE} t=967: it is not finite"
@@ -191,7 +191,9 @@ def test_an_engine_that_does_not_run_fails_the_gate(tiny_pair):
         def prepare(self, context):
             raise RuntimeError("no kernel for this\nand more")
 
-    result = parity.gate(GeneratorPart("small", tiny_pair / "small"), Broken(), [SIZE], "fp32", CPU)
+    result = parity.gate(
+        GeneratorComponent("small", tiny_pair / "small"), Broken(), [SIZE], "fp32", CPU
+    )
     assert not result["passed"] and result["why"] == "it does not run: no kernel for this"
 
 
@@ -372,8 +374,8 @@ def test_links_cost_no_second_copy_and_appear_whole(tmp_path, monkeypatch):
 
 
 def test_parts_are_named_or_the_generators(tiny_pair):
-    found = find_parts(tiny_pair, {}, {})
-    names = lambda *args: [p.name for p in chosen_parts(found, *args)]
+    found = find_pair(tiny_pair, {}, {})
+    names = lambda *args: [p.name for p in chosen_components(found, *args)]
     assert names(None) == ["small", "large"] and names("vae, small,vae", True) == [
         "vae",
         "small",
@@ -381,19 +383,19 @@ def test_parts_are_named_or_the_generators(tiny_pair):
     ]
     with pytest.raises(InputError, match="unknown part 'vea'.*did you mean 'vae'"):
         names("vea")
-    alone = find_parts(None, {"small": tiny_pair / "small"}, {})
+    alone = find_pair(None, {"small": tiny_pair / "small"}, {})
     with pytest.raises(
         InputError, match="there is no text_encoder here to export; pass --text-encoder"
     ):
-        chosen_parts(alone, "text_encoder")
+        chosen_components(alone, "text_encoder")
     with pytest.raises(InputError, match="--fuse-step puts both generators in one graph"):
-        chosen_parts(alone, None, True)
+        chosen_components(alone, None, True)
 
 
 def test_a_decoder_keeps_colours_where_the_generators_are_bfloat16(tiny_pair):
     assert (
-        DecoderPart(tiny_pair / "vae").precision("bf16") == "fp32"
-        and TextPart(tiny_pair).precision("bf16") == "bf16"
+        DecoderComponent(tiny_pair / "vae").precision("bf16") == "fp32"
+        and TextComponent(tiny_pair).precision("bf16") == "bf16"
     )
 
 
@@ -411,7 +413,7 @@ def test_a_decoder_that_forgets_fails_the_gate(tiny_pair):
                 2,
             )
 
-    part = DecoderPart(tiny_pair / "vae")
+    part = DecoderComponent(tiny_pair / "vae")
     engine = Forgets(tiny_pair / "vae", torch.float32, CPU)
     # two latent frames: nothing to forget
     assert parity.gate(part, engine, [ClipSize(32, 32, 5)], "fp32", CPU)["passed"]

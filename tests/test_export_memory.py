@@ -15,8 +15,8 @@ import json, sys, threading, time
 from pathlib import Path
 import torch
 from nexus_rt.size import ClipSize
-from nexus_rt.export.build import Target, export_part
-from nexus_rt.export.parts import GeneratorPart
+from nexus_rt.export.build import Target, export_component
+from nexus_rt.export.components import GeneratorComponent
 
 def held():
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon"))
@@ -24,7 +24,7 @@ def held():
 
 backend, tiny, wide = sys.argv[1:]
 target = Target(backend, "fp32", (ClipSize(32, 32, 5),), torch.device("cpu"))
-export_part(GeneratorPart("small", Path(tiny)), target, "x")  # imports and compilers: what the tools take for any model
+export_component(GeneratorComponent("small", Path(tiny)), target, "x")  # imports and compilers: what the tools take for any model
 before, peak, over = held(), [0], threading.Event()
 
 def watch():
@@ -34,7 +34,7 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-engine = export_part(GeneratorPart("small", Path(wide)), target, "x")
+engine = export_component(GeneratorComponent("small", Path(wide)), target, "x")
 over.set()
 thread.join()
 print(json.dumps({"peak": peak[0], "passed": engine.manifest.parity["passed"], "bytes": engine.nbytes}))

@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nexus_rt import InputError, ModelError, NexusPipeline
-from nexus_rt.models.checkpoint import to_diffusers
-from nexus_rt.models.load import load_transformer
-from nexus_rt.models.lora import Lora, loras_hash, parse_loras
+from nexus_rt.loading.checkpoint import to_diffusers
+from nexus_rt.loading.lora import Lora, loras_hash, parse_loras
+from nexus_rt.loading.transformer import load_transformer
 
 RANK, Q = 2, "blocks.0.self_attn.q"
 PLACES = {  # diffusers' names -> Wan's own
@@ -414,7 +414,7 @@ ODD = {
 
 @pytest.mark.parametrize("make, words", ODD.values(), ids=ODD)
 def test_odd_loras_are_refused_and_nothing_is_changed(make, words, halves, tiny_pair, tmp_path):
-    from nexus_rt.models.lora import merge
+    from nexus_rt.loading.lora import merge
 
     file = saved(make(halves), tmp_path / "a.safetensors")
     model = load_transformer(tiny_pair / "small", torch.float32)
@@ -473,7 +473,7 @@ def test_stored_bfloat16_and_a_lora_are_added_in_float32_for_engine_and_referenc
     halves, own_pair, tmp_path
 ):
     """Rounded to what is stored and widened again, a float32 engine would fail its gate."""
-    from nexus_rt.export.parts import _reference
+    from nexus_rt.export.components import _reference
 
     path = own_pair / "small" / "diffusion_pytorch_model.safetensors"
     stored = {k: v.bfloat16() for k, v in load_file(path).items()}

@@ -11,7 +11,7 @@ from nexus_rt.bench.shapes import world
 from nexus_rt.bench.shapes.checker import look
 from nexus_rt.bench.shapes.riddles import make_prompts
 from nexus_rt.cli import main
-from nexus_rt.pair import MINI
+from nexus_rt.loading.pair_folder import MINI
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nexus_rt.errors import ModelError
-from nexus_rt.models.pickles import read_pickle, read_state
+from nexus_rt.loading.pickles import read_pickle, read_state
 
 VALUE = {
     "a": torch.arange(6.0).reshape(2, 3),

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nexus_rt.errors import ModelError
-from nexus_rt.models import pretrained as module
-from nexus_rt.models.pretrained import pretrained
+from nexus_rt.loading import pretrained as module
+from nexus_rt.loading.pretrained import pretrained
 from nexus_rt.models.text import TextEncoder
 from nexus_rt.models.understanding import Template, UnderstandingModel
 from tests.omnivideo import make_llm

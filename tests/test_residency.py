@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from nexus_rt import InputError, NexusPipeline
-from nexus_rt.engines.residency import (
+from nexus_rt.engines.torch import TorchEngine
+from nexus_rt.memory.residency import (
     MODES,
     STEP,
-    Part,
+    MemoryUse,
     Residency,
     activation_bytes,
     parse_bytes,
     plan_residency,
 )
-from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.plan import parse_plan
 from nexus_rt.sampling import denoise
 from nexus_rt.size import ClipSize
@@ -25,10 +25,10 @@ from nexus_rt.step_runners import Prompt
 
 GB = 10**9
 PARTS = {
-    "text encoder": Part(11 * GB, GB),
-    "small": Part(3 * GB, GB),
-    "large": Part(28 * GB, 4 * GB),
-    "vae": Part(GB // 2, 5 * GB),
+    "text encoder": MemoryUse(11 * GB, GB),
+    "small": MemoryUse(3 * GB, GB),
+    "large": MemoryUse(28 * GB, 4 * GB),
+    "vae": MemoryUse(GB // 2, 5 * GB),
 }
 SANDWICH = parse_plan("small:4 large:4 small:2", time_grid(10))
 BRIDGED = parse_plan("small:4 bridge:2 large:4", time_grid(10))
@@ -54,7 +54,7 @@ def test_the_most_comfortable_mode_that_fits(plan, budget, mode, peak):
 def test_a_large_working_memory_makes_prefetching_worth_it():
     """While the small one runs, the large one's weights fit beside it; both and the large one's
     activations do not."""
-    parts = {"small": Part(3 * GB, GB), "large": Part(28 * GB, 4 * GB)}
+    parts = {"small": MemoryUse(3 * GB, GB), "large": MemoryUse(28 * GB, 4 * GB)}
     plan = parse_plan("small:4 large:6", time_grid(10))
     assert [plan_residency(plan, parts, b * GB).mode for b in (35, 33, 32)] == [
         "resident",
@@ -79,11 +79,11 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_that_would_do():
     ):
         plan_residency(BRIDGED, PARTS, 34 * GB)
     with pytest.raises(InputError, match="runs the large generator, whose size is not known"):
-        plan_residency(SANDWICH, {"small": Part(1)}, GB)
+        plan_residency(SANDWICH, {"small": MemoryUse(1)}, GB)
 
 
 def test_blocks_are_streamed_where_nothing_else_fits():
-    parts = {**PARTS, "large": Part(28 * GB, 4 * GB, streamed=2 * GB)}
+    parts = {**PARTS, "large": MemoryUse(28 * GB, 4 * GB, streamed=2 * GB)}
     found = plan_residency(SANDWICH, parts, 16 * GB)  # the text encoder, 12 GB, is the most
     assert (found.mode, found.peak) == ("streamed", 12 * GB)
     assert [p.peak // GB for p in found.phases] == [12, 4, 6, 4, 5]
@@ -117,7 +117,7 @@ def test_a_plan_walks_while_both_generators_are_streamed(tiny_pipe):
 
 
 def test_a_fused_step_counts_only_where_it_is_used():
-    parts = {**PARTS, STEP: Part(31 * GB)}
+    parts = {**PARTS, STEP: MemoryUse(31 * GB)}
     assert plan_residency(BRIDGED, parts).peak == (42.5 + 31 + 5) * GB
     assert plan_residency(BRIDGED, parts, 40 * GB).mode == "freed"
 
@@ -192,7 +192,7 @@ def walk(mode, plan, load_s=2.0):
         "small": Recorded("small", clock, 0.2, 0.4),
         "large": Recorded("large", clock, load_s, 2.0),
     }
-    parts = {"small": Part(3), "large": Part(28)}
+    parts = {"small": MemoryUse(3), "large": MemoryUse(28)}
     residency = Residency(plan_residency(plan, parts, mode=mode), engines)
     prompt = Prompt(torch.ones(1, 2, 4), torch.zeros(1, 2, 4))
     denoise(
@@ -248,7 +248,8 @@ def test_an_engine_that_fails_to_come_says_so_where_it_is_needed():
     engines["large"].load = broken
     plan = parse_plan("small:2 large:2", time_grid(4))
     residency = Residency(
-        plan_residency(plan, {"small": Part(1), "large": Part(1)}, mode="prefetched"), engines
+        plan_residency(plan, {"small": MemoryUse(1), "large": MemoryUse(1)}, mode="prefetched"),
+        engines,
     )
     residency.enter(0)
     residency.enter(1)
@@ -268,7 +269,9 @@ def test_a_pipeline_keeps_to_its_budget(tiny_pair, tiny_pipe):
     )
     wanted = tiny_pipe("a red circle", generator=torch.Generator().manual_seed(0), **options)
     whole = tiny_pipe.plan_residency(wanted.plan, ClipSize(32, 32, 1))
-    least = plan_residency(wanted.plan, {n: Part(0) for n in ("small", "large")}, mode="swapped")
+    least = plan_residency(
+        wanted.plan, {n: MemoryUse(0) for n in ("small", "large")}, mode="swapped"
+    )
     assert whole.mode == "resident" and [p.name for p in whole.phases] == [
         "encode",
         "small",

@@ -4,8 +4,8 @@ forward."""
 import pytest
 import torch
 
-from nexus_rt.engines.streaming import BlockStream, streamed_bytes
 from nexus_rt.engines.torch import TorchEngine
+from nexus_rt.memory.streaming import BlockStream, streamed_bytes
 from nexus_rt.models.wan import WanConfig, WanTransformer
 
 CPU = torch.device("cpu")

@@ -11,9 +11,14 @@ from nexus_rt import InputError, ModelError, cli
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.export import build
 from nexus_rt.export import tensorrt as builder
-from nexus_rt.export.build import Target, export_part
-from nexus_rt.export.parts import DecoderPart, GeneratorPart, StepPart, TextPart
-from nexus_rt.export.symbols import Traced
+from nexus_rt.export.build import Target, export_component
+from nexus_rt.export.components import (
+    DecoderComponent,
+    GeneratorComponent,
+    StepComponent,
+    TextComponent,
+)
+from nexus_rt.export.dynamic_shapes import Traced
 from nexus_rt.size import ClipSize
 
 pytest.importorskip("tensorrt_rtx")
@@ -35,7 +40,7 @@ def target(**change):
 
 
 def small(pair):
-    return GeneratorPart("small", pair / "small")
+    return GeneratorComponent("small", pair / "small")
 
 
 @pytest.fixture
@@ -51,7 +56,7 @@ def cache(tmp_path, monkeypatch):
 def test_an_engine_is_built_and_waits_for_a_gpu_to_compare_it(
     precision, sm, tiny_pair, cache, capsys
 ):
-    engine = export_part(
+    engine = export_component(
         small(tiny_pair), target(precision=precision, sm=sm), "nexus-rt export -o x"
     )
     m = engine.manifest
@@ -84,16 +89,16 @@ def test_a_gpu_that_appears_compares_what_is_in_the_cache(tiny_pair, cache, monk
     monkeypatch.setattr(builder, "build", quick)
     nothing = SimpleNamespace(forget=lambda: None)
     monkeypatch.setattr(
-        GeneratorPart, "trace", lambda self, *args: dict.fromkeys(self.graphs(), nothing)
+        GeneratorComponent, "trace", lambda self, *args: dict.fromkeys(self.graphs(), nothing)
     )
-    first = export_part(small(tiny_pair), target(), "x")
+    first = export_component(small(tiny_pair), target(), "x")
     monkeypatch.setattr(builder, "can_run", lambda: True)
     monkeypatch.setattr(builder, "build", lambda *args: pytest.fail("built again"))
     monkeypatch.setattr(
         build, "engine_of", lambda *args: type("Engine", (), {"unload": lambda self: None})()
     )
     monkeypatch.setattr(build, "gate", lambda *args: {"passed": True, "why": "", "rows": {}})
-    second = export_part(small(tiny_pair), target(), "x")
+    second = export_component(small(tiny_pair), target(), "x")
     assert (
         second.path == first.path
         and second.manifest.parity["passed"]
@@ -105,16 +110,16 @@ def test_a_gpu_that_appears_compares_what_is_in_the_cache(tiny_pair, cache, monk
 @no_gpu
 def test_a_builder_that_dies_takes_nothing_with_it(tiny_pair, cache, monkeypatch):
     traced = small(tiny_pair).trace("fp16", target().ordered(), CPU, ("torch", "auto"))
-    monkeypatch.setattr(GeneratorPart, "trace", lambda self, *args: traced)
+    monkeypatch.setattr(GeneratorComponent, "trace", lambda self, *args: traced)
     # of another width
     monkeypatch.setattr(
         builder, "profiles", lambda *args: [{"embeds": [[1, 2, 3], [1, 2, 3], [1, 2, 3]]}]
     )
     with pytest.raises(ModelError, match="tensorrt-rtx's builder failed on the context graph: "):
-        export_part(small(tiny_pair), target(), "x")
+        export_component(small(tiny_pair), target(), "x")
     monkeypatch.setattr(builder.sys, "executable", shutil.which("false"))
     with pytest.raises(ModelError, match="failed on the context graph: it said nothing"):
-        export_part(small(tiny_pair), target(), "x")
+        export_component(small(tiny_pair), target(), "x")
 
 
 @no_gpu
@@ -130,7 +135,7 @@ def test_a_builder_that_dies_takes_nothing_with_it(tiny_pair, cache, monkeypatch
 )
 def test_what_cannot_be_built_is_said_before_any_work(change, words, tiny_pair, cache):
     with pytest.raises(InputError, match=words):
-        export_part(small(tiny_pair), target(**change), "x")
+        export_component(small(tiny_pair), target(**change), "x")
     assert not cache.exists()
 
 
@@ -158,8 +163,8 @@ def test_a_profile_a_size_and_both_kinds_of_step():
 
 @no_gpu
 def test_a_fused_step_is_built(tiny_pair, cache):
-    part = StepPart({n: tiny_pair / n for n in ("small", "large")})
-    engine = export_part(part, target(buckets=(ClipSize(32, 32, 5),)), "x")
+    part = StepComponent({n: tiny_pair / n for n in ("small", "large")})
+    engine = export_component(part, target(buckets=(ClipSize(32, 32, 5),)), "x")
     assert set(engine.manifest.files) == {
         f"{g}.{k}" for g in part.graphs() for k in ("engine", "json")
     }
@@ -170,9 +175,12 @@ def test_a_fused_step_is_built(tiny_pair, cache):
 @no_gpu
 @pytest.mark.parametrize(
     "part, graphs",
-    [pytest.param(DecoderPart, {"first", "next"}, marks=pytest.mark.slow), (TextPart, {"encode"})],
+    [
+        pytest.param(DecoderComponent, {"first", "next"}, marks=pytest.mark.slow),
+        (TextComponent, {"encode"}),
+    ],
 )
 def test_the_other_parts_are_built(part, graphs, tiny_pair, cache):
-    source = tiny_pair / "vae" if part is DecoderPart else tiny_pair
-    engine = export_part(part(source), target(precision="fp32", sm="8.9"), "x")
+    source = tiny_pair / "vae" if part is DecoderComponent else tiny_pair
+    engine = export_component(part(source), target(precision="fp32", sm="8.9"), "x")
     assert {f.split(".")[0] for f in engine.manifest.files} == graphs

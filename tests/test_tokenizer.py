@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from nexus_rt.errors import ModelError
+from nexus_rt.loading.pair_folder import MINI
 from nexus_rt.models.tokenizer import PlainTokenizer, TransformersTokenizer, load_tokenizer
-from nexus_rt.pair import MINI
 
 TEXTS = [
     "a red circle",

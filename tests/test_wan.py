@@ -7,8 +7,9 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from nexus_rt.errors import InputError, ModelError
-from nexus_rt.models import checkpoint, wan
-from nexus_rt.models.load import load_transformer
+from nexus_rt.loading import checkpoint
+from nexus_rt.loading.transformer import load_transformer
+from nexus_rt.models import wan
 
 GRIDS = [(1, 6, 10), (5, 8, 14), (3, 2, 2), (2, 4, 6)]  # T, H, W in latent cells
 CONFIGS = [
@@ -167,7 +168,7 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch):
     with pytest.raises(InputError, match="did you mean 'triton'"):
         model.use_kernels("tritn")
     pytest.importorskip("triton")
-    monkeypatch.setattr("nexus_rt.kernels.op.INTERPRETED", False)
+    monkeypatch.setattr("nexus_rt.kernels.triton_op.INTERPRETED", False)
     assert model.use_kernels("auto").ops.name == "torch"
     with pytest.raises(
         InputError,
@@ -214,12 +215,12 @@ def test_approximate_attention_is_for_self_attention_only(name):
 
 
 def test_the_feed_forwards_gelu_is_the_tanh_form_whoever_computes_it():
-    from nexus_rt import ops
+    from nexus_rt import block_ops
 
     x, weight, bias = torch.randn(2, 3, 8), torch.randn(16, 8), torch.randn(16)
     y = (x.double() @ weight.double().T) + bias.double()
     wanted = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
-    for gelu in (ops._linear_gelu, ops._linear_gelu_epilogue):
+    for gelu in (block_ops._linear_gelu, block_ops._linear_gelu_epilogue):
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
                 assert (gelu(x, weight, bias) - wanted).abs().max() < 1e-5

@@ -13,9 +13,9 @@ from nexus_rt.attention import attend
 from nexus_rt.bench.naive import four_filter_blend
 from nexus_rt.bench.peers import diffusers_transformer
 from nexus_rt.bench.presets import WAN_1_3B, random_transformer
+from nexus_rt.loading.pair_folder import MINI
+from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models.decoder import decode_whole
-from nexus_rt.models.load import load_transformer
-from nexus_rt.pair import MINI
 from nexus_rt.solver import make_solver, time_grid
 from nexus_rt.upfb import BlendConfig, blend
 

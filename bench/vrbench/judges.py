@@ -25,9 +25,9 @@ from nexus_rt.bench.vrbench.http_judge import (
 )
 from nexus_rt.bench.vrbench.replies import Reply
 from nexus_rt.errors import InputError, ModelError, cut
-from nexus_rt.loading import default_device, default_dtype
-from nexus_rt.models.load import folder_fingerprint, require_safetensors
-from nexus_rt.models.pretrained import pretrained
+from nexus_rt.loading.pair import default_device, default_dtype
+from nexus_rt.loading.pretrained import pretrained
+from nexus_rt.loading.source import folder_fingerprint, require_safetensors
 
 __all__ = [
     "KEY",

@@ -23,7 +23,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     choose("checkpoint", args.kind, ("omnivideo",))
-    from nexus_rt.convert import convert_omnivideo
+    from nexus_rt.loading.convert import convert_omnivideo
 
     report = convert_omnivideo(args.source, args.target, lambda line: print(line, file=sys.stderr))
     print(report)

@@ -6,6 +6,7 @@ import argparse
 
 from nexus_rt.cli.arguments import models
 from nexus_rt.cli.pipeline import check_device
+from nexus_rt.engines.backends import ENGINE_BACKENDS
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -16,7 +17,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="make engines of a pair's parts, compared before they count",
     )
     export.add_argument(
-        "--backend", default="onnx", help="onnx (default) | aoti | tensorrt | tensorrt-rtx"
+        "--backend", default="onnx", help=f"{' | '.join(ENGINE_BACKENDS)} (default onnx)"
     )
     export.add_argument(
         "--precision",

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.errors import InputError
 
 MODELS = (
@@ -78,10 +79,11 @@ class Rule:
 
 
 def _backend(option: str, *backends: str) -> tuple[Rule, ...]:
-    known = ("onnx", "aoti", "tensorrt", "tensorrt-rtx")
     why = f"is of --backend {' and '.join(backends)} alone"
     return tuple(
-        Rule(("export",), "backend", why, (option,), value=b) for b in known if b not in backends
+        Rule(("export",), "backend", why, (option,), value=b)
+        for b in ENGINE_BACKENDS
+        if b not in backends
     )
 
 

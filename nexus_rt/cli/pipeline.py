@@ -111,7 +111,7 @@ def make_blend(args: argparse.Namespace) -> BlendConfig | None:
 def call_options(args: argparse.Namespace) -> dict:
     """What the arguments say of every clip, as the pipeline's call takes it; checked before any
     model is read."""
-    from nexus_rt.pair import Defaults
+    from nexus_rt.loading.pair_folder import Defaults
     from nexus_rt.request import make_request
     from nexus_rt.video import frame_rate
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.exported import Sessions
+from nexus_rt.engines.exported_engine import Sessions
 
 # torch._inductor.aoti_load_package does not read weights that lie beside the code; this does
 LOADER = (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.exported import Sessions
+from nexus_rt.engines.exported_engine import Sessions
 from nexus_rt.errors import InputError
 
 # onnx.TensorProto's numbers

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.streaming import BlockStream, streamed_bytes
-from nexus_rt.models.moving import Moved
+from nexus_rt.memory.offload import Moved
+from nexus_rt.memory.streaming import BlockStream, streamed_bytes
 from nexus_rt.models.wan import WanContext, WanTransformer
 
 

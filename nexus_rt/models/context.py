@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import ModelError, cut
+from nexus_rt.loading.source import folder_bytes, read_json
+from nexus_rt.memory.offload import Lazy
 from nexus_rt.models.connector import Connector, ConnectorConfig, load_connector
-from nexus_rt.models.load import folder_bytes, read_json
-from nexus_rt.models.moving import Lazy
 from nexus_rt.models.understanding import UnderstandingModel
 from nexus_rt.tracing import span
 

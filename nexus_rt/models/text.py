@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import InputError, ModelError, cut
-from nexus_rt.models.load import folder_bytes, require_safetensors
-from nexus_rt.models.moving import Lazy
+from nexus_rt.loading.source import folder_bytes, require_safetensors
+from nexus_rt.memory.offload import Lazy
 from nexus_rt.models.tokenizer import Tokenizer, load_tokenizer
 from nexus_rt.models.umt5 import load_umt5
 from nexus_rt.tracing import span

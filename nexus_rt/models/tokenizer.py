@@ -15,7 +15,7 @@ from typing import Any
 
 from nexus_rt.documents import MAX_BYTES, read_bytes, read_object
 from nexus_rt.errors import ModelError, NexusError, cut
-from nexus_rt.models.pretrained import pretrained
+from nexus_rt.loading.pretrained import pretrained
 from nexus_rt.process import LOADING
 
 # transformers' names of it: before version 5, and since

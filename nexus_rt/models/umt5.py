@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from nexus_rt.documents import check
 from nexus_rt.errors import ModelError
-from nexus_rt.models.checkpoint import StoredTensor
+from nexus_rt.loading.checkpoint import StoredTensor
+from nexus_rt.loading.pretrained import check_config, check_positive, fill_whole
 from nexus_rt.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
-from nexus_rt.models.pretrained import check_config, check_positive, fill_whole
 
 SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"
 

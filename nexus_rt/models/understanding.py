@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.loading.pretrained import check_config, pretrained
+from nexus_rt.loading.source import folder_bytes, require_safetensors
+from nexus_rt.memory.offload import Lazy
 from nexus_rt.models.llama import LlamaBackbone, is_native, load_llama
-from nexus_rt.models.load import folder_bytes, require_safetensors
-from nexus_rt.models.moving import Lazy
-from nexus_rt.models.pretrained import check_config, pretrained
 from nexus_rt.models.tokenizer import Tokenizer, load_tokenizer
 from nexus_rt.tracing import span
 

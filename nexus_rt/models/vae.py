@@ -15,8 +15,7 @@ from torch import Tensor
 
 from nexus_rt import documents
 from nexus_rt.errors import DecodeError, ModelError, cut
-from nexus_rt.log import chose
-from nexus_rt.models.checkpoint import (
+from nexus_rt.loading.checkpoint import (
     StoredTensor,
     compare,
     fill_exactly,
@@ -24,10 +23,11 @@ from nexus_rt.models.checkpoint import (
     read_header,
     read_tensors,
 )
+from nexus_rt.loading.pretrained import check_config
+from nexus_rt.loading.source import folder_bytes, read_json
+from nexus_rt.log import chose
+from nexus_rt.memory.offload import Lazy
 from nexus_rt.models.decoder import can_decode_whole, decode_whole
-from nexus_rt.models.load import folder_bytes, read_json
-from nexus_rt.models.moving import Lazy
-from nexus_rt.models.pretrained import check_config
 from nexus_rt.models.wan_vae import WanVae, is_plain
 from nexus_rt.process import LOADING
 from nexus_rt.tracing import span

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_rt import documents
-from nexus_rt.attention import BACKENDS, NAMES, attend, takes_bias
+from nexus_rt.attention import ATTENTION_BACKENDS, ATTENTION_NAMES, attend, takes_bias
+from nexus_rt.block_ops import TORCH, Ops, choose_ops
 from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.models.layers import Conv3d, Linear
-from nexus_rt.ops import TORCH, Ops, choose_ops
 
 # our parameter prefix -> diffusers' parameter prefixes, concatenated along the first dimension
 FUSED = {
@@ -371,7 +371,7 @@ class WanTransformer(nn.Module):
         # As published: residual stream, time projection and velocity in float32 whatever the
         # weights are kept in.
         self.float32_stream = False
-        self.stream: Any = None  # brings each block before it runs (nexus_rt.engines.streaming)
+        self.stream: Any = None  # brings each block before it runs (nexus_rt.memory.streaming)
 
     def _in_turn(self) -> Iterator[Block]:
         for i, block in enumerate(self.blocks):
@@ -390,13 +390,13 @@ class WanTransformer(nn.Module):
         Raises:
             InputError: an unknown name, or triton asked for where it cannot run.
         """
-        choose("attention backend", attention, NAMES)
+        choose("attention backend", attention, ATTENTION_NAMES)
         ops = choose_ops(kernels, self.device)
         for module in self.modules():
             if isinstance(module, (WanTransformer, Block, Attention, FeedForward)):
                 module.ops = ops
             if isinstance(module, Attention):
-                exact = attention in BACKENDS and BACKENDS[attention].exact
+                exact = attention in ATTENTION_BACKENDS and ATTENTION_BACKENDS[attention].exact
                 module.backend = attention if exact or not module.cross else "auto"
         return self
 

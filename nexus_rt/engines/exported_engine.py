@@ -2,7 +2,7 @@
 make.
 
 An engine is a part of a pair (its role) on the sessions of a backend: the role knows what its
-graphs mean, the backend how to run them. `nexus_rt.engines.open` puts the two together.
+graphs mean, the backend how to run them. `nexus_rt.engines.registry` puts the two together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nexus_rt.engines.folder import EngineFolder
 
 # an engine's graphs and their inputs, in order; the VAE's further states follow its latents
-# (nexus_rt.export.coders)
+# (nexus_rt.export.text_vae)
 CONTEXT = ("embeds",)
 VELOCITY = ("latents", "timestep", "keys", "values", "bias")
 GRAPHS = {"context": CONTEXT, "velocity": VELOCITY}
@@ -236,7 +236,7 @@ def __getattr__(
 
         new = {"Bucket": "ClipSize"}.get(name, name)
         warnings.warn(
-            f"nexus_rt.engines.exported.{name} is nexus_rt.size.{new}",
+            f"nexus_rt.engines.exported_engine.{name} is nexus_rt.size.{new}",
             DeprecationWarning,
             stacklevel=2,
         )

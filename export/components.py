@@ -15,18 +15,18 @@ from typing import Any, Protocol
 
 import torch
 
-from nexus_rt.engines.exported import DTYPES, GRAPHS, VELOCITY
+from nexus_rt.engines.exported_engine import DTYPES, GRAPHS, VELOCITY
 from nexus_rt.engines.folder import trusted_hash
-from nexus_rt.engines.streaming import BlockStream
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError, ModelError
 from nexus_rt.export import parity
-from nexus_rt.export.coders import decoder_states, trace_decoder, trace_text
+from nexus_rt.export.dynamic_shapes import Traced
+from nexus_rt.export.fused_step import NAMES, trace_step
 from nexus_rt.export.graph import trace
-from nexus_rt.export.step import NAMES, trace_step
-from nexus_rt.export.symbols import Traced
-from nexus_rt.models import load
-from nexus_rt.models.lora import Lora, loras_hash
+from nexus_rt.export.text_vae import decoder_states, trace_decoder, trace_text
+from nexus_rt.loading import source, transformer
+from nexus_rt.loading.lora import Lora, loras_hash
+from nexus_rt.memory.streaming import BlockStream
 from nexus_rt.models.text import TextEncoder
 from nexus_rt.models.vae import VideoDecoder, vae_space
 from nexus_rt.models.wan import WanTransformer
@@ -35,7 +35,7 @@ from nexus_rt.size import ClipSize
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 
 
-class Part(Protocol):
+class Component(Protocol):
     """Something that becomes an engine.
 
     name: as in `Manifest.part`. folders: of its weights. sized: whether an engine is for certain
@@ -98,7 +98,7 @@ def weights_bytes(folders: list[Path]) -> int:
 
 
 def _architecture(folder: Path) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(load.load_config(folder))))
+    return json.loads(json.dumps(asdict(transformer.load_config(folder))))
 
 
 def _reference(folder: Path, device: torch.device, loras: Sequence[Lora] = ()) -> WanTransformer:
@@ -108,16 +108,16 @@ def _reference(folder: Path, device: torch.device, loras: Sequence[Lora] = ()) -
     With LoRAs the weights are their sums in float32, as a float32 engine has them: rounded to what
     is stored, they would be another model.
     """
-    stored = torch.float32 if loras else load.stored_dtype(folder)
+    stored = torch.float32 if loras else transformer.stored_dtype(folder)
     if stored.itemsize >= 4 and device.type == "cpu":
-        return load.load_transformer(folder, torch.float32, device, "torch", loras=loras)
-    model = load.load_transformer(folder, stored, "cpu", "torch", loras=loras)
+        return transformer.load_transformer(folder, torch.float32, device, "torch", loras=loras)
+    model = transformer.load_transformer(folder, stored, "cpu", "torch", loras=loras)
     BlockStream(model, device, torch.float32)
     return model
 
 
 @dataclass(frozen=True)
-class GeneratorPart:
+class GeneratorComponent:
     """A generator: name "small" or "large", folder of its transformer, what is merged into it."""
 
     name: str
@@ -127,7 +127,7 @@ class GeneratorPart:
 
     @property
     def folders(self) -> list[Path]:
-        return [load.transformer_folder(self.source)]
+        return [transformer.transformer_folder(self.source)]
 
     def architecture(self) -> dict[str, Any]:
         return _architecture(self.folders[0])
@@ -152,7 +152,9 @@ class GeneratorPart:
         kernels: tuple[str, str],
     ) -> dict[str, Traced]:
         return trace(
-            load.load_transformer(self.folders[0], DTYPES[precision], device, *kernels, self.loras),
+            transformer.load_transformer(
+                self.folders[0], DTYPES[precision], device, *kernels, self.loras
+            ),
             buckets,
         )
 
@@ -162,7 +164,7 @@ class GeneratorPart:
 
 
 @dataclass(frozen=True)
-class StepPart:
+class StepComponent:
     """Both generators, guidance and blend in one graph; sources, and LoRAs, under "small" and
     "large"."""
 
@@ -173,7 +175,7 @@ class StepPart:
 
     @property
     def folders(self) -> list[Path]:
-        return [load.transformer_folder(self.sources[n]) for n in NAMES]
+        return [transformer.transformer_folder(self.sources[n]) for n in NAMES]
 
     def architecture(self) -> dict[str, Any]:
         return {n: _architecture(f) for n, f in zip(NAMES, self.folders, strict=True)}
@@ -200,7 +202,9 @@ class StepPart:
         kernels: tuple[str, str],
     ) -> dict[str, Traced]:
         models = {
-            n: load.load_transformer(f, DTYPES[precision], device, *kernels, self.loras.get(n, ()))
+            n: transformer.load_transformer(
+                f, DTYPES[precision], device, *kernels, self.loras.get(n, ())
+            )
             for n, f in zip(NAMES, self.folders, strict=True)
         }
         return trace_step(models, buckets)
@@ -216,7 +220,7 @@ class StepPart:
 
 
 @dataclass(frozen=True)
-class DecoderPart:
+class DecoderComponent:
     """The VAE's decoder. It is built in float32 where bfloat16 is asked for: eight bits would band
     the colours."""
 
@@ -241,7 +245,7 @@ class DecoderPart:
         from diffusers import AutoencoderKLWan
 
         with torch.device("meta"):
-            vae = AutoencoderKLWan.from_config(load.read_json(self.source / "config.json"))
+            vae = AutoencoderKLWan.from_config(source.read_json(self.source / "config.json"))
         return {"states": [list(s) for s in decoder_states(vae)]}
 
     def merged(self) -> str | None:
@@ -268,7 +272,7 @@ class DecoderPart:
 
 
 @dataclass(frozen=True)
-class TextPart:
+class TextComponent:
     """The text encoder; source: a folder with `text_encoder/` and `tokenizer/`."""
 
     source: Path
@@ -280,7 +284,7 @@ class TextPart:
         return [self.source / "text_encoder"]
 
     def architecture(self) -> dict[str, Any]:
-        config = load.read_json(self.folders[0] / "config.json")
+        config = source.read_json(self.folders[0] / "config.json")
         return {
             k: config[k]
             for k in ("model_type", "d_model", "vocab_size", "num_layers")

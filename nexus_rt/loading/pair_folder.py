@@ -10,7 +10,8 @@ from nexus_rt import documents
 from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.guidance import GUIDANCE_SCALE
 from nexus_rt.latents import LatentGrid
-from nexus_rt.models import load
+from nexus_rt.loading import transformer
+from nexus_rt.loading.source import read_json, resolve
 from nexus_rt.models.vae import vae_space
 from nexus_rt.request import make_request
 
@@ -47,7 +48,7 @@ class Defaults:
 
 
 @dataclass(frozen=True)
-class Parts:
+class PairFolders:
     """Folders of a pair; None for a part it does not have."""
 
     generators: dict[str, Path]
@@ -59,7 +60,9 @@ class Parts:
 
     def check_width(self, width: int) -> None:
         """Raise unless the small generator reads context tokens of this width."""
-        wanted = load.load_config(load.transformer_folder(self.generators["small"])).text_dim
+        wanted = transformer.load_config(
+            transformer.transformer_folder(self.generators["small"])
+        ).text_dim
         if width != wanted:
             raise ModelError(
                 f"the connector makes tokens of width {width} and the small generator reads"
@@ -70,7 +73,10 @@ class Parts:
 def _same_space(folders: dict[str, Path], vaes: dict[str, Path]) -> None:
     """Raise unless both transformers, and their VAEs where they bring them, live in one latent
     space."""
-    configs = {name: load.load_config(load.transformer_folder(f)) for name, f in folders.items()}
+    configs = {
+        name: transformer.load_config(transformer.transformer_folder(f))
+        for name, f in folders.items()
+    }
     different = []
     if len(configs) == 2:
         small, large = configs["small"], configs["large"]
@@ -102,7 +108,7 @@ def _same_space(folders: dict[str, Path], vaes: dict[str, Path]) -> None:
 
 def _pair_defaults(root: Path) -> Defaults:
     """What a pair folder's `model_index.json` sets."""
-    index = load.read_json(root / "model_index.json")
+    index = read_json(root / "model_index.json")
     if index.get("_class_name") != "NexusPipeline":
         raise ModelError(
             f"{root} holds a {index.get('_class_name')}, one model and no pair; pass it as small="
@@ -147,11 +153,11 @@ def _steering(
         )
     if absent or not small:
         return dict.fromkeys(sources)
-    found = {n: load.resolve(s, (n,), **hub) for n, s in sources.items() if s is not None}
+    found = {n: resolve(s, (n,), **hub) for n, s in sources.items() if s is not None}
     return {n: f / n if (f / n / "config.json").is_file() else f for n, f in found.items()}
 
 
-def engine_parts(root: Path, engines: dict[str, Any]) -> Parts:
+def exported_pair(root: Path, engines: dict[str, Any]) -> PairFolders:
     """The encoders and the VAE beside exported engines, and the pair's defaults: a size they were
     built for.
 
@@ -184,32 +190,30 @@ def engine_parts(root: Path, engines: dict[str, Any]) -> Parts:
             defaults, width=sizes[0].width, height=sizes[0].height, num_frames=sizes[0].frames
         )
     text = root if at("text_encoder") else None
-    return Parts({}, at("vae"), text, at("understanding"), at("connector"), defaults)
+    return PairFolders({}, at("vae"), text, at("understanding"), at("connector"), defaults)
 
 
-def find_parts(pretrained: str | Path | None, given: dict[str, Any], hub: dict) -> Parts:
+def find_pair(pretrained: str | Path | None, given: dict[str, Any], hub: dict) -> PairFolders:
     """Resolve the folders of a pair.
 
     Args:
         pretrained: a pair's folder or hub id, or None.
         given: folders or hub ids under "small", "large", "vae", "text_encoder", "understanding",
             "connector"; they go before the pair's own.
-        hub: options of `load.resolve`.
+        hub: options of `resolve`.
 
     Raises:
         ModelError: a folder is no model, or the generators are not of one latent space.
         InputError: one of understanding model and connector without the other.
     """
     chosen: dict[str, Path] = {
-        n: load.resolve(given[n], ("transformer", "vae"), **hub)
+        n: resolve(given[n], ("transformer", "vae"), **hub)
         for n in ("small", "large")
         if n in given
     }
     root, defaults, folders = None, Defaults(), chosen
     if pretrained is not None:
-        root = load.resolve(
-            pretrained, ("small", "large", "vae", "understanding", "connector"), **hub
-        )
+        root = resolve(pretrained, ("small", "large", "vae", "understanding", "connector"), **hub)
         defaults = _pair_defaults(root)
         own: dict[str, Path] = {n: root / n for n in ("small", "large") if (root / n).is_dir()}
         folders = {**own, **chosen}
@@ -223,16 +227,16 @@ def find_parts(pretrained: str | Path | None, given: dict[str, Any], hub: dict) 
     }
     vae = next((f / "vae" for _, f in sources if (f / "vae" / "config.json").is_file()), None)
     if "vae" in given:
-        found = load.resolve(given["vae"], ("vae",), **hub)
+        found = resolve(given["vae"], ("vae",), **hub)
         vae = vaes["given"] = found / "vae" if (found / "vae" / "config.json").is_file() else found
     _same_space(folders, vaes)
     text = None
     for source in [given["text_encoder"]] if "text_encoder" in given else [s for s, _ in sources]:
         # of one source only: it is the large part
-        found = load.resolve(source, ("text_encoder", "tokenizer"), **hub)
+        found = resolve(source, ("text_encoder", "tokenizer"), **hub)
         if "text_encoder" in given or (found / "text_encoder").is_dir():
             text = found
             break
-    return Parts(
+    return PairFolders(
         folders, vae, text, defaults=defaults, **_steering(root, given, "small" in folders, hub)
     )

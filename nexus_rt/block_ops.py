@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_rt.errors import InputError, choose
+from nexus_rt.kernels import formulas
 from nexus_rt.log import chose
 
 KERNELS = ("auto", "torch", "triton")
@@ -22,12 +23,8 @@ OLDEST = (8, 0)  # compute capability the kernels are compiled and checked for
 def rope_table(
     head_dim: int, grid: tuple[int, int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines of 3-D RoPE for a grid of (frames, rows, columns) tokens.
-
-    Wan gives rows and columns `2*(d//6)` dimensions each and frames the rest, theta 10000, angles
-    in float64. Returns cos, sin [L, 1, head_dim] float32; sin carries the sign of the rotation (-,
-    +, -, +, ...), so that `rotated = x * cos + swap_pairs(x) * sin`.
-    """
+    """`rope_tables` of a grid of (frames, rows, columns) tokens, angles in float64: cos, sin [L, 1,
+    head_dim] float32."""
     return _rope_table(head_dim, grid, device)
 
 
@@ -45,17 +42,8 @@ def rope_pairs(
 def _rope_table(
     head_dim: int, grid: tuple[int, int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    side = 2 * (head_dim // 6)
-    angles = []
-    for axis, (size, dim) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
-        freq = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angle = torch.outer(torch.arange(size, dtype=torch.float64), freq)  # [size, dim/2]
-        shape = [1, 1, 1, dim // 2]
-        shape[axis] = size
-        angles.append(angle.view(shape).expand(*grid, dim // 2))
-    angle = torch.cat(angles, -1).reshape(math.prod(grid), 1, head_dim // 2)
-    cos = angle.cos().repeat_interleave(2, -1)
-    sin = torch.stack([-angle.sin(), angle.sin()], -1).flatten(-2)
+    angles = formulas.rope_angles(head_dim, grid, torch.device("cpu"), torch.float64)
+    cos, sin = formulas.rope_tables(angles)
     return cos.float().to(device), sin.float().to(device)
 
 
@@ -65,50 +53,6 @@ def _rope_pairs(
 ) -> tuple[Tensor, Tensor]:
     cos, sin = _rope_table(head_dim, grid, device)
     return cos[:, 0, ::2].contiguous(), sin[:, 0, 1::2].contiguous()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate adjacent pairs of x [..., L, heads, head_dim] by the tables of `rope_table`."""
-    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.addcmul(x * cos, torch.stack((x1, x0), -1).flatten(-2), sin)
-
-
-def _qk_norm_rope(
-    qkv: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys [B, L, heads, head_dim] of a fused projection [B, L, 3 D], normed over all
-    heads and rotated."""
-    out = []
-    for x, weight in zip(qkv.chunk(3, -1), (weight_q, weight_k), strict=False):
-        normed = F.rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, (heads, -1))
-        out.append(apply_rope(normed, cos, sin).to(qkv.dtype))
-    return out[0], out[1]
-
-
-def _modulate(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-    y: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As `nexus_rt.kernels.modulate.modulate`: the stream x + gate y, and its LayerNorm * (1 +
-    scale) + shift."""
-    if y is not None:
-        x = (
-            x.float() + y.float()
-            if gate is None
-            else torch.addcmul(x.float(), y.float(), gate.unsqueeze(1))
-        ).to(x.dtype)
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return x, torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1)).to(x.dtype)
 
 
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -159,7 +103,7 @@ class Ops:
     linear_gelu: Callable
 
 
-TORCH = Ops("torch", _modulate, _qk_norm_rope, rope_table, _linear_gelu)
+TORCH = Ops("torch", formulas.modulate, formulas.qk_norm_rope, rope_table, _linear_gelu)
 
 
 def choose_ops(kernels: str, device: torch.device) -> Ops:
@@ -202,7 +146,7 @@ def cannot_run_triton(device: torch.device) -> str | None:
         return "triton is not installed"
     if device.type == "cuda":
         return None
-    from nexus_rt.kernels.op import INTERPRETED
+    from nexus_rt.kernels.triton_op import INTERPRETED
 
     return (
         None

@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from nexus_rt.engines.coders import EngineDecoder, EngineTextEncoder
-from nexus_rt.engines.graphs import ReplayedEngine
-from nexus_rt.engines.open import open_engines
-from nexus_rt.engines.step import StepEngine
+from nexus_rt.engines.cuda_graphs import ReplayedEngine
+from nexus_rt.engines.fused_step import StepEngine
+from nexus_rt.engines.registry import open_engines
+from nexus_rt.engines.text_vae import EngineDecoder, EngineTextEncoder
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError
+from nexus_rt.loading import source, transformer
+from nexus_rt.loading.lora import Lora, loras_hash
+from nexus_rt.loading.pair_folder import Defaults, PairFolders, exported_pair
 from nexus_rt.log import chose
-from nexus_rt.models import load
 from nexus_rt.models.context import ContextEncoder
-from nexus_rt.models.lora import Lora, loras_hash
 from nexus_rt.models.text import TextEncoder
 from nexus_rt.models.vae import VideoDecoder
-from nexus_rt.pair import Defaults, Parts, engine_parts
 
 
 @dataclass
@@ -73,7 +73,7 @@ def default_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtyp
 
 
 def _coders(
-    parts: Parts, dtype: torch.dtype, device: torch.device, tiling: bool | str
+    parts: PairFolders, dtype: torch.dtype, device: torch.device, tiling: bool | str
 ) -> tuple[ContextEncoder | None, TextEncoder | None, VideoDecoder | None]:
     context = None
     if parts.understanding is not None and parts.connector is not None:
@@ -87,7 +87,7 @@ def _coders(
 
 
 def load_models(
-    parts: Parts,
+    parts: PairFolders,
     dtype: torch.dtype,
     device: torch.device,
     weights: torch.device,
@@ -111,7 +111,7 @@ def load_models(
             " too."
         )
     models = {
-        n: load.load_transformer(f, dtype, weights, kernels, attention, loras.get(n, ()))
+        n: transformer.load_transformer(f, dtype, weights, kernels, attention, loras.get(n, ()))
         for n, f in parts.generators.items()
     }
     config = next(iter(models.values())).config
@@ -119,7 +119,7 @@ def load_models(
     computed = f"{dtype} kernels={kernels} attention={attention}".removeprefix("torch.")
     identity = {
         n: (
-            f"{load.folder_fingerprint(load.transformer_folder(f))} {computed}"
+            f"{source.folder_fingerprint(transformer.transformer_folder(f))} {computed}"
             f" lora={loras_hash({n: loras.get(n, ())})}"
         )
         for n, f in parts.generators.items()
@@ -137,7 +137,7 @@ def load_models(
     )
 
 
-def _coder_identity(parts: Parts, dtype: torch.dtype) -> dict[str, str]:
+def _coder_identity(parts: PairFolders, dtype: torch.dtype) -> dict[str, str]:
     text = parts.text and parts.text / "text_encoder"
     steering = {"understanding": parts.understanding, "connector": parts.connector}
     folders = {"vae": parts.vae, "text_encoder": text, **steering}
@@ -145,7 +145,7 @@ def _coder_identity(parts: Parts, dtype: torch.dtype) -> dict[str, str]:
         name: "float32" if name == "vae" else str(dtype).removeprefix("torch.") for name in folders
     }
     return {
-        name: f"{load.folder_fingerprint(folder)} {kind[name]}"
+        name: f"{source.folder_fingerprint(folder)} {kind[name]}"
         for name, folder in folders.items()
         if folder
     }
@@ -166,7 +166,7 @@ def load_engines(
     """
     found = open_engines(root, device, force, **options)
     engines: dict[str, Any] = {n: found[n] for n in ("small", "large") if n in found}
-    parts = engine_parts(root, engines)
+    parts = exported_pair(root, engines)
     context, text, vae = _coders(parts, dtype, device, tiling)
     a = next(iter(engines.values())).folder.manifest.architecture
     space = a["in_channels"], tuple(a["patch_size"])

@@ -40,7 +40,7 @@ class Engine(Protocol):
 
 
 class Resident(Protocol):
-    """Weights that `nexus_rt.engines.residency` moves between host memory and a device."""
+    """Weights that `nexus_rt.memory.residency` moves between host memory and a device."""
 
     device: torch.device
 

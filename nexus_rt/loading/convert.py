@@ -23,8 +23,8 @@ from torch import Tensor
 
 from nexus_rt import documents
 from nexus_rt.errors import InputError, ModelError, cut
-from nexus_rt.models import load
-from nexus_rt.models.checkpoint import (
+from nexus_rt.loading import transformer
+from nexus_rt.loading.checkpoint import (
     Index,
     diffusers_name,
     diffusers_shapes,
@@ -32,11 +32,11 @@ from nexus_rt.models.checkpoint import (
     in_diffusers_names,
     read_tensors,
 )
+from nexus_rt.loading.pair_folder import Defaults
+from nexus_rt.loading.pickles import read_pickle, read_state
 from nexus_rt.models.connector import SPECIAL_TOKENS, TEXT_MARKERS, Connector, ConnectorConfig
-from nexus_rt.models.pickles import read_pickle, read_state
 from nexus_rt.models.understanding import Template
 from nexus_rt.models.wan import WanConfig, WanTransformer
-from nexus_rt.pair import Defaults
 from nexus_rt.shards import Report, check_shapes, write_json, write_shards
 from nexus_rt.video import remove_orphans
 
@@ -122,7 +122,10 @@ class Omnivideo:
                 )
             over[diffusers_name(key)] = value
         if folder.is_dir():
-            config, stored = load.load_config(folder), in_diffusers_names(find_tensors(folder))
+            config, stored = (
+                transformer.load_config(folder),
+                in_diffusers_names(find_tensors(folder)),
+            )
         else:
             config, stored = _shapes_config(over, folder), {}
             self.report.notes[label] = (

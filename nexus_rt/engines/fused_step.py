@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.exported import EngineContext, Exported, run_context
+from nexus_rt.engines.exported_engine import EngineContext, Exported, run_context
 from nexus_rt.errors import InputError
 from nexus_rt.size import ClipSize
 

@@ -3,13 +3,20 @@ leave."""
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nexus_rt.models.load import release
 from nexus_rt.process import LOADING
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of a model just dropped."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Moved:

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from nexus_rt import InputError, NexusPipeline
-from nexus_rt.engines import graphs
-from nexus_rt.engines.exported import EngineContext
-from nexus_rt.engines.graphs import ReplayedEngine
+from nexus_rt.engines import cuda_graphs
+from nexus_rt.engines.cuda_graphs import ReplayedEngine
+from nexus_rt.engines.exported_engine import EngineContext
 from nexus_rt.engines.torch import TorchEngine
 
 
@@ -83,7 +83,7 @@ def test_graphs_do_not_pile_up(engines):
     for frames in (1, 2, 3, 4, 5, 5, 2, 1):
         replayed.velocity(noise(1, 16, frames, 4, 4), torch.tensor(9.0), context)
     # the oldest, one frame, was given up
-    assert recorder.recorded == 6 and len(replayed.graphs) == graphs.KEPT
+    assert recorder.recorded == 6 and len(replayed.graphs) == cuda_graphs.KEPT
 
 
 def test_streamed_weights_are_not_recorded(engines):
@@ -99,11 +99,11 @@ def test_streamed_weights_are_not_recorded(engines):
 
 def test_padding_counts_for_nothing():
     context = EngineContext(noise(3, 2, 70, 4, 8), noise(3, 2, 70, 4, 8), torch.zeros(2, 70))
-    long = graphs.padded(context)
+    long = cuda_graphs.padded(context)
     assert long.keys.shape == (3, 2, 128, 4, 8) and torch.equal(
         long.values[:, :, :70], context.values
     )
-    assert (long.bias[:, 70:] == float("-inf")).all() and graphs.padded(long) is long
+    assert (long.bias[:, 70:] == float("-inf")).all() and cuda_graphs.padded(long) is long
 
 
 def test_where_nothing_can_be_recorded_it_is_said(tiny_pair):

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from nexus_rt.engines import aoti
-from nexus_rt.engines.coders import EngineDecoder, EngineTextEncoder
-from nexus_rt.engines.exported import ExportedEngine, Sessions
+from nexus_rt.engines.backends import ENGINE_BACKENDS
+from nexus_rt.engines.exported_engine import ExportedEngine, Sessions
 from nexus_rt.engines.folder import MANIFEST, EngineFolder
-from nexus_rt.engines.step import StepEngine
+from nexus_rt.engines.fused_step import StepEngine
+from nexus_rt.engines.text_vae import EngineDecoder, EngineTextEncoder
 from nexus_rt.errors import ModelError, choose
 
-BACKENDS = ("onnx", "aoti", "tensorrt", "tensorrt-rtx")
 PARTS = ("small", "large", "step", "vae", "text_encoder")
 
 
@@ -38,16 +38,8 @@ def versions() -> dict[str, str]:
 
 def sessions_of(folder: EngineFolder, device: torch.device, **options: Any) -> Sessions:
     """The sessions of a folder's backend."""
-    choose("backend", folder.manifest.backend, BACKENDS)
-    if folder.manifest.backend == "onnx":
-        from nexus_rt.engines.onnx import OnnxSessions
-
-        return OnnxSessions(folder, device, **options)
-    if folder.manifest.backend == "aoti":
-        return aoti.AotiSessions(folder, device, **options)
-    from nexus_rt.engines.tensorrt import TensorRTSessions
-
-    return TensorRTSessions(folder, device, **options)
+    choose("backend", folder.manifest.backend, ENGINE_BACKENDS)
+    return ENGINE_BACKENDS[folder.manifest.backend].open(folder, device, **options)
 
 
 def engine_of(folder: EngineFolder, device: torch.device, **options: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.exported import DTYPES, Exported, Sessions
+from nexus_rt.engines.exported_engine import DTYPES, Exported, Sessions
 from nexus_rt.models.text import Tokenized
 from nexus_rt.models.vae import Decoder
 from nexus_rt.size import ClipSize

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nexus_rt.export.dynamic_shapes import Shape, Symbols, Traced
 from nexus_rt.export.graph import (
     ContextGraph,
     VelocityGraph,
@@ -23,7 +24,6 @@ from nexus_rt.export.graph import (
     traced,
     velocity_shapes,
 )
-from nexus_rt.export.symbols import Shape, Symbols, Traced
 from nexus_rt.kernels.formulas import EPS, guide, target_energy
 from nexus_rt.models.wan import WanTransformer
 from nexus_rt.size import ClipSize

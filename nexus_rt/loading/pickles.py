@@ -1,7 +1,7 @@
 """Pickled tensors without running what a pickle may hold: `torch.save` zips, its old format, and
 plain pickles.
 
-For the converter only. The instructions are walked by `nexus_rt.models.unpickling`; storages are
+For the converter only. The instructions are walked by `nexus_rt.loading.unpickling`; storages are
 taken from the file by checked lengths, zips record by record with their checksums, so that a
 damaged file is refused and never read as other numbers.
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import ModelError, cut
-from nexus_rt.models.unpickling import (
+from nexus_rt.loading.unpickling import (
     MOST_NESTED,
     STORAGES,
     Interpreter,

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from nexus_rt.errors import InputError, ModelError, cut
-from nexus_rt.models.checkpoint import diffusers_shapes, fused_place, read_header, read_tensors
-from nexus_rt.models.lora_file import (
+from nexus_rt.loading.checkpoint import diffusers_shapes, fused_place, read_header, read_tensors
+from nexus_rt.loading.lora_file import (
     ENDINGS,
     Key,
     Scaling,

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from nexus_rt.engines.base import Resident, Streamed
+from nexus_rt.engines.protocol import Resident, Streamed
 from nexus_rt.errors import InputError
 from nexus_rt.log import chose
 from nexus_rt.plan import Plan
@@ -48,7 +48,7 @@ UNITS = {
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryUse:
     """Something that takes memory: bytes of its weights, of what it needs to run, and of its
     weights while they are streamed (None: it cannot be)."""
 
@@ -140,7 +140,7 @@ def activation_bytes(
 
 def call_parts(
     engines: Mapping[str, Any], others: Mapping[str, Any], size: ClipSize, batch: int = 2
-) -> dict[str, Part]:
+) -> dict[str, MemoryUse]:
     """What a call holds in memory.
 
     Args:
@@ -148,7 +148,7 @@ def call_parts(
             decoder, which has `working_bytes(width, height, frames)` too. batch: samples of a step,
             unconditional twins counted.
     """
-    parts = {name: Part(other.nbytes) for name, other in others.items()}
+    parts = {name: MemoryUse(other.nbytes) for name, other in others.items()}
     for name, engine in engines.items():
         exported = getattr(engine, "folder", None)
         if exported is not None:
@@ -156,9 +156,9 @@ def call_parts(
         else:
             architecture, element = asdict(engine.model.config), engine.model.dtype.itemsize
         working = activation_bytes(architecture, size, batch, element)
-        parts[name] = Part(engine.nbytes, working, getattr(engine, "streamed_bytes", None))
+        parts[name] = MemoryUse(engine.nbytes, working, getattr(engine, "streamed_bytes", None))
     if "vae" in others:
-        parts["vae"] = Part(
+        parts["vae"] = MemoryUse(
             others["vae"].nbytes, others["vae"].working_bytes(size.width, size.height, size.frames)
         )
     return parts
@@ -176,7 +176,7 @@ def _stretches(plan: Plan) -> list[tuple[int, int, tuple[str, ...]]]:
     return found
 
 
-def _phases(plan: Plan, parts: Mapping[str, Part], mode: str) -> tuple[Phase, ...]:
+def _phases(plan: Plan, parts: Mapping[str, MemoryUse], mode: str) -> tuple[Phase, ...]:
     """The phases of a mode; parts are "small", "large", and any encoders and "vae"."""
     encoders = tuple(n for n in parts if n not in ("small", "large", "vae", STEP))
     engines = tuple(n for n in ("small", "large") if n in plan.generators)
@@ -219,7 +219,7 @@ def _phases(plan: Plan, parts: Mapping[str, Part], mode: str) -> tuple[Phase, ..
 
 
 def plan_residency(
-    plan: Plan, parts: Mapping[str, Part], budget: int | None = None, mode: str | None = None
+    plan: Plan, parts: Mapping[str, MemoryUse], budget: int | None = None, mode: str | None = None
 ) -> ResidencyPlan:
     """The most comfortable mode that fits a budget.
 

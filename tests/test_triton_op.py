@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from nexus_rt.kernels import op
+from nexus_rt.kernels import triton_op
 from nexus_rt.kernels.attention import attention
 from nexus_rt.kernels.attention_fp8 import attention_fp8
 from nexus_rt.kernels.band_blend import band_blend
@@ -37,7 +37,7 @@ def test_the_current_gpu_is_the_tensor_s(monkeypatch):
         ("cpu", []),
     ):
         entered.clear()
-        with op.on_device(SimpleNamespace(device=torch.device(device))):
+        with triton_op.on_device(SimpleNamespace(device=torch.device(device))):
             pass
         assert entered == wanted
 
@@ -75,9 +75,9 @@ def test_every_kernel_is_launched_where_its_tensors_are(name, monkeypatch):
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
-    right, launched = op.on_device, []
+    right, launched = triton_op.on_device, []
     monkeypatch.setattr(
-        op, "on_device", lambda like: (launched.append(like.device), right(like))[1]
+        triton_op, "on_device", lambda like: (launched.append(like.device), right(like))[1]
     )
     calls(device)[name]()
     assert launched and set(launched) == {device}

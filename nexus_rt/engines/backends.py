@@ -1,0 +1,36 @@
+"""The registry of engine backends: what runs an exported engine, and what builds it. Nothing heavy
+is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EngineBackend:
+    """A backend, by the modules it is made of.
+
+    runtime: module with the sessions' class. sessions: the class, `(folder, device, **options)`.
+    builder: module that exports to it.
+    """
+
+    runtime: str
+    sessions: str
+    builder: str
+
+    def open(self, *args: Any, **options: Any) -> Any:
+        """A session's object; the backend's packages are imported now."""
+        return getattr(import_module(self.runtime), self.sessions)(*args, **options)
+
+
+_TENSORRT = EngineBackend(
+    "nexus_rt.engines.tensorrt", "TensorRTSessions", "nexus_rt.export.tensorrt"
+)
+ENGINE_BACKENDS = {
+    "onnx": EngineBackend("nexus_rt.engines.onnx", "OnnxSessions", "nexus_rt.export.onnx"),
+    "aoti": EngineBackend("nexus_rt.engines.aoti", "AotiSessions", "nexus_rt.export.aoti"),
+    "tensorrt": _TENSORRT,
+    "tensorrt-rtx": _TENSORRT,
+}
