@@ -152,14 +152,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     d = pipe.defaults
     size = _size(args, preset.size or ClipSize(d.width, d.height, d.num_frames))
     steps = args.steps or d.num_inference_steps
-    pipe.check_inputs(size.height, size.width, size.frames, "latent")
+    pipe.grid.check(size)
     shipped = real and not (args.pair or args.small or args.large)
     riddles = (
         args.accuracy
         if shipped and len(pipe.engines) > 1 and size == ClipSize(d.width, d.height, d.num_frames)
         else 0
     )
-    clip = Clip(size.height, size.width, size.frames, steps, args.seed, prompt, embeds, riddles)
+    clip = Clip(size, steps, args.seed, prompt, embeds, riddles)
     plans = _plans(args.plans, pipe)
     for name in plans:  # a plan that does not parse is said before anything is measured
         pipe.make_plan(name, steps)
@@ -190,7 +190,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         found["rows"] += failed
     if peers:
         setting = Setting(
-            (size.height, size.width, size.frames),
+            size,
             steps,
             args.seed,
             prompt,

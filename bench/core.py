@@ -25,6 +25,7 @@ import torch
 
 from nexus_rt.bench.naive import four_filter_blend
 from nexus_rt.costs import median_ms
+from nexus_rt.size import ClipSize
 from nexus_rt.upfb import BlendConfig, blend
 
 
@@ -92,7 +93,7 @@ def bench_dit(runs: int) -> dict:
     theirs = WanTransformer3DModel.from_pretrained(MINI / "large", torch_dtype=torch.float32).eval()
     embeds = torch.cat(pipe.encode_prompt("a striped red circle moves left on a black background"))
     d = pipe.defaults
-    latents = pipe.prepare_latents(1, d.num_frames, d.height, d.width).repeat(2, 1, 1, 1, 1)
+    latents = pipe.prepare_latents(1, ClipSize.of_defaults(d)).repeat(2, 1, 1, 1, 1)
     timestep, context = torch.tensor([700, 700]), ours.prepare_context(embeds)
     a = ours(latents, timestep[0], context)
     b = theirs(latents, timestep, embeds, return_dict=False)[0]
@@ -234,9 +235,7 @@ def bench_mini(runs: int) -> dict:
     pipe = NexusPipeline.from_pretrained()
     prompts = pipe.encode(prompt)
     d, shares = pipe.defaults, {}
-    noise = pipe.prepare_latents(
-        1, d.num_frames, d.height, d.width, torch.Generator().manual_seed(0)
-    )
+    noise = pipe.prepare_latents(1, ClipSize.of_defaults(d), torch.Generator().manual_seed(0))
     start = time.perf_counter()
     pipe.decode(noise)
     decode = time.perf_counter() - start

@@ -42,7 +42,7 @@ def pipeline(suite: Any) -> dict:
     pipe = quiet(random_pipeline(configs, suite.dtype, suite.device, size, decoder=decoder))
     vae, pipe.vae = pipe.vae, None
     embeds = random_prompt(pipe, suite.dtype)
-    clip = Clip(size.height, size.width, size.frames, STEPS, embeds=embeds)
+    clip = Clip(size, STEPS, embeds=embeds)
     # the reference clip warms up
     found = measure([Engine("torch", pipe)], PLANS, clip, runs=1, warmup=0, pictures=False)
     rows: dict[str, Any] = {"costs": found["costs"]}
@@ -60,7 +60,7 @@ def pipeline(suite: Any) -> dict:
             "latent_error": row["quality"]["latent_error"],
             "steps_ms": [s["duration_ms"] for s in row["denoise_steps_ms"]],
         }
-    setting = Setting((size.height, size.width, size.frames), PEER_STEPS, 0, None, embeds)
+    setting = Setting(size, PEER_STEPS, 0, None, embeds)
     peers = PEERS if find_spec("diffusers") else PEER_WITHOUT_DIFFUSERS
     for name in peers:
         if time.monotonic() > suite.deadline:

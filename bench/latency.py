@@ -35,6 +35,7 @@ from nexus_rt.errors import Cancelled
 from nexus_rt.guidance import Guidance
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan import Plan, StepCosts
+from nexus_rt.size import ClipSize
 from nexus_rt.solver import TimeGrid
 from nexus_rt.step_runners import Prompt
 from nexus_rt.tracing import span
@@ -62,9 +63,7 @@ class Clip:
     """What is generated. prompt None: `embeds` are given instead. accuracy: riddles to score each
     row with."""
 
-    height: int
-    width: int
-    frames: int
+    size: ClipSize
     steps: int
     seed: int = 0
     prompt: str | None = None
@@ -72,24 +71,17 @@ class Clip:
     accuracy: int = 0
 
     def options(self) -> dict[str, Any]:
-        size = dict(
-            height=self.height,
-            width=self.width,
-            num_frames=self.frames,
-            num_inference_steps=self.steps,
-        )
-        return {**size, **({"prompt": self.prompt} if self.prompt else self.embeds)}
+        inputs = {"prompt": self.prompt} if self.prompt else self.embeds
+        return {**self.size.options, "num_inference_steps": self.steps, **inputs}
 
     def noise(self, pipe: NexusPipeline) -> Tensor:
-        return pipe.prepare_latents(
-            1, self.frames, self.height, self.width, torch.Generator().manual_seed(self.seed)
-        )
+        return pipe.prepare_latents(1, self.size, torch.Generator().manual_seed(self.seed))
 
 
 def prompts_of(pipe: NexusPipeline, clip: Clip) -> dict[str, Prompt]:
     """What each generator is told of a clip."""
     if clip.prompt:
-        return pipe.encode(clip.prompt, single_frame=clip.frames == 1)
+        return pipe.encode(clip.prompt, single_frame=clip.size.frames == 1)
     return dict.fromkeys(pipe.engines, Prompt(*clip.embeds.values()))
 
 
@@ -195,7 +187,7 @@ def row_of(name: str, plan: Plan, engine: str, clip: Clip, runs: list[Run]) -> d
     return {
         "plan": name,
         "engine": engine,
-        "size": [clip.width, clip.height, clip.frames],
+        "size": list(clip.size),
         "steps": len(plan),
         "total_duration_ms": median(totals),
         "total_p95_ms": float(f"{percentile(totals, 0.95):.5g}"),
@@ -274,11 +266,11 @@ def suite(
                     options = dict(
                         plan=name,
                         num_inference_steps=clip.steps,
-                        height=clip.height,
-                        width=clip.width,
+                        height=clip.size.height,
+                        width=clip.size.width,
                     )
                     row["quality"] |= mini_accuracy(
-                        e.pipe, clip.accuracy, num_frames=clip.frames, **options
+                        e.pipe, clip.accuracy, num_frames=clip.size.frames, **options
                     )
                 row["thumbnail"] = thumbnail(frames) if pictures and frames is not None else None
                 if traces is not None:

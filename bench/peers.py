@@ -33,6 +33,7 @@ from nexus_rt.models.context import unpad
 from nexus_rt.models.wan import WanTransformer
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan import Plan
+from nexus_rt.size import ClipSize
 from nexus_rt.solver import make_solver
 
 PEERS = ("diffusers", "diffusers+compile", "switch", "switch+compile", "naive", "naive-ours")
@@ -57,7 +58,7 @@ class Setting:
     """One clip: its plan's steps, seed and what the generators are told. prompt None: embeddings
     are given."""
 
-    size: tuple[int, int, int]  # height, width, frames
+    size: ClipSize
     steps: int
     seed: int
     prompt: str | None
@@ -94,9 +95,8 @@ class Peers:
         self.vae: Any = None
 
     def noise(self) -> Tensor:
-        height, width, frames = self.setting.size
         generator = torch.Generator().manual_seed(self.setting.seed)
-        return self.pipe.prepare_latents(1, frames, height, width, generator)
+        return self.pipe.prepare_latents(1, self.setting.size, generator)
 
     def transformer(self, name: str) -> Any:
         if name not in self.pipe.engines:
@@ -141,7 +141,7 @@ class Peers:
 
     def ours(self, plan: str, **prompt: Any) -> Callable[[], tuple[Tensor, np.ndarray | None]]:
         """A call of our pipeline: final latents and frames."""
-        height, width, frames = self.setting.size
+        width, height, frames = self.setting.size
 
         def call() -> tuple[Tensor, np.ndarray | None]:
             latents = self.pipe(
@@ -175,7 +175,7 @@ class Peers:
         """Ours, diffusers' pipeline, and our plan."""
         from diffusers import WanPipeline
 
-        height, width, frames = self.setting.size
+        width, height, frames = self.setting.size
         grid = self.pipe.make_plan("large", self.setting.steps).grid
         at, guidance = (
             max(1, round(SWITCH_AT * self.setting.steps)),

@@ -84,8 +84,8 @@ class RandomDecoder(VideoDecoder):
         with torch.device("meta"):
             return sum(p.numel() * 4 for p in self._make().parameters())
 
-    def working_bytes(self, width: int, height: int, frames: int) -> int:
-        return 6 * self.config.get("base_dim", 96) * 4 * width * height * 4
+    def working_bytes(self, size: ClipSize) -> int:
+        return 6 * self.config.get("base_dim", 96) * 4 * size.width * size.height * 4
 
     def _make(self) -> nn.Module:
         from diffusers import AutoencoderKLWan

@@ -17,6 +17,7 @@ import torch
 from nexus_rt.bench.latency import Clip, prompts_of
 from nexus_rt.costs import median_ms
 from nexus_rt.pipeline import NexusPipeline
+from nexus_rt.size import ClipSize
 
 # shares of the clip's
 FRAMES, SIZES = (
@@ -45,18 +46,16 @@ def _near(value: float, unit: int, least: int) -> int:
     return max(least, round(value / unit) * unit)
 
 
-def variants(pipe: NexusPipeline, clip: Clip) -> dict[str, list[tuple[int, int, int, int]]]:
-    """(batch, frames, height, width) of every axis, around a clip's."""
+def variants(pipe: NexusPipeline, clip: Clip) -> dict[str, list[tuple[int, ClipSize]]]:
+    """(batch, size) of every axis, around a clip's."""
     unit_h, unit_w = (8 * p for p in pipe.patch[1:])
-    frames = [4 * _near((clip.frames - 1) / 4 * f, 1, 0) + 1 for f in FRAMES]
-    sizes = [
-        (_near(clip.height * f, unit_h, unit_h), _near(clip.width * f, unit_w, unit_w))
-        for f in SIZES
-    ]
+    width, height, own = clip.size
+    frames = [4 * _near((own - 1) / 4 * f, 1, 0) + 1 for f in FRAMES]
+    sizes = [(_near(width * f, unit_w, unit_w), _near(height * f, unit_h, unit_h)) for f in SIZES]
     return {
-        "frames": [(1, f, clip.height, clip.width) for f in dict.fromkeys(frames)],
-        "size": [(1, clip.frames, *s) for s in dict.fromkeys(sizes)],
-        "batch": [(b, clip.frames, clip.height, clip.width) for b in BATCHES],
+        "frames": [(1, ClipSize(width, height, f)) for f in dict.fromkeys(frames)],
+        "size": [(1, ClipSize(*s, own)) for s in dict.fromkeys(sizes)],
+        "batch": [(b, clip.size) for b in BATCHES],
     }
 
 
@@ -75,7 +74,7 @@ def scaling(
         say(f"scaling over {axis}")
         for name, engine in pipe.engines.items():
             rows, left_out = [], []
-            for batch, frames, height, width in points:
+            for batch, size in points:
                 prompt = prompts[name]
                 pair = torch.cat(
                     [
@@ -85,13 +84,11 @@ def scaling(
                 )
                 try:
                     context = engine.prepare(pair)
-                    noise = pipe.prepare_latents(
-                        batch, frames, height, width, torch.Generator().manual_seed(0)
-                    )
+                    noise = pipe.prepare_latents(batch, size, torch.Generator().manual_seed(0))
                     call = lambda e=engine, x=noise, c=context: e.velocity(x, timestep, c)
                     ms = median_ms(call, repeats, 1, cuda)
                 except torch.OutOfMemoryError:
-                    left_out.append([batch, frames, height, width])
+                    left_out.append([batch, *size])
                     continue
                 t, h, w = noise.shape[-3:]
                 p = pipe.patch
@@ -99,9 +96,9 @@ def scaling(
                 rows.append(
                     {
                         "batch": batch,
-                        "frames": frames,
-                        "height": height,
-                        "width": width,
+                        "frames": size.frames,
+                        "height": size.height,
+                        "width": size.width,
                         "tokens": tokens,
                         "ms": round(ms, 3),
                     }

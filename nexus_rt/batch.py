@@ -26,6 +26,7 @@ from nexus_rt.models.vae import rescue_latents
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.prompts import Item
 from nexus_rt.request import check_seed
+from nexus_rt.size import ClipSize, parse_sides
 from nexus_rt.video import SUFFIXES, frame_rate, is_clip, made_with, remove_orphans, save_video
 
 # of a call, as `make_plan` takes them
@@ -121,15 +122,21 @@ def settings(item: Item, job: Job, pipe: NexusPipeline, common: dict[str, Any]) 
     """Everything that decides what an item's clip is: `common_settings`, and what is the item's
     own."""
     d, o = pipe.defaults, job.options
-    width, height = item.size or (o.get("width") or d.width, o.get("height") or d.height)
+    sides = o.get("width") or d.width, o.get("height") or d.height
+    size = item.clip_size(ClipSize.of_defaults(d, sides, o.get("num_frames")))
     return {
         "prompt": item.prompt,
         "negative": item.negative or "",
         "seed": job.seed if item.seed is None else item.seed,
-        "size": f"{width}x{height}",
-        "frames": item.frames or o.get("num_frames") or d.num_frames,
+        "size": f"{size.width}x{size.height}",
+        "frames": size.frames,
         **common,
     }
+
+
+def clip_size(own: dict[str, Any]) -> ClipSize:
+    """The size in a clip's settings."""
+    return ClipSize(*parse_sides(own["size"]), own["frames"])
 
 
 class Row(msgspec.Struct):
@@ -389,14 +396,7 @@ def _encode(
 def _denoise(
     pipe: NexusPipeline, own: dict[str, Any], embeds: dict[str, Tensor], job: Job
 ) -> Tensor:
-    width, height = (int(n) for n in own["size"].split("x"))
-    options = {
-        **job.options,
-        "width": width,
-        "height": height,
-        "num_frames": own["frames"],
-        **embeds,
-    }
+    options = {**job.options, **clip_size(own).options, **embeds}
     seed = torch.Generator("cpu").manual_seed(own["seed"])
     return pipe(generator=seed, output_type="latent", **options).frames
 
@@ -412,11 +412,9 @@ def decodes_beside(pipe: NexusPipeline, own: dict[str, Any]) -> bool:
         return False
     if pipe.device.type != "cuda":
         return 2 * torch.get_num_threads() <= (os.cpu_count() or 1)
-    width, height = (int(n) for n in own["size"].split("x"))
     unused = torch.cuda.memory_reserved(pipe.device) - torch.cuda.memory_allocated(pipe.device)
-    return torch.cuda.mem_get_info(pipe.device)[0] + unused >= pipe.vae.working_bytes(
-        width, height, own["frames"]
-    )
+    free = torch.cuda.mem_get_info(pipe.device)[0] + unused
+    return free >= pipe.vae.working_bytes(clip_size(own))
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ class Call:
         """
         pipe, request, inputs = self.pipe, self.request, self.inputs
         size, plan = request.size, request.plan
-        pipe.check_inputs(size.height, size.width, size.frames, request.output_type)
+        pipe.grid.check(size)
         if absent := [g for g in plan.generators if g not in pipe.engines]:
             raise InputError(
                 f"plan {plan.name!r} runs the {absent[0]} generator, which was not loaded; pass"
@@ -86,7 +86,7 @@ class Call:
         videos = count * request.videos_per_prompt
         check_generators(inputs.generator, videos)
         if inputs.latents is not None:
-            latent = pipe.grid.latent(size.frames, size.height, size.width)
+            latent = pipe.grid.latent(size)
             check_latents(inputs.latents, (videos, pipe.channels, *latent))
         return videos
 
@@ -155,10 +155,7 @@ class Call:
         """The latents that the call was given, or drawn ones."""
         if self.inputs.latents is not None:
             return self.inputs.latents
-        size = self.request.size
-        return self.pipe.prepare_latents(
-            videos, size.frames, size.height, size.width, self.inputs.generator
-        )
+        return self.pipe.prepare_latents(videos, self.request.size, self.inputs.generator)
 
     def prompts(self, embeds: Embeds) -> dict[str, Prompt]:
         """The prompt of each generator."""

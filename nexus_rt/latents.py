@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import InputError
+from nexus_rt.size import ClipSize
 
 
 @dataclass(frozen=True)
@@ -19,15 +20,19 @@ class LatentGrid:
     time: int
     patch: tuple[int, int, int]
 
-    def latent(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+    def latent(self, size: ClipSize) -> tuple[int, int, int]:
         """Latent frames, height and width of a clip."""
-        return (num_frames - 1) // self.time + 1, height // self.space, width // self.space
+        return (
+            (size.frames - 1) // self.time + 1,
+            size.height // self.space,
+            size.width // self.space,
+        )
 
-    def check(self, num_frames: int, height: int, width: int) -> None:
+    def check(self, size: ClipSize) -> None:
         """Raise an `InputError` that names the nearest valid value."""
         for name, value, unit in (
-            ("height", height, self.space * self.patch[1]),
-            ("width", width, self.space * self.patch[2]),
+            ("height", size.height, self.space * self.patch[1]),
+            ("width", size.width, self.space * self.patch[2]),
         ):
             if value < unit or value % unit:
                 near = sorted(
@@ -37,6 +42,7 @@ class LatentGrid:
                     f"{name} is {value}; expected a multiple of {unit}, such as"
                     f" {' or '.join(map(str, near))}."
                 )
+        num_frames = size.frames
         if num_frames < 1 or (num_frames - 1) % self.time:
             low = max(1, (num_frames - 1) // self.time * self.time + 1)
             raise InputError(

@@ -30,6 +30,7 @@ from nexus_rt.memory.residency import (
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
 from nexus_rt.plan import Plan
 from nexus_rt.process import LOADING, computes
+from nexus_rt.renamed import warn_old
 from nexus_rt.request import (
     OUTPUT_TYPES,
     CallInputs,
@@ -338,13 +339,16 @@ class NexusPipeline:
     def prepare_latents(
         self,
         batch: int,
-        num_frames: int,
-        height: int,
-        width: int,
+        size: ClipSize,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        *old: Any,
     ) -> Tensor:
         """Noise [B, C, T, H, W], float32; a list of generators gives each sample its own."""
-        shape = (batch, self.channels, *self.grid.latent(num_frames, height, width))
+        if isinstance(size, int):  # batch, num_frames, height, width, generator: one release more
+            frames, height, (width, *rest) = size, generator, old
+            warn_old("prepare_latents(batch, num_frames, height, width)", "a ClipSize")
+            size, generator = ClipSize(width, height, frames), rest[0] if rest else None
+        shape = (batch, self.channels, *self.grid.latent(size))
         return random_latents(shape, generator, self.device)
 
     @property
@@ -354,8 +358,9 @@ class NexusPipeline:
         return LatentGrid(space, time, self.patch)
 
     def check_inputs(self, height: int, width: int, num_frames: int, output_type: str) -> None:
-        """Raise an `InputError` that names the nearest valid value."""
-        self.grid.check(num_frames, height, width)
+        """The old form of `grid.check`; it goes with the next release."""
+        warn_old("check_inputs(height, width, num_frames)", "grid.check of a ClipSize")
+        self.grid.check(ClipSize(width, height, num_frames))
         choose("output_type", output_type, OUTPUT_TYPES)
         for engine in (*self.engines.values(), self.vae, self.step_engine):
             if isinstance(engine, Sized):

@@ -13,6 +13,7 @@ from typing import Any
 
 from nexus_rt import documents
 from nexus_rt.errors import InputError, cut
+from nexus_rt.size import ClipSize, parse_sides
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 MAX_FRAMES = 10_001
@@ -36,6 +37,11 @@ class Item:
     size: tuple[int, int] | None = None
     frames: int | None = None
     negative: str | None = None
+
+    def clip_size(self, run: ClipSize) -> ClipSize:
+        """The clip's size, from the run's where it has none of its own."""
+        width, height = self.size or run[:2]
+        return ClipSize(width, height, self.frames or run.frames)
 
 
 def read_prompts(path: str | Path) -> list[Item]:
@@ -237,13 +243,13 @@ def _item(row: Any, where: str, index: int) -> Item:
             raise InputError(f"{where}.{field} is {row[field]}; expected {low} to {high}.")
     size = None
     if row.get("size") is not None:
-        found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", row["size"].lower(), re.ASCII)
-        if not found:
+        try:
+            size = parse_sides(row["size"])
+        except InputError:
             raise InputError(
                 f"{where}.size is {cut(repr(row['size']), 80)}; expected WIDTHxHEIGHT, such as"
                 " 832x480."
-            )
-        size = int(found[1]), int(found[2])
+            ) from None
     return Item(
         name, row["prompt"].strip(), row.get("seed"), size, row.get("frames"), row.get("negative")
     )

@@ -40,6 +40,11 @@ MOVED = {
 }
 
 
+def warn_old(old: str, new: str) -> None:
+    """Warn the caller's caller that an old form goes with the next release."""
+    warnings.warn(f"{old} is now {new}.", DeprecationWarning, stacklevel=3)
+
+
 class MovedModules:
     """An import finder, asked after all others, and the loader of what it finds."""
 

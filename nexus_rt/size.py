@@ -1,13 +1,14 @@
-"""A clip's size in pixels and frames: one type, one reader of it."""
+"""A clip's size in pixels and frames: one type, and the readers of its text."""
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+from nexus_rt.errors import InputError, cut
 
-from nexus_rt.errors import InputError
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ClipSize(NamedTuple):
@@ -25,6 +26,19 @@ class ClipSize(NamedTuple):
     def __str__(self) -> str:
         return f"{self.width}x{self.height}x{self.frames}"
 
+    @property
+    def options(self) -> dict[str, int]:
+        """The size as a pipeline's call names it."""
+        return {"width": self.width, "height": self.height, "num_frames": self.frames}
+
+    @classmethod
+    def of_defaults(
+        cls, defaults: Any, sides: tuple[int, int] | None = None, frames: int | None = None
+    ) -> ClipSize:
+        """(width, height) and frames, each a pair's own (`Defaults`) where it is None."""
+        width, height = sides or (defaults.width, defaults.height)
+        return cls(width, height, frames or defaults.num_frames)
+
     @classmethod
     def of(cls, latents: Tensor) -> ClipSize:
         """Of latents [B, C, T, H, W]."""
@@ -39,16 +53,38 @@ class ClipSize(NamedTuple):
             InputError: not three numbers, sides that are not multiples of 16, frames other than
                 4k+1.
         """
-        found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
-        if not found:
-            raise InputError(f"size {text!r} is not WIDTHxHEIGHTxFRAMES, such as 832x480x81.")
-        size = cls(*map(int, found.groups()))
+        numbers = _numbers(text, 3)
+        if not numbers:
+            raise InputError(
+                f"size {cut(text, 80)!r} is not WIDTHxHEIGHTxFRAMES, such as 832x480x81."
+            )
+        size = cls(*numbers)
         if min(size) < 1 or size.width % 16 or size.height % 16 or size.frames % 4 != 1:
             raise InputError(
                 f"size {size} cannot be made: sides are multiples of 16, and frames 4k+1, such as"
                 " 832x480x81."
             )
         return size
+
+
+def _numbers(text: str, count: int) -> tuple[int, ...]:
+    """Positive numbers with an x between, as many as `count`; () for anything else."""
+    words = text.strip().lower().split("x")
+    if len(words) != count or not all(re.fullmatch(r"[1-9][0-9]{0,4}", word) for word in words):
+        return ()
+    return tuple(map(int, words))
+
+
+def parse_sides(text: str) -> tuple[int, int]:
+    """ "832x480": width and height in pixels.
+
+    Raises:
+        InputError: not two positive numbers.
+    """
+    match _numbers(text, 2):
+        case (width, height):
+            return width, height
+    raise InputError(f"{cut(repr(text), 80)} is not WIDTHxHEIGHT, such as 832x480.")
 
 
 def parse_sizes(text: str) -> tuple[tuple[ClipSize, ...], bool]:

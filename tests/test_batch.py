@@ -16,6 +16,7 @@ from nexus_rt import InputError, batch
 from nexus_rt.batch import Job, run
 from nexus_rt.cli import main
 from nexus_rt.prompts import Item, read_prompts
+from nexus_rt.size import ClipSize
 
 PROMPTS = ["a red circle", "a blue square moves left", "the panda"]
 QUICK = dict(height=32, width=48, num_frames=5, num_inference_steps=2, plan="small:1 large:1")
@@ -233,7 +234,7 @@ def test_where_there_is_room(tiny_pipe, monkeypatch):
     for threads, wanted in ((1, True), (2, True), (3, False)):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
         assert batch.decodes_beside(tiny_pipe, {}) == wanted
-    need = tiny_pipe.vae.working_bytes(48, 32, 5)
+    need = tiny_pipe.vae.working_bytes(ClipSize(48, 32, 5))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 60)
     monkeypatch.setattr(tiny_pipe, "device", torch.device("cuda"))

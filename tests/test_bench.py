@@ -161,7 +161,7 @@ def test_the_connector_is_part_of_the_naive_schedule():
             strict=True,
         )
     )
-    setting = peers.Setting((64, 64, 17), 4, 0, presets.PROMPT, embeds)
+    setting = peers.Setting(ClipSize(64, 64, 17), 4, 0, presets.PROMPT, embeds)
     for row in peers.measure_peers(pipe, ("naive", "naive-ours", "diffusers"), setting, 1, 0):
         assert row["latent_error"] < 1e-3 and row["psnr_db"] >= 45
 
@@ -170,7 +170,7 @@ def test_a_peer_that_is_not_installed_or_cannot_run_is_a_row(tiny_pipe, monkeypa
     embeds = dict(
         zip(("prompt_embeds", "negative_prompt_embeds"), tiny_pipe.encode_prompt("a"), strict=True)
     )
-    setting = peers.Setting((32, 48, 5), 2, 0, "a", embeds)
+    setting = peers.Setting(ClipSize(48, 32, 5), 2, 0, "a", embeds)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     (row,) = peers.measure_peers(tiny_pipe, ("diffusers",), setting, 1, 0)
     assert row == {"peer": "diffusers", "failed": "diffusers is not installed here"}
@@ -399,11 +399,11 @@ def test_a_browser_shows_the_page(measured, tmp_path):
 
 
 def test_a_clip_says_what_the_call_takes():
-    clip = Clip(32, 48, 5, 6, prompt="a")
+    clip = Clip(ClipSize(48, 32, 5), 6, prompt="a")
     assert clip.options() == dict(
         height=32, width=48, num_frames=5, num_inference_steps=6, prompt="a"
     )
-    given = Clip(32, 48, 5, 6, embeds={"prompt_embeds": torch.zeros(1, 2, 3)}).options()
+    given = Clip(ClipSize(48, 32, 5), 6, embeds={"prompt_embeds": torch.zeros(1, 2, 3)}).options()
     assert "prompt" not in given and given["prompt_embeds"].shape == (1, 2, 3)
 
 
@@ -452,7 +452,7 @@ def test_the_naive_schedule_without_diffusers_is_the_same(tiny_pipe, monkeypatch
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     told, none = tiny_pipe.encode_prompt("a red circle")
     setting = peers.Setting(
-        (32, 48, 5), 4, 0, None, {"prompt_embeds": told, "negative_prompt_embeds": none}
+        ClipSize(48, 32, 5), 4, 0, None, {"prompt_embeds": told, "negative_prompt_embeds": none}
     )
     (row,) = peers.measure_peers(tiny_pipe, ("naive-ours",), setting, 1, 0)
     assert row["latent_error"] < 1e-5 and row["ratio"] > 0

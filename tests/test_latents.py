@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 
 from nexus_rt import InputError
 from nexus_rt.latents import LatentGrid, random_latents
+from nexus_rt.size import ClipSize
 
 WAN = LatentGrid(8, 4, (1, 2, 2))
 
 
 def test_wans_grid():
-    assert WAN.latent(81, 480, 832) == (21, 60, 104) and WAN.latent(1, 16, 16) == (1, 2, 2)
+    assert WAN.latent(ClipSize(832, 480, 81)) == (21, 60, 104) and WAN.latent(
+        ClipSize(16, 16, 1)
+    ) == (1, 2, 2)
 
 
 @settings(deadline=None)
@@ -23,7 +26,7 @@ def test_what_the_message_offers_is_accepted(height, width, frames):
     values = {"num_frames": frames, "height": height, "width": width}
     for _ in range(4):
         try:
-            WAN.check(**values)
+            WAN.check(ClipSize(values["width"], values["height"], values["num_frames"]))
             break
         except InputError as error:
             name, offers = (

@@ -18,6 +18,7 @@ from nexus_rt import (
 )
 from nexus_rt.plan import parse_plan
 from nexus_rt.sampling import denoise
+from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
 from nexus_rt.step_runners import Prompt
 
@@ -166,7 +167,7 @@ def test_embeddings_may_be_given(tiny_pipe):
 
 
 def test_latents_may_be_given(tiny_pipe):
-    noise = tiny_pipe.prepare_latents(1, 5, 32, 48, seeded(9))
+    noise = tiny_pipe.prepare_latents(1, ClipSize(48, 32, 5), seeded(9))
     a = tiny_pipe(PROMPT, latents=noise, output_type="latent").frames
     assert torch.equal(a, tiny_pipe(PROMPT, generator=seeded(9), output_type="latent").frames)
     with pytest.raises(InputError, match="latents have shape"):

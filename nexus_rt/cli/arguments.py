@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from nexus_rt.errors import InputError
+from nexus_rt.size import parse_sides
+
 PLAN_HELP = (
     "reference | small | large | handoff=AT[,bridge=K] | auto[=TOLERANCE] | segments such as"
     " 'small:10 bridge:5 large:15@1'. AT is a fraction of the steps below 1, a timestep from 1 up,"
@@ -29,10 +32,9 @@ FPS_HELP = "frames per second of the file, such as 16, 23.976 or 30000/1001 (def
 def frame_size(text: str) -> tuple[int, int]:
     """WIDTHxHEIGHT."""
     try:
-        width, height = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 832x480") from None
-    return width, height
+        return parse_sides(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def models() -> argparse.ArgumentParser:

@@ -56,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
         defaults, args.plan, args.steps, args.shift, args.energy, args.gamma_w, args.as_published
     )
     guidance = make_guidance(defaults, args.guidance, args.guidance_2, args.as_published)
-    width, height = args.size or (defaults.width, defaults.height)
-    size = ClipSize(width, height, args.frames or defaults.num_frames)
+    size = ClipSize.of_defaults(defaults, args.size, args.frames)
     # a budget that cannot be met is said before anything is measured
     memory = pipe.plan_residency(plan, size) if pipe and pipe.engines else None
     costs = (
@@ -134,8 +133,8 @@ def measured_costs(
     """Milliseconds of a step's parts on this machine, at a size."""
     from nexus_rt.costs import measure_step_costs, step_calls
 
-    pipe.check_inputs(size.height, size.width, size.frames, "latent")
+    pipe.grid.check(size)
     prompts = pipe.encode("a prompt", single_frame=size.frames == 1)
-    latents = pipe.prepare_latents(1, size.frames, size.height, size.width)
+    latents = pipe.prepare_latents(1, size)
     calls = step_calls(pipe.engines, prompts, latents, blend, solver, pipe.kernels)
     return measure_step_costs(calls, cuda=latents.is_cuda)

@@ -38,9 +38,9 @@ class EngineDecoder(Exported, Decoder):
     def drop(self) -> None:
         self.unload()
 
-    def working_bytes(self, width: int, height: int, frames: int) -> int:
+    def working_bytes(self, size: ClipSize) -> int:
         """An estimate: the states twice, and six activations of four frames at the last width."""
-        area, (channels, scale) = width * height // 64, self.states[-1]
+        area, (channels, scale) = size.width * size.height // 64, self.states[-1]
         states = sum(2 * c * s * s * area for c, s in self.states)
         return (2 * states + 6 * 4 * channels * scale * scale * area) * self.dtype.itemsize
 

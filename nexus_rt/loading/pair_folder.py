@@ -14,6 +14,7 @@ from nexus_rt.loading import transformer
 from nexus_rt.loading.source import read_json, resolve
 from nexus_rt.models.vae import vae_space
 from nexus_rt.request import make_request
+from nexus_rt.size import ClipSize
 
 CALL = (
     "height",
@@ -29,7 +30,7 @@ CALL = (
     "blend",
     "solver",
 )
-MINI = Path(__file__).resolve().parent / "mini"
+MINI = Path(__file__).resolve().parents[1] / "mini"
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _pair_defaults(root: Path) -> Defaults:
         make_request(
             found, **dict.fromkeys(CALL), output_type="np", num_videos_per_prompt=1, published=False
         )
-        LatentGrid(1, 1, (1, 1, 1)).check(found.num_frames, found.height, found.width)
+        LatentGrid(1, 1, (1, 1, 1)).check(ClipSize.of_defaults(found))
     except InputError as error:
         raise ModelError(f"{where} sets a default that no call can use: {error}") from error
     return found

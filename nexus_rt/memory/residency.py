@@ -145,7 +145,7 @@ def call_parts(
 
     Args:
         engines: "small", "large". others: whatever else has `nbytes`: encoders, and under "vae" a
-            decoder, which has `working_bytes(width, height, frames)` too. batch: samples of a step,
+            decoder, which has `working_bytes(size)` too. batch: samples of a step,
             unconditional twins counted.
     """
     parts = {name: MemoryUse(other.nbytes) for name, other in others.items()}
@@ -158,9 +158,7 @@ def call_parts(
         working = activation_bytes(architecture, size, batch, element)
         parts[name] = MemoryUse(engine.nbytes, working, getattr(engine, "streamed_bytes", None))
     if "vae" in others:
-        parts["vae"] = MemoryUse(
-            others["vae"].nbytes, others["vae"].working_bytes(size.width, size.height, size.frames)
-        )
+        parts["vae"] = MemoryUse(others["vae"].nbytes, others["vae"].working_bytes(size))
     return parts
 
 

@@ -30,6 +30,7 @@ from nexus_rt.memory.offload import Lazy
 from nexus_rt.models.decoder import can_decode_whole, decode_whole
 from nexus_rt.models.wan_vae import WanVae, is_plain
 from nexus_rt.process import LOADING
+from nexus_rt.size import ClipSize
 from nexus_rt.tracing import span
 
 TILE_ABOVE = 1280 * 720  # pixels of a frame from which decoding is tiled when `tiling` is "auto"
@@ -297,11 +298,12 @@ class VideoDecoder(Lazy, Decoder):
         """Bytes of the stored weights."""
         return folder_bytes(self.folder)
 
-    def working_bytes(self, width: int, height: int, frames: int) -> int:
+    def working_bytes(self, size: ClipSize) -> int:
         """An estimate: float32, four frames at a time or the whole clip, six activations of the
         decoder's last width (96 in Wan's)."""
-        plane = read_json(self.folder / "config.json").get("base_dim", 96) * width * height
-        return 6 * plane * (frames if plane * frames <= WHOLE else 4) * 4
+        width = read_json(self.folder / "config.json").get("base_dim", 96)
+        plane = width * size.width * size.height
+        return 6 * plane * (size.frames if plane * size.frames <= WHOLE else 4) * 4
 
     def _read(self) -> torch.nn.Module:
         model, stored = self._empty()
