@@ -68,10 +68,10 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             f"--runs is {args.runs} and --warmup {args.warmup}; expected at least 1 and 0."
         )
-    found = measure(args)
-    found["rows"] = found.get("rows", [])
-    print(text(found))
-    write(found, args)
+    measured = measure(args)
+    measured["rows"] = measured.get("rows", [])
+    print(text(measured))
+    write(measured, args)
     return 0
 
 
@@ -86,16 +86,16 @@ def compare(before: str, after: str) -> int:
     return 0
 
 
-def write(found: dict[str, Any], args: argparse.Namespace) -> None:
+def write(report: dict[str, Any], args: argparse.Namespace) -> None:
     # the page has them
     without = {
-        **found,
-        "rows": [{k: v for k, v in r.items() if k != "thumbnail"} for r in found["rows"]],
+        **report,
+        "rows": [{k: v for k, v in r.items() if k != "thumbnail"} for r in report["rows"]],
     }
     made = (
         (args.json, lambda: json.dumps(finite(without), indent=1) + "\n"),
-        (args.html, lambda: page(finite(found))),
-        (args.plot, lambda: drawing(finite(found)) + "\n"),
+        (args.html, lambda: page(finite(report))),
+        (args.plot, lambda: drawing(finite(report)) + "\n"),
     )
     for path, content in made:
         if path:
@@ -111,7 +111,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     dtype = default_dtype(getattr(torch, args.dtype) if args.dtype else None, device)
     real = args.pair or args.small or args.large or preset.configs is None
     notes: list[str] = []
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "schema": files.SCHEMA,
         "kind": files.KIND,
         "preset": preset.name,
@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     mark = lambda weights: files.fingerprint(device, weights, args.line)
     if real:
         pipe, make, folders = _real(args, device, dtype)
-        found["fingerprint"], prompt, embeds = (
+        report["fingerprint"], prompt, embeds = (
             mark(files.weights_fingerprint(folders)),
             args.prompt or PROMPT,
             {},
@@ -140,14 +140,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             )
             say(notes[0])
             return {
-                **found,
+                **report,
                 "fingerprint": mark({}),
                 "estimate": _estimate(args, configs, need, size, device, dtype),
             }
         notes.append(RANDOM)
         say(RANDOM)
         pipe, make, folders, prompt = random_pipeline(configs, dtype, device, size), None, {}, None
-        embeds, found["fingerprint"] = random_prompt(pipe, dtype), mark({})
+        embeds, report["fingerprint"] = random_prompt(pipe, dtype), mark({})
     quiet(pipe)
     d = pipe.defaults
     size = _size(args, preset.size or ClipSize(d.width, d.height, d.num_frames))
@@ -161,9 +161,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     )
     clip = Clip(size, steps, args.seed, prompt, embeds, riddles)
     plans = _plans(args.plans, pipe)
-    for name in plans:  # a plan that does not parse is said before anything is measured
+    for name in plans:  # a plan that does not parse is raised before anything is measured
         pipe.make_plan(name, steps)
-    found |= {"prompt": prompt, "size": list(size), "steps": steps, "seed": args.seed}
+    report |= {"prompt": prompt, "size": list(size), "steps": steps, "seed": args.seed}
     with tempfile.TemporaryDirectory() as place:
         made, failed = [Engine("torch", pipe, make)], []
         for name in dict.fromkeys(engines):
@@ -186,8 +186,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         traces = Path(args.trace).expanduser() if args.trace else None
         if wanted and wanted[0] is not made[0]:
             wanted.insert(0, made[0])
-        found |= suite(wanted or made, plans, clip, args.runs, args.warmup, traces, say)
-        found["rows"] += failed
+        report |= suite(wanted or made, plans, clip, args.runs, args.warmup, traces, say)
+        report["rows"] += failed
     if peers:
         setting = Setting(
             size,
@@ -202,10 +202,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             rows += measure_peers(
                 pipe, (name,), setting, args.runs, max(1, args.warmup), tuple(plans)
             )
-        found["peers"] = rows
+        report["peers"] = rows
     if args.scaling:
-        found["scaling"] = scaling(pipe, clip, args.runs, say)
-    return found
+        report["scaling"] = scaling(pipe, clip, args.runs, say)
+    return report
 
 
 def _size(args: argparse.Namespace, usual: ClipSize) -> ClipSize:
@@ -222,13 +222,13 @@ def _plans(text: str | None, pipe: NexusPipeline) -> list[str]:
             if len(pipe.engines) > 1
             else list(pipe.engines)
         )
-    found: list[str] = []
+    chosen: list[str] = []
     for piece in text.split(","):
-        if piece.strip().startswith("bridge=") and found:
-            found[-1] += f",{piece.strip()}"
+        if piece.strip().startswith("bridge=") and chosen:
+            chosen[-1] += f",{piece.strip()}"
         elif piece.strip():
-            found.append(piece.strip())
-    return list(dict.fromkeys(found))
+            chosen.append(piece.strip())
+    return list(dict.fromkeys(chosen))
 
 
 def _configs(args: argparse.Namespace, preset: Preset) -> dict[str, dict[str, Any]]:
@@ -349,11 +349,11 @@ def _estimate(
     return estimate(configs, need, size, plans, (d.guidance_scale, d.guidance_scale), tflops)
 
 
-def text(found: dict[str, Any]) -> str:
+def text(report: dict[str, Any]) -> str:
     """Results for a terminal."""
-    out = [*found["notes"]]
-    if "estimate" in found:
-        e = found["estimate"]
+    out = [*report["notes"]]
+    if "estimate" in report:
+        e = report["estimate"]
         out += [f"{name}: {count:,} TFLOP" for name, count in e["tflop"].items()]
         out += [
             f"{r['plan']}: {r['steps']} steps take at least {r['denoise_ms_at_least']:,} ms at"
@@ -361,12 +361,12 @@ def text(found: dict[str, Any]) -> str:
             for r in e["rows"]
         ]
         return "\n".join(out)
-    wide = max(12, *(len(r["plan"]) for r in found["rows"]))
+    wide = max(12, *(len(r["plan"]) for r in report["rows"]))
     out.append(
         f"{'plan':{wide}} {'engine':12} {'p50 ms':>9} {'p95 ms':>9} {'denoise':>9} {'vae':>8}"
         f" {'predicted':>9} {'PSNR dB':>9} {'SSIM':>7} {'latents':>8} {'right':>7}"
     )
-    for r in found["rows"]:
+    for r in report["rows"]:
         if "failed" in r:
             out.append(f"{r['plan']:{wide}} {r['engine']:12} failed: {r['failed']}")
             continue
@@ -388,7 +388,7 @@ def text(found: dict[str, Any]) -> str:
         )
         quality = f"{shown:>9} {ssim:>7} {q['latent_error']:8.1e} {right:>7}"
         out.append(f"{r['plan']:{wide}} {r['engine']:12} {times} {rest} {quality}")
-    for r in found.get("peers", []):
+    for r in report.get("peers", []):
         if "failed" in r:
             out.append(f"peer {r['peer']}: {r['failed']}")
             continue
@@ -404,7 +404,7 @@ def text(found: dict[str, Any]) -> str:
             f" {r['ours_ms']['p50']:.1f} ms, {r['ratio']:.2f}x; latents differ by"
             f" {r['latent_error']:.1e}, frames {shown}"
         )
-    for axis, curves in found.get("scaling", {}).items():
+    for axis, curves in report.get("scaling", {}).items():
         for name, curve in curves.items():
             if fit := curve["fit"]:
                 terms = ", ".join(

@@ -44,8 +44,8 @@ def pipeline(suite: Any) -> dict:
     embeds = random_prompt(pipe, suite.dtype)
     clip = Clip(size, STEPS, embeds=embeds)
     # the reference clip warms up
-    found = measure([Engine("torch", pipe)], PLANS, clip, runs=1, warmup=0, pictures=False)
-    rows: dict[str, Any] = {"costs": found["costs"]}
+    measured = measure([Engine("torch", pipe)], PLANS, clip, runs=1, warmup=0, pictures=False)
+    rows: dict[str, Any] = {"costs": measured["costs"]}
     kept = (
         "total_duration_ms",
         "denoise_ms",
@@ -55,7 +55,7 @@ def pipeline(suite: Any) -> dict:
         "peak_device_bytes",
         "energy_joules",
     )
-    for row in found["rows"]:
+    for row in measured["rows"]:
         rows[row["plan"]] = {k: row[k] for k in kept} | {
             "latent_error": row["quality"]["latent_error"],
             "steps_ms": [s["duration_ms"] for s in row["denoise_steps_ms"]],

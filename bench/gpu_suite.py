@@ -149,7 +149,7 @@ def roofs(suite: Suite) -> dict:
     n = 64 if suite.dry else 8192
     a, b = suite.random(n, n), suite.random(n, n)
     product = suite.ms(lambda: a @ b, 20)
-    found = {
+    results = {
         "copy_gbps": figure(2 * x.nbytes / ms / 1e6),
         "matmul_tflops": figure(2 * n**3 / product / 1e9),
     }
@@ -159,10 +159,10 @@ def roofs(suite: Suite) -> dict:
         product = suite.ms(
             lambda: torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16), 20
         )
-        found["fp8_matmul_tflops"] = figure(2 * n**3 / product / 1e9)
+        results["fp8_matmul_tflops"] = figure(2 * n**3 / product / 1e9)
     except (RuntimeError, NotImplementedError) as error:  # an older GPU, or a CPU
         print(f"no fp8 roof: {str(error).splitlines()[0][:200]}", file=sys.stderr)
-    return found
+    return results
 
 
 def kernels(suite: Suite) -> dict:
@@ -298,11 +298,11 @@ def attention(suite: Suite) -> dict:
             )
             # math would hold 86 GB of scores
             names = [n for n in ATTENTION_BACKENDS if n != "math" or suite.dry or keys < 1000]
-            found = decide(case, names, remeasure=True)["candidates"]
-            found |= _other_loads(suite, case)
+            candidates = decide(case, names, remeasure=True)["candidates"]
+            candidates |= _other_loads(suite, case)
             flops = 4 * case.queries * case.keys * heads * head_dim
-            shown, best = {}, min(c["ms"] for n, c in found.items() if "ms" in c and _exact(n))
-            for backend, c in found.items():
+            shown, best = {}, min(c["ms"] for n, c in candidates.items() if "ms" in c and _exact(n))
+            for backend, c in candidates.items():
                 roof = "matmul_tflops" if _exact(backend) else "fp8_matmul_tflops"
                 rate = suite.of_roof(c["ms"], flops=flops, matmul=roof) if "ms" in c else {}
                 shown[backend] = {
@@ -313,10 +313,10 @@ def attention(suite: Suite) -> dict:
             chosen = min(
                 (
                     n
-                    for n, c in found.items()
+                    for n, c in candidates.items()
                     if "ms" in c and n in ATTENTION_BACKENDS and _exact(n)
                 ),
-                key=lambda n: found[n]["ms"],
+                key=lambda n: candidates[n]["ms"],
             )
             rows[f"{label} {name}"] = {"chosen": chosen, "backends": shown}
     return rows
@@ -337,7 +337,7 @@ def _other_loads(suite: Suite, case) -> dict[str, dict]:
     q = suite.random(*shape)
     k, v = (suite.random(case.batch, case.keys, *shape[2:]) for _ in range(2))
     bias = suite.random(case.batch, case.keys).float() if case.biased else None
-    found = {}
+    rows = {}
     checked = suite.results.get("correctness", {})
     for name, call in (("triton", attention), ("triton-fp8", attention_fp8)):
         kernel = "attention" if call is attention else "attention_fp8"
@@ -348,14 +348,14 @@ def _other_loads(suite: Suite, case) -> dict[str, dict]:
                 if n.split()[0] == kernel and n.endswith(loads) and not row["right"]
             ]
             if wrong or (kernel in suite.wrong and kernel in checked):  # it did not run at all
-                found[f"{name}, {loads}"] = {"why": "it is wrong: see correctness"}
+                rows[f"{name}, {loads}"] = {"why": "it is wrong: see correctness"}
                 continue
             try:
                 ms = suite.ms(lambda c=call, how=loads: c(q, k, v, bias, how), 5, 1)
-                found[f"{name}, {loads}"] = {"ms": ms}
+                rows[f"{name}, {loads}"] = {"ms": ms}
             except Exception as error:
-                found[f"{name}, {loads}"] = {"why": failure(error, 200)}
-    return found
+                rows[f"{name}, {loads}"] = {"why": failure(error, 200)}
+    return rows
 
 
 PARTS: dict[str, Callable[[Suite], dict]] = {
@@ -418,7 +418,7 @@ def fingerprint(suite: Suite) -> dict:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    found = {
+    results = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
         "torch": torch.__version__,
@@ -427,14 +427,14 @@ def fingerprint(suite: Suite) -> dict:
         "dry": suite.dry,
     }
     if suite.device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        results |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     try:
         import triton
 
-        found["triton"] = triton.__version__
+        results["triton"] = triton.__version__
     except ImportError:
-        found["triton"] = None
-    return found
+        results["triton"] = None
+    return results
 
 
 def main() -> None:

@@ -56,8 +56,8 @@ def _rows(results: dict[str, Any], part: str, start: str) -> list[str]:
 
 
 def _least(results: dict[str, Any], part: str, names: list[str], field: str) -> float | None:
-    found = [v for n in names if (v := _number(results, part, n, field)) is not None]
-    return min(found) if found and len(found) == len(names) else None
+    values = [v for n in names if (v := _number(results, part, n, field)) is not None]
+    return min(values) if values and len(values) == len(names) else None
 
 
 def targets(results: dict[str, Any]) -> Iterator[tuple[str, str, float | None, bool | None]]:
@@ -92,13 +92,13 @@ def targets(results: dict[str, Any]) -> Iterator[tuple[str, str, float | None, b
             least,
         )
     for name in _rows(results, "attention", "self"):
-        found = results["attention"][name]["backends"]
-        peers = [found[b]["ms"] for b in EXACT_PEERS if "ms" in found.get(b, {})]
+        backends = results["attention"][name]["backends"]
+        peers = [backends[b]["ms"] for b in EXACT_PEERS if "ms" in backends.get(b, {})]
         best = min(peers, default=None)
-        chosen = _number(found, results["attention"][name]["chosen"], "ms")
-        ours = [c["ms"] for b, c in found.items() if b.split(",")[0] == "triton" and "ms" in c]
+        chosen = _number(backends, results["attention"][name]["chosen"], "ms")
+        ours = [c["ms"] for b, c in backends.items() if b.split(",")[0] == "triton" and "ms" in c]
         eighth = [
-            c["ms"] for b, c in found.items() if b.split(",")[0] == "triton-fp8" and "ms" in c
+            c["ms"] for b, c in backends.items() if b.split(",")[0] == "triton-fp8" and "ms" in c
         ]
         yield row(
             f"attention {name}: auto against the best of PyTorch's",

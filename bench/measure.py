@@ -138,15 +138,15 @@ def interleaved(
 ) -> dict[Any, list[Run]]:
     """Every call `runs` times after `warmup`, in turn, so that what the machine does besides falls
     on all of them; `between` is called once a counted round."""
-    found: dict[Any, list[Run]] = {name: [] for name in calls}
+    by_call: dict[Any, list[Run]] = {name: [] for name in calls}
     for i in range(warmup + runs):
         for name, call in calls.items():
             run = measured(call, device)
             if i >= warmup:
-                found[name].append(run)
+                by_call[name].append(run)
         if i >= warmup:
             between()
-    return found
+    return by_call
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:

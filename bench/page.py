@@ -313,9 +313,9 @@ def _svg(width: float, height: float, inside: str) -> str:
     )
 
 
-def _scaling(found: dict[str, Any]) -> str:
+def _scaling(scaling: dict[str, Any]) -> str:
     out = []
-    for axis, curves in found.items():
+    for axis, curves in scaling.items():
         for name, curve in curves.items():
             x = "steps" if axis == "steps" else "tokens"
             points = [(p[x], p["ms"]) for p in curve["points"]]

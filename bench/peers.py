@@ -44,19 +44,18 @@ def parse_peers(text: str | None) -> tuple[str, ...]:
     """Names of `--vs`: "diffusers" stands for the pipeline and its switch, "naive" for both forms,
     "all" for everything."""
     groups = {"diffusers": ("diffusers", "switch"), "naive": ("naive", "naive-ours"), "all": PEERS}
-    found: dict[str, None] = {}
+    chosen: dict[str, None] = {}
     for name in (text or "").split(","):
         if name.strip():
-            found |= dict.fromkeys(
+            chosen |= dict.fromkeys(
                 groups.get(name.strip()) or (choose("peer", name.strip(), PEERS),)
             )
-    return tuple(found)
+    return tuple(chosen)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One clip: its plan's steps, seed and what the generators are told. prompt None: embeddings
-    are given."""
+    """One clip: its plan's steps, its seed and its prompt. prompt None: embeddings are given."""
 
     size: ClipSize
     steps: int
@@ -160,7 +159,7 @@ class Peers:
 
         return call
 
-    def told(self) -> dict[str, Tensor]:
+    def embeddings(self) -> dict[str, Tensor]:
         """Embeddings for both sides; both of our generators read the text, as theirs do."""
         embeds = self.setting.embeds
         if self.pipe.context is not None:
@@ -227,7 +226,7 @@ class Peers:
                 )[0]
             return latents, theirs.video_processor.postprocess_video(video, output_type="np")
 
-        return self.ours(plan, **self.told()), call, plan
+        return self.ours(plan, **self.embeddings()), call, plan
 
     def naive(self, own: bool) -> tuple[Callable, Callable, str]:
         """Ours, the paper's schedule written down: both generators at every step, each guided by

@@ -58,16 +58,16 @@ def distance(
 ) -> dict[str, Any]:
     """Quality columns of a clip against the reference's; psnr_db is None where the frames are the
     same bits."""
-    found: dict[str, Any] = {"latent_error": latent_error(latents, wanted)}
+    metrics: dict[str, Any] = {"latent_error": latent_error(latents, wanted)}
     if frames is not None and wanted_frames is not None:
         value = psnr(frames, wanted_frames)
         large = min(frames.shape[-3:-1]) >= WINDOW
-        found |= {
+        metrics |= {
             "psnr_db": None if math.isinf(value) else value,
             "identical": math.isinf(value),
             "ssim": ssim(frames, wanted_frames) if large else None,
         }
-    return found
+    return metrics
 
 
 def mini_accuracy(pipe: Any, count: int, batch: int = 6, **options: Any) -> dict[str, Any]:

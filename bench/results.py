@@ -37,7 +37,7 @@ def processor() -> str:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -46,8 +46,12 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         gpu = torch.cuda.get_gpu(device)
-        found |= {"gpu": gpu.name, "gpu_bytes": gpu.total_memory, "sm": f"{gpu.major}.{gpu.minor}"}
-    return found
+        settings |= {
+            "gpu": gpu.name,
+            "gpu_bytes": gpu.total_memory,
+            "sm": f"{gpu.major}.{gpu.minor}",
+        }
+    return settings
 
 
 def weights_fingerprint(folders: dict[str, Path]) -> dict[str, str]:
@@ -185,7 +189,7 @@ def _key(row: dict[str, Any]) -> tuple:
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What two fingerprints differ in: machine, device, versions, weights."""
-    found = []
+    differences = []
     for group, names in (
         ("hardware", ("processor", "gpu", "cores", "threads", "system")),
         ("versions", None),
@@ -195,12 +199,12 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         for name in names or sorted(a.keys() | b.keys()):
             if a.get(name) != b.get(name):
                 kind = "weights of " if group == "weights" else ""
-                found.append(
+                differences.append(
                     f"{kind}{name} differs ({cut(a.get(name), 60)} and {cut(b.get(name), 60)})"
                 )
     if before.get("device") != after.get("device"):
-        found.append(f"device differs ({before.get('device')} and {after.get('device')})")
-    return found
+        differences.append(f"device differs ({before.get('device')} and {after.get('device')})")
+    return differences
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], list[str]]:

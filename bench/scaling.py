@@ -32,12 +32,12 @@ def fit(x: list[float], y: list[float], powers: tuple[int, ...]) -> dict[str, An
     a, b = np.asarray(x, float), np.asarray(y, float)
     scale = a.max()
     columns = np.stack([(a / scale) ** p for p in powers], 1) / b[:, None]
-    found, *_ = np.linalg.lstsq(columns, np.ones(len(b)), rcond=None)
-    guess = (columns * b[:, None]) @ found
+    coefficients, *_ = np.linalg.lstsq(columns, np.ones(len(b)), rcond=None)
+    guess = (columns * b[:, None]) @ coefficients
     rest = float(((b - guess) ** 2).sum() / ((b - b.mean()) ** 2).sum()) if len(set(y)) > 1 else 0.0
     return {
         "powers": list(powers),
-        "coefficients": [float(c / scale**p) for c, p in zip(found, powers, strict=True)],
+        "coefficients": [float(c / scale**p) for c, p in zip(coefficients, powers, strict=True)],
         "r2": round(1 - rest, 5),
     }
 
@@ -67,7 +67,7 @@ def scaling(
 
     A point that runs out of memory is left out and named.
     """
-    prompts, found = prompts_of(pipe, clip), {}
+    prompts, axes = prompts_of(pipe, clip), {}
     cuda = pipe.device.type == "cuda"
     timestep = torch.tensor(500.0, device=pipe.device)
     for axis, points in variants(pipe, clip).items():
@@ -109,7 +109,7 @@ def scaling(
                 if len(rows) > len(powers)
                 else None
             )
-            found.setdefault(axis, {})[name] = {
+            axes.setdefault(axis, {})[name] = {
                 "points": rows,
                 "fit": line,
                 "out_of_memory": left_out,
@@ -127,5 +127,5 @@ def scaling(
         fit([r["steps"] for r in rows], [r["ms"] for r in rows], (0, 1)) if len(rows) > 2 else None
     )
     plan = pipe.defaults.plan if len(pipe.engines) > 1 else next(iter(pipe.engines))
-    found["steps"] = {plan: {"points": rows, "fit": line, "out_of_memory": []}}
-    return found
+    axes["steps"] = {plan: {"points": rows, "fit": line, "out_of_memory": []}}
+    return axes

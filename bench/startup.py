@@ -30,11 +30,11 @@ SIZES = ((64, 64, 17), (64, 64, 5), (48, 64, 9), (32, 32, 13))  # width, height,
 
 PARTS = """
 import json, sys, time
-last, found = time.perf_counter(), {"start of Python": time.time() - float(sys.argv[3])}
+last, parts = time.perf_counter(), {"start of Python": time.time() - float(sys.argv[3])}
 def lap(name):
     global last
     now = time.perf_counter()
-    found[name], last = now - last, now
+    parts[name], last = now - last, now
     return name
 import torch; lap("import torch")
 import nexus_rt
@@ -49,7 +49,7 @@ pipe.set_progress_bar_config(disable=True)
 clip = pipe(sys.argv[1]).frames[0]; lap("the call: prompts, denoising, decoding")
 from nexus_rt import save_video
 save_video(clip, sys.argv[2]); lap("write the mp4, PyAV's import included")
-print(json.dumps(found))
+print(json.dumps(parts))
 """
 
 
@@ -100,7 +100,7 @@ def bench_command(runs: int) -> dict:
 
 def bench_parts(runs: int) -> dict:
     """Where start-up goes, part by part in a process of its own; medians in seconds."""
-    found = []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(runs + 1):
             command = [sys.executable, "-c", PARTS, PROMPT, f"{folder}/a.mp4", str(time.time())]
@@ -109,8 +109,8 @@ def bench_parts(runs: int) -> dict:
                 subprocess.run(command, check=True, capture_output=True, text=True).stdout
             )
             wall = time.perf_counter() - start
-            found.append({**parts, "end of Python": wall - sum(parts.values())})
-    return {part: round(median(f[part] for f in found[1:]), 3) for part in found[0]}
+            rows.append({**parts, "end of Python": wall - sum(parts.values())})
+    return {part: round(median(f[part] for f in rows[1:]), 3) for part in rows[0]}
 
 
 def _pipeline(way: str, folder: Path):
@@ -128,14 +128,14 @@ def _pipeline(way: str, folder: Path):
 def bench_calls(runs: int) -> dict:
     """The first ten calls of a pipeline, ms: the first loads what is not loaded yet."""
     del runs
-    found = []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         pipe = _pipeline("torch", Path(folder))
         for i in range(10):
             start = time.perf_counter()
             pipe(PROMPT, generator=torch.Generator().manual_seed(i))
-            found.append(round(1000 * (time.perf_counter() - start), 1))
-    return {"calls_ms": found, "second_over_tenth": round(found[1] / found[-1], 2)}
+            rows.append(round(1000 * (time.perf_counter() - start), 1))
+    return {"calls_ms": rows, "second_over_tenth": round(rows[1] / rows[-1], 2)}
 
 
 def _now() -> dict[str, int]:

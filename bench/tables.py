@@ -77,7 +77,7 @@ def _peer(r: dict[str, Any]) -> str:
 
 
 def _fits(scaling: dict[str, Any]) -> list[str]:
-    found = []
+    lines = []
     for axis, curves in scaling.items():
         for name, curve in curves.items():
             if fit := curve["fit"]:
@@ -86,13 +86,13 @@ def _fits(scaling: dict[str, Any]) -> list[str]:
                     f"{c:.3g}" + ("", f" {n}", f" {n}²")[p]
                     for c, p in zip(fit["coefficients"], fit["powers"], strict=True)
                 ]
-                found.append(_line([axis, name, " + ".join(terms), f"{fit['r2']:.4f}"]))
-    return found
+                lines.append(_line([axis, name, " + ".join(terms), f"{fit['r2']:.4f}"]))
+    return lines
 
 
-def headline(found: dict[str, Any]) -> str:
+def headline(report: dict[str, Any]) -> str:
     """Our plans against their peers, and the engines of the first plan, as markdown."""
-    ours = [r for r in found.get("peers", []) if r["peer"] in PEERS and "failed" not in r]
+    ours = [r for r in report.get("peers", []) if r["peer"] in PEERS and "failed" not in r]
     out = (
         [_head("ours", "against, in the same run", "ms", "theirs", "ratio", "frames")]
         if ours
@@ -100,7 +100,7 @@ def headline(found: dict[str, Any]) -> str:
     )
     right = {
         r["plan"]: f", {r['quality']['right']}/{r['quality']['count']} riddles"
-        for r in found["rows"]
+        for r in report["rows"]
         if "accuracy" in r.get("quality", {})
     }
     for r in sorted(ours, key=lambda r: (not r["same_mathematics"], list(PEERS).index(r["peer"]))):
@@ -122,7 +122,9 @@ def headline(found: dict[str, Any]) -> str:
                 ]
             )
         )
-    rows = [r for r in found["rows"] if "failed" not in r and r["plan"] == found["rows"][0]["plan"]]
+    rows = [
+        r for r in report["rows"] if "failed" not in r and r["plan"] == report["rows"][0]["plan"]
+    ]
     out += [
         *[""] * bool(out),
         _head(f"engine, plan `{rows[0]['plan']}`", "denoising, ms", "VAE", "whole call"),
@@ -130,11 +132,11 @@ def headline(found: dict[str, Any]) -> str:
     for r in rows:
         times = (r["denoise_ms"], r["components_ms"].get("vae", 0), r["total_duration_ms"])
         out.append(_line([r["engine"], *(f"{t:.0f}" for t in times)]))
-    return f"{_made(found)}\n\n" + "\n".join(out) + "\n"
+    return f"{_made(report)}\n\n" + "\n".join(out) + "\n"
 
 
-def _made(found: dict[str, Any]) -> str:
-    mark = found["fingerprint"]
+def _made(report: dict[str, Any]) -> str:
+    mark = report["fingerprint"]
     h, v = mark["hardware"], mark["versions"]
     made = (
         f"{h.get('gpu') or h['processor']}, {h['threads']} threads, torch {v['torch']},"
@@ -143,7 +145,7 @@ def _made(found: dict[str, Any]) -> str:
     return f"{made}; `{mark['command']}`"
 
 
-def tables(found: dict[str, Any]) -> str:
+def tables(report: dict[str, Any]) -> str:
     """Plans and engines, peers, and scaling, as markdown."""
     names = (
         "plan",
@@ -158,13 +160,13 @@ def tables(found: dict[str, Any]) -> str:
         "latent error",
         "riddles",
     )
-    out = [_made(found), "", _head(*names), *(_row(r) for r in found["rows"])]
-    if found.get("peers"):
+    out = [_made(report), "", _head(*names), *(_row(r) for r in report["rows"])]
+    if report.get("peers"):
         head = _head(
             "peer", "ours", "theirs, ms", "ours, ms", "ratio", "frames, dB", "latents differ by"
         )
-        out += ["", head, *(_peer(r) for r in found["peers"])]
-    if fits := _fits(found.get("scaling", {})):
+        out += ["", head, *(_peer(r) for r in report["peers"])]
+    if fits := _fits(report.get("scaling", {})):
         out += ["", _head("over", "of", "milliseconds", "R2"), *fits]
     return "\n".join(out) + "\n"
 
@@ -177,10 +179,10 @@ def fill(text: str, folder: Path) -> str:
 
 def made_of(path: Path) -> str:
     """The tables of one results file, of either kind."""
-    found = json.loads(path.read_text())
-    if "run" not in found:
+    report = json.loads(path.read_text())
+    if "run" not in report:
         return tables(read(path))
-    run = found["run"]
+    run = report["run"]
     made = [
         run.get("gpu", "CPU, dry: no speed here means anything"),
         f"torch {run['torch']}",
@@ -188,7 +190,7 @@ def made_of(path: Path) -> str:
         run["date"][:10],
         f"commit {run['commit']}",
     ]
-    return f"{', '.join(made)}; `{run['command']}`\n\n{targets_table(found)}\n"
+    return f"{', '.join(made)}; `{run['command']}`\n\n{targets_table(report)}\n"
 
 
 def main() -> None:

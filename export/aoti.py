@@ -43,10 +43,10 @@ def built_for(target: Target) -> dict[str, Any]:
 def options(target: Target) -> dict[str, Any]:
     """What the manifest says besides: how a package is loaded, and on a CPU the instruction sets
     its code may use."""
-    found: dict[str, Any] = {"loader": backend.LOADER}
+    options: dict[str, Any] = {"loader": backend.LOADER}
     if target.device.type == "cpu":
-        found["instruction_sets"] = backend.instruction_sets()
-    return found
+        options["instruction_sets"] = backend.instruction_sets()
+    return options
 
 
 def can_run() -> bool:

@@ -65,7 +65,7 @@ class Target:
 
         Raises:
             InputError: an unknown backend or precision, no sizes, or no builder that can run here;
-                said before any work.
+                raised before any work.
         """
         choose("backend", self.backend, ENGINE_BACKENDS)
         choose("precision", self.precision, DTYPES)
@@ -89,8 +89,8 @@ def export_component(
         The folder in the cache; its manifest's "parity" says whether it passed.
 
     Raises:
-        InputError: the target cannot be built here, or the disk has no room for it; said before any
-            work.
+        InputError: the target cannot be built here, or the disk has no room for it; raised before
+            any work.
         ModelError: the source is no model, the engine failed its parity gate (it is kept aside), or
             the disk filled up.
     """
@@ -162,10 +162,10 @@ def _finished(final: Path) -> EngineFolder | None:
         final.unlink(missing_ok=True)  # a link to an output folder that has gone
         return None
     try:
-        found = EngineFolder.read(final)
+        existing = EngineFolder.read(final)
         # what is handed out is read: a damaged file may have kept its time
-        found.verify(again=True)
-        return found
+        existing.verify(again=True)
+        return existing
     except ModelError:
         remove(final)
         return None

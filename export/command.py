@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     names = ("small", "large", "vae", "text_encoder", "understanding", "connector")
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     pretrained = args.pair if args.pair or args.small or args.large else MINI
-    found = find_pair(pretrained, given, {"local_files_only": args.local_files_only})
-    d = found.defaults
+    pair = find_pair(pretrained, given, {"local_files_only": args.local_files_only})
+    d = pair.defaults
     sizes, ends = parse_sizes(args.sizes or f"{d.width}x{d.height}x{d.num_frames}")
     precision = args.precision or ("fp32" if device.type == "cpu" else "bf16")
     if not args.precision:
@@ -90,13 +90,13 @@ def run(args: argparse.Namespace) -> int:
         args.refit,
         ends,
     )
-    target.builder()  # what cannot be built is said before anything is read
+    target.builder()  # what cannot be built is raised before anything is read
     loras = {
         n: parse_loras(sources)
         for n in ("small", "large")
         if (sources := getattr(args, f"{n}_lora"))
     }
-    parts = chosen_components(found, args.parts, args.fuse_step, loras)
+    parts = chosen_components(pair, args.parts, args.fuse_step, loras)
     index = (
         Path(pretrained) / "model_index.json"
         if pretrained and (Path(pretrained) / "model_index.json").is_file()
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output).expanduser()
     with progress(parts) as say:
         built = export_components(
-            parts, folders_beside(found, parts), index, target, output, args.line, say
+            parts, folders_beside(pair, parts), index, target, output, args.line, say
         )
     for name, engine in built.items():
         print(f"{output / name}: {engine.nbytes / 1e6:.1f} MB, {_verdict(engine)}")
@@ -118,14 +118,14 @@ def capability(text: str) -> str:
     Raises:
         InputError: it is none.
     """
-    found = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)a?", text.strip().lower())
-    if not found:
+    match = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)a?", text.strip().lower())
+    if not match:
         raise InputError(f"--sm is {text!r}; expected a compute capability, such as 8.9.")
-    return f"{int(found[1])}.{found[2]}"
+    return f"{int(match[1])}.{match[2]}"
 
 
 def chosen_components(
-    found: PairFolders,
+    pair: PairFolders,
     names: str | None,
     fuse_step: bool = False,
     loras: Mapping[str, tuple[Lora, ...]] | None = None,
@@ -137,10 +137,10 @@ def chosen_components(
         InputError: an unknown part, or one that the pair has not; a fused step without both
             generators.
     """
-    chosen = [n.strip() for n in names.split(",")] if names else list(found.generators)
+    chosen = [n.strip() for n in names.split(",")] if names else list(pair.generators)
     parts: list[Component] = []
     for name in dict.fromkeys(choose("part", n, NAMES) for n in chosen):
-        folder = {**found.generators, "vae": found.vae, "text_encoder": found.text}.get(name)
+        folder = {**pair.generators, "vae": pair.vae, "text_encoder": pair.text}.get(name)
         if folder is None:
             raise InputError(
                 f"there is no {name} here to export; pass --{name.replace('_', '-')}, or other"
@@ -151,20 +151,20 @@ def chosen_components(
             kind(folder) if kind else GeneratorComponent(name, folder, (loras or {}).get(name, ()))
         )
     if fuse_step:
-        if len(found.generators) < 2:
+        if len(pair.generators) < 2:
             raise InputError(
                 "--fuse-step puts both generators in one graph; pass --small and --large."
             )
-        parts.append(StepComponent(found.generators, dict(loras or {})))
+        parts.append(StepComponent(pair.generators, dict(loras or {})))
     return parts
 
 
-def folders_beside(found: PairFolders, parts: list[Component]) -> dict[str, Path]:
+def folders_beside(pair: PairFolders, parts: list[Component]) -> dict[str, Path]:
     """What a folder of engines needs besides them: encoders and VAE that are not exported, and the
     tokenizer."""
-    folders = {"vae": found.vae, "understanding": found.understanding, "connector": found.connector}
-    if found.text is not None:
-        folders |= {name: found.text / name for name in ("text_encoder", "tokenizer")}
+    folders = {"vae": pair.vae, "understanding": pair.understanding, "connector": pair.connector}
+    if pair.text is not None:
+        folders |= {name: pair.text / name for name in ("text_encoder", "tokenizer")}
     exported = {p.name for p in parts}
     return {name: f for name, f in folders.items() if f is not None and name not in exported}
 

@@ -58,7 +58,7 @@ def public(dimension: str) -> str:
 
 def symbols(traced: Traced) -> dict[str, str]:
     """The program's own names of dynamic dimensions (`s22`, `2*s5`) -> ours."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     placeholders = [n for n in traced.program.graph.nodes if n.op == "placeholder"][
         -len(traced.inputs) :
     ]
@@ -66,8 +66,8 @@ def symbols(traced: Traced) -> dict[str, str]:
         value = node.meta.get("val")
         for own, ours in zip(getattr(value, "shape", ()), shape, strict=False):
             if not isinstance(own, int) and isinstance(ours, str):
-                found[str(own)] = public(ours)
-    return found
+                texts[str(own)] = public(ours)
+    return texts
 
 
 def rename(dimension: str, names: dict[str, str]) -> str:

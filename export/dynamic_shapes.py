@@ -60,12 +60,12 @@ class Symbols:
 
     def dynamic(self, shape: Shape) -> dict[int, Dim]:
         """A shape's dynamic dimensions, as `torch.export` takes them."""
-        found = {}
+        dims = {}
         for axis, dim in enumerate(shape):
             factor, name = split(dim)
             if name in self.dims:
-                found[axis] = self.dims[name] if factor == 1 else factor * self.dims[name]
-        return found
+                dims[axis] = self.dims[name] if factor == 1 else factor * self.dims[name]
+        return dims
 
     def random(
         self, shape: Shape, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"

@@ -97,7 +97,7 @@ def trace_step(models: dict[str, WanTransformer], buckets: list[ClipSize]) -> di
     }
     half = {f"{k}_{name}": models[name].dtype for name in NAMES for k in ("keys", "values")}
     with rope_in_graphs(*models.values()):
-        found = {
+        graphs = {
             f"context_{name}": traced(
                 ContextGraph(m),
                 context_shapes(m),
@@ -108,7 +108,7 @@ def trace_step(models: dict[str, WanTransformer], buckets: list[ClipSize]) -> di
             )
             for name, m in models.items()
         }
-        found["step"] = traced(
+        graphs["step"] = traced(
             StepGraph(models), shapes, ("velocity", "rms"), symbols, some.device, half
         )
-    return found
+    return graphs

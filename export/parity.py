@@ -67,10 +67,10 @@ def two_of(buckets: list[ClipSize]) -> list[ClipSize]:
 def _after_steps(run, channels: int, bucket: ClipSize) -> Answers:
     """Latents after a short run; NaN where a velocity is not finite."""
     try:
-        found = run().cpu()
+        latents = run().cpu()
     except ArithmeticError:
-        found = torch.full((1, channels, *bucket.latent), float("nan"))
-    return {f"latents {bucket} after {STEPS} steps": found}
+        latents = torch.full((1, channels, *bucket.latent), float("nan"))
+    return {f"latents {bucket} after {STEPS} steps": latents}
 
 
 def generator_answers(
@@ -79,15 +79,15 @@ def generator_answers(
     """Velocities, and the latents of a guided run."""
     prompt = prompt_like(architecture["text_dim"], device)
     context = engine.prepare(torch.cat([prompt.conditional, prompt.unconditional]))
-    channels, found = architecture["in_channels"], {}
+    channels, answers = architecture["in_channels"], {}
     for bucket in two_of(buckets):
         latents = noise(channels, bucket, device)
         for timestep in TIMESTEPS:
             velocity = engine.velocity(latents, torch.tensor(timestep, device=device), context)
-            found[f"velocity {bucket} t={timestep:g}"] = velocity.float().cpu()
+            answers[f"velocity {bucket} t={timestep:g}"] = velocity.float().cpu()
     plan = parse_plan("large", time_grid(STEPS))
     run = lambda: denoise(latents, plan, {"large": engine}, {"large": prompt}, guidance_scale=3.0)
-    return found | _after_steps(run, channels, bucket)
+    return answers | _after_steps(run, channels, bucket)
 
 
 def step_answers(
@@ -103,7 +103,7 @@ def step_answers(
         n: prompt_like(architecture[n]["text_dim"], device, 24 + 8 * i)
         for i, n in enumerate(("small", "large"))
     }
-    channels, found = architecture["small"]["in_channels"], {}
+    channels, answers = architecture["small"]["in_channels"], {}
     for bucket in two_of(buckets):
         latents = noise(channels, bucket, device)
         for energy, split in (("reference", "gaussian"), ("progressive", "dct"), ("none", "fft")):
@@ -119,10 +119,10 @@ def step_answers(
                 kernels="torch",
                 step_engine=step,
             )
-            found |= {
+            answers |= {
                 f"{k}, {split}, {energy}": v for k, v in _after_steps(run, channels, bucket).items()
             }
-    return found
+    return answers
 
 
 def decoder_answers(decoder: Any, buckets: list[ClipSize]) -> Answers:
@@ -140,16 +140,16 @@ def decoder_answers(decoder: Any, buckets: list[ClipSize]) -> Answers:
 def text_answers(encoder: Any, vocabulary: int) -> Answers:
     """Hidden states of token ids, batches with and without padding."""
     encoder.load()
-    found = {}
+    answers = {}
     for count, words in ((1, 7), (3, 40)):
         g = torch.Generator().manual_seed(words)
         ids = torch.randint(0, vocabulary, (count, words), generator=g).to(encoder.device)
         mask = torch.ones_like(ids)
         mask[1:, words // 2 :] = 0
-        found[f"embeddings {count}x{words}"] = (
+        answers[f"embeddings {count}x{words}"] = (
             (encoder._states(ids, mask) * mask[..., None]).float().cpu()
         )
-    return found
+    return answers
 
 
 def judge(got: Answers, wanted: Answers, precision: str) -> dict[str, Any]:

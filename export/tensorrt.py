@@ -87,18 +87,18 @@ def profiles(traced: Traced, target: Target) -> list[dict[str, list]]:
     symbols = {s for shape in traced.shapes.values() for s in shape if isinstance(s, str)}
     if not any(name in s for s in symbols for name in ("rows", "columns", "frames")):
         spans = spans[:1]
-    found = []
+    profiles = []
     for span in spans:
         values = [{**{n: r[i] for n, r in RANGES.items()}, **span[i]} for i in range(3)]
         shapes = {n: [concrete(shape, v) for v in values] for n, shape in traced.shapes.items()}
-        found.append(
+        profiles.append(
             {
                 n: shapes[n]
                 for n, shape in traced.shapes.items()
                 if any(isinstance(d, str) for d in shape)
             }
         )
-    return found
+    return profiles
 
 
 def build(graph: str, traced: Traced, folder: Path, target: Target) -> None:

@@ -77,7 +77,7 @@ def trace_decoder(vae: Any, buckets: list[ClipSize]) -> dict[str, Traced]:
         for n, (c, s) in zip(names, states, strict=True)
     }
     outputs = ("video", *(f"new_{n}" for n in names))
-    found = {}
+    graphs = {}
     for graph, shapes in (
         ("first", {"latents": latents}),
         ("next", {"latents": latents, **between}),
@@ -92,10 +92,10 @@ def trace_decoder(vae: Any, buckets: list[ClipSize]) -> dict[str, Traced]:
             [symbols.dynamic(shapes[n]) for n in names if n in shapes],
         )
         module = DecoderGraph(vae, graph == "first", states).eval()
-        found[graph] = Traced(
+        graphs[graph] = Traced(
             export(module, given, dynamic_shapes=dynamic, strict=False), inputs, shapes, outputs
         )
-    return found
+    return graphs
 
 
 @torch.no_grad()

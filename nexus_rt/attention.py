@@ -307,7 +307,7 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
     allowed = (
         2 * error(ATTENTION_BACKENDS["math"].run(*first, None if bias is None else bias[:1])) + 1e-6
     )
-    found: dict[str, dict] = {}
+    results: dict[str, dict] = {}
     for name in names:
         why = ATTENTION_BACKENDS[name].why_not(case)
         if not why:
@@ -330,18 +330,18 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
                 else:
                     call = lambda n=name: ATTENTION_BACKENDS[n].run(q, k, v, bias)  # type: ignore[misc]
                     ms = _milliseconds(call, case.device)
-                    found[name] = {"ms": ms, "error": wrong, "relative": share}
+                    results[name] = {"ms": ms, "error": wrong, "relative": share}
             except (
                 RuntimeError,
                 ValueError,
             ) as problem:  # a library that says no only when it is run
                 why = str(problem).strip().splitlines()[0]
         if why:
-            found[name] = {"why": why}
-    timed = {n: f["ms"] for n, f in found.items() if "ms" in f}
+            results[name] = {"why": why}
+    timed = {n: f["ms"] for n, f in results.items() if "ms" in f}
     if not timed:
-        raise InputError(f"no attention backend of {', '.join(names)} can run {case}: {found}")
-    result = {"chosen": min(timed, key=timed.__getitem__), "candidates": found}
+        raise InputError(f"no attention backend of {', '.join(names)} can run {case}: {results}")
+    result = {"chosen": min(timed, key=timed.__getitem__), "candidates": results}
     _write_cache({**_read_cache(), key: result})
     return result
 
@@ -400,19 +400,19 @@ def _write_cache(known: dict) -> None:
 @lru_cache(maxsize=4)
 def _machine(device: torch.device) -> list[str]:
     """What a decision holds for: the device, and the versions of whatever may run."""
-    found = []
+    parts = []
     for package in ("torch", "triton", "flash-attn-3", "sageattention", "nexus-rt"):
         try:
-            found.append(f"{package} {metadata.version(package)}")
+            parts.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             continue
     if device.type == "cuda":
-        found += [
+        parts += [
             torch.cuda.get_device_name(device),
             f"cuda {torch.version.cuda}",
             f"cudnn {torch.backends.cudnn.version()}",
         ]
-    return [*found, str(device.type)]
+    return [*parts, str(device.type)]
 
 
 def _key(case: Case, names: list[str]) -> str:

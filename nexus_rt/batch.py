@@ -361,13 +361,13 @@ def _encoded(
     try:
         return [*_encode(pipe, part)]
     except Exception:
-        found: list[dict[str, Tensor] | Exception] = []
+        outcomes: list[dict[str, Tensor] | Exception] = []
         for one in part:
             try:
-                found += _encode(pipe, [one])
+                outcomes += _encode(pipe, [one])
             except Exception as error:
-                found.append(error)
-        return found
+                outcomes.append(error)
+        return outcomes
 
 
 def _encode(

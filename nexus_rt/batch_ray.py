@@ -39,11 +39,11 @@ class Worker:
 
     def __call__(self, share: dict[str, Any]) -> dict[str, list[str]]:
         items = [_item(json.loads(text)) for text in share["item"]]
-        found: dict[str, list[str]] = {"kind": [], "id": [], "line": []}
+        columns: dict[str, list[str]] = {"kind": [], "id": [], "line": []}
         for kind, name, line in work(self.pipe, items, self.job, self.log, self.attempts):
-            for column, value in zip(found.values(), (kind, name, line), strict=True):
+            for column, value in zip(columns.values(), (kind, name, line), strict=True):
                 column.append(value)
-        return found
+        return columns
 
 
 def _item(row: dict[str, Any]) -> Item:

@@ -27,13 +27,13 @@ PACKAGES = (
 
 def versions() -> dict[str, str | None]:
     """Installed versions, None for what is not there."""
-    found: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def backends() -> dict[str, tuple[bool, str]]:
@@ -66,8 +66,11 @@ def _tensorrt(name: str, cuda: bool) -> tuple[bool, str]:
         tensorrt.package(name)
     except InputError as error:
         return False, str(error).rstrip(".")
-    found = f"{name} {tensorrt.version(name)}"
-    return cuda, found if cuda else f"{found} is installed, and engines run on a CUDA device only"
+    version = f"{name} {tensorrt.version(name)}"
+    return (
+        cuda,
+        version if cuda else f"{version} is installed, and engines run on a CUDA device only",
+    )
 
 
 def report() -> str:

@@ -122,13 +122,13 @@ def _whole(text: str) -> int:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    document = dict(pairs)
+    if len(document) < len(pairs):
         names = [k for k, _ in pairs]
         raise ValueError(
             f"key {next(n for n in names if names.count(n) > 1)[:80]!r} is there twice"
         )
-    return found
+    return document
 
 
 def _deeper(value: Any, levels: int) -> bool:

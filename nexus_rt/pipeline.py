@@ -423,7 +423,7 @@ class NexusPipeline:
                 `save_video(truncate=True)`).
 
         Raises:
-            InputError: an argument is out of range; said before any work.
+            InputError: an argument is out of range; raised before any work.
             NumericsError: a generator's velocity is not finite.
             Cancelled: `cancel()` was called.
             DecodeError: decoding failed; its `latents_path` names the saved latents.

@@ -143,7 +143,7 @@ def category_prompts(document: Any, where: str) -> list[tuple[dict[str, Any], st
         raise InputError(
             f"{where}.prompts is {type(rows).__name__}; expected an array, as in VR-Bench's files."
         )
-    found = []
+    placed = []
     for i, row in enumerate(rows):
         place = f"{where}.prompts[{i}]"
         if not isinstance(row, dict):
@@ -156,8 +156,8 @@ def category_prompts(document: Any, where: str) -> list[tuple[dict[str, Any], st
                 or not str(value).strip()
             ):
                 raise InputError(f"{place}.{field} is {cut(repr(value), 80)}; expected text.")
-        found.append((row, place))
-    return _mended(found, where)
+        placed.append((row, place))
+    return _mended(placed, where)
 
 
 def _mended(rows: list[tuple[dict[str, Any], str]], where: str) -> list[tuple[dict[str, Any], str]]:

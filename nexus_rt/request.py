@@ -63,14 +63,14 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     ):
         raise InputError(f"{name} is {cut(repr(value), 80)}; expected a number.")
     try:
-        found = float(value)
+        result = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        found = math.nan
-    if not low <= found <= high:
+        result = math.nan
+    if not low <= result <= high:
         raise InputError(
             f"{name} is {cut(repr(value), 80)}; expected a number from {low:g} to {high:g}."
         )
-    return found
+    return result
 
 
 @dataclass(frozen=True)
@@ -332,13 +332,13 @@ def check_embeddings(given: dict[str, Tensor | None]) -> None:
             or not value.is_floating_point()
             or 0 in value.shape
         ):
-            found = (
+            shown = (
                 f"{list(value.shape)} of {value.dtype}"
                 if isinstance(value, Tensor)
                 else cut(repr(value), 80)
             )
             raise InputError(
-                f"{name} is {found}; expected a tensor of embeddings [batch, tokens, width]."
+                f"{name} is {shown}; expected a tensor of embeddings [batch, tokens, width]."
             )
     for name in ("prompt_embeds", "context_embeds"):
         positive, negative = given.get(name), given.get(f"negative_{name}")
@@ -419,8 +419,8 @@ def check_callback(callback: Any, tensors: Any) -> None:
 def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
     """Raise unless given latents are finite noise of the call's size."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
-        found = str(latents.dtype) if isinstance(latents, Tensor) else cut(repr(latents), 80)
-        raise InputError(f"latents are {found}; expected a floating-point tensor [B, C, T, H, W].")
+        shown = str(latents.dtype) if isinstance(latents, Tensor) else cut(repr(latents), 80)
+        raise InputError(f"latents are {shown}; expected a floating-point tensor [B, C, T, H, W].")
     if tuple(latents.shape) != shape:
         raise InputError(
             f"latents have shape {tuple(latents.shape)}; expected {list(shape)}, as the size and"

@@ -58,10 +58,10 @@ class Trace:
     def totals(self) -> dict[str, float]:
         """Milliseconds by name, in the order they first ended. A span inside another counts for
         both."""
-        found: dict[str, float] = {}
+        milliseconds: dict[str, float] = {}
         for name, start, stop, _ in self.spans:
-            found[name] = found.get(name, 0.0) + stop - start
-        return found
+            milliseconds[name] = milliseconds.get(name, 0.0) + stop - start
+        return milliseconds
 
     def save(self, path: str | Path) -> Path:
         """Write Chrome's trace format: complete events, microseconds; one row for the device."""

@@ -57,8 +57,8 @@ def remove_orphans(folder: Path, pattern: str) -> int:
     """Remove what killed processes left half-written (`.NAME.PID.part...`); returns how many."""
     count = 0
     for path in folder.glob(pattern) if folder.is_dir() else ():
-        found = re.fullmatch(r"\..+\.(\d+)\.part(\.\w+)?", path.name)
-        if not found or int(found[1]) == os.getpid() or Path(f"/proc/{found[1]}").exists():
+        match = re.fullmatch(r"\..+\.(\d+)\.part(\.\w+)?", path.name)
+        if not match or int(match[1]) == os.getpid() or Path(f"/proc/{match[1]}").exists():
             continue
         with contextlib.suppress(OSError):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -194,7 +194,7 @@ def made_with(
         "plan": plan,
         "models": models,
     }
-    found = {
+    metadata = {
         k: v
         for k, v in versions().items()
         if v and k in ("nexus-rt", "torch", "diffusers", "transformers", "triton")
@@ -202,7 +202,7 @@ def made_with(
     return {
         **{k: v for k, v in known.items() if v not in (None, "")},
         "options": rest,
-        "versions": found,
+        "versions": metadata,
     }
 
 

@@ -83,8 +83,8 @@ def _typical() -> dict[str, np.ndarray]:
             for _ in range(PROTOTYPES)
         ]
         frames = [(world.render(s, rng, 1)[0].transpose(1, 2, 0) + 1) / 2 for s in kinds]
-        found = [texture(f, object_mask(f)) for f in frames]
-        out[name] = np.mean([t for t in found if t is not None], 0)
+        textures = [texture(f, object_mask(f)) for f in frames]
+        out[name] = np.mean([t for t in textures if t is not None], 0)
     return out
 
 

@@ -49,11 +49,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         *(w for v in FIELDS.values() for w in v),
     ]
     texts += [world.caption(s, np.random.default_rng(i)) for i, s in enumerate(world.all_scenes())]
-    found = dict.fromkeys(
+    words = dict.fromkeys(
         word for t in texts for word, _ in WORDS.pre_tokenize_str(normalizer.normalize_str(t))
     )
-    vocab = [(name, 0.0) for name in SPECIAL] + [(word, -8.0) for word in found]
-    vocab += [(c, -20.0) for c in ["▁", *LETTERS] if c not in found]
+    vocab = [(name, 0.0) for name in SPECIAL] + [(word, -8.0) for word in words]
+    vocab += [(c, -20.0) for c in ["▁", *LETTERS] if c not in words]
     tokenizer = Tokenizer(models.Unigram(vocab, unk_id=1))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, WORDS
     tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")

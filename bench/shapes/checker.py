@@ -96,12 +96,12 @@ def look(frames: np.ndarray) -> Seen:
     """Say what a clip [F, H, W, 3] of values in 0..1 shows."""
     side = frames.shape[1]
     masks = [object_mask(f) for f in frames]
-    found = [i for i, m in enumerate(masks) if 0.004 <= m.mean() <= 0.5]
-    if len(found) < max(1, len(frames) // 2):
+    objects = [i for i, m in enumerate(masks) if 0.004 <= m.mean() <= 0.5]
+    if len(objects) < max(1, len(frames) // 2):
         return Seen(None, None, None)
     scores = {k: 0.0 for k in world.SHAPES}
     hues, weights = [], []
-    for i in found:
+    for i in objects:
         for k, v in shape_scores(masks[i]).items():
             scores[k] += v
         rgb = frames[i][masks[i]]
@@ -115,8 +115,8 @@ def look(frames: np.ndarray) -> Seen:
         centre = np.angle((weight * np.exp(1j * hue)).sum())
         palette = {k: _hue(np.array([v]))[0] for k, v in world.COLOURS.items()}
         colour = min(palette, key=lambda k: abs(np.angle(np.exp(1j * (centre - palette[k])))))
-    centres = np.array([np.mean(np.nonzero(masks[i]), 1) for i in found])  # [n, (y, x)]
-    third = max(1, len(found) // 4)
+    centres = np.array([np.mean(np.nonzero(masks[i]), 1) for i in objects])  # [n, (y, x)]
+    third = max(1, len(objects) // 4)
     dy, dx = (centres[-third:].mean(0) - centres[:third].mean(0)) / side
     if max(abs(dx), abs(dy)) < STILL:
         motion = "still"

@@ -218,7 +218,7 @@ def sample_kinds(
 
 def words() -> list[str]:
     """Every word of the grammar."""
-    rng, found = np.random.default_rng(0), {}
+    rng, words = np.random.default_rng(0), {}
     for k in range(6000):
         text = riddle(
             Scene(
@@ -231,8 +231,8 @@ def words() -> list[str]:
             sample_kinds(rng),
             rng,
         ).text
-        found |= dict.fromkeys(text.replace(",", " ,").replace(".", " .").split())
-    return [*found, *(n for n in NUMBERS if n not in found)]
+        words |= dict.fromkeys(text.replace(",", " ,").replace(".", " .").split())
+    return [*words, *(n for n in NUMBERS if n not in words)]
 
 
 def make_prompts(kind: str, seed: int, count: int) -> list[Riddle]:

@@ -51,21 +51,21 @@ def judge(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     asked = find_judge(args.judge_url, args.judge_model, args.device, dtype, protocol)
     folder = Path(args.clips).expanduser()
-    found = judge_clips(
+    outcome = judge_clips(
         prompts, folder, asked, taxonomy, args.requests, say, protocol, args.retry_unknown
     )
-    scores = summary(found["clips"], taxonomy)
+    scores = summary(outcome["clips"], taxonomy)
     for kind in ("missing", "failed"):
-        for name, why in found[kind].items():
+        for name, why in outcome[kind].items():
             say(f"{kind}: {name}: {why}")
     whole = scores["overall"]
     where = folder / FILES[protocol.name]
     print(
         f"{where}: {shown(whole)} over {whole['count']} clips, {whole['unknown']} of"
-        f" {whole['questions']} answers Unknown, {len(found['missing'])} clips missing,"
-        f" {len(found['failed'])} not judged"
+        f" {whole['questions']} answers Unknown, {len(outcome['missing'])} clips missing,"
+        f" {len(outcome['failed'])} not judged"
     )
-    return 1 if found["missing"] or found["failed"] else 0
+    return 1 if outcome["missing"] or outcome["failed"] else 0
 
 
 def report(args: argparse.Namespace) -> int:
@@ -77,12 +77,12 @@ def report(args: argparse.Namespace) -> int:
                 " else."
             )
     taxonomy = read_taxonomy(args.taxonomy)
-    found = make_report([Path(p).expanduser() for p in args.runs], taxonomy)
-    text = markdown(found, taxonomy)
+    report = make_report([Path(p).expanduser() for p in args.runs], taxonomy)
+    text = markdown(report, taxonomy)
     made: list[tuple[str | None, Callable[[], str]]] = [
         (args.markdown, lambda: text),
-        (args.html, lambda: page(found, taxonomy)),
-        (args.json, lambda: json.dumps(found, indent=1, ensure_ascii=False) + "\n"),
+        (args.html, lambda: page(report, taxonomy)),
+        (args.json, lambda: json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
     ]
     for given, content in made:
         if given:

@@ -83,22 +83,22 @@ def ask(
     talk: Conversation = [{"role": "user", "content": content}]
     wanted = [q.id for q in prompt.questions]
     reply = _reply(judge, talk, picked)
-    found = parse(reply.text, wanted)
-    if len(found) < len(wanted) and reply.finish != "content_filter":
+    scores = parse(reply.text, wanted)
+    if len(scores) < len(wanted) and reply.finish != "content_filter":
         first = reply.text or "(no content)"
         talk += [
             {"role": r, "content": [{"type": "text", "text": t}]}
             for r, t in (("assistant", first), ("user", AGAIN))
         ]
         reply = _reply(judge, talk, picked)
-        found = {**parse(reply.text, wanted), **found}
+        scores = {**parse(reply.text, wanted), **scores}
     shown = reply.text[:300].strip() or "nothing"
     left_out = {
         "answer": UNKNOWN,
         "reason": f"{CAUSES[reply.cause]}; the judge's last reply: {shown}",
         "cause": reply.cause,
     }
-    return {q: found.get(q, left_out) for q in wanted}
+    return {q: scores.get(q, left_out) for q in wanted}
 
 
 def _reply(judge: Judge, talk: Conversation, frames: np.ndarray) -> Reply:
@@ -183,17 +183,17 @@ def find_clips(
         raise InputError(
             f"{folder} is not a folder; expected one that holds a clip for every prompt's id."
         )
-    found, missing = [], {}
+    clips, missing = [], {}
     for prompt in prompts:
         path = clip_path(folder, prompt)
         if path is None:
             missing[prompt.id] = f"no {prompt.id}.mp4"
             continue
         try:
-            found.append(Clip(prompt, path, key_of(path.read_bytes(), prompt, judge, protocol)))
+            clips.append(Clip(prompt, path, key_of(path.read_bytes(), prompt, judge, protocol)))
         except OSError as error:
             missing[prompt.id] = f"{path.name} cannot be read ({error.strerror})"
-    return found, missing
+    return clips, missing
 
 
 def _write(path: Path, value: Any) -> None:
@@ -304,7 +304,7 @@ def judge_clips(
             answers[name] = result
             yes = sum(a["answer"] == YES for a in result.values())
             say(f"[{done}/{len(todo)}] {name}: {yes} of {len(result)} Yes")
-    found = {
+    outcome = {
         "schema": SCHEMA,
         "kind": KIND,
         "judge": judge.name,
@@ -319,8 +319,8 @@ def judge_clips(
         "missing": missing,
         "failed": failed,
     }
-    _write(folder / FILES[protocol.name], found)
-    return found
+    _write(folder / FILES[protocol.name], outcome)
+    return outcome
 
 
 def _in_threads(
@@ -384,14 +384,14 @@ def _in_threads(
 
 def _row(
     clip: Clip,
-    said: dict[str, dict[str, str]],
+    answers: dict[str, dict[str, str]],
     taxonomy: Taxonomy,
     folder: Path,
     protocol: Protocol,
 ) -> dict[str, Any]:
     prompt = clip.prompt
     answers = {
-        q.id: {**said[q.id], "question": q.text, "weight": q.weight, "layer": q.layer}
+        q.id: {**answers[q.id], "question": q.text, "weight": q.weight, "layer": q.layer}
         for q in prompt.questions
     }
     return {

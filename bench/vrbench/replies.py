@@ -89,9 +89,9 @@ def parse(reply: str, wanted: list[str]) -> dict[str, dict[str, str]]:
             value, end = decoder.raw_decode(text, place)
         except (ValueError, RecursionError):
             continue
-        found = _best(value, wanted)
-        if found and len(found) >= len(best):
-            best = found
+        candidate = _best(value, wanted)
+        if candidate and len(candidate) >= len(best):
+            best = candidate
     return best
 
 
@@ -99,17 +99,17 @@ def _best(value: Any, wanted: list[str], depth: int = 3) -> dict[str, dict[str, 
     """The most answers of an object, or of the objects in it."""
     if not isinstance(value, dict):
         return {}
-    found = {q: answer for q in wanted if (answer := _answer(value.get(q))) is not None}
+    scores = {q: answer for q in wanted if (answer := _answer(value.get(q))) is not None}
     rows = value.get("answers")
     if isinstance(rows, list):  # a row a question, each naming its own
         named = [(r.get("id") or r.get("question_id"), r) for r in rows if isinstance(r, dict)]
         listed = {q: a for q, r in named if q in wanted and (a := _answer(r)) is not None}
-        found = listed if len(listed) > len(found) else found
+        scores = listed if len(listed) > len(scores) else scores
     if depth:
         for inner in value.values():
             other = _best(inner, wanted, depth - 1)
-            found = other if len(other) > len(found) else found
-    return found
+            scores = other if len(other) > len(scores) else scores
+    return scores
 
 
 def _answer(value: Any) -> dict[str, str] | None:

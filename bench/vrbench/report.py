@@ -25,7 +25,7 @@ def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
     Raises:
         InputError: a run was not judged, or none holds a clip. ModelError: a damaged file.
     """
-    found: dict[str, Any] = {"kind": "nexus-rt vrbench report", "runs": [], "notes": []}
+    report: dict[str, Any] = {"kind": "nexus-rt vrbench report", "runs": [], "notes": []}
     folders = [path if path.is_dir() else path.parent for path in runs]
     for path, folder, name in zip(runs, folders, _names(folders), strict=True):
         files = judgments(path)
@@ -43,7 +43,7 @@ def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
             }
             scores = {"scores": summary(clips, taxonomy), "clips": clips}
             shown_as = name if protocol.name == "strict" else f"{name} ({protocol.name})"
-            found["runs"].append(
+            report["runs"].append(
                 {
                     "name": shown_as,
                     "folder": str(folder),
@@ -52,12 +52,12 @@ def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
                     **scores,
                 }
             )
-    if not any(run["clips"] for run in found["runs"]):
+    if not any(run["clips"] for run in report["runs"]):
         raise InputError("no run holds a judged clip; nothing to report.")
-    first = found["runs"][0]
-    for run in found["runs"][1:]:
+    first = report["runs"][0]
+    for run in report["runs"][1:]:
         if run["protocol"] != first["protocol"]:
-            found["notes"].append(
+            report["notes"].append(
                 f"{first['name']} is judged by the {first['protocol']} protocol, {run['name']} by"
                 f" the {run['protocol']} one: their scores stand side by side and are not compared"
             )
@@ -65,13 +65,13 @@ def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
         run["against_first"] = paired(first["clips"], run["clips"])
         for field, words in (("judge", "judges"), ("template", "prompt templates")):
             if run[field] != first[field]:
-                found["notes"].append(
+                report["notes"].append(
                     f"{first['name']} and {run['name']} had different {words}: their scores do not"
                     " compare"
                 )
-    for run in found["runs"]:
+    for run in report["runs"]:
         if absent := len(run["missing"]) + len(run["failed"]):
-            found["notes"].append(
+            report["notes"].append(
                 f"{run['name']}: {absent} prompts have no answers (listed below), and are in no"
                 " mean"
             )
@@ -81,11 +81,11 @@ def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
                 if run["protocol"] == "published"
                 else "are in no mean"
             )
-            found["notes"].append(
+            report["notes"].append(
                 f"{run['name']}: {unknown} of {run['scores']['overall']['questions']} answers are"
                 f" Unknown (could not be read), and {where}"
             )
-    return found
+    return report
 
 
 def made_with(folder: Path) -> str:
@@ -151,9 +151,9 @@ def sections(
                 words(r["against_first"]) if "against_first" in r else "-" for r in runs[1:]
             ]
             overall.append((name, ["-", *compared]))
-    found = [("Overall", overall)]
-    found.append(("Groups", [(g, cells("groups", g)) for g in every("groups")]))
-    found.append(
+    sections = [("Overall", overall)]
+    sections.append(("Groups", [(g, cells("groups", g)) for g in every("groups")]))
+    sections.append(
         (
             "Categories",
             [(_titled(c, taxonomy), cells("categories", c)) for c in every("categories")],
@@ -164,9 +164,9 @@ def sections(
         for c in every("categories")
         for layer in taxonomy.layer_names(c)
     ]
-    found.append(("Layers", layers))
-    found.append(("Difficulty", [(d, cells("difficulties", d)) for d in every("difficulties")]))
-    return [(title, rows) for title, rows in found if rows]
+    sections.append(("Layers", layers))
+    sections.append(("Difficulty", [(d, cells("difficulties", d)) for d in every("difficulties")]))
+    return [(title, rows) for title, rows in sections if rows]
 
 
 def _titled(code: str, taxonomy: Taxonomy) -> str:

@@ -158,7 +158,7 @@ def _file(path: Path, taxonomy: Taxonomy) -> list[Prompt]:
             f"{path} holds {kind}; expected an object keyed by category name, as VR-Bench's files"
             " are."
         )
-    found = []
+    prompts = []
     for name, category in document.items():
         where = f"{path}: {name}"
         rows = category_prompts(category, where)
@@ -169,12 +169,12 @@ def _file(path: Path, taxonomy: Taxonomy) -> list[Prompt]:
         )
         for row, place in rows:
             prompt = _prompt(row, place, taxonomy.code(name), principle)
-            found.append(
+            prompts.append(
                 replace(
                     prompt, category_name=_folder_name(name), role=role, judge_instructions=words
                 )
             )
-    return found
+    return prompts
 
 
 def _folder_name(name: str) -> str:
@@ -204,7 +204,7 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
 
 
 def _prompt(row: dict[str, Any], where: str, category: str, principle: str) -> Prompt:
-    found = Prompt(
+    prompt = Prompt(
         check_name(row["id"], where),
         category,
         str(row["prompt_en"]).strip(),
@@ -213,7 +213,7 @@ def _prompt(row: dict[str, Any], where: str, category: str, principle: str) -> P
         principle=principle,
     )
     if row.get("evaluation") is None:
-        return found
+        return prompt
     evaluation, place = row["evaluation"], f"{where}.evaluation"
     if not isinstance(evaluation, dict):
         raise InputError(f"{place} is a {type(evaluation).__name__}; expected an object.")
@@ -240,7 +240,7 @@ def _prompt(row: dict[str, Any], where: str, category: str, principle: str) -> P
     instruction, behaviour = (
         _text(evaluation, name, place) for name in ("overall_instruction", "evaluation_description")
     )
-    return replace(found, instruction=instruction, behaviour=behaviour, questions=questions)
+    return replace(prompt, instruction=instruction, behaviour=behaviour, questions=questions)
 
 
 def _number(value: Any) -> bool:

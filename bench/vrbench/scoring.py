@@ -56,20 +56,25 @@ def mean_interval(values: list[float], draws: int = DRAWS, seed: int = 0) -> dic
     if not values:
         return {"mean": None, "low": None, "high": None, "count": 0}
     given = np.asarray(values, dtype=np.float64)
-    found = {"mean": round(float(given.mean()), 4), "low": None, "high": None, "count": len(values)}
+    interval = {
+        "mean": round(float(given.mean()), 4),
+        "low": None,
+        "high": None,
+        "count": len(values),
+    }
     if len(values) > 1:
         means = given[
             np.random.default_rng(seed).integers(0, len(given), (draws, len(given)))
         ].mean(1)
-        found["low"], found["high"] = (
+        interval["low"], interval["high"] = (
             round(float(q), 4) for q in np.quantile(means, (0.025, 0.975))
         )
-    return found
+    return interval
 
 
 def _means(clips: list[dict[str, Any]]) -> dict[str, Any]:
-    found = mean_interval([c["score"] for c in clips if c["score"] is not None])
-    return found | {
+    interval = mean_interval([c["score"] for c in clips if c["score"] is not None])
+    return interval | {
         "unknown": sum(c["unknown"] for c in clips),
         "questions": sum(c["questions"] for c in clips),
     }
@@ -82,7 +87,7 @@ def summary(clips: dict[str, dict[str, Any]], taxonomy: Taxonomy) -> dict[str, A
     clips: by id, with "category", "difficulty" and what `clip_scores` gives.
     """
     rows = list(clips.values())
-    found: dict[str, Any] = {
+    table: dict[str, Any] = {
         "overall": _means(rows),
         "groups": {},
         "categories": {},
@@ -90,7 +95,7 @@ def summary(clips: dict[str, dict[str, Any]], taxonomy: Taxonomy) -> dict[str, A
     }
     for group, codes in taxonomy.groups.items():
         if part := [c for c in rows if c["category"] in codes]:
-            found["groups"][group] = _means(part)
+            table["groups"][group] = _means(part)
     present = {c["category"] for c in rows}
     for code in [c for c in taxonomy.names if c in present] + sorted(
         present - taxonomy.names.keys()
@@ -100,10 +105,10 @@ def summary(clips: dict[str, dict[str, Any]], taxonomy: Taxonomy) -> dict[str, A
             name: mean_interval([v for c in part if (v := c["layers"].get(name)) is not None])
             for name in taxonomy.layer_names(code)
         }
-        found["categories"][code] = _means(part) | {"layers": layers}
+        table["categories"][code] = _means(part) | {"layers": layers}
     for level in sorted({c["difficulty"] for c in rows if c["difficulty"]}, key=_difficulty):
-        found["difficulties"][level] = _means([c for c in rows if c["difficulty"] == level])
-    return found
+        table["difficulties"][level] = _means([c for c in rows if c["difficulty"] == level])
+    return table
 
 
 def _difficulty(name: str) -> tuple[int, str]:

@@ -148,8 +148,8 @@ def given_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[s
             action.default = argparse.SUPPRESS
             if isinstance(action, argparse._SubParsersAction):
                 todo += list({id(p): p for p in action.choices.values()}.values())
-    found = vars(quiet.parse_args(argv))
-    return {name for name, value in found.items() if value not in ([], None)}
+    values = vars(quiet.parse_args(argv))
+    return {name for name, value in values.items() if value not in ([], None)}
 
 
 def check_options(

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     )
     guidance = make_guidance(defaults, args.guidance, args.guidance_2, args.as_published)
     size = ClipSize.of_defaults(defaults, args.size, args.frames)
-    # a budget that cannot be met is said before anything is measured
+    # a budget that cannot be met is raised before anything is measured
     memory = pipe.plan_residency(plan, size) if pipe and pipe.engines else None
     costs = (
         given_costs(args.costs)

@@ -64,12 +64,12 @@ class AotiSessions(Sessions):
 
         index = -1 if self.device.type == "cpu" else self.device.index or 0
         for name in self.graphs:
-            found = load_pt2(
+            package = load_pt2(
                 str(self.folder.artefact(f"{name}.pt2")),
                 device_index=index,
                 load_weights_from_disk=True,
             )
-            (self.packages[name],) = found.aoti_runners.values()
+            (self.packages[name],) = package.aoti_runners.values()
 
     def unload(self) -> None:
         self.packages = {}

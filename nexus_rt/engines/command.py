@@ -43,10 +43,10 @@ def _line(engine: EngineFolder) -> str:
 
 
 def _list(folders: list[str]) -> int:
-    found = [EngineFolder.read(f) for f in folders] or list(cached())
-    for engine in found:
+    engines = [EngineFolder.read(f) for f in folders] or list(cached())
+    for engine in engines:
         print(_line(engine))
-    if not found:
+    if not engines:
         print(f"no engines in {engines_root()}; `nexus-rt export` makes them.")
     return 0
 

@@ -71,14 +71,14 @@ def padded(context: Any) -> Any:
 
 
 def tensors_of(context: Any) -> list[Tensor]:
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+        outputs.append(tensor)
         return tensor
 
     mapped(context, note)
-    return found
+    return outputs
 
 
 class ReplayedEngine:

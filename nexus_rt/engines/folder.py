@@ -181,13 +181,13 @@ def file_hash(path: Path) -> str:
 
 def files_of(folder: Path) -> dict[str, dict]:
     """The files of a folder as a manifest lists them."""
-    found = {}
+    files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        found[path.relative_to(folder).as_posix()] = {
+        files[path.relative_to(folder).as_posix()] = {
             "bytes": path.stat().st_size,
             "sha256": file_hash(path),
         }
-    return found
+    return files
 
 
 @dataclass(frozen=True)
@@ -365,20 +365,20 @@ def trusted_hash(file: Path) -> str:
     ).hexdigest()
     note = cache_root() / "hashes" / key
     try:
-        found = note.read_text().strip()
-        if len(found) == 64:
-            return found
+        digest = note.read_text().strip()
+        if len(digest) == 64:
+            return digest
     except OSError:
         pass
-    found = file_hash(file)
+    digest = file_hash(file)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         part = note.with_name(f"{key}.{os.getpid()}")
-        part.write_text(found)
+        part.write_text(digest)
         os.replace(part, note)
     except OSError:  # a cache that cannot be written costs a reading next time
         pass
-    return found
+    return digest
 
 
 def cached() -> Iterator[EngineFolder]:

@@ -60,10 +60,10 @@ class OnnxSessions(Sessions):
         }
         provider = provider or device.type
         if names.get(provider) not in onnxruntime.get_available_providers():
-            found = ", ".join(onnxruntime.get_available_providers())
+            available = ", ".join(onnxruntime.get_available_providers())
             raise InputError(
-                f"ONNX Runtime here has no provider {provider!r}; it has {found} (onnxruntime-gpu"
-                " brings CUDA's)."
+                f"ONNX Runtime here has no provider {provider!r}; it has {available}"
+                " (onnxruntime-gpu brings CUDA's)."
             )
         self.providers = (
             [names[provider]]

@@ -32,8 +32,8 @@ def versions() -> dict[str, str]:
     runtime reads them."""
     from nexus_rt.engines import tensorrt
 
-    found = {"aoti": aoti.version(), **{b: tensorrt.version(b) for b in tensorrt.PACKAGES}}
-    return {backend: version for backend, version in found.items() if version}
+    installed = {"aoti": aoti.version(), **{b: tensorrt.version(b) for b in tensorrt.PACKAGES}}
+    return {backend: version for backend, version in installed.items() if version}
 
 
 def sessions_of(folder: EngineFolder, device: torch.device, **options: Any) -> Sessions:
@@ -87,16 +87,16 @@ def open_engines(
     Raises:
         ModelError: it holds neither, or as `open_engine`.
     """
-    found = {n: root / n for n in PARTS if (root / n / MANIFEST).is_file()}
-    if not found.keys() & {"small", "large"}:
+    folders = {n: root / n for n in PARTS if (root / n / MANIFEST).is_file()}
+    if not folders.keys() & {"small", "large"}:
         raise ModelError(
             f"{root} holds no engines (small/ or large/ with a {MANIFEST}); make them with"
             " `nexus-rt export`."
         )
-    for name, path in found.items():
+    for name, path in folders.items():
         if (part := EngineFolder.read(path).manifest.part) != name:
             raise ModelError(
                 f"{path} holds the {part} engine; expected {name}: put the folders back under their"
                 " parts' names."
             )
-    return {name: open_engine(path, device, force, **options) for name, path in found.items()}
+    return {name: open_engine(path, device, force, **options) for name, path in folders.items()}

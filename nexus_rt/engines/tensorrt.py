@@ -46,13 +46,13 @@ def package(backend: str) -> ModuleType:
     if find_spec(PACKAGES[backend]) is None:
         raise InputError(f"{backend} is not installed ({INSTALL[backend]}).")
     try:
-        found = import_module(PACKAGES[backend])
-        found.Builder  # noqa: B018 (the stub package lacks it)
+        module = import_module(PACKAGES[backend])
+        module.Builder  # noqa: B018 (the stub package lacks it)
     except (ImportError, OSError, AttributeError) as error:
         raise InputError(
             f"{backend} is installed without its libraries ({error}); {INSTALL[backend]}."
         ) from None
-    return found
+    return module
 
 
 def logger(trt: ModuleType, kept: list[str]) -> Any:

@@ -135,22 +135,22 @@ def _shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
             f"{folder}: {index.name} names {len(shards)} shards, but {cut(', '.join(lost))} is"
             " missing."
         )
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         for name, stored in read_header(folder / shard).items():
-            if name in found:
+            if name in tensors:
                 raise ModelError(
-                    f"{folder}: {cut(name, 120)} is in {found[name].path.name} and in {shard};"
+                    f"{folder}: {cut(name, 120)} is in {tensors[name].path.name} and in {shard};"
                     f" {remedy}."
                 )
-            found[name] = stored
+            tensors[name] = stored
     for name, shard in where.items():
-        if name not in found or found[name].path.name != shard:
+        if name not in tensors or tensors[name].path.name != shard:
             raise ModelError(
                 f"{folder}: {shard} lacks {cut(name, 120)}, which {index.name} says it holds;"
                 f" {remedy}."
             )
-    return found
+    return tensors
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -288,17 +288,17 @@ def in_diffusers_names(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredT
     Raises:
         ModelError: two keys are one parameter (as `x` and `model.x` are).
     """
-    found: dict[str, StoredTensor] = {}
+    renamed: dict[str, StoredTensor] = {}
     keys: dict[str, str] = {}
     for key, stored in tensors.items():
         name = diffusers_name(key)
-        if name in found:
+        if name in renamed:
             raise ModelError(
                 f"{stored.path}: {cut(keys[name], 120)} and {cut(key, 120)} are one parameter,"
                 " stored twice; save the checkpoint again with one of them."
             )
-        found[name], keys[name] = stored, key
-    return found
+        renamed[name], keys[name] = stored, key
+    return renamed
 
 
 def fill(

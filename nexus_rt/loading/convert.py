@@ -97,9 +97,9 @@ class Omnivideo:
 
     def over(self, prefix: str) -> dict[str, Tensor]:
         """The mixed model's tensors under a prefix, without it."""
-        found = {k: v for k, v in self.mixed.items() if k.startswith(prefix)}
-        self.taken |= found.keys()
-        return {k.removeprefix(prefix): v for k, v in found.items()}
+        members = {k: v for k, v in self.mixed.items() if k.startswith(prefix)}
+        self.taken |= members.keys()
+        return {k.removeprefix(prefix): v for k, v in members.items()}
 
     def transformer(self) -> None:
         """`small/`: Wan 1.3B with the mixed model's weights over it."""

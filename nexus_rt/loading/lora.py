@@ -65,7 +65,7 @@ class Lora:
         if not at or Path(text).expanduser().exists():
             name, scale = str(text), "1"
         try:
-            found = cls(Path(name).expanduser(), float(scale))
+            lora = cls(Path(name).expanduser(), float(scale))
         except ValueError as error:
             if isinstance(error, InputError):
                 raise
@@ -73,12 +73,12 @@ class Lora:
                 f"LoRA {text}: {cut(repr(scale), 80)} is no scale; expected FILE@SCALE, such as"
                 " distill.safetensors@0.8."
             ) from None
-        path = _in_folder(found.path) if found.path.is_dir() else found.path
+        path = _in_folder(lora.path) if lora.path.is_dir() else lora.path
         if not path.is_file() or path.suffix != ".safetensors":
             raise InputError(
                 f"LoRA {path} is not a safetensors file here; expected FILE or FILE@SCALE."
             )
-        return cls(path, found.scale)
+        return cls(path, lora.scale)
 
 
 def _in_folder(folder: Path) -> Path:
@@ -173,22 +173,22 @@ class Changes:
         return total
 
     def _add(self, lora: Lora) -> None:
-        found, keys = _read(lora.path)
-        if strange := sorted(found.keys() - self.shapes.keys()):
+        pairs, keys = _read(lora.path)
+        if strange := sorted(pairs.keys() - self.shapes.keys()):
             raise ModelError(
                 f"{lora.path} changes {len(strange)} parameters that this model has not, such as"
                 f" {cut(strange[0], 120)}; it was made for another architecture."
             )
         scaling, own = read_scaling(lora.path), []
-        for name, tensors in found.items():
+        for name, tensors in pairs.items():
             for part in _parts(
                 tensors, self.shapes[name], keys[name], scaling, f"{lora.path}: {name}"
             ):
                 own.append((name, part))
-        for name, tensors in found.items():  # a bias of a product has its product's scale
+        for name, tensors in pairs.items():  # a bias of a product has its product's scale
             if "up_bias" in tensors:
                 own.append(
-                    (name, self._bias(name, tensors["up_bias"], found, keys, scaling, lora.path))
+                    (name, self._bias(name, tensors["up_bias"], pairs, keys, scaling, lora.path))
                 )
         if not any(_nonzero(part) for _, part in own):
             raise ModelError(
@@ -199,10 +199,10 @@ class Changes:
             self.parts.setdefault(name, []).append((lora.scale, part))
 
     def _bias(
-        self, name: str, bias: Tensor, found: dict, keys: dict, scaling: Scaling | None, path: Path
+        self, name: str, bias: Tensor, pairs: dict, keys: dict, scaling: Scaling | None, path: Path
     ) -> _Product:
         weight = name.removesuffix("bias") + "weight"
-        if not {"down", "up"} <= found.get(weight, {}).keys():
+        if not {"down", "up"} <= pairs.get(weight, {}).keys():
             raise ModelError(
                 f"{path}: {name} has a bias of a product that is not there; download the file"
                 " again."
@@ -211,7 +211,7 @@ class Changes:
             raise ModelError(
                 f"{path}: {name} is {tuple(bias.shape)}, and the model's {self.shapes[name]}."
             )
-        tensors = found[weight]
+        tensors = pairs[weight]
         return _Product(
             bias,
             None,
@@ -221,7 +221,7 @@ class Changes:
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Key]]:
     """Parameter in diffusers' names -> its tensors by kind, and a key of it."""
-    found: dict[str, dict[str, Tensor]] = {}
+    pairs: dict[str, dict[str, Tensor]] = {}
     keys: dict[str, Key] = {}
     named: dict[tuple[str, str], str] = {}
     unknown, image = [], 0
@@ -247,7 +247,7 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Key]]:
             raise ModelError(
                 f"{path}: {cut(name, 120)} holds NaN or infinity; download the file again."
             )
-        found.setdefault(key.parameter, {})[key.kind] = tensor.clone()
+        pairs.setdefault(key.parameter, {})[key.kind] = tensor.clone()
         keys.setdefault(key.parameter, key)
     if unknown:
         raise ModelError(
@@ -260,7 +260,7 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Key]]:
             " a text-to-video model.",
             stacklevel=2,
         )
-    return found, keys
+    return pairs, keys
 
 
 def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:

@@ -214,7 +214,7 @@ def read_scaling(path: Path) -> Scaling | None:
     Raises:
         ModelError: damaged, no plain LoRA, or the two contradict each other.
     """
-    found = []
+    scales = []
     if (text := read_metadata(path).get("lora_adapter_metadata")) is not None:
         where = f"{path}: lora_adapter_metadata"
         document = documents.parse(text, where)
@@ -228,11 +228,11 @@ def read_scaling(path: Path) -> Scaling | None:
             for k, v in document.items()
             if k.startswith("transformer.")
         }
-        found.append((own or {k: v for k, v in document.items() if "." not in k}, where))
+        scales.append((own or {k: v for k, v in document.items() if "." not in k}, where))
     if (beside := path.with_name("adapter_config.json")).is_file():
-        found.append((documents.read_object(beside), str(beside)))
+        scales.append((documents.read_object(beside), str(beside)))
     scalings = []
-    for values, where in found:
+    for values, where in scales:
         if not values.keys() & {"r", "lora_alpha"}:
             continue
         config = documents.check(

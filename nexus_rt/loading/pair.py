@@ -58,18 +58,18 @@ def default_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, else "cuda" where there is one."""
     if device:
         return torch.device(device)
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    chose("device", found, "there is a GPU" if found == "cuda" else "PyTorch sees no GPU")
-    return torch.device(found)
+    chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    chose("device", chosen, "there is a GPU" if chosen == "cuda" else "PyTorch sees no GPU")
+    return torch.device(chosen)
 
 
 def default_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype asked for, else bfloat16 on a GPU and float32 on a CPU."""
     if dtype:
         return dtype
-    found = torch.float32 if device.type == "cpu" else torch.bfloat16
-    chose("dtype of generators and encoders", found, f"the device is {device}")
-    return found
+    chosen = torch.float32 if device.type == "cpu" else torch.bfloat16
+    chose("dtype of generators and encoders", chosen, f"the device is {device}")
+    return chosen
 
 
 def _coders(
@@ -164,18 +164,18 @@ def load_engines(
     Raises:
         ModelError: no engine folder, or one that is damaged, wrong, or built for something else.
     """
-    found = open_engines(root, device, force, **options)
-    engines: dict[str, Any] = {n: found[n] for n in ("small", "large") if n in found}
+    opened = open_engines(root, device, force, **options)
+    engines: dict[str, Any] = {n: opened[n] for n in ("small", "large") if n in opened}
     parts = exported_pair(root, engines)
     context, text, vae = _coders(parts, dtype, device, tiling)
     a = next(iter(engines.values())).folder.manifest.architecture
     space = a["in_channels"], tuple(a["patch_size"])
-    text, vae = found.get("text_encoder", text), found.get("vae", vae)
+    text, vae = opened.get("text_encoder", text), opened.get("vae", vae)
     identity = _coder_identity(parts, dtype) | {
         name: f"{e.folder.manifest.backend} {e.folder.manifest.identity()} {_artefacts(e)}"
-        for name, e in found.items()
+        for name, e in opened.items()
     }
-    return Loaded(engines, text, vae, context, found.get("step"), parts.defaults, space, identity)
+    return Loaded(engines, text, vae, context, opened.get("step"), parts.defaults, space, identity)
 
 
 def _artefacts(engine: Any) -> str:

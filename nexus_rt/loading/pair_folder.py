@@ -127,15 +127,19 @@ def _pair_defaults(root: Path) -> Defaults:
             " of Defaults."
         )
     documents.check(values, Defaults, f"{where}'s defaults")
-    found = Defaults(**values)
+    defaults = Defaults(**values)
     try:
         make_request(
-            found, **dict.fromkeys(CALL), output_type="np", num_videos_per_prompt=1, published=False
+            defaults,
+            **dict.fromkeys(CALL),
+            output_type="np",
+            num_videos_per_prompt=1,
+            published=False,
         )
-        LatentGrid(1, 1, (1, 1, 1)).check(ClipSize.of_defaults(found))
+        LatentGrid(1, 1, (1, 1, 1)).check(ClipSize.of_defaults(defaults))
     except InputError as error:
         raise ModelError(f"{where} sets a default that no call can use: {error}") from error
-    return found
+    return defaults
 
 
 def _steering(
@@ -154,8 +158,8 @@ def _steering(
         )
     if absent or not small:
         return dict.fromkeys(sources)
-    found = {n: resolve(s, (n,), **hub) for n, s in sources.items() if s is not None}
-    return {n: f / n if (f / n / "config.json").is_file() else f for n, f in found.items()}
+    folders = {n: resolve(s, (n,), **hub) for n, s in sources.items() if s is not None}
+    return {n: f / n if (f / n / "config.json").is_file() else f for n, f in folders.items()}
 
 
 def exported_pair(root: Path, engines: dict[str, Any]) -> PairFolders:
@@ -228,15 +232,17 @@ def find_pair(pretrained: str | Path | None, given: dict[str, Any], hub: dict) -
     }
     vae = next((f / "vae" for _, f in sources if (f / "vae" / "config.json").is_file()), None)
     if "vae" in given:
-        found = resolve(given["vae"], ("vae",), **hub)
-        vae = vaes["given"] = found / "vae" if (found / "vae" / "config.json").is_file() else found
+        folder = resolve(given["vae"], ("vae",), **hub)
+        vae = vaes["given"] = (
+            folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+        )
     _same_space(folders, vaes)
     text = None
     for source in [given["text_encoder"]] if "text_encoder" in given else [s for s, _ in sources]:
         # of one source only: it is the large part
-        found = resolve(source, ("text_encoder", "tokenizer"), **hub)
-        if "text_encoder" in given or (found / "text_encoder").is_dir():
-            text = found
+        folder = resolve(source, ("text_encoder", "tokenizer"), **hub)
+        if "text_encoder" in given or (folder / "text_encoder").is_dir():
+            text = folder
             break
     return PairFolders(
         folders, vae, text, defaults=defaults, **_steering(root, given, "small" in folders, hub)

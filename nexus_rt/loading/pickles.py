@@ -192,10 +192,10 @@ class _Zip:
             if info.file_size > max(PIECE, MOST_RATIO * info.compress_size):
                 raise refuse(f"its record {name[:80]} would unpack to {info.file_size} bytes")
             with self.zip.open(info) as packed:  # the library compares the checksum
-                found = packed.read(info.file_size + 1)
-            if len(found) != info.file_size:
+                content = packed.read(info.file_size + 1)
+            if len(content) != info.file_size:
                 raise refuse(f"its record {name[:80]} is not as long as it says")
-            return memoryview(bytearray(found))
+            return memoryview(bytearray(content))
         header = self.data[info.header_offset : info.header_offset + 30]
         if len(header) < 30 or bytes(header[:4]) != b"PK\x03\x04":
             raise refuse(f"its record {name[:80]} is not where it should be")
@@ -210,10 +210,10 @@ class _Zip:
 
     @staticmethod
     def _checksum(piece: memoryview) -> int:
-        found = 0
+        checksum = 0
         for start in range(0, len(piece), PIECE):
-            found = zlib.crc32(piece[start : start + PIECE], found)
-        return found
+            checksum = zlib.crc32(piece[start : start + PIECE], checksum)
+        return checksum
 
 
 def _read_zip(data: memoryview) -> Any:
@@ -273,7 +273,7 @@ def _read_old(file: Any, data: memoryview) -> Any:
         or len(keys) != len(wanted)
     ):
         raise refuse("its storages are not those it names")
-    found: dict[str, Storage] = {}
+    storages: dict[str, Storage] = {}
     for key in keys:
         dtype, count = wanted[key]
         head = file.read(8)
@@ -284,9 +284,9 @@ def _read_old(file: Any, data: memoryview) -> Any:
         if len(piece) != room:
             raise refuse(f"storage {key[:40]} is cut short")
         file.seek(start + room)
-        found[key] = Storage(_swapped(piece, dtype, big), dtype)
+        storages[key] = Storage(_swapped(piece, dtype, big), dtype)
     file.seek(place)
-    return Interpreter(lambda value: found[_identity(value, (5, 6))[1]]).run(file)
+    return Interpreter(lambda value: storages[_identity(value, (5, 6))[1]]).run(file)
 
 
 def read_state(path: Path, *wrappers: str) -> dict[str, Tensor]:
@@ -309,10 +309,10 @@ def read_state(path: Path, *wrappers: str) -> dict[str, Tensor]:
             f"{path} is no state dict: expected names and"
             f" tensors{' under ' + wrappers[0] if wrappers else ''}."
         )
-    found = {k.removeprefix("module."): v for k, v in state.items()}
-    if len(found) < len(state):
+    tensors = {k.removeprefix("module."): v for k, v in state.items()}
+    if len(tensors) < len(state):
         raise ModelError(
             f"{path} holds a tensor twice, with and without 'module.'; get the file from the"
             " publisher again."
         )
-    return found
+    return tensors

@@ -249,11 +249,12 @@ def _refuse(
         ("unknown are", list(unknown)),
         ("of another shape are", list(mismatched)),
     )
-    found = [f"{words} {_some(names)}" for words, names in kinds if names] + list(errors)
-    if found:
+    problems = [f"{words} {_some(names)}" for words, names in kinds if names] + list(errors)
+    if problems:
         raise ModelError(
-            f"{folder}: the weights are not this {what}'s: {'; '.join(found)}. Loaded so, it would"
-            " compute with random values: get the folder in transformers' own layout, unquantised."
+            f"{folder}: the weights are not this {what}'s: {'; '.join(problems)}. Loaded so, it"
+            " would compute with random values: get the folder in transformers' own layout,"
+            " unquantised."
         )
 
 

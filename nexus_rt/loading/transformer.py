@@ -41,8 +41,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
     counts: dict[torch.dtype, int] = {}
     for tensor in find_tensors(transformer_folder(folder)).values():
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + math.prod(tensor.shape)
-    found = max(counts, key=counts.__getitem__)
-    return torch.bfloat16 if found.itemsize == 1 else found
+    dtype = max(counts, key=counts.__getitem__)
+    return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
 
 def _check_depth(config: WanConfig, tensors: Mapping[str, StoredTensor], folder: Path) -> None:
@@ -74,7 +74,7 @@ def load_transformer(
     float32, and the sum rounded to `dtype` once.
 
     Raises:
-        InputError: kernels that cannot run on the device; said before anything is read.
+        InputError: kernels that cannot run on the device; raised before anything is read.
         ModelError: not a model folder, another architecture, a missing shard, a damaged file,
             pickles only, a LoRA that does not fit.
     """

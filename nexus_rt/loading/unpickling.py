@@ -159,12 +159,12 @@ def rebuild_parameter(*args: Any) -> Tensor:
 def ordered(*args: Any) -> OrderedDict:
     if len(args) > 1 or (args and not isinstance(args[0], list)):
         raise refuse("an ordered dictionary has odd arguments")
-    found = OrderedDict()
+    items = OrderedDict()
     for pair in args[0] if args else []:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise refuse("an ordered dictionary has odd arguments")
-        found[key_of(pair[0])] = pair[1]
-    return found
+        items[key_of(pair[0])] = pair[1]
+    return items
 
 
 def key_of(value: Any) -> Any:
@@ -229,8 +229,8 @@ def array(kind: Any, data: Any, shape: Any, order: Any = "C") -> np.ndarray:
         )
     if kind.code == "b1" and set(data) - {0, 1}:
         raise refuse("an array of bools holds other bytes")
-    found = np.frombuffer(bytearray(data), made).reshape(shape, order=order)
-    return found if kind.order == "<" else found.astype(made.newbyteorder("="))
+    array = np.frombuffer(bytearray(data), made).reshape(shape, order=order)
+    return array if kind.order == "<" else array.astype(made.newbyteorder("="))
 
 
 def scalar(*args: Any) -> Any:

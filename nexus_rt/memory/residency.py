@@ -112,10 +112,10 @@ def parse_bytes(text: str) -> int:
     Raises:
         InputError: none of these, or nothing at all.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if not found or found[2].upper() not in UNITS or float(found[1]) == 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    if not match or match[2].upper() not in UNITS or float(match[1]) == 0:
         raise InputError(f"memory {text!r} is not an amount; expected one such as 24GB or 22GiB.")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def amount(count: int) -> str:
@@ -164,14 +164,14 @@ def call_parts(
 
 def _stretches(plan: Plan) -> list[tuple[int, int, tuple[str, ...]]]:
     """Runs of steps with the same engines: first, last, engines."""
-    found: list[tuple[int, int, tuple[str, ...]]] = []
+    segments: list[tuple[int, int, tuple[str, ...]]] = []
     for step in plan.steps:
         runs = tuple(n for n in ("small", "large") if getattr(step, n))
-        if found and found[-1][2] == runs:
-            found[-1] = (found[-1][0], step.index, runs)
+        if segments and segments[-1][2] == runs:
+            segments[-1] = (segments[-1][0], step.index, runs)
         else:
-            found.append((step.index, step.index, runs))
-    return found
+            segments.append((step.index, step.index, runs))
+    return segments
 
 
 def _phases(plan: Plan, parts: Mapping[str, MemoryUse], mode: str) -> tuple[Phase, ...]:
@@ -193,7 +193,7 @@ def _phases(plan: Plan, parts: Mapping[str, MemoryUse], mode: str) -> tuple[Phas
         return Phase(name, first, last, runs, present, arriving, weights + working)
 
     everything = (*encoders, *engines, *vae, *((STEP,) if STEP in parts else ()))
-    found = (
+    phases = (
         [phase("encode", -1, -1, encoders, everything if mode == "resident" else encoders)]
         if encoders
         else []
@@ -208,12 +208,12 @@ def _phases(plan: Plan, parts: Mapping[str, MemoryUse], mode: str) -> tuple[Phas
             present = runs
             if mode == "prefetched" and i + 1 < len(stretches):
                 arriving = tuple(n for n in stretches[i + 1][2] if n not in runs)
-        found.append(
+        phases.append(
             phase("both" if len(runs) > 1 else runs[0], first, last, runs, present, arriving)
         )
     if vae:
-        found.append(phase("decode", -1, -1, vae, everything if mode == "resident" else vae))
-    return tuple(found)
+        phases.append(phase("decode", -1, -1, vae, everything if mode == "resident" else vae))
+    return tuple(phases)
 
 
 def plan_residency(
@@ -235,13 +235,15 @@ def plan_residency(
             f"plan {plan.name!r} runs the {missing[0]} generator, whose size is not known."
         )
     tried = [ResidencyPlan(m, _phases(plan, parts, m), budget) for m in ([mode] if mode else MODES)]
-    for found in tried:
-        if budget is None or found.peak <= budget:
+    for candidate in tried:
+        if budget is None or candidate.peak <= budget:
             if budget is not None and mode is None:
                 chose(
-                    "residency", found.mode, f"its peak is {amount(found.peak)} of {amount(budget)}"
+                    "residency",
+                    candidate.mode,
+                    f"its peak is {amount(candidate.peak)} of {amount(budget)}",
                 )
-            return found
+            return candidate
     least = min(tried, key=lambda r: r.peak)
     worst = max(least.phases, key=lambda p: p.peak)
     raise InputError(

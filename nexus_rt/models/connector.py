@@ -92,14 +92,14 @@ class ConnectorConfig:
                     f"the connector's config.json sets {name}={value}; expected at most"
                     f" {LARGEST[name]}."
                 )
-        found = cls(**values, template=template)
+        checked = cls(**values, template=template)
         for name in ("vision_dim", "text_dim"):
-            if getattr(found, name) % found.num_heads:
+            if getattr(checked, name) % checked.num_heads:
                 raise ModelError(
-                    f"the connector's {name}={getattr(found, name)} is no multiple of"
-                    f" num_heads={found.num_heads}."
+                    f"the connector's {name}={getattr(checked, name)} is no multiple of"
+                    f" num_heads={checked.num_heads}."
                 )
-        return found
+        return checked
 
     def save(self, folder: Path) -> None:
         """Write `config.json` into a folder."""

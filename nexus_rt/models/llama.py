@@ -108,11 +108,11 @@ class LlamaConfig(msgspec.Struct, frozen=True):
 
     @property
     def rope(self) -> Rope:
-        found = dict(self.rope_parameters or self.rope_scaling or {})
-        found.setdefault("rope_type", found.pop("type", "default"))
-        found.setdefault("original_max_position_embeddings", self.max_position_embeddings)
+        scaling = dict(self.rope_parameters or self.rope_scaling or {})
+        scaling.setdefault("rope_type", scaling.pop("type", "default"))
+        scaling.setdefault("original_max_position_embeddings", self.max_position_embeddings)
         return check(
-            {"rope_theta": self.rope_theta, **found},
+            {"rope_theta": self.rope_theta, **scaling},
             Rope,
             "the rotary embedding",
             remedy="download the folder again",
@@ -241,10 +241,10 @@ def load_llama(
 
 def _bare(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The names without the prefix that a model with a head stores."""
-    found = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    if len(found) < len(tensors):
+    named = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    if len(named) < len(tensors):
         raise ModelError(
             "some weights are stored twice, with and without the prefix 'model.'; download the"
             " folder again."
         )
-    return found
+    return named

@@ -120,9 +120,9 @@ class TransformersTokenizer(Tokenizer):
 
     def token_id(self, token: str) -> int | None:
         with whole(self.folder, self.what):
-            found = self.inner.convert_tokens_to_ids(token)
-            unknown = found == self.unk_id and token != self.inner.unk_token
-        return None if found is None or unknown else found
+            token_id = self.inner.convert_tokens_to_ids(token)
+            unknown = token_id == self.unk_id and token != self.inner.unk_token
+        return None if token_id is None or unknown else token_id
 
 
 def load_tokenizer(folder: Path, what: str) -> Tokenizer:

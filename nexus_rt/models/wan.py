@@ -137,10 +137,10 @@ class WanConfig:
         stored = documents.check(
             known, _Stored, "config.json", remedy="take the one that belongs to the weights"
         )
-        found = {name: getattr(stored, name) for name in known}
-        found["patch_size"] = tuple(stored.patch_size)
-        found["out_channels"] = stored.out_channels or stored.in_channels
-        return cls(**found)
+        values = {name: getattr(stored, name) for name in known}
+        values["patch_size"] = tuple(stored.patch_size)
+        values["out_channels"] = stored.out_channels or stored.in_channels
+        return cls(**values)
 
 
 @dataclass
