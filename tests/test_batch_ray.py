@@ -84,3 +84,18 @@ def test_more_workers_than_there_is_room_for(tmp_path, quiet_ray):
     with pytest.raises(InputError, match="--workers is 0"):
         run_on_ray(make, {}, [Item("a", "a")], job, 0)
     assert not job.folder.exists()
+
+
+def test_the_example_is_a_program(tiny_pair, tmp_path, quiet_ray, monkeypatch):
+    examples = Path(__file__).resolve().parent.parent / "examples"
+    monkeypatch.setenv("PYTHONPATH", str(examples))
+    monkeypatch.syspath_prepend(examples)
+    import batch_on_ray
+
+    monkeypatch.setattr(batch_on_ray, "OPTIONS", QUICK)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    clips = tmp_path / "clips"
+    made = batch_on_ray.main(prompts, clips, str(tiny_pair))
+    assert made == {"made": 2, "kept": 0, "failed": 0}
+    assert sorted(p.name for p in clips.glob("*.mp4")) == ["0000.mp4", "0001.mp4"]
