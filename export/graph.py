@@ -36,7 +36,7 @@ def rope_in_graph(
 
 
 class ContextGraph(nn.Module):
-    """The prompt's part: text embedding, and every block's cross-attention keys and values."""
+    """The prompt prepared once: text embedding, and every block's cross-attention keys and values."""
 
     def __init__(self, model: WanTransformer) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class ContextGraph(nn.Module):
 
 
 class VelocityGraph(nn.Module):
-    """A step's part."""
+    """The velocity at a step, from latents, timestep and the prepared prompt."""
 
     def __init__(self, model: WanTransformer) -> None:
         super().__init__()

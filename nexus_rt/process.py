@@ -18,7 +18,7 @@ _computed: tuple[int, int] | None = None  # process and threads of the first com
 
 
 def computes() -> None:
-    """Say that this process computes from here on.
+    """Mark this process as computing, so that a forked child is refused.
 
     Raises:
         NexusError: it was forked from one that had, with several threads.

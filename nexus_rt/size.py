@@ -41,7 +41,7 @@ class ClipSize(NamedTuple):
 
     @classmethod
     def of(cls, latents: Tensor) -> ClipSize:
-        """Of latents [B, C, T, H, W]."""
+        """The size of a clip with latents [B, C, T, H, W]."""
         t, h, w = latents.shape[2:]
         return cls(8 * w, 8 * h, 4 * t - 3)
 

@@ -21,8 +21,8 @@ TRAIN_STEPS = 1000
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """sigmas: n+1 noise levels, the last 0. timesteps: n integers 999..0, what the generators are
-    told."""
+    """sigmas: n+1 noise levels, the last 0. timesteps: n integers 999..0, the generators'
+    input."""
 
     sigmas: tuple[float, ...]
     timesteps: tuple[int, ...]

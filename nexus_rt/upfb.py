@@ -276,7 +276,7 @@ def combine(
     energy: str = "reference",
     fused: bool = False,
 ) -> Velocity:
-    """The blend of what two generators said, guidance included; arguments and errors as `blend`.
+    """The blend of two predictions, guidance included; arguments and errors as `blend`.
 
     Args:
         fused: one Triton launch, and the energy factor left to the solver's; else PyTorch.

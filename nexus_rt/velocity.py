@@ -17,8 +17,8 @@ __all__ = ["Prediction", "Velocity", "guide"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a generator said at a step: [B, C, T, H, W] in its own dtype, and its unconditional twin
-    where it is guided."""
+    """A generator's prediction at a step, [B, C, T, H, W] in its own dtype, and the unconditional
+    one where the step is guided."""
 
     conditional: Tensor
     unconditional: Tensor | None = None

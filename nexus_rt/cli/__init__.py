@@ -44,7 +44,7 @@ COMMANDS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the whole command line."""
+    """The parser of the whole command line."""
     top = argparse.ArgumentParser(
         prog="nexus-rt",
         description="Video generation with two generators in one latent space.",

@@ -42,7 +42,7 @@ def instruction_sets() -> list[str]:
 
 
 def version() -> str:
-    """Of what compiled code is bound to: PyTorch."""
+    """The version of PyTorch, which compiled code is bound to."""
     return torch.__version__
 
 

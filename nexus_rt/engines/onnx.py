@@ -21,7 +21,7 @@ ELEMENTS = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16:
 
 
 def version() -> str | None:
-    """Of ONNX Runtime here, by whichever package brings it; None without it."""
+    """The installed version of ONNX Runtime, from whichever package brings it, or None."""
     for package in ("onnxruntime", "onnxruntime-gpu"):
         try:
             return metadata.version(package)

@@ -28,7 +28,7 @@ INSTALL = {
 
 
 def version(backend: str) -> str | None:
-    """Of the package here; None without it."""
+    """The installed version of a backend's package; None where it is not installed."""
     for name in DISTRIBUTIONS[backend]:
         try:
             return metadata.version(name)

@@ -13,7 +13,7 @@ from nexus_rt.process import LOADING
 
 
 def release(device: torch.device) -> None:
-    """Give back the memory of a model just dropped."""
+    """Return the memory of a dropped model to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

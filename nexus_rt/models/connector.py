@@ -210,7 +210,7 @@ class QueryTransformer(nn.Module):
         self.add_module(name, nn.ModuleDict(stacks))
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        """[N, L, width] -> [N, queries, dim]; `padding` [N, L] is True where a row is none."""
+        """[N, L, width] -> [N, queries, dim]; `padding` [N, L] is True at padding rows."""
         mask = None if padding is None else ~padding[:, None, None]
         transformer = getattr(self, self.name)
         memory = transformer["encoder"](self.fc(x), mask)

@@ -103,7 +103,7 @@ class LlamaConfig(msgspec.Struct, frozen=True):
 
     @property
     def width(self) -> int:
-        """Of a head."""
+        """Elements of one head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property

@@ -245,7 +245,7 @@ class FeedForward(nn.Module):
 
     @property
     def second(self) -> Linear:
-        """The linear layer behind the activation."""
+        """The linear layer after the activation."""
         return cast(Linear, self.net["2"])
 
     def forward(self, x: Tensor) -> Tensor:
