@@ -36,7 +36,8 @@ def rope_in_graph(
 
 
 class ContextGraph(nn.Module):
-    """The prompt prepared once: text embedding, and every block's cross-attention keys and values."""
+    """The prompt prepared once: text embedding, and cross-attention keys and values of every
+    block."""
 
     def __init__(self, model: WanTransformer) -> None:
         super().__init__()
