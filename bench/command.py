@@ -31,7 +31,7 @@ from nexus_rt.errors import InputError, ModelError, NexusError, choose
 from nexus_rt.loading.pair import default_device, default_dtype
 from nexus_rt.loading.pair_folder import MINI, Defaults, find_pair
 from nexus_rt.pipeline import NexusPipeline
-from nexus_rt.plan import parse_plan
+from nexus_rt.plan_text import parse_plan
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
 

@@ -103,7 +103,7 @@ def swap(suite: Any) -> dict:
 
     from nexus_rt.engines.torch import TorchEngine
     from nexus_rt.memory.residency import Residency, call_parts, plan_residency
-    from nexus_rt.plan import parse_plan
+    from nexus_rt.plan_text import parse_plan
     from nexus_rt.sampling import denoise
     from nexus_rt.solver import time_grid
     from nexus_rt.step_runners import Prompt

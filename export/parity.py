@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nexus_rt.engines.protocol import Engine
 from nexus_rt.memory.offload import release
-from nexus_rt.plan import parse_plan
+from nexus_rt.plan_text import parse_plan
 from nexus_rt.sampling import denoise
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid

@@ -20,7 +20,7 @@ _EXPORTS = {
     "Plan": "plan",
     "Step": "plan",
     "StepCosts": "plan",
-    "parse_plan": "plan",
+    "parse_plan": "plan_text",
     "gate": "plan",
     "BlendConfig": "upfb",
     "blend": "upfb",
@@ -55,7 +55,8 @@ if TYPE_CHECKING:
         NumericsError,
     )
     from nexus_rt.pipeline import NexusOutput, NexusPipeline
-    from nexus_rt.plan import Plan, Step, StepCosts, gate, parse_plan
+    from nexus_rt.plan import Plan, Step, StepCosts, gate
+    from nexus_rt.plan_text import parse_plan
     from nexus_rt.solver import TimeGrid, time_grid
     from nexus_rt.step_runners import Prompt
     from nexus_rt.upfb import BlendConfig, blend

@@ -25,7 +25,7 @@ from nexus_rt.errors import InputError, NexusError
 from nexus_rt.models.vae import rescue_latents
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.prompts import Item
-from nexus_rt.request import check_seed
+from nexus_rt.request import TIMEOUT, check_seed
 from nexus_rt.size import ClipSize, parse_sides
 from nexus_rt.video import SUFFIXES, frame_rate, is_clip, made_with, remove_orphans, save_video
 
@@ -101,9 +101,13 @@ def common_settings(job: Job, pipe: NexusPipeline) -> dict[str, Any]:
     fps = frame_rate(job.fps)
     rate = fps.numerator if fps.denominator == 1 else str(fps)
     made_of = {**pipe.identity, "blend": pipe.kernels}
+    rewrite = o.get("rewrite") or pipe.defaults.rewrite or "off"
+    if (o.get("as_published") and not o.get("rewrite")) or "large" not in plan.generators:
+        rewrite = "off"
     return {
         "steps": len(plan),
         "plan": plan.name,
+        **({"rewrite": str(rewrite)} if rewrite != "off" else {}),
         "fps": rate,
         "options": rest,
         "weights": made_of,
@@ -114,7 +118,8 @@ def common_settings(job: Job, pipe: NexusPipeline) -> dict[str, Any]:
 def _same(kept: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """Whether two clips' settings make one clip: where the models were read from is no matter, what
     they are is."""
-    without = lambda s: {k: v for k, v in s.items() if k != "models"}
+    results = ("models", "rewritten", "rewrite_failure")
+    without = lambda s: {k: v for k, v in s.items() if k not in results}
     return without(kept) == without(wanted)
 
 
@@ -131,6 +136,7 @@ def settings(item: Item, job: Job, pipe: NexusPipeline, common: dict[str, Any]) 
         "size": f"{size.width}x{size.height}",
         "frames": size.frames,
         **common,
+        **({"rewrite": item.rewrite} if item.rewrite else {}),
     }
 
 
@@ -324,7 +330,7 @@ def _make(
         pending: Future | None = None
         for start in range(0, len(todo), TOGETHER):
             part = todo[start : start + TOGETHER]
-            for (item, own), embeds in zip(part, _encoded(pipe, part), strict=True):
+            for (item, own), embeds in zip(part, _encoded(pipe, part, job), strict=True):
                 began = time.perf_counter()
                 begins(item)
                 row = {"id": item.id, "file": job.clip(item).name, "settings": own}
@@ -354,24 +360,24 @@ def _make(
 
 
 def _encoded(
-    pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]
+    pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]], job: Job
 ) -> list[dict[str, Tensor] | Exception]:
     """Embeddings of items, encoded together; one by one where that fails, so that one prompt fails
     alone."""
     try:
-        return [*_encode(pipe, part)]
+        return [*_encode(pipe, part, job)]
     except Exception:
         outcomes: list[dict[str, Tensor] | Exception] = []
         for one in part:
             try:
-                outcomes += _encode(pipe, [one])
+                outcomes += _encode(pipe, [one], job)
             except Exception as error:
                 outcomes.append(error)
         return outcomes
 
 
 def _encode(
-    pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]]
+    pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]], job: Job
 ) -> list[dict[str, Tensor]]:
     prompts = [item.prompt for item, _ in part]
     negatives = (
@@ -380,10 +386,15 @@ def _encode(
         else None
     )
     texts, negative_texts = pipe.encode_prompt(prompts, negatives)
+    second = _rewrite(pipe, part, job)
     encoded = []
     for i, (_, own) in enumerate(part):
         text, none = texts[i : i + 1], negative_texts[i : i + 1]
         embeds = {"prompt_embeds": text, "negative_prompt_embeds": none}
+        if (rewritten := second[i]) is not None:
+            own["rewritten"] = rewritten
+            assert pipe.text is not None  # `encode_prompt` has used it
+            embeds["prompt_embeds_2"] = pipe.text.encode([rewritten], text.shape[1])
         if pipe.context is not None and "small" in pipe.engines:
             contexts = pipe.encode_context(prompts[i], text, none, single_frame=own["frames"] == 1)
             embeds |= dict(
@@ -393,10 +404,28 @@ def _encode(
     return encoded
 
 
+def _rewrite(
+    pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]], job: Job
+) -> list[str | None]:
+    """What the large generator reads of each item, None for its prompt."""
+    options = job.options
+    rewrite, timeout = options.get("rewrite"), options.get("rewrite_timeout") or TIMEOUT
+    texts = [item.rewrite for item, _ in part]
+    todo = [i for i, (_, own) in enumerate(part) if texts[i] is None and "rewrite" in own]
+    if todo:
+        made = pipe.rewrite([part[i][0].prompt for i in todo], rewrite, timeout * len(todo))
+        for place, i in enumerate(todo if made else ()):
+            assert made is not None
+            texts[i] = made.texts[place]
+            if place in made.failures:
+                part[i][1]["rewrite_failure"] = made.failures[place]
+    return texts
+
+
 def _denoise(
     pipe: NexusPipeline, own: dict[str, Any], embeds: dict[str, Tensor], job: Job
 ) -> Tensor:
-    options = {**job.options, **clip_size(own).options, **embeds}
+    options = {**job.options, **clip_size(own).options, **embeds, "rewrite": None}
     seed = torch.Generator("cpu").manual_seed(own["seed"])
     return pipe(generator=seed, output_type="latent", **options).frames
 

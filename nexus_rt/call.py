@@ -20,6 +20,8 @@ from nexus_rt.request import (
     check_latents,
     check_prompts,
 )
+from nexus_rt.reuse import ReuseError
+from nexus_rt.rewriting import Rewriting, check_rewrite
 from nexus_rt.sampling import denoise
 from nexus_rt.step_runners import Change, Prompt
 
@@ -51,6 +53,8 @@ class Call:
 
     def __init__(self, pipe: NexusPipeline, request: GenerationRequest, inputs: CallInputs) -> None:
         self.pipe, self.request, self.inputs = pipe, request, inputs
+        self.reuse_errors: list[ReuseError] | None = [] if request.reuse_parity else None
+        self.rewriting: Rewriting | None = None
 
     def run(self) -> Any:
         """Frames as the request's `output_type` asks."""
@@ -78,6 +82,12 @@ class Call:
         count = check_prompts(
             inputs.prompt, inputs.negative_prompt, inputs.embeds, inputs.max_sequence_length
         )
+        check_rewrite(inputs.rewrite, None if inputs.prompt is None else count)
+        if inputs.rewrite not in (None, "off") and "large" not in plan.generators:
+            raise InputError(
+                f"rewrite is what the large generator reads, and plan {plan.name!r} does not run"
+                " it; leave rewrite out, or pass another plan."
+            )
         if self.steered and inputs.prompt is None:
             raise InputError(
                 "the small generator is steered by the understanding model, which reads the prompt;"
@@ -128,6 +138,7 @@ class Call:
             if given["negative_prompt_embeds"] is None:
                 embeds["negative_prompt_embeds"] = negative
             self._check_cancelled("after the prompt was encoded")
+        embeds["prompt_embeds_2"] = self.rewritten(embeds.get("prompt_embeds_2"))
         if self.steered:
             text, no_text = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
             assert prompt is not None and text is not None and no_text is not None  # `check`
@@ -139,6 +150,24 @@ class Call:
                 embeds["negative_context_embeds"] = negative
             self._check_cancelled("after the prompt was understood")
         return embeds
+
+    def rewritten(self, given: Tensor | None) -> Tensor | None:
+        """The large generator's embeddings, where they are not the prompt's.
+
+        Raises:
+            Cancelled: `cancel()` was called meanwhile.
+        """
+        pipe, request, inputs = self.pipe, self.request, self.inputs
+        if given is not None or inputs.prompt is None or "large" not in request.plan.generators:
+            return given
+        rewrite = "off" if request.published and inputs.rewrite is None else inputs.rewrite
+        self.rewriting = pipe.rewrite(inputs.prompt, rewrite, inputs.rewrite_timeout)
+        if self.rewriting is None:
+            return None
+        self._check_cancelled("after the prompt was rewritten")
+        assert pipe.text is not None  # `encode_prompt` has used it
+        texts = pipe.text.encode(self.rewriting.texts, inputs.max_sequence_length)
+        return texts.repeat_interleave(request.videos_per_prompt, 0)
 
     def _check_cancelled(self, when: str) -> None:
         if self.pipe.cancelled:
@@ -162,6 +191,8 @@ class Call:
         text, context = embeds["prompt_embeds"], embeds["context_embeds"]
         assert text is not None  # given or encoded
         prompts = dict.fromkeys(self.pipe.engines, Prompt(text, embeds["negative_prompt_embeds"]))
+        if (second := embeds.get("prompt_embeds_2")) is not None:
+            prompts["large"] = Prompt(second, embeds["negative_prompt_embeds"])
         if context is not None:
             prompts["small"] = Prompt(context, embeds["negative_context_embeds"])
         return prompts
@@ -196,6 +227,8 @@ class Call:
                     kernels=pipe.kernels,
                     residency=place.residency,
                     step_engine=place.step_engine,
+                    generator=self.inputs.generator,
+                    reuse_errors=self.reuse_errors,
                     on_step=on_step,
                     should_stop=lambda: pipe.cancelled,
                     should_finish=lambda: pipe.interrupt,

@@ -31,6 +31,10 @@ class NumericsError(NexusError, ArithmeticError):
     """A generator produced a value that is not finite."""
 
 
+class RewriteError(NexusError):
+    """A rewriter gave no answer."""
+
+
 class Cancelled(NexusError):
     """The caller asked the denoising loop to stop."""
 

@@ -71,3 +71,12 @@ def random_latents(
         return torch.cat([random_latents((1, *shape[1:]), g, device) for g in generator])
     source = generator.device if generator is not None else device
     return torch.randn(shape, generator=generator, device=source, dtype=torch.float32).to(device)
+
+
+def renoise(
+    latents: Tensor, sigma: float, generator: torch.Generator | list[torch.Generator] | None
+) -> Tensor:
+    """Clean latents at noise level sigma again: `(1 - sigma) x + sigma eps`, eps drawn as
+    `random_latents`."""
+    noise = random_latents(tuple(latents.shape), generator, latents.device)
+    return torch.lerp(latents, noise, sigma)

@@ -38,6 +38,15 @@ from nexus_rt.request import (
     make_request,
     prompt_lists,
 )
+from nexus_rt.reuse import ReuseError
+from nexus_rt.rewriting import (
+    TIMEOUT,
+    Cache,
+    Rewriter,
+    Rewriting,
+    check_rewrite,
+    rewrite_prompts,
+)
 from nexus_rt.size import ClipSize
 from nexus_rt.step_runners import Prompt
 from nexus_rt.upfb import BlendConfig
@@ -48,11 +57,18 @@ GENERATOR_BACKENDS = ("torch",)  # engine backends that can run a generator
 
 @dataclass
 class NexusOutput:
-    """`frames` as `output_type` asks: np [B, F, H, W, 3] in [0, 1], pt [B, F, 3, H, W], pil lists,
-    or latents."""
+    """A call's result.
+
+    frames: as `output_type` asks: np [B, F, H, W, 3] in [0, 1], pt [B, F, 3, H, W], pil lists, or
+        latents.
+    plan: what was walked. rewriting: what the large generator read instead of the prompt, None
+        where it read the prompt. reuse_errors: with `reuse_parity`, of every reused step.
+    """
 
     frames: Any
     plan: Plan
+    reuse_errors: list[ReuseError] | None = None
+    rewriting: Rewriting | None = None
 
 
 class NexusPipeline:
@@ -97,6 +113,7 @@ class NexusPipeline:
         self._cancel = threading.Event()
         self._interrupt = False
         self._calling = threading.RLock()
+        self._rewritten = Cache()
 
     @classmethod
     def from_pretrained(
@@ -305,6 +322,22 @@ class NexusPipeline:
         every = num_videos_per_prompt
         return positive.repeat_interleave(every, 0), negative.repeat_interleave(every, 0)
 
+    def rewrite(
+        self,
+        prompt: str | list[str],
+        rewrite: str | list[str] | Rewriter | None = None,
+        timeout: float = TIMEOUT,
+    ) -> Rewriting | None:
+        """What the large generator reads instead of prompts, as the call's `rewrite` asks; None
+        where it reads them as they are. Answers are kept by prompt."""
+        rewrite = self.defaults.rewrite if rewrite is None else rewrite
+        if rewrite is None or rewrite == "off":
+            return None
+        prompts, _ = prompt_lists(prompt, None)
+        check_rewrite(rewrite, len(prompts))
+        model = self.context.understanding if self.context else None
+        return rewrite_prompts(prompts, rewrite, model, self._rewritten, timeout)
+
     def encode_context(
         self,
         prompt: str | list[str],
@@ -400,6 +433,10 @@ class NexusPipeline:
         gamma_w: float | None = None,
         solver: str | None = None,
         as_published: bool = False,
+        prompt_embeds_2: Tensor | None = None,
+        rewrite: str | list[str] | Rewriter | None = None,
+        rewrite_timeout: float = TIMEOUT,
+        reuse_parity: bool = False,
     ) -> NexusOutput:
         """Generate videos; arguments as in diffusers' `WanPipeline`, and these:
 
@@ -417,6 +454,13 @@ class NexusPipeline:
                 energy: overrides the plan's rule. gamma_w: exponent of the gate, for the plans that
                     follow it (default: 0.3).
             solver: "unipc" (default) or "euler".
+            rewrite: what the large generator reads instead of the prompt: "auto" (what the pair's
+                understanding model answers), a text, one for each prompt, or a function of a
+                prompt, such as `nexus_rt.rewriting.ChatRewriter`; "off" for the prompt itself, None
+                for the pair's default. Where it fails or takes longer than `rewrite_timeout`
+                seconds, the prompt is kept and `NexusOutput.rewriting` says why.
+            prompt_embeds_2: the large generator's text embeddings, beside `prompt_embeds`.
+            reuse_parity: compute the steps that a plan reuses as well, and return their errors.
             as_published: the defaults and numerics of the published scripts: plan `reference`, 50
                 steps, shift 5, s = 5 and their gates; timesteps of float64 sigmas, residual stream
                 and velocity in float32, pixels by truncation (of "pil" here;
@@ -445,9 +489,11 @@ class NexusPipeline:
             output_type=output_type,
             published=as_published,
             num_videos_per_prompt=num_videos_per_prompt,
+            reuse_parity=reuse_parity,
         )
         given = {
             "prompt_embeds": prompt_embeds,
+            "prompt_embeds_2": prompt_embeds_2,
             "negative_prompt_embeds": negative_prompt_embeds,
             "context_embeds": context_embeds,
             "negative_context_embeds": negative_context_embeds,
@@ -461,12 +507,15 @@ class NexusPipeline:
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             max_sequence_length,
+            rewrite,
+            rewrite_timeout,
         )
         with self._calling:  # a second thread waits: a call keeps state on the pipeline
             self._cancel.clear()
             self._interrupt = False
             computes()
-            return NexusOutput(Call(self, request, inputs).run(), request.plan)
+            call = Call(self, request, inputs)
+            return NexusOutput(call.run(), request.plan, call.reuse_errors, call.rewriting)
 
     @property
     def cancelled(self) -> bool:

@@ -7,15 +7,16 @@ A plan is made before the first step and does not change. `segments` is the gene
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from nexus_rt.errors import InputError, choose
-from nexus_rt.solver import TRAIN_STEPS, TimeGrid
+from nexus_rt.solver import TRAIN_STEPS, TimeGrid, clock_grid
 from nexus_rt.upfb import ENERGIES
 
+FULL, DIFFERENCE, VELOCITY = "full", "difference", "velocity"
 PLANS = ("reference", "small", "large", "handoff", "auto")
 UNITS = ("timestep", "fraction", "sigma")
 GAMMA_W = 0.3
@@ -36,6 +37,12 @@ class Step:
         is set.
     guidance_small, guidance_large: this step's own guidance scale, None for the call's.
     blended: False where a lone generator's velocity is used as it is.
+    compute_small, compute_large: "full", or what is reused: "difference" (the guidance difference,
+        so that only the conditional forward runs) or "velocity" (nothing runs; see
+        `nexus_rt.reuse`).
+    threshold: the lone generator's velocity is reused while its estimated relative change stays
+        below this; None where the step is computed as written.
+    renoise: the step begins on re-noised latents, `(1 - sigma) x + sigma eps`.
     """
 
     index: int
@@ -48,11 +55,31 @@ class Step:
     guidance_small: float | None = None
     guidance_large: float | None = None
     blended: bool = True
+    compute_small: str = FULL
+    compute_large: str = FULL
+    threshold: float | None = None
+    renoise: bool = False
 
     def scale(self, generator: str, default: float) -> float:
         """The guidance scale of "small" or "large": this step's own, else the call's."""
         own = self.guidance_small if generator == "small" else self.guidance_large
         return float(default if own is None else own)
+
+    def compute(self, generator: str) -> str:
+        """What is computed of "small" or "large"."""
+        return self.compute_small if generator == "small" else self.compute_large
+
+    def reuses(self, generator: str) -> bool:
+        """Whether it may reuse what a generator computed before."""
+        lone = getattr(self, generator) and self.threshold is not None
+        return lone or self.compute(generator) != FULL
+
+    def forwards(self, generator: str, scale: float) -> int:
+        """Forward passes of a generator at this guidance scale; a step with a threshold counts as
+        computed."""
+        if not getattr(self, generator) or self.compute(generator) == VELOCITY:
+            return 0
+        return 1 if scale == 1.0 or self.compute(generator) == DIFFERENCE else 2
 
     @property
     def runs(self) -> str:
@@ -90,6 +117,12 @@ class Plan:
         """The generators that run at all, in the order small, large."""
         return tuple(g for g in ("small", "large") if any(getattr(s, g) for s in self.steps))
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether what is computed is decided as the plan runs; counts and prices are then the
+        most there can be."""
+        return any(s.threshold is not None for s in self.steps)
+
     def with_energy(self, energy: str | None) -> Plan:
         """The same plan under another energy rule.
 
@@ -117,10 +150,8 @@ class Plan:
         count = {"small": 0, "large": 0}
         for step in self.steps:
             for g in count:
-                if getattr(step, g):
-                    count[g] += (
-                        1 if self.guidance(step, g, guidance_small, guidance_large) == 1.0 else 2
-                    )
+                scale = self.guidance(step, g, guidance_small, guidance_large)
+                count[g] += step.forwards(g, scale)
         return count
 
     def step_price(
@@ -129,9 +160,9 @@ class Plan:
         """Milliseconds of one step: the sum of what runs in it."""
         price = costs.solver + (costs.blend if step.blended else 0.0)
         for g in ("small", "large"):
-            if getattr(step, g):
-                plain = self.guidance(step, g, guidance_small, guidance_large) == 1.0
-                price += getattr(costs, g if plain else f"{g}_guided")
+            scale = self.guidance(step, g, guidance_small, guidance_large)
+            forwards = step.forwards(g, scale)
+            price += (0.0, getattr(costs, g), getattr(costs, f"{g}_guided"))[forwards]
         return price
 
     def price(self, costs: StepCosts, guidance_small: float, guidance_large: float) -> float:
@@ -165,13 +196,70 @@ def auto(grid: TimeGrid, tolerance: float = 0.02, gamma_w: float = GAMMA_W) -> P
 
 
 @dataclass(frozen=True)
+class Reuse:
+    """What of a generator is computed at some steps of a segment and reused between.
+
+    every: its velocity, at every k-th step and at the last. guidance_every: its guidance
+    difference, at every k-th of the steps that are computed. threshold: its velocity, while the
+    estimated change stays below; excludes `every`.
+    """
+
+    every: int = 1
+    guidance_every: int = 1
+    threshold: float | None = None
+
+    def compute(self, count: int) -> list[tuple[str, float | None]]:
+        """What each step of a segment of `count` computes, and its threshold."""
+        rows: list[tuple[str, float | None]] = []
+        computed = 0
+        for j in range(count):
+            if j % self.every and j < count - 1:
+                rows.append((VELOCITY, None))
+                continue
+            # An extrapolation needs two velocities, and the last step sets the finish.
+            threshold = self.threshold if 2 <= j < count - 1 else None
+            rows.append((DIFFERENCE if computed % self.guidance_every else FULL, threshold))
+            computed += 1
+        return rows
+
+
+@dataclass(frozen=True)
 class Segment:
-    """`generator` ("small", "large" or "bridge") for a number of steps, with a guidance scale of
-    its own or None."""
+    """`generator` ("small", "large" or "bridge") for a number of steps.
+
+    guidance: a scale of its own, None for the call's. guided: first and last (exclusive) of its
+    steps with guidance, None for all; the others have a scale of 1. clock: how many steps its clock
+    has in all; None where the schedule is one clock for all. renoise: the sigma that it begins at,
+    on re-noised latents.
+    """
 
     generator: str
     steps: int
     guidance: float | None = None
+    guided: tuple[int, int] | None = None
+    reuse: Reuse = Reuse()
+    clock: int | None = None
+    renoise: float | None = None
+
+    def __str__(self) -> str:
+        """As a plan's words have it."""
+        text = f"{self.generator}:{self.steps}" + (f"/{self.clock}" if self.clock else "")
+        if self.guidance is not None or self.guided:
+            text += "@" + ("" if self.guidance is None else f"{self.guidance:g}")
+        text += f"[{self.guided[0]}:{self.guided[1]}]" if self.guided else ""
+        for name, value in (
+            ("every", self.reuse.every),
+            ("guidance-every", self.reuse.guidance_every),
+        ):
+            text += f"/{name}={value}" if value != 1 else ""
+        if self.reuse.threshold is not None:
+            text += f"/adaptive={self.reuse.threshold:g}"
+        return text if self.renoise is None else f"renoise={self.renoise:g} {text}"
+
+    def scale(self, j: int) -> float | None:
+        """The guidance scale of its step j, None for the call's."""
+        inside = self.guided is None or self.guided[0] <= j < self.guided[1]
+        return self.guidance if inside else 1.0
 
 
 def segments(grid: TimeGrid, parts: Sequence[Segment], name: str | None = None) -> Plan:
@@ -192,47 +280,67 @@ def segments(grid: TimeGrid, parts: Sequence[Segment], name: str | None = None) 
     steps: list[Step] = []
     for k, part in enumerate(parts):
         choose("segment", part.generator, ("small", "large", "bridge"))
-        if part.generator != "bridge":
-            levels = [1.0 if part.generator == "small" else 0.0] * part.steps
-            own = (part.guidance, part.guidance)
-        else:
-            sides = [parts[j].generator if 0 <= j < len(parts) else None for j in (k - 1, k + 1)]
-            if sorted(map(str, sides)) != ["large", "small"]:
-                raise InputError(
-                    "a bridge stands between a small and a large segment, one on each side."
-                )
-            start = 1.0 if sides[0] == "small" else 0.0
-            ramp = [
-                (1 + math.cos(math.pi * (j + 1) / (part.steps + 1))) / 2 for j in range(part.steps)
-            ]
-            levels = [r if start else 1 - r for r in ramp]
-            beside = {sides[0]: parts[k - 1].guidance, sides[1]: parts[k + 1].guidance}
-            own = (
-                (part.guidance, part.guidance)
-                if part.guidance is not None
-                else (beside["small"], beside["large"])
+        steps += (
+            _bridge(grid, parts, k, len(steps))
+            if part.generator == "bridge"
+            else _lone(grid, part, len(steps))
+        )
+    return Plan(name or " ".join(map(str, parts)), tuple(steps), grid)
+
+
+def clocked(parts: Sequence[Segment], shift: float) -> Plan:
+    """A plan in which each segment walks a clock of its own (`nexus_rt.solver.clock_grid`); a
+    segment without one walks it to the end."""
+    clocks = [(p.steps, p.clock or p.steps) for p in parts]
+    renoise = {i: p.renoise for i, p in enumerate(parts) if p.renoise is not None}
+    return segments(clock_grid(clocks, shift, renoise), parts)
+
+
+def _lone(grid: TimeGrid, part: Segment, first: int) -> list[Step]:
+    """The steps of one generator alone."""
+    small, steps = part.generator == "small", []
+    for j, (compute, threshold) in enumerate(part.reuse.compute(part.steps)):
+        i, scale = first + j, part.scale(j)
+        computes = (compute, FULL) if small else (FULL, compute)
+        steps.append(
+            Step(
+                i,
+                grid.timesteps[i],
+                grid.sigmas[i],
+                1.0 if small else 0.0,
+                small,
+                not small,
+                "progressive",
+                scale,
+                scale,
+                False,
+                *computes,
+                threshold,
+                part.renoise is not None and j == 0,
             )
-        for w in levels:
-            i = len(steps)
-            both = part.generator == "bridge"
-            steps.append(
-                Step(
-                    i,
-                    grid.timesteps[i],
-                    grid.sigmas[i],
-                    w,
-                    both or w == 1,
-                    both or w == 0,
-                    "progressive",
-                    *own,
-                    both,
-                )
-            )
-    text = " ".join(
-        f"{p.generator}:{p.steps}" + (f"@{p.guidance:g}" if p.guidance is not None else "")
-        for p in parts
-    )
-    return Plan(name or text, tuple(steps), grid)
+        )
+    return steps
+
+
+def _bridge(grid: TimeGrid, parts: Sequence[Segment], k: int, first: int) -> list[Step]:
+    """The steps of segment k, a bridge: w a cosine ramp, both generators running, each under its
+    own segment's guidance unless the bridge has one."""
+    part = parts[k]
+    sides = [parts[j].generator if 0 <= j < len(parts) else None for j in (k - 1, k + 1)]
+    if sorted(map(str, sides)) != ["large", "small"]:
+        raise InputError("a bridge stands between a small and a large segment, one on each side.")
+    before, after = parts[k - 1].scale(parts[k - 1].steps - 1), parts[k + 1].scale(0)
+    small, large = (before, after) if sides[0] == "small" else (after, before)
+    steps = []
+    for j in range(part.steps):
+        w = (1 + math.cos(math.pi * (j + 1) / (part.steps + 1))) / 2
+        w = w if sides[0] == "small" else 1 - w
+        i, own = first + j, part.guidance
+        scales = (small, large) if own is None else (own, own)
+        steps.append(
+            Step(i, grid.timesteps[i], grid.sigmas[i], w, True, True, "progressive", *scales)
+        )
+    return steps
 
 
 def handoff(grid: TimeGrid, at: float, unit: str = "timestep", bridge: int | None = None) -> Plan:
@@ -286,88 +394,11 @@ def handoff(grid: TimeGrid, at: float, unit: str = "timestep", bridge: int | Non
     return segments(grid, parts, f"handoff={at:g}" + (f",bridge={bridge}" if bridge else ""))
 
 
-def _number(text: str, what: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise InputError(f"{what} is {text!r}; expected a number.")
-    return value
+def __getattr__(name: str) -> Any:
+    if name != "parse_plan":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nexus_rt import plan_text
+    from nexus_rt.renamed import warn_old
 
-
-def _parse_segments(spec: str, n: int) -> list[Segment]:
-    """`small:10 bridge:5 large:*@1`: steps, percentages of the schedule, or `*` for the rest, each
-    with an own guidance."""
-    names, amounts, scales = [], [], []
-    for word in spec.split():
-        match = re.fullmatch(r"([a-z]+):(\*|\d+(?:\.\d+)?%|\d+)(?:@(\d+(?:\.\d+)?))?", word)
-        if not match:
-            raise InputError(
-                f"segment {word!r} is not of the form name:steps, name:30%, name:* or"
-                " name:steps@guidance."
-            )
-        names.append(choose("segment", match[1], ("small", "large", "bridge")))
-        amounts.append(match[2])
-        scales.append(float(match[3]) if match[3] else None)
-    if amounts.count("*") > 1:
-        raise InputError("only one segment can take the rest ('*').")
-    # Percentages are rounded at their running total, so that they cover what they add up to.
-    counts, exact, given = [], 0.0, 0
-    for amount in amounts:
-        if amount.endswith("%"):
-            before = round(exact)
-            exact += n * float(amount[:-1]) / 100
-            counts.append(round(exact) - before)
-        else:
-            counts.append(0 if amount == "*" else int(amount))
-        given += counts[-1]
-    if "*" in amounts:
-        counts[amounts.index("*")] = max(0, n - given)
-    return [Segment(*p) for p in zip(names, counts, scales, strict=True)]
-
-
-def parse_plan(spec: str | Plan, grid: TimeGrid, gamma_w: float = GAMMA_W) -> Plan:
-    """Read a plan as the command line writes it.
-
-    `reference` | `small` | `large` | `handoff=AT[,bridge=K]` | `auto[=TOLERANCE]` | segments such
-    as `small:10 bridge:5 large:15@1`. AT is a fraction of the steps when below 1, a timestep when 1
-    or more, or explicit: `handoff=sigma:0.9`, `handoff=fraction:0.3`, `handoff=timestep:850`.
-    """
-    if isinstance(spec, Plan):
-        if spec.grid != grid:
-            raise InputError(
-                f"plan {spec.name!r} was made for another time grid of {len(spec)} steps; make it"
-                " for this one."
-            )
-        return spec
-    spec = str(spec).strip()
-    if ":" in spec.split("=")[0]:
-        return segments(grid, _parse_segments(spec, len(grid)))
-    name, _, value = spec.partition("=")
-    choose("plan", name, PLANS)
-    if name == "reference" and not value:
-        return reference(grid, gamma_w)
-    if name == "auto":
-        return auto(grid, _number(value, "auto's tolerance") if value else 0.02, gamma_w)
-    if name == "handoff":
-        at, *options = value.split(",")
-        if not at:
-            raise InputError(
-                "handoff needs where: handoff=0.3 (fraction of steps), handoff=850 (timestep),"
-                " handoff=sigma:0.9."
-            )
-        bridge: int | None = None
-        for option in options:
-            key, _, number = option.partition("=")
-            choose("handoff option", key.strip(), ("bridge",))
-            steps = _number(number, "bridge")
-            if steps != int(steps):
-                raise InputError(f"bridge is {number!r}; expected a whole number of steps.")
-            bridge = int(steps)
-        unit, _, number = at.rpartition(":")
-        at_value = _number(number, "the handoff")
-        return handoff(grid, at_value, unit or ("fraction" if at_value < 1 else "timestep"), bridge)
-    if value:
-        raise InputError(f"plan {name!r} takes no value; got {spec!r}.")
-    return segments(grid, [Segment(name, len(grid))], name)
+    warn_old("nexus_rt.plan.parse_plan", "nexus_rt.plan_text.parse_plan")
+    return plan_text.parse_plan

@@ -24,12 +24,14 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "size": str,
     "frames": int,
     "negative": str,
+    "rewrite": str,
 }
 
 
 @dataclass(frozen=True)
 class Item:
-    """One clip to make. seed, size (width, height), frames None: the run's own."""
+    """One clip to make. seed, size (width, height), frames and rewrite (the large generator's text)
+    None: the run's own."""
 
     id: str
     prompt: str
@@ -37,6 +39,7 @@ class Item:
     size: tuple[int, int] | None = None
     frames: int | None = None
     negative: str | None = None
+    rewrite: str | None = None
 
     def clip_size(self, run: ClipSize) -> ClipSize:
         """The clip's size, from the run's where it has none of its own."""
@@ -50,7 +53,8 @@ def read_prompts(path: str | Path) -> list[Item]:
     A `.txt` file has a prompt a line (empty lines and those that begin with # are left out) and
     names them by their place; `.json` is an array of objects (or of strings), or VR-Bench's object
     of categories; `.jsonl` an object a line. A folder is read as all its `.json` files. An object's
-    fields are prompt, and if wanted id, seed, size ("832x480"), frames, negative.
+    fields are prompt, and if wanted id, seed, size ("832x480"), frames, negative, rewrite (the
+    large generator's text).
 
     Raises:
         InputError: no such file, one that breaks this (with the place and what was expected), no
@@ -235,6 +239,8 @@ def _item(row: Any, where: str, index: int) -> Item:
         raise InputError(
             f"{where} sets an unknown {cut(repr(unknown[0]), 80)}; expected {', '.join(FIELDS)}."
         )
+    if row.get("rewrite") is not None and not row["rewrite"].strip():
+        raise InputError(f"{where}.rewrite is empty; expected text, or none of it.")
     if not str(row.get("prompt") or "").strip():
         raise InputError(f"{where}.prompt is {cut(repr(row.get('prompt')), 80)}; expected text.")
     name = check_name(row.get("id", f"{index:04}"), where)
@@ -245,11 +251,19 @@ def _item(row: Any, where: str, index: int) -> Item:
     if row.get("size") is not None:
         try:
             size = parse_sides(row["size"])
+            if not all(0 < side < 100_000 for side in size):
+                raise InputError("no side")
         except InputError:
             raise InputError(
                 f"{where}.size is {cut(repr(row['size']), 80)}; expected WIDTHxHEIGHT, such as"
                 " 832x480."
             ) from None
     return Item(
-        name, row["prompt"].strip(), row.get("seed"), size, row.get("frames"), row.get("negative")
+        name,
+        row["prompt"].strip(),
+        row.get("seed"),
+        size,
+        row.get("frames"),
+        row.get("negative"),
+        row.get("rewrite"),
     )

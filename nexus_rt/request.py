@@ -14,7 +14,8 @@ from torch import Tensor
 from nexus_rt.errors import InputError, choose, cut
 from nexus_rt.guidance import Guidance
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
-from nexus_rt.plan import GAMMA_W, Plan, parse_plan
+from nexus_rt.plan import GAMMA_W, Plan
+from nexus_rt.plan_text import has_clocks, parse_plan, scaled
 from nexus_rt.prompts import MAX_FRAMES
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import SOLVERS, time_grid
@@ -24,12 +25,14 @@ OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 CALLBACK_TENSORS = (
     "latents",
     "prompt_embeds",
+    "prompt_embeds_2",
     "negative_prompt_embeds",
     "context_embeds",
     "negative_context_embeds",
 )
 MAX_STEPS, MAX_SHIFT, MAX_GUIDANCE, MAX_VIDEOS, MAX_PROMPT = 100_000, 1000.0, 1000.0, 256, 100_000
 MAX_SIDE = 16_384
+TIMEOUT = 60.0  # seconds for rewriting all prompts of a call
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
@@ -79,6 +82,7 @@ class GenerationRequest:
 
     published: the published scripts' numerics (float64 timesteps, float32 residual stream, pixels
         by truncation).
+    reuse_parity: compute reused steps as well, and report their errors.
     """
 
     size: ClipSize
@@ -89,6 +93,7 @@ class GenerationRequest:
     output_type: str
     videos_per_prompt: int = 1
     published: bool = False
+    reuse_parity: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,10 @@ class CallInputs:
     """What a call computes from: prompts or embeddings, noise, and the callback. Shapes are checked
     against the request later.
 
-    embeds: the two texts and the two contexts under the call's own names, None for those to be made
-        of the prompt.
+    embeds: the texts and the two contexts under the call's own names, None for those to be made of
+        the prompt.
+    rewrite, rewrite_timeout: what the large generator reads instead of the prompt, and the seconds
+        for finding it (`nexus_rt.rewriting`).
     tensors: names of what the callback is given.
     """
 
@@ -109,8 +116,11 @@ class CallInputs:
     callback: Callable[..., Any] | None
     tensors: Sequence[str]
     max_sequence_length: int
+    rewrite: Any = None
+    rewrite_timeout: float = TIMEOUT
 
     def __post_init__(self) -> None:
+        number("rewrite_timeout", self.rewrite_timeout, 1e-3, 1e6)
         check_callback(self.callback, self.tensors)
 
 
@@ -174,8 +184,24 @@ def make_plan(
                 f"gamma_w shapes the gate, and plan {cut(words, 80)!r} has none; use 'reference' or"
                 " 'auto'."
             )
+    if has_clocks(words) and num_inference_steps is not None:
+        words = _with_steps(words, steps, own_plan=plan is None)
     grid = time_grid(steps, scale, float64_timesteps=published)
     return parse_plan(words, grid, GAMMA_W if gamma_w is None else gamma_w).with_energy(energy)
+
+
+def _with_steps(words: str, steps: int, own_plan: bool) -> str:
+    """A plan with clocks where a number of steps is asked for too: the pair's own plan is scaled to
+    it, a plan that was given must have it."""
+    if own_plan:
+        return scaled(words, steps)
+    total = len(parse_plan(words, time_grid(1)))
+    if total != steps:
+        raise InputError(
+            f"num_inference_steps is {steps}, and plan {cut(words, 80)!r} says each generator's"
+            f" steps, {total} in all; leave one of the two out."
+        )
+    return words
 
 
 def make_guidance(
@@ -213,6 +239,7 @@ def make_request(
     output_type: str,
     num_videos_per_prompt: int,
     published: bool,
+    reuse_parity: bool = False,
 ) -> GenerationRequest:
     """A call's arguments against a pair's `Defaults`.
 
@@ -245,6 +272,7 @@ def make_request(
         output_type,
         whole("num_videos_per_prompt", num_videos_per_prompt, 1, MAX_VIDEOS),
         published,
+        bool(reuse_parity),
     )
 
 
@@ -321,7 +349,7 @@ def check_embeddings(given: dict[str, Tensor | None]) -> None:
     """Raise unless embeddings are [B, L, D] and a negative one is like its positive (NaN is the
     first step's to name).
 
-    given: under the call's own names, the two texts and the two contexts.
+    given: under the call's own names, the texts and the two contexts.
     """
     for name, value in given.items():
         if value is None:
@@ -348,6 +376,12 @@ def check_embeddings(given: dict[str, Tensor | None]) -> None:
                 f" {list(positive.shape)}; expected the same: one for each video, padded to one"
                 " length."
             )
+    second, first = given.get("prompt_embeds_2"), given.get("prompt_embeds")
+    if second is not None and first is not None and second.shape != first.shape:
+        raise InputError(
+            f"prompt_embeds_2 has shape {list(second.shape)} and prompt_embeds {list(first.shape)};"
+            " expected the same: the large generator's text for the same prompts."
+        )
     text, context = given.get("prompt_embeds"), given.get("context_embeds")
     if text is not None and context is not None and len(text) != len(context):
         raise InputError(
@@ -380,7 +414,7 @@ def check_prompts(
             )
         return len(embeds)
     count = len(prompt_lists(prompt, negative)[0])
-    for name in ("negative_prompt_embeds", "context_embeds"):
+    for name in ("negative_prompt_embeds", "context_embeds", "prompt_embeds_2"):
         if (value := given[name]) is not None and len(value) != count:
             raise InputError(
                 f"{name} are for {len(value)} prompts of {count}; expected one for each."

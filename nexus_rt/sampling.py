@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from nexus_rt.block_ops import choose_ops
@@ -11,8 +12,10 @@ from nexus_rt.engines.fused_step import StepEngine
 from nexus_rt.engines.protocol import Engine
 from nexus_rt.errors import Cancelled
 from nexus_rt.guidance import GUIDANCE_SCALE, Guidance
+from nexus_rt.latents import renoise
 from nexus_rt.memory.residency import Residency
 from nexus_rt.plan import Plan, Step
+from nexus_rt.reuse import ReuseError
 from nexus_rt.solver import make_solver
 from nexus_rt.step_runners import Change, FiniteCheck, Prompt, make_runner
 from nexus_rt.tracing import span
@@ -32,6 +35,8 @@ def denoise(
     kernels: str = "auto",
     residency: Residency | None = None,
     step_engine: StepEngine | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    reuse_errors: list[ReuseError] | None = None,
     on_step: Callable[[Step, Tensor], Tensor | Change | None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     should_finish: Callable[[], bool] | None = None,
@@ -51,6 +56,9 @@ def denoise(
             run, or load first.
         step_engine: both generators, guidance and blend in one graph, for the steps it can take
             (`FusedStep`).
+        generator: draws the noise of a plan that re-noises.
+        reuse_errors: gets the error of every step at which a generator is reused, which is then
+            computed as well (`nexus_rt.reuse`).
         on_step: called after every step with it and the new latents; may return latents to go on
             with, or a `Change`.
         should_stop, should_finish: asked before every step; the first ends in `Cancelled`, the
@@ -68,7 +76,7 @@ def denoise(
     guidance = Guidance.of(guidance_scale, guidance_scale_2)
     fused = choose_ops(kernels, latents.device).name == "triton"
     runner = make_runner(
-        plan, engines, prompts, guidance, blend_config, latents, fused, step_engine
+        plan, engines, prompts, guidance, blend_config, latents, fused, step_engine, reuse_errors
     )
     solve, finite = make_solver(solver, plan.grid, fused), FiniteCheck(runner.generators)
     latents = latents.float()
@@ -81,6 +89,8 @@ def denoise(
             break
         if residency is not None:
             residency.enter(step.index)
+        if step.renoise:
+            latents = renoise(latents, step.sigma, generator)
         # of the plan's generators, guided and blended
         velocity = runner.velocity(latents, step, finite)
         with span("solver", step=step.index):

@@ -68,9 +68,9 @@ class ClipSize(NamedTuple):
 
 
 def _numbers(text: str, count: int) -> tuple[int, ...]:
-    """Positive numbers with an x between, as many as `count`; () for anything else."""
+    """Numbers with an x between, as many as `count`; () for anything else."""
     words = text.strip().lower().split("x")
-    if len(words) != count or not all(re.fullmatch(r"[1-9][0-9]{0,4}", word) for word in words):
+    if len(words) != count or not all(re.fullmatch(r"[0-9]{1,9}", word) for word in words):
         return ()
     return tuple(map(int, words))
 
@@ -79,7 +79,7 @@ def parse_sides(text: str) -> tuple[int, int]:
     """ "832x480": width and height in pixels.
 
     Raises:
-        InputError: not two positive numbers.
+        InputError: not two numbers.
     """
     match _numbers(text, 2):
         case (width, height):

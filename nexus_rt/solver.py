@@ -8,7 +8,9 @@ a step is a few scaled additions (in one Triton launch where that is asked for).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
@@ -21,14 +23,92 @@ TRAIN_STEPS = 1000
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """sigmas: n+1 noise levels, the last 0. timesteps: n integers 999..0, the generators'
-    input."""
+    """The noise levels that a call walks.
+
+    sigmas: n+1 noise levels, the last 0. timesteps: n integers 999..0, the generators' input.
+    shift: what the sigmas were shifted by; None where they come from elsewhere.
+    restarts: steps that begin on re-noised latents: the step before ends at sigma 0, and the solver
+        begins anew.
+    """
 
     sigmas: tuple[float, ...]
     timesteps: tuple[int, ...]
+    shift: float | None = field(default=None, compare=False)
+    restarts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def legs(self) -> list[TimeGrid]:
+        """The grids between restarts, each from its first sigma to 0."""
+        edges = [0, *self.restarts, len(self)]
+        return [
+            TimeGrid((*self.sigmas[a:b], 0.0), self.timesteps[a:b], self.shift)
+            for a, b in pairwise(edges)
+        ]
+
+
+FIRST = 1 - 1 / TRAIN_STEPS  # u at the first step: sigma = shift u / (1 + (shift-1) u)
+
+
+def check_shift(shift: float) -> None:
+    """Raise an `InputError` unless a schedule can be shifted by this."""
+    if not (shift > 0 and math.isfinite(shift)):
+        raise InputError(f"shift is {shift}; expected a positive number, such as 5.0.")
+
+
+def clock_grid(
+    clocks: Sequence[tuple[int, int]], shift: float, renoise: Mapping[int, float] | None = None
+) -> TimeGrid:
+    """A grid on which each generator has its own number of steps.
+
+    A clock (k, n) walks k of n equal steps in u from where the one before stopped towards 0, the
+    first from `FIRST`: `u_j = u (1 - j/n)`, `sigma = shift u / (1 + (shift-1) u)`. The sigmas go on
+    across the seam, so a multistep solver keeps its history.
+
+    Args:
+        clocks: (steps walked, steps of the whole clock) in order; the last walks all of its own.
+        renoise: clock index -> sigma: that clock begins at this sigma on re-noised latents, and the
+            one before it ends at 0.
+
+    Raises:
+        InputError: a clock that walks more steps than it has, or does not end at 0 where it must; a
+            sigma outside (0, 1).
+    """
+    check_shift(shift)
+    renoise = renoise or {}
+    levels: list[float] = []
+    u, restarts = FIRST, []
+    for i, (walked, steps) in enumerate(clocks):
+        if not 1 <= walked <= steps:
+            raise InputError(f"a clock of {steps} steps cannot walk {walked} of them.")
+        last = i + 1 == len(clocks) or i + 1 in renoise
+        if last and walked < steps:
+            raise InputError(
+                f"the last segment walks {walked} of the {steps} steps of its clock, which leaves"
+                f" noise in the clip; let it walk all of them, as in large:{steps}."
+            )
+        if not last and walked == steps:
+            raise InputError(
+                f"a clock of {steps} steps that walks all of them leaves no noise for the next"
+                " generator; write how many it has in all, as in small:4/10, or re-noise between"
+                " (renoise=0.75)."
+            )
+        if i in renoise:
+            sigma = renoise[i]
+            if not 0 < sigma < 1 or i == 0:
+                raise InputError(
+                    f"renoise={sigma:g} stands between two segments and is a sigma between 0 and 1,"
+                    " such as renoise=0.75."
+                )
+            u = sigma / (shift - (shift - 1) * sigma)
+            restarts.append(len(levels))
+        levels += [u * (1 - j / steps) for j in range(walked)]
+        u *= 1 - walked / steps
+    exact = np.array(levels)
+    sigmas = (shift * exact / (1 + (shift - 1) * exact)).astype(np.float32)
+    timesteps = (sigmas * np.float32(TRAIN_STEPS)).astype(np.int64)
+    return TimeGrid((*map(float, sigmas), 0.0), tuple(map(int, timesteps)), shift, tuple(restarts))
 
 
 def time_grid(steps: int, shift: float = 5.0, float64_timesteps: bool = False) -> TimeGrid:
@@ -47,10 +127,8 @@ def time_grid(steps: int, shift: float = 5.0, float64_timesteps: bool = False) -
     """
     if isinstance(steps, bool) or int(steps) != steps or steps < 1:
         raise InputError(f"num_inference_steps is {steps}; expected a whole number of at least 1.")
-    if not (shift > 0 and math.isfinite(shift)):
-        raise InputError(f"shift is {shift}; expected a positive number, such as 5.0.")
-    first = 1 - 1 / TRAIN_STEPS
-    s = np.linspace(float(np.float32(first)) if float64_timesteps else first, 0, int(steps) + 1)[
+    check_shift(shift)
+    s = np.linspace(float(np.float32(FIRST)) if float64_timesteps else FIRST, 0, int(steps) + 1)[
         :-1
     ]
     exact = shift * s / (1 + (shift - 1) * s)
@@ -58,7 +136,7 @@ def time_grid(steps: int, shift: float = 5.0, float64_timesteps: bool = False) -
     timesteps = (
         exact * TRAIN_STEPS if float64_timesteps else sigmas * np.float32(TRAIN_STEPS)
     ).astype(np.int64)
-    return TimeGrid((*map(float, sigmas), 0.0), tuple(map(int, timesteps)))
+    return TimeGrid((*map(float, sigmas), 0.0), tuple(map(int, timesteps)), float(shift))
 
 
 @dataclass(frozen=True)
@@ -206,4 +284,5 @@ class Solver:
 
 def make_solver(name: str, grid: TimeGrid, fused: bool = False) -> Solver:
     """A fresh solver for one generation: "unipc" or "euler"."""
-    return Solver(SOLVERS[choose("solver", name, SOLVERS)](grid), fused)
+    table = SOLVERS[choose("solver", name, SOLVERS)]
+    return Solver([step for leg in grid.legs() for step in table(leg)], fused)

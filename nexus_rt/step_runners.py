@@ -15,7 +15,8 @@ from nexus_rt.engines.fused_step import StepEngine
 from nexus_rt.engines.protocol import Diagnosable, Engine
 from nexus_rt.errors import InputError, NumericsError
 from nexus_rt.guidance import Guidance
-from nexus_rt.plan import Plan, Step
+from nexus_rt.plan import DIFFERENCE, VELOCITY, Plan, Step
+from nexus_rt.reuse import Reused, ReuseError
 from nexus_rt.tracing import span
 from nexus_rt.upfb import BlendConfig, combine, is_separable, step_inputs
 from nexus_rt.velocity import Prediction, Velocity
@@ -106,22 +107,22 @@ class Generator:
         """The guidance scale at a step; 1 is none."""
         return self.guidance.at(step, self.name)
 
-    def context(self, step: Step) -> Any:
-        """The prepared prompt that a step runs with."""
-        guided = self.scale(step) != 1.0
+    def context(self, step: Step, guided: bool | None = None) -> Any:
+        """The prepared prompt that a step runs with; guided None: as its scale says."""
+        guided = self.scale(step) != 1.0 if guided is None else guided
         if guided not in self.contexts:
             assert self.engine is not None  # `make_runner` has refused a plan without it
             with span("prepare", generator=self.name):
                 self.contexts[guided] = self.engine.prepare(self.prompt.batch(guided))
         return self.contexts[guided]
 
-    def predict(self, latents: Tensor, step: Step) -> Tensor:
+    def predict(self, latents: Tensor, step: Step, guided: bool | None = None) -> Tensor:
         """The engine's raw prediction: [B, ...], or [2 B, ...] where the step is guided,
-        unconditional samples last."""
+        unconditional samples last. guided False: the conditional one alone."""
         assert self.engine is not None
         timestep, context = (
             torch.tensor(float(step.timestep), device=latents.device),
-            self.context(step),
+            self.context(step, guided),
         )
         with span(self.name, step=step.index):
             return self.engine.velocity(latents, timestep, context)
@@ -131,9 +132,19 @@ class SeparateGenerators:
     """Each generator that a step runs by itself, then the blend."""
 
     def __init__(
-        self, plan: Plan, generators: Mapping[str, Generator], config: BlendConfig, fused: bool
+        self,
+        plan: Plan,
+        generators: Mapping[str, Generator],
+        config: BlendConfig,
+        fused: bool,
+        errors: list[ReuseError] | None = None,
     ) -> None:
         self.plan, self.generators, self.config, self.fused = plan, generators, config, fused
+        self.reused = {
+            name: Reused(generator, errors)
+            for name, generator in generators.items()
+            if any(step.reuses(name) for step in plan.steps)
+        }
 
     def running(self, step: Step) -> list[Generator]:
         """The generators of a step, in the order small, large."""
@@ -142,15 +153,21 @@ class SeparateGenerators:
     def prepare(self, step: Step) -> None:
         """Prepare the prompts that a step runs with."""
         for generator in self.running(step):
-            generator.context(step)
+            compute = step.compute(generator.name)
+            if compute != VELOCITY:
+                generator.context(step, False if compute == DIFFERENCE else None)
 
     def velocity(self, latents: Tensor, step: Step, finite: FiniteCheck) -> Velocity:
         """A step's velocity: guided where its generators are, blended where it blends."""
         predictions: dict[str, Prediction] = {}
         for generator in self.running(step):
+            name = generator.name
+            if name in self.reused:
+                predictions[name] = self.reused[name].predict(latents, step, finite)
+                continue
             raw = generator.predict(latents, step)
-            finite.add(raw, generator.name, step)
-            predictions[generator.name] = Prediction.of(raw, generator.scale(step))
+            finite.add(raw, name, step)
+            predictions[name] = Prediction.of(raw, generator.scale(step))
         if not step.blended:
             (lone,) = predictions.values()
             return Velocity(lone)
@@ -250,8 +267,10 @@ def make_runner(
     latents: Tensor,
     fused: bool,
     step_engine: StepEngine | None,
+    errors: list[ReuseError] | None = None,
 ) -> Runner:
-    """What runs a plan's steps.
+    """What runs a plan's steps. errors: where those of reused steps are added, by computing them as
+    well.
 
     Raises:
         InputError: a generator that the plan runs has no engine, no prompt, or no negative prompt
@@ -268,7 +287,7 @@ def make_runner(
                 f"the {name} generator is guided (scale {max(s for s in scales if s != 1.0):g}) but"
                 " has no negative prompt embeddings; pass them, or a guidance_scale of 1."
             )
-    separate = SeparateGenerators(plan, generators, config, fused)
+    separate = SeparateGenerators(plan, generators, config, fused, errors)
     whole = None if step_engine is None else FusedStep(step_engine, generators, config, latents)
     runner = Runner(plan, separate, whole)
     for step in plan.steps:

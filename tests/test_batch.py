@@ -361,8 +361,8 @@ def test_prompts_are_read_together(tiny_pipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tiny_pipe, "encode_prompt", encode)
     part = [(Item(str(i), " ".join(["red"] * (1 + 3 * i))), {"frames": 5}) for i in range(9)]
-    told = batch._encoded(tiny_pipe, part)
-    alone = batch._encoded(tiny_pipe, part[2:3])
+    told = batch._encoded(tiny_pipe, part, Job(tmp_path))
+    alone = batch._encoded(tiny_pipe, part[2:3], Job(tmp_path))
     assert calls == [9, 1] and torch.allclose(
         told[2]["prompt_embeds"], alone[0]["prompt_embeds"], atol=1e-5
     )

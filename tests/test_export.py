@@ -132,7 +132,7 @@ def test_what_an_engine_is_made_of_and_for_is_its_name(quick, tiny_pair, own_pai
 
 
 def swapped_weights(monkeypatch, tiny_pair):
-    right = components.load.load_transformer
+    right = components.transformer.load_transformer
 
     def load(folder, dtype, device, *rest, **named):
         model = right(folder, dtype, device, *rest, **named)
@@ -141,7 +141,7 @@ def swapped_weights(monkeypatch, tiny_pair):
                 p.data = p.data.flip(0)
         return model
 
-    monkeypatch.setattr(components.load, "load_transformer", load)
+    monkeypatch.setattr(components.transformer, "load_transformer", load)
 
 
 def wrong_rope(monkeypatch, tiny_pair):

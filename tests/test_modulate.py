@@ -57,8 +57,10 @@ def test_it_is_the_formula(shape, dtype, mode, per_sample):
     assert total.dtype == out.dtype == dtype and out.shape == shape
     eager = modulate_ref(x, scale, shift, 1e-6, **extra)
     for got, ref, wanted in ((total, eager[0], want_total), (out, eager[1], want)):
+        # Eager may round exactly; a product rounded before its sum may fall to the next number.
         allowed = 2 * (ref.double() - wanted).abs().max() + 1e-5
-        assert torch.isfinite(got).all() and (got.double() - wanted).abs().max() <= allowed
+        allowed = allowed + torch.finfo(dtype).eps * wanted.abs()
+        assert torch.isfinite(got).all() and ((got.double() - wanted).abs() <= allowed).all()
 
 
 def test_a_gate_a_sample_beside_one_scale_for_all():

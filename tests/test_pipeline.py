@@ -16,7 +16,7 @@ from nexus_rt import (
     NexusPipeline,
     NumericsError,
 )
-from nexus_rt.plan import parse_plan
+from nexus_rt.plan_text import parse_plan
 from nexus_rt.sampling import denoise
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from nexus_rt import plan as plans
 from nexus_rt.errors import InputError
-from nexus_rt.plan import Segment, StepCosts, gate, parse_plan
+from nexus_rt.plan import Segment, StepCosts, gate
+from nexus_rt.plan_text import parse_plan
 from nexus_rt.solver import time_grid
 
 COSTS = StepCosts(

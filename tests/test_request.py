@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nexus_rt import BlendConfig, Cancelled, InputError, NexusPipeline, time_grid
 from nexus_rt.loading.pair_folder import Defaults
 from nexus_rt.loading.transformer import load_transformer
-from nexus_rt.plan import parse_plan
+from nexus_rt.plan_text import parse_plan
 from nexus_rt.request import PUBLISHED, make_plan, make_request
 from nexus_rt.sampling import denoise
 from nexus_rt.step_runners import Prompt

@@ -17,7 +17,7 @@ from nexus_rt.memory.residency import (
     parse_bytes,
     plan_residency,
 )
-from nexus_rt.plan import parse_plan
+from nexus_rt.plan_text import parse_plan
 from nexus_rt.sampling import denoise
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nexus_rt.errors import Cancelled, InputError, NumericsError
-from nexus_rt.plan import parse_plan
+from nexus_rt.plan_text import parse_plan
 from nexus_rt.sampling import denoise
 from nexus_rt.solver import make_solver, time_grid
 from nexus_rt.step_runners import FiniteCheck, Prompt

@@ -48,9 +48,9 @@ from training.train_dit import (
     export,
     flow_loss,
 )
-from training.train_lm import IMAGE, VIDEO, sample_prompt, tokenize
+from training.train_lm import CHAT, IMAGE, VIDEO, sample_prompt, tokenize
 
-TEMPLATE = Template(VIDEO, IMAGE)
+TEMPLATE = Template(VIDEO, IMAGE, chat=CHAT.partition(" {answer}")[0])
 CONFIG = ConnectorConfig(
     llm_hidden_size=128,
     vision_dim=128,

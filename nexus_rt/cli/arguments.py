@@ -187,6 +187,33 @@ def walk() -> argparse.ArgumentParser:
     return parent
 
 
+def rewriting() -> argparse.ArgumentParser:
+    """What the large generator reads."""
+    parent = argparse.ArgumentParser(add_help=False)
+    group = parent.add_argument_group("rewriting (what the large generator reads)")
+    group.add_argument(
+        "--rewrite",
+        metavar="TEXT",
+        help=(
+            "auto (the understanding model's answer) | off | a text of your own (default: the"
+            " pair's)"
+        ),
+    )
+    group.add_argument(
+        "--rewriter",
+        metavar="DIR|URL",
+        help="rewrite by a chat model's folder, or an OpenAI-compatible endpoint (http://HOST/v1)",
+    )
+    group.add_argument("--rewriter-model", metavar="NAME", help="model name at the --rewriter URL")
+    group.add_argument(
+        "--rewrite-timeout",
+        type=float,
+        metavar="S",
+        help="seconds for rewriting, after which the prompt is kept (default: 60)",
+    )
+    return parent
+
+
 def clips() -> argparse.ArgumentParser:
     """A list of prompts and the folder of their clips."""
     parent = argparse.ArgumentParser(add_help=False)

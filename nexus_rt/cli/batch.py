@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from nexus_rt.cli.arguments import clips, models, running, walk
+from nexus_rt.cli.arguments import clips, models, rewriting, running, walk
 from nexus_rt.cli.pipeline import call_options, check_device, model_words, quiet_pipeline
 
 
@@ -13,7 +13,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     """The command's parser."""
     commands.add_parser(
         "batch",
-        parents=[models(), running(), walk(), clips()],
+        parents=[models(), running(), walk(), rewriting(), clips()],
         help="turn a list of prompts into a folder of videos",
     )
 

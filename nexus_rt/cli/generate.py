@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-from nexus_rt.cli.arguments import FPS_HELP, SEED_HELP, models, running, walk
+from nexus_rt.cli.arguments import FPS_HELP, SEED_HELP, models, rewriting, running, walk
 from nexus_rt.cli.pipeline import call_options, check_device, make_pipeline, model_words
 from nexus_rt.errors import InputError, NexusError
+
+if TYPE_CHECKING:
+    from nexus_rt.reuse import ReuseError
+    from nexus_rt.rewriting import Rewriting
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """The command's parser."""
     generate = commands.add_parser(
-        "generate", parents=[models(), running(), walk()], help="turn a prompt into a video"
+        "generate",
+        parents=[models(), running(), walk(), rewriting()],
+        help="turn a prompt into a video",
     )
     generate.add_argument(
         "prompt",
@@ -29,6 +36,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--negative", default="", metavar="PROMPT", help="what not to show")
     generate.add_argument("--seed", type=int, default=0, help=SEED_HELP)
     generate.add_argument("--fps", default="16", help=FPS_HELP)
+    generate.add_argument(
+        "--reuse-parity",
+        action="store_true",
+        help="compute what the plan reuses as well, and print the error of every reused step",
+    )
     generate.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -51,11 +63,21 @@ def run(args: argparse.Namespace) -> int:
     pipe = make_pipeline(args)
     pipe.set_progress_bar_config(disable=args.quiet or None)
     noise = torch.Generator("cpu").manual_seed(seed)
-    latents = pipe(args.prompt, args.negative, generator=noise, output_type="latent", **options)
+    latents = pipe(
+        args.prompt,
+        args.negative,
+        generator=noise,
+        output_type="latent",
+        reuse_parity=args.reuse_parity,
+        **options,
+    )
+    _say_rewriting(latents.rewriting)
     frames = pipe.decode(latents.frames, "np", rescue=output.parent)
     made = made_with(
         args.prompt, args.negative, seed, latents.plan.name, options, model_words(args)
     )
+    if latents.rewriting is not None:
+        made["rewritten"] = latents.rewriting.texts[0]
     try:
         save_video(frames[0], output, args.fps, made, truncate=args.as_published)
     except InputError as error:
@@ -64,9 +86,31 @@ def run(args: argparse.Namespace) -> int:
         raise NexusError(
             f"{error} The latents are saved in {kept}; decode them again with `nexus-rt decode`."
         ) from error
+    if latents.reuse_errors is not None:
+        _say_errors(latents.reuse_errors)
     if not args.quiet:
         print(
             f"{output}: {frames.shape[1]} frames of {frames.shape[3]}x{frames.shape[2]}, plan"
             f" {latents.plan.name}"
         )
     return 0
+
+
+def _say_rewriting(rewriting: Rewriting | None) -> None:
+    """What the large generator reads, or why it reads the prompt."""
+    if rewriting is None:
+        return
+    if reason := rewriting.failures.get(0):
+        print(
+            f"nexus-rt: rewriting failed ({reason}); the large generator reads the prompt itself.",
+            file=sys.stderr,
+        )
+    else:
+        print(f"rewritten for the large generator: {rewriting.texts[0]}", file=sys.stderr)
+
+
+def _say_errors(errors: list[ReuseError]) -> None:
+    """A row for every reused step."""
+    print(f"{'step':>4} {'generator':9} {'reused':10} {'error':>8}")
+    for e in errors:
+        print(f"{e.step:4d} {e.generator:9} {e.reused:10} {100 * e.error:7.2f}%")

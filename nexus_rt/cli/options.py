@@ -119,6 +119,18 @@ TABLE = (
         "is not as published; leave it or --as-published out",
         ("energy", "split", "lowpass", "rho_min", "rho_max", "order"),
     ),
+    Rule(
+        ("generate", "batch", "vrbench"),
+        "rewriter",
+        "says who rewrites, and --rewrite what is read; leave one of the two out",
+        ("rewrite",),
+    ),
+    Rule(
+        ("generate", "batch", "vrbench"),
+        "rewriter_model",
+        "goes with --rewriter URL",
+        needs="rewriter",
+    ),
     *_backend("sm", "tensorrt-rtx"),
     *_backend("opset", "onnx", "tensorrt", "tensorrt-rtx"),
     *_backend("weight_streaming", "tensorrt", "tensorrt-rtx"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nexus_rt.cli.arguments import BLEND_NUMBERS
 from nexus_rt.errors import InputError
@@ -145,7 +145,32 @@ def call_options(args: argparse.Namespace) -> dict:
                 f"{name} has {value}; expected positive numbers, such as --size 832x480"
                 " --frames 81."
             )
-    return {**options, "as_published": args.as_published}
+    return {**options, **rewrite_options(args), "as_published": args.as_published}
+
+
+def rewrite_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments say of rewriting, as the pipeline's call takes it."""
+    from nexus_rt.request import TIMEOUT, number
+    from nexus_rt.rewriting import ChatRewriter, EndpointRewriter, check_rewrite
+
+    if args.rewrite is not None:
+        check_rewrite(args.rewrite, 1)
+    timeout = TIMEOUT if args.rewrite_timeout is None else args.rewrite_timeout
+    number("--rewrite-timeout", timeout, 1e-3, 1e6)
+    rewrite: Any = args.rewrite
+    if args.rewriter is not None and "://" in args.rewriter:
+        if not args.rewriter_model:
+            raise InputError(
+                "--rewriter is a URL; pass the model that it serves: --rewriter-model."
+            )
+        rewrite = EndpointRewriter(args.rewriter, args.rewriter_model, timeout=timeout)
+    elif args.rewriter is not None:
+        if args.rewriter_model:
+            raise InputError("--rewriter-model goes with a URL; --rewriter is a folder.")
+        rewrite = ChatRewriter(args.rewriter, device=args.device)
+    if rewrite is None:
+        return {}
+    return {"rewrite": rewrite, "rewrite_timeout": timeout}
 
 
 def check_device(name: str | None) -> None:

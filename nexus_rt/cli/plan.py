@@ -99,7 +99,7 @@ def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendC
 
 def _print_totals(plan: Plan, costs: StepCosts, guidance: Guidance) -> None:
     """The plan's forwards and price, and those of the published schedule over the same steps."""
-    from nexus_rt.plan import parse_plan
+    from nexus_rt.plan_text import parse_plan
 
     totals = []
     for each in (plan, parse_plan("reference", plan.grid)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nexus_rt.cli.arguments import DTYPES, clips, models, running, walk
+from nexus_rt.cli.arguments import DTYPES, clips, models, rewriting, running, walk
 from nexus_rt.cli.batch import run_batch
 
 
@@ -16,7 +16,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     actions = vrbench.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser(
         "generate",
-        parents=[models(), running(), walk(), clips()],
+        parents=[models(), running(), walk(), rewriting(), clips()],
         help="make the clips: as batch, of VR-Bench's prompt files",
     )
     judge = actions.add_parser(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_rt import documents
-from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.errors import InputError, ModelError, choose, cut
 from nexus_rt.guidance import GUIDANCE_SCALE
 from nexus_rt.latents import LatentGrid
 from nexus_rt.loading import transformer
@@ -46,6 +46,7 @@ class Defaults:
     guidance_scale_2: float | None = None  # of the large generator; None: the same
     shift: float = 5.0
     plan: str = "handoff=0.3"
+    rewrite: str | None = None  # "auto": the large generator reads the understanding model's answer
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,9 @@ def _pair_defaults(root: Path) -> Defaults:
             output_type="np",
             num_videos_per_prompt=1,
             published=False,
+            reuse_parity=False,
         )
+        choose("rewrite", defaults.rewrite or "off", ("auto", "off"))
         LatentGrid(1, 1, (1, 1, 1)).check(ClipSize.of_defaults(defaults))
     except InputError as error:
         raise ModelError(f"{where} sets a default that no call can use: {error}") from error

@@ -1,14 +1,15 @@
 """A Llama language model without its head, under transformers' parameter names: the understanding
 model of the published checkpoints and of the miniature pair.
 
-Read for its hidden states alone, so it has no cache. Written here because importing transformers'
-models takes longer than a small clip; agrees with `transformers.LlamaModel`. Other architectures,
-and quantised ones, are transformers' own.
+Read for its hidden states, and for short greedy answers. Written here because importing
+transformers' models takes longer than a small clip; agrees with
+`transformers.LlamaModel`. Other architectures, and quantised ones, are transformers' own.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ class LlamaConfig(msgspec.Struct, frozen=True):
     rope_theta: float = 10000.0
     rope_parameters: dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self)
@@ -151,13 +153,26 @@ class Attention(nn.Module):
             self.heads * self.width, config.hidden_size, bias=config.attention_bias
         )
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """x [B, L, D], cosines and sines [L, width], mask [B, 1, L, L] of bool -> [B, L, D]."""
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor,
+        cache: list[Tensor] | None = None,
+    ) -> Tensor:
+        """x [B, L, D], cosines and sines [L, width], mask [B, 1, L, L + P] of bool -> [B, L, D].
+
+        cache: keys and values of P earlier tokens (empty before the first), which gets these.
+        """
         q, k, v = (
             layer(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = (_rotate(t, *rope) for t in (q, k))
+        if cache is not None:
+            if cache:
+                k, v = (torch.cat(pair, 2) for pair in zip(cache, (k, v), strict=True))
+            cache[:] = [k, v]
         if self.kv_heads < self.heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
         return self.o_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
@@ -191,8 +206,14 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask)
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor,
+        cache: list[Tensor] | None = None,
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -207,18 +228,52 @@ class LlamaBackbone(nn.Module):
         self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        x, length = self.embed_tokens(ids), ids.shape[1]
+    def forward(self, ids: Tensor, mask: Tensor, cache: list[list[Tensor]] | None = None) -> Tensor:
+        """cache: a list for each layer, empty before the first call; mask then covers the earlier
+        tokens too."""
+        x, length = self.embed_tokens(ids), mask.shape[1]
+        earlier = length - ids.shape[1]
         angles = torch.outer(
-            torch.arange(length, device=ids.device).float(),
+            torch.arange(earlier, length, device=ids.device).float(),
             self.config.rope.frequencies(self.config.width, ids.device),
         )
         angles = torch.cat([angles, angles], -1)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-        for layer in self.layers:
-            x = layer(x, rope, causal & mask[:, None, None].bool())
+        causal = torch.ones(length - earlier, length, dtype=torch.bool, device=ids.device)
+        visible = causal.tril(earlier) & mask[:, None, None].bool()
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, visible, None if cache is None else cache[i])
         return self.norm(x)
+
+
+def greedy(
+    model: LlamaBackbone,
+    head: Tensor,
+    ids: list[int],
+    stop: set[int],
+    limit: int,
+    proceed: Callable[[], None] = lambda: None,
+) -> list[int]:
+    """Greedy continuation of token ids, without its stop token.
+
+    Args:
+        head: [vocabulary, D], the logits' weight.
+        limit: most new tokens.
+        proceed: called before every token; raises to end.
+    """
+    device, cache = head.device, [[] for _ in model.layers]  # type: ignore[var-annotated]
+    new: list[int] = []
+    row = torch.tensor([ids], device=device)
+    while len(new) < limit:
+        proceed()
+        mask = torch.ones(1, len(ids) + len(new), dtype=torch.long, device=device)
+        hidden = model(row, mask, cache)[0, -1]
+        token = int((head @ hidden).argmax())
+        if token in stop:
+            break
+        new.append(token)
+        row = torch.tensor([[token]], device=device)
+    return new
 
 
 def load_llama(

@@ -1,28 +1,46 @@
-"""The understanding model: any transformers language model, read for its last hidden states.
+"""The understanding model: any transformers language model, read for its last hidden states, and
+asked what a prompt means.
 
-It generates nothing. A prompt is set into a chat template that ends with a marker token
-(`[GEN_VID]`), and the hidden states of all its tokens go to the connector.
+A prompt is set into a chat template that ends with a marker token (`[GEN_VID]`), and the hidden
+states of all its tokens go to the connector. For rewriting (`nexus_rt.rewriting`) the prompt is set
+into `Template.chat` instead, and the model's own causal head answers greedily.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nexus_rt.documents import read_object
 from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.loading.checkpoint import find_tensors, read_tensors
 from nexus_rt.loading.pretrained import check_config, pretrained
 from nexus_rt.loading.source import folder_bytes, require_safetensors
 from nexus_rt.memory.offload import Lazy
-from nexus_rt.models.llama import LlamaBackbone, is_native, load_llama
+from nexus_rt.models.llama import LlamaBackbone, greedy, is_native, load_llama
 from nexus_rt.models.tokenizer import Tokenizer, load_tokenizer
 from nexus_rt.tracing import span
 
 SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content"
     " that the user provides, and assist the user with a variety of tasks using natural language."
+)
+REWRITE = (
+    "Say what the user's request shows as one plain description of a video: the things in it, how"
+    " they look and how they move. Work out what is only hinted at. Answer with the description"
+    " alone."
+)
+MAX_ANSWER = 256  # tokens
+ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>")  # of a turn, in the usual chat formats
+_CHAT = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n" + REWRITE + "<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
 )
 _LLAMA3 = (
     "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n" + SYSTEM + "<|eot_id|>"
@@ -38,22 +56,27 @@ def _llama3(kind: str, marker: str) -> str:
 @dataclass(frozen=True)
 class Template:
     """What a prompt is set into, `{prompt}` marking its place; by default Omni-Video's, in Llama
-    3's chat format."""
+    3's chat format. chat: what it is set into to be answered in words."""
 
     video: str = _llama3("a video", "[GEN_VID]")
     image: str = _llama3("an image", "[GEN_IMG]")  # for a single frame
     video_marker: str = "[GEN_VID]"
     image_marker: str = "[GEN_IMG]"
+    chat: str = _CHAT
 
     def __post_init__(self) -> None:
-        for name, marker in (("video", self.video_marker), ("image", self.image_marker)):
+        for name, marker in (
+            ("video", self.video_marker),
+            ("image", self.image_marker),
+            ("chat", None),
+        ):
             text = getattr(self, name)
             if text.count("{prompt}") != 1:
                 raise ModelError(
                     f"the {name} template has {text.count('{prompt}')} prompt slots; expected"
                     " exactly one '{prompt}'."
                 )
-            if not marker or marker not in text:
+            if marker is not None and (not marker or marker not in text):
                 raise ModelError(
                     f"the {name} template lacks its marker {cut(marker, 80)}; it must end in it."
                 )
@@ -63,13 +86,13 @@ class Template:
         """Read the `template` object of a connector's config."""
         if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
             raise ModelError(
-                "the template is no object of texts; expected video, image and their markers."
+                "the template is no object of texts; expected video, image, their markers and chat."
             )
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ModelError(
-                f"the template sets an unknown {cut(repr(unknown[0]), 80)}; expected video, image"
-                " and their markers."
+                f"the template sets an unknown {cut(repr(unknown[0]), 80)}; expected video, image,"
+                " their markers and chat."
             )
         return cls(**values)
 
@@ -99,6 +122,8 @@ class UnderstandingModel(Lazy):
             raise ModelError(f"{self.folder} is no understanding model: it has no config.json.")
         self.tokenizer: Tokenizer  # and the most tokens it reads, once loaded
         self.positions: int | None = None
+        self.head: Tensor | None = None
+        self.talker: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -161,6 +186,100 @@ class UnderstandingModel(Lazy):
             return self.model(
                 input_ids=ids, attention_mask=self._mask(ids), use_cache=False
             ).last_hidden_state
+
+    @torch.no_grad()
+    def answer(self, prompt: str, deadline: float | None = None, limit: int = MAX_ANSWER) -> str:
+        """What the model answers to a prompt in `Template.chat`: greedy, at most `limit` tokens.
+
+        Args:
+            deadline: of `time.monotonic()`.
+
+        Raises:
+            TimeoutError: the deadline passed.
+            InputError: the prompt is longer than the model's positions.
+            ModelError: the folder holds no causal head.
+        """
+        self.load()
+        if not isinstance(self.model, LlamaBackbone):
+            return self._answer_by_transformers(prompt, deadline, limit)
+        ids = self.tokenizer.encode(self.template.chat.replace("{prompt}", prompt), special=False)
+        room = limit if self.positions is None else min(limit, self.positions - len(ids))
+        if room < 1:
+            raise InputError(
+                f"the prompt is {len(ids)} tokens with its chat template; the model reads"
+                f" {self.positions}: shorten it."
+            )
+
+        def proceed() -> None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError("no whole answer within the time for rewriting")
+
+        new = greedy(self.model, self._head(), ids, self._stops(), room, proceed)
+        return self.tokenizer.decode(new)
+
+    def _head(self) -> Tensor:
+        """The logits' weight: the embedding's where they are tied, else read from the folder."""
+        assert isinstance(self.model, LlamaBackbone)
+        if self.model.config.tie_word_embeddings:
+            return self.model.embed_tokens.weight
+        if self.head is None:
+            stored = find_tensors(self.folder)
+            head = {n: t for n, t in stored.items() if n == "lm_head.weight"}
+            shape = self.model.embed_tokens.weight.shape
+            if not head or head["lm_head.weight"].shape != tuple(shape):
+                raise ModelError(
+                    f"{self.folder} has no lm_head.weight of shape {list(shape)} to answer with;"
+                    " use a causal language model's folder, or another rewriter."
+                )
+            for _, tensor in read_tensors(head.items()):
+                self.head = tensor.to(self.device, self.dtype, copy=True)
+        assert self.head is not None
+        return self.head
+
+    def _stops(self) -> set[int]:
+        """Tokens that end an answer."""
+        path = self.folder / "generation_config.json"
+        ends = read_object(path).get("eos_token_id") if path.is_file() else None
+        stops = {self.tokenizer.eos_id, *(ends if isinstance(ends, list) else [ends])}
+        stops |= {self.tokenizer.token_id(name) for name in ENDS}
+        return {token for token in stops if isinstance(token, int)}
+
+    def _answer_by_transformers(self, prompt: str, deadline: float | None, limit: int) -> str:
+        """By the folder's own class with a head, which is read beside the backbone and freed with
+        it."""
+        if self.talker is None:
+            self.talker = pretrained(
+                "AutoModelForCausalLM",
+                self.folder,
+                "understanding model",
+                self.device,
+                dtype=self.dtype,
+                use_safetensors=True,
+            )
+        ids = self.tokenizer.encode(self.template.chat.replace("{prompt}", prompt), special=False)
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        row = torch.tensor([ids], device=self.device)
+        out = self.talker.generate(
+            input_ids=row,
+            attention_mask=torch.ones_like(row),
+            max_new_tokens=limit,
+            max_time=left,
+            do_sample=False,
+            eos_token_id=sorted(self._stops()) or None,
+        )
+        if deadline is not None and time.monotonic() > deadline:
+            raise TimeoutError("no whole answer within the time for rewriting")
+        return self.tokenizer.decode(out[0, len(ids) :].tolist())
+
+    def unload(self) -> None:
+        """Leave the weights in host memory; on a CPU, drop them."""
+        self.head = self.talker = None
+        super().unload()
+
+    def drop(self) -> None:
+        """Free the weights; the next use reads them again."""
+        self.head = self.talker = None
+        super().drop()
 
     def _mask(self, ids: Tensor) -> Tensor:
         """`ids != pad`, as the published code has it: the end token stands in for a padding token
