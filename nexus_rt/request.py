@@ -415,7 +415,7 @@ def check_prompts(
         return len(embeds)
     count = len(prompt_lists(prompt, negative)[0])
     for name in ("negative_prompt_embeds", "context_embeds", "prompt_embeds_2"):
-        if (value := given[name]) is not None and len(value) != count:
+        if (value := given.get(name)) is not None and len(value) != count:
             raise InputError(
                 f"{name} are for {len(value)} prompts of {count}; expected one for each."
             )

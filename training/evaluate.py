@@ -4,10 +4,16 @@
     python -m training.evaluate --prompts riddles --rows small handoff=0.5,guidance=6
 
 A row is a plan, with options after commas: `split=fft`, `guidance=6`, `guidance_2=2`,
-`unguided=0.33` (no guidance after that share of the steps). Every row sees the same prompts and
-noises, taken from three seeds; the rows take turns, batch by batch, so that a busy machine slows
-all of them alike. Riddles are of triples of kinds held out of training; of the captions' scenes a
-tenth is held out, and reported by itself.
+`unguided=0.33` (no guidance after that share of the steps), `rewrite=auto` (the large generator
+reads the language model's answer), `rewrite=off`, or `rewrite=free` (that answer in free wording:
+another word order, other connecting words). Every row sees the same prompts and noises, taken from
+three seeds; the rows take turns, batch by batch, so that a busy machine slows all of them alike.
+Riddles are of triples of kinds held out of training; of the captions' scenes a tenth is held out,
+and reported by itself.
+
+Fidelity is the distance of a row's radial spectrum to that of the true renderings passed through
+the pair's own VAE: what the VAE cannot draw is no generator's fault, and beyond it sharper is
+worse.
 """
 
 from __future__ import annotations
@@ -33,7 +39,9 @@ from nexus_rt.plan import Plan
 from training.metrics import consistency, radial_power, texture_similarity, wilson
 
 SEEDS = (11, 12, 13)  # of the reported figures; settings are chosen on others
-OPTIONS = ("split", "guidance", "guidance_2", "unguided", "steps")
+OPTIONS = ("split", "guidance", "guidance_2", "unguided", "steps", "rewrite")
+TRUE, THROUGH = "true renderings", "true through the VAE"
+UNITS = {"small": 1, "large": 6}  # cost of a forward at true size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Row:
     guidance_2: float | None = None
     unguided: float | None = None
     steps: int | None = None
+    rewrite: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Row:
@@ -54,9 +63,8 @@ class Row:
         for part in text.split(","):
             key, _, value = part.partition("=")
             if key in OPTIONS:
-                own[key] = (
-                    value if key == "split" else int(value) if key == "steps" else float(value)
-                )
+                kinds = {"split": str, "rewrite": str, "steps": int}
+                own[key] = kinds.get(key, float)(value)
             else:
                 plan.append(part)
         return cls(text, ",".join(plan), **own)
@@ -107,15 +115,16 @@ def work(
         for seed, first in jobs[shard[0] :: shard[1]]:
             part = make_prompts(kind, seed, each)[first : first + batch]
             rng = np.random.default_rng([seed, first])
-            for prompt in part:
-                clip = (
-                    world.render(prompt.scene, rng, d.num_frames, d.height).transpose(0, 2, 3, 1)
-                    + 1
-                ) / 2
-                file.write(
-                    json.dumps({"row": "true renderings", "ms": 0.0, **measure(clip, prompt.scene)})
-                    + "\n"
-                )
+            for k, prompt in enumerate(part):
+                drawn = world.render(prompt.scene, rng, d.num_frames, d.height)  # [F, 3, H, W]
+                video = torch.from_numpy(drawn).float().transpose(0, 1)[None]
+                through = pipe.decode(pipe.vae.encode(video))[0]
+                for name, clip in (
+                    (TRUE, (drawn.transpose(0, 2, 3, 1) + 1) / 2),
+                    (THROUGH, through),
+                ):
+                    about = {"row": name, "id": [seed, first + k], "ms": 0.0}
+                    file.write(json.dumps({**about, **measure(clip, prompt.scene)}) + "\n")
             texts = [p.text for p in part]
             embeds = pipe.encode_prompt(texts)
             told = dict(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1])
@@ -123,7 +132,10 @@ def work(
                 told["context_embeds"], told["negative_context_embeds"] = pipe.encode_context(
                     texts, *embeds
                 )
+            second: dict[str, torch.Tensor | None] = {}
             for row in rows:
+                if row.rewrite not in second:
+                    second[row.rewrite] = rewritten(pipe, texts, row.rewrite, [seed, first])
                 noise = [
                     torch.Generator().manual_seed(seed * 100003 + first + k)
                     for k in range(len(part))
@@ -131,6 +143,7 @@ def work(
                 start = time.perf_counter()
                 latents = pipe(
                     **told,
+                    prompt_embeds_2=second[row.rewrite],
                     plan=row.make(pipe),
                     generator=noise,
                     guidance_scale=row.guidance,
@@ -139,14 +152,45 @@ def work(
                     output_type="latent",
                 ).frames
                 ms = 1000 * (time.perf_counter() - start) / len(part)
-                for clip, prompt in zip(pipe.decode(latents), part, strict=True):
+                clips = pipe.decode(latents)
+                for k, (clip, prompt) in enumerate(zip(clips, part, strict=True)):
                     seen = {"held_out": world.held_out(prompt.scene), **measure(clip, prompt.scene)}
-                    file.write(json.dumps({"row": row.name, "ms": ms, **seen}) + "\n")
+                    about = {"row": row.name, "id": [seed, first + k], "ms": ms}
+                    file.write(json.dumps({**about, **seen}) + "\n")
             file.flush()
             print(
                 f"shard {shard[0]}: seed {seed}, prompts {first} to {first + len(part) - 1}",
                 flush=True,
             )
+
+
+def rewritten(
+    pipe: NexusPipeline, texts: list[str], rewrite: str | None, seed: list[int]
+) -> torch.Tensor | None:
+    """Embeddings of what the large generator reads instead of the texts; None for the texts."""
+    made = pipe.rewrite(texts, "auto" if rewrite == "free" else rewrite)
+    if made is None:
+        return None
+    rng = np.random.default_rng([*seed, 5])
+    answers = [free_wording(t, rng) if rewrite == "free" else t for t in made.texts]
+    return pipe.encode_prompt(answers)[0]
+
+
+def free_wording(answer: str, rng: np.random.Generator) -> str:
+    """A caption in words that the language model was not trained to answer in."""
+    words = answer.split()
+    one = lambda names: next((w for w in words if w in names), "")
+    look = f"{one(world.COLOURS)} {one(world.SHAPES)}"
+    look = f"{look} , {one(set(world.TEXTURES) - {'plain'})}".rstrip(" ,")
+    motion = one(set(world.MOTIONS) - {"still"})
+    act = f"it moves {motion}" if motion else "it stays still"
+    ground = f"the background is {one(world.BACKGROUNDS)}"
+    forms = (
+        f"{ground} ; {look} , {act}",
+        f"{act} , the {look} , and {ground}",
+        f"{look} ; {act} ; {ground}",
+    )
+    return forms[int(rng.integers(len(forms)))]
 
 
 def interval(right: np.ndarray) -> list[float]:
@@ -158,10 +202,10 @@ def summarise(records: list[dict], rows: list[Row], pipe: NexusPipeline) -> dict
     milliseconds."""
     table, d = {}, pipe.defaults
     power = lambda own: np.log10(np.mean([r["power"] for r in own], 0) + 1e-9)
-    true = power([r for r in records if r["row"] == "true renderings"])
+    true = power([r for r in records if r["row"] == THROUGH])
     plans = {row.name: row for row in rows}
-    for name in ["true renderings", *plans]:
-        own = [r for r in records if r["row"] == name]
+    for name in [TRUE, THROUGH, *plans]:
+        own = sorted((r for r in records if r["row"] == name), key=lambda r: r["id"])
         hits = np.array([[r[f] for f in ("shape", "colour", "motion")] for r in own])
         every = hits.all(1)
         fields = zip(("shape", "colour", "motion"), hits.mean(0), strict=True)
@@ -173,6 +217,7 @@ def summarise(records: list[dict], rows: list[Row], pipe: NexusPipeline) -> dict
             "spectrum_distance": round(float(np.abs(power(own) - true).mean()), 4),
             "texture": round(float(np.mean([r["texture"] for r in own])), 4),
             "consistency": round(float(np.mean([r["consistency"] for r in own])), 4),
+            "right": "".join("1" if e else "0" for e in every),
         }
         if name in plans:
             row = plans[name]
@@ -188,6 +233,7 @@ def summarise(records: list[dict], rows: list[Row], pipe: NexusPipeline) -> dict
                     "all": round(float(held.mean()), 4) if len(held) else None,
                 },
                 "forwards": forwards,
+                "units": sum(UNITS[g] * n for g, n in forwards.items()),
                 "ms": round(float(np.median([r["ms"] for r in own])), 1),
             }
         table[name] = entry
@@ -241,7 +287,7 @@ def evaluate(
     d = dataclasses.asdict(pipe.defaults)
     head = {
         "prompts": kind,
-        "count": len(records) // (len(rows) + 1),
+        "count": len(records) // (len(rows) + 2),
         "seeds": list(seeds),
         "batch": batch,
         "workers": workers,
@@ -257,17 +303,17 @@ def evaluate(
 def show(result: dict) -> str:
     """The table as text."""
     lines = [
-        f"{'':34} shape colour motion    all  interval        spectrum texture steady  forwards "
-        "   ms"
+        f"{'':56} shape colour motion    all  interval        spectrum texture steady  forwards "
+        "units    ms"
     ]
     for name, r in result["rows"].items():
         low, high = r["interval"]
         runs = r.get("forwards", {})
         lines.append(
-            f"{name:34} {r['shape']:5.1%} {r['colour']:6.1%} {r['motion']:6.1%} {r['all']:6.1%} "
+            f"{name:56} {r['shape']:5.1%} {r['colour']:6.1%} {r['motion']:6.1%} {r['all']:6.1%} "
             f" [{low:5.1%}, {high:5.1%}] {r['spectrum_distance']:8.3f} {r['texture']:7.3f}"
             f" {r['consistency']:6.3f}  {runs.get('small', 0):3d}+{runs.get('large', 0):3d}"
-            f" {r.get('ms', 0):6.0f}"
+            f" {r.get('units', 0):5d} {r.get('ms', 0):6.0f}"
         )
     return "\n".join(lines)
 
