@@ -14,6 +14,7 @@ setup(
         "nexus_rt.export",
         "nexus_rt.bench",
         "nexus_rt.bench.shapes",
+        "nexus_rt.bench.tune",
         "nexus_rt.bench.vrbench",
     ],
     package_dir={
@@ -21,6 +22,7 @@ setup(
         "nexus_rt.export": "export",
         "nexus_rt.bench": "bench",
         "nexus_rt.bench.shapes": "bench/shapes",
+        "nexus_rt.bench.tune": "bench/tune",
         "nexus_rt.bench.vrbench": "bench/vrbench",
     },
     package_data={

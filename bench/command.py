@@ -214,14 +214,17 @@ def _size(args: argparse.Namespace, usual: ClipSize) -> ClipSize:
 
 
 def _plans(text: str | None, pipe: NexusPipeline) -> list[str]:
-    """Plans of `--plans`; plans that hold commas themselves (`handoff=0.3,bridge=4`) are joined
+    """Plans of `--plans`, or those that tell a pair's price."""
+    if text:
+        return _plan_names(text)
+    if len(pipe.engines) < 2:
+        return list(pipe.engines)
+    return list(dict.fromkeys(["reference", pipe.defaults.plan, "auto=0.02"]))
+
+
+def _plan_names(text: str) -> list[str]:
+    """A list of plans; those that hold commas themselves (`handoff=0.3,bridge=4`) are joined
     again."""
-    if not text:
-        return (
-            ["reference", pipe.defaults.plan, "auto=0.02"]
-            if len(pipe.engines) > 1
-            else list(pipe.engines)
-        )
     chosen: list[str] = []
     for piece in text.split(","):
         if piece.strip().startswith("bridge=") and chosen:
@@ -234,7 +237,7 @@ def _plans(text: str | None, pipe: NexusPipeline) -> list[str]:
 def _configs(args: argparse.Namespace, preset: Preset) -> dict[str, dict[str, Any]]:
     """Architectures of the generators that the plans run: with `--plans large` the small one is not
     made."""
-    asked = _plans(args.plans, NexusPipeline.__new__(NexusPipeline)) if args.plans else []
+    asked = _plan_names(args.plans) if args.plans else []
     alone = [n for n in preset.configs if asked and all(p == n for p in asked)]
     return {n: c for n, c in preset.configs.items() if not alone or n in alone}
 

@@ -35,6 +35,7 @@ from nexus_rt.errors import Cancelled
 from nexus_rt.guidance import Guidance
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan import Plan, StepCosts
+from nexus_rt.plan_text import has_clocks
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import TimeGrid
 from nexus_rt.step_runners import Prompt
@@ -70,9 +71,13 @@ class Clip:
     embeds: dict[str, Tensor] = field(default_factory=dict)
     accuracy: int = 0
 
-    def options(self) -> dict[str, Any]:
+    def options(self, plan: str = "") -> dict[str, Any]:
         inputs = {"prompt": self.prompt} if self.prompt else self.embeds
-        return {**self.size.options, "num_inference_steps": self.steps, **inputs}
+        return {**self.size.options, "num_inference_steps": self.steps_of(plan), **inputs}
+
+    def steps_of(self, plan: str) -> int | None:
+        """The number of steps to ask of a plan; None for one that has its own clocks."""
+        return None if has_clocks(plan) else self.steps
 
     def noise(self, pipe: NexusPipeline) -> Tensor:
         return pipe.prepare_latents(1, self.size, torch.Generator().manual_seed(self.seed))
@@ -91,7 +96,7 @@ def generate(
     """One clip from the prompt to an mp4 in `folder`: its latents, and its frames where there is a
     VAE."""
     latents = pipe(
-        plan=plan, latents=clip.noise(pipe), output_type="latent", **clip.options()
+        plan=plan, latents=clip.noise(pipe), output_type="latent", **clip.options(plan)
     ).frames
     if pipe.vae is None:
         return latents, None
@@ -112,7 +117,7 @@ def first_preview(pipe: NexusPipeline, plan: str, clip: Clip) -> float | None:
     velocity points at, of which the first frame is decoded."""
     if pipe.vae is None:
         return None
-    noise, grid = clip.noise(pipe), pipe.make_plan(plan, clip.steps).grid
+    noise, grid = clip.noise(pipe), pipe.make_plan(plan, clip.steps_of(plan)).grid
     done: list[float] = []
 
     def look(pipe: NexusPipeline, index: int, timestep: int, tensors: dict[str, Tensor]) -> dict:
@@ -129,7 +134,7 @@ def first_preview(pipe: NexusPipeline, plan: str, clip: Clip) -> float | None:
             latents=noise,
             output_type="latent",
             callback_on_step_end=look,
-            **clip.options(),
+            **clip.options(plan),
         )
     return done[0] if done else None
 
@@ -256,7 +261,7 @@ def suite(
         for e in engines:
             for name in plans:
                 say(f"{name} on {e.name}: quality")
-                done, plan = timed[e.name, name], e.pipe.make_plan(name, clip.steps)
+                done, plan = timed[e.name, name], e.pipe.make_plan(name, clip.steps_of(name))
                 row = row_of(name, plan, e.name, clip, done)
                 row["cold_ms"] = cold[e.name] if name == plans[0] else None
                 row["first_preview_ms"] = first_preview(e.pipe, name, clip)
@@ -265,7 +270,7 @@ def suite(
                 if clip.accuracy:
                     options = dict(
                         plan=name,
-                        num_inference_steps=clip.steps,
+                        num_inference_steps=clip.steps_of(name),
                         height=clip.size.height,
                         width=clip.size.width,
                     )
@@ -283,9 +288,8 @@ def suite(
     costs = middle(all_costs)
     for row in rows:
         if row["engine"] == engines[0].name:
-            row |= prediction(
-                base.make_plan(row["plan"], clip.steps), costs, scales_of(base), row["denoise_ms"]
-            )
+            plan = base.make_plan(row["plan"], clip.steps_of(row["plan"]))
+            row |= prediction(plan, costs, scales_of(base), row["denoise_ms"])
     return {
         "rows": rows,
         "costs": {k: round(v, 4) for k, v in vars(costs).items()},

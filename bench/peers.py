@@ -33,6 +33,7 @@ from nexus_rt.models.context import unpad
 from nexus_rt.models.wan import WanTransformer
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan import Plan
+from nexus_rt.plan_text import has_clocks
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import make_solver
 
@@ -147,7 +148,7 @@ class Peers:
                 height=height,
                 width=width,
                 num_frames=frames,
-                num_inference_steps=self.setting.steps,
+                num_inference_steps=None if has_clocks(plan) else self.setting.steps,
                 plan=plan,
                 latents=self.noise(),
                 output_type="latent",
@@ -290,7 +291,7 @@ class Peers:
                 video.add(1).div(2).clamp(0, 1).permute(0, 2, 3, 4, 1).float().cpu().numpy(),
             )
 
-        prompt = {"prompt": setting.prompt} if setting.prompt else setting.embeds
+        prompt = {"prompt": setting.prompt, "rewrite": "off"} if setting.prompt else setting.embeds
         return self.ours("reference", **prompt), call, "reference"
 
     def pair(self, name: str) -> tuple[Callable, Callable, str]:

@@ -23,6 +23,7 @@ from nexus_rt.cli import (
     export,
     generate,
     plan,
+    tune,
     vrbench,
 )
 from nexus_rt.cli.options import check_options
@@ -35,6 +36,7 @@ COMMANDS = {
     "vrbench": vrbench,
     "decode": decode,
     "plan": plan,
+    "tune": tune,
     "export": export,
     "engines": engines,
     "convert": convert,

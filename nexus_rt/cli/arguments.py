@@ -11,7 +11,10 @@ PLAN_HELP = (
     "reference | small | large | handoff=AT[,bridge=K] | auto[=TOLERANCE] | segments such as"
     " 'small:10 bridge:5 large:15@1'. AT is a fraction of the steps below 1, a timestep from 1 up,"
     " or sigma:0.9; segments take steps, percentages (30%%) or * for the rest, and a guidance scale"
-    " of their own after @"
+    " of their own after @, guided steps after it (@3[0:40%%]), /every=K, /guidance-every=K or"
+    " /adaptive=X for reuse; small:4/10 large:4 gives each a clock of its own, small:10"
+    " renoise=0.75 large:4 re-noises between; @FILE:MS takes the best plan of a front"
+    " (`nexus-rt tune`) within MS"
 )
 DTYPES = ("float32", "bfloat16", "float16")
 BLEND_NUMBERS = {  # of BlendConfig
@@ -130,7 +133,9 @@ def walk() -> argparse.ArgumentParser:
     parent = argparse.ArgumentParser(add_help=False)
     group = parent.add_argument_group("what runs when")
     group.add_argument("--plan", metavar="PLAN", help=PLAN_HELP)
-    group.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: 50)")
+    group.add_argument(
+        "--steps", type=int, metavar="N", help="denoising steps (default: the pair's; Wan: 50)"
+    )
     group.add_argument(
         "--shift", type=float, help="shift of the time grid (default: 5.0; 3.0 for small frames)"
     )

@@ -22,7 +22,7 @@ MODELS = (
     "small_lora",
     "large_lora",
 )
-RUNS = ("generate", "batch", "decode", "plan", "vrbench")
+RUNS = ("generate", "batch", "decode", "plan", "tune", "vrbench")
 MEASURED = (
     *MODELS,
     "preset",
@@ -131,6 +131,15 @@ TABLE = (
         "goes with --rewriter URL",
         needs="rewriter",
     ),
+    Rule(
+        ("tune",),
+        "judge",
+        "is of --judge vlm",
+        ("judge_url", "judge_model"),
+        value="latents",
+    ),
+    Rule(("tune",), "judge_url", "goes with --judge vlm", needs="judge"),
+    Rule(("tune",), "judge_model", "goes with --judge vlm", needs="judge"),
     *_backend("sm", "tensorrt-rtx"),
     *_backend("opset", "onnx", "tensorrt", "tensorrt-rtx"),
     *_backend("weight_streaming", "tensorrt", "tensorrt-rtx"),

@@ -111,11 +111,17 @@ def make_blend(args: argparse.Namespace) -> BlendConfig | None:
 def call_options(args: argparse.Namespace) -> dict:
     """What the arguments say of every clip, as the pipeline's call takes it; checked before any
     model is read."""
+    from nexus_rt.front import from_front
     from nexus_rt.loading.pair_folder import Defaults
     from nexus_rt.request import make_request
     from nexus_rt.video import frame_rate
 
     frame_rate(args.fps, "--fps")
+    if args.plan is not None and args.plan.startswith("@"):
+        chosen = from_front(args.plan)
+        if chosen.rewrite != "off" and args.rewrite is None and args.rewriter is None:
+            args.rewrite = chosen.rewrite
+        args.plan = chosen.plan
     width, height = args.size or (None, None)
     options = dict(
         height=height,

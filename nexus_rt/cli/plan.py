@@ -12,7 +12,7 @@ from nexus_rt.errors import InputError, choose
 if TYPE_CHECKING:
     from nexus_rt.guidance import Guidance
     from nexus_rt.pipeline import NexusPipeline
-    from nexus_rt.plan import Plan, StepCosts
+    from nexus_rt.plan import Plan, Step, StepCosts
     from nexus_rt.size import ClipSize
     from nexus_rt.upfb import BlendConfig
 
@@ -78,23 +78,34 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendConfig) -> None:
-    """A row a step: timestep, gate, cutoff, generators, their guidance, price."""
+    """A row a step: timestep, sigma, gate, cutoff, generators, their guidance and forwards, price,
+    and what is reused."""
     gaussian = blend.split == "gaussian"
-    cutoff = "sigma" if gaussian else "cutoff"
+    cutoff = "filter" if gaussian else "cutoff"
     print(
-        f"{'step':>4} {'timestep':>8} {'w':>6} {cutoff:>6}  {'runs':5} {'guidance':>11} {'ms':>10}"
+        f"{'step':>4} {'timestep':>8} {'sigma':>6} {'w':>6} {cutoff:>6}  {'runs':5}"
+        f" {'guidance':>11} {'forwards':>8} {'ms':>10}  {'reuses'}".rstrip()
     )
     for step in plan.steps:
         value = blend.sigma(step.w) if gaussian else blend.cutoff(step.w)
         shown = f"{value:6.3f}" if step.blended else "     -"
-        scales = "/".join(
-            f"{guidance.at(step, name):g}" for name in ("small", "large") if getattr(step, name)
-        )
+        running = [name for name in ("small", "large") if getattr(step, name)]
+        scales = "/".join(f"{guidance.at(step, name):g}" for name in running)
+        forwards = "/".join(str(step.forwards(name, guidance.at(step, name))) for name in running)
         price = plan.step_price(step, costs, guidance.small, guidance.large)
         print(
-            f"{step.index:4d} {step.timestep:8d} {step.w:6.3f} {shown}  {step.runs:5} {scales:>11}"
-            f" {price:10.2f}"
+            f"{step.index:4d} {step.timestep:8d} {step.sigma:6.3f} {step.w:6.3f} {shown} "
+            f" {step.runs:5} {scales:>11} {forwards:>8} {price:10.2f}  {_notes(step)}".rstrip()
         )
+
+
+def _notes(step: Step) -> str:
+    """What a step reuses, and whether it begins on re-noised latents."""
+    notes = ["re-noised"] if step.renoise else []
+    notes += [compute for g in ("small", "large") if (compute := step.compute(g)) != "full"]
+    if step.threshold is not None:
+        notes.append(f"velocity below {step.threshold:g}")
+    return ", ".join(notes)
 
 
 def _print_totals(plan: Plan, costs: StepCosts, guidance: Guidance) -> None:
@@ -106,8 +117,8 @@ def _print_totals(plan: Plan, costs: StepCosts, guidance: Guidance) -> None:
         count = each.evaluations(guidance.small, guidance.large)
         totals.append(each.price(costs, guidance.small, guidance.large))
         print(
-            f"{each.name}: {count['small']} small and {count['large']} large forwards,"
-            f" {totals[-1]:.1f} ms",
+            f"{each.name}: {'at most ' if each.adaptive else ''}{count['small']} small and"
+            f" {count['large']} large forwards, {totals[-1]:.1f} ms",
             end="",
         )
         if len(totals) == 1:

@@ -1,0 +1,182 @@
+"""`nexus-rt tune`: search the plans of a pair for the front of time and quality."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from nexus_rt.cli.arguments import frame_size, models, running
+from nexus_rt.cli.pipeline import check_device, quiet_pipeline
+from nexus_rt.errors import InputError, choose
+
+if TYPE_CHECKING:
+    from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.plan import StepCosts
+    from nexus_rt.size import ClipSize
+
+JUDGES = ("pixels", "latents", "vlm")
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """The command's parser."""
+    tune = commands.add_parser(
+        "tune",
+        parents=[models(), running()],
+        help="search the plans of a pair for the best quality within each time",
+    )
+    tune.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="for the search's state, front.json, front.md and front.html; goes on where it was",
+    )
+    group = tune.add_argument_group("what is searched")
+    group.add_argument("--trials", type=int, default=40, metavar="N", help="plans to judge (40)")
+    group.add_argument(
+        "--budget", type=float, metavar="MS", help="most milliseconds of denoising a clip"
+    )
+    group.add_argument(
+        "--costs",
+        metavar="SMALL,LARGE",
+        help="milliseconds of one guided step of each, instead of measuring this machine",
+    )
+    group.add_argument(
+        "--rungs",
+        default="6,18,54",
+        metavar="N,N,...",
+        help="prompts judged before each decision to go on (default: 6,18,54)",
+    )
+    group.add_argument("--no-rewrite", action="store_true", help="leave rewriting out")
+    group.add_argument("--seed", type=int, default=0, help="seed of the search and of the noise")
+    group.add_argument("--batch", type=int, default=6, metavar="N", help="prompts of one call (6)")
+    group.add_argument("--size", type=frame_size, metavar="WxH", help="frame size (the pair's)")
+    group.add_argument("--frames", type=int, metavar="N", help="4k+1 frames (the pair's)")
+    group = tune.add_argument_group("what judges")
+    group.add_argument(
+        "--judge",
+        default=None,
+        help="pixels (the mini pair's riddles, its default) | latents (of --best) | vlm",
+    )
+    group.add_argument(
+        "--best",
+        default="reference",
+        metavar="PLAN",
+        help="plan that --judge latents compares with",
+    )
+    group.add_argument("--prompts", metavar="LIST", help="prompts of the search")
+    group.add_argument("--report-prompts", metavar="LIST", help="other prompts, for the report")
+    group.add_argument("--count", type=int, metavar="N", help="riddles of the report (102)")
+    group.add_argument("--judge-url", metavar="URL", help="OpenAI-compatible endpoint of the VLM")
+    group.add_argument("--judge-model", metavar="NAME", help="model at --judge-url, or a folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    from pathlib import Path
+
+    from nexus_rt.request import whole
+
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"tune needs Optuna ({error}); pip install 'nexus-rt[tune]'.") from error
+    from nexus_rt.bench.tune import report
+    from nexus_rt.bench.tune.search import Search
+    from nexus_rt.bench.tune.space import Space
+    from nexus_rt.size import ClipSize
+
+    for name, value, most in (("--trials", args.trials, 100_000), ("--batch", args.batch, 256)):
+        whole(name, value, 1, most)
+    rungs = parse_rungs(args.rungs)
+    if args.budget is not None and not args.budget > 0:
+        raise InputError(f"--budget is {args.budget:g}; expected milliseconds above 0.")
+    check_device(args.device)
+    mini = not (args.pair or args.small or args.large or args.engines)
+    name = choose("judge", args.judge or ("pixels" if mini else "latents"), JUDGES)
+    if name == "pixels" and not mini:
+        raise InputError("--judge pixels knows the mini pair's riddles alone; use latents or vlm.")
+    pipe = quiet_pipeline(args)
+    if len(pipe.engines) < 2:
+        raise InputError("tune searches plans of two generators; pass --small and --large.")
+    size = ClipSize.of_defaults(pipe.defaults, args.size, args.frames)
+    pipe.grid.check(size)
+    search, told = judges(name, pipe, args, size, rungs[-1])
+    folder = Path(args.output).expanduser()
+    rewrite = not args.no_rewrite and pipe.context is not None
+    work = Search(
+        pipe,
+        search,
+        told,
+        step_costs(pipe, size, args.costs),
+        folder,
+        args.budget,
+        Space(rewrite=rewrite),
+        rungs,
+        args.seed,
+        args.batch,
+        size.options,
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    front = work.run(args.trials)
+    front.save(folder / "front.json")
+    text = report.markdown(front)
+    (folder / "front.md").write_text(text + "\n")
+    page = report.page(front, work, folder)
+    print(text)
+    print(f"{folder / 'front.json'}, {page}")
+    return 0
+
+
+def parse_rungs(text: str) -> tuple[int, ...]:
+    """Ascending numbers of prompts."""
+    words = text.split(",")
+    if not all(w.strip().isdecimal() and len(w) < 7 for w in words):
+        raise InputError(f"--rungs is {text!r}; expected numbers of prompts, such as 6,18,54.")
+    rungs = tuple(int(w) for w in words)
+    if rungs[0] < 2 or list(rungs) != sorted(set(rungs)):
+        raise InputError(f"--rungs is {text!r}; expected rising numbers of at least 2.")
+    return rungs
+
+
+def judges(
+    name: str, pipe: NexusPipeline, args: argparse.Namespace, size: ClipSize, count: int
+) -> tuple[Any, Any]:
+    """The judges of the search's and of the report's prompts."""
+    from nexus_rt.bench.tune.judging import LatentJudge, PixelJudge, VlmJudge
+
+    if name == "pixels":
+        if args.prompts or args.report_prompts:
+            raise InputError("--judge pixels makes its own riddles; leave the lists out.")
+        report = 102 if args.count is None else args.count
+        return PixelJudge(pipe, count, 1000), PixelJudge(pipe, report, 2000)
+    if not args.prompts or not args.report_prompts:
+        raise InputError(
+            f"--judge {name} needs two disjoint lists: --prompts for the search, --report-prompts"
+            " for the report."
+        )
+    if name == "latents":
+        from nexus_rt.prompts import read_prompts
+
+        texts = [[i.prompt for i in read_prompts(p)] for p in (args.prompts, args.report_prompts)]
+        first, second = (
+            LatentJudge(pipe, own, args.best, args.seed, **size.options) for own in texts
+        )
+        return first, second
+    from nexus_rt.bench.vrbench.judges import find_judge
+    from nexus_rt.bench.vrbench.schema import read_bench, read_taxonomy
+
+    if not args.judge_model:
+        raise InputError("--judge vlm needs --judge-model: a name at --judge-url, or a folder.")
+    judge, taxonomy = find_judge(args.judge_url, args.judge_model), read_taxonomy()
+    lists = [read_bench(p, taxonomy) for p in (args.prompts, args.report_prompts)]
+    return VlmJudge(judge, lists[0]), VlmJudge(judge, lists[1])
+
+
+def step_costs(pipe: NexusPipeline, size: ClipSize, given: str | None) -> StepCosts:
+    """Prices of a step's parts, given or measured here."""
+    from nexus_rt.cli.plan import given_costs, measured_costs
+    from nexus_rt.upfb import BlendConfig
+
+    return given_costs(given) if given else measured_costs(pipe, size, BlendConfig(), "unipc")
