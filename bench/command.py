@@ -31,7 +31,7 @@ from nexus_rt.errors import InputError, ModelError, NexusError, choose
 from nexus_rt.loading.pair import default_device, default_dtype
 from nexus_rt.loading.pair_folder import MINI, Defaults, find_pair
 from nexus_rt.pipeline import NexusPipeline
-from nexus_rt.plan_text import parse_plan
+from nexus_rt.plan_text import has_clocks, parse_plan
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
 
@@ -162,7 +162,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     clip = Clip(size, steps, args.seed, prompt, embeds, riddles)
     plans = _plans(args.plans, pipe)
     for name in plans:  # a plan that does not parse is raised before anything is measured
-        pipe.make_plan(name, steps)
+        pipe.make_plan(name, None if has_clocks(name) else steps)
     report |= {"prompt": prompt, "size": list(size), "steps": steps, "seed": args.seed}
     with tempfile.TemporaryDirectory() as place:
         made, failed = [Engine("torch", pipe, make)], []

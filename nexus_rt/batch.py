@@ -101,7 +101,7 @@ def common_settings(job: Job, pipe: NexusPipeline) -> dict[str, Any]:
     fps = frame_rate(job.fps)
     rate = fps.numerator if fps.denominator == 1 else str(fps)
     made_of = {**pipe.identity, "blend": pipe.kernels}
-    rewrite = o.get("rewrite") or pipe.defaults.rewrite or "off"
+    rewrite = o.get("rewrite") or (pipe.context and pipe.defaults.rewrite) or "off"
     if (o.get("as_published") and not o.get("rewrite")) or "large" not in plan.generators:
         rewrite = "off"
     return {

@@ -330,7 +330,8 @@ class NexusPipeline:
     ) -> Rewriting | None:
         """What the large generator reads instead of prompts, as the call's `rewrite` asks; None
         where it reads them as they are. Answers are kept by prompt."""
-        rewrite = self.defaults.rewrite if rewrite is None else rewrite
+        if rewrite is None and self.context is not None:
+            rewrite = self.defaults.rewrite
         if rewrite is None or rewrite == "off":
             return None
         prompts, _ = prompt_lists(prompt, None)

@@ -45,11 +45,12 @@ class Rewriting:
     """A call's rewriting.
 
     texts: what the large generator reads, a text a prompt. failures: why a prompt was kept as it
-    is, by its place.
+    is, by its place. ms: milliseconds that it took; kept answers take none.
     """
 
     texts: list[str]
     failures: dict[int, str] = field(default_factory=dict)
+    ms: float = 0.0
 
 
 def check_rewrite(rewrite: Any, prompts: int | None) -> None:
@@ -106,6 +107,7 @@ def rewrite_prompts(
                 " understanding= and connector=, a text, or a function such as ChatRewriter."
             )
         source = model
+    begun = time.perf_counter()
     deadline, out = time.monotonic() + timeout, Rewriting(list(prompts))
     with span("rewrite"):
         for i, prompt in enumerate(prompts):
@@ -117,6 +119,7 @@ def rewrite_prompts(
                 logger.warning(
                     "rewriting failed (%s); the large generator reads the prompt as it is", reason
                 )
+    out.ms = 1000 * (time.perf_counter() - begun)
     return out
 
 

@@ -226,10 +226,19 @@ def exported(cache, tiny_engines):
     return tiny_engines
 
 
-def test_a_pipeline_of_engines_makes_the_same_video(exported, tiny_pipe):
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "small:1 bridge:2 large:1",
+        "small:2/4 large:4@3/every=2/guidance-every=2",
+        "small:2 renoise=0.7 large:3@2[0:2]/adaptive=0.3",
+    ],
+)
+def test_a_pipeline_of_engines_makes_the_same_video(exported, tiny_pipe, plan):
     pipe = NexusPipeline.from_engines(exported)
     pipe.set_progress_bar_config(disable=True)
-    options = dict(num_frames=5, num_inference_steps=4, plan="small:1 bridge:2 large:1")
+    steps = 4 if "bridge" in plan else None
+    options = dict(num_frames=5, num_inference_steps=steps, plan=plan)
     got, wanted = (
         p(
             "a red circle",

@@ -2,6 +2,7 @@
 fails."""
 
 import json
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -315,7 +316,7 @@ def test_the_command_shows_it_and_writes_it_down(tmp_path, capsys):
     line += ["--plan", "large", "--steps", "2", "--rewrite", "auto", "-o", str(out), "--quiet"]
     assert main(line) == 0
     said = capsys.readouterr().err
-    assert "rewritten for the large generator: a" in said
+    assert re.search(r"rewritten for the large generator \(\d+ ms\): a ", said)
     written = read_metadata(out)
     assert written["rewritten"] and written["rewritten"] in said
     assert written["options"]["rewrite"] == "auto"

@@ -106,7 +106,8 @@ def _say_rewriting(rewriting: Rewriting | None) -> None:
             file=sys.stderr,
         )
     else:
-        print(f"rewritten for the large generator: {rewriting.texts[0]}", file=sys.stderr)
+        text = rewriting.texts[0]
+        print(f"rewritten for the large generator ({rewriting.ms:.0f} ms): {text}", file=sys.stderr)
 
 
 def _say_errors(errors: list[ReuseError]) -> None:

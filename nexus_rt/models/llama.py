@@ -223,7 +223,7 @@ class LlamaBackbone(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.rope = config, config.rope
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -235,7 +235,7 @@ class LlamaBackbone(nn.Module):
         earlier = length - ids.shape[1]
         angles = torch.outer(
             torch.arange(earlier, length, device=ids.device).float(),
-            self.config.rope.frequencies(self.config.width, ids.device),
+            self.rope.frequencies(self.config.width, ids.device),
         )
         angles = torch.cat([angles, angles], -1)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
