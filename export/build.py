@@ -24,7 +24,8 @@ import torch
 from nexus_rt import __version__
 from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.engines.exported_engine import DTYPES
-from nexus_rt.engines.folder import EngineFolder, Manifest, engines_root, files_of, link_tree
+from nexus_rt.engines.folder import EngineFolder, engines_root, files_of, link_tree
+from nexus_rt.engines.manifest import Manifest
 from nexus_rt.engines.publish import publish, remove
 from nexus_rt.engines.registry import engine_of
 from nexus_rt.errors import InputError, ModelError, NexusError, choose

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from nexus_rt import documents
+from nexus_rt.checks import check_seed
 from nexus_rt.errors import InputError, NexusError
 from nexus_rt.models.vae import rescue_latents
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.prompts import Item
-from nexus_rt.request import TIMEOUT, check_seed
+from nexus_rt.request import TIMEOUT
 from nexus_rt.size import ClipSize, parse_sides
 from nexus_rt.video import SUFFIXES, frame_rate, is_clip, made_with, remove_orphans, save_video
 

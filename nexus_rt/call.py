@@ -7,19 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from nexus_rt.checks import CALLBACK_TENSORS, check_generators, check_latents, check_prompts
 from nexus_rt.engines.fused_step import StepEngine
 from nexus_rt.engines.protocol import PublishedNumerics
 from nexus_rt.errors import Cancelled, InputError, choose, cut
 from nexus_rt.memory.residency import Residency
 from nexus_rt.plan import Step
-from nexus_rt.request import (
-    CALLBACK_TENSORS,
-    CallInputs,
-    GenerationRequest,
-    check_generators,
-    check_latents,
-    check_prompts,
-)
+from nexus_rt.request import CallInputs, GenerationRequest
 from nexus_rt.reuse import ReuseError
 from nexus_rt.rewriting import Rewriting, check_rewrite
 from nexus_rt.sampling import denoise

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.call import Call
+from nexus_rt.checks import prompt_lists
 from nexus_rt.engines.protocol import Sized
 from nexus_rt.errors import ModelError, choose
 from nexus_rt.latents import LatentGrid, random_latents
@@ -31,13 +32,7 @@ from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
 from nexus_rt.plan import Plan
 from nexus_rt.process import LOADING, computes
 from nexus_rt.renamed import warn_old
-from nexus_rt.request import (
-    OUTPUT_TYPES,
-    CallInputs,
-    make_plan,
-    make_request,
-    prompt_lists,
-)
+from nexus_rt.request import OUTPUT_TYPES, CallInputs, make_plan, make_request
 from nexus_rt.reuse import ReuseError
 from nexus_rt.rewriting import (
     TIMEOUT,

@@ -32,7 +32,7 @@ def run_batch(args: argparse.Namespace, items: list) -> int:
     from nexus_rt.batch import Job, parse_shard, run
 
     options = call_options(args)
-    from nexus_rt.request import whole
+    from nexus_rt.checks import whole
 
     whole("--seed", args.seed, -1, 2**64 - 1)
     models = model_words(args)

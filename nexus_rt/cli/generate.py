@@ -46,8 +46,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
+    from nexus_rt.checks import check_seed
     from nexus_rt.models.vae import rescue_latents
-    from nexus_rt.request import check_seed
     from nexus_rt.video import check_output, made_with, save_video
 
     output = check_output(args.output)  # before any model is read

@@ -156,7 +156,8 @@ def call_options(args: argparse.Namespace) -> dict:
 
 def rewrite_options(args: argparse.Namespace) -> dict[str, Any]:
     """What the arguments say of rewriting, as the pipeline's call takes it."""
-    from nexus_rt.request import TIMEOUT, number
+    from nexus_rt.checks import number
+    from nexus_rt.request import TIMEOUT
     from nexus_rt.rewriting import ChatRewriter, EndpointRewriter, check_rewrite
 
     if args.rewrite is not None:

@@ -36,8 +36,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
+    from nexus_rt.checks import whole
     from nexus_rt.loading.pair_folder import Defaults
-    from nexus_rt.request import make_guidance, make_plan, whole
+    from nexus_rt.request import make_guidance, make_plan
     from nexus_rt.size import ClipSize
     from nexus_rt.solver import SOLVERS
     from nexus_rt.upfb import BlendConfig

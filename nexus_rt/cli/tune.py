@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from pathlib import Path
 
-    from nexus_rt.request import whole
+    from nexus_rt.checks import whole
 
     try:
         import optuna  # noqa: F401

@@ -10,7 +10,6 @@ used, overridden or unused. DST appears only when complete.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
@@ -32,11 +31,18 @@ from nexus_rt.loading.checkpoint import (
     in_diffusers_names,
     read_tensors,
 )
+from nexus_rt.loading.convert_config import (
+    check_inside,
+    connector_config,
+    shapes_config,
+    t5_name,
+    transformer_config,
+    unconditional_rows,
+)
 from nexus_rt.loading.pair_folder import Defaults
 from nexus_rt.loading.pickles import read_pickle, read_state
 from nexus_rt.models.connector import SPECIAL_TOKENS, TEXT_MARKERS, Connector, ConnectorConfig
-from nexus_rt.models.understanding import Template
-from nexus_rt.models.wan import WanConfig, WanTransformer
+from nexus_rt.models.wan import WanTransformer
 from nexus_rt.shards import Report, check_shapes, write_json, write_shards
 from nexus_rt.video import remove_orphans
 
@@ -54,20 +60,6 @@ LAYOUT = {  # part of the published folder -> where it lies
     "context": "unconditioned_context/context.pkl",
     "tokens": "special_tokens/tokens.pkl",
 }
-T5_NAMES = [  # Wan's own UMT5 -> transformers' UMT5EncoderModel
-    (r"^token_embedding\.", "shared."),
-    (r"^norm\.", "encoder.final_layer_norm."),
-    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
-    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
-    (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
-    (
-        r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
-        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
-    ),
-    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
-    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
-    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
-]
 
 
 class Omnivideo:
@@ -127,7 +119,7 @@ class Omnivideo:
                 in_diffusers_names(find_tensors(folder)),
             )
         else:
-            config, stored = _shapes_config(over, folder), {}
+            config, stored = shapes_config(over, folder), {}
             self.report.notes[label] = (
                 f"absent; all of {name} is {prefix}* of {LAYOUT['transformer']}"
             )
@@ -205,7 +197,9 @@ class Omnivideo:
             self.report.notes[LAYOUT["tokens"]] = (
                 f"without {', '.join(absent)}, which text-to-video does not use"
             )
-        special = {t: _rows(tokens[t], config.text_dim, f"{path}: {t}")[0] for t in known}
+        special = {
+            t: unconditional_rows(tokens[t], config.text_dim, f"{path}: {t}")[0] for t in known
+        }
         write_shards(folder, "special_tokens", special.items())
         self.report.add(LAYOUT["tokens"], len(special), unused=tokens.keys() - special.keys())
 
@@ -227,7 +221,7 @@ class Omnivideo:
             )
         rows, forms = {}, []
         for name, (key, width) in keys.items():
-            rows[name], form = _rows(context[key], width, f"{path}: {key}")
+            rows[name], form = unconditional_rows(context[key], width, f"{path}: {key}")
             forms.append(f"{key} is {form}")
         write_shards(folder, "unconditional", rows.items())
         self.report.notes[LAYOUT["context"]] = ", ".join(forms)
@@ -320,7 +314,7 @@ class Omnivideo:
             ):
                 skipped.append(file.name)
                 continue
-            _inside(file, self.source)
+            check_inside(file, self.source)
             try:
                 os.link(file.resolve(), target / file.name)
             except OSError:
@@ -377,132 +371,6 @@ class Omnivideo:
         write_json(self.target / "model_index.json", index)
         report = {"source": "omnivideo", **vars(self.report)}
         write_json(self.target / "conversion.json", report)
-
-
-def _rows(value: Any, width: int, where: str) -> tuple[Tensor, str]:
-    """An embedding [L, width], and which form it was stored in: a tensor, or a list or tuple of it;
-    [L, D], [1, L, D], or [N, L, D], of which the published code takes the first.
-
-    Raises:
-        ModelError: any other form or width, no rows, or numbers that are not finite.
-    """
-    expected = (
-        f"expected a tensor [L, {width}], [1, L, {width}] or [2, L, {width}], or a list of one"
-    )
-    form = "a tensor"
-    for _ in range(4):
-        if not isinstance(value, (list, tuple)):
-            break
-        if not value:
-            raise ModelError(f"{where} is an empty {type(value).__name__}; {expected}.")
-        form, value = f"a {type(value).__name__} of {len(value)}", value[0]
-    try:
-        rows = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ModelError(f"{where} is a {type(value).__name__}; {expected}.") from None
-    form += f" {list(rows.shape)}"
-    if rows.ndim == 3 and rows.shape[0] > 1:
-        form += ", the first is used"
-    if rows.ndim == 3 and rows.shape[0]:
-        rows = rows[0]
-    if rows.ndim == 1:
-        rows = rows[None]
-    if rows.ndim != 2 or rows.shape[-1] != width or not len(rows) or not rows.is_floating_point():
-        kind = str(rows.dtype).removeprefix("torch.")
-        raise ModelError(f"{where} does not fit the connector: it is {form} of {kind}; {expected}.")
-    if not bool(rows.isfinite().all()):
-        raise ModelError(f"{where} holds NaN or infinity; get the published file again.")
-    return rows, form
-
-
-def _inside(file: Path, root: Path) -> None:
-    """Raise where a link leads out of the folder that is converted (a hub cache's own links lead
-    into its blobs)."""
-    real, home = file.resolve(), root.resolve()
-    cache = next((p.parent for p in home.parents if p.name == "snapshots"), home)
-    if not real.is_relative_to(home) and not real.is_relative_to(cache / "blobs"):
-        raise ModelError(
-            f"{file} is a link to {real}, outside {root}; copy the file there, if it is meant to be"
-            " converted."
-        )
-
-
-def _shapes_config(weights: dict[str, Tensor], folder: Path) -> WanConfig:
-    """The architecture that a whole Wan transformer's tensors have, heads being 128 wide as in
-    every published one."""
-    try:
-        patch, text = (
-            weights["patch_embedding.weight"],
-            weights["condition_embedder.text_embedder.linear_1.weight"],
-        )
-        ffn = weights["blocks.0.ffn.net.0.proj.weight"]
-        time = weights["condition_embedder.time_embedder.linear_1.weight"]
-        out = weights["proj_out.weight"]
-    except KeyError as error:
-        raise ModelError(
-            f"{folder} is missing, and the mixed model lacks {error} of that generator; put Wan's"
-            " folder there: what is tuned goes over its weights."
-        ) from None
-    dim, layers = (
-        patch.shape[0],
-        1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks.")),
-    )
-    head = 128 if dim % 128 == 0 else dim
-    return WanConfig(
-        patch_size=(patch.shape[2], patch.shape[3], patch.shape[4]),
-        num_attention_heads=dim // head,
-        attention_head_dim=head,
-        in_channels=patch.shape[1],
-        out_channels=out.shape[0] // math.prod(patch.shape[2:]),
-        text_dim=text.shape[1],
-        freq_dim=time.shape[1],
-        ffn_dim=ffn.shape[0],
-        num_layers=layers,
-    )
-
-
-def t5_name(name: str) -> str:
-    """A parameter of Wan's own UMT5, as transformers' `UMT5EncoderModel` names it."""
-    for pattern, replacement in T5_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def transformer_config(config: WanConfig) -> dict:
-    """diffusers' `config.json` of a text-to-video Wan transformer."""
-    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items()}
-    extra = {
-        "_class_name": "WanTransformer3DModel",
-        "qk_norm": "rms_norm_across_heads",
-        "added_kv_proj_dim": None,
-        "image_dim": None,
-    }
-    return {**extra, **fields}
-
-
-def connector_config(weights: dict[str, Tensor], source: Path) -> ConnectorConfig:
-    """Dimensions as the weights have them; eight heads, as `nn.Transformer` has where it is not
-    told."""
-    try:
-        head, adapter = weights["vision_head.decoder_query"], weights["adapter.decoder_query"]
-        width = weights["vision_head.fc.0.weight"].shape[1]
-    except KeyError as error:
-        raise ModelError(
-            f"{source}: the vision head or the adapter lacks {error}; get the published files"
-            " again."
-        ) from error
-    layers = {
-        int(k.split(".")[4]) for k in weights if k.startswith("adapter.adapter.encoder.layers.")
-    }
-    return ConnectorConfig(
-        llm_hidden_size=width,
-        vision_dim=head.shape[-1],
-        vision_queries=head.shape[1],
-        text_dim=adapter.shape[-1],
-        adapter_queries=adapter.shape[1],
-        num_layers=len(layers),
-        template=Template(),
-    )
 
 
 def convert_omnivideo(

@@ -22,15 +22,8 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import ModelError, cut
-from nexus_rt.loading.unpickling import (
-    MOST_NESTED,
-    STORAGES,
-    Interpreter,
-    Name,
-    Storage,
-    refuse,
-    whole,
-)
+from nexus_rt.loading.pickle_values import Name, Storage, refuse, whole
+from nexus_rt.loading.unpickling import MOST_NESTED, STORAGES, Interpreter
 
 MAGIC = 0x1950A86A20F9469CFC6C  # torch.save's old format begins with it
 MOST_RECORDS, PIECE = 200_000, 1 << 24
