@@ -28,6 +28,7 @@ def a_call(pipe, prompt="a red circle", **change):
 
 @pytest.fixture
 def pipe(tiny_pipe):
+    tiny_pipe._cancel.clear()  # another file's test may have ended in a cancelled call
     return tiny_pipe
 
 
