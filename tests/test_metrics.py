@@ -87,10 +87,13 @@ def test_rows_are_read_and_summed_up(tiny_pair):
         "large": 3,
     }
     right, wrong = clip(scene()), clip(world.Scene("star", "red", "striped", "left", "grey"))
-    records = [{"row": "true renderings", "ms": 0.0, **measure(right, scene())}]
+    about = {"id": [1, 0], "ms": 0.0}
+    records = [{"row": "true renderings", **about, **measure(right, scene())}]
+    blurred = ndimage.gaussian_filter(right, (0, 1, 1, 0))
+    records += [{"row": "true through the VAE", **about, **measure(blurred, scene())}]
     records += [
-        {"row": row.name, "ms": 5.0, "held_out": h, **measure(c, scene())}
-        for c, h in ((right, True), (wrong, False))
+        {"row": row.name, "id": [1, k], "ms": 5.0, "held_out": h, **measure(c, scene())}
+        for k, (c, h) in enumerate(((right, True), (wrong, False)))
     ]
     table = summarise(records, [row], pipe)
     assert (
@@ -99,6 +102,33 @@ def test_rows_are_read_and_summed_up(tiny_pair):
         and table[row.name]["ms"] == 5.0
     )
     assert table[row.name]["held_out_scenes"] == {"clips": 1, "all": 1.0}
-    assert (
-        table["true renderings"]["spectrum_distance"] == 0.0 < table[row.name]["spectrum_distance"]
-    )
+    # beyond what the VAE can draw, sharper is farther
+    assert table["true through the VAE"]["spectrum_distance"] == 0.0
+    assert table["true renderings"]["spectrum_distance"] > 0.0
+    assert table[row.name]["right"] == "10" and table[row.name]["units"] == 7 + 6 * 3
+
+
+def test_rows_are_tested_in_pairs():
+    from scipy.stats import binomtest
+
+    from training.claim import OLD, paired
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = (rng.random(40) < p for p in (0.6, 0.8))
+        word = lambda hits: "".join("1" if h else "0" for h in hits)
+        result = {"rows": {"new": {"right": word(b)}, OLD: {"right": word(a)}}}
+        won, lost, p = paired(result, "new")
+        assert (won, lost) == (int((b & ~a).sum()), int((a & ~b).sum()))
+        assert abs(p - binomtest(won, won + lost).pvalue) < 1e-9
+
+
+def test_free_wording_keeps_what_an_answer_says():
+    from training.evaluate import free_wording
+
+    for seed in range(6):
+        text = free_wording(
+            "a dotted red circle moves up on a sand background", np.random.default_rng(seed)
+        )
+        assert set("dotted red circle up sand".split()) <= set(text.split())
+        assert text != "a dotted red circle moves up on a sand background"

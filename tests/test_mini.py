@@ -110,10 +110,26 @@ def test_the_bridged_pair_shows_what_it_is_asked_for(mini, kind):
 def test_the_large_generator_alone_does_not_reason(mini):
     prompts = make_prompts("riddles", 1, 12)
     frames = mini(
-        [p.text for p in prompts], plan="large", generator=torch.Generator().manual_seed(0)
+        [p.text for p in prompts],
+        plan="large",
+        rewrite="off",
+        generator=torch.Generator().manual_seed(0),
     ).frames
     hits = np.array([look(v).matches(p.scene) for v, p in zip(frames, prompts, strict=True)])
     assert hits.all(1).mean() <= 0.34
+
+
+def test_told_the_answer_the_large_generator_draws_it(mini):
+    prompts = make_prompts("riddles", 1, 12)
+    frames = mini(
+        [p.text for p in prompts],
+        plan="large:8@3",
+        num_inference_steps=8,
+        rewrite="auto",
+        generator=torch.Generator().manual_seed(0),
+    ).frames
+    hits = np.array([look(v).matches(p.scene) for v, p in zip(frames, prompts, strict=True)])
+    assert hits.all(1).mean() >= 0.5
 
 
 def test_the_command_runs_it_by_default(tmp_path):
