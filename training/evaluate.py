@@ -38,7 +38,7 @@ from nexus_rt.bench.shapes.riddles import make_prompts
 from nexus_rt.plan import Plan
 from training.metrics import consistency, radial_power, texture_similarity, wilson
 
-SEEDS = (51, 52, 53)  # of the reported figures; settings are chosen on others
+SEEDS = (61, 62, 63)  # of the reported figures; settings are chosen on others
 OPTIONS = ("split", "guidance", "guidance_2", "unguided", "steps", "rewrite")
 TRUE, THROUGH = "true renderings", "true through the VAE"
 UNITS = {"small": 1, "large": 6}  # cost of a forward at true size

@@ -52,7 +52,7 @@ def main() -> None:
     columns = []
     for plan in PLANS.values():
         noise = [torch.Generator().manual_seed(args.seed + i) for i in range(len(PROMPTS))]
-        columns.append(pipe(list(PROMPTS), plan=plan, generator=noise).frames)
+        columns.append(pipe(list(PROMPTS), plan=plan, rewrite="off", generator=noise).frames)
     clips = (np.stack(columns, 1) * 255).round().astype(np.uint8)  # [prompts, plans, F, H, W, 3]
     clips = clips.repeat(ZOOM, 3).repeat(ZOOM, 4)
     prompts, plans, frames, height, width, _ = clips.shape
