@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexus_rt.bench.tune import report
-from nexus_rt.bench.tune.judging import LatentJudge, PixelJudge, VlmJudge, noise
+from nexus_rt.bench.tune.judging import LatentJudge, PixelJudge, StatisticsJudge, VlmJudge, noise
 from nexus_rt.bench.tune.search import Row, Search, interval, pareto
 from nexus_rt.bench.tune.space import Candidate, Space
 from nexus_rt.cli import main
@@ -165,6 +165,25 @@ def test_the_best_plan_itself_scores_one(pipe):
     ).frames
     assert np.allclose(judge.scores([0, 1], latents, None), 1, atol=1e-4)
     assert judge.scores([0], -latents[:1], None)[0] < 0.4
+
+
+def test_statistics_forget_where_things_are(pipe):
+    """A mirrored clip is as good, a still or a blurred one is not."""
+    from scipy import ndimage
+
+    judge = StatisticsJudge(pipe, ["a red circle"], "small:2/4 large:2", 3, **SIZE)
+    latents = pipe(
+        ["a red circle"],
+        plan="small:2/4 large:2",
+        generator=noise([0], 3),
+        output_type="latent",
+        **SIZE,
+    ).frames
+    clip = pipe.decode(latents)
+    score = lambda frames: judge.scores([0], latents, frames)[0]
+    assert score(clip) > 0.999 and score(clip[:, :, :, ::-1]) > 0.999
+    assert score(np.repeat(clip[:, :1], clip.shape[1], 1)) < 0.1
+    assert score(ndimage.gaussian_filter(clip, (0, 0, 1.5, 1.5, 0))) < 0.7
 
 
 def test_pixels_know_right_from_wrong_and_fine_from_flat():

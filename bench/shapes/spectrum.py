@@ -28,7 +28,8 @@ def radial_power(frames: np.ndarray) -> np.ndarray:
     """Mean power of the luminance of frames [N, H, W, 3] in rings of spatial frequency."""
     grey = frames.mean(-1)
     power = np.abs(np.fft.fft2(grey - grey.mean((1, 2), keepdims=True))) ** 2
-    f = np.fft.fftfreq(grey.shape[1])
-    radius = np.hypot(f[:, None], f[None]) * grey.shape[1]
-    bins = np.clip(radius.astype(int), 1, grey.shape[1] // 2) - 1
+    rows, columns = (np.fft.fftfreq(n) for n in grey.shape[1:])
+    side = min(grey.shape[1:])
+    radius = np.hypot(rows[:, None], columns[None]) * side
+    bins = np.clip(radius.astype(int), 1, side // 2) - 1
     return np.bincount(bins.ravel(), power.mean(0).ravel()) / np.bincount(bins.ravel())

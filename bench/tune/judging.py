@@ -100,6 +100,39 @@ class LatentJudge:
         return (1 / (1 + error)).tolist()
 
 
+class StatisticsJudge(LatentJudge):
+    """Finish and motion like those of the best plan's clips, wherever things are in the frame: one
+    less the mean difference of the log10 radial spectra, times the ratio of the mean changes from
+    frame to frame (VBench's temporal flickering)."""
+
+    def __init__(
+        self, pipe: NexusPipeline, prompts: Sequence[str], best: str, seed: int, **options: Any
+    ) -> None:
+        super().__init__(pipe, prompts, best, seed, **options)
+        self.name = f"statistics of {best}"
+        self.known: dict[int, tuple[np.ndarray, float]] = {}
+
+    def scores(self, places: Sequence[int], latents: Tensor, frames: np.ndarray) -> list[float]:
+        super().scores(places, latents, frames)  # makes what is wanted of new places
+        out = []
+        for place, clip in zip(places, frames, strict=True):
+            if place not in self.known:
+                self.known[place] = _statistics(self.pipe.decode(self.wanted[place][None])[0])
+            (spectrum, change), (wanted, usual) = _statistics(clip), self.known[place]
+            finish = max(0.0, 1 - float(np.abs(spectrum - wanted).mean()))
+            ends = sorted((change + 1e-4, usual + 1e-4))
+            out.append(finish * ends[0] / ends[1])
+        return out
+
+
+def _statistics(frames: np.ndarray) -> tuple[np.ndarray, float]:
+    """Log10 radial spectrum of a clip's frames, and their mean change from one to the next."""
+    from nexus_rt.bench.shapes.spectrum import spectrum
+
+    change = float(np.abs(np.diff(frames, axis=0)).mean()) if len(frames) > 1 else 0.0
+    return spectrum(frames[::4]), change
+
+
 class VlmJudge:
     """A vision language model's answers to VR-Bench's kind of question, the weighted share of yes;
     see `nexus_rt.bench.vrbench`.

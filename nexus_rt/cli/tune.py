@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nexus_rt.plan import StepCosts
     from nexus_rt.size import ClipSize
 
-JUDGES = ("pixels", "latents", "vlm")
+JUDGES = ("pixels", "latents", "statistics", "vlm")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -57,13 +57,16 @@ def add(commands: argparse._SubParsersAction) -> None:
     group.add_argument(
         "--judge",
         default=None,
-        help="pixels (the mini pair's riddles, its default) | latents (of --best) | vlm",
+        help=(
+            "pixels (the mini pair's riddles, its default) | latents (of --best, the default) |"
+            " statistics (of --best) | vlm"
+        ),
     )
     group.add_argument(
         "--best",
         default="reference",
         metavar="PLAN",
-        help="plan that --judge latents compares with",
+        help="plan that latents and statistics are compared with",
     )
     group.add_argument("--prompts", metavar="LIST", help="prompts of the search")
     group.add_argument("--report-prompts", metavar="LIST", help="other prompts, for the report")
@@ -96,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     mini = not (args.pair or args.small or args.large or args.engines)
     name = choose("judge", args.judge or ("pixels" if mini else "latents"), JUDGES)
     if name == "pixels" and not mini:
-        raise InputError("--judge pixels knows the mini pair's riddles alone; use latents or vlm.")
+        raise InputError("--judge pixels knows the mini pair's riddles alone; name another.")
     pipe = quiet_pipeline(args)
     if len(pipe.engines) < 2:
         raise InputError("tune searches plans of two generators; pass --small and --large.")
@@ -144,7 +147,7 @@ def judges(
     name: str, pipe: NexusPipeline, args: argparse.Namespace, size: ClipSize, count: int
 ) -> tuple[Any, Any]:
     """The judges of the search's and of the report's prompts."""
-    from nexus_rt.bench.tune.judging import LatentJudge, PixelJudge, VlmJudge
+    from nexus_rt.bench.tune.judging import LatentJudge, PixelJudge, StatisticsJudge, VlmJudge
 
     if name == "pixels":
         if args.prompts or args.report_prompts:
@@ -156,13 +159,13 @@ def judges(
             f"--judge {name} needs two disjoint lists: --prompts for the search, --report-prompts"
             " for the report."
         )
-    if name == "latents":
+    if name in ("latents", "statistics"):
         from nexus_rt.prompts import read_prompts
 
+        kind = LatentJudge if name == "latents" else StatisticsJudge
+
         texts = [[i.prompt for i in read_prompts(p)] for p in (args.prompts, args.report_prompts)]
-        first, second = (
-            LatentJudge(pipe, own, args.best, args.seed, **size.options) for own in texts
-        )
+        first, second = (kind(pipe, own, args.best, args.seed, **size.options) for own in texts)
         return first, second
     from nexus_rt.bench.vrbench.judges import find_judge
     from nexus_rt.bench.vrbench.schema import read_bench, read_taxonomy
