@@ -306,7 +306,7 @@ def test_a_fresh_seed_is_printed_and_makes_the_same_clip(tiny_pair, tmp_path, ca
         made["prompt"] == PROMPT
         and made["seed"] == int(seed)
         and "torch" in made["versions"]
-        and "small:" in made["plan"]
+        and "handoff" in made["plan"]
     )
 
 

@@ -79,13 +79,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendConfig) -> None:
-    """A row a step: timestep, sigma, gate, cutoff, generators, their guidance and forwards, price,
-    and what is reused."""
+    """A row a step: timestep, gate, cutoff, generators, their guidance, price, their forwards, and
+    what is reused."""
     gaussian = blend.split == "gaussian"
-    cutoff = "filter" if gaussian else "cutoff"
+    cutoff = "sigma" if gaussian else "cutoff"
     print(
-        f"{'step':>4} {'timestep':>8} {'sigma':>6} {'w':>6} {cutoff:>6}  {'runs':5}"
-        f" {'guidance':>11} {'forwards':>8} {'ms':>10}  {'reuses'}".rstrip()
+        f"{'step':>4} {'timestep':>8} {'w':>6} {cutoff:>6}  {'runs':5} {'guidance':>11} {'ms':>10}"
+        "  forwards, reuses"
     )
     for step in plan.steps:
         value = blend.sigma(step.w) if gaussian else blend.cutoff(step.w)
@@ -95,18 +95,18 @@ def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendC
         forwards = "/".join(str(step.forwards(name, guidance.at(step, name))) for name in running)
         price = plan.step_price(step, costs, guidance.small, guidance.large)
         print(
-            f"{step.index:4d} {step.timestep:8d} {step.sigma:6.3f} {step.w:6.3f} {shown} "
-            f" {step.runs:5} {scales:>11} {forwards:>8} {price:10.2f}  {_notes(step)}".rstrip()
+            f"{step.index:4d} {step.timestep:8d} {step.w:6.3f} {shown}  {step.runs:5} {scales:>11}"
+            f" {price:10.2f}  {', '.join([forwards, *_notes(step)])}"
         )
 
 
-def _notes(step: Step) -> str:
+def _notes(step: Step) -> list[str]:
     """What a step reuses, and whether it begins on re-noised latents."""
     notes = ["re-noised"] if step.renoise else []
     notes += [compute for g in ("small", "large") if (compute := step.compute(g)) != "full"]
     if step.threshold is not None:
         notes.append(f"velocity below {step.threshold:g}")
-    return ", ".join(notes)
+    return notes
 
 
 def _print_totals(plan: Plan, costs: StepCosts, guidance: Guidance) -> None:
