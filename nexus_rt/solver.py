@@ -40,11 +40,12 @@ class TimeGrid:
         return len(self.timesteps)
 
     def legs(self) -> list[TimeGrid]:
-        """The grids between restarts, each from its first sigma to 0."""
+        """The grids between restarts, each from its first sigma to 0 (the last to its own end)."""
         edges = [0, *self.restarts, len(self)]
+        ends = [*[0.0] * len(self.restarts), self.sigmas[-1]]
         return [
-            TimeGrid((*self.sigmas[a:b], 0.0), self.timesteps[a:b], self.shift)
-            for a, b in pairwise(edges)
+            TimeGrid((*self.sigmas[a:b], end), self.timesteps[a:b], self.shift)
+            for (a, b), end in zip(pairwise(edges), ends, strict=True)
         ]
 
 
