@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nexus_rt.cpu import instruction_sets
 from nexus_rt.engines import aoti as backend
 from nexus_rt.engines.registry import here
 from nexus_rt.export.dynamic_shapes import Traced
@@ -45,7 +46,7 @@ def options(target: Target) -> dict[str, Any]:
     its code may use."""
     options: dict[str, Any] = {"loader": backend.LOADER}
     if target.device.type == "cpu":
-        options["instruction_sets"] = backend.instruction_sets()
+        options["instruction_sets"] = instruction_sets()
     return options
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nexus_rt.cpu import instruction_sets
 from nexus_rt.errors import InputError, choose, cut
 
 if TYPE_CHECKING:
@@ -325,7 +326,8 @@ def _mp4(frames: np.ndarray, path: Path, rate: Fraction, comment: str) -> None:
         stream = container.add_stream("libx264", rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         # one thread: the bytes do not depend on how many cores wrote them
-        stream.pix_fmt, stream.options = "yuv420p", {"crf": "14", "preset": "fast", "threads": "1"}
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "14", "preset": "fast", "threads": "1", **_steady()}
         context = stream.codec_context
         context.color_primaries = context.color_trc = context.colorspace = 1  # BT.709
         context.color_range = 1  # limited
@@ -342,6 +344,13 @@ def _mp4(frames: np.ndarray, path: Path, rate: Fraction, comment: str) -> None:
             yuv.color_primaries = yuv.color_trc = 1
             container.mux(stream.encode(yuv))
         container.mux(stream.encode())
+
+
+def _steady() -> dict[str, str]:
+    """Options that keep x264 from its AVX-512 code, which on some machines gives other bytes for
+    the same frames about once in 300 clips; its AVX2 code gives the usual ones, as fast."""
+    known = set(instruction_sets())
+    return {"x264-params": "asm=AVX2"} if {"avx2", "avx512f"} <= known else {}
 
 
 def _gif(frames: np.ndarray, path: Path, rate: Fraction, comment: str) -> None:

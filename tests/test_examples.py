@@ -14,7 +14,8 @@ import torch
 
 from nexus_rt import NexusPipeline
 from nexus_rt.cli import main
-from nexus_rt.engines import aoti
+from nexus_rt.cpu import instruction_sets
+from nexus_rt.engines import aoti, registry
 from nexus_rt.engines.folder import EngineFolder, engines_root
 from nexus_rt.engines.registry import open_engine
 from nexus_rt.errors import ModelError
@@ -165,7 +166,7 @@ def test_aoti_without_this_package(tiny_pair, tmp_path, cache, monkeypatch):
     manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
     assert (
         manifest["options"]["loader"] == aoti.LOADER
-        and manifest["options"]["instruction_sets"] == aoti.instruction_sets() != []
+        and manifest["options"]["instruction_sets"] == instruction_sets() != []
     )
     code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); sys.modules['nexus_rt'] = None\n"
     code += (
@@ -176,7 +177,7 @@ def test_aoti_without_this_package(tiny_pair, tmp_path, cache, monkeypatch):
     assert done.stdout.strip().endswith("(1, 16, 2, 4, 4)")
     open_engine(tmp_path / "small", torch.device("cpu"))
     monkeypatch.setattr(
-        aoti, "instruction_sets", lambda: manifest["options"]["instruction_sets"][1:]
+        registry, "instruction_sets", lambda: manifest["options"]["instruction_sets"][1:]
     )
     with pytest.raises(
         ModelError,

@@ -169,6 +169,34 @@ def test_the_same_frames_give_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "flags, asm",
+    [
+        (["avx2", "avx512f", "sse4_2"], "asm=AVX2"),
+        (["avx2"], None),
+        (["asimd"], None),
+        ([], None),
+    ],
+)
+def test_x264_is_kept_from_code_that_is_not_the_same_twice(flags, asm, monkeypatch, tmp_path):
+    """Only where AVX-512 is there: forced elsewhere, it would be code the processor lacks."""
+    from nexus_rt import video
+
+    real = video.instruction_sets()
+    monkeypatch.setattr(video, "instruction_sets", lambda: flags)
+    assert video._steady().get("x264-params") == asm
+    if asm is None or "avx2" in real:
+        frames = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
+        assert save_video(frames, tmp_path / "a.mp4").stat().st_size > 100
+
+
+@pytest.mark.slow
+def test_a_thousand_files_of_the_same_frames(tmp_path):
+    rng = np.random.default_rng(0).integers(0, 255, (20, 64, 96, 3), dtype=np.uint8)
+    kept = {save_video(rng, tmp_path / "a.mp4").read_bytes() for _ in range(1000)}
+    assert len(kept) == 1
+
+
+@pytest.mark.parametrize(
     "fps, rate",
     [
         (23.976, (24000, 1001)),

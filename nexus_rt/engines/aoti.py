@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,25 +19,6 @@ LOADER = (
     "torch.export.pt2_archive._package.load_pt2(path, device_index=-1,"
     " load_weights_from_disk=True).aoti_runners"
 )
-SIMD = ("avx", "sse4", "fma", "f16c", "amx", "asimd", "sve", "bf16", "i8mm", "neon", "vnni")
-
-
-def instruction_sets() -> list[str]:
-    """The vector extensions of this processor, which compiled code may use any of; empty where the
-    system does not say."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return []
-    line = next(
-        (
-            v
-            for k, _, v in (row.partition(":") for row in text.split("\n"))
-            if k.strip() in ("flags", "Features")
-        ),
-        "",
-    )
-    return sorted(f for f in set(line.split()) if any(word in f for word in SIMD))
 
 
 def version() -> str:

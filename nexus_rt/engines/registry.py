@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nexus_rt.cpu import instruction_sets
 from nexus_rt.engines import aoti
 from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.engines.exported_engine import ExportedEngine, Sessions
@@ -71,9 +72,7 @@ def open_engine(path: str | Path, device: torch.device, force: bool = False, **o
         InputError: a backend that cannot run here.
     """
     folder = EngineFolder.read(path)
-    folder.check_here(
-        versions(), {**here(device), "instruction_sets": aoti.instruction_sets() or None}
-    )
+    folder.check_here(versions(), {**here(device), "instruction_sets": instruction_sets() or None})
     folder.check_parity(force)
     folder.verify()
     return engine_of(folder, device, **options)
