@@ -102,13 +102,11 @@ def common_settings(job: Job, pipe: NexusPipeline) -> dict[str, Any]:
     fps = frame_rate(job.fps)
     rate = fps.numerator if fps.denominator == 1 else str(fps)
     made_of = {**pipe.identity, "blend": pipe.kernels}
-    rewrite = o.get("rewrite") or (pipe.context and pipe.defaults.rewrite) or "off"
-    if (o.get("as_published") and not o.get("rewrite")) or "large" not in plan.generators:
-        rewrite = "off"
+    rewrite = pipe.rewrites_by(o.get("rewrite"), plan, o.get("as_published", False))
     return {
         "steps": len(plan),
         "plan": plan.name,
-        **({"rewrite": str(rewrite)} if rewrite != "off" else {}),
+        **({"rewrite": str(rewrite)} if rewrite is not None else {}),
         "fps": rate,
         "options": rest,
         "weights": made_of,

@@ -152,12 +152,11 @@ class Call:
             Cancelled: `cancel()` was called meanwhile.
         """
         pipe, request, inputs = self.pipe, self.request, self.inputs
-        if given is not None or inputs.prompt is None or "large" not in request.plan.generators:
+        rewrite = pipe.rewrites_by(inputs.rewrite, request.plan, request.published)
+        if given is not None or inputs.prompt is None or rewrite is None:
             return given
-        rewrite = "off" if request.published and inputs.rewrite is None else inputs.rewrite
         self.rewriting = pipe.rewrite(inputs.prompt, rewrite, inputs.rewrite_timeout)
-        if self.rewriting is None:
-            return None
+        assert self.rewriting is not None  # it is asked for
         self._check_cancelled("after the prompt was rewritten")
         assert pipe.text is not None  # `encode_prompt` has used it
         texts = pipe.text.encode(self.rewriting.texts, inputs.max_sequence_length)

@@ -317,6 +317,19 @@ class NexusPipeline:
         every = num_videos_per_prompt
         return positive.repeat_interleave(every, 0), negative.repeat_interleave(every, 0)
 
+    def rewrites_by(
+        self,
+        rewrite: str | list[str] | Rewriter | None,
+        plan: Plan | None = None,
+        as_published: bool = False,
+    ) -> str | list[str] | Rewriter | None:
+        """What a call with these arguments rewrites by: what was asked, else the pair's default;
+        None where the large generator reads the prompt, or does not run in the plan."""
+        if rewrite is None and self.context is not None and not as_published:
+            rewrite = self.defaults.rewrite
+        runs = plan is None or "large" in plan.generators
+        return rewrite if runs and rewrite != "off" else None
+
     def rewrite(
         self,
         prompt: str | list[str],
@@ -325,9 +338,8 @@ class NexusPipeline:
     ) -> Rewriting | None:
         """What the large generator reads instead of prompts, as the call's `rewrite` asks; None
         where it reads them as they are. Answers are kept by prompt."""
-        if rewrite is None and self.context is not None:
-            rewrite = self.defaults.rewrite
-        if rewrite is None or rewrite == "off":
+        rewrite = self.rewrites_by(rewrite)
+        if rewrite is None:
             return None
         prompts, _ = prompt_lists(prompt, None)
         check_rewrite(rewrite, len(prompts))

@@ -69,10 +69,14 @@ class Step:
         """What is computed of "small" or "large"."""
         return self.compute_small if generator == "small" else self.compute_large
 
+    def extrapolates(self, generator: str) -> bool:
+        """Whether it may extrapolate a generator's velocity from earlier ones."""
+        lone = getattr(self, generator) and self.threshold is not None
+        return lone or self.compute(generator) == VELOCITY
+
     def reuses(self, generator: str) -> bool:
         """Whether it may reuse what a generator computed before."""
-        lone = getattr(self, generator) and self.threshold is not None
-        return lone or self.compute(generator) != FULL
+        return self.extrapolates(generator) or self.compute(generator) == DIFFERENCE
 
     def forwards(self, generator: str, scale: float) -> int:
         """Forward passes of a generator at this guidance scale; a step with a threshold counts as

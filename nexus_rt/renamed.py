@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 MOVED = {
     "arguments": "cli",
@@ -61,8 +60,9 @@ class MovedModules:
             f"{spec.name} is now {new}; import from there.", DeprecationWarning, stacklevel=2
         )
         module = importlib.import_module(new)
-        self.own: Any = module.__spec__  # the import system puts the old name's in its place
+        spec.loader_state = module.__spec__  # the import system puts `spec` in its place
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.own
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state

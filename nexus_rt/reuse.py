@@ -12,13 +12,13 @@ velocity is reused while its estimated relative change since it was last compute
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from nexus_rt.plan import DIFFERENCE, FULL, VELOCITY, Step
+from nexus_rt.plan import DIFFERENCE, FULL, VELOCITY, Plan, Step
 from nexus_rt.velocity import Prediction
 
 if TYPE_CHECKING:
@@ -48,12 +48,16 @@ class Reused:
     re-noised.
 
     Args:
+        plan: says whether velocities are extrapolated, and so kept.
         errors: where parity is measured; every reused step is then computed as well, and the error
             added. The latents go on from the reused velocity.
     """
 
-    def __init__(self, generator: Generator, errors: list[ReuseError] | None = None) -> None:
+    def __init__(
+        self, generator: Generator, plan: Plan, errors: list[ReuseError] | None = None
+    ) -> None:
         self.generator, self.errors = generator, errors
+        self.extrapolates = any(step.extrapolates(generator.name) for step in plan.steps)
         self.ran: int | None = None
         self._forget()
 
@@ -93,7 +97,7 @@ class Reused:
             exact = self._full(latents, step, finite).tensor()
             error = float((prediction.tensor() - exact).norm() / exact.norm())
             self.errors.append(ReuseError(step.index, name, compute, error))
-        if compute != VELOCITY:
+        if self.extrapolates and compute != VELOCITY:
             # An engine may write its next prediction where this one lies: keep a copy.
             own = prediction.tensor()
             own = own.clone() if own.data_ptr() == prediction.conditional.data_ptr() else own
@@ -125,8 +129,3 @@ class Reused:
         if compute == DIFFERENCE and (not guided or self.difference is None or self.stale):
             return FULL
         return compute
-
-
-def without_reuse(step: Step) -> Step:
-    """The step with everything computed."""
-    return replace(step, compute_small=FULL, compute_large=FULL, threshold=None)

@@ -186,6 +186,11 @@ class Cache:
         return answer
 
 
+def _messages(system: str, prompt: str) -> list[dict[str, str]]:
+    """The conversation that a chat model answers."""
+    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+
+
 class ChatRewriter:
     """Any chat model folder of transformers' layout as a rewriter, greedy by its own chat template.
 
@@ -242,7 +247,7 @@ class ChatRewriter:
     @torch.no_grad()
     def __call__(self, prompt: str) -> str:
         self.load()
-        messages = [{"role": "system", "content": self.system}, {"role": "user", "content": prompt}]
+        messages = _messages(self.system, prompt)
         inputs = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.device)
@@ -283,7 +288,7 @@ class EndpointRewriter:
         return f"EndpointRewriter({self.url!r}, {self.model!r})"
 
     def __call__(self, prompt: str) -> str:
-        messages = [{"role": "system", "content": self.system}, {"role": "user", "content": prompt}]
+        messages = _messages(self.system, prompt)
         body = {"model": self.model, "messages": messages, "temperature": 0}
         headers = {"Content-Type": "application/json"}
         if self.key:

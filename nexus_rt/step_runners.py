@@ -141,7 +141,7 @@ class SeparateGenerators:
     ) -> None:
         self.plan, self.generators, self.config, self.fused = plan, generators, config, fused
         self.reused = {
-            name: Reused(generator, errors)
+            name: Reused(generator, plan, errors)
             for name, generator in generators.items()
             if any(step.reuses(name) for step in plan.steps)
         }

@@ -85,9 +85,9 @@ class LatentJudge:
         self.best, self.seed, self.options = best, seed, options
         self.wanted: dict[int, Tensor] = {}
 
-    def scores(self, places: Sequence[int], latents: Tensor, frames: np.ndarray) -> list[float]:
-        todo = [p for p in places if p not in self.wanted]
-        for place in todo:
+    def best_latents(self, place: int) -> Tensor:
+        """The best plan's latents [C, T, H, W] of a prompt."""
+        if place not in self.wanted:
             self.wanted[place] = self.pipe(
                 self.prompts[place],
                 plan=self.best,
@@ -95,7 +95,10 @@ class LatentJudge:
                 output_type="latent",
                 **self.options,
             ).frames[0]
-        wanted = torch.stack([self.wanted[p] for p in places])
+        return self.wanted[place]
+
+    def scores(self, places: Sequence[int], latents: Tensor, frames: np.ndarray) -> list[float]:
+        wanted = torch.stack([self.best_latents(p) for p in places])
         error = (latents - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
         return (1 / (1 + error)).tolist()
 
@@ -113,11 +116,10 @@ class StatisticsJudge(LatentJudge):
         self.known: dict[int, tuple[np.ndarray, float]] = {}
 
     def scores(self, places: Sequence[int], latents: Tensor, frames: np.ndarray) -> list[float]:
-        super().scores(places, latents, frames)  # makes what is wanted of new places
         out = []
         for place, clip in zip(places, frames, strict=True):
             if place not in self.known:
-                self.known[place] = _statistics(self.pipe.decode(self.wanted[place][None])[0])
+                self.known[place] = _statistics(self.pipe.decode(self.best_latents(place)[None])[0])
             (spectrum, change), (wanted, usual) = _statistics(clip), self.known[place]
             finish = max(0.0, 1 - float(np.abs(spectrum - wanted).mean()))
             ends = sorted((change + 1e-4, usual + 1e-4))

@@ -6,10 +6,9 @@ from html import escape
 from pathlib import Path
 
 from nexus_rt.bench.page import STYLE, table
-from nexus_rt.bench.tune.judging import noise
 from nexus_rt.bench.tune.search import Search
+from nexus_rt.bench.tune.space import Candidate
 from nexus_rt.front import Front, FrontPlan
-from nexus_rt.plan_text import parse_plan
 from nexus_rt.video import save_video
 
 HEAD = ["plan", "rewrite", "priced ms", "wall ms a clip", "score", "95% interval", "in the search"]
@@ -51,15 +50,8 @@ def page(front: Front, search: Search, folder: Path, clips: int = 3) -> Path:
     texts = list(search.report.prompts[:clips])
     sections = []
     for k, plan in enumerate(plans):
-        rewrite = {"rewrite": plan.rewrite} if search.space.rewrite else {}
-        latents = search.pipe(
-            texts,
-            plan=parse_plan(plan.plan, search.grid),
-            generator=noise(range(len(texts)), search.seed),
-            output_type="latent",
-            **rewrite,
-            **search.options,
-        ).frames
+        candidate = Candidate(plan.plan, plan.rewrite)
+        latents = search.latents(candidate, search.report, range(len(texts)))
         cells = []
         for i, frames in enumerate(search.pipe.decode(latents)):
             file = folder / "clips" / f"{k}-{i}.mp4"

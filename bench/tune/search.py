@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from nexus_rt.bench.tune.judging import ClipJudge, noise
 from nexus_rt.bench.tune.space import Candidate, Space
@@ -68,25 +69,28 @@ class Search:
         """Milliseconds of a plan's denoising by the costs."""
         return parse_plan(plan, self.grid).price(self.costs, *self.scales)
 
+    def latents(self, candidate: Candidate, judge: ClipJudge, places: Sequence[int]) -> Tensor:
+        """A candidate's clips of some prompts, each from its own noise: latents [B, C, T, H, W]."""
+        rewrite = {"rewrite": candidate.rewrite} if self.space.rewrite else {}
+        return self.pipe(
+            [judge.prompts[i] for i in places],
+            plan=parse_plan(candidate.plan, self.grid),
+            generator=noise(places, self.seed),
+            output_type="latent",
+            **rewrite,
+            **self.options,
+        ).frames
+
     def judge(
         self, candidate: Candidate, judge: ClipJudge, places: Sequence[int]
     ) -> tuple[list[float], float]:
         """Scores of a candidate's clips of some prompts, and milliseconds of denoising a clip."""
         scores: list[float] = []
         spent = 0.0
-        rewrite = {"rewrite": candidate.rewrite} if self.space.rewrite else {}
-        clocked = parse_plan(candidate.plan, self.grid)
         for start in range(0, len(places), self.batch):
             part = list(places[start : start + self.batch])
             begun = time.perf_counter()
-            latents = self.pipe(
-                [judge.prompts[i] for i in part],
-                plan=clocked,
-                generator=noise(part, self.seed),
-                output_type="latent",
-                **rewrite,
-                **self.options,
-            ).frames
+            latents = self.latents(candidate, judge, part)
             spent += 1000 * (time.perf_counter() - begun)
             scores += judge.scores(part, latents, self.pipe.decode(latents))
         return scores, spent / max(1, len(places))

@@ -131,14 +131,10 @@ TABLE = (
         "goes with --rewriter URL",
         needs="rewriter",
     ),
-    Rule(
-        ("tune",),
-        "judge",
-        "is of --judge vlm",
-        ("judge_url", "judge_model"),
-        value="latents",
+    *(
+        Rule(("tune",), "judge", "is of --judge vlm", ("judge_url", "judge_model"), value=judge)
+        for judge in ("pixels", "latents", "statistics")
     ),
-    Rule(("tune",), "judge", "is of --judge vlm", ("judge_url", "judge_model"), value="statistics"),
     Rule(("tune",), "judge_url", "goes with --judge vlm", needs="judge"),
     Rule(("tune",), "judge_model", "goes with --judge vlm", needs="judge"),
     *_backend("sm", "tensorrt-rtx"),
