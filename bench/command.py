@@ -244,7 +244,7 @@ def _configs(args: argparse.Namespace, preset: Preset) -> dict[str, dict[str, An
 
 def _real(args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
     """A pipeline of folders, a way to read it again, and the generators' folders."""
-    names = ("small", "large", "vae", "text_encoder", "understanding", "connector")
+    names = ("small", "large", "vae", "text_encoder", "tokenizer", "understanding", "connector")
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     pretrained = args.pair if args.pair or args.small or args.large else MINI
     folders = find_pair(pretrained, given, {"local_files_only": args.local_files_only}).generators
@@ -289,7 +289,7 @@ def _engine(
     precision = "fp32" if device.type == "cpu" else "bf16"
     target = Target(name, precision, (size,), device)
     target.builder()
-    names = ("small", "large", "vae", "text_encoder", "understanding", "connector")
+    names = ("small", "large", "vae", "text_encoder", "tokenizer", "understanding", "connector")
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     pretrained = args.pair if args.pair or args.small or args.large else MINI
     parts_found = find_pair(pretrained, given, {"local_files_only": args.local_files_only})

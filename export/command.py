@@ -23,6 +23,7 @@ from nexus_rt.export.components import (
     StepComponent,
     TextComponent,
 )
+from nexus_rt.loading.locate import find_text
 from nexus_rt.loading.lora import Lora, parse_loras
 from nexus_rt.loading.pair import default_device
 from nexus_rt.loading.pair_folder import MINI, PairFolders, find_pair
@@ -69,7 +70,7 @@ def progress(parts: list[Component]) -> Iterator[Callable[[str], None]]:
 def run(args: argparse.Namespace) -> int:
     """Export what the arguments name."""
     device = default_device(args.device)
-    names = ("small", "large", "vae", "text_encoder", "understanding", "connector")
+    names = ("small", "large", "vae", "text_encoder", "tokenizer", "understanding", "connector")
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     pretrained = args.pair if args.pair or args.small or args.large else MINI
     pair = find_pair(pretrained, given, {"local_files_only": args.local_files_only})
@@ -164,9 +165,18 @@ def folders_beside(pair: PairFolders, parts: list[Component]) -> dict[str, Path]
     tokenizer."""
     folders = {"vae": pair.vae, "understanding": pair.understanding, "connector": pair.connector}
     if pair.text is not None:
-        folders |= {name: pair.text / name for name in ("text_encoder", "tokenizer")}
+        folders |= dict(
+            zip(("text_encoder", "tokenizer"), find_text(pair.text, pair.tokenizer), strict=True)
+        )
     exported = {p.name for p in parts}
-    return {name: f for name, f in folders.items() if f is not None and name not in exported}
+    beside = {name: f for name, f in folders.items() if f is not None and name not in exported}
+    for name, folder in beside.items():
+        if folder.is_file():
+            raise InputError(
+                f"the {name.replace('_', ' ')} is a single file, {folder}, and engines stand beside"
+                " folders; make one of it first: `nexus-rt convert wan`."
+            )
+    return beside
 
 
 def _verdict(engine: EngineFolder) -> str:

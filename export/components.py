@@ -32,7 +32,7 @@ from nexus_rt.models.vae import VideoDecoder, vae_space
 from nexus_rt.models.wan import WanTransformer
 from nexus_rt.size import ClipSize
 
-WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
+WEIGHTS = (".safetensors", ".sft", ".gguf", ".bin", ".pth", ".pt")
 
 
 class Component(Protocol):
@@ -79,22 +79,27 @@ class Component(Protocol):
         ...
 
 
-def weights_hash(folders: list[Path]) -> str:
-    """One hash of folders' weight files, by name and content."""
+def _weights(source: Path) -> list[Path]:
+    """A folder's files of weights, or a file itself."""
+    return [source] if source.is_file() else [p for p in source.iterdir() if p.suffix in WEIGHTS]
+
+
+def weights_hash(sources: list[Path]) -> str:
+    """One hash of the weights of folders and files, by name and content."""
     digest = hashlib.sha256()
-    for folder in folders:
-        files = [p for p in sorted(folder.iterdir()) if p.suffix in WEIGHTS]
+    for where in sources:
+        files = sorted(_weights(where))
         if not files:
             raise ModelError(
-                f"{folder} holds no weights ({', '.join(WEIGHTS)}); expected a model's folder."
+                f"{where} holds no weights ({', '.join(WEIGHTS)}); expected a model's folder."
             )
         for path in files:
             digest.update(f"{path.name} {trusted_hash(path)}\n".encode())
     return digest.hexdigest()
 
 
-def weights_bytes(folders: list[Path]) -> int:
-    return sum(p.stat().st_size for f in folders for p in f.iterdir() if p.suffix in WEIGHTS)
+def weights_bytes(sources: list[Path]) -> int:
+    return sum(p.stat().st_size for s in sources for p in _weights(s))
 
 
 def _architecture(folder: Path) -> dict[str, Any]:

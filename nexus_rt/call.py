@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nexus_rt.checks import CALLBACK_TENSORS, check_generators, check_latents, check_prompts
+from nexus_rt.engines.experts import boundaries, engines_by_name
 from nexus_rt.engines.fused_step import StepEngine
 from nexus_rt.engines.protocol import PublishedNumerics
 from nexus_rt.errors import Cancelled, InputError, choose, cut
@@ -73,6 +74,7 @@ class Call:
                 f"plan {plan.name!r} runs the {absent[0]} generator, which was not loaded; pass"
                 f" {absent[0]}=."
             )
+        self._check_experts()
         count = check_prompts(
             inputs.prompt, inputs.negative_prompt, inputs.embeds, inputs.max_sequence_length
         )
@@ -94,6 +96,18 @@ class Call:
             check_latents(inputs.latents, (videos, pipe.channels, *latent))
         return videos
 
+    def _check_experts(self) -> None:
+        """Raise where a generator of one transformer is given two guidance scales."""
+        plan, guidance = self.request.plan, self.request.guidance
+        have = boundaries(self.pipe.engines)
+        for name in plan.generators:
+            if isinstance(scale := getattr(guidance, name), tuple) and name not in have:
+                argument = "guidance_scale" if name == "small" else "guidance_scale_2"
+                raise InputError(
+                    f"the {name} generator has one transformer and {argument} is {scale}, a scale"
+                    " for each of two experts; pass one number for it."
+                )
+
     @property
     def steered(self) -> bool:
         """Whether the small generator's context is to be made of the prompt."""
@@ -108,7 +122,7 @@ class Call:
         if pipe.vram is None:
             return Placement(None, step_engine)
         plan = pipe.plan_residency(request.plan, request.size, videos)
-        residency = Residency(plan, pipe.engines)
+        residency = Residency(plan, engines_by_name(pipe.engines))
         if plan.mode == "resident":
             return Placement(residency, step_engine)
         for engine in (*pipe.engines.values(), *((pipe.step_engine,) if pipe.step_engine else ())):

@@ -5,28 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nexus_rt.plan import Step
+from nexus_rt.plan import Scale, Step
 
 # The paper's code writes v_c + s (v_c - v_u) with s = 5.0; in diffusers' meaning that is g = s + 1
 # = 6.0.
 GUIDANCE_SCALE = 6.0
 
 
+def _scale(value: Scale) -> Scale:
+    return (float(value[0]), float(value[1])) if isinstance(value, tuple) else float(value)
+
+
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance scales of the two generators, `v_u + g (v_c - v_u)`; 1 is none."""
+    """Guidance scales of the two generators, `v_u + g (v_c - v_u)`; 1 is none. A generator of
+    experts may have two, for high noise and for low."""
 
-    small: float
-    large: float
+    small: Scale
+    large: Scale
 
     @classmethod
-    def of(cls, first: float, second: float | None = None) -> Guidance:
+    def of(cls, first: Scale, second: Scale | None = None) -> Guidance:
         """`guidance_scale` and `guidance_scale_2`: the large generator's is the first where there
         is no second."""
-        return cls(float(first), float(first if second is None else second))
+        return cls(_scale(first), _scale(first if second is None else second))
 
     @classmethod
-    def of_call(cls, defaults: Any, first: float | None, second: float | None) -> Guidance:
+    def of_call(cls, defaults: Any, first: Scale | None, second: Scale | None) -> Guidance:
         """A call's scales against a pair's `Defaults`: one that is given is both generators'; none
         is the pair's own."""
         if first is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nexus_rt.call import Call
 from nexus_rt.checks import prompt_lists
+from nexus_rt.engines.experts import boundaries, engines_by_name
 from nexus_rt.engines.protocol import Sized
 from nexus_rt.errors import ModelError, choose
 from nexus_rt.latents import LatentGrid, random_latents
@@ -29,7 +30,7 @@ from nexus_rt.memory.residency import (
     plan_residency,
 )
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
-from nexus_rt.plan import Plan
+from nexus_rt.plan import Plan, Scale
 from nexus_rt.process import LOADING, computes
 from nexus_rt.renamed import warn_old
 from nexus_rt.request import OUTPUT_TYPES, CallInputs, make_plan, make_request
@@ -47,6 +48,7 @@ from nexus_rt.step_runners import Prompt
 from nexus_rt.upfb import BlendConfig
 from nexus_rt.video import as_output
 
+Generator = str | Path | tuple[str | Path, str | Path]  # a source, or those of two experts
 GENERATOR_BACKENDS = ("torch",)  # engine backends that can run a generator
 
 
@@ -115,10 +117,12 @@ class NexusPipeline:
         cls,
         pretrained: str | Path | None = None,
         *,
-        small: str | Path | None = None,
-        large: str | Path | None = None,
+        small: Generator | None = None,
+        large: Generator | None = None,
+        boundary_ratio: float | None = None,
         vae: str | Path | None = None,
         text_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None,
         understanding: str | Path | None = None,
         connector: str | Path | None = None,
         small_lora: LoraSource = (),
@@ -143,9 +147,15 @@ class NexusPipeline:
                 `text_encoder/`, `tokenizer/`); with neither it nor `small` or `large`, the mini
                 pair that comes with the package.
             small, large: folders or hub ids: a diffusers pipeline, a bare transformer, or Wan's own
-                layout. One may be left out: then only the plan of the other runs.
+                layout; or single files (safetensors, GGUF). Two of these, `(high, low)`, are the
+                experts of one generator, as Wan 2.2's are. One may be left out: then only the plan
+                of the other runs.
+            boundary_ratio: the share of the training timesteps from which up the first expert of a
+                generator runs; by default what its folder says, else 0.875.
             vae, text_encoder: a folder that holds `vae/` (or is one), and one that holds
-                `text_encoder/` and `tokenizer/`; by default those of `large`, else of `small`.
+                `text_encoder/` and `tokenizer/`, or single files; by default those of `large`, else
+                of `small`.
+            tokenizer: the text encoder's, where it is not beside it.
             understanding, connector: the language model's folder and the connector's
                 (`nexus-rt convert omnivideo` makes both); by default those of the pair, if it has
                 them. They steer the small generator.
@@ -178,13 +188,17 @@ class NexusPipeline:
             for n, sources in (("small", small_lora), ("large", large_lora))
             if sources
         }
-        given = {"small": small, "large": large, "vae": vae, "text_encoder": text_encoder}
+        given = {"small": small, "large": large, "vae": vae}
+        given |= {"text_encoder": text_encoder, "tokenizer": tokenizer}
         steering = {"understanding": understanding, "connector": connector}
         if pretrained is None and small is None and large is None:
             pretrained = MINI
         hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, revision=revision)
         parts = find_pair(
-            pretrained, {k: v for k, v in {**given, **steering}.items() if v is not None}, hub
+            pretrained,
+            {k: v for k, v in {**given, **steering}.items() if v is not None},
+            hub,
+            boundary_ratio,
         )
         dtype, first = default_dtype(torch_dtype, device), torch.device("cpu") if vram else device
         with LOADING:
@@ -249,9 +263,10 @@ class NexusPipeline:
         as_published: bool = False,
     ) -> Plan:
         """The plan a call with these arguments would walk."""
-        return make_plan(
+        made = make_plan(
             self.defaults, plan, num_inference_steps, shift, energy, gamma_w, as_published
         )
+        return made.with_experts(boundaries(self.engines))
 
     def plan_residency(
         self,
@@ -267,7 +282,9 @@ class NexusPipeline:
             InputError: the budget holds no mode of the plan; names the smallest that would do.
         """
         return plan_residency(
-            plan, self.call_parts(size, videos * (1 + guided)), self.vram if vram is None else vram
+            plan.with_experts(boundaries(self.engines)),
+            self.call_parts(size, videos * (1 + guided)),
+            self.vram if vram is None else vram,
         )
 
     def call_parts(self, size: ClipSize, batch: int = 2) -> dict[str, MemoryUse]:
@@ -280,7 +297,7 @@ class NexusPipeline:
         if self.context:
             others |= {"understanding": self.context.understanding, "connector": self.context}
         return call_parts(
-            self.engines,
+            engines_by_name(self.engines),
             {name: other for name, other in others.items() if other is not None},
             size,
             batch,
@@ -420,8 +437,8 @@ class NexusPipeline:
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_scale_2: float | None = None,
+        guidance_scale: Scale | None = None,
+        guidance_scale_2: Scale | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -451,7 +468,8 @@ class NexusPipeline:
         Args:
             guidance_scale: of the small generator (and the large, unless `guidance_scale_2` is
                 given), in diffusers' meaning `v_u + g (v_c - v_u)`; the default 6.0 is the paper's
-                s = 5.0. 1 runs without guidance.
+                s = 5.0. 1 runs without guidance. Two numbers are those of a generator's two
+                experts, for high noise and for low: `guidance_scale_2=(4.0, 3.0)`.
             callback_on_step_end: may return new values of the tensors it was given (latents and any
                 embeddings), used from the next step on; setting `pipe._interrupt = True` in it ends
                 the loop and decodes what there is.
@@ -499,6 +517,8 @@ class NexusPipeline:
             num_videos_per_prompt=num_videos_per_prompt,
             reuse_parity=reuse_parity,
         )
+        plan = request.plan.with_experts(boundaries(self.engines))
+        request = replace(request, plan=plan)
         given = {
             "prompt_embeds": prompt_embeds,
             "prompt_embeds_2": prompt_embeds_2,

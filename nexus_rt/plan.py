@@ -7,7 +7,7 @@ A plan is made before the first step and does not change. `segments` is the gene
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,13 @@ FULL, DIFFERENCE, VELOCITY = "full", "difference", "velocity"
 PLANS = ("reference", "small", "large", "handoff", "auto")
 UNITS = ("timestep", "fraction", "sigma")
 GAMMA_W = 0.3
+EXPERTS = ("high", "low")  # of a generator that has two: for high noise, and for low
+Scale = float | tuple[float, float]  # a guidance scale, or one for each expert
+
+
+def engine_name(generator: str, expert: str | None) -> str:
+    """The name of the engine that runs a generator's expert, such as "large:high"."""
+    return f"{generator}:{expert}" if expert else generator
 
 
 def gate(timestep: float, gamma_w: float = GAMMA_W) -> float:
@@ -43,6 +50,7 @@ class Step:
     threshold: the lone generator's velocity is reused while its estimated relative change stays
         below this; None where the step is computed as written.
     renoise: the step begins on re-noised latents, `(1 - sigma) x + sigma eps`.
+    expert_small, expert_large: which expert runs, "high" or "low", of a generator that has them.
     """
 
     index: int
@@ -59,11 +67,28 @@ class Step:
     compute_large: str = FULL
     threshold: float | None = None
     renoise: bool = False
+    expert_small: str | None = None
+    expert_large: str | None = None
 
-    def scale(self, generator: str, default: float) -> float:
-        """The guidance scale of "small" or "large": this step's own, else the call's."""
+    def scale(self, generator: str, default: Scale) -> float:
+        """The guidance scale of "small" or "large": this step's own, else the call's, of which a
+        generator of experts may have one each."""
         own = self.guidance_small if generator == "small" else self.guidance_large
-        return float(default if own is None else own)
+        if own is not None:
+            return float(own)
+        if isinstance(default, tuple):
+            return float(default[EXPERTS.index(self.expert(generator) or EXPERTS[0])])
+        return float(default)
+
+    def expert(self, generator: str) -> str | None:
+        """The expert of "small" or "large" that runs; None where the generator has none."""
+        return self.expert_small if generator == "small" else self.expert_large
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Names of the engines that run, in the order small, large; experts as in
+        "large:high"."""
+        return tuple(engine_name(g, self.expert(g)) for g in ("small", "large") if getattr(self, g))
 
     def compute(self, generator: str) -> str:
         """What is computed of "small" or "large"."""
@@ -145,11 +170,37 @@ class Plan:
             )
         return replace(self, steps=tuple(replace(s, energy=energy) for s in self.steps))
 
-    def guidance(self, step: Step, generator: str, small: float, large: float) -> float:
+    @cached_property
+    def engines(self) -> tuple[str, ...]:
+        """Names of the engines that run at all: small before large, in the order they are first
+        needed."""
+        names = dict.fromkeys(name for s in self.steps for name in s.engines)
+        return tuple(sorted(names, key=lambda name: not name.startswith("small")))
+
+    def with_experts(self, boundaries: Mapping[str, float]) -> Plan:
+        """The same plan of generators that have experts: which of them runs at which step.
+
+        Args:
+            boundaries: generator -> share of the training timesteps from which up "high" runs.
+        """
+        if not boundaries:
+            return self
+        steps = []
+        for step in self.steps:
+            small, large = (
+                EXPERTS[step.timestep < boundaries[g] * TRAIN_STEPS]
+                if g in boundaries and getattr(step, g)
+                else None
+                for g in ("small", "large")
+            )
+            steps.append(replace(step, expert_small=small, expert_large=large))
+        return replace(self, steps=tuple(steps))
+
+    def guidance(self, step: Step, generator: str, small: Scale, large: Scale) -> float:
         """The guidance scale of a generator at a step, given the call's two defaults."""
         return step.scale(generator, small if generator == "small" else large)
 
-    def evaluations(self, guidance_small: float, guidance_large: float) -> dict[str, int]:
+    def evaluations(self, guidance_small: Scale, guidance_large: Scale) -> dict[str, int]:
         """Forward passes of each generator (a guided step has two)."""
         count = {"small": 0, "large": 0}
         for step in self.steps:
@@ -159,7 +210,7 @@ class Plan:
         return count
 
     def step_price(
-        self, step: Step, costs: StepCosts, guidance_small: float, guidance_large: float
+        self, step: Step, costs: StepCosts, guidance_small: Scale, guidance_large: Scale
     ) -> float:
         """Milliseconds of one step: the sum of what runs in it."""
         price = costs.solver + (costs.blend if step.blended else 0.0)
@@ -169,7 +220,7 @@ class Plan:
             price += (0.0, getattr(costs, g), getattr(costs, f"{g}_guided"))[forwards]
         return price
 
-    def price(self, costs: StepCosts, guidance_small: float, guidance_large: float) -> float:
+    def price(self, costs: StepCosts, guidance_small: Scale, guidance_large: Scale) -> float:
         """Milliseconds of the whole denoising loop."""
         return sum(self.step_price(s, costs, guidance_small, guidance_large) for s in self.steps)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from nexus_rt.checks import check_callback, number, whole
 from nexus_rt.errors import InputError, choose, cut
 from nexus_rt.guidance import Guidance
-from nexus_rt.plan import GAMMA_W, Plan
+from nexus_rt.plan import GAMMA_W, Plan, Scale
 from nexus_rt.plan_text import has_clocks, parse_plan, scaled
 from nexus_rt.prompts import MAX_FRAMES
 from nexus_rt.size import ClipSize
@@ -154,7 +154,7 @@ def _with_steps(words: str, steps: int, own_plan: bool) -> str:
 
 
 def make_guidance(
-    defaults: Any, guidance_scale: float | None, guidance_scale_2: float | None, published: bool
+    defaults: Any, guidance_scale: Scale | None, guidance_scale_2: Scale | None, published: bool
 ) -> Guidance:
     """The guidance scales that these arguments mean for a pair with such `Defaults`; None is the
     pair's own, or the published.
@@ -163,8 +163,14 @@ def make_guidance(
         InputError: a scale outside its range.
     """
     for name, value in (("guidance_scale", guidance_scale), ("guidance_scale_2", guidance_scale_2)):
-        if value is not None:
-            number(name, value, -MAX_GUIDANCE, MAX_GUIDANCE)
+        if isinstance(value, tuple) and len(value) != 2:
+            raise InputError(
+                f"{name} has {len(value)} numbers; expected one, or two: of the expert for high"
+                " noise and of the one for low."
+            )
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is not None:
+                number(name, one, -MAX_GUIDANCE, MAX_GUIDANCE)
     if published and guidance_scale is None:
         guidance_scale = PUBLISHED["guidance_scale"]
     return Guidance.of_call(defaults, guidance_scale, guidance_scale_2)
@@ -181,8 +187,8 @@ def make_request(
     shift: float | None,
     energy: str | None,
     gamma_w: float | None,
-    guidance_scale: float | None,
-    guidance_scale_2: float | None,
+    guidance_scale: Scale | None,
+    guidance_scale_2: Scale | None,
     blend: BlendConfig | None,
     solver: str | None,
     output_type: str,

@@ -14,7 +14,7 @@ from nexus_rt.errors import Cancelled
 from nexus_rt.guidance import GUIDANCE_SCALE, Guidance
 from nexus_rt.latents import renoise
 from nexus_rt.memory.residency import Residency
-from nexus_rt.plan import Plan, Step
+from nexus_rt.plan import Plan, Scale, Step
 from nexus_rt.reuse import ReuseError
 from nexus_rt.solver import make_solver
 from nexus_rt.step_runners import Change, FiniteCheck, Prompt, make_runner
@@ -28,8 +28,8 @@ def denoise(
     engines: Mapping[str, Engine],
     prompts: Mapping[str, Prompt],
     *,
-    guidance_scale: float = GUIDANCE_SCALE,
-    guidance_scale_2: float | None = None,
+    guidance_scale: Scale = GUIDANCE_SCALE,
+    guidance_scale_2: Scale | None = None,
     blend_config: BlendConfig = BlendConfig(),  # noqa: B008 (frozen)
     solver: str = "unipc",
     kernels: str = "auto",
@@ -49,7 +49,8 @@ def denoise(
         engines, prompts: under "small" and "large", those the plan runs; any objects with the
             engine protocol.
         guidance_scale, guidance_scale_2: of the small and the large generator (the latter None: the
-            same), where the plan sets none; 1 means no guidance, one forward instead of two.
+            same), where the plan sets none; 1 means no guidance, one forward instead of two. Two
+            numbers are of the two experts of a generator.
         kernels: of the blend and the solver: "torch", "triton", or "auto" (triton on a GPU that can
             run it).
         residency: moves the engines between memories as the plan goes on; None: they are where they

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nexus_rt.engines.experts import ExpertsEngine
 from nexus_rt.engines.fused_step import StepEngine
 from nexus_rt.engines.protocol import Diagnosable, Engine
 from nexus_rt.errors import InputError, NumericsError
@@ -125,6 +126,9 @@ class Generator:
             self.context(step, guided),
         )
         with span(self.name, step=step.index):
+            expert = step.expert(self.name)
+            if expert is not None and isinstance(self.engine, ExpertsEngine):
+                return self.engine.velocity_of(expert, latents, timestep, context)
             return self.engine.velocity(latents, timestep, context)
 
 

@@ -209,10 +209,10 @@ def make_targets(pair, steered, work):
     from nexus_rt.bench.vrbench import judging, schema
     from nexus_rt.bench.vrbench.command import EXAMPLE
     from nexus_rt.engines.folder import EngineFolder
-    from nexus_rt.loading.checkpoint import find_tensors, read_header
     from nexus_rt.loading.lora import Lora, merge
     from nexus_rt.loading.pair_folder import find_pair
     from nexus_rt.loading.source import read_json
+    from nexus_rt.loading.stored import find_tensors, read_header
     from nexus_rt.loading.transformer import load_config, load_transformer
     from nexus_rt.models.connector import ConnectorConfig, load_connector
     from nexus_rt.models.tokenizer import load_tokenizer

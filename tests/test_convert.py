@@ -12,10 +12,10 @@ import torch
 from nexus_rt import NexusPipeline
 from nexus_rt.cli import main
 from nexus_rt.errors import InputError, ModelError
-from nexus_rt.loading.checkpoint import find_tensors, read_tensors
+from nexus_rt.loading.architecture import t5_name
 from nexus_rt.loading.convert import LAYOUT, convert_omnivideo
-from nexus_rt.loading.convert_config import t5_name
 from nexus_rt.loading.pickles import read_pickle
+from nexus_rt.loading.stored import find_tensors, read_tensors
 from nexus_rt.shards import write_shards
 from tests.omnivideo import make_published, original_t5_names, original_vae_names
 

@@ -33,8 +33,8 @@ def encoder(own_pair):
 
 
 def scaled(state):
-    scale = state[Q].abs().max() / 448
-    state[Q] = (state[Q] / scale).to(torch.float8_e4m3fn)
+    scale = state[Q].float().abs().max() / 448
+    state[Q] = (state[Q].float() / scale).to(torch.float8_e4m3fn)
     state[Q.removesuffix("weight") + "scale_weight"] = scale.reshape(1)
 
 
@@ -63,7 +63,10 @@ DAMAGE = {
         lambda s: s.update({Q: s[Q][:5].clone()}),
         r"another shape are 1 .*\(5, 32\) stored, \(32, 32\) in config",
     ),
-    "scaled fp8": (scaled, r"unknown are 1 \(.*scale_weight"),
+    "a scale of a weight in float32": (
+        lambda s: s.update({Q[:-6] + "scale_weight": torch.ones(1)}),
+        r"unknown are 1 \(.*scale_weight",
+    ),
     "a scale_input": (
         lambda s: s.update({Q[:-6] + "scale_input": torch.ones(1)}),
         r"unknown are 1 \(.*scale_input",
@@ -99,6 +102,8 @@ def test_whole_ones_still_load(encoder, tiny_pair):
         ["a red circle"], 8
     )
     assert 0 < (eight - wanted).abs().max() < 0.1
+    exact = rewrite(scaled).encode(["a red circle"], 8)
+    assert 0 < (exact - wanted).abs().max() < 0.1
 
 
 def test_an_embedding_that_a_version_leaves_random_is_caught(encoder, tiny_pair, monkeypatch):

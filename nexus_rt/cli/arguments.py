@@ -68,6 +68,9 @@ def models() -> argparse.ArgumentParser:
         help="holds text_encoder/ and tokenizer/ (default: as --vae)",
     )
     group.add_argument(
+        "--tokenizer", metavar="DIR", help="the text encoder's, where it is not beside it"
+    )
+    group.add_argument(
         "--understanding", metavar="DIR", help="the language model that steers the small generator"
     )
     group.add_argument(

@@ -17,6 +17,7 @@ MODELS = (
     "large",
     "vae",
     "text_encoder",
+    "tokenizer",
     "understanding",
     "connector",
     "small_lora",

@@ -15,7 +15,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,28 +22,21 @@ from torch import Tensor
 from nexus_rt import documents
 from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.loading import transformer
-from nexus_rt.loading.checkpoint import (
-    Index,
-    diffusers_name,
-    diffusers_shapes,
-    find_tensors,
-    in_diffusers_names,
-    read_tensors,
-)
-from nexus_rt.loading.convert_config import (
-    check_inside,
-    connector_config,
-    shapes_config,
-    t5_name,
-    transformer_config,
-    unconditional_rows,
+from nexus_rt.loading.architecture import wan_config
+from nexus_rt.loading.checkpoint import diffusers_name, diffusers_shapes, in_diffusers_names
+from nexus_rt.loading.convert_config import check_inside, connector_config, unconditional_rows
+from nexus_rt.loading.convert_parts import (
+    made_whole,
+    write_text_encoder,
+    write_transformer,
+    write_vae,
 )
 from nexus_rt.loading.pair_folder import Defaults
 from nexus_rt.loading.pickles import read_pickle, read_state
+from nexus_rt.loading.stored import Index, find_tensors, read_tensors
 from nexus_rt.models.connector import SPECIAL_TOKENS, TEXT_MARKERS, Connector, ConnectorConfig
-from nexus_rt.models.wan import WanTransformer
+from nexus_rt.models.wan import WanConfig, WanTransformer
 from nexus_rt.shards import Report, check_shapes, write_json, write_shards
-from nexus_rt.video import remove_orphans
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl")
 LAYOUT = {  # part of the published folder -> where it lies
@@ -119,7 +111,7 @@ class Omnivideo:
                 in_diffusers_names(find_tensors(folder)),
             )
         else:
-            config, stored = shapes_config(over, folder), {}
+            config, stored = self._alone(over, folder), {}
             self.report.notes[label] = (
                 f"absent; all of {name} is {prefix}* of {LAYOUT['transformer']}"
             )
@@ -135,14 +127,23 @@ class Omnivideo:
             yield from read_tensors(base.items())
             yield from ((k, v) for k, v in over.items() if k in wanted)
 
-        write_shards(self.target / name, "diffusion_pytorch_model", tensors())
-        write_json(self.target / name / "config.json", transformer_config(config))
+        write_transformer(self.target / name, config, tensors())
         self.report.add(
             label, len(base), stored.keys() & over.keys(), stored.keys() - wanted.keys()
         )
         self.report.unused.setdefault(LAYOUT["transformer"], []).extend(
             sorted(f"{prefix}{k}" for k in over.keys() - wanted.keys())
         )
+
+    def _alone(self, over: dict[str, Tensor], folder: Path) -> WanConfig:
+        """The architecture of a generator that the mixed model holds whole."""
+        try:
+            return wan_config({k: tuple(v.shape) for k, v in over.items()}, folder)
+        except ModelError as error:
+            raise ModelError(
+                f"{folder} is missing, and the mixed model lacks part of that generator ({error});"
+                " put Wan's folder there: what is tuned goes over its weights."
+            ) from None
 
     def connector(self) -> None:
         """`connector/`: vision head, adapter, special tokens, and what guidance is measured
@@ -231,72 +232,12 @@ class Omnivideo:
 
     def text(self) -> None:
         """`text_encoder/` and `tokenizer/`."""
-        from transformers import UMT5Config, UMT5EncoderModel
-
-        path = self.part("t5")
-        state = read_state(path)
-        stored = {t5_name(k): v for k, v in state.items()}
-        try:
-            bias = stored["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
-            query = stored["encoder.block.0.layer.0.SelfAttention.q.weight"]
-            up = stored["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]
-            vocab = stored["shared.weight"]
-        except KeyError as error:
-            raise ModelError(
-                f"{path} is no UMT5 encoder of Wan's: it lacks {error}; get the published file"
-                " again."
-            ) from error
-        layers = 1 + max(int(k.split(".")[2]) for k in stored if k.startswith("encoder.block."))
-        config = UMT5Config(
-            vocab_size=vocab.shape[0],
-            d_model=vocab.shape[1],
-            d_kv=query.shape[0] // bias.shape[1],
-            d_ff=up.shape[0],
-            num_layers=layers,
-            num_heads=bias.shape[1],
-            relative_attention_num_buckets=bias.shape[0],
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            architectures=["UMT5EncoderModel"],
-        )
-        with torch.device("meta"):
-            model = UMT5EncoderModel(config)
-        wanted = {k: tuple(v.shape) for k, v in model.named_parameters()}
-        check_shapes(path, {k: tuple(v.shape) for k, v in stored.items()}, wanted)
-        write_shards(
-            self.target / "text_encoder",
-            "model",
-            ((k, v) for k, v in stored.items() if k in wanted),
-        )
-        config.save_pretrained(self.target / "text_encoder")
-        self.report.add(LAYOUT["t5"], len(wanted), unused=stored.keys() - wanted.keys())
+        write_text_encoder(self.target, self.part("t5"), LAYOUT["t5"], self.report)
         shutil.copytree(self.part("tokenizer"), self.target / "tokenizer")
 
     def vae(self) -> None:
-        """`vae/`, by diffusers' own names for Wan's."""
-        from diffusers import AutoencoderKLWan
-        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-
-        path = self.part("vae")
-        state = read_state(path)
-        stored = convert_wan_vae_to_diffusers(dict(state))
-        base, z = stored.get("encoder.conv_in.weight"), stored.get("post_quant_conv.weight")
-        if base is None or z is None:
-            raise ModelError(
-                f"{path} is no Wan VAE: it lacks encoder.conv1 or conv2; get the published file"
-                " again."
-            )
-        with torch.device("meta"):
-            model: Any = AutoencoderKLWan(base_dim=base.shape[0], z_dim=z.shape[0])
-        wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-        check_shapes(path, {k: tuple(v.shape) for k, v in stored.items()}, wanted)
-        write_shards(
-            self.target / "vae",
-            "diffusion_pytorch_model",
-            ((k, v) for k, v in stored.items() if k in wanted),
-        )
-        model.save_config(self.target / "vae")
-        self.report.add(LAYOUT["vae"], len(wanted), unused=stored.keys() - wanted.keys())
+        """`vae/`."""
+        write_vae(self.target, self.part("vae"), LAYOUT["vae"], self.report)
 
     def understanding(self) -> None:
         """`understanding/`: the language model as it is; its safetensors are linked where the disk
@@ -388,14 +329,7 @@ def convert_omnivideo(
     source, target = Path(source).expanduser(), Path(target).expanduser()
     if not source.is_dir():
         raise InputError(f"{source} is not a folder; expected the published OmniVideo folder.")
-    if target.exists():
-        raise InputError(
-            f"{target} exists; name a folder that does not, and the conversion will make it."
-        )
-    remove_orphans(target.parent, f".{target.name}.*.part")  # of runs that were killed
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        part.mkdir(parents=True)
+    with made_whole(target) as part:
         job = Omnivideo(source, part)
         for step in (
             job.connector,
@@ -408,12 +342,4 @@ def convert_omnivideo(
             say(f"{step.__name__} ...")
             step()
         job.finish()
-        os.replace(part, target)
-    except OSError as error:
-        raise ModelError(
-            f"{target} cannot be written ({error.strerror or error}); free some space or choose"
-            " another place."
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return job.report
+        return job.report

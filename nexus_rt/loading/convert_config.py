@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +11,6 @@ from torch import Tensor
 from nexus_rt.errors import ModelError
 from nexus_rt.models.connector import ConnectorConfig
 from nexus_rt.models.understanding import Template
-from nexus_rt.models.wan import WanConfig
-
-T5_NAMES = [  # Wan's own UMT5 -> transformers' UMT5EncoderModel
-    (r"^token_embedding\.", "shared."),
-    (r"^norm\.", "encoder.final_layer_norm."),
-    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
-    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
-    (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
-    (
-        r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
-        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
-    ),
-    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
-    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
-    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
-]
 
 
 def unconditional_rows(value: Any, width: int, where: str) -> tuple[Tensor, str]:
@@ -77,59 +59,6 @@ def check_inside(file: Path, root: Path) -> None:
             f"{file} is a link to {real}, outside {root}; copy the file there, if it is meant to be"
             " converted."
         )
-
-
-def shapes_config(weights: dict[str, Tensor], folder: Path) -> WanConfig:
-    """The architecture that a whole Wan transformer's tensors have, heads being 128 wide as in
-    every published one."""
-    try:
-        patch, text = (
-            weights["patch_embedding.weight"],
-            weights["condition_embedder.text_embedder.linear_1.weight"],
-        )
-        ffn = weights["blocks.0.ffn.net.0.proj.weight"]
-        time = weights["condition_embedder.time_embedder.linear_1.weight"]
-        out = weights["proj_out.weight"]
-    except KeyError as error:
-        raise ModelError(
-            f"{folder} is missing, and the mixed model lacks {error} of that generator; put Wan's"
-            " folder there: what is tuned goes over its weights."
-        ) from None
-    dim, layers = (
-        patch.shape[0],
-        1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks.")),
-    )
-    head = 128 if dim % 128 == 0 else dim
-    return WanConfig(
-        patch_size=(patch.shape[2], patch.shape[3], patch.shape[4]),
-        num_attention_heads=dim // head,
-        attention_head_dim=head,
-        in_channels=patch.shape[1],
-        out_channels=out.shape[0] // math.prod(patch.shape[2:]),
-        text_dim=text.shape[1],
-        freq_dim=time.shape[1],
-        ffn_dim=ffn.shape[0],
-        num_layers=layers,
-    )
-
-
-def t5_name(name: str) -> str:
-    """A parameter of Wan's own UMT5, as transformers' `UMT5EncoderModel` names it."""
-    for pattern, replacement in T5_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def transformer_config(config: WanConfig) -> dict:
-    """diffusers' `config.json` of a text-to-video Wan transformer."""
-    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items()}
-    extra = {
-        "_class_name": "WanTransformer3DModel",
-        "qk_norm": "rms_norm_across_heads",
-        "added_kv_proj_dim": None,
-        "image_dim": None,
-    }
-    return {**extra, **fields}
 
 
 def connector_config(weights: dict[str, Tensor], source: Path) -> ConnectorConfig:

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nexus_rt.errors import InputError, ModelError, cut
-from nexus_rt.loading.checkpoint import diffusers_shapes, fused_place, read_header, read_tensors
+from nexus_rt.errors import InputError, ModelError, choose, cut
+from nexus_rt.loading.checkpoint import diffusers_shapes, fused_place
+from nexus_rt.loading.experts import GeneratorSource, transformers_of
 from nexus_rt.loading.lora_file import (
     ENDINGS,
     Key,
@@ -30,6 +31,8 @@ from nexus_rt.loading.lora_file import (
     read_key,
     read_scaling,
 )
+from nexus_rt.loading.stored import read_header, read_tensors
+from nexus_rt.plan import EXPERTS
 
 # as diffusers and PEFT name them
 FOLDER_FILES = (
@@ -41,10 +44,12 @@ LARGEST = float(torch.finfo(torch.float32).max)
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file and how strongly it is merged."""
+    """A LoRA file, how strongly it is merged, and into which expert of a generator that has two
+    ("high" or "low"; None: into both, or the only one)."""
 
     path: Path
     scale: float = 1.0
+    expert: str | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -55,17 +60,21 @@ class Lora:
 
     @classmethod
     def parse(cls, text: str | Path) -> Lora:
-        """ "FILE" or "FILE@SCALE"; a folder is its one safetensors file, or the one that diffusers
-        or PEFT would name.
+        """ "FILE", "FILE@SCALE" or "FILE@SCALE:EXPERT"; a folder is its one safetensors file, or
+        the one that diffusers or PEFT would name.
 
         Raises:
-            InputError: no such safetensors file, or a scale that is no finite number.
+            InputError: no such safetensors file, a scale that is no finite number, or an expert
+                that is neither "high" nor "low".
         """
         name, at, scale = str(text).rpartition("@")
         if not at or Path(text).expanduser().exists():
             name, scale = str(text), "1"
+        scale, colon, expert = scale.partition(":")
+        if colon:
+            choose("expert", expert, EXPERTS)
         try:
-            lora = cls(Path(name).expanduser(), float(scale))
+            lora = cls(Path(name).expanduser(), float(scale), expert or None)
         except ValueError as error:
             if isinstance(error, InputError):
                 raise
@@ -78,7 +87,7 @@ class Lora:
             raise InputError(
                 f"LoRA {path} is not a safetensors file here; expected FILE or FILE@SCALE."
             )
-        return cls(path, lora.scale)
+        return cls(path, lora.scale, lora.expert)
 
 
 def _in_folder(folder: Path) -> Path:
@@ -105,6 +114,24 @@ def parse_loras(source: LoraSource) -> tuple[Lora, ...]:
     return tuple(s if isinstance(s, Lora) else Lora.parse(s) for s in several)
 
 
+def loras_of(
+    generator: str, source: GeneratorSource, loras: Sequence[Lora]
+) -> dict[str, list[Lora]]:
+    """What is merged into each transformer of a generator: by expert, or under "".
+
+    Raises:
+        InputError: a LoRA for an expert of a generator that has none.
+    """
+    experts = transformers_of(source)
+    for lora in loras:
+        if lora.expert is not None and lora.expert not in experts:
+            raise InputError(
+                f"LoRA {lora.path} is for the {lora.expert}-noise expert, and the {generator}"
+                f" generator is one transformer; leave :{lora.expert} out."
+            )
+    return {name: [a for a in loras if a.expert in (None, name)] for name in experts}
+
+
 def loras_hash(loras: Mapping[str, Sequence[Lora]]) -> str | None:
     """A hash of what is merged into which generator: contents, scales and order. None where nothing
     is."""
@@ -113,7 +140,12 @@ def loras_hash(loras: Mapping[str, Sequence[Lora]]) -> str | None:
     content = {}
     for name, files in loras.items():
         content[name] = [
-            (hashlib.sha256(_content(lora.path)).hexdigest(), lora.scale) for lora in files
+            (
+                hashlib.sha256(_content(lora.path)).hexdigest(),
+                lora.scale,
+                *((lora.expert,) if lora.expert else ()),
+            )
+            for lora in files
         ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -24,7 +24,8 @@ import msgspec
 
 from nexus_rt import documents
 from nexus_rt.errors import ModelError, cut
-from nexus_rt.loading.checkpoint import diffusers_name, read_metadata
+from nexus_rt.loading.checkpoint import diffusers_name
+from nexus_rt.loading.stored import read_metadata
 
 ENDINGS = {  # of a key -> what it is, and what is missing of the parameter's name
     ".lora_A.weight": ("down", ".weight"),

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 from nexus_rt.engines.cuda_graphs import ReplayedEngine
+from nexus_rt.engines.experts import ExpertsEngine
 from nexus_rt.engines.fused_step import StepEngine
 from nexus_rt.engines.registry import open_engines
 from nexus_rt.engines.text_vae import EngineDecoder, EngineTextEncoder
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError
 from nexus_rt.loading import source, transformer
-from nexus_rt.loading.lora import Lora, loras_hash
+from nexus_rt.loading.experts import ExpertFolders, GeneratorSource, transformers_of
+from nexus_rt.loading.locate import find_text
+from nexus_rt.loading.lora import Lora, loras_hash, loras_of
 from nexus_rt.loading.pair_folder import Defaults, PairFolders, exported_pair
 from nexus_rt.log import chose
 from nexus_rt.models.context import ContextEncoder
@@ -50,7 +53,13 @@ class Loaded:
             InputError: they cannot be recorded here.
         """
         return replace(
-            self, engines={name: ReplayedEngine(engine) for name, engine in self.engines.items()}
+            self,
+            engines={
+                name: engine.each(ReplayedEngine)
+                if isinstance(engine, ExpertsEngine)
+                else ReplayedEngine(engine)
+                for name, engine in self.engines.items()
+            },
         )
 
 
@@ -78,7 +87,7 @@ def _coders(
     context = None
     if parts.understanding is not None and parts.connector is not None:
         context = ContextEncoder(parts.understanding, parts.connector, dtype, device)
-    text = TextEncoder(parts.text, dtype, device) if parts.text else None
+    text = TextEncoder(parts.text, dtype, device, parts.tokenizer) if parts.text else None
     return (
         context,
         text,
@@ -110,19 +119,26 @@ def load_models(
             f"a LoRA is given for the {lost[0]} generator, which is not loaded; pass {lost[0]}="
             " too."
         )
-    models = {
-        n: transformer.load_transformer(f, dtype, weights, kernels, attention, loras.get(n, ()))
-        for n, f in parts.generators.items()
-    }
-    config = next(iter(models.values())).config
-    engines = {name: TorchEngine(model, device=device) for name, model in models.items()}
+
+    def engine(generator: str, source: GeneratorSource) -> TorchEngine | ExpertsEngine:
+        own = loras_of(generator, source, loras.get(generator, ()))
+        made = {
+            expert: TorchEngine(
+                transformer.load_transformer(f, dtype, weights, kernels, attention, own[expert]),
+                device=device,
+            )
+            for expert, f in transformers_of(source).items()
+        }
+        if isinstance(source, ExpertFolders):
+            return ExpertsEngine(made, source.boundary)
+        return made[""]
+
+    engines = {n: engine(n, source) for n, source in parts.generators.items()}
+    config = next(iter(engines.values())).model.config
     computed = f"{dtype} kernels={kernels} attention={attention}".removeprefix("torch.")
     identity = {
-        n: (
-            f"{source.folder_fingerprint(transformer.transformer_folder(f))} {computed}"
-            f" lora={loras_hash({n: loras.get(n, ())})}"
-        )
-        for n, f in parts.generators.items()
+        n: (f"{_fingerprint(generator)} {computed} lora={loras_hash({n: loras.get(n, ())})}")
+        for n, generator in parts.generators.items()
     }
     space = config.in_channels, config.patch_size
     return Loaded(
@@ -137,8 +153,16 @@ def load_models(
     )
 
 
+def _fingerprint(generator: GeneratorSource) -> str:
+    """What identifies a generator's weights: of each expert, and where they change over."""
+    files = [source.folder_fingerprint(f) for f in transformers_of(generator).values()]
+    if isinstance(generator, ExpertFolders):
+        files.append(f"boundary={generator.boundary:g}")
+    return " ".join(files)
+
+
 def _coder_identity(parts: PairFolders, dtype: torch.dtype) -> dict[str, str]:
-    text = parts.text and parts.text / "text_encoder"
+    text = parts.text and find_text(parts.text, parts.tokenizer)[0]
     steering = {"understanding": parts.understanding, "connector": parts.connector}
     folders = {"vae": parts.vae, "text_encoder": text, **steering}
     kind = {

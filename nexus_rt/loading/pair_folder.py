@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,19 @@ from nexus_rt.errors import InputError, ModelError, choose, cut
 from nexus_rt.guidance import GUIDANCE_SCALE
 from nexus_rt.latents import LatentGrid
 from nexus_rt.loading import transformer
+from nexus_rt.loading.experts import (
+    ExpertFolders,
+    GeneratorSource,
+    check_boundary,
+    find_experts,
+    split_source,
+    transformers_of,
+    with_boundary,
+)
+from nexus_rt.loading.locate import find_vae, given_vae, has_text
 from nexus_rt.loading.source import read_json, resolve
 from nexus_rt.models.vae import vae_space
+from nexus_rt.models.wan import WanConfig
 from nexus_rt.request import make_request
 from nexus_rt.size import ClipSize
 
@@ -51,20 +63,23 @@ class Defaults:
 
 @dataclass(frozen=True)
 class PairFolders:
-    """Folders of a pair; None for a part it does not have."""
+    """Folders of a pair, or files of single parts; None for a part it does not have.
 
-    generators: dict[str, Path]
+    text: what `nexus_rt.loading.locate.find_text` reads. tokenizer: its folder, where it is not
+    beside the text encoder.
+    """
+
+    generators: dict[str, GeneratorSource]
     vae: Path | None
     text: Path | None
     understanding: Path | None
     connector: Path | None
     defaults: Defaults
+    tokenizer: Path | None = None
 
     def check_width(self, width: int) -> None:
         """Raise unless the small generator reads context tokens of this width."""
-        wanted = transformer.load_config(
-            transformer.transformer_folder(self.generators["small"])
-        ).text_dim
+        wanted = architecture_of(self.generators["small"]).text_dim
         if width != wanted:
             raise ModelError(
                 f"the connector makes tokens of width {width} and the small generator reads"
@@ -72,13 +87,26 @@ class PairFolders:
             )
 
 
-def _same_space(folders: dict[str, Path], vaes: dict[str, Path]) -> None:
+def architecture_of(source: GeneratorSource) -> WanConfig:
+    """A generator's architecture.
+
+    Raises:
+        ModelError: its two experts are not of one.
+    """
+    configs = {n: transformer.load_config(f) for n, f in transformers_of(source).items()}
+    first, *others = configs.values()
+    if any(other != first for other in others):
+        raise ModelError(
+            f"the experts {' and '.join(map(str, transformers_of(source).values()))} are not of one"
+            " architecture; pass the two that belong together."
+        )
+    return first
+
+
+def _same_space(folders: Mapping[str, GeneratorSource], vaes: dict[str, Path]) -> None:
     """Raise unless both transformers, and their VAEs where they bring them, live in one latent
     space."""
-    configs = {
-        name: transformer.load_config(transformer.transformer_folder(f))
-        for name, f in folders.items()
-    }
+    configs = {name: architecture_of(f) for name, f in folders.items()}
     different = []
     if len(configs) == 2:
         small, large = configs["small"], configs["large"]
@@ -201,52 +229,88 @@ def exported_pair(root: Path, engines: dict[str, Any]) -> PairFolders:
     return PairFolders({}, at("vae"), text, at("understanding"), at("connector"), defaults)
 
 
-def find_pair(pretrained: str | Path | None, given: dict[str, Any], hub: dict) -> PairFolders:
+GENERATOR_FOLDERS = ("transformer", "transformer_2", "high_noise_model", "low_noise_model", "vae")
+
+
+def _generator(found: tuple[Path, ...], boundary: float | None) -> GeneratorSource:
+    """A generator of the folders or files that were named: one, or two experts."""
+    if len(found) == 2:
+        source: GeneratorSource = ExpertFolders(*found)
+    else:
+        source = find_experts(found[0]) or found[0]
+    return with_boundary(source, boundary)
+
+
+def find_pair(
+    pretrained: str | Path | None,
+    given: dict[str, Any],
+    hub: dict,
+    boundary: float | None = None,
+) -> PairFolders:
     """Resolve the folders of a pair.
 
     Args:
         pretrained: a pair's folder or hub id, or None.
-        given: folders or hub ids under "small", "large", "vae", "text_encoder", "understanding",
-            "connector"; they go before the pair's own.
-        hub: options of `resolve`.
+        given: folders, files or hub ids under "small", "large", "vae", "text_encoder",
+            "tokenizer", "understanding", "connector"; they go before the pair's own.
+        hub: options of `resolve`. boundary: of a generator of two experts, where it is not its
+            folder's.
 
     Raises:
         ModelError: a folder is no model, or the generators are not of one latent space.
         InputError: one of understanding model and connector without the other.
     """
-    chosen: dict[str, Path] = {
-        n: resolve(given[n], ("transformer", "vae"), **hub)
+    if boundary is not None:
+        boundary = check_boundary(boundary, "boundary_ratio")
+    chosen: dict[str, tuple[Path, ...]] = {
+        n: tuple(resolve(s, GENERATOR_FOLDERS, **hub) for s in split_source(given[n]))
         for n in ("small", "large")
         if n in given
     }
-    root, defaults, folders = None, Defaults(), chosen
+    root, defaults, found = None, Defaults(), chosen
     if pretrained is not None:
         root = resolve(pretrained, ("small", "large", "vae", "understanding", "connector"), **hub)
         defaults = _pair_defaults(root)
-        own: dict[str, Path] = {n: root / n for n in ("small", "large") if (root / n).is_dir()}
-        folders = {**own, **chosen}
-        if not folders:
+        own: dict[str, tuple[Path, ...]] = {
+            n: (root / n,) for n in ("small", "large") if (root / n).is_dir()
+        }
+        found = {**own, **chosen}
+        if not found:
             raise ModelError(f"{root} holds neither small/ nor large/; expected a pair's folder.")
         sources = [(pretrained, root)]
     else:
-        sources = [(given[n], folders[n]) for n in ("large", "small") if n in folders]
-    vaes: dict[str, Path] = {
-        n: f / "vae" for n, f in folders.items() if (f / "vae" / "config.json").is_file()
-    }
-    vae = next((f / "vae" for _, f in sources if (f / "vae" / "config.json").is_file()), None)
-    if "vae" in given:
-        folder = resolve(given["vae"], ("vae",), **hub)
-        vae = vaes["given"] = (
-            folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+        names = [n for n in ("large", "small") if n in found]
+        sources = [(split_source(given[n])[0], found[n][0]) for n in names]
+    folders = {n: _generator(f, boundary) for n, f in found.items()}
+    if boundary is not None and not any(isinstance(f, ExpertFolders) for f in folders.values()):
+        raise InputError(
+            "boundary_ratio is where the experts of a generator change over, and no generator here"
+            " has two; leave it out."
         )
+    vaes: dict[str, Path] = {n: v for n, f in found.items() if (v := find_vae(f[0])) is not None}
+    vae = next((v for _, f in sources if (v := find_vae(f)) is not None), None)
+    if "vae" in given:
+        vae = vaes["given"] = given_vae(resolve(given["vae"], ("vae",), **hub))
     _same_space(folders, vaes)
     text = None
     for source in [given["text_encoder"]] if "text_encoder" in given else [s for s, _ in sources]:
         # of one source only: it is the large part
         folder = resolve(source, ("text_encoder", "tokenizer"), **hub)
-        if "text_encoder" in given or (folder / "text_encoder").is_dir():
+        if "text_encoder" in given or has_text(folder):
             text = folder
             break
+    tokenizer = None
+    if "tokenizer" in given:
+        if text is None:
+            raise InputError(
+                "tokenizer= goes with a text encoder, and none is here; pass text_encoder= too."
+            )
+        tokenizer = resolve(given["tokenizer"], ("tokenizer",), **hub)
     return PairFolders(
-        folders, vae, text, defaults=defaults, **_steering(root, given, "small" in folders, hub)
+        folders,
+        vae,
+        text,
+        defaults=defaults,
+        tokenizer=tokenizer,
+        **_steering(root, given, "small" in folders, hub),
     )

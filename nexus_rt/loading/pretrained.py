@@ -20,7 +20,8 @@ import torch
 
 from nexus_rt.documents import read_object
 from nexus_rt.errors import ModelError, cut
-from nexus_rt.loading.checkpoint import StoredTensor, fill_exactly, find_tensors, read_header
+from nexus_rt.loading.checkpoint import fill_exactly
+from nexus_rt.loading.stored import StoredTensor, find_tensors, read_header
 from nexus_rt.process import LOADING
 
 # Stored beside the weights that are used, and rightly left out: vocabulary heads, the decoder of an

@@ -6,21 +6,20 @@ import hashlib
 from pathlib import Path
 
 from nexus_rt.documents import read_object
-from nexus_rt.errors import ModelError
+from nexus_rt.errors import ModelError, cut
 
-FILES = (
-    ".safetensors",
-    ".gguf",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".pkl",
-    ".onnx",
-    ".json",
-    ".zip",
-    ".tar",
-)
+READABLE = (".safetensors", ".sft", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
+OTHERS = {  # of files that are no weights of ours -> what to do
+    ".onnx": "an ONNX graph; pass the folder that `nexus-rt export` made to --engines",
+    ".engine": "a TensorRT engine; pass the folder that `nexus-rt export` made to --engines",
+    ".plan": "a TensorRT engine; pass the folder that `nexus-rt export` made to --engines",
+    ".pt2": "an AOTInductor package; pass the folder that `nexus-rt export` made to --engines",
+    ".json": "a JSON file; pass the folder it lies in",
+    ".zip": "an archive; unpack it first",
+    ".tar": "an archive; unpack it first",
+    ".gz": "an archive; unpack it first",
+    ".pkl": "a pickle; pass safetensors, or `nexus-rt convert` it",
+}
 
 
 def resolve(
@@ -30,26 +29,33 @@ def resolve(
     local_files_only: bool = False,
     revision: str | None = None,
 ) -> Path:
-    """A local folder for `source`: itself if it is one, else a snapshot of the hub repository of
-    that id.
+    """A local folder or file of weights for `source`: itself if it is here, else a snapshot of the
+    hub repository of that id.
 
     Of a repository only json files and the named subfolders are fetched, never pickles.
 
     Raises:
-        ModelError: neither a folder nor a repository that can be reached.
+        ModelError: neither a folder, nor a file of weights, nor a repository that can be reached.
     """
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    if path.is_file() or path.suffix.lower() in FILES:
+    suffix = path.suffix.lower()
+    if path.is_file():
+        if suffix not in READABLE:
+            what = OTHERS.get(suffix, f"a file that ends in {cut(suffix, 20) or 'nothing'}")
+            raise ModelError(
+                f"{source} is {what}; expected weights ({', '.join(READABLE)}) or a folder of them."
+            )
+        return path
+    if suffix in READABLE or suffix in OTHERS:
         raise ModelError(
-            f"{source} is {'a file' if path.is_file() else 'the name of a file, and none is here'};"
-            " single files are not read: pass a folder with config.json and safetensors, in"
-            " diffusers' or Wan's own layout."
+            f"{source} is the name of a file, and none is here; check the path, or pass a folder."
         )
     if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
         raise ModelError(
-            f"{source} is not a folder; expected a model folder or a hub id such as 'owner/name'."
+            f"{source} is not a folder or file here; expected a model's, or a hub id such as"
+            " 'owner/name'."
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -84,15 +90,23 @@ def read_json(path: Path) -> dict:
     return read_object(path)
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of the weights stored in a folder."""
-    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+def weights_of(source: Path) -> list[Path]:
+    """The files of weights in a folder, or a file itself."""
+    if source.is_file():
+        return [source]
+    return sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".sft", ".gguf"))
 
 
-def folder_fingerprint(folder: Path) -> str:
-    """A short hash of a folder's weight files: names, sizes, and the first and last MiB of each."""
+def folder_bytes(source: Path) -> int:
+    """Bytes of the weights stored in a folder or file."""
+    return sum(p.stat().st_size for p in weights_of(source))
+
+
+def folder_fingerprint(source: Path) -> str:
+    """A short hash of a folder's weight files, or a file: names, sizes, and the first and last MiB
+    of each."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weights_of(source):
         with open(path, "rb") as file:
             head = file.read(1 << 20)
             file.seek(max(0, path.stat().st_size - (1 << 20)))

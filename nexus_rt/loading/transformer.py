@@ -1,4 +1,4 @@
-"""A folder in diffusers' or Wan's own layout to a transformer on a device."""
+"""A folder in diffusers' or Wan's own layout, or a single file, to a transformer on a device."""
 
 from __future__ import annotations
 
@@ -12,34 +12,56 @@ import torch
 from nexus_rt.attention import ATTENTION_NAMES
 from nexus_rt.block_ops import choose_ops
 from nexus_rt.errors import ModelError, choose
-from nexus_rt.loading.checkpoint import StoredTensor, diffusers_shapes, fill, find_tensors
+from nexus_rt.loading.architecture import check_variant, wan_config
+from nexus_rt.loading.checkpoint import diffusers_shapes, fill, in_diffusers_names
+from nexus_rt.loading.locate import transformer_folder
 from nexus_rt.loading.lora import Changes, Lora
 from nexus_rt.loading.source import read_json
+from nexus_rt.loading.stored import StoredTensor, find_tensors
 from nexus_rt.models.wan import WanConfig, WanTransformer
 
-
-def transformer_folder(folder: Path) -> Path:
-    """The transformer inside a pipeline folder, or the folder itself."""
-    inner = folder / "transformer"
-    return inner if (inner / "config.json").is_file() else folder
+CLASSES = ("WanTransformer3DModel", "WanModel")
 
 
-def load_config(folder: Path) -> WanConfig:
-    """The architecture in a transformer folder's `config.json`."""
-    config = read_json(folder / "config.json")
+def config_file(source: Path) -> Path | None:
+    """The `config.json` of a transformer's folder, or beside its file where it is a Wan's; None
+    where the weights alone say what they are."""
+    if source.is_dir():
+        path = source / "config.json"
+        return path if path.is_file() or not _has_weights(source) else None
+    path = source.with_name("config.json")
+    return path if path.is_file() and read_json(path).get("_class_name") in CLASSES else None
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(p.suffix in (".safetensors", ".sft", ".gguf") for p in folder.iterdir())
+
+
+def load_config(source: Path) -> WanConfig:
+    """The architecture of a transformer's folder or file: its `config.json`, or what its tensors'
+    shapes say.
+
+    Raises:
+        ModelError: another architecture, or a model of another task.
+    """
+    path = config_file(source)
+    if path is None:
+        stored = in_diffusers_names(find_tensors(source))
+        return wan_config({name: t.shape for name, t in stored.items()}, source)
+    config = read_json(path)
     name = config.get("_class_name", "WanModel")
-    if name not in ("WanTransformer3DModel", "WanModel"):
+    if name not in CLASSES:
         raise ModelError(
-            f"{folder} holds a {name}; expected a WanTransformer3DModel (or Wan's own WanModel)."
+            f"{source} holds a {name}; expected a WanTransformer3DModel (or Wan's own WanModel)."
         )
     return WanConfig.from_dict(config)
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that most of a transformer's weights are stored in; bfloat16 for those of 8
-    bits."""
+def stored_dtype(source: Path) -> torch.dtype:
+    """The dtype that most of a transformer's weights are stored in; bfloat16 for those of 8 bits
+    and fewer."""
     counts: dict[torch.dtype, int] = {}
-    for tensor in find_tensors(transformer_folder(folder)).values():
+    for tensor in find_tensors(transformer_folder(source)).values():
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + math.prod(tensor.shape)
     dtype = max(counts, key=counts.__getitem__)
     return torch.bfloat16 if dtype.itemsize == 1 else dtype
@@ -59,6 +81,19 @@ def _check_depth(config: WanConfig, tensors: Mapping[str, StoredTensor], folder:
         )
 
 
+def empty_transformer(source: Path) -> WanTransformer:
+    """A transformer of a folder or file on the meta device, its depth checked against the weights.
+
+    Raises:
+        ModelError: another architecture or task, or weights with many fewer blocks.
+    """
+    config, tensors = load_config(source), find_tensors(source)
+    check_variant(tensors, source)
+    _check_depth(config, tensors, source)
+    with torch.device("meta"):
+        return WanTransformer(config)
+
+
 def load_transformer(
     folder: str | Path,
     dtype: torch.dtype = torch.bfloat16,
@@ -67,7 +102,7 @@ def load_transformer(
     attention: str = "auto",
     loras: Sequence[Lora] = (),
 ) -> WanTransformer:
-    """Load a Wan T2V transformer from a folder in diffusers' or Wan's own layout.
+    """Load a Wan T2V transformer from a folder in diffusers' or Wan's own layout, or a single file.
 
     Peak memory is the model in `dtype` plus one stored tensor (and a LoRA's file). `kernels`,
     `attention`: see `WanTransformer.use_kernels`; `loras` are added to the stored weights in
@@ -81,11 +116,7 @@ def load_transformer(
     choose_ops(kernels, torch.device(device))
     choose("attention backend", attention, ATTENTION_NAMES)
     folder = transformer_folder(Path(folder))
-    config = load_config(folder)
-    tensors = find_tensors(folder)
-    _check_depth(config, tensors, folder)
-    with torch.device("meta"):
-        model = WanTransformer(config)
+    model, tensors = empty_transformer(folder), find_tensors(folder)
     changes = Changes(loras, diffusers_shapes(model))
     fill(model, tensors, dtype, torch.device(device), changes.apply if changes else None)
     return model.use_kernels(kernels, attention).eval()

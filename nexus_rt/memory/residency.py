@@ -144,7 +144,7 @@ def call_parts(
     """What a call holds in memory.
 
     Args:
-        engines: "small", "large". others: whatever else has `nbytes`: encoders, and under "vae" a
+        engines: by name. others: whatever else has `nbytes`: encoders, and under "vae" a
             decoder, which has `working_bytes(size)` too. batch: samples of a step,
             unconditional twins counted.
     """
@@ -162,11 +162,17 @@ def call_parts(
     return parts
 
 
+def is_engine(part: str) -> bool:
+    """Whether a part is a generator's engine: "small", "large", or an expert such as
+    "large:high"."""
+    return part.partition(":")[0] in ("small", "large")
+
+
 def _stretches(plan: Plan) -> list[tuple[int, int, tuple[str, ...]]]:
     """Runs of steps with the same engines: first, last, engines."""
     segments: list[tuple[int, int, tuple[str, ...]]] = []
     for step in plan.steps:
-        runs = tuple(n for n in ("small", "large") if getattr(step, n))
+        runs = step.engines
         if segments and segments[-1][2] == runs:
             segments[-1] = (segments[-1][0], step.index, runs)
         else:
@@ -175,9 +181,9 @@ def _stretches(plan: Plan) -> list[tuple[int, int, tuple[str, ...]]]:
 
 
 def _phases(plan: Plan, parts: Mapping[str, MemoryUse], mode: str) -> tuple[Phase, ...]:
-    """The phases of a mode; parts are "small", "large", and any encoders and "vae"."""
-    encoders = tuple(n for n in parts if n not in ("small", "large", "vae", STEP))
-    engines = tuple(n for n in ("small", "large") if n in plan.generators)
+    """The phases of a mode; parts are the engines, and any encoders and "vae"."""
+    encoders = tuple(n for n in parts if not is_engine(n) and n not in ("vae", STEP))
+    engines = plan.engines
     vae = ("vae",) if "vae" in parts else ()
     stretches = _stretches(plan)
 
@@ -222,14 +228,14 @@ def plan_residency(
     """The most comfortable mode that fits a budget.
 
     Args:
-        parts: "small", "large" (those the plan runs), and any of the encoders, "vae", and a fused
-            step, which only "resident" uses.
+        parts: the engines that the plan runs ("small", "large", or experts as in "large:high"), and
+            any of the encoders, "vae", and a fused step, which only "resident" uses.
         budget: bytes; None takes "resident". mode: this one, if it fits.
 
     Raises:
         InputError: no mode fits; names the smallest budget that would do.
     """
-    missing = [n for n in plan.generators if n not in parts]
+    missing = [n for n in plan.engines if n not in parts]
     if missing:
         raise InputError(
             f"plan {plan.name!r} runs the {missing[0]} generator, whose size is not known."

@@ -21,14 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_rt.errors import InputError, ModelError, cut
-from nexus_rt.loading.checkpoint import (
-    compare,
-    fill_exactly,
-    find_tensors,
-    read_header,
-    read_tensors,
-)
+from nexus_rt.loading.checkpoint import compare, fill_exactly
 from nexus_rt.loading.source import read_json
+from nexus_rt.loading.stored import find_tensors, read_header, read_tensors
 from nexus_rt.models.layers import Linear
 from nexus_rt.models.understanding import Template
 

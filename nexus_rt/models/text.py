@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import InputError, ModelError, cut
-from nexus_rt.loading.source import folder_bytes, require_safetensors
+from nexus_rt.errors import InputError, cut
+from nexus_rt.loading.locate import find_text
+from nexus_rt.loading.source import folder_bytes
 from nexus_rt.memory.offload import Lazy
 from nexus_rt.models.tokenizer import Tokenizer, load_tokenizer
 from nexus_rt.models.umt5 import load_umt5
@@ -97,27 +98,29 @@ class TextEncoder(Lazy, Tokenized):
     """A UMT5 encoder in PyTorch with its tokenizer, loaded when first used and dropped when asked.
 
     Args:
-        folder: holds `text_encoder/` and `tokenizer/` in diffusers' layout.
+        folder: holds `text_encoder/` and `tokenizer/` in diffusers' layout, or is Wan's own folder,
+            or a single file of weights.
+        tokenizer: its folder, where it is not beside the weights.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: str | torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        tokenizer: Path | None = None,
+    ) -> None:
         self.folder = Path(folder)
-        for part, file in (("text_encoder", "config.json"), ("tokenizer", "tokenizer_config.json")):
-            if not (self.folder / part / file).is_file():
-                raise ModelError(
-                    f"{self.folder} has no {part}/{file}; expected a folder with text_encoder/ and"
-                    " tokenizer/."
-                )
-        super().__init__(self.folder / "tokenizer", dtype, torch.device(device))
+        self.weights_path, found = find_text(self.folder, tokenizer)
+        super().__init__(found, dtype, torch.device(device))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored weights."""
-        return folder_bytes(self.folder / "text_encoder")
+        return folder_bytes(self.weights_path)
 
     def _read(self) -> torch.nn.Module:
-        require_safetensors(self.folder / "text_encoder")
-        return load_umt5(self.folder / "text_encoder", self.dtype, self.device)
+        return load_umt5(self.weights_path, self.dtype, self.device)
 
     def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.model(ids, mask)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from nexus_rt.documents import check
 from nexus_rt.errors import ModelError
-from nexus_rt.loading.checkpoint import StoredTensor
+from nexus_rt.loading.architecture import t5_name, umt5_config
 from nexus_rt.loading.pretrained import check_config, check_positive, fill_whole
+from nexus_rt.loading.stored import StoredTensor, find_tensors, renamed
 from nexus_rt.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
 
 SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"
@@ -193,22 +194,27 @@ def position_buckets(length: int, config: Umt5Config, device: torch.device) -> T
     return torch.where(offset > 0, half, 0) + torch.where(distance < exact, distance, far)
 
 
-def load_umt5(folder: Path, dtype: torch.dtype, device: torch.device) -> Umt5Encoder:
-    """A UMT5 encoder from a folder of transformers' layout; what a whole encoder-decoder holds
-    beside it is left out.
+def load_umt5(source: Path, dtype: torch.dtype, device: torch.device) -> Umt5Encoder:
+    """A UMT5 encoder from a folder of transformers' layout, or from a single file in
+    transformers', Wan's own or llama.cpp's names; what a whole encoder-decoder holds beside it is
+    left out.
 
     Raises:
-        ModelError: another architecture, weights that are missing, foreign, quantised or of other
-            shapes.
+        ModelError: another architecture, weights that are missing, foreign or of other shapes, or
+            a quantisation that is not read.
     """
-    stored = check_config(folder, "text encoder")
+    if (source / "config.json").is_file():
+        stored = check_config(source, "text encoder")
+    else:
+        names = renamed(find_tensors(source), t5_name)
+        stored = umt5_config({n: t.shape for n, t in names.items()}, source)
     if stored.get("model_type", "umt5") != "umt5":
         raise ModelError(
-            f"{folder} holds a {str(stored['model_type'])[:80]!r}; expected a UMT5 encoder, as"
+            f"{source} holds a {str(stored['model_type'])[:80]!r}; expected a UMT5 encoder, as"
             " Wan's checkpoints have."
         )
     config = check(
-        stored, Umt5Config, str(folder / "config.json"), remedy="download the folder again"
+        stored, Umt5Config, str(source / "config.json"), remedy="download the folder again"
     )
     with torch.device("meta"):
         model = Umt5Encoder(config)
@@ -216,6 +222,7 @@ def load_umt5(folder: Path, dtype: torch.dtype, device: torch.device) -> Umt5Enc
     def tied(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         """The embedding is stored under one of two names or both; untied, the encoder reads its
         own."""
+        tensors = renamed(tensors, t5_name)
         own = tensors.get(TIED)
         tensors = {k: v for k, v in tensors.items() if k != TIED}
         if own is not None and (SHARED not in tensors or not config.tie_word_embeddings):
@@ -223,4 +230,4 @@ def load_umt5(folder: Path, dtype: torch.dtype, device: torch.device) -> Umt5Enc
         return tensors
 
     keep = (".wo.",) if dtype == torch.float16 else ()
-    return fill_whole(model, folder, "text encoder", dtype, device, tied, keep).eval()
+    return fill_whole(model, source, "text encoder", dtype, device, tied, keep).eval()

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from nexus_rt.documents import read_object
 from nexus_rt.errors import InputError, ModelError, cut
-from nexus_rt.loading.checkpoint import find_tensors, read_tensors
 from nexus_rt.loading.pretrained import check_config, pretrained
 from nexus_rt.loading.source import folder_bytes, require_safetensors
+from nexus_rt.loading.stored import find_tensors, read_tensors
 from nexus_rt.memory.offload import Lazy
 from nexus_rt.models.llama import LlamaBackbone, greedy, is_native, load_llama
 from nexus_rt.models.tokenizer import Tokenizer, load_tokenizer

@@ -15,16 +15,11 @@ from torch import Tensor
 
 from nexus_rt import documents
 from nexus_rt.errors import DecodeError, ModelError, cut
-from nexus_rt.loading.checkpoint import (
-    StoredTensor,
-    compare,
-    fill_exactly,
-    find_tensors,
-    read_header,
-    read_tensors,
-)
+from nexus_rt.loading.architecture import vae_name, wan_vae_config
+from nexus_rt.loading.checkpoint import compare, fill_exactly
 from nexus_rt.loading.pretrained import check_config
-from nexus_rt.loading.source import folder_bytes, read_json
+from nexus_rt.loading.source import folder_bytes, read_json, weights_of
+from nexus_rt.loading.stored import StoredTensor, find_tensors, read_header, read_tensors, renamed
 from nexus_rt.log import chose
 from nexus_rt.memory.offload import Lazy
 from nexus_rt.models.decoder import can_decode_whole, decode_whole
@@ -138,11 +133,23 @@ def check_space(space: dict[str, Any], where: str) -> None:
         )
 
 
-def vae_space(folder: Path) -> dict[str, Any]:
+def vae_config(source: Path) -> dict[str, Any]:
+    """A VAE's config: of its folder, or what its tensors' shapes say.
+
+    Raises:
+        ModelError: no folder or file of a Wan VAE.
+    """
+    if source.is_dir():
+        return read_json(source / "config.json")
+    stored = renamed(find_tensors(source), vae_name)
+    return wan_vae_config({n: t.shape for n, t in stored.items()}, source)
+
+
+def vae_space(source: Path) -> dict[str, Any]:
     """What of a VAE's config defines its latent space."""
-    config = read_json(folder / "config.json")
+    config = vae_config(source)
     space = {field: config.get(field, WAN_VAE[field]) for field in LATENT_FIELDS}
-    check_space(space, f"{folder}/config.json")
+    check_space(space, f"{source}/config.json" if source.is_dir() else str(source))
     return space
 
 
@@ -221,7 +228,8 @@ class VideoDecoder(Lazy, Decoder):
     """A Wan VAE in PyTorch, loaded when first used and dropped when asked.
 
     Args:
-        folder: holds `config.json` and safetensors in diffusers' layout.
+        folder: holds `config.json` and safetensors in diffusers' layout; or a single file in
+            diffusers' names or Wan's own.
         tiling: True, False, or "auto": decode in overlapping tiles above 1280 x 720, where memory
             would run out.
     """
@@ -235,7 +243,7 @@ class VideoDecoder(Lazy, Decoder):
     ) -> None:
         self.folder, self.tiling = Path(folder), tiling
         super().__init__(vae_space(self.folder), dtype, torch.device(device))
-        if not any(self.folder.glob("*.safetensors")):
+        if not weights_of(self.folder):
             raise ModelError(
                 f"{self.folder} holds no safetensors; expected an AutoencoderKLWan in diffusers'"
                 " layout."
@@ -244,7 +252,9 @@ class VideoDecoder(Lazy, Decoder):
 
     def _empty(self) -> tuple[torch.nn.Module, dict[str, StoredTensor]]:
         """The module on the meta device, and the stored tensors, which are exactly its own."""
-        config = check_config(self.folder, "VAE")
+        if self.folder.is_dir():
+            check_config(self.folder, "VAE")
+        config = vae_config(self.folder)
         known = {k: v for k, v in config.items() if k in _Blocks.__struct_fields__}
         documents.check(
             known,
@@ -265,7 +275,7 @@ class VideoDecoder(Lazy, Decoder):
                 f"{self.folder}/config.json is no AutoencoderKLWan's ({cut(error)}); get it again."
             ) from error
         try:
-            stored = find_tensors(self.folder)
+            stored = renamed(find_tensors(self.folder), vae_name)
             compare(stored, model, self.folder, "VAE")
         except ModelError as error:
             raise ModelError(f"{self.folder}: the VAE cannot be loaded: {error}") from error
@@ -278,7 +288,7 @@ class VideoDecoder(Lazy, Decoder):
         if isinstance(self._held, WanVae):
             if self._whole is None:
                 with LOADING, torch.device("meta"):
-                    whole = _diffusers_vae(read_json(self.folder / "config.json"))
+                    whole = _diffusers_vae(vae_config(self.folder))
                 for name, parameter in self._held.named_parameters():
                     owner, leaf = name.rpartition(".")[::2]
                     setattr(whole.get_submodule(owner), leaf, parameter)
@@ -301,7 +311,7 @@ class VideoDecoder(Lazy, Decoder):
     def working_bytes(self, size: ClipSize) -> int:
         """An estimate: float32, four frames at a time or the whole clip, six activations of the
         decoder's last width (96 in Wan's)."""
-        width = read_json(self.folder / "config.json").get("base_dim", 96)
+        width = vae_config(self.folder).get("base_dim", 96)
         plane = width * size.width * size.height
         return 6 * plane * (size.frames if plane * size.frames <= WHOLE else 4) * 4
 

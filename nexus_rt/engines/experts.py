@@ -1,0 +1,140 @@
+"""A generator of two experts, an engine each: which runs is a matter of the timestep.
+
+Behind the engine protocol it is one generator. `parts` names the engines one by one, for what
+moves them between memories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus_rt.engines.protocol import Diagnosable, PublishedNumerics, Sized, Warmable
+from nexus_rt.plan import EXPERTS, TRAIN_STEPS, engine_name
+from nexus_rt.size import ClipSize
+
+
+@dataclass
+class ExpertsContext:
+    """A prompt, prepared for each expert when it first runs."""
+
+    embeddings: Tensor
+    prepared: dict[str, Any] = field(default_factory=dict)
+
+
+class ExpertsEngine:
+    """Engines "high" and "low" of one generator.
+
+    boundary: the share of the training timesteps from which up "high" runs, diffusers'
+        `boundary_ratio`.
+    """
+
+    def __init__(self, experts: Mapping[str, Any], boundary: float) -> None:
+        self.experts = {name: experts[name] for name in EXPERTS}
+        self.boundary = boundary
+
+    def expert(self, timestep: float) -> str:
+        """The expert of a timestep."""
+        return EXPERTS[timestep < self.boundary * TRAIN_STEPS]
+
+    def each(self, change: Callable[[Any], Any]) -> ExpertsEngine:
+        """The same generator of changed engines."""
+        return ExpertsEngine({n: change(e) for n, e in self.experts.items()}, self.boundary)
+
+    @property
+    def device(self) -> torch.device:
+        return self.experts["high"].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.experts["high"].dtype
+
+    @property
+    def model(self) -> Any:
+        """The transformer of the first expert: both are of one architecture."""
+        return self.experts["high"].model
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights of both."""
+        return sum(e.nbytes for e in self.experts.values())
+
+    @property
+    def resident(self) -> bool:
+        """Whether the weights of both are where they run."""
+        return all(e.resident for e in self.experts.values())
+
+    def load(self, **options: Any) -> None:
+        """Bring the weights of both to the device."""
+        for engine in self.experts.values():
+            engine.load(**options)
+
+    def unload(self) -> None:
+        """Give the device's memory back."""
+        for engine in self.experts.values():
+            engine.unload()
+
+    def prepare(self, context: Tensor) -> ExpertsContext:
+        """The context of both experts; each is prepared when it first runs."""
+        return ExpertsContext(context)
+
+    def velocity(self, latents: Tensor, timestep: Tensor, context: ExpertsContext) -> Tensor:
+        """The velocity of the timestep's expert. A timestep on a GPU is waited for: keep it on the
+        CPU."""
+        return self.velocity_of(self.expert(float(timestep)), latents, timestep, context)
+
+    def velocity_of(
+        self, expert: str, latents: Tensor, timestep: Tensor, context: ExpertsContext
+    ) -> Tensor:
+        """The velocity of a named expert."""
+        engine = self.experts[expert]
+        if expert not in context.prepared:
+            context.prepared[expert] = engine.prepare(context.embeddings)
+        return engine.velocity(latents, timestep, context.prepared[expert])
+
+    def check_size(self, size: ClipSize) -> None:
+        """Raise an `InputError` unless both were built for a size."""
+        for engine in self.experts.values():
+            if isinstance(engine, Sized):
+                engine.check_size(size)
+
+    def warmup(self, latent: tuple[int, int, int]) -> None:
+        """One step of each on noise."""
+        for engine in self.experts.values():
+            if isinstance(engine, Warmable):
+                engine.warmup(latent)
+
+    def published_numerics(self, on: bool) -> None:
+        """Float32 where the published code has it, or not."""
+        for engine in self.experts.values():
+            if isinstance(engine, PublishedNumerics):
+                engine.published_numerics(on)
+
+    def not_finite(self) -> list[str]:
+        """Names of the parameters that hold NaN or infinity, by expert."""
+        return [
+            f"{name}:{parameter}"
+            for name, engine in self.experts.items()
+            if isinstance(engine, Diagnosable)
+            for parameter in engine.not_finite()
+        ]
+
+
+def engines_by_name(engines: Mapping[str, Any]) -> dict[str, Any]:
+    """Every engine of a pipeline by its name: experts one by one, as in "large:high"."""
+    named: dict[str, Any] = {}
+    for generator, engine in engines.items():
+        if isinstance(engine, ExpertsEngine):
+            named |= {engine_name(generator, e): one for e, one in engine.experts.items()}
+        else:
+            named[generator] = engine
+    return named
+
+
+def boundaries(engines: Mapping[str, Any]) -> dict[str, float]:
+    """The boundary of every generator that has experts."""
+    return {n: e.boundary for n, e in engines.items() if isinstance(e, ExpertsEngine)}

@@ -1,0 +1,235 @@
+"""Configs read off the names and shapes of a checkpoint that has no `config.json`: single files of
+Wan transformers, UMT5 encoders and VAEs; and the names that they have in diffusers and
+transformers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nexus_rt.errors import ModelError, cut
+from nexus_rt.models.wan import WanConfig
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+VARIANTS = (  # parts of names -> the model that has them
+    (r"(^|\.)(img_emb|image_embedder)\.|\.(k_img|v_img|add_k_proj)\.", "an image-to-video model"),
+    (r"(^|\.)vace_(blocks|patch_embedding)\.", "a VACE (editing) model"),
+    (r"(^|\.)(casual_audio_encoder|audio_injector|cond_encoder)\.", "a speech-to-video model"),
+    (r"(^|\.)(face_adapter|face_encoder|motion_encoder|pose_patch_embedding)\.", "Wan-Animate"),
+    (r"(^|\.)(control_adapter|ref_conv)\.", "a Fun-Control (camera or reference) model"),
+)
+OTHERS = (  # parts of names -> another family
+    (r"(^|\.)double_blocks\.", "HunyuanVideo or FLUX"),
+    (r"(^|\.)(joint_blocks|context_embedder)\.", "Stable Diffusion 3"),
+    (r"(^|\.)(input_blocks|down_blocks)\.", "a U-Net (Stable Diffusion)"),
+    (r"(^|\.)transformer_blocks\.", "another diffusion transformer (LTX, CogVideoX or FLUX)"),
+    (r"(^|\.)layers\.\d+\.(attention|adaLN)", "another diffusion transformer (Lumina or Z-Image)"),
+)
+IMAGE_CHANNELS = 36  # 16 of noise, 16 of the image, 4 of the mask
+HEAD = 128  # wide as in every published Wan
+
+
+def check_variant(names: Iterable[str], where: Path | str) -> None:
+    """Raise where names are of a Wan model for another task than text-to-video."""
+    for name in names:
+        for pattern, kind in VARIANTS:
+            if re.search(pattern, name):
+                raise ModelError(
+                    f"{where} is {kind}: it holds {cut(name, 120)}; text-to-video Wan models run"
+                    " here, such as Wan2.1-T2V or Wan2.2-T2V-A14B."
+                )
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """How many blocks the names of a pattern with one number count."""
+    found = {int(m[1]) for name in shapes if (m := re.search(pattern, name))}
+    return 1 + max(found, default=-1)
+
+
+def wan_config(shapes: Shapes, where: Path | str, what: str = "a Wan transformer") -> WanConfig:
+    """The architecture of a whole Wan transformer, given its shapes in diffusers' names.
+
+    Heads are 128 wide, as in every published one.
+
+    Raises:
+        ModelError: another task's or family's model, or shapes that are no Wan transformer's.
+    """
+    check_variant(shapes, where)
+    try:
+        patch = shapes["patch_embedding.weight"]
+        text = shapes["condition_embedder.text_embedder.linear_1.weight"]
+        ffn = shapes["blocks.0.ffn.net.0.proj.weight"]
+        time = shapes["condition_embedder.time_embedder.linear_1.weight"]
+        out = shapes["proj_out.weight"]
+        dim, channels = patch[0], patch[1]
+        size = (patch[2], patch[3], patch[4])
+        fields = dict(
+            patch_size=list(size),
+            in_channels=channels,
+            out_channels=out[0] // math.prod(size),
+            text_dim=text[1],
+            freq_dim=time[1],
+            ffn_dim=ffn[0],
+        )
+    except KeyError as error:
+        family = _family(shapes)
+        raise ModelError(
+            f"{where} is not {what}: it lacks {error.args[0]}{family}; expected a text-to-video Wan"
+            " checkpoint."
+        ) from None
+    except IndexError:
+        raise ModelError(f"{where}: the weights are of no shapes that {what} has.") from None
+    if channels == IMAGE_CHANNELS and fields["out_channels"] != channels:
+        raise ModelError(
+            f"{where} is an image-to-video model: it reads {channels} channels, the image's beside"
+            " the noise's; text-to-video Wan models run here."
+        )
+    head = HEAD if dim % HEAD == 0 else dim
+    return WanConfig.from_dict(
+        {
+            **fields,
+            "num_attention_heads": dim // head,
+            "attention_head_dim": head,
+            "num_layers": _count(shapes, r"^blocks\.(\d{1,6})\."),
+            "cross_attn_norm": "blocks.0.norm2.weight" in shapes,
+        }
+    )
+
+
+def _family(names: Iterable[str]) -> str:
+    """What other family's names these are, in words."""
+    for name in names:
+        for pattern, family in OTHERS:
+            if re.search(pattern, name):
+                return f" and looks like {family}"
+    return ""
+
+
+T5_NAMES = [  # Wan's own UMT5 -> transformers' UMT5EncoderModel
+    (r"^token_embedding\.", "shared."),
+    (r"^norm\.", "encoder.final_layer_norm."),
+    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
+    (
+        r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
+        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
+    ),
+    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+    # llama.cpp's, as GGUF files have them
+    (r"^token_embd\.", "shared."),
+    (r"^enc\.output_norm\.", "encoder.final_layer_norm."),
+    (r"^enc\.blk\.(\d+)\.attn_norm\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"^enc\.blk\.(\d+)\.ffn_norm\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"^enc\.blk\.(\d+)\.attn_([qkvo])\.", r"encoder.block.\1.layer.0.SelfAttention.\2."),
+    (
+        r"^enc\.blk\.(\d+)\.attn_rel_b\.",
+        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
+    ),
+    (r"^enc\.blk\.(\d+)\.ffn_gate\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+    (r"^enc\.blk\.(\d+)\.ffn_up\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+    (r"^enc\.blk\.(\d+)\.ffn_down\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+]
+
+
+def t5_name(name: str) -> str:
+    """A parameter of a UMT5 encoder in transformers' names, given Wan's own, llama.cpp's or
+    theirs."""
+    name = re.sub(
+        r"^(model\.|text_encoders?\.umt5xxl\.transformer\.|umt5xxl\.transformer\.)", "", name
+    )
+    for pattern, replacement in T5_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def umt5_config(shapes: Shapes, where: Path | str) -> dict[str, Any]:
+    """transformers' `config.json` of a UMT5 encoder, given its shapes in transformers' names.
+
+    Raises:
+        ModelError: no UMT5 encoder's.
+    """
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    try:
+        bias = shapes[f"{attention}.relative_attention_bias.weight"]
+        query = shapes[f"{attention}.q.weight"]
+        up = shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]
+        vocabulary = shapes.get("shared.weight") or shapes["encoder.embed_tokens.weight"]
+        return {
+            "model_type": "umt5",
+            "architectures": ["UMT5EncoderModel"],
+            "vocab_size": vocabulary[0],
+            "d_model": vocabulary[1],
+            "d_kv": query[0] // bias[1],
+            "d_ff": up[0],
+            "num_layers": _count(shapes, r"^encoder\.block\.(\d{1,6})\."),
+            "num_heads": bias[1],
+            "relative_attention_num_buckets": bias[0],
+            "dropout_rate": 0.0,
+            "feed_forward_proj": "gated-gelu",
+        }
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        plain = any("SelfAttention.q." in name for name in shapes)
+        hint = " (a T5, whose layers share one position bias)" if plain else ""
+        raise ModelError(
+            f"{where} is no UMT5 encoder of Wan's{hint}: it lacks {error}; expected"
+            " umt5-xxl's encoder, such as models_t5_umt5-xxl-enc-bf16."
+        ) from None
+
+
+VAE_NAMES = [  # Wan's own VAE -> diffusers' AutoencoderKLWan
+    (r"^conv1\.", "quant_conv."),
+    (r"^conv2\.", "post_quant_conv."),
+    (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
+    (r"^(encoder|decoder)\.head\.0\.", r"\1.norm_out."),
+    (r"^(encoder|decoder)\.head\.2\.", r"\1.conv_out."),
+    (r"^(encoder|decoder)\.middle\.0\.", r"\1.mid_block.resnets.0."),
+    (r"^(encoder|decoder)\.middle\.1\.", r"\1.mid_block.attentions.0."),
+    (r"^(encoder|decoder)\.middle\.2\.", r"\1.mid_block.resnets.1."),
+    (r"^encoder\.downsamples\.", "encoder.down_blocks."),
+    (r"\.residual\.0\.", ".norm1."),
+    (r"\.residual\.2\.", ".conv1."),
+    (r"\.residual\.3\.", ".norm2."),
+    (r"\.residual\.6\.", ".conv2."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+]
+RESIDUALS = 2  # of a stage; the decoder has one more, and then its up-sampler
+
+
+def vae_name(name: str) -> str:
+    """A parameter of Wan 2.1's VAE in diffusers' names, given Wan's own or theirs."""
+    name = re.sub(r"^(vae\.|first_stage_model\.)", "", name)
+    for pattern, replacement in VAE_NAMES:
+        name = re.sub(pattern, replacement, name)
+    if match := re.match(r"^decoder\.upsamples\.(\d+)\.(.*)", name):
+        stage, place = divmod(int(match[1]), RESIDUALS + 2)
+        inner = f"resnets.{place}" if place <= RESIDUALS else "upsamplers.0"
+        name = f"decoder.up_blocks.{stage}.{inner}.{match[2]}"
+    return name
+
+
+def wan_vae_config(shapes: Shapes, where: Path | str) -> dict[str, Any]:
+    """diffusers' `config.json` of Wan 2.1's VAE, given its shapes in diffusers' names.
+
+    Raises:
+        ModelError: no VAE of Wan 2.1's kind.
+    """
+    if any(re.search(r"\.(avg_shortcut|upsamples\.\d+\.upsamples)\.", name) for name in shapes):
+        raise ModelError(
+            f"{where} is Wan 2.2's VAE (48 channels, of the TI2V-5B model); Wan 2.1 and"
+            " Wan2.2-T2V-A14B draw in Wan 2.1's latent space: expected Wan2.1_VAE."
+        )
+    try:
+        base, latent = shapes["encoder.conv_in.weight"], shapes["post_quant_conv.weight"]
+        return {"_class_name": "AutoencoderKLWan", "base_dim": base[0], "z_dim": latent[0]}
+    except (KeyError, IndexError) as error:
+        raise ModelError(
+            f"{where} is no Wan VAE: it lacks {error}; expected Wan2.1_VAE, or diffusers'"
+            " AutoencoderKLWan."
+        ) from None

@@ -1,0 +1,119 @@
+"""The parts of a converted checkpoint, written in diffusers' layout: transformer, text encoder,
+VAE; and the folder that appears only when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus_rt.errors import InputError, ModelError
+from nexus_rt.loading.architecture import (
+    t5_name,
+    umt5_config,
+    vae_name,
+    wan_vae_config,
+)
+from nexus_rt.loading.stored import StoredTensor, find_tensors, read_tensors, renamed
+from nexus_rt.models.umt5 import SHARED, TIED
+from nexus_rt.models.wan import WanConfig
+from nexus_rt.shards import Report, check_shapes, write_json, write_shards
+from nexus_rt.video import remove_orphans
+
+
+def transformer_config(config: WanConfig) -> dict:
+    """diffusers' `config.json` of a text-to-video Wan transformer."""
+    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items()}
+    extra = {
+        "_class_name": "WanTransformer3DModel",
+        "qk_norm": "rms_norm_across_heads",
+        "added_kv_proj_dim": None,
+        "image_dim": None,
+    }
+    return {**extra, **fields}
+
+
+def write_transformer(
+    folder: Path, config: WanConfig, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """A transformer's folder, of tensors in diffusers' names."""
+    write_shards(folder, "diffusion_pytorch_model", tensors)
+    write_json(folder / "config.json", transformer_config(config))
+
+
+def plain(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors as they go into a file: what was stored in fewer bits as bfloat16."""
+    for name, tensor in read_tensors(stored.items()):
+        encoded = stored[name].encoding is not None or tensor.dtype.itemsize == 1
+        yield name, tensor.to(torch.bfloat16) if encoded else tensor
+
+
+def write_text_encoder(target: Path, source: Path, label: str, report: Report) -> None:
+    """`text_encoder/`, of a UMT5 encoder's file in any of its names."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    stored = renamed(find_tensors(source), t5_name)
+    shapes = {k: t.shape for k, t in stored.items()}
+    config = UMT5Config(**umt5_config(shapes, source))
+    with torch.device("meta"):
+        model = UMT5EncoderModel(config)
+    wanted = {k: tuple(v.shape) for k, v in model.named_parameters()}
+    if SHARED not in stored and TIED in stored:
+        stored[SHARED] = stored.pop(TIED)
+        shapes = {k: t.shape for k, t in stored.items()}
+    check_shapes(source, shapes, wanted)
+    folder = target / "text_encoder"
+    write_shards(folder, "model", plain({k: t for k, t in stored.items() if k in wanted}))
+    config.save_pretrained(folder)
+    report.add(label, len(wanted), unused=stored.keys() - wanted.keys())
+
+
+def write_vae(target: Path, source: Path, label: str, report: Report) -> None:
+    """`vae/`, of a Wan 2.1 VAE's file in Wan's or diffusers' names."""
+    from diffusers import AutoencoderKLWan
+
+    stored = renamed(find_tensors(source), vae_name)
+    shapes = {k: t.shape for k, t in stored.items()}
+    config = wan_vae_config(shapes, source)
+    with torch.device("meta"):
+        model: Any = AutoencoderKLWan(base_dim=config["base_dim"], z_dim=config["z_dim"])
+    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    check_shapes(source, shapes, wanted)
+    folder = target / "vae"
+    tensors = plain({k: t for k, t in stored.items() if k in wanted})
+    write_shards(folder, "diffusion_pytorch_model", tensors)
+    model.save_config(folder)
+    report.add(label, len(wanted), unused=stored.keys() - wanted.keys())
+
+
+@contextlib.contextmanager
+def made_whole(target: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when the block is left without an error.
+
+    Raises:
+        InputError: the target exists.
+        ModelError: it cannot be written.
+    """
+    if target.exists():
+        raise InputError(
+            f"{target} exists; name a folder that does not, and the conversion will make it."
+        )
+    remove_orphans(target.parent, f".{target.name}.*.part")  # of runs that were killed
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        os.replace(part, target)
+    except OSError as error:
+        raise ModelError(
+            f"{target} cannot be written ({error.strerror or error}); free some space or choose"
+            " another place."
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,138 @@
+"""Wan checkpoints in their own layout, or as single files, to a folder in diffusers' layout.
+
+    nexus-rt convert wan SRC DST
+
+SRC is Wan's own folder (2.1, or 2.2 with `high_noise_model/` and `low_noise_model/`), or a file: a
+transformer, a text encoder or a VAE, in safetensors, GGUF or a pickle, which is read without
+running it. DST holds `transformer/` (and `transformer_2/`), `vae/`, `text_encoder/`, `tokenizer/`,
+as far as SRC has them, all safetensors, `model_index.json`, and `conversion.json`, which accounts
+for every key. Weights of 8 bits and fewer become bfloat16.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.loading.architecture import t5_name, vae_name
+from nexus_rt.loading.checkpoint import diffusers_shapes, in_diffusers_names
+from nexus_rt.loading.convert_parts import (
+    made_whole,
+    plain,
+    write_text_encoder,
+    write_transformer,
+    write_vae,
+)
+from nexus_rt.loading.experts import find_experts
+from nexus_rt.loading.locate import (
+    TOKENIZERS,
+    VAE_FILES,
+    find_text,
+    find_vae,
+    has_text,
+    is_tokenizer,
+)
+from nexus_rt.loading.source import READABLE
+from nexus_rt.loading.stored import find_tensors
+from nexus_rt.loading.transformer import empty_transformer
+from nexus_rt.shards import Report, check_shapes, write_json
+
+T5, VAE = "encoder.block.0.layer.0.SelfAttention.q.weight", "post_quant_conv.weight"
+
+
+def kind_of(source: Path) -> str:
+    """What a file holds: "transformer", "text_encoder" or "vae"."""
+    names = find_tensors(source)
+    if any(t5_name(n) == T5 for n in names):
+        return "text_encoder"
+    if any(vae_name(n) == VAE for n in names) and any(n.startswith("decoder.") for n in names):
+        return "vae"
+    return "transformer"
+
+
+def _transformer(target: Path, source: Path, label: str, report: Report) -> None:
+    """A transformer's folder of a folder or file."""
+    model = empty_transformer(source)
+    stored = in_diffusers_names(find_tensors(source))
+    wanted = diffusers_shapes(model)
+    check_shapes(source, {k: t.shape for k, t in stored.items()}, wanted)
+    used = {k: t for k, t in stored.items() if k in wanted}
+    write_transformer(target, model.config, plain(used))
+    report.add(label, len(used), unused=stored.keys() - wanted.keys())
+
+
+def convert_wan(
+    source: str | Path, target: str | Path, say: Callable[[str], None] = lambda line: None
+) -> Report:
+    """Convert a Wan folder or file; see the module's text.
+
+    Args:
+        say: told which part comes next.
+
+    Raises:
+        InputError: SRC is not here, or DST exists.
+        ModelError: SRC holds no part of a Wan checkpoint, or one that is damaged or of another
+            task; nothing is left behind.
+    """
+    source, target = Path(source).expanduser(), Path(target).expanduser()
+    if not source.exists():
+        raise InputError(f"{source} is not here; expected a Wan folder, or a file of weights.")
+    if source.is_file() and source.suffix not in READABLE:
+        raise InputError(
+            f"{source} ends in {cut(source.suffix, 20) or 'nothing'}; expected one of"
+            f" {', '.join(READABLE)}, or a folder."
+        )
+    with made_whole(target) as part:
+        return _convert(source, part, say)
+
+
+def _convert(source: Path, part: Path, say: Callable[[str], None]) -> Report:
+    report = Report()
+    index: dict[str, Any] = {"_class_name": "WanPipeline"}
+    file = source.is_file()
+    kind = kind_of(source) if file else ""
+    experts = None if file else find_experts(source)
+    if experts is not None:
+        for name, folder in zip(("transformer", "transformer_2"), experts.folders, strict=True):
+            say(f"{name} ...")
+            _transformer(part / name, folder, folder.name, report)
+        index["boundary_ratio"] = experts.boundary
+    elif kind == "transformer" or (not file and _holds_transformer(source)):
+        say("transformer ...")
+        _transformer(part / "transformer", source, source.name, report)
+    vae = source if kind == "vae" else None if file else find_vae(source)
+    if vae is not None:
+        say("vae ...")
+        write_vae(part, vae, vae.name, report)
+    if kind == "text_encoder" or (not file and has_text(source)):
+        say("text encoder ...")
+        _text(part, source, report)
+    if not report.used:
+        raise ModelError(
+            f"{source} holds no part of a Wan checkpoint: expected weights at the top,"
+            f" high_noise_model/ and low_noise_model/, {VAE_FILES[-1]} or a umt5-xxl encoder."
+        )
+    write_json(part / "model_index.json", index)
+    write_json(part / "conversion.json", {"source": "wan", **vars(report)})
+    return report
+
+
+def _holds_transformer(folder: Path) -> bool:
+    """Whether weights of a transformer lie at a folder's top."""
+    return any(folder.glob("diffusion_pytorch_model*.safetensors*"))
+
+
+def _text(part: Path, source: Path, report: Report) -> None:
+    home = source if source.is_dir() else source.parent
+    tokenizer = next((home / n for n in TOKENIZERS if is_tokenizer(home / n)), None)
+    weights = source if source.is_file() else find_text(source, tokenizer)[0]
+    write_text_encoder(part, weights, weights.name, report)
+    if tokenizer is None:
+        report.notes[weights.name] = (
+            "no tokenizer is beside it; pass umt5-xxl's as --tokenizer when it is used"
+        )
+    else:
+        shutil.copytree(tokenizer, part / "tokenizer")

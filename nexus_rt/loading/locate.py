@@ -1,0 +1,119 @@
+"""Where the parts of a published checkpoint lie: in diffusers' layout, in Wan's own, or as single
+files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nexus_rt.errors import ModelError
+from nexus_rt.loading.source import READABLE
+
+VAE_FILES = (  # by Wan, Comfy-Org and Kijai
+    "Wan2.1_VAE.safetensors",
+    "wan_2.1_vae.safetensors",
+    "Wan2_1_VAE_fp32.safetensors",
+    "Wan2_1_VAE_bf16.safetensors",
+    "Wan2.1_VAE.pth",
+)
+TEXT_FILES = (
+    "models_t5_umt5-xxl-enc-bf16.safetensors",
+    "umt5_xxl_fp16.safetensors",
+    "umt5-xxl-enc-bf16.safetensors",
+    "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    "models_t5_umt5-xxl-enc-bf16.pth",
+)
+TOKENIZERS = ("tokenizer", "google/umt5-xxl", "umt5-xxl", "umt5_xxl_tokenizer")
+
+
+def _named(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / n for n in names if (folder / n).is_file()), None)
+
+
+def transformer_folder(source: Path) -> Path:
+    """The transformer inside a pipeline folder, or the folder or file itself."""
+    inner = source / "transformer"
+    return inner if inner.is_dir() and source.is_dir() else source
+
+
+def find_vae(source: Path) -> Path | None:
+    """The VAE in a pipeline's folder: `vae/`, or a file of Wan's own layout; None where there is
+    none."""
+    inner = source / "vae"
+    return inner if (inner / "config.json").is_file() else _named(source, VAE_FILES)
+
+
+def given_vae(source: Path) -> Path:
+    """The VAE that a folder or file names."""
+    return source if source.is_file() else find_vae(source) or source
+
+
+def is_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any(
+        (folder / n).is_file() for n in ("tokenizer_config.json", "tokenizer.json", "spiece.model")
+    )
+
+
+def has_text(source: Path) -> bool:
+    """Whether a pipeline's folder has a text encoder, in either layout."""
+    return (source / "text_encoder").is_dir() or _named(source, TEXT_FILES) is not None
+
+
+def find_text(source: Path, tokenizer: Path | None = None) -> tuple[Path, Path]:
+    """A text encoder's weights, folder or file, and its tokenizer's folder (or a file that carries
+    one).
+
+    Args:
+        source: a folder with `text_encoder/` and `tokenizer/`, Wan's own folder, or a file.
+        tokenizer: its folder, where it is not beside the weights.
+
+    Raises:
+        ModelError: either is not there; says where it was looked for.
+    """
+    if source.is_file():
+        weights: Path | None = source
+    elif (source / "text_encoder").is_dir():
+        weights = source / "text_encoder"
+    else:
+        weights = _named(source, TEXT_FILES)
+    if weights is None or (weights.is_dir() and not _holds_model(weights)):
+        raise ModelError(
+            f"{source} has no text_encoder/config.json; expected a folder with text_encoder/ and"
+            f" tokenizer/, or a file such as {TEXT_FILES[0]}."
+        )
+    if tokenizer is not None:
+        inner = tokenizer / "tokenizer"
+        found = inner if inner.is_dir() and is_tokenizer(inner) else tokenizer
+        if found.is_dir() and not is_tokenizer(found):
+            raise ModelError(
+                f"{tokenizer} is no tokenizer's folder: it has neither tokenizer_config.json nor"
+                " tokenizer.json."
+            )
+        return weights, found
+    home = source if source.is_dir() else source.parent
+    for name in TOKENIZERS:
+        if is_tokenizer(home / name):
+            return weights, home / name
+    if weights.is_file() and weights.suffix == ".safetensors" and _carries_pieces(weights):
+        return weights, weights
+    if source.is_dir() and (source / "text_encoder").is_dir():
+        raise ModelError(
+            f"{source} has no tokenizer/tokenizer_config.json; expected a folder with text_encoder/"
+            " and tokenizer/, or the tokenizer's folder as tokenizer=."
+        )
+    raise ModelError(
+        f"no tokenizer is beside {weights} (looked for {', '.join(TOKENIZERS)}); pass the folder of"
+        " umt5-xxl's as tokenizer= (--tokenizer)."
+    )
+
+
+def _holds_model(folder: Path) -> bool:
+    weights = any(p.suffix in READABLE for p in folder.iterdir())
+    return (folder / "config.json").is_file() or weights
+
+
+def _carries_pieces(file: Path) -> bool:
+    """Whether a file carries its sentencepiece model, as ComfyUI's do."""
+    from nexus_rt.loading.stored import read_header
+
+    return "spiece_model" in read_header(file, integers=True)

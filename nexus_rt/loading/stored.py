@@ -1,0 +1,294 @@
+"""What tensors a file or folder holds and where they lie: safetensors, sharded or not, GGUF, and
+pickles that are read without running them.
+
+Nothing is read but headers and the scales of 8-bit weights. Tensors come from the mapped file one
+at a time, and their pages are given back, so that a checkpoint is never in memory twice.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nexus_rt import documents
+from nexus_rt.documents import parse
+from nexus_rt.encodings import Encoding
+from nexus_rt.errors import ModelError, cut
+from nexus_rt.loading import gguf_file, pickles, scales
+from nexus_rt.log import chose
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+INTEGERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+WEIGHT_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+READABLE = (".safetensors", ".sft", ".gguf", *PICKLES)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a file.
+
+    dtype: of what lies there, bytes where `encoding` turns them into numbers. shape: of the tensor.
+    value: the tensor itself, of a pickle.
+    """
+
+    path: Path
+    start: int
+    stop: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    encoding: Encoding | None = None
+    value: Tensor | None = None
+
+    def raw(self, mapped: mmap.mmap) -> Tensor:
+        """What lies in the mapped file: the bytes of GGUF's blocks in a row, else the numbers in
+        the tensor's shape."""
+        count = (self.stop - self.start) // self.dtype.itemsize
+        if not count:
+            return torch.empty(self.shape, dtype=self.dtype)
+        flat = torch.frombuffer(mapped, dtype=self.dtype, count=count, offset=self.start)
+        blocks = self.encoding is not None and self.dtype == torch.uint8
+        return flat if blocks else flat.view(self.shape)
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header, and where its data begins."""
+    if not path.is_file():
+        raise ModelError(f"{path} is missing; download the folder again.")
+    try:
+        # the library's own validation: offsets, overlaps, shapes against bytes, length
+        with safe_open(path, "pt"):
+            pass
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
+        raise ModelError(
+            f"{path} is not a whole safetensors file ({cut(error)}); it is truncated, corrupted or"
+            " of another format: download or convert it again."
+        ) from error
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return (
+            parse(
+                file.read(size), f"{path}: the header", remedy="download or convert the file again"
+            ),
+            8 + size,
+        )
+
+
+def read_header(path: Path, integers: bool = False) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, as they are stored.
+
+    Args:
+        integers: whole numbers too, which are no weights of ours but a LoRA's alpha may be.
+
+    Raises:
+        ModelError: the file is missing, truncated, corrupted, holds a name twice, or a type this
+            runtime does not read.
+    """
+    header, begin = _header(path)
+    known = DTYPES | (INTEGERS if integers else {})
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in known:
+            raise ModelError(
+                f"{path}: {cut(name, 120)} has type {entry['dtype']}; expected one of"
+                f" {', '.join(known)}."
+            )
+        start, stop = entry["data_offsets"]
+        tensors[name] = StoredTensor(
+            path, begin + start, begin + stop, known[entry["dtype"]], tuple(entry["shape"])
+        )
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings under `__metadata__` of a safetensors file; errors as `read_header`."""
+    return _header(path)[0].get("__metadata__") or {}
+
+
+class Index(msgspec.Struct):
+    """`*.index.json`: which shard holds which tensor."""
+
+    weight_map: dict[str, str]
+
+
+def _shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
+    """The tensors of an index's shards, each where the index says."""
+    remedy = "download the folder again"
+    where = documents.read(index, Index, remedy=remedy).weight_map
+    if not where:
+        raise ModelError(f"{index} names no tensor; {remedy}.")
+    if outside := [s for s in where.values() if not re.fullmatch(r"[^/\\\0]+\.safetensors", s)]:
+        raise ModelError(
+            f"{index} names {cut(outside[0], 120)!r}; expected names of safetensors files in its"
+            " folder."
+        )
+    shards = sorted(set(where.values()))
+    if lost := [s for s in shards if not (folder / s).is_file()]:
+        raise ModelError(
+            f"{folder}: {index.name} names {len(shards)} shards, but {cut(', '.join(lost))} is"
+            " missing."
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for name, stored in read_header(folder / shard, integers=True).items():
+            if name in tensors:
+                raise ModelError(
+                    f"{folder}: {cut(name, 120)} is in {tensors[name].path.name} and in {shard};"
+                    f" {remedy}."
+                )
+            tensors[name] = stored
+    for name, shard in where.items():
+        if name not in tensors or tensors[name].path.name != shard:
+            raise ModelError(
+                f"{folder}: {shard} lacks {cut(name, 120)}, which {index.name} says it holds;"
+                f" {remedy}."
+            )
+    return tensors
+
+
+def weight_files(source: Path) -> list[Path]:
+    """The files that hold a model's weights: a file itself; of a folder the published names, an
+    index and its shards, or the only file of a kind that is read.
+
+    Raises:
+        ModelError: none, only pickles (which have to be named), or several of which none is
+            published under that name.
+    """
+    if source.is_file():
+        return [source]
+    for name in WEIGHT_NAMES:
+        for variant in ("", ".fp16", ".bf16"):
+            for file in (f"{name}.safetensors.index{variant}.json", f"{name}{variant}.safetensors"):
+                if (source / file).is_file():
+                    return [source / file]
+    several = sorted(p for e in (".safetensors", ".sft", ".gguf") for p in source.glob(f"*{e}"))
+    if len(several) > 1:
+        raise ModelError(
+            f"{source} holds {len(several)} files of weights"
+            f" ({cut(', '.join(p.name for p in several[:3]))}, ...) and no index; name the one to"
+            f" read: {several[0]}."
+        )
+    if several:
+        return several
+    pickled = sorted(p.name for e in PICKLES for p in source.glob(f"*{e}"))
+    if pickled:
+        raise ModelError(
+            f"{source} holds only pickled weights ({', '.join(pickled[:3])}), which can run code"
+            " when read; name the file, which is then read without running it, or convert the"
+            " checkpoint first (`nexus-rt convert`)."
+        )
+    raise ModelError(
+        f"{source} holds no weights: expected {WEIGHT_NAMES[0]}.safetensors or its index of shards."
+    )
+
+
+def find_tensors(source: Path) -> dict[str, StoredTensor]:
+    """Every weight of a model's file or folder, 8-bit ones with their scales.
+
+    Raises:
+        ModelError: no weights here (pickles are named), a shard is missing, a tensor is there
+            twice, or a quantisation that is not read; names it.
+    """
+    file = weight_files(source)[0]
+    if file.name.endswith(".json"):
+        tensors, metadata = _shards(source, file), {}
+    elif file.suffix == ".gguf":
+        return {
+            name: StoredTensor(file, t.start, t.stop, t.dtype, t.shape, t.encoding)
+            for name, t in gguf_file.read(file).items()
+        }
+    elif file.suffix in PICKLES:
+        return _pickled(file)
+    else:
+        tensors, metadata = read_header(file, integers=True), read_metadata(file)
+    return scales.pair(tensors, metadata, _small)
+
+
+def renamed(
+    tensors: Mapping[str, StoredTensor], name: Callable[[str], str]
+) -> dict[str, StoredTensor]:
+    """A checkpoint under a model's own names.
+
+    Raises:
+        ModelError: two keys are one parameter (as `x` and `model.x` are).
+    """
+    out: dict[str, StoredTensor] = {}
+    keys: dict[str, str] = {}
+    for key, stored in tensors.items():
+        if (new := name(key)) in out:
+            raise ModelError(
+                f"{stored.path}: {cut(keys[new], 120)} and {cut(key, 120)} are one parameter,"
+                " stored twice; save the checkpoint again with one of them."
+            )
+        out[new], keys[new] = stored, key
+    return out
+
+
+def _small(stored: StoredTensor) -> Tensor:
+    """A scale or a note of a few bytes."""
+    ((_, tensor),) = read_tensors([("", stored)])
+    return tensor.clone()
+
+
+def _pickled(file: Path) -> dict[str, StoredTensor]:
+    """A pickle's tensors, read without running it."""
+    state = pickles.read_state(file, "model", "module", "state_dict", "model_state_dict")
+    chose("pickle", file.name, "read without running it; `nexus-rt convert wan` makes safetensors")
+    return {
+        name: StoredTensor(file, 0, t.nbytes, t.dtype, tuple(t.shape), None, t)
+        for name, t in state.items()
+    }
+
+
+def read_tensors(
+    tensors: Iterable[tuple[str, StoredTensor]], encoded: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) in file order; each tensor may be a view of the mapped file, valid until
+    the next is asked for.
+
+    encoded: what an encoding is of comes as it is stored, else as float32.
+    """
+    ordered = sorted(tensors, key=lambda item: (item[1].path, item[1].start))
+    path, mapped = None, None
+    for name, stored in ordered:
+        if stored.value is not None:
+            yield name, stored.value
+            continue
+        if stored.path != path or mapped is None:
+            path = stored.path
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        raw = stored.raw(mapped)
+        if encoded or stored.encoding is None:
+            yield name, raw
+        else:
+            yield name, stored.encoding.decode(raw, stored.shape)
+        del raw
+        if hasattr(mapped, "madvise"):
+            first = -(-stored.start // mmap.PAGESIZE) * mmap.PAGESIZE
+            if stored.stop > first:
+                mapped.madvise(mmap.MADV_DONTNEED, first, stored.stop - first)
