@@ -112,7 +112,9 @@ class Step:
 
     @property
     def runs(self) -> str:
-        return "both" if self.small and self.large else "small" if self.small else "large"
+        """What runs, for reading: "small", "large" or "both"; experts by their names."""
+        both = self.small and self.large and not (self.expert_small or self.expert_large)
+        return "both" if both else "+".join(self.engines)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,14 @@ def frame_size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def guidance(text: str) -> float | tuple[float, float]:
+    """A guidance scale, or "HIGH,LOW" of a generator's two experts."""
+    numbers = [float(part) for part in text.split(",")]
+    if len(numbers) > 2:
+        raise ValueError(text)
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
+
+
 def models() -> argparse.ArgumentParser:
     """Where the models are."""
     parent = argparse.ArgumentParser(add_help=False)
@@ -52,7 +60,10 @@ def models() -> argparse.ArgumentParser:
     group.add_argument(
         "--small",
         metavar="DIR",
-        help="the small generator, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        help=(
+            "the small generator: a folder, a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, a"
+            " file (safetensors, GGUF), or two of these, HIGH,LOW, the experts of Wan 2.2"
+        ),
     )
     group.add_argument(
         "--large",
@@ -66,6 +77,15 @@ def models() -> argparse.ArgumentParser:
         "--text-encoder",
         metavar="DIR",
         help="holds text_encoder/ and tokenizer/ (default: as --vae)",
+    )
+    group.add_argument(
+        "--boundary",
+        type=float,
+        metavar="SHARE",
+        help=(
+            "of a generator of two experts: the share of the timesteps from which up the first runs"
+            " (default: its folder's, else 0.875)"
+        ),
     )
     group.add_argument(
         "--tokenizer", metavar="DIR", help="the text encoder's, where it is not beside it"
@@ -144,13 +164,16 @@ def walk() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--guidance",
-        type=float,
+        type=guidance,
         metavar="G",
-        help="guidance scale: v_u + G (v_c - v_u); 1 is none (default: 6.0)",
+        help=(
+            "guidance scale: v_u + G (v_c - v_u); 1 is none (default: 6.0); HIGH,LOW of a generator"
+            " of two experts"
+        ),
     )
     group.add_argument(
         "--guidance-2",
-        type=float,
+        type=guidance,
         metavar="G",
         help="guidance scale of the large generator (default: that of --guidance)",
     )

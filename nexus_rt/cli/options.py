@@ -12,6 +12,7 @@ from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.errors import InputError
 
 MODELS = (
+    "boundary",
     "pair",
     "small",
     "large",

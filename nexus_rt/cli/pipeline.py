@@ -50,6 +50,7 @@ def make_pipeline(args: argparse.Namespace) -> NexusPipeline:
         small=args.small,
         large=args.large,
         vae=args.vae,
+        boundary_ratio=args.boundary,
         text_encoder=args.text_encoder,
         tokenizer=args.tokenizer,
         understanding=args.understanding,

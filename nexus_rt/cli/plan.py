@@ -37,6 +37,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from nexus_rt.checks import whole
+    from nexus_rt.engines.experts import boundaries
     from nexus_rt.loading.pair_folder import Defaults
     from nexus_rt.request import make_guidance, make_plan
     from nexus_rt.size import ClipSize
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(
         defaults, args.plan, args.steps, args.shift, args.energy, args.gamma_w, args.as_published
     )
+    if pipe is not None:
+        plan = plan.with_experts(boundaries(pipe.engines))
     guidance = make_guidance(defaults, args.guidance, args.guidance_2, args.as_published)
     size = ClipSize.of_defaults(defaults, args.size, args.frames)
     # a budget that cannot be met is raised before anything is measured
@@ -83,8 +86,9 @@ def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendC
     what is reused."""
     gaussian = blend.split == "gaussian"
     cutoff = "sigma" if gaussian else "cutoff"
+    width = max(5, *(len(step.runs) for step in plan.steps))
     print(
-        f"{'step':>4} {'timestep':>8} {'w':>6} {cutoff:>6}  {'runs':5} {'guidance':>11} {'ms':>10}"
+        f"{'step':>4} {'timestep':>8} {'w':>6} {cutoff:>6}  {'runs':{width}} {'guidance':>11} {'ms':>10}"
         "  forwards, reuses"
     )
     for step in plan.steps:
@@ -95,7 +99,7 @@ def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendC
         forwards = "/".join(str(step.forwards(name, guidance.at(step, name))) for name in running)
         price = plan.step_price(step, costs, guidance.small, guidance.large)
         print(
-            f"{step.index:4d} {step.timestep:8d} {step.w:6.3f} {shown}  {step.runs:5} {scales:>11}"
+            f"{step.index:4d} {step.timestep:8d} {step.w:6.3f} {shown}  {step.runs:{width}} {scales:>11}"
             f" {price:10.2f}  {', '.join([forwards, *_notes(step)])}"
         )
 

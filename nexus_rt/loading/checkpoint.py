@@ -43,7 +43,7 @@ ORIGINAL_NAMES = [  # Wan's own names -> diffusers', as diffusers' conversion sc
 def diffusers_name(name: str) -> str:
     """A parameter's name in diffusers' layout, given either layout's (with or without a `model.`
     prefix)."""
-    name = re.sub(r"^(model\.diffusion_model\.|model\.|transformer\.)", "", name)
+    name = re.sub(r"^(model\.diffusion_model\.|diffusion_model\.|model\.|transformer\.)", "", name)
     for pattern, replacement in ORIGINAL_NAMES:
         name = re.sub(pattern, replacement, name)
     return name

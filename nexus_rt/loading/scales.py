@@ -165,7 +165,8 @@ def _scaled(name: str, stored: StoredTensor, scale: Tensor, block: Any) -> Store
         scale = scale.reshape(-1, 1)
     elif len(shape) == 2 and scale.ndim == 2:
         sizes = _block(shape, tuple(scale.shape), block)
-    if len(shape) != 2 or (scale.ndim == 2 and scale.shape[1] > 1 and sizes is None):
+    fits = scale.ndim == 0 or sizes is not None or tuple(scale.shape) == (shape[0], 1)
+    if len(shape) != 2 or not fits:
         raise ModelError(
             f"{where} is {tuple(scale.shape)}, and the weight {shape}; expected one number, one a"
             f" row, or one a block of {BLOCK}."

@@ -1,0 +1,434 @@
+"""Single files of every kind, in the published names: the numbers of what they stand for, and
+errors that name what is not read."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nexus_rt import ModelError, NexusPipeline
+from nexus_rt.cli import main
+from nexus_rt.errors import InputError
+from nexus_rt.loading.stored import find_tensors
+from nexus_rt.loading.transformer import load_config, load_transformer
+from nexus_rt.models.text import TextEncoder
+from nexus_rt.models.vae import VideoDecoder
+from tests import published
+from tests.omnivideo import original_wan_names
+
+
+@torch.no_grad()
+def run(model):
+    """A velocity of fixed inputs."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 16, 2, 4, 6, generator=generator)
+    text = torch.randn(1, 5, 32, generator=generator)
+    if hasattr(model, "prepare_context"):
+        return model(x, torch.tensor(500.0), model.prepare_context(text))
+    return model(x, torch.tensor([500.0]), text, return_dict=False)[0]
+
+
+def of_state(state):
+    """diffusers' model of a state in Wan's own names."""
+    model = published.wan_model()
+    names = {theirs: ours for ours, theirs in _names(model).items()}
+    model.load_state_dict({names[k]: v.float() for k, v in state.items()})
+    return model
+
+
+def _names(model):
+    """diffusers' names -> Wan's own."""
+    return {k: next(iter(original_wan_names({k: v}))) for k, v in model.state_dict().items()}
+
+
+def same(file, state, atol=1e-5):
+    """Raise unless a file computes what a state does."""
+    got, want = run(load_transformer(file, torch.float32)), run(of_state(state))
+    torch.testing.assert_close(got, want, atol=atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", published.COMFY, "diffusion_model.", "model.", "transformer."]
+)
+def test_a_transformer_of_a_single_file(tmp_path, prefix):
+    state = published.wan_state()
+    file = published.save(
+        {prefix + k: v for k, v in state.items()}, tmp_path / "any name.safetensors"
+    )
+    config = load_config(file)
+    assert (config.num_attention_heads, config.attention_head_dim, config.num_layers) == (2, 128, 2)
+    assert (config.ffn_dim, config.text_dim, config.freq_dim, config.in_channels) == (
+        512,
+        32,
+        32,
+        16,
+    )
+    same(file, state)
+    # the only file of a folder, whatever its name, and under transformer/
+    same(tmp_path, state)
+    inner = tmp_path / "pipeline" / "transformer"
+    inner.mkdir(parents=True)
+    shutil.copy(file, inner / "weights-v2.safetensors")
+    same(tmp_path / "pipeline", state)
+
+
+@pytest.mark.parametrize(
+    "style, dtype",
+    [
+        ("comfy", torch.float8_e4m3fn),
+        ("comfy", torch.float8_e5m2),
+        ("comfy_quant", torch.float8_e4m3fn),
+        ("metadata", torch.float8_e4m3fn),
+        ("rows", torch.float8_e4m3fn),
+        ("rows", torch.int8),
+        ("blocks", torch.float8_e4m3fn),
+    ],
+)
+def test_8_bit_weights_with_their_scales(tmp_path, style, dtype):
+    state, exact, metadata = published.fp8_scaled(published.wan_state(), style, dtype)
+    prefixed = {published.COMFY + k if k != "scaled_fp8" else k: v for k, v in state.items()}
+    if metadata:
+        prefixed = state  # the notes name layers as the file does
+    file = published.save(prefixed, tmp_path / "wan_fp8_scaled.safetensors", metadata)
+    same(file, exact)
+    kinds = {t.encoding.name for t in find_tensors(file).values() if t.encoding}
+    words = {"rows": " scaled by row", "blocks": " scaled by 128x128"}.get(style, " scaled")
+    assert len(kinds) == 1 and kinds.pop().endswith(words)
+
+
+def test_plain_fp8(tmp_path):
+    state = published.wan_state()
+    small = {
+        k: v.to(torch.float8_e4m3fn) if published.is_quantised(k) else v for k, v in state.items()
+    }
+    file = published.save(small, tmp_path / "wan_fp8_e4m3fn.safetensors")
+    same(file, {k: v.float() for k, v in small.items()})
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("Q8_0",),
+        ("Q4_K", "Q6_K"),
+        ("Q5_K", "Q6_K", "F16"),
+        ("Q3_K", "Q2_K"),
+        ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16"),
+    ],
+)
+def test_gguf(tmp_path, kinds):
+    exact = published.save_gguf(published.wan_state(), tmp_path / "wan.gguf", kinds)
+    same(tmp_path / "wan.gguf", exact)
+
+
+def test_a_reshaped_gguf_tensor_has_its_own_shape_again(tmp_path):
+    """ComfyUI-GGUF's converter stores rows that no block fits as rows of 256, and says so."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "wan")
+    raw = published.gguf_blocks("Q4_K", 9, 256, np.random.default_rng(0))
+    writer.add_tensor("odd.weight", raw, raw_dtype=gguf.GGMLQuantizationType.Q4_K)
+    writer.add_array("comfy.gguf.orig_shape.odd.weight", (24, 96))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    stored = find_tensors(tmp_path / "x.gguf")["odd.weight"]
+    from nexus_rt.loading.stored import read_tensors
+
+    ((_, got),) = read_tensors([("odd.weight", stored)])
+    want = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.Q4_K).reshape(24, 96)
+    assert stored.shape == (24, 96) and np.array_equal(got.numpy(), want)
+
+
+def _gguf_with(tmp_path, kind):
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "wan")
+    size = gguf.GGML_QUANT_SIZES[getattr(gguf.GGMLQuantizationType, kind)]
+    raw = np.zeros((4, 256 // size[0] * size[1]), dtype=np.uint8)
+    writer.add_tensor("a.weight", raw, raw_dtype=getattr(gguf.GGMLQuantizationType, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "x.gguf"
+
+
+@pytest.mark.parametrize("kind", ["IQ4_NL", "IQ4_XS", "IQ2_XXS", "TQ1_0", "MXFP4"])
+def test_a_gguf_type_that_is_not_read_is_named(tmp_path, kind):
+    with pytest.raises(ModelError, match=f"GGUF type {kind}, which is not read here.*Q4_K"):
+        find_tensors(_gguf_with(tmp_path, kind))
+
+
+def test_damaged_gguf_files_are_refused(tmp_path):
+    file = tmp_path / "wan.gguf"
+    published.save_gguf(published.wan_state(num_layers=1), file, ("Q8_0",))
+    data = file.read_bytes()
+    huge = (2**62).to_bytes(8, "little")
+    for damaged, words in (
+        (data[:100], "ends at byte 100, inside its header"),
+        (data[:-1000], "reaches beyond its end"),
+        (b"", "it is empty"),
+        (b"PK" + data[2:], "does not begin with GGUF"),
+        (data[:4] + (1).to_bytes(4, "little") + data[8:], "version 1"),
+        (data[:8] + huge + data[16:], "says it has 4611686018427387904 tensors"),
+        (data[:16] + huge + data[24:], "metadata keys"),
+        (data[:24] + huge + data[32:], "characters in a name"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(ModelError, match=words):
+            find_tensors(file)
+
+
+UNREAD = {
+    "nf4": ("blocks.0.self_attn.q.weight.quant_state.bitsandbytes__nf4", "bitsandbytes nf4"),
+    "fp4": ("blocks.0.self_attn.q.weight.quant_state.bitsandbytes__fp4", "bitsandbytes fp4"),
+    "absmax": ("blocks.0.ffn.0.weight.absmax", "bitsandbytes 4-bit"),
+    "int8": ("blocks.0.ffn.0.SCB", "bitsandbytes int8"),
+    "SVDQuant": ("blocks.0.ffn.0.smooth_factor", "SVDQuant"),
+    "nunchaku": ("blocks.0.ffn.0.wscales", "SVDQuant"),
+    "GPTQ": ("blocks.0.ffn.0.qzeros", "GPTQ or AWQ"),
+    "NVFP4": ("blocks.0.ffn.0.weight_scale_2", "NVFP4"),
+    "quanto": ("blocks.0.ffn.0.weight._data", "optimum-quanto"),
+}
+
+
+@pytest.mark.parametrize("key, words", UNREAD.values(), ids=UNREAD)
+def test_a_quantisation_that_is_not_read_is_named(tmp_path, key, words):
+    state = {**published.wan_state(num_layers=1), key: torch.ones(1)}
+    with pytest.raises(ModelError, match=f"is of {words}.*which is not read here; get"):
+        load_transformer(published.save(state, tmp_path / "x.safetensors"))
+
+
+def test_notes_of_other_formats_and_lone_scales_are_refused(tmp_path):
+    state, _, _ = published.fp8_scaled(published.wan_state(num_layers=1), "comfy_quant")
+    key = "blocks.0.self_attn.q"
+    note = lambda text: torch.tensor(list(text.encode()), dtype=torch.uint8)
+    for change, words in (
+        (
+            {f"{key}.comfy_quant": note('{"format": "nvfp4"}')},
+            'quantised as "nvfp4", which is not read',
+        ),
+        ({f"{key}.comfy_quant": note("{")}, "comfy_quant"),
+        ({f"{key}.weight_scale": torch.ones(3)}, r"scale of .* is \(3,\), and the weight"),
+        ({f"{key}.weight_scale": torch.tensor(torch.nan)}, "holds NaN or infinity"),
+        ({f"{key}.scale_weight": torch.ones(())}, "has two scales"),
+        ({"blocks.9.ffn.0.weight_scale": torch.ones(())}, "which is not there"),
+        ({f"{key}.weight": torch.ones(256, 256, dtype=torch.int32)}, "no scale|stored as int32"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            load_transformer(published.save({**state, **change}, tmp_path / "x.safetensors"))
+    state, _, _ = published.fp8_scaled(published.wan_state(num_layers=1), "rows", torch.int8)
+    del state[f"{key}.weight_scale"]
+    with pytest.raises(ModelError, match=f"{key}.weight has type int8 and no scale"):
+        load_transformer(published.save(state, tmp_path / "x.safetensors"))
+
+
+VARIANTS = {
+    "image": ({"blocks.0.cross_attn.k_img.weight": torch.ones(2)}, {}, "an image-to-video model"),
+    "embedder": ({"img_emb.proj.0.weight": torch.ones(2)}, {}, "an image-to-video model"),
+    "2.2 image": ({}, {"in_channels": 36, "out_channels": 16}, "image-to-video model: it reads 36"),
+    "VACE": ({"vace_blocks.0.before_proj.weight": torch.ones(2)}, {}, "VACE"),
+    "speech": ({"casual_audio_encoder.weights": torch.ones(2)}, {}, "speech-to-video"),
+    "animate": ({"face_adapter.fuser_blocks.0.q.weight": torch.ones(2)}, {}, "Wan-Animate"),
+}
+
+
+@pytest.mark.parametrize("more, changes, words", VARIANTS.values(), ids=VARIANTS)
+def test_a_wan_of_another_task_is_named(tmp_path, more, changes, words):
+    state = {**published.wan_state(num_layers=1, **changes), **more}
+    with pytest.raises(ModelError, match=words):
+        load_transformer(published.save(state, tmp_path / "x.safetensors"))
+
+
+def test_another_familys_file_is_named(tmp_path):
+    for key, words in (
+        ("double_blocks.0.img_attn.qkv.weight", "HunyuanVideo or FLUX"),
+        ("joint_blocks.0.x.weight", "Stable Diffusion 3"),
+        ("transformer_blocks.0.attn1.to_q.weight", "LTX, CogVideoX"),
+    ):
+        file = published.save({key: torch.ones(2, 2)}, tmp_path / "x.safetensors")
+        with pytest.raises(ModelError, match=f"is not a Wan transformer.*{words}"):
+            load_transformer(file)
+
+
+def test_several_files_and_no_index_are_not_guessed_from(tmp_path):
+    for name in ("a.safetensors", "b.safetensors"):
+        published.save(published.wan_state(num_layers=1), tmp_path / name)
+    with pytest.raises(ModelError, match=r"holds 2 files of weights .*name the one to read"):
+        load_transformer(tmp_path)
+
+
+def test_a_text_encoder_of_a_single_file(tiny_pair, tmp_path):
+    """In Wan's own names (also a pickle), in transformers' with ComfyUI's extras, scaled, and in
+    llama.cpp's as GGUF."""
+    wanted = TextEncoder(tiny_pair, torch.float32, "cpu").encode(["a red circle"], 8)
+    tokenizer = tiny_pair / "tokenizer"
+    own = published.t5_state(tiny_pair)
+    files = {
+        "models_t5_umt5-xxl-enc-bf16.pth": lambda p: torch.save(own, p),
+        "umt5-xxl-enc-bf16.safetensors": lambda p: published.save(own, p),
+    }
+    theirs = load_file(tiny_pair / "text_encoder" / "model.safetensors")
+    extra = {"spiece_model": torch.zeros(9, dtype=torch.uint8)}
+    files["umt5_xxl_fp16.safetensors"] = lambda p: published.save({**theirs, **extra}, p)
+    for name, write in files.items():
+        write(tmp_path / name)
+        encoder = TextEncoder(tmp_path / name, torch.float32, "cpu", tokenizer)
+        assert torch.equal(encoder.encode(["a red circle"], 8), wanted), name
+    plain = lambda name: "attn" in name and "norm" not in name and "rel_b" not in name
+    exact = published.save_gguf(
+        published.llama_names(own), tmp_path / "umt5.gguf", ("Q8_0",), "t5encoder", quantised=plain
+    )
+    encoder = TextEncoder(tmp_path / "umt5.gguf", torch.float32, "cpu", tokenizer)
+    got = encoder.encode(["a red circle"], 8)
+    name = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    assert torch.equal(encoder.model.state_dict()[name], exact["enc.blk.1.attn_q.weight"])
+    assert got.isfinite().all() and not torch.equal(got, wanted)
+
+
+def test_a_text_encoders_tokenizer_is_found_beside_it_or_asked_for(tiny_pair, tmp_path):
+    file = published.save(published.t5_state(tiny_pair), tmp_path / "umt5.safetensors")
+    with pytest.raises(ModelError, match=r"no tokenizer is beside .*--tokenizer"):
+        TextEncoder(file, torch.float32, "cpu")
+    shutil.copytree(tiny_pair / "tokenizer", tmp_path / "google" / "umt5-xxl")
+    wanted = TextEncoder(tiny_pair, torch.float32, "cpu").encode(["a red circle"], 8)
+    assert torch.equal(TextEncoder(file, torch.float32, "cpu").encode(["a red circle"], 8), wanted)
+    with pytest.raises(ModelError, match="is no tokenizer's folder"):
+        TextEncoder(file, torch.float32, "cpu", tmp_path)
+    other = published.save(
+        {"blocks.0.attn.q.weight": torch.ones(2, 2)}, tmp_path / "odd.safetensors"
+    )
+    with pytest.raises(ModelError, match="no UMT5 encoder of Wan's"):
+        TextEncoder(other, torch.float32, "cpu").load()
+
+
+@pytest.mark.parametrize("names", ["wan", "diffusers", "pickle"])
+def test_a_vae_of_a_single_file(tmp_path, names):
+    model = published.vae_model()
+    state = model.state_dict() if names == "diffusers" else published.vae_state()
+    if names == "pickle":
+        file = tmp_path / "Wan2.1_VAE.pth"
+        torch.save(state, file)
+    else:
+        file = published.save(state, tmp_path / "wan_2.1_vae.safetensors")
+    decoder = VideoDecoder(file, torch.float32, "cpu")
+    assert decoder.space["z_dim"] == 16 and decoder.space["latents_mean"][0] == -0.7571
+    z = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    mean, std = decoder._statistics(torch.device("cpu"))
+    want = model.decode(z * std + mean).sample.detach().add(1).div(2).clamp(0, 1).transpose(1, 2)
+    torch.testing.assert_close(decoder.decode(z), want, atol=2e-6, rtol=1e-5)
+
+
+def test_a_vae_that_is_none_is_named(tmp_path):
+    wan22 = {"encoder.downsamples.0.avg_shortcut.x": torch.ones(1), "conv1.weight": torch.ones(1)}
+    with pytest.raises(ModelError, match=r"Wan 2\.2's VAE"):
+        VideoDecoder(published.save(wan22, tmp_path / "a.safetensors"), torch.float32, "cpu")
+    with pytest.raises(ModelError, match="no Wan VAE"):
+        VideoDecoder(
+            published.save({"x": torch.ones(1)}, tmp_path / "b.safetensors"), torch.float32, "cpu"
+        )
+
+
+def test_wans_own_folder_brings_its_vae_and_text_encoder(tiny_pair, tmp_path):
+    """The published layout: transformer at the top, pickles beside it, google/umt5-xxl."""
+    folder = wan_folder(tiny_pair, tmp_path / "Wan2.1-T2V-14B")
+    pipe = NexusPipeline.from_pretrained(large=folder)
+    pipe.set_progress_bar_config(disable=True)
+    options = dict(width=32, height=32, num_frames=5, num_inference_steps=2, plan="large")
+    frames = pipe("a red circle", generator=torch.Generator().manual_seed(0), **options).frames
+    assert frames.shape == (1, 5, 32, 32, 3)
+    # and converted to diffusers' layout it is the same
+    assert main(["convert", "wan", str(folder), str(tmp_path / "made")]) == 0
+    again = NexusPipeline.from_pretrained(large=tmp_path / "made")
+    again.set_progress_bar_config(disable=True)
+    same_frames = again(
+        "a red circle", generator=torch.Generator().manual_seed(0), **options
+    ).frames
+    assert (frames == same_frames).all()
+
+
+def wan_folder(tiny_pair, folder):
+    """Wan's own folder, with a config as Wan writes it."""
+    import json
+
+    folder.mkdir()
+    published.save(published.wan_state(), folder / "diffusion_pytorch_model.safetensors")
+    config = {"_class_name": "WanModel", "model_type": "t2v", "dim": 256, "num_heads": 2}
+    config |= {"ffn_dim": 512, "num_layers": 2, "text_dim": 32, "freq_dim": 32}
+    (folder / "config.json").write_text(json.dumps({**config, "in_dim": 16, "out_dim": 16}))
+    torch.save(published.t5_state(tiny_pair), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    torch.save(published.vae_state(), folder / "Wan2.1_VAE.pth")
+    shutil.copytree(tiny_pair / "tokenizer", folder / "google" / "umt5-xxl")
+    return folder
+
+
+def test_a_pair_of_single_files_draws(tiny_pair, tmp_path, monkeypatch):
+    """Every part a file, named on the command line by relative paths."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    published.save_gguf(published.wan_state(), tmp_path / "models" / "small.gguf", ("Q8_0",))
+    scaled, _, _ = published.fp8_scaled(published.wan_state(7))
+    published.save(scaled, tmp_path / "models" / "large.safetensors")
+    published.save(published.vae_state(), tmp_path / "models" / "wan_2.1_vae.safetensors")
+    published.save(published.t5_state(tiny_pair), tmp_path / "models" / "umt5.safetensors")
+    command = ["generate", "a red circle", "--small", "models/small.gguf"]
+    command += ["--large", "models/large.safetensors", "--vae", "models/wan_2.1_vae.safetensors"]
+    command += [
+        "--text-encoder",
+        "models/umt5.safetensors",
+        "--tokenizer",
+        str(tiny_pair / "tokenizer"),
+    ]
+    command += ["--size", "32x32", "--frames", "5", "--steps", "3", "-o", "out.png", "--quiet"]
+    assert main(command) == 0
+    assert (tmp_path / "out.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("kind", ["gguf", "fp8", "vae", "text"])
+def test_convert_wan_takes_single_files(tiny_pair, tmp_path, kind):
+    if kind == "gguf":
+        file = tmp_path / "wan.gguf"
+        exact = published.save_gguf(published.wan_state(), file, ("Q8_0",))
+    elif kind == "fp8":
+        state, exact, _ = published.fp8_scaled(published.wan_state())
+        file = published.save(state, tmp_path / "wan.safetensors")
+    elif kind == "vae":
+        file = tmp_path / "Wan2.1_VAE.pth"
+        torch.save(published.vae_state(), file)
+    else:
+        file = published.save(published.t5_state(tiny_pair), tmp_path / "t5.safetensors")
+        shutil.copytree(tiny_pair / "tokenizer", tmp_path / "tokenizer")
+    assert main(["convert", "wan", str(file), str(tmp_path / "made")]) == 0
+    made = tmp_path / "made"
+    if kind in ("gguf", "fp8"):
+        rounded = {
+            k: v.bfloat16().float() if published.is_quantised(k) else v for k, v in exact.items()
+        }
+        same(made, rounded)
+    elif kind == "vae":
+        assert load_file(made / "vae" / "diffusion_pytorch_model.safetensors").keys() == (
+            published.vae_model().state_dict().keys()
+        )
+    else:
+        wanted = TextEncoder(tiny_pair, torch.float32, "cpu").encode(["a red circle"], 8)
+        assert torch.equal(
+            TextEncoder(made, torch.float32, "cpu").encode(["a red circle"], 8), wanted
+        )
+
+
+def test_convert_wan_refuses_what_is_no_wan(tmp_path):
+    from nexus_rt.loading.convert_wan import convert_wan
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="holds no part of a Wan checkpoint"):
+        convert_wan(tmp_path / "empty", tmp_path / "made")
+    with pytest.raises(InputError, match="is not here"):
+        convert_wan(tmp_path / "nowhere", tmp_path / "made")
+    (tmp_path / "x.onnx").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"ends in \.onnx"):
+        convert_wan(tmp_path / "x.onnx", tmp_path / "made")
+    assert not (tmp_path / "made").exists()
