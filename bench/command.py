@@ -25,11 +25,13 @@ from nexus_rt.bench.presets import (
     random_prompt,
 )
 from nexus_rt.bench.scaling import scaling
+from nexus_rt.cli.pipeline import find_models, given_models
 from nexus_rt.engines.backends import ENGINE_BACKENDS
+from nexus_rt.engines.experts import ExpertsEngine
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError, ModelError, NexusError, choose
 from nexus_rt.loading.pair import default_device, default_dtype
-from nexus_rt.loading.pair_folder import MINI, Defaults, find_pair
+from nexus_rt.loading.pair_folder import Defaults
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan_text import has_clocks, parse_plan
 from nexus_rt.size import ClipSize
@@ -244,13 +246,11 @@ def _configs(args: argparse.Namespace, preset: Preset) -> dict[str, dict[str, An
 
 def _real(args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
     """A pipeline of folders, a way to read it again, and the generators' folders."""
-    names = ("small", "large", "vae", "text_encoder", "tokenizer", "understanding", "connector")
-    given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    pretrained = args.pair if args.pair or args.small or args.large else MINI
-    folders = find_pair(pretrained, given, {"local_files_only": args.local_files_only}).generators
+    folders = find_models(args)[1].generators
     make = lambda: NexusPipeline.from_pretrained(
         args.pair,
-        **given,
+        **given_models(args),
+        boundary_ratio=args.boundary,
         torch_dtype=dtype,
         device=device,
         kernels=args.kernels,
@@ -278,7 +278,11 @@ def _engine(
         from copy import copy
 
         twin = copy(pipe)
-        twin.engines = {n: TorchEngine(_compiled(e.model)) for n, e in pipe.engines.items()}
+        compiled = lambda engine: TorchEngine(_compiled(engine.model))
+        twin.engines = {
+            n: e.each(compiled) if isinstance(e, ExpertsEngine) else compiled(e)
+            for n, e in pipe.engines.items()
+        }
         return Engine(name, twin)
     if not real:
         raise InputError("engines are exported of folders of weights; pass --small and --large")
@@ -289,10 +293,7 @@ def _engine(
     precision = "fp32" if device.type == "cpu" else "bf16"
     target = Target(name, precision, (size,), device)
     target.builder()
-    names = ("small", "large", "vae", "text_encoder", "tokenizer", "understanding", "connector")
-    given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    pretrained = args.pair if args.pair or args.small or args.large else MINI
-    parts_found = find_pair(pretrained, given, {"local_files_only": args.local_files_only})
+    pretrained, parts_found = find_models(args)
     others = {"vae": parts_found.vae, "text_encoder": parts_found.text}
     exported = (
         args.parts.split(",")

@@ -27,6 +27,7 @@ from nexus_rt.bench.latency import scales_of
 from nexus_rt.bench.measure import interleaved, summary
 from nexus_rt.bench.naive import four_filter_blend
 from nexus_rt.bench.quality import distance
+from nexus_rt.engines.experts import ExpertsEngine
 from nexus_rt.errors import InputError, choose
 from nexus_rt.loading.checkpoint import to_diffusers
 from nexus_rt.models.context import unpad
@@ -101,6 +102,8 @@ class Peers:
     def transformer(self, name: str) -> Any:
         if name not in self.pipe.engines:
             raise InputError(f"it runs the {name} generator, which is not loaded")
+        if isinstance(self.pipe.engines[name], ExpertsEngine):
+            raise InputError(f"the {name} generator has two experts; one transformer is compared")
         if name not in self.models:
             self.models[name] = diffusers_transformer(self.pipe.engines[name].model)
         return self.models[name]

@@ -17,8 +17,9 @@ import torch
 from nexus_rt import documents
 from nexus_rt.doctor import versions
 from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.loading.experts import GeneratorSource, transformers_of
 from nexus_rt.loading.source import folder_fingerprint
-from nexus_rt.loading.transformer import transformer_folder
+from nexus_rt.plan import engine_name
 
 SCHEMA, KIND = 1, "nexus-rt bench"
 NOISE = 0.02  # a slowdown that counts, beyond what the runs' own spread explains
@@ -54,10 +55,12 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return settings
 
 
-def weights_fingerprint(folders: dict[str, Path]) -> dict[str, str]:
-    """`folder_fingerprint` of every generator."""
+def weights_fingerprint(generators: dict[str, GeneratorSource]) -> dict[str, str]:
+    """`folder_fingerprint` of every generator's transformers."""
     return {
-        name: folder_fingerprint(transformer_folder(folder)) for name, folder in folders.items()
+        engine_name(name, expert): folder_fingerprint(folder)
+        for name, source in generators.items()
+        for expert, folder in transformers_of(source).items()
     }
 
 

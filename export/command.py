@@ -8,11 +8,12 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+from nexus_rt.cli.pipeline import find_models
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.errors import InputError, choose
 from nexus_rt.export.build import Target, export_components
@@ -23,10 +24,11 @@ from nexus_rt.export.components import (
     StepComponent,
     TextComponent,
 )
+from nexus_rt.loading.experts import ExpertFolders, GeneratorSource, transformers_of
 from nexus_rt.loading.locate import find_text
-from nexus_rt.loading.lora import Lora, parse_loras
+from nexus_rt.loading.lora import Lora, loras_of, parse_loras
 from nexus_rt.loading.pair import default_device
-from nexus_rt.loading.pair_folder import MINI, PairFolders, find_pair
+from nexus_rt.loading.pair_folder import PairFolders
 from nexus_rt.log import chose
 from nexus_rt.size import parse_sizes
 
@@ -70,10 +72,7 @@ def progress(parts: list[Component]) -> Iterator[Callable[[str], None]]:
 def run(args: argparse.Namespace) -> int:
     """Export what the arguments name."""
     device = default_device(args.device)
-    names = ("small", "large", "vae", "text_encoder", "tokenizer", "understanding", "connector")
-    given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    pretrained = args.pair if args.pair or args.small or args.large else MINI
-    pair = find_pair(pretrained, given, {"local_files_only": args.local_files_only})
+    pretrained, pair = find_models(args)
     d = pair.defaults
     sizes, ends = parse_sizes(args.sizes or f"{d.width}x{d.height}x{d.num_frames}")
     precision = args.precision or ("fp32" if device.type == "cpu" else "bf16")
@@ -147,17 +146,35 @@ def chosen_components(
                 f"there is no {name} here to export; pass --{name.replace('_', '-')}, or other"
                 " --parts."
             )
-        kind = {"vae": DecoderComponent, "text_encoder": TextComponent}.get(name)
-        parts.append(
-            kind(folder) if kind else GeneratorComponent(name, folder, (loras or {}).get(name, ()))
-        )
+        if name == "vae":
+            parts.append(DecoderComponent(folder))
+        elif name == "text_encoder":
+            parts.append(TextComponent(folder, pair.tokenizer))
+        else:
+            parts += _generators(name, folder, (loras or {}).get(name, ()))
     if fuse_step:
         if len(pair.generators) < 2:
             raise InputError(
                 "--fuse-step puts both generators in one graph; pass --small and --large."
             )
-        parts.append(StepComponent(pair.generators, dict(loras or {})))
+        sources = {n: f for n, f in pair.generators.items() if isinstance(f, Path)}
+        if len(sources) < 2:
+            raise InputError(
+                "--fuse-step puts two transformers in one graph, and a generator here has two"
+                " experts; leave it out."
+            )
+        parts.append(StepComponent(sources, dict(loras or {})))
     return parts
+
+
+def _generators(name: str, source: GeneratorSource, loras: Sequence[Lora]) -> list[Component]:
+    """A generator's engines: one, or one for each expert."""
+    own = loras_of(name, source, loras)
+    boundary = source.boundary if isinstance(source, ExpertFolders) else None
+    return [
+        GeneratorComponent(f"{name}-{e}" if e else name, folder, tuple(own[e]), boundary)
+        for e, folder in transformers_of(source).items()
+    ]
 
 
 def folders_beside(pair: PairFolders, parts: list[Component]) -> dict[str, Path]:

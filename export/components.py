@@ -24,11 +24,13 @@ from nexus_rt.export.dynamic_shapes import Traced
 from nexus_rt.export.fused_step import NAMES, trace_step
 from nexus_rt.export.graph import trace
 from nexus_rt.export.text_vae import decoder_states, trace_decoder, trace_text
-from nexus_rt.loading import source, transformer
+from nexus_rt.loading import transformer
+from nexus_rt.loading.locate import find_text
 from nexus_rt.loading.lora import Lora, loras_hash
 from nexus_rt.memory.streaming import BlockStream
 from nexus_rt.models.text import TextEncoder
-from nexus_rt.models.vae import VideoDecoder, vae_space
+from nexus_rt.models.umt5 import umt5_settings
+from nexus_rt.models.vae import VideoDecoder, vae_config, vae_space
 from nexus_rt.models.wan import WanTransformer
 from nexus_rt.size import ClipSize
 
@@ -123,11 +125,13 @@ def _reference(folder: Path, device: torch.device, loras: Sequence[Lora] = ()) -
 
 @dataclass(frozen=True)
 class GeneratorComponent:
-    """A generator: name "small" or "large", folder of its transformer, what is merged into it."""
+    """A generator: name "small" or "large", folder or file of its transformer, what is merged into
+    it; or an expert of one, such as "large-high", and where the two change over."""
 
     name: str
     source: Path
     loras: tuple[Lora, ...] = ()
+    boundary: float | None = None
     sized = True
 
     @property
@@ -141,7 +145,7 @@ class GeneratorComponent:
         return {graph: list(inputs) for graph, inputs in GRAPHS.items()}
 
     def options(self) -> dict[str, Any]:
-        return {}
+        return {} if self.boundary is None else {"boundary": self.boundary}
 
     def merged(self) -> str | None:
         return loras_hash({self.name: self.loras})
@@ -250,7 +254,7 @@ class DecoderComponent:
         from diffusers import AutoencoderKLWan
 
         with torch.device("meta"):
-            vae = AutoencoderKLWan.from_config(source.read_json(self.source / "config.json"))
+            vae = AutoencoderKLWan.from_config(vae_config(self.source))
         return {"states": [list(s) for s in decoder_states(vae)]}
 
     def merged(self) -> str | None:
@@ -278,18 +282,19 @@ class DecoderComponent:
 
 @dataclass(frozen=True)
 class TextComponent:
-    """The text encoder; source: a folder with `text_encoder/` and `tokenizer/`."""
+    """The text encoder, as `nexus_rt.loading.locate.find_text` finds it."""
 
     source: Path
+    tokenizer: Path | None = None
     name = "text_encoder"
     sized = False
 
     @property
     def folders(self) -> list[Path]:
-        return [self.source / "text_encoder"]
+        return [find_text(self.source, self.tokenizer)[0]]
 
     def architecture(self) -> dict[str, Any]:
-        config = source.read_json(self.folders[0] / "config.json")
+        config = umt5_settings(self.folders[0])
         return {
             k: config[k]
             for k in ("model_type", "d_model", "vocab_size", "num_layers")
@@ -320,12 +325,12 @@ class TextComponent:
         device: torch.device,
         kernels: tuple[str, str],
     ) -> dict[str, Traced]:
-        encoder = TextEncoder(self.source, DTYPES[precision], device)
+        encoder = TextEncoder(self.source, DTYPES[precision], device, self.tokenizer)
         encoder.load()
         return trace_text(encoder.model)
 
     def answers(self, engine: Any, buckets: list[ClipSize], device: torch.device) -> parity.Answers:
         vocabulary = self.architecture()["vocab_size"]
         return parity.text_answers(
-            engine or TextEncoder(self.source, torch.float32, device), vocabulary
+            engine or TextEncoder(self.source, torch.float32, device, self.tokenizer), vocabulary
         )

@@ -282,3 +282,31 @@ def test_halves_of_a_generator_are_refused(a14b, tmp_path, tiny_pair):
         NexusPipeline.from_pretrained(tiny_pair, boundary_ratio=0.9)
     assert find_experts(tiny_pair / "small") is None
     assert find_experts(a14b) == ExpertFolders(a14b / "transformer", a14b / "transformer_2", 0.875)
+
+
+def test_experts_are_exported_an_engine_each(a14b, tiny_pair, pipe, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "engines"
+    command = ["export", "--large", str(a14b), "--boundary", "0.8", "--sizes", "48x32x5"]
+    assert main([*command, "-o", str(out)]) == 0
+    assert {"large-high", "large-low"} <= {p.name for p in out.iterdir()}
+    made = NexusPipeline.from_engines(out)
+    made.set_progress_bar_config(disable=True)
+    assert made.engines["large"].boundary == 0.8
+    options = dict(**CALL, guidance_scale_2=(4.0, 3.0))
+    got = made("a red circle", plan="large", generator=seeded(), **options)
+    assert got.plan.engines == ("large:high", "large:low")
+    exact = NexusPipeline.from_pretrained(large=a14b, boundary_ratio=0.8)
+    exact.set_progress_bar_config(disable=True)
+    want = exact("a red circle", plan="large", generator=seeded(), **options).frames
+    torch.testing.assert_close(got.frames, want, atol=1e-3, rtol=1e-3)
+    with pytest.raises(InputError, match="two experts; leave it out"):
+        from nexus_rt.export.command import chosen_components
+        from nexus_rt.loading.pair_folder import find_pair
+
+        pair = find_pair(None, {"small": tiny_pair / "small", "large": a14b}, {})
+        chosen_components(pair, None, fuse_step=True)
+    shutil.rmtree(out / "large-low")
+    with pytest.raises(ModelError, match="not large-low/, the other expert"):
+        NexusPipeline.from_engines(out)

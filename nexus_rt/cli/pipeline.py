@@ -10,22 +10,30 @@ from nexus_rt.cli.arguments import BLEND_NUMBERS
 from nexus_rt.errors import InputError
 
 if TYPE_CHECKING:
+    from nexus_rt.loading.pair_folder import PairFolders
     from nexus_rt.pipeline import NexusPipeline
     from nexus_rt.upfb import BlendConfig
 
-MODEL_ARGUMENTS = (
-    "engines",
-    "pair",
-    "small",
-    "large",
-    "vae",
-    "text_encoder",
-    "tokenizer",
-    "understanding",
-    "connector",
-    "small_lora",
-    "large_lora",
-)
+PARTS = ("small", "large", "vae", "text_encoder", "tokenizer", "understanding", "connector")
+MODEL_ARGUMENTS = ("engines", "pair", *PARTS, "small_lora", "large_lora")
+
+
+def given_models(args: argparse.Namespace) -> dict[str, Any]:
+    """The sources of a pair's parts that the arguments name."""
+    return {n: getattr(args, n) for n in PARTS if getattr(args, n) is not None}
+
+
+def find_models(args: argparse.Namespace) -> tuple[Any, PairFolders]:
+    """The pair that the arguments name, else the mini pair; and where its parts lie.
+
+    Raises:
+        ModelError, InputError: as `find_pair`.
+    """
+    from nexus_rt.loading.pair_folder import MINI, find_pair
+
+    pretrained = args.pair if args.pair or args.small or args.large else MINI
+    hub = {"local_files_only": args.local_files_only}
+    return pretrained, find_pair(pretrained, given_models(args), hub, args.boundary)
 
 
 def make_pipeline(args: argparse.Namespace) -> NexusPipeline:
@@ -47,14 +55,8 @@ def make_pipeline(args: argparse.Namespace) -> NexusPipeline:
         )
     return NexusPipeline.from_pretrained(
         args.pair,
-        small=args.small,
-        large=args.large,
-        vae=args.vae,
+        **given_models(args),
         boundary_ratio=args.boundary,
-        text_encoder=args.text_encoder,
-        tokenizer=args.tokenizer,
-        understanding=args.understanding,
-        connector=args.connector,
         small_lora=args.small_lora,
         large_lora=args.large_lora,
         torch_dtype=getattr(torch, args.dtype) if args.dtype else None,

@@ -88,8 +88,8 @@ def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendC
     cutoff = "sigma" if gaussian else "cutoff"
     width = max(5, *(len(step.runs) for step in plan.steps))
     print(
-        f"{'step':>4} {'timestep':>8} {'w':>6} {cutoff:>6}  {'runs':{width}} {'guidance':>11} {'ms':>10}"
-        "  forwards, reuses"
+        f"{'step':>4} {'timestep':>8} {'w':>6} {cutoff:>6}  {'runs':{width}} {'guidance':>11}"
+        f" {'ms':>10}  forwards, reuses"
     )
     for step in plan.steps:
         value = blend.sigma(step.w) if gaussian else blend.cutoff(step.w)
@@ -99,8 +99,8 @@ def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendC
         forwards = "/".join(str(step.forwards(name, guidance.at(step, name))) for name in running)
         price = plan.step_price(step, costs, guidance.small, guidance.large)
         print(
-            f"{step.index:4d} {step.timestep:8d} {step.w:6.3f} {shown}  {step.runs:{width}} {scales:>11}"
-            f" {price:10.2f}  {', '.join([forwards, *_notes(step)])}"
+            f"{step.index:4d} {step.timestep:8d} {step.w:6.3f} {shown}  {step.runs:{width}}"
+            f" {scales:>11} {price:10.2f}  {', '.join([forwards, *_notes(step)])}"
         )
 
 

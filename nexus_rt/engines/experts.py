@@ -138,3 +138,17 @@ def engines_by_name(engines: Mapping[str, Any]) -> dict[str, Any]:
 def boundaries(engines: Mapping[str, Any]) -> dict[str, float]:
     """The boundary of every generator that has experts."""
     return {n: e.boundary for n, e in engines.items() if isinstance(e, ExpertsEngine)}
+
+
+def joined(engines: Mapping[str, Any]) -> dict[str, Any]:
+    """Generators of exported engines by part: "large-high" and "large-low" become one."""
+    generators: dict[str, Any] = {}
+    for part, engine in engines.items():
+        name, _, expert = part.partition("-")
+        if not expert:
+            generators[name] = engine
+        elif name not in generators:
+            experts = {e: engines[f"{name}-{e}"] for e in EXPERTS}
+            boundary = engine.folder.manifest.options.get("boundary", 0)
+            generators[name] = ExpertsEngine(experts, boundary)
+    return generators

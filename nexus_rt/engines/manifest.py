@@ -20,8 +20,9 @@ Side = Annotated[int, msgspec.Meta(ge=1, le=65536)]
 class Manifest:
     """What an engine folder says of itself.
 
-    part: "small", "large", "step" (both in one graph), "vae" or "text_encoder". graphs: name ->
-        inputs, in order.
+    part: "small", "large", an expert of either such as "large-high" (options["boundary"] says
+        where they change over), "step" (both in one graph), "vae" or "text_encoder". graphs: name
+        -> inputs, in order.
     architecture: WanConfig's fields; of a step, those of both under "small" and "large"; else the
         part's own config.
     weights: sha256 of the source's weight files. buckets: [width, height, frames]; with
@@ -88,7 +89,17 @@ class _Parity(msgspec.Struct):
 class Stored(msgspec.Struct):
     """A manifest as it may stand in a file."""
 
-    part: Literal["small", "large", "step", "vae", "text_encoder"]
+    part: Literal[
+        "small",
+        "small-high",
+        "small-low",
+        "large",
+        "large-high",
+        "large-low",
+        "step",
+        "vae",
+        "text_encoder",
+    ]
     backend: str
     backend_version: str
     precision: Literal["fp32", "fp16", "bf16"]
@@ -122,7 +133,8 @@ class Stored(msgspec.Struct):
                 )
         if not self.graphs or not self.files:
             raise ModelError(f"{where} lists no graphs or no files; export the engine again.")
-        if self.part in ("small", "large", "step") and not self.buckets:
+        generates = self.part.partition("-")[0] in ("small", "large", "step")
+        if generates and not self.buckets:
             raise ModelError(f"{where} lists no sizes; export the engine again.")
         if self.options.get("range") and len(self.buckets) != 2:
             raise ModelError(
@@ -142,7 +154,7 @@ class Stored(msgspec.Struct):
             if self.part == "step"
             else [self.architecture]
         )
-        if self.part in ("small", "large", "step"):
+        if generates:
             from nexus_rt.models.wan import WanConfig
 
             for values in architectures:

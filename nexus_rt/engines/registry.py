@@ -16,8 +16,10 @@ from nexus_rt.engines.folder import MANIFEST, EngineFolder
 from nexus_rt.engines.fused_step import StepEngine
 from nexus_rt.engines.text_vae import EngineDecoder, EngineTextEncoder
 from nexus_rt.errors import ModelError, choose
+from nexus_rt.plan import EXPERTS
 
-PARTS = ("small", "large", "step", "vae", "text_encoder")
+GENERATORS = ("small", "small-high", "small-low", "large", "large-high", "large-low")
+PARTS = (*GENERATORS, "step", "vae", "text_encoder")
 
 
 def here(device: torch.device) -> dict[str, Any]:
@@ -81,13 +83,21 @@ def open_engine(path: str | Path, device: torch.device, force: bool = False, **o
 def open_engines(
     root: Path, device: torch.device, force: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """The engines of a folder that `nexus-rt export` made, by part; "small" or "large" at least.
+    """The engines of a folder that `nexus-rt export` made, by part; "small" or "large", or both
+    experts of one, at least.
 
     Raises:
-        ModelError: it holds neither, or as `open_engine`.
+        ModelError: it holds neither, one expert without the other, or as `open_engine`.
     """
     folders = {n: root / n for n in PARTS if (root / n / MANIFEST).is_file()}
-    if not folders.keys() & {"small", "large"}:
+    for name in folders:
+        generator, _, expert = name.partition("-")
+        lost = [f"{generator}-{e}" for e in EXPERTS if expert and f"{generator}-{e}" not in folders]
+        if lost:
+            raise ModelError(
+                f"{root} holds {name}/ and not {lost[0]}/, the other expert; export both again."
+            )
+    if not folders.keys() & set(GENERATORS):
         raise ModelError(
             f"{root} holds no engines (small/ or large/ with a {MANIFEST}); make them with"
             " `nexus-rt export`."

@@ -74,6 +74,8 @@ def find_text(source: Path, tokenizer: Path | None = None) -> tuple[Path, Path]:
         weights: Path | None = source
     elif (source / "text_encoder").is_dir():
         weights = source / "text_encoder"
+    elif tokenizer is not None and _holds_model(source):
+        weights = source
     else:
         weights = _named(source, TEXT_FILES)
     if weights is None or (weights.is_dir() and not _holds_model(weights)):

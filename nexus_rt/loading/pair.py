@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from nexus_rt.engines.cuda_graphs import ReplayedEngine
-from nexus_rt.engines.experts import ExpertsEngine
+from nexus_rt.engines.experts import ExpertsEngine, joined
 from nexus_rt.engines.fused_step import StepEngine
-from nexus_rt.engines.registry import open_engines
+from nexus_rt.engines.registry import GENERATORS, open_engines
 from nexus_rt.engines.text_vae import EngineDecoder, EngineTextEncoder
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError
@@ -189,7 +189,7 @@ def load_engines(
         ModelError: no engine folder, or one that is damaged, wrong, or built for something else.
     """
     opened = open_engines(root, device, force, **options)
-    engines: dict[str, Any] = {n: opened[n] for n in ("small", "large") if n in opened}
+    engines = {n: opened[n] for n in GENERATORS if n in opened}
     parts = exported_pair(root, engines)
     context, text, vae = _coders(parts, dtype, device, tiling)
     a = next(iter(engines.values())).folder.manifest.architecture
@@ -199,7 +199,13 @@ def load_engines(
         name: f"{e.folder.manifest.backend} {e.folder.manifest.identity()} {_artefacts(e)}"
         for name, e in opened.items()
     }
-    return Loaded(engines, text, vae, context, opened.get("step"), parts.defaults, space, identity)
+    generators = joined(engines)
+    for name in generators:
+        experts = [n for n in engines if n.startswith(f"{name}-")]
+        if experts:
+            identity[name] = " ".join(identity.pop(n) for n in experts)
+    step = opened.get("step")
+    return Loaded(generators, text, vae, context, step, parts.defaults, space, identity)
 
 
 def _artefacts(engine: Any) -> str:

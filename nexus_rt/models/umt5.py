@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -194,6 +195,14 @@ def position_buckets(length: int, config: Umt5Config, device: torch.device) -> T
     return torch.where(offset > 0, half, 0) + torch.where(distance < exact, distance, far)
 
 
+def umt5_settings(source: Path) -> dict[str, Any]:
+    """A UMT5 encoder's `config.json`: of its folder, or what its tensors' shapes say."""
+    if (source / "config.json").is_file():
+        return check_config(source, "text encoder")
+    stored = renamed(find_tensors(source), t5_name)
+    return umt5_config({n: t.shape for n, t in stored.items()}, source)
+
+
 def load_umt5(source: Path, dtype: torch.dtype, device: torch.device) -> Umt5Encoder:
     """A UMT5 encoder from a folder of transformers' layout, or from a single file in
     transformers', Wan's own or llama.cpp's names; what a whole encoder-decoder holds beside it is
@@ -203,11 +212,7 @@ def load_umt5(source: Path, dtype: torch.dtype, device: torch.device) -> Umt5Enc
         ModelError: another architecture, weights that are missing, foreign or of other shapes, or
             a quantisation that is not read.
     """
-    if (source / "config.json").is_file():
-        stored = check_config(source, "text encoder")
-    else:
-        names = renamed(find_tensors(source), t5_name)
-        stored = umt5_config({n: t.shape for n, t in names.items()}, source)
+    stored = umt5_settings(source)
     if stored.get("model_type", "umt5") != "umt5":
         raise ModelError(
             f"{source} holds a {str(stored['model_type'])[:80]!r}; expected a UMT5 encoder, as"
