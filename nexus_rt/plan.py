@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from nexus_rt.errors import InputError, choose
-from nexus_rt.solver import TRAIN_STEPS, TimeGrid, clock_grid
+from nexus_rt.solver import SOLVERS, TRAIN_STEPS, TimeGrid, clock_grid
 from nexus_rt.upfb import ENERGIES
 
 FULL, DIFFERENCE, VELOCITY = "full", "difference", "velocity"
@@ -51,10 +51,11 @@ class Step:
         below this; None where the step is computed as written.
     renoise: the step begins on re-noised latents, `(1 - sigma) x + sigma eps`.
     expert_small, expert_large: which expert runs, "high" or "low", of a generator that has them.
+    solver: what walks the step; None for the call's.
     """
 
     index: int
-    timestep: int
+    timestep: float
     sigma: float
     w: float
     small: bool
@@ -69,6 +70,7 @@ class Step:
     renoise: bool = False
     expert_small: str | None = None
     expert_large: str | None = None
+    solver: str | None = None
 
     def scale(self, generator: str, default: Scale) -> float:
         """The guidance scale of "small" or "large": this step's own, else the call's, of which a
@@ -79,6 +81,11 @@ class Step:
         if isinstance(default, tuple):
             return float(default[EXPERTS.index(self.expert(generator) or EXPERTS[0])])
         return float(default)
+
+    @property
+    def alone(self) -> str | None:
+        """The generator that runs by itself; None where both do."""
+        return None if self.small and self.large else "small" if self.small else "large"
 
     def expert(self, generator: str) -> str | None:
         """The expert of "small" or "large" that runs; None where the generator has none."""
@@ -198,6 +205,38 @@ class Plan:
             steps.append(replace(step, expert_small=small, expert_large=large))
         return replace(self, steps=tuple(steps))
 
+    def walked_by(self, solver: str, own: Mapping[str, str] | None = None) -> Plan:
+        """The same plan with what walks each step said: a segment's solver, else that of the
+        generator which runs alone, else the call's. Where it is "lcm", the step ends at sigma 0 and
+        the next begins on re-noised latents.
+
+        Args:
+            own: generator -> a solver of its own.
+
+        Raises:
+            InputError: an unknown solver, or velocities reused between latents that are re-noised.
+        """
+        for name in (solver, *(own or {}).values()):
+            choose("solver", name, SOLVERS)
+        names = [s.solver or (own or {}).get(s.alone or "", solver) for s in self.steps]
+        fresh = [i > 0 and names[i - 1] == "lcm" for i in range(len(names))]
+        for step, name in zip(self.steps, names, strict=True):
+            if name == "lcm" and any(step.extrapolates(g) for g in ("small", "large")):
+                raise InputError(
+                    f"plan {self.name!r} reuses velocities at step {step.index}, where solver 'lcm'"
+                    " draws new noise at every step; leave the reuse out, or take 'euler'."
+                )
+        if not any(fresh) and set(names) == {solver}:
+            return self
+        changes = tuple((i, n) for i, n in enumerate(names) if n != (names[i - 1] if i else solver))
+        restarts = {*self.grid.restarts, *(i for i, new in enumerate(fresh) if new)}
+        steps = [
+            replace(s, solver=n, renoise=s.renoise or new)
+            for s, n, new in zip(self.steps, names, fresh, strict=True)
+        ]
+        grid = replace(self.grid, restarts=tuple(sorted(restarts)), solvers=changes)
+        return replace(self, steps=tuple(steps), grid=grid)
+
     def guidance(self, step: Step, generator: str, small: Scale, large: Scale) -> float:
         """The guidance scale of a generator at a step, given the call's two defaults."""
         return step.scale(generator, small if generator == "small" else large)
@@ -287,7 +326,8 @@ class Segment:
     guidance: a scale of its own, None for the call's. guided: first and last (exclusive) of its
     steps with guidance, None for all; the others have a scale of 1. clock: how many steps its clock
     has in all; None where the schedule is one clock for all. renoise: the sigma that it begins at,
-    on re-noised latents.
+    on re-noised latents. shift: of its clock, None for the schedule's. solver: what walks it, None
+    for the call's.
     """
 
     generator: str
@@ -297,6 +337,8 @@ class Segment:
     reuse: Reuse = Reuse()
     clock: int | None = None
     renoise: float | None = None
+    shift: float | None = None
+    solver: str | None = None
 
     def __str__(self) -> str:
         """As a plan's words have it."""
@@ -311,6 +353,8 @@ class Segment:
             text += f"/{name}={value}" if value != 1 else ""
         if self.reuse.threshold is not None:
             text += f"/adaptive={self.reuse.threshold:g}"
+        text += "" if self.shift is None else f"/shift={self.shift:g}"
+        text += "" if self.solver is None else f"/solver={self.solver}"
         return text if self.renoise is None else f"renoise={self.renoise:g} {text}"
 
     def scale(self, j: int) -> float | None:
@@ -350,7 +394,7 @@ def clocked(parts: Sequence[Segment], shift: float) -> Plan:
     segment without one walks it to the end."""
     clocks = [(p.steps, p.clock or p.steps) for p in parts]
     renoise = {i: p.renoise for i, p in enumerate(parts) if p.renoise is not None}
-    return segments(clock_grid(clocks, shift, renoise), parts)
+    return segments(clock_grid(clocks, shift, renoise, [p.shift for p in parts]), parts)
 
 
 def _lone(grid: TimeGrid, part: Segment, first: int) -> list[Step]:
@@ -374,6 +418,7 @@ def _lone(grid: TimeGrid, part: Segment, first: int) -> list[Step]:
                 *computes,
                 threshold,
                 part.renoise is not None and j == 0,
+                solver=part.solver,
             )
         )
     return steps

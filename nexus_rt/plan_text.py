@@ -3,8 +3,8 @@
     reference | small | large | handoff=AT[,bridge=K] | auto[=TOLERANCE] | segments
 
 Segments stand in order, `GENERATOR:STEPS[/CLOCK][@SCALE[FIRST:END]][/every=K][/guidance-every=K]
-[/adaptive=SHARE]`, with `renoise=SIGMA` between two of them where the second begins on re-noised
-latents.
+[/adaptive=SHARE][/shift=SHIFT][/solver=NAME]`, with `renoise=SIGMA` between two of them where the
+second begins on re-noised latents.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from typing import Any
 
 from nexus_rt.errors import InputError, choose, cut
 from nexus_rt.plan import (
@@ -26,7 +27,7 @@ from nexus_rt.plan import (
     reference,
     segments,
 )
-from nexus_rt.solver import TimeGrid
+from nexus_rt.solver import SOLVERS, TimeGrid, check_shift
 
 AMOUNT = r"\d+(?:\.\d+)?%|\d+"
 SEGMENT = re.compile(
@@ -69,7 +70,13 @@ def parse_plan(spec: str | Plan, grid: TimeGrid, gamma_w: float = GAMMA_W) -> Pl
             raise InputError(f"plan {cut(spec, 80)!r} has clocks; pass a grid of `time_grid`.")
         return clocked(_parse_segments(spec, None), grid.shift)
     if ":" in spec.split("=")[0]:
-        return segments(grid, _parse_segments(spec, len(grid)))
+        parts = _parse_segments(spec, len(grid))
+        if own := next((p for p in parts if p.shift is not None), None):
+            raise InputError(
+                f"{str(own)!r} has a shift of its own, and the plan one schedule for all; give each"
+                " generator a clock, such as small:4/10 large:4/shift=3."
+            )
+        return segments(grid, parts)
     name, _, value = spec.partition("=")
     choose("plan", name, PLANS)
     if name == "reference" and not value:
@@ -218,7 +225,10 @@ def _counts(amounts: list[str], n: int) -> list[int]:
 def _segment(match: re.Match[str], steps: int, renoise: float | None) -> Segment:
     """A segment of its word."""
     name = choose("segment", match["name"], ("small", "large", "bridge"))
-    reuse = _reuse(match["options"], match[0])
+    values = _options(match["options"], match[0])
+    reuse, (shift, solver) = _reuse(values, match[0]), (values.get("shift"), values.get("solver"))
+    if solver is not None:
+        choose("solver", solver, SOLVERS)
     guided = None
     if match["first"]:
         first, end = (
@@ -231,10 +241,10 @@ def _segment(match: re.Match[str], steps: int, renoise: float | None) -> Segment
                 " an interval inside, such as [0:40%]."
             )
         guided = (first, min(end, steps))
-    if name == "bridge" and (reuse != Reuse() or guided):
+    if name == "bridge" and (reuse != Reuse() or guided or solver):
         raise InputError(
-            f"{cut(match[0], 80)!r}: both generators run in a bridge; guidance intervals and reuse"
-            " go with small and large segments."
+            f"{cut(match[0], 80)!r}: both generators run in a bridge; guidance intervals, solvers"
+            " and reuse go with small and large segments."
         )
     return Segment(
         name,
@@ -244,14 +254,19 @@ def _segment(match: re.Match[str], steps: int, renoise: float | None) -> Segment
         reuse,
         _whole(match["clock"], "a clock") if match["clock"] else None,
         renoise,
+        shift,
+        solver,
     )
 
 
-def _reuse(text: str, word: str) -> Reuse:
-    values: dict[str, float | int] = {}
+def _options(text: str, word: str) -> dict[str, Any]:
+    """What follows a segment's `/`, checked one by one."""
+    values: dict[str, Any] = {}
     for option in text.split("/")[1:]:
         key, _, value = option.partition("=")
-        choose("option of a segment", key, ("every", "guidance-every", "adaptive"))
+        choose(
+            "option of a segment", key, ("every", "guidance-every", "adaptive", "shift", "solver")
+        )
         if key in values:
             raise InputError(f"{cut(word, 80)!r} sets {key} twice.")
         if key == "adaptive":
@@ -261,8 +276,15 @@ def _reuse(text: str, word: str) -> Reuse:
                     f"adaptive is {value}; expected the relative change that may be estimated, such"
                     " as 0.05."
                 )
+        elif key == "shift":
+            values[key] = _number(value, "shift")
+            check_shift(values[key])
         else:
-            values[key] = _whole(value, key)
+            values[key] = value if key == "solver" else _whole(value, key)
+    return values
+
+
+def _reuse(values: dict[str, Any], word: str) -> Reuse:
     if "every" in values and "adaptive" in values:
         raise InputError(
             f"{cut(word, 80)!r}: every= fixes which steps are computed and adaptive= finds them;"
@@ -271,3 +293,55 @@ def _reuse(text: str, word: str) -> Reuse:
     return Reuse(
         int(values.get("every", 1)), int(values.get("guidance-every", 1)), values.get("adaptive")
     )
+
+
+def with_own_steps(spec: str, grid: TimeGrid, small: int | None, large: int | None) -> str:
+    """A plan of one schedule as clocks, each generator's of a number of steps of its own: it walks
+    the share of its schedule that the plan gives it.
+
+    Args:
+        grid: the schedule of the plan. small, large: steps of the generators' whole schedules;
+            None: as many as the grid has.
+
+    Raises:
+        InputError: a plan in which both generators run at a step, that has clocks, or that does not
+            run a generator whose steps are asked for.
+    """
+    asked = {"small": small, "large": large}
+    if has_clocks(spec):
+        raise InputError(
+            f"plan {cut(spec, 80)!r} says each generator's steps; leave out small_steps and"
+            " large_steps, or write them there."
+        )
+    name, _, value = spec.strip().partition("=")
+    if name == "handoff" and "bridge" not in value:
+        spec = f"{spec},bridge=0"
+    plan = parse_plan(spec, grid)
+    lone = [step.alone for step in plan.steps]
+    if None in lone or name == "auto":
+        raise InputError(
+            f"plan {cut(spec, 80)!r} runs both generators at a step, where they have one clock;"
+            " steps of their own go with handoff, small, large and segments."
+        )
+    if idle := [n for n, steps in asked.items() if steps is not None and n not in lone]:
+        raise InputError(
+            f"{idle[0]}_steps is {asked[idle[0]]}, and plan {cut(spec, 80)!r} does not run the"
+            f" {idle[0]} generator; leave it out, or pass another plan."
+        )
+    words, left = [], 1.0
+    edges = [i for i in range(len(lone)) if i == 0 or lone[i] != lone[i - 1]]
+    for first, end in zip(edges, [*edges[1:], len(lone)], strict=True):
+        generator = lone[first]
+        assert generator is not None
+        whole = asked[generator] or len(grid)
+        count = max(1, round((end - first) / len(lone) * whole))
+        if end == len(lone):
+            words.append(f"{generator}:{max(1, round(left * whole))}")
+        else:
+            # steps of its schedule that are left, of which it walks these
+            clock = max(count + 1, round(left * whole))
+            words.append(f"{generator}:{count}/{clock}")
+            left *= 1 - count / clock
+    if len(words) == 1:
+        words = [f"{words[0]}/{words[0].partition(':')[2]}"]
+    return " ".join(words)

@@ -57,6 +57,7 @@ def denoise(
             run, or load first.
         step_engine: both generators, guidance and blend in one graph, for the steps it can take
             (`FusedStep`).
+        solver: "unipc", "euler", or "lcm" (consistency sampling, new noise at every step).
         generator: draws the noise of a plan that re-noises.
         reuse_errors: gets the error of every step at which a generator is reused, which is then
             computed as well (`nexus_rt.reuse`).
@@ -74,6 +75,7 @@ def denoise(
         NumericsError: a velocity is not finite; names the generator and the step.
         Cancelled: `should_stop` said so.
     """
+    plan = plan.walked_by(solver)
     guidance = Guidance.of(guidance_scale, guidance_scale_2)
     fused = choose_ops(kernels, latents.device).name == "triton"
     runner = make_runner(

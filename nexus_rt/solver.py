@@ -25,28 +25,39 @@ TRAIN_STEPS = 1000
 class TimeGrid:
     """The noise levels that a call walks.
 
-    sigmas: n+1 noise levels, the last 0. timesteps: n integers 999..0, the generators' input.
+    sigmas: n+1 noise levels, the last 0. timesteps: n numbers 1000..0, the generators' input, whole
+        ones but for lists that were given.
     shift: what the sigmas were shifted by; None where they come from elsewhere.
     restarts: steps that begin on re-noised latents: the step before ends at sigma 0, and the solver
         begins anew.
+    solvers: steps from which another solver than the call's walks, and its name.
     """
 
     sigmas: tuple[float, ...]
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     shift: float | None = field(default=None, compare=False)
     restarts: tuple[int, ...] = ()
+    solvers: tuple[tuple[int, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def legs(self) -> list[TimeGrid]:
-        """The grids between restarts, each from its first sigma to 0 (the last to its own end)."""
-        edges = [0, *self.restarts, len(self)]
-        ends = [*[0.0] * len(self.restarts), self.sigmas[-1]]
+        """The grids that a solver walks without a break: to 0 where a restart follows, else to the
+        next one's first sigma."""
+        starts = {0, *self.restarts, *(step for step, _ in self.solvers)}
         return [
-            TimeGrid((*self.sigmas[a:b], end), self.timesteps[a:b], self.shift)
-            for (a, b), end in zip(pairwise(edges), ends, strict=True)
+            TimeGrid(
+                (*self.sigmas[a:b], 0.0 if b in self.restarts else self.sigmas[b]),
+                self.timesteps[a:b],
+                self.shift,
+            )
+            for a, b in pairwise([*sorted(starts), len(self)])
         ]
+
+    def solver_at(self, step: int, default: str) -> str:
+        """The name of the solver that walks a step."""
+        return next((name for start, name in reversed(self.solvers) if start <= step), default)
 
 
 FIRST = 1 - 1 / TRAIN_STEPS  # u at the first step: sigma = shift u / (1 + (shift-1) u)
@@ -58,8 +69,38 @@ def check_shift(shift: float) -> None:
         raise InputError(f"shift is {shift}; expected a positive number, such as 5.0.")
 
 
+def shifted(u: float, shift: float) -> float:
+    """The sigma of a share u of the schedule: `shift u / (1 + (shift-1) u)`."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def listed_grid(timesteps: Sequence[float], shift: float) -> TimeGrid:
+    """A grid of the timesteps that a few-step model was distilled at.
+
+    Lists are before the shift, as publishers and diffusers' schedulers have them: `[1000, 750, 500,
+    250]` with shift 5 walks sigma 1, 0.9375, 0.8333 and 0.625, and the generators are told 1000
+    sigma. A list that is shifted already goes with shift 1.
+
+    Raises:
+        InputError: not descending numbers above 0 and up to 1000.
+    """
+    check_shift(shift)
+    values = [float(t) for t in timesteps]
+    falls = all(a > b for a, b in pairwise(values))
+    if not values or not falls or not values[-1] > 0 or not values[0] <= TRAIN_STEPS:
+        raise InputError(
+            f"timesteps are {', '.join(f'{v:g}' for v in values[:8]) or 'none'}; expected a"
+            f" descending list from at most {TRAIN_STEPS} to above 0, such as 1000,750,500,250."
+        )
+    sigmas = tuple(shifted(v / TRAIN_STEPS, shift) for v in values)
+    return TimeGrid((*sigmas, 0.0), tuple(TRAIN_STEPS * s for s in sigmas), float(shift))
+
+
 def clock_grid(
-    clocks: Sequence[tuple[int, int]], shift: float, renoise: Mapping[int, float] | None = None
+    clocks: Sequence[tuple[int, int]],
+    shift: float,
+    renoise: Mapping[int, float] | None = None,
+    shifts: Sequence[float | None] = (),
 ) -> TimeGrid:
     """A grid on which each generator has its own number of steps.
 
@@ -71,6 +112,8 @@ def clock_grid(
         clocks: (steps walked, steps of the whole clock) in order; the last walks all of its own.
         renoise: clock index -> sigma: that clock begins at this sigma on re-noised latents, and the
             one before it ends at 0.
+        shifts: of each clock, where it has one of its own; sigma goes on across the seam, and u is
+            counted anew.
 
     Raises:
         InputError: a clock that walks more steps than it has, or does not end at 0 where it must; a
@@ -78,9 +121,10 @@ def clock_grid(
     """
     check_shift(shift)
     renoise = renoise or {}
-    levels: list[float] = []
-    u, restarts = FIRST, []
+    exact: list[float] = []
+    sigma, restarts = shifted(FIRST, (shifts[0] if shifts else None) or shift), []
     for i, (walked, steps) in enumerate(clocks):
+        own = (shifts[i] if shifts else None) or shift
         if not 1 <= walked <= steps:
             raise InputError(f"a clock of {steps} steps cannot walk {walked} of them.")
         last = i + 1 == len(clocks) or i + 1 in renoise
@@ -102,12 +146,11 @@ def clock_grid(
                     f"renoise={sigma:g} stands between two segments and is a sigma between 0 and 1,"
                     " such as renoise=0.75."
                 )
-            u = sigma / (shift - (shift - 1) * sigma)
-            restarts.append(len(levels))
-        levels += [u * (1 - j / steps) for j in range(walked)]
-        u *= 1 - walked / steps
-    exact = np.array(levels)
-    sigmas = (shift * exact / (1 + (shift - 1) * exact)).astype(np.float32)
+            restarts.append(len(exact))
+        u = sigma / (own - (own - 1) * sigma)
+        exact += [shifted(u * (1 - j / steps), own) for j in range(walked)]
+        sigma = shifted(u * (1 - walked / steps), own)
+    sigmas = np.array(exact).astype(np.float32)
     timesteps = (sigmas * np.float32(TRAIN_STEPS)).astype(np.int64)
     return TimeGrid((*map(float, sigmas), 0.0), tuple(map(int, timesteps)), shift, tuple(restarts))
 
@@ -182,6 +225,11 @@ def unipc_table(grid: TimeGrid) -> list[SolverStep]:
     (warm-up).
     """
     sigmas, n = grid.sigmas, len(grid)
+    if sigmas[0] >= 1:
+        raise InputError(
+            f"the schedule begins at timestep {grid.timesteps[0]:g}, pure noise, where UniPC has no"
+            " log-SNR; pass solver 'euler' or 'lcm', or begin at 999."
+        )
     lam = [_log_snr(s) for s in sigmas]
     order = [min(2, i + 1, n - i) for i in range(n)]
     table = []
@@ -218,7 +266,8 @@ def euler_table(grid: TimeGrid) -> list[SolverStep]:
     return [SolverStep(s, None, (after / s, 1 - after / s)) for s, after in pairs]
 
 
-SOLVERS = {"unipc": unipc_table, "euler": euler_table}
+# "lcm" is Euler to sigma 0 at every step, and noise again (arXiv 2310.04378's multistep sampling)
+SOLVERS = {"unipc": unipc_table, "euler": euler_table, "lcm": euler_table}
 
 
 class Solver:
@@ -284,6 +333,10 @@ class Solver:
 
 
 def make_solver(name: str, grid: TimeGrid, fused: bool = False) -> Solver:
-    """A fresh solver for one generation: "unipc" or "euler"."""
-    table = SOLVERS[choose("solver", name, SOLVERS)]
-    return Solver([step for leg in grid.legs() for step in table(leg)], fused)
+    """A fresh solver for one generation: "unipc", "euler", or "lcm" on a grid that re-noises (see
+    `Plan.walked_by`)."""
+    choose("solver", name, SOLVERS)
+    table: list[SolverStep] = []
+    for leg in grid.legs():
+        table += SOLVERS[grid.solver_at(len(table), name)](leg)
+    return Solver(table, fused)

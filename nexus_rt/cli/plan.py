@@ -99,7 +99,7 @@ def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendC
         forwards = "/".join(str(step.forwards(name, guidance.at(step, name))) for name in running)
         price = plan.step_price(step, costs, guidance.small, guidance.large)
         print(
-            f"{step.index:4d} {step.timestep:8d} {step.w:6.3f} {shown}  {step.runs:{width}}"
+            f"{step.index:4d} {step.timestep:8.0f} {step.w:6.3f} {shown}  {step.runs:{width}}"
             f" {scales:>11} {price:10.2f}  {', '.join([forwards, *_notes(step)])}"
         )
 
