@@ -25,7 +25,7 @@ from nexus_rt.bench.presets import (
     random_prompt,
 )
 from nexus_rt.bench.scaling import scaling
-from nexus_rt.cli.pipeline import find_models, given_models
+from nexus_rt.cli.pipeline import find_models, model_options
 from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.engines.experts import ExpertsEngine
 from nexus_rt.engines.torch import TorchEngine
@@ -249,14 +249,11 @@ def _real(args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
     folders = find_models(args)[1].generators
     make = lambda: NexusPipeline.from_pretrained(
         args.pair,
-        **given_models(args),
-        boundary_ratio=args.boundary,
+        **model_options(args),
         torch_dtype=dtype,
         device=device,
         kernels=args.kernels,
         attention=args.attention,
-        small_lora=args.small_lora,
-        large_lora=args.large_lora,
         local_files_only=args.local_files_only,
     )
     return make(), make, folders

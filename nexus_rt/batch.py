@@ -37,6 +37,9 @@ PLAN_OPTIONS = (
     "shift",
     "energy",
     "gamma_w",
+    "timesteps",
+    "small_steps",
+    "large_steps",
 )
 TOGETHER = 8  # prompts encoded in one call
 

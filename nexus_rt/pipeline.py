@@ -4,7 +4,7 @@ space."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from nexus_rt.memory.residency import (
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
 from nexus_rt.plan import Plan, Scale
 from nexus_rt.process import LOADING, computes
+from nexus_rt.recipes import find_recipes, with_recipes
 from nexus_rt.renamed import warn_old
-from nexus_rt.request import OUTPUT_TYPES, CallInputs, make_plan, make_request
+from nexus_rt.request import OUTPUT_TYPES, CallInputs, Schedule, make_plan, make_request
 from nexus_rt.reuse import ReuseError
 from nexus_rt.rewriting import (
     TIMEOUT,
@@ -127,6 +128,8 @@ class NexusPipeline:
         connector: str | Path | None = None,
         small_lora: LoraSource = (),
         large_lora: LoraSource = (),
+        small_recipe: str | None = None,
+        large_recipe: str | None = None,
         keep_encoders: bool = True,
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -160,7 +163,10 @@ class NexusPipeline:
                 (`nexus-rt convert omnivideo` makes both); by default those of the pair, if it has
                 them. They steer the small generator.
             small_lora, large_lora: LoRA files to merge into a generator as it is loaded, one or
-                several: "file.safetensors" or "file.safetensors@0.8" (how strongly).
+                several: "file.safetensors" or "file.safetensors@0.8" (how strongly), "@0.8:high"
+                into one expert.
+            small_recipe, large_recipe: how a few-step generator is run, a name of
+                `nexus_rt.recipes.RECIPES`; by default what the header of its file or LoRA says.
             keep_encoders: False frees text encoder, understanding model and connector once a call's
                 prompts are encoded, before denoising; the next call reads them again.
             torch_dtype: of the generators and the encoders: bfloat16 on a GPU, float32 on a CPU.
@@ -203,6 +209,10 @@ class NexusPipeline:
         dtype, first = default_dtype(torch_dtype, device), torch.device("cpu") if vram else device
         with LOADING:
             loaded = load_models(parts, dtype, device, first, kernels, attention, vae_tiling, loras)
+        recipes = {"small": small_recipe, "large": large_recipe}
+        loaded.defaults = with_recipes(
+            loaded.defaults, find_recipes(parts.generators, loras, recipes)
+        )
         return cls(
             loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram
         )
@@ -261,10 +271,21 @@ class NexusPipeline:
         energy: str | None = None,
         gamma_w: float | None = None,
         as_published: bool = False,
+        timesteps: Sequence[float] | None = None,
+        small_steps: int | None = None,
+        large_steps: int | None = None,
     ) -> Plan:
         """The plan a call with these arguments would walk."""
+        schedule = Schedule(timesteps, small_steps, large_steps)
         made = make_plan(
-            self.defaults, plan, num_inference_steps, shift, energy, gamma_w, as_published
+            self.defaults,
+            plan,
+            num_inference_steps,
+            shift,
+            energy,
+            gamma_w,
+            as_published,
+            schedule,
         )
         return made.with_experts(boundaries(self.engines))
 
@@ -462,6 +483,9 @@ class NexusPipeline:
         rewrite: str | list[str] | Rewriter | None = None,
         rewrite_timeout: float = TIMEOUT,
         reuse_parity: bool = False,
+        timesteps: Sequence[float] | None = None,
+        small_steps: int | None = None,
+        large_steps: int | None = None,
     ) -> NexusOutput:
         """Generate videos; arguments as in diffusers' `WanPipeline`, and these:
 
@@ -479,7 +503,11 @@ class NexusPipeline:
             shift: of the time grid. blend: the frequency split (default: the published one).
                 energy: overrides the plan's rule. gamma_w: exponent of the gate, for the plans that
                     follow it (default: 0.3).
-            solver: "unipc" (default) or "euler".
+            solver: "unipc" (default), "euler", or "lcm": Euler to clean latents and noise again at
+                every step, as models distilled for consistency are walked.
+            timesteps: the list to walk, before the shift, such as `[1000, 750, 500, 250]`.
+                small_steps, large_steps: of the generators' whole schedules, of which the plan
+                gives each a share.
             rewrite: what the large generator reads instead of the prompt: "auto" (what the pair's
                 understanding model answers), a text, one for each prompt, or a function of a
                 prompt, such as `nexus_rt.rewriting.ChatRewriter`; "off" for the prompt itself, None
@@ -516,6 +544,9 @@ class NexusPipeline:
             published=as_published,
             num_videos_per_prompt=num_videos_per_prompt,
             reuse_parity=reuse_parity,
+            timesteps=timesteps,
+            small_steps=small_steps,
+            large_steps=large_steps,
         )
         plan = request.plan.with_experts(boundaries(self.engines))
         request = replace(request, plan=plan)

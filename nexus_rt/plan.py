@@ -205,20 +205,25 @@ class Plan:
             steps.append(replace(step, expert_small=small, expert_large=large))
         return replace(self, steps=tuple(steps))
 
-    def walked_by(self, solver: str, own: Mapping[str, str] | None = None) -> Plan:
-        """The same plan with what walks each step said: a segment's solver, else that of the
-        generator which runs alone, else the call's. Where it is "lcm", the step ends at sigma 0 and
-        the next begins on re-noised latents.
+    def with_solvers(self, own: Mapping[str, str]) -> Plan:
+        """The same plan where a generator that runs alone is walked by a solver of its own, unless
+        its segment says another."""
+        for name in own.values():
+            choose("solver", name, SOLVERS)
+        if not own:
+            return self
+        steps = [replace(s, solver=s.solver or own.get(s.alone or "")) for s in self.steps]
+        return replace(self, steps=tuple(steps))
 
-        Args:
-            own: generator -> a solver of its own.
+    def walked_by(self, solver: str) -> Plan:
+        """The same plan with what walks each step said: its own solver, else the call's. Where it
+        is "lcm", the step ends at sigma 0 and the next begins on re-noised latents.
 
         Raises:
             InputError: an unknown solver, or velocities reused between latents that are re-noised.
         """
-        for name in (solver, *(own or {}).values()):
-            choose("solver", name, SOLVERS)
-        names = [s.solver or (own or {}).get(s.alone or "", solver) for s in self.steps]
+        choose("solver", solver, SOLVERS)
+        names = [s.solver or solver for s in self.steps]
         fresh = [i > 0 and names[i - 1] == "lcm" for i in range(len(names))]
         for step, name in zip(self.steps, names, strict=True):
             if name == "lcm" and any(step.extrapolates(g) for g in ("small", "large")):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -345,3 +346,13 @@ def with_own_steps(spec: str, grid: TimeGrid, small: int | None, large: int | No
     if len(words) == 1:
         words = [f"{words[0]}/{words[0].partition(':')[2]}"]
     return " ".join(words)
+
+
+def with_shifts(spec: str, shifts: Mapping[str, float]) -> str:
+    """A plan with clocks where generators have shifts of their own, unless their segments say
+    others."""
+    parts = _parse_segments(spec, None)
+    return " ".join(
+        str(replace(p, shift=shifts.get(p.generator) if p.shift is None else p.shift))
+        for p in parts
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,16 +13,29 @@ from nexus_rt.checks import check_callback, number, whole
 from nexus_rt.errors import InputError, choose, cut
 from nexus_rt.guidance import Guidance
 from nexus_rt.plan import GAMMA_W, Plan, Scale
-from nexus_rt.plan_text import has_clocks, parse_plan, scaled
+from nexus_rt.plan_text import has_clocks, parse_plan, scaled, with_own_steps, with_shifts
 from nexus_rt.prompts import MAX_FRAMES
 from nexus_rt.size import ClipSize
-from nexus_rt.solver import SOLVERS, time_grid
+from nexus_rt.solver import SOLVERS, TimeGrid, listed_grid, time_grid
 from nexus_rt.upfb import BlendConfig
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 MAX_STEPS, MAX_SHIFT, MAX_GUIDANCE, MAX_VIDEOS = 100_000, 1000.0, 1000.0, 256
 MAX_SIDE = 16_384
 TIMEOUT = 60.0  # seconds for rewriting all prompts of a call
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A call's own words on steps.
+
+    timesteps: the list to walk, before the shift. small_steps, large_steps: of the generators'
+    whole schedules, of which a plan gives each a share.
+    """
+
+    timesteps: Sequence[float] | None = None
+    small_steps: int | None = None
+    large_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,18 +107,20 @@ def make_plan(
     energy: str | None = None,
     gamma_w: float | None = None,
     published: bool = False,
+    schedule: Schedule = Schedule(),
 ) -> Plan:
     """The plan that these arguments mean for a pair with such `Defaults`; None is the pair's own,
     or the published.
 
     Raises:
-        InputError: an unknown plan, numbers outside their range, or gamma_w for a plan without the
-            gate.
+        InputError: an unknown plan, numbers outside their range, arguments that say different
+            numbers of steps, or gamma_w for a plan without the gate.
     """
     if energy is not None and not isinstance(energy, str):
         raise InputError(f"energy is {cut(repr(energy), 80)}; expected a name.")
     if isinstance(plan, Plan):
         given = {"num_inference_steps": num_inference_steps, "shift": shift, "gamma_w": gamma_w}
+        given |= vars(schedule)
         if extra := [name for name, value in given.items() if value is not None]:
             raise InputError(
                 f"{extra[0]} is the plan's own where a Plan is passed; make the plan with it."
@@ -133,10 +148,86 @@ def make_plan(
                 f"gamma_w shapes the gate, and plan {cut(words, 80)!r} has none; use 'reference' or"
                 " 'auto'."
             )
-    if has_clocks(words) and num_inference_steps is not None:
-        words = _with_steps(words, steps, own_plan=plan is None)
-    grid = time_grid(steps, scale, float64_timesteps=published)
-    return parse_plan(words, grid, GAMMA_W if gamma_w is None else gamma_w).with_energy(energy)
+    asked = num_inference_steps is not None
+    if published and schedule != Schedule():
+        raise InputError(
+            "timesteps, small_steps and large_steps are not as published: leave them or"
+            " as_published out."
+        )
+    own_schedule = None
+    if not published:
+        own_schedule = _few_steps(defaults, words, asked, plan is None, scale, schedule)
+    if own_schedule is not None:
+        words, grid = own_schedule
+    else:
+        if has_clocks(words) and asked:
+            words = _with_steps(words, steps, own_plan=plan is None)
+        grid = time_grid(steps, scale, float64_timesteps=published)
+    made = parse_plan(words, grid, GAMMA_W if gamma_w is None else gamma_w).with_energy(energy)
+    return made if published else made.with_solvers(_own(defaults, "solver"))
+
+
+def for_solver(defaults: Any, solver: str | None) -> Any:
+    """A pair's `Defaults` where a call names a solver: it goes before what a generator was
+    distilled for."""
+    return defaults if solver is None else replace(defaults, small_solver=None, large_solver=None)
+
+
+def _own(defaults: Any, name: str) -> dict[str, Any]:
+    """What each generator of a pair has of its own: "steps", "shift", "timesteps" or "solver"."""
+    values = {g: getattr(defaults, f"{g}_{name}", None) for g in ("small", "large")}
+    return {g: v for g, v in values.items() if v is not None}
+
+
+def _few_steps(
+    defaults: Any, words: str, asked: bool, own_plan: bool, shift: float, schedule: Schedule
+) -> tuple[str, TimeGrid] | None:
+    """Words and grid of a plan whose generators have schedules of their own: a list of timesteps,
+    or numbers of steps; None where the plan has one schedule for all.
+
+    Args:
+        asked: whether a number of steps for all is given. own_plan: whether the plan is the pair's.
+    """
+    if schedule.timesteps is not None:
+        if has_clocks(words) or schedule.small_steps or schedule.large_steps:
+            raise InputError(
+                "timesteps are one schedule for both generators; pass a plan without clocks, and"
+                " neither small_steps nor large_steps."
+            )
+        if asked:
+            raise InputError(
+                f"timesteps are {len(schedule.timesteps)} steps; leave num_inference_steps out."
+            )
+        return words, listed_grid(schedule.timesteps, shift)
+    given = {"small": schedule.small_steps, "large": schedule.large_steps}
+    for name, value in given.items():
+        if value is not None:
+            whole(f"{name}_steps", value, 1, MAX_STEPS)
+            if asked:
+                raise InputError(
+                    f"num_inference_steps is for both generators and {name}_steps for one; leave"
+                    " one of the two out."
+                )
+    shifts, explicit = _own(defaults, "shift"), any(given.values())
+    lone = words.strip() if words.strip() in ("small", "large") else None
+    if lone is not None and not explicit and not asked:
+        timesteps = _own(defaults, "timesteps").get(lone)
+        if timesteps is not None:
+            return words, listed_grid(timesteps, shifts.get(lone, shift))
+    steps = {g: given[g] if explicit else _own(defaults, "steps").get(g) for g in given}
+    if not has_clocks(words) and (explicit or (not asked and any(steps.values()))):
+        grid = time_grid(defaults.num_inference_steps, shift)
+        runs = parse_plan(words, grid).generators
+        for name in given:  # a recipe of a generator that the plan does not run has no part in it
+            if not explicit and name not in runs:
+                steps[name] = None
+        if explicit or any(steps.values()):
+            words = with_own_steps(words, grid, steps["small"], steps["large"])
+    elif explicit:
+        words = with_own_steps(words, time_grid(1, shift), steps["small"], steps["large"])
+    if has_clocks(words) and shifts and not asked:
+        return with_shifts(words, shifts), time_grid(1, shift)
+    return (words, time_grid(1, shift)) if explicit or (not asked and any(steps.values())) else None
 
 
 def _with_steps(words: str, steps: int, own_plan: bool) -> str:
@@ -195,6 +286,9 @@ def make_request(
     num_videos_per_prompt: int,
     published: bool,
     reuse_parity: bool = False,
+    timesteps: Sequence[float] | None = None,
+    small_steps: int | None = None,
+    large_steps: int | None = None,
 ) -> GenerationRequest:
     """A call's arguments against a pair's `Defaults`.
 
@@ -202,6 +296,8 @@ def make_request(
         InputError: names the argument, what it was and what is expected.
     """
     d = defaults
+    own = for_solver(d, solver)
+    schedule = Schedule(timesteps, small_steps, large_steps)
     choose("output_type", output_type, OUTPUT_TYPES)
     solver = choose("solver", "unipc" if solver is None else solver, SOLVERS)
     if blend is not None and not isinstance(blend, BlendConfig):
@@ -220,7 +316,9 @@ def make_request(
     )
     return GenerationRequest(
         size,
-        make_plan(d, plan, num_inference_steps, shift, energy, gamma_w, published),
+        make_plan(
+            own, plan, num_inference_steps, shift, energy, gamma_w, published, schedule
+        ).walked_by(solver),
         make_guidance(d, guidance_scale, guidance_scale_2, published),
         blend if blend is not None else PUBLISHED["blend"] if published else BlendConfig(),
         solver,

@@ -48,6 +48,11 @@ def guidance(text: str) -> float | tuple[float, float]:
     return (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
 
 
+def timesteps(text: str) -> list[float]:
+    """A list of numbers."""
+    return [float(part) for part in text.split(",")]
+
+
 def models() -> argparse.ArgumentParser:
     """Where the models are."""
     parent = argparse.ArgumentParser(add_help=False)
@@ -106,6 +111,12 @@ def models() -> argparse.ArgumentParser:
             default=[],
             help=f"a LoRA to merge into the {name} generator; may be given again",
         )
+    for name in ("small", "large"):
+        group.add_argument(
+            f"--{name}-recipe",
+            metavar="NAME",
+            help=f"how a few-step {name} generator is run: lightx2v-4step | fastwan-3step",
+        )
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     group.add_argument("--local-files-only", action="store_true", help="never ask the hub")
     return parent
@@ -159,6 +170,19 @@ def walk() -> argparse.ArgumentParser:
     group.add_argument(
         "--steps", type=int, metavar="N", help="denoising steps (default: the pair's; Wan: 50)"
     )
+    for name in ("small", "large"):
+        group.add_argument(
+            f"--{name}-steps",
+            type=int,
+            metavar="N",
+            help=f"steps of the {name} generator's whole schedule, where it has one of its own",
+        )
+    group.add_argument(
+        "--timesteps",
+        type=timesteps,
+        metavar="T,T,...",
+        help="the list to walk, before the shift, such as 1000,750,500,250",
+    )
     group.add_argument(
         "--shift", type=float, help="shift of the time grid (default: 5.0; 3.0 for small frames)"
     )
@@ -205,7 +229,7 @@ def walk() -> argparse.ArgumentParser:
         "--energy",
         help="energy rule of the blend: reference | progressive | none (default: the plan's)",
     )
-    group.add_argument("--solver", help="solver: unipc | euler (default: unipc)")
+    group.add_argument("--solver", help="solver: unipc | euler | lcm (default: unipc)")
     group.add_argument(
         "--size",
         type=frame_size,

@@ -12,6 +12,8 @@ from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.errors import InputError
 
 MODELS = (
+    "small_recipe",
+    "large_recipe",
     "boundary",
     "pair",
     "small",
@@ -119,7 +121,17 @@ TABLE = (
         ("generate", "batch", "plan", "vrbench"),
         "as_published",
         "is not as published; leave it or --as-published out",
-        ("energy", "split", "lowpass", "rho_min", "rho_max", "order"),
+        (
+            "energy",
+            "split",
+            "lowpass",
+            "rho_min",
+            "rho_max",
+            "order",
+            "timesteps",
+            "small_steps",
+            "large_steps",
+        ),
     ),
     Rule(
         ("generate", "batch", "vrbench"),

@@ -23,6 +23,13 @@ def given_models(args: argparse.Namespace) -> dict[str, Any]:
     return {n: getattr(args, n) for n in PARTS if getattr(args, n) is not None}
 
 
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the arguments say of the models, as `from_pretrained` takes it."""
+    names = ("small_lora", "large_lora", "small_recipe", "large_recipe")
+    own = {n: getattr(args, n) for n in names}
+    return {**given_models(args), **own, "boundary_ratio": args.boundary}
+
+
 def find_models(args: argparse.Namespace) -> tuple[Any, PairFolders]:
     """The pair that the arguments name, else the mini pair; and where its parts lie.
 
@@ -55,10 +62,7 @@ def make_pipeline(args: argparse.Namespace) -> NexusPipeline:
         )
     return NexusPipeline.from_pretrained(
         args.pair,
-        **given_models(args),
-        boundary_ratio=args.boundary,
-        small_lora=args.small_lora,
-        large_lora=args.large_lora,
+        **model_options(args),
         torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
         device=args.device,
         backend=args.backend,
@@ -141,6 +145,9 @@ def call_options(args: argparse.Namespace) -> dict:
         energy=args.energy,
         gamma_w=args.gamma_w,
         solver=args.solver,
+        timesteps=args.timesteps,
+        small_steps=args.small_steps,
+        large_steps=args.large_steps,
     )
     # with any pair's defaults: what no pair would take is said before one is read
     make_request(

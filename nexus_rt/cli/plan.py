@@ -39,12 +39,12 @@ def run(args: argparse.Namespace) -> int:
     from nexus_rt.checks import whole
     from nexus_rt.engines.experts import boundaries
     from nexus_rt.loading.pair_folder import Defaults
-    from nexus_rt.request import make_guidance, make_plan
+    from nexus_rt.request import Schedule, for_solver, make_guidance, make_plan
     from nexus_rt.size import ClipSize
     from nexus_rt.solver import SOLVERS
     from nexus_rt.upfb import BlendConfig
 
-    args.solver = choose("solver", args.solver or "unipc", SOLVERS)
+    solver = choose("solver", args.solver or "unipc", SOLVERS)
     for name, value in (("--frames", args.frames), *(("--size", side) for side in args.size or ())):
         if value is not None:
             whole(name, value, 1, 16_384)
@@ -55,8 +55,15 @@ def run(args: argparse.Namespace) -> int:
     pipe = make_pipeline(args) if models or not args.costs else None
     defaults = pipe.defaults if pipe else Defaults()
     plan = make_plan(
-        defaults, args.plan, args.steps, args.shift, args.energy, args.gamma_w, args.as_published
-    )
+        for_solver(defaults, args.solver),
+        args.plan,
+        args.steps,
+        args.shift,
+        args.energy,
+        args.gamma_w,
+        args.as_published,
+        Schedule(args.timesteps, args.small_steps, args.large_steps),
+    ).walked_by(solver)
     if pipe is not None:
         plan = plan.with_experts(boundaries(pipe.engines))
     guidance = make_guidance(defaults, args.guidance, args.guidance_2, args.as_published)
@@ -66,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     costs = (
         given_costs(args.costs)
         if args.costs or pipe is None
-        else measured_costs(pipe, size, blend, args.solver)
+        else measured_costs(pipe, size, blend, solver)
     )
     _print_steps(plan, costs, guidance, blend)
     _print_totals(plan, costs, guidance)

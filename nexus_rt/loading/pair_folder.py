@@ -59,6 +59,15 @@ class Defaults:
     shift: float = 5.0
     plan: str = "handoff=0.3"
     rewrite: str | None = None  # "auto": the large generator reads the understanding model's answer
+    # of a few-step generator (`nexus_rt.recipes`): its own schedule, and what walks it
+    small_steps: int | None = None
+    large_steps: int | None = None
+    small_shift: float | None = None
+    large_shift: float | None = None
+    small_timesteps: tuple[float, ...] | None = None
+    large_timesteps: tuple[float, ...] | None = None
+    small_solver: str | None = None
+    large_solver: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,305 @@
+"""Few-step generators: lists of timesteps, consistency sampling, schedules of a generator's own,
+and the recipes that say them."""
+
+import json
+
+import pytest
+import torch
+
+from nexus_rt import InputError, ModelError, NexusPipeline
+from nexus_rt.cli import main
+from nexus_rt.loading.pair_folder import Defaults
+from nexus_rt.plan_text import parse_plan, with_own_steps
+from nexus_rt.recipes import METADATA, RECIPES, Recipe, stored_recipe, with_recipes
+from nexus_rt.request import Schedule, make_plan, make_request
+from nexus_rt.sampling import denoise
+from nexus_rt.solver import clock_grid, listed_grid, make_solver, shifted, time_grid
+from nexus_rt.step_runners import Prompt
+from tests import published
+
+LIST = (1000, 750, 500, 250)
+CALL = dict(width=48, height=32, num_frames=5, output_type="latent")
+REST = dict.fromkeys(
+    ("height", "width", "num_frames", "energy", "gamma_w", "guidance_scale", "guidance_scale_2")
+)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def plan_of(defaults=None, plan=None, steps=None, **schedule):
+    return make_plan(defaults or Defaults(), plan, steps, schedule=Schedule(**schedule))
+
+
+class Linear:
+    """A generator whose velocity is a fixed function of latents and timestep."""
+
+    def prepare(self, context):
+        return context
+
+    def velocity(self, latents, timestep, context):
+        return 0.3 * latents + torch.sin(latents + timestep / 500)
+
+
+def test_a_list_is_what_the_publishers_scheduler_walks():
+    """LightX2V: 1000 shifted sigmas, of which the list picks; timesteps are 1000 sigma."""
+    full = torch.linspace(1.0, 0.0, 1001, dtype=torch.float64)[:-1]
+    full = 5 * full / (1 + 4 * full)
+    picked = [float(full[1000 - t]) for t in LIST]
+    grid = listed_grid(LIST, 5.0)
+    assert grid.sigmas == pytest.approx([*picked, 0.0], abs=1e-12)
+    assert grid.timesteps == pytest.approx([1000 * s for s in picked], abs=1e-9)
+
+
+def test_euler_on_a_list_is_diffusers_euler():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    grid = listed_grid(LIST, 5.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_timesteps(sigmas=list(grid.sigmas[:-1]))
+    x = torch.randn(1, 4, 2, 3, 3, generator=seeded())
+    engine, solver, theirs = Linear(), make_solver("euler", grid), x
+    for i, t in enumerate(grid.timesteps):
+        assert float(scheduler.timesteps[i]) == pytest.approx(t, abs=1e-3)
+        theirs = scheduler.step(
+            engine.velocity(theirs, torch.tensor(t), None), scheduler.timesteps[i], theirs
+        ).prev_sample
+        x = solver.step(i, x, engine.velocity(x, torch.tensor(t), None))
+    torch.testing.assert_close(x, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_lcm_is_diffusers_consistency_scheduler():
+    from diffusers import FlowMatchLCMScheduler
+
+    noise = torch.randn(1, 4, 2, 3, 3, generator=seeded())
+    grid = listed_grid(LIST, 5.0)
+    plan = parse_plan("large", grid)
+    engine = Linear()
+    got = denoise(
+        noise,
+        plan,
+        {"large": engine},
+        {"large": Prompt(torch.zeros(1, 1, 1))},
+        guidance_scale=1.0,
+        solver="lcm",
+        generator=seeded(7),
+    )
+    scheduler, x, generator = FlowMatchLCMScheduler(shift=1.0), noise, seeded(7)
+    scheduler.set_timesteps(sigmas=list(grid.sigmas[:-1]))
+    for i, t in enumerate(grid.timesteps):
+        velocity = engine.velocity(x, torch.tensor(t), None)
+        x = scheduler.step(velocity, scheduler.timesteps[i], x, generator=generator).prev_sample
+    torch.testing.assert_close(got, x, atol=1e-5, rtol=1e-5)
+
+
+def test_lcm_against_the_formula_in_float64():
+    """x_0 = x - sigma v, then (1 - sigma') x_0 + sigma' eps."""
+    noise = torch.randn(1, 2, 1, 2, 2, generator=seeded())
+    plan = parse_plan("large:4", time_grid(4)).walked_by("lcm")
+    assert [s.renoise for s in plan.steps] == [False, True, True, True]
+    engine, prompt = Linear(), {"large": Prompt(torch.zeros(1, 1, 1))}
+    got = denoise(
+        noise,
+        plan,
+        {"large": engine},
+        prompt,
+        guidance_scale=1.0,
+        solver="lcm",
+        generator=seeded(3),
+    )
+    x, draw = noise.double(), seeded(3)
+    for i, step in enumerate(plan.steps):
+        if i:
+            eps = torch.randn(noise.shape, generator=draw).double()
+            x = (1 - step.sigma) * x + step.sigma * eps
+        x = x - step.sigma * engine.velocity(x, torch.tensor(float(step.timestep)), None)
+    torch.testing.assert_close(got.double(), x, atol=1e-5, rtol=1e-5)
+
+
+def test_a_segment_has_a_solver_of_its_own():
+    """UniPC's history ends at the seam; Euler's steps are Euler's; its own shift keeps the seam's
+    sigma."""
+    plan = parse_plan("small:4/10 large:3@1/solver=euler", time_grid(1, 3.0)).walked_by("unipc")
+    grid = plan.grid
+    assert grid.solvers == ((4, "euler"),) and grid.restarts == ()
+    table = make_solver("unipc", grid).table
+    for i in (4, 5, 6):
+        s, after = grid.sigmas[i], grid.sigmas[i + 1]
+        assert table[i].corrector is None
+        assert table[i].predictor == pytest.approx((after / s, 1 - after / s))
+    assert table[1].corrector is not None and len(table[3].predictor) == 2
+    assert make_solver("unipc", grid).table[:4] != make_solver("euler", grid).table[:4]
+    own = parse_plan("small:4/10 large:3/shift=7", time_grid(1, 3.0)).grid
+    seam = shifted(0.999 * 0.6, 3.0)
+    assert own.sigmas[4] == pytest.approx(seam, abs=1e-6)
+    u = seam / (7 - 6 * seam)
+    assert own.sigmas[5] == pytest.approx(shifted(u * 2 / 3, 7.0), abs=1e-6)
+    assert clock_grid([(4, 10), (3, 3)], 3.0) == clock_grid(
+        [(4, 10), (3, 3)], 3.0, None, [3.0, 3.0]
+    )
+
+
+def test_lcm_in_one_segment_re_noises_after_its_steps_alone():
+    plan = parse_plan("small:3/5/solver=lcm large:2", time_grid(1)).walked_by("unipc")
+    assert [s.renoise for s in plan.steps] == [False, True, True, True, False]
+    assert plan.grid.restarts == (1, 2, 3)
+    assert [len(leg) for leg in plan.grid.legs()] == [1, 1, 1, 2]
+    noise = torch.randn(1, 2, 1, 2, 2, generator=seeded())
+    prompts = dict.fromkeys(("small", "large"), Prompt(torch.zeros(1, 1, 1)))
+    engines = {"small": Linear(), "large": Linear()}
+    out = denoise(noise, plan, engines, prompts, guidance_scale=1.0, generator=seeded())
+    assert out.isfinite().all()
+
+
+def test_steps_of_a_generators_own():
+    grid = time_grid(50)
+    words = lambda spec, small, large: with_own_steps(spec, grid, small, large)
+    assert words("handoff=0.4", 10, 5) == "small:4/10 large:3"
+    assert words("handoff=0.5", 20, None) == "small:10/20 large:25"
+    assert words("large", None, 4) == "large:4/4"
+    assert words("small:30% large:*", 10, 4) == "small:3/10 large:3"
+    plan = plan_of(plan="handoff=0.4", small_steps=10, large_steps=5)
+    assert len(plan) == 7 and [s.alone for s in plan.steps] == ["small"] * 4 + ["large"] * 3
+    assert plan.grid == parse_plan("small:4/10 large:3", time_grid(1, 5.0)).grid
+    for spec, small, large, why in (
+        ("reference", 4, None, "runs both generators at a step"),
+        ("handoff=0.4,bridge=5", 4, 4, "runs both generators at a step"),
+        ("large", 4, None, "does not run the small generator"),
+        ("small:4/10 large:4", 4, None, "says each generator's steps"),
+    ):
+        with pytest.raises(InputError, match=why):
+            words(spec, small, large)
+
+
+def test_what_a_call_says_of_steps_is_said_once():
+    for schedule, plan, steps, why in (
+        (dict(timesteps=LIST), None, 4, "leave num_inference_steps out"),
+        (dict(timesteps=LIST), "small:2/4 large:2", None, "one schedule for both"),
+        (dict(timesteps=LIST, small_steps=3), None, None, "one schedule for both"),
+        (dict(small_steps=3), None, 20, "for both generators and small_steps for one"),
+        (dict(small_steps=0), None, None, "small_steps is 0"),
+        (dict(timesteps=(250, 500)), "large", None, "expected a descending list"),
+        (dict(timesteps=(1200, 500)), "large", None, "expected a descending list"),
+        (dict(timesteps=()), "large", None, "timesteps are none"),
+    ):
+        with pytest.raises(InputError, match=why):
+            plan_of(plan=plan, steps=steps, **schedule)
+    with pytest.raises(InputError, match="not as published"):
+        make_plan(Defaults(), None, published=True, schedule=Schedule(LIST))
+    with pytest.raises(InputError, match="the plan's own"):
+        plan_of(plan=parse_plan("large", time_grid(4)), small_steps=4)
+    with pytest.raises(InputError, match=r"UniPC has no log-SNR; pass solver 'euler'"):
+        make_solver("unipc", listed_grid(LIST, 5.0))
+    with pytest.raises(InputError, match="has a shift of its own"):
+        parse_plan("small:2 large:2/shift=3", time_grid(4))
+    with pytest.raises(InputError, match="draws new noise at every step"):
+        parse_plan("large:6/every=2", time_grid(6)).walked_by("lcm")
+    with pytest.raises(InputError, match="unknown solver 'eulr'"):
+        parse_plan("large:6/solver=eulr", time_grid(6))
+
+
+def test_recipes_become_a_pairs_defaults():
+    large = with_recipes(Defaults(), {"large": RECIPES["lightx2v-4step"]})
+    assert (large.guidance_scale, large.guidance_scale_2) == (6.0, 1.0)
+    # alone, the list itself; bridged, its share of four steps, walked by Euler
+    alone = plan_of(large, "large")
+    assert alone.grid.sigmas == listed_grid(LIST, 5.0).sigmas
+    assert {s.solver for s in alone.steps} == {"euler"}
+    bridged = plan_of(large)
+    assert bridged.generators == ("small", "large")
+    assert [s.solver for s in bridged.steps] == [None] * 15 + ["euler"] * 3
+    request = make_request(
+        large,
+        plan=None,
+        num_inference_steps=None,
+        shift=None,
+        blend=None,
+        solver=None,
+        output_type="latent",
+        num_videos_per_prompt=1,
+        published=False,
+        **REST,
+    )
+    assert request.plan.grid.solvers == ((15, "euler"),) and request.guidance.large == 1.0
+    # what a call says goes before it
+    asked = make_request(
+        large,
+        plan="large",
+        num_inference_steps=None,
+        shift=None,
+        blend=None,
+        solver="lcm",
+        output_type="latent",
+        num_videos_per_prompt=1,
+        published=False,
+        **REST,
+    )
+    assert all(s.renoise for s in asked.plan.steps[1:])
+    assert len(plan_of(large, "large", 20)) == 20
+    assert len(plan_of(large, "small")) == 50
+    small = with_recipes(Defaults(), {"small": RECIPES["fastwan-3step"]})
+    assert (small.guidance_scale, small.guidance_scale_2) == (1.0, 6.0)
+    assert plan_of(small, "small").grid.timesteps == pytest.approx((1000, 757, 522))
+    paired = with_recipes(Defaults(), {"large": Recipe(plan="small:4/10 large:3", solver="euler")})
+    assert len(plan_of(paired)) == 7
+    shifted_plan = plan_of(with_recipes(Defaults(), {"large": Recipe(steps=4, shift=8.0)}))
+    assert "large:3/shift=8" in shifted_plan.name
+
+
+def test_a_recipe_is_read_from_a_header(tmp_path):
+    weights = {"blocks.0.x.lora_A.weight": torch.ones(1, 1)}
+    write = lambda text: published.save(weights, tmp_path / "a.safetensors", {METADATA: text})
+    file = write(json.dumps({"steps": 4, "solver": "euler", "guidance_scale": 1.0}))
+    assert stored_recipe([file]) == Recipe(steps=4, solver="euler", guidance_scale=1.0)
+    assert stored_recipe([published.save(weights, tmp_path / "b.safetensors"), file]).steps == 4
+    assert stored_recipe([published.save(weights, tmp_path / "b.safetensors")]) is None
+    for text, why in (
+        ("{", "nexus_rt.recipe"),
+        ('{"steps": "four"}', "steps"),
+        ('{"stepz": 4}', "stepz"),
+        ('{"solver": "heun"}', "recipe cannot be used: unknown solver 'heun'"),
+        ('{"timesteps": [1, 2]}', "recipe cannot be used: timesteps"),
+        ('{"steps": 0}', "recipe cannot be used: steps is 0"),
+    ):
+        with pytest.raises(ModelError, match=why):
+            stored_recipe([write(text)])
+
+
+def test_a_pipeline_walks_by_recipe_and_by_list(tiny_pair):
+    pipe = NexusPipeline.from_pretrained(tiny_pair, large_recipe="lightx2v-4step")
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe("a red circle", plan="large", generator=seeded(), **CALL)
+    assert len(out.plan) == 4 and out.plan.evaluations(1.0, 1.0) == {"small": 0, "large": 4}
+    plain = NexusPipeline.from_pretrained(tiny_pair)
+    plain.set_progress_bar_config(disable=True)
+    same = plain(
+        "a red circle",
+        plan="large",
+        timesteps=LIST,
+        shift=5.0,
+        solver="euler",
+        guidance_scale_2=1.0,
+        guidance_scale=1.0,
+        generator=seeded(),
+        **CALL,
+    )
+    assert torch.equal(out.frames, same.frames)
+    with pytest.raises(InputError, match="unknown recipe 'lightx2v'"):
+        NexusPipeline.from_pretrained(tiny_pair, large_recipe="lightx2v")
+    with pytest.raises(InputError, match="no large generator is loaded"):
+        NexusPipeline.from_pretrained(small=tiny_pair / "small", large_recipe="lightx2v-4step")
+
+
+def test_the_command_line(tiny_pair, tmp_path, capsys):
+    base = ["plan", "--pair", str(tiny_pair)]
+    assert main([*base, "--plan", "handoff=0.5", "--small-steps", "4", "--large-steps", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "small:2/4 large:2" in out
+    assert main([*base, "--plan", "large", "--timesteps", "1000,500", "--solver", "lcm"]) == 0
+    assert "re-noised" in capsys.readouterr().out
+    assert main([*base, "--large-recipe", "lightx2v-4step", "--plan", "large"]) == 0
+    assert "4 large forwards" in capsys.readouterr().out
+    command = ["generate", "a red circle", "--pair", str(tiny_pair), "--plan", "large"]
+    command += ["--timesteps", "1000,750,500,250", "--solver", "euler", "--quiet"]
+    assert main([*command, "-o", str(tmp_path / "a.png")]) == 0
