@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -34,6 +35,7 @@ from nexus_rt.export.contract import contract
 from nexus_rt.export.dynamic_shapes import Traced
 from nexus_rt.export.parity import gate
 from nexus_rt.memory.offload import release
+from nexus_rt.shards import write_json
 from nexus_rt.size import ClipSize
 
 
@@ -315,7 +317,7 @@ def _compared(
 def export_components(
     parts: list[Component],
     beside: dict[str, Path],
-    index: Path | None,
+    index: Path | dict[str, Any] | None,
     target: Target,
     output: Path,
     command: str,
@@ -326,7 +328,7 @@ def export_components(
 
     Args:
         beside: the pair's other parts -> folder, linked beside the engines. index: the pair's
-            `model_index.json`, copied for its defaults.
+            `model_index.json`, or what it would say, for its defaults.
         lasting: False for a folder that soon goes away: the engines stay in the cache and are
             linked there.
         output: the folder to make; engines that it holds already are replaced, and each appears
@@ -356,7 +358,9 @@ def export_components(
         for name, source in beside.items():
             if not (output / name).exists():
                 link_tree(source, output / name)
-        if index is not None:
+        if isinstance(index, Path):
             shutil.copy2(index, output / "model_index.json")
+        elif index is not None:
+            write_json(output / "model_index.json", index)
     (output / ".export.lock").unlink(missing_ok=True)
     return built

@@ -303,3 +303,14 @@ def test_the_command_line(tiny_pair, tmp_path, capsys):
     command = ["generate", "a red circle", "--pair", str(tiny_pair), "--plan", "large"]
     command += ["--timesteps", "1000,750,500,250", "--solver", "euler", "--quiet"]
     assert main([*command, "-o", str(tmp_path / "a.png")]) == 0
+
+
+def test_engines_keep_the_recipe(tiny_pair, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))
+    command = ["export", "--pair", str(tiny_pair), "--parts", "large", "--sizes", "48x32x5"]
+    out = tmp_path / "engines"
+    assert main([*command, "--large-recipe", "lightx2v-4step", "-o", str(out)]) == 0
+    made = NexusPipeline.from_engines(out)
+    assert len(made.make_plan("large")) == 4 and made.defaults.guidance_scale_2 == 1.0
+    assert made.defaults.num_inference_steps == 6  # the pair's own
