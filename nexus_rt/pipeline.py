@@ -19,6 +19,7 @@ from nexus_rt.engines.protocol import Sized
 from nexus_rt.errors import ModelError, choose
 from nexus_rt.latents import LatentGrid, random_latents
 from nexus_rt.loading.lora import LoraSource, parse_loras
+from nexus_rt.loading.packing import check_weights, formats_of
 from nexus_rt.loading.pair import Loaded, default_device, default_dtype, load_engines, load_models
 from nexus_rt.loading.pair_folder import MINI, find_pair
 from nexus_rt.memory.residency import (
@@ -137,6 +138,7 @@ class NexusPipeline:
         kernels: str = "auto",
         attention: str = "auto",
         vae_tiling: bool | str = "auto",
+        weights: str = "dense",
         vram: str | int | None = None,
         cuda_graphs: bool = False,
         cache_dir: str | Path | None = None,
@@ -178,6 +180,10 @@ class NexusPipeline:
             attention: of the torch backend: a name of `nexus_rt.attention.ATTENTION_BACKENDS`, or
                 "auto" (measured on a GPU).
             vae_tiling: True, False, or "auto" (above 1280 x 720).
+            weights: how the matrices of the generators' blocks are kept: "dense" (in
+                `torch_dtype`), "small" (as the checkpoint has them: GGUF's blocks, fp8, scaled
+                int8), "int8" or "fp8" (quantised as they are read, a scale a row), "int8-dynamic"
+                or "fp8-dynamic" (the activations too). `formats` says what became of them.
             vram: a budget such as "24GB": engines, encoders and VAE then come and go as
                 `plan_residency` decides.
             cuda_graphs: record each generator's step once a shape and replay it
@@ -189,6 +195,7 @@ class NexusPipeline:
         """
         device = default_device(device)
         choose("backend", backend, GENERATOR_BACKENDS)
+        check_weights(weights)
         loras = {
             n: parse_loras(sources)
             for n, sources in (("small", small_lora), ("large", large_lora))
@@ -208,7 +215,9 @@ class NexusPipeline:
         )
         dtype, first = default_dtype(torch_dtype, device), torch.device("cpu") if vram else device
         with LOADING:
-            loaded = load_models(parts, dtype, device, first, kernels, attention, vae_tiling, loras)
+            loaded = load_models(
+                parts, dtype, device, first, kernels, attention, vae_tiling, loras, weights
+            )
         recipes = {"small": small_recipe, "large": large_recipe}
         loaded.defaults = with_recipes(
             loaded.defaults, find_recipes(parts.generators, loras, recipes)
@@ -253,6 +262,12 @@ class NexusPipeline:
         return cls(
             loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram
         )
+
+    def formats(self) -> dict[str, dict[str, int]]:
+        """How many matrices of each generator in PyTorch are kept in which format, by engine; those
+        outside the blocks are never quantised."""
+        engines = engines_by_name(self.engines)
+        return {n: formats_of(e.model) for n, e in engines.items() if hasattr(e, "model")}
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm, such as `disable=True`."""

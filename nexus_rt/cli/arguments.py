@@ -111,6 +111,22 @@ def models() -> argparse.ArgumentParser:
             default=[],
             help=f"a LoRA to merge into the {name} generator; may be given again",
         )
+    group.add_argument(
+        "--weights",
+        choices=("dense", "small"),
+        help=(
+            "small: keep what a checkpoint stores in 8 bits or fewer as it is stored, and widen it"
+            " layer by layer (default: dense)"
+        ),
+    )
+    group.add_argument(
+        "--quantize",
+        choices=("int8", "int8-dynamic", "fp8", "fp8-dynamic"),
+        help=(
+            "quantise the generators' matrices as they are read, a scale a row; -dynamic: the"
+            " activations too"
+        ),
+    )
     for name in ("small", "large"):
         group.add_argument(
             f"--{name}-recipe",

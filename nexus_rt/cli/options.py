@@ -12,6 +12,8 @@ from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.errors import InputError
 
 MODELS = (
+    "weights",
+    "quantize",
     "small_recipe",
     "large_recipe",
     "boundary",
@@ -92,6 +94,21 @@ def _backend(option: str, *backends: str) -> tuple[Rule, ...]:
 
 
 TABLE = (
+    Rule(
+        (*RUNS, "bench", "export"),
+        "quantize",
+        "keeps weights as they are stored, and --quantize quantises them; leave one of the two out",
+        ("weights",),
+    ),
+    *(
+        Rule(
+            ("export",),
+            option,
+            "is of PyTorch's models; engines are exported of dense weights: leave it out",
+            (option,),
+        )
+        for option in ("weights", "quantize")
+    ),
     Rule(
         RUNS,
         "engines",

@@ -27,7 +27,8 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the arguments say of the models, as `from_pretrained` takes it."""
     names = ("small_lora", "large_lora", "small_recipe", "large_recipe")
     own = {n: getattr(args, n) for n in names}
-    return {**given_models(args), **own, "boundary_ratio": args.boundary}
+    weights = args.quantize or args.weights or "dense"
+    return {**given_models(args), **own, "boundary_ratio": args.boundary, "weights": weights}
 
 
 def find_models(args: argparse.Namespace) -> tuple[Any, PairFolders]:

@@ -91,4 +91,5 @@ class TorchEngine:
     def not_finite(self) -> list[str]:
         """Names of the parameters that hold NaN or infinity: where to look when a velocity is not
         finite."""
-        return [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+        finite = lambda p: torch.isfinite(p.float() if p.dtype.itemsize == 1 else p).all()
+        return [n for n, p in self.model.named_parameters() if not finite(p)]

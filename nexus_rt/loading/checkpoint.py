@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_rt.errors import ModelError, cut
+from nexus_rt.loading.packing import Packing
 from nexus_rt.loading.stored import StoredTensor, read_tensors, renamed
 from nexus_rt.models.wan import FUSED, KEEP_FP32
 
@@ -105,16 +106,46 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     changes: Callable[[str, Tensor], Tensor] | None = None,
+    packing: Packing | None = None,
 ) -> None:
     """Give a meta-device Wan model its memory and copy a checkpoint of either layout into it.
 
     Args:
         changes: diffusers' name of a parameter and the stored tensor to what goes into the model
             instead; rounded to `dtype` once, after it.
+        packing: which matrices stay in fewer bits, and how.
 
     Raises:
         ModelError: a parameter is missing, unknown, there twice, or of another shape.
     """
+    stored = _checked(model, tensors)
+    packed = packing.places(model, stored) if packing is not None else {}
+    for name, parameter in list(model.named_parameters()):
+        if name in packed:
+            continue
+        keep = torch.float32 if any(part in name for part in KEEP_FP32) else dtype
+        owner, leaf = name.rpartition(".")[::2]
+        place = nn.Parameter(
+            torch.empty(parameter.shape, dtype=keep, device=device), requires_grad=False
+        )
+        setattr(model.get_submodule(owner), leaf, place)
+    places = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in read_tensors(stored.items(), encoded=True):
+            target, rows = fused_place(name, lambda n: tuple(places[n].shape))
+            if target in packed:
+                assert packing is not None
+                packing.keep(target, name, stored[name], tensor, device)
+                continue
+            value = stored[name].decoded(tensor)
+            part: Tensor = places[target] if rows is None else places[target][rows]
+            part.copy_(value if changes is None else changes(name, value.to(device)))
+    if packing is not None:
+        packing.finish(model, dtype)
+
+
+def _checked(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """A checkpoint under diffusers' names, exactly a model's parameters."""
     expected = diffusers_shapes(model)
     stored = in_diffusers_names(tensors)
     # some published files carry this unused one
@@ -138,19 +169,7 @@ def fill(
             raise ModelError(
                 f"{stored[name].path}: {name} has shape {got}; config.json asks for {shape}."
             )
-    for name, parameter in list(model.named_parameters()):
-        keep = torch.float32 if any(part in name for part in KEEP_FP32) else dtype
-        owner, leaf = name.rpartition(".")[::2]
-        place = nn.Parameter(
-            torch.empty(parameter.shape, dtype=keep, device=device), requires_grad=False
-        )
-        setattr(model.get_submodule(owner), leaf, place)
-    places = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in read_tensors(stored.items()):
-            target, rows = fused_place(name, lambda n: tuple(places[n].shape))
-            part: Tensor = places[target] if rows is None else places[target][rows]
-            part.copy_(tensor if changes is None else changes(name, tensor.to(device)))
+    return stored
 
 
 def compare(stored: Mapping[str, StoredTensor], module: nn.Module, where: Path, what: str) -> None:

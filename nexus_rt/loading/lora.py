@@ -32,6 +32,8 @@ from nexus_rt.loading.lora_file import (
     read_scaling,
 )
 from nexus_rt.loading.stored import read_header, read_tensors
+from nexus_rt.models.quantized import Adapter, QuantizedLinear
+from nexus_rt.models.wan import FUSED
 from nexus_rt.plan import EXPERTS
 
 # as diffusers and PEFT name them
@@ -375,6 +377,47 @@ def _nonzero(part: Tensor | _Product) -> bool:
         and bool(part.up.float().any())
         and (part.down is None or bool(part.down.float().any()))
     )
+
+
+def quantised_place(model: nn.Module, name: str) -> tuple[QuantizedLinear, int, int] | None:
+    """The quantised layer that holds diffusers' parameter `name`, and its rows there; None where
+    the parameter is a plain one."""
+    for ours, theirs in FUSED.items():
+        for i, part in enumerate(theirs):
+            if name.endswith(f".{part}.weight"):
+                layer = model.get_submodule(name.replace(part, ours).removesuffix(".weight"))
+                if isinstance(layer, QuantizedLinear):
+                    rows = layer.out_features // len(theirs)
+                    return layer, i * rows, (i + 1) * rows
+                return None
+    if not name.endswith(".weight"):
+        return None
+    layer = model.get_submodule(name.removesuffix(".weight"))
+    return (layer, 0, layer.out_features) if isinstance(layer, QuantizedLinear) else None
+
+
+def add_beside(model: nn.Module, changes: Changes) -> None:
+    """Add low-rank products beside quantised layers, which nothing can be merged into.
+
+    Raises:
+        ModelError: a whole matrix is to be added to one.
+    """
+    for name, parts in changes.parts.items():
+        place = quantised_place(model, name)
+        if place is None:
+            continue
+        layer, first, last = place
+        for strength, part in parts:
+            if isinstance(part, Tensor) or part.down is None:
+                raise ModelError(
+                    f"a LoRA adds a whole matrix to {name}, which is kept in {layer.formats[0]};"
+                    " only low-rank products go beside it: pass weights 'dense', 'int8' or 'fp8',"
+                    " which are merged before they are quantised."
+                )
+            there = lambda t, to=layer.bias: t.to(to.device, to.dtype)
+            layer.adapters.append(
+                Adapter(first, last, there(part.down), there(part.up), strength * part.scale)
+            )
 
 
 @torch.no_grad()

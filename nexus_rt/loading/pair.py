@@ -104,9 +104,10 @@ def load_models(
     attention: str,
     tiling: bool | str,
     loras: Mapping[str, Sequence[Lora]],
+    kept: str = "dense",
 ) -> Loaded:
     """A pair in PyTorch; `weights` is where the generators' are read to, `loras` what is merged
-    into which of them.
+    into which of them, `kept` how their matrices are kept (`nexus_rt.loading.packing.WEIGHTS`).
 
     Raises:
         ModelError: a folder is no model, is damaged, or the connector is of another width.
@@ -124,7 +125,9 @@ def load_models(
         own = loras_of(generator, source, loras.get(generator, ()))
         made = {
             expert: TorchEngine(
-                transformer.load_transformer(f, dtype, weights, kernels, attention, own[expert]),
+                transformer.load_transformer(
+                    f, dtype, weights, kernels, attention, own[expert], kept
+                ),
                 device=device,
             )
             for expert, f in transformers_of(source).items()
@@ -136,6 +139,7 @@ def load_models(
     engines = {n: engine(n, source) for n, source in parts.generators.items()}
     config = next(iter(engines.values())).model.config
     computed = f"{dtype} kernels={kernels} attention={attention}".removeprefix("torch.")
+    computed += "" if kept == "dense" else f" weights={kept}"
     identity = {
         n: (f"{_fingerprint(generator)} {computed} lora={loras_hash({n: loras.get(n, ())})}")
         for n, generator in parts.generators.items()

@@ -62,6 +62,10 @@ class StoredTensor:
     encoding: Encoding | None = None
     value: Tensor | None = None
 
+    def decoded(self, raw: Tensor) -> Tensor:
+        """What lies in the file as numbers."""
+        return raw if self.encoding is None else self.encoding.decode(raw, self.shape)
+
     def raw(self, mapped: mmap.mmap) -> Tensor:
         """What lies in the mapped file: the bytes of GGUF's blocks in a row, else the numbers in
         the tensor's shape."""
@@ -283,10 +287,7 @@ def read_tensors(
             with path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         raw = stored.raw(mapped)
-        if encoded or stored.encoding is None:
-            yield name, raw
-        else:
-            yield name, stored.encoding.decode(raw, stored.shape)
+        yield name, raw if encoded else stored.decoded(raw)
         del raw
         if hasattr(mapped, "madvise"):
             first = -(-stored.start // mmap.PAGESIZE) * mmap.PAGESIZE

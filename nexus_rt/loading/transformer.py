@@ -15,9 +15,11 @@ from nexus_rt.errors import ModelError, choose
 from nexus_rt.loading.architecture import check_variant, wan_config
 from nexus_rt.loading.checkpoint import diffusers_shapes, fill, in_diffusers_names
 from nexus_rt.loading.locate import transformer_folder
-from nexus_rt.loading.lora import Changes, Lora
+from nexus_rt.loading.lora import Changes, Lora, add_beside
+from nexus_rt.loading.packing import Packing, check_weights, formats_of
 from nexus_rt.loading.source import read_json
 from nexus_rt.loading.stored import StoredTensor, find_tensors
+from nexus_rt.log import chose
 from nexus_rt.models.wan import WanConfig, WanTransformer
 
 CLASSES = ("WanTransformer3DModel", "WanModel")
@@ -101,12 +103,14 @@ def load_transformer(
     kernels: str = "auto",
     attention: str = "auto",
     loras: Sequence[Lora] = (),
+    weights: str = "dense",
 ) -> WanTransformer:
     """Load a Wan T2V transformer from a folder in diffusers' or Wan's own layout, or a single file.
 
     Peak memory is the model in `dtype` plus one stored tensor (and a LoRA's file). `kernels`,
     `attention`: see `WanTransformer.use_kernels`; `loras` are added to the stored weights in
-    float32, and the sum rounded to `dtype` once.
+    float32, and the sum rounded to `dtype` once. `weights`: "dense", or how the blocks' matrices
+    are kept in fewer bits (`nexus_rt.loading.packing.WEIGHTS`).
 
     Raises:
         InputError: kernels that cannot run on the device; raised before anything is read.
@@ -115,8 +119,15 @@ def load_transformer(
     """
     choose_ops(kernels, torch.device(device))
     choose("attention backend", attention, ATTENTION_NAMES)
+    check_weights(weights)
     folder = transformer_folder(Path(folder))
     model, tensors = empty_transformer(folder), find_tensors(folder)
     changes = Changes(loras, diffusers_shapes(model))
-    fill(model, tensors, dtype, torch.device(device), changes.apply if changes else None)
+    change = changes.apply if changes else None
+    packing = None if weights == "dense" else Packing(weights, folder, change)
+    fill(model, tensors, dtype, torch.device(device), change, packing)
+    if changes and weights == "small":
+        add_beside(model, changes)
+    kept = ", ".join(f"{n} {name}" for name, n in formats_of(model).items())
+    chose(f"weights of {folder.name}", weights, kept)
     return model.use_kernels(kernels, attention).eval()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nexus_rt.memory.pinned import Arena
 from nexus_rt.process import LOADING
 
 
@@ -26,6 +27,7 @@ class Moved:
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module, self.device = module, device
         self.host: dict[str, Tensor] = {}
+        self.arena = Arena()
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [*self.module.named_parameters(), *self.module.named_buffers()]
@@ -57,7 +59,7 @@ class Moved:
             if t.device.type == "cpu":  # streamed from where it is
                 continue
             if name not in self.host:
-                self.host[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t)
+                self.host[name] = self.arena.like(t).copy_(t)
             t.data = self.host[name]
         torch.cuda.empty_cache()
 

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 class Linear(nn.Linear):
     """`nn.Linear`, left empty on the meta device."""
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.weight.dtype
+
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
             super().reset_parameters()

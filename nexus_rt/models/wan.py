@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from nexus_rt import documents
 from nexus_rt.attention import ATTENTION_BACKENDS, ATTENTION_NAMES, attend, takes_bias
-from nexus_rt.block_ops import TORCH, Ops, choose_ops
+from nexus_rt.block_ops import TORCH, Ops, choose_ops, tanh_gelu
 from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.models.layers import Conv3d, Linear
+from nexus_rt.models.quantized import QuantizedLinear
 
 # our parameter prefix -> diffusers' parameter prefixes, concatenated along the first dimension
 FUSED = {
@@ -250,6 +251,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first = cast(nn.ModuleDict, self.net["0"])["proj"]
+        if isinstance(first, QuantizedLinear):
+            return self.second(tanh_gelu(first(x)))
         return self.second(self.ops.linear_gelu(x, first.weight, first.bias))
 
 
@@ -308,7 +311,7 @@ class Block(nn.Module):
     def _modulate(self, x: Tensor) -> tuple[Callable[..., Any], torch.dtype]:
         """What norms the stream, and the dtype that the products compute in: a float32 stream
         beside narrower weights is the published numerics, and PyTorch's alone."""
-        dtype: torch.dtype = self.ffn.second.weight.dtype
+        dtype: torch.dtype = self.ffn.second.compute_dtype
         return (self.ops if x.dtype == dtype else TORCH).modulate, dtype
 
 

@@ -1,0 +1,141 @@
+"""Which matrices of a transformer stay in fewer bits as it is loaded, and which do not.
+
+"small" keeps what a checkpoint stores in 8 bits or fewer as it is stored; "int8" and "fp8" quantise
+every matrix of the blocks, a scale a row, after LoRAs are merged; "int8-dynamic" and "fp8-dynamic"
+quantise the activations as well. Embeddings, norms, modulation tables, the patch embedding and the
+head stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nexus_rt.encodings import Scaled
+from nexus_rt.errors import ModelError, choose
+from nexus_rt.loading.scales import FP8
+from nexus_rt.loading.stored import StoredTensor
+from nexus_rt.models.layers import Linear
+from nexus_rt.models.quantized import QuantizedLinear, Rows, quantise
+
+WEIGHTS = ("dense", "small", "int8", "int8-dynamic", "fp8", "fp8-dynamic")
+BLOCKS = "blocks."  # matrices outside are few, and what they do is felt everywhere
+
+
+@dataclasses.dataclass
+class Packing:
+    """How a transformer's matrices are kept, and those that have been read.
+
+    kind: of `WEIGHTS`, but for "dense". changes: as in `fill`. source: for errors.
+    """
+
+    kind: str
+    source: Path
+    changes: Callable[[str, Tensor], Tensor] | None = None
+    read: dict[str, list[tuple[str, Rows]]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def format(self) -> str:
+        """What it quantises to: "int8" or "fp8"."""
+        return self.kind.removesuffix("-dynamic")
+
+    def places(self, model: nn.Module, stored: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
+        """Our names of the matrices that stay in fewer bits, and diffusers' names of their parts.
+
+        Raises:
+            ModelError: "small" asked of a checkpoint that stores none so, or into which LoRAs are
+                to be merged.
+        """
+        from nexus_rt.loading.checkpoint import fused_parts
+
+        found: dict[str, list[str]] = {}
+        for name, module in model.named_modules():
+            if not isinstance(module, Linear) or not name.startswith(BLOCKS):
+                continue
+            parts = list(fused_parts(f"{name}.weight"))
+            if self.kind != "small" or all(_is_small(stored[p]) for p in parts):
+                found[f"{name}.weight"] = parts
+        if not found:
+            raise ModelError(
+                f"{self.source} stores no matrix in 8 bits or fewer, which weights 'small' keeps;"
+                " pass weights 'int8' or 'fp8' to quantise it, or leave it out."
+            )
+        return found
+
+    def keep(
+        self, target: str, name: str, stored: StoredTensor, raw: Tensor, device: torch.device
+    ) -> None:
+        """Take a stored matrix, as it lies in the file."""
+        if self.kind == "small":
+            encoding = stored.encoding or Scaled(FP8[stored.dtype], torch.ones(()))
+            rows = Rows(
+                raw.view(stored.shape[0], -1).to(device, copy=True), encoding, stored.shape[0]
+            )
+        else:
+            value = stored.decoded(raw).to(device)
+            value = self.changes(name, value) if self.changes is not None else value
+            rows = quantise(value, self.format)
+        if isinstance(rows.encoding, Scaled):
+            scale = rows.encoding.scale.to(device)
+            rows = dataclasses.replace(
+                rows, encoding=dataclasses.replace(rows.encoding, scale=scale)
+            )
+        self.read.setdefault(target, []).append((name, rows))
+
+    def finish(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Put quantised layers where their matrices were read."""
+        from nexus_rt.loading.checkpoint import fused_parts
+
+        for target, parts in self.read.items():
+            path = target.removesuffix(".weight")
+            layer = model.get_submodule(path)
+            order = fused_parts(target)
+            rows = [r for _, r in sorted(parts, key=lambda part: order.index(part[0]))]
+            made = QuantizedLinear(
+                rows,
+                layer.in_features,  # type: ignore[arg-type]
+                layer.bias.detach().to(dtype),  # type: ignore[union-attr, operator]
+                self.kind.endswith("-dynamic"),
+            )
+            owner, _, leaf = path.rpartition(".")
+            parent = model.get_submodule(owner)
+            if isinstance(parent, nn.ModuleList):
+                parent[int(leaf)] = made
+            elif isinstance(parent, nn.ModuleDict):
+                parent[leaf] = made
+            else:
+                setattr(parent, leaf, made)
+
+
+def _is_small(stored: StoredTensor) -> bool:
+    """Whether a stored matrix is of 8 bits or fewer a weight."""
+    return stored.dtype.itemsize == 1 and len(stored.shape) == 2
+
+
+def check_weights(kind: str) -> str:
+    """A name of `WEIGHTS`.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    return choose("weights", kind, WEIGHTS)
+
+
+def formats_of(model: nn.Module) -> dict[str, int]:
+    """How many matrices of a transformer's blocks are kept in which format; those that are not
+    quantised under their dtype."""
+    counts: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            key = " + ".join(dict.fromkeys(module.formats))
+        elif isinstance(module, Linear):
+            kind = str(module.weight.dtype).removeprefix("torch.")
+            key = kind if name.startswith(BLOCKS) else f"{kind} outside the blocks"
+        else:
+            continue
+        counts[key] = counts.get(key, 0) + 1
+    return counts

@@ -1,0 +1,216 @@
+"""Weights that stay in fewer bits: the numbers of what they stand for, what they take, and which
+layers are quantised."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nexus_rt import InputError, ModelError, NexusPipeline
+from nexus_rt.cli import main
+from nexus_rt.encodings import GGUF_BLOCKS, Scaled
+from nexus_rt.engines.torch import TorchEngine
+from nexus_rt.loading.packing import formats_of
+from nexus_rt.loading.transformer import load_transformer
+from nexus_rt.models.quantized import QuantizedLinear, Rows, _eight_bits, joined, quantise
+from tests import published
+from tests.test_single_files import run
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def bytes_of(model):
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", GGUF_BLOCKS)
+def test_gguf_blocks_are_what_the_gguf_package_makes_of_them(kind):
+    import gguf
+    import numpy as np
+
+    raw = published.gguf_blocks(kind, 6, 512, np.random.default_rng(2))
+    want = gguf.quants.dequantize(raw, getattr(gguf.GGMLQuantizationType, kind))
+    got = GGUF_BLOCKS[kind].decode(torch.from_numpy(raw), (6, 512))
+    assert np.array_equal(got.numpy(), want)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_quantising_is_within_half_a_step(kind):
+    weight = torch.randn(24, 96, generator=seeded()) * torch.logspace(-3, 1, 24)[:, None]
+    rows = quantise(weight, kind)
+    back = rows.encoding.decode(rows.raw, (24, 96))
+    step = rows.encoding.scale if kind == "int8" else weight.abs() / 8 + rows.encoding.scale
+    assert ((back - weight).abs() <= step / 2 * 1.001).all()
+    zeros = quantise(torch.zeros(2, 8), kind)
+    assert torch.equal(zeros.encoding.decode(zeros.raw, (2, 8)), torch.zeros(2, 8))
+
+
+def layers():
+    """Layers of every way of keeping rows, and the float32 matrix each stands for."""
+    import numpy as np
+
+    rng, out = np.random.default_rng(1), {}
+    for name, kinds in (("Q8_0", ("Q8_0",)), ("mixed", ("Q4_K", "Q4_K", "Q6_K"))):
+        rows, dense = [], []
+        for kind in kinds:
+            raw = torch.from_numpy(published.gguf_blocks(kind, 8, 256, rng))
+            rows.append(Rows(raw, GGUF_BLOCKS[kind], 8))
+            dense.append(GGUF_BLOCKS[kind].decode(raw, (8, 256)))
+        out[name] = rows, torch.cat(dense)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8):
+        for form in ("tensor", "row", "block"):
+            rows, dense = [], []
+            for i in range(2):
+                raw = torch.randint(-100, 100, (128, 256), generator=seeded(i)).to(dtype)
+                shape = {"tensor": (), "row": (128, 1), "block": (2, 2)}[form]
+                block = (64, 128) if form == "block" else None
+                encoding = Scaled("x", torch.rand(shape, generator=seeded(i)) + 0.01, block)
+                rows.append(Rows(raw, encoding, 128))
+                dense.append(encoding.decode(raw, (128, 256)))
+            out[f"{dtype} {form}"] = rows, torch.cat(dense)
+    return out
+
+
+@pytest.mark.parametrize("name, made", layers().items(), ids=layers())
+def test_a_layer_computes_what_its_rows_stand_for(name, made):
+    rows, dense = made
+    bias = torch.randn(len(dense), generator=seeded(5))
+    layer = QuantizedLinear(rows, 256, bias)
+    assert torch.equal(layer.weight, dense)
+    x = torch.randn(2, 3, 256, generator=seeded(6))
+    want = F.linear(x.double(), dense.double(), bias.double())
+    scale = float(want.abs().max())
+    assert (layer(x) - want).abs().max() <= 1e-5 * scale
+    low = QuantizedLinear(rows, 256, bias.bfloat16())
+    assert (low(x.bfloat16()) - want).abs().max() <= 0.02 * scale
+    assert len(joined(rows)) == (2 if name == "mixed" else 1)
+    assert layer.out_features == len(dense)
+
+
+def test_wide_layers_are_widened_in_pieces(monkeypatch):
+    from nexus_rt.models import quantized
+
+    for rows, dense in layers().values():
+        monkeypatch.setattr(quantized, "PIECE", 256 * 5)
+        assert torch.equal(QuantizedLinear(rows, 256, torch.zeros(len(dense))).weight, dense)
+
+
+def test_activations_in_8_bits_on_a_cpu():
+    """int8 is multiplied as int8; fp8, which a CPU does not multiply, is widened."""
+    weight, bias = torch.randn(32, 64, generator=seeded()), torch.randn(32, generator=seeded(1))
+    x = torch.randn(5, 7, 64, generator=seeded(2))
+    rows = quantise(weight, "int8")
+    layer = QuantizedLinear([rows], 64, bias, activations=True)
+    own = x.abs().amax(-1, keepdim=True) / 127
+    small = (x / own).round()
+    want = (small.double() @ rows.raw.double().T) * own * rows.encoding.scale.T + bias
+    torch.testing.assert_close(layer(x).double(), want, atol=1e-4, rtol=1e-5)
+    assert (layer(x) - F.linear(x, weight, bias)).abs().max() < 0.5
+    assert _eight_bits(quantise(weight, "fp8").raw) is None
+    one = quantise(weight, "int8")
+    scalar = Rows(one.raw, Scaled("int8", torch.tensor(0.01)), 32)
+    assert QuantizedLinear([scalar], 64, bias, activations=True)(x).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "mixed", "fp8", "rows", "plain"])
+def test_small_weights_compute_what_dense_ones_do(tmp_path, kind):
+    state = published.wan_state()
+    if kind in ("Q8_0", "mixed"):
+        file = tmp_path / "wan.gguf"
+        published.save_gguf(state, file, ("Q8_0",) if kind == "Q8_0" else ("Q4_K", "Q5_K", "Q6_K"))
+    else:
+        if kind == "plain":
+            state = {
+                k: v.to(torch.float8_e4m3fn) if published.is_quantised(k) else v
+                for k, v in state.items()
+            }
+        else:
+            style = "comfy" if kind == "fp8" else "rows"
+            state = published.fp8_scaled(state, style)[0]
+        file = published.save(state, tmp_path / "wan.safetensors")
+    dense = load_transformer(file, torch.float32)
+    small = load_transformer(file, torch.float32, weights="small")
+    torch.testing.assert_close(run(small), run(dense), atol=1e-5, rtol=1e-4)
+    assert bytes_of(small.blocks) < 0.32 * bytes_of(dense.blocks)
+    formats = formats_of(small)
+    quantised = {k: n for k, n in formats.items() if "float32" not in k}
+    assert sum(quantised.values()) == 2 * 7  # every matrix of both blocks
+    assert formats["float32 outside the blocks"] == 6
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int8-dynamic", "fp8-dynamic"])
+def test_our_own_quantisation(tmp_path, kind):
+    file = published.save(published.wan_state(), tmp_path / "wan.safetensors")
+    dense = load_transformer(file, torch.float32)
+    small = load_transformer(file, torch.float32, weights=kind)
+    want, got = run(dense), run(small)
+    error = (got - want).norm() / want.norm()
+    assert 0 < error < (0.06 if kind.startswith("fp8") else 0.02)
+    assert bytes_of(small.blocks) < 0.32 * bytes_of(dense.blocks)
+    assert set(formats_of(small)) == {
+        f"{kind.removesuffix('-dynamic')} by row",
+        "float32 outside the blocks",
+    }
+
+
+def test_a_lora_is_merged_before_quantising_and_added_beside_what_is_kept(tmp_path):
+    state = published.wan_state()
+    key = "diffusion_model.blocks.1.self_attn.k"
+    lora = {
+        f"{key}.lora_down.weight": torch.randn(4, 256, generator=seeded()),
+        f"{key}.lora_up.weight": torch.randn(256, 4, generator=seeded(1)),
+    }
+    from nexus_rt.loading.lora import parse_loras
+
+    loras = parse_loras(published.save(lora, tmp_path / "a.safetensors"))
+    file = published.save(state, tmp_path / "wan.safetensors")
+    exact = run(load_transformer(file, torch.float32, loras=loras))
+    got = run(load_transformer(file, torch.float32, loras=loras, weights="int8"))
+    assert (got - exact).norm() / exact.norm() < 0.02
+    assert (got - run(load_transformer(file, torch.float32))).norm() / exact.norm() > 0.05
+    published.save_gguf(state, tmp_path / "wan.gguf", ("Q8_0",))
+    want = run(load_transformer(tmp_path / "wan.gguf", torch.float32, loras=loras))
+    beside = load_transformer(tmp_path / "wan.gguf", torch.float32, loras=loras, weights="small")
+    torch.testing.assert_close(run(beside), want, atol=2e-5, rtol=1e-4)
+    whole = {f"{key}.diff": torch.ones(256, 256)}
+    loras = parse_loras(published.save(whole, tmp_path / "b.safetensors"))
+    with pytest.raises(ModelError, match="adds a whole matrix to .*to_k"):
+        load_transformer(tmp_path / "wan.gguf", torch.float32, loras=loras, weights="small")
+
+
+def test_what_cannot_be_kept_small_is_refused(tmp_path, tiny_pair):
+    file = published.save(published.wan_state(), tmp_path / "wan.safetensors")
+    with pytest.raises(ModelError, match="stores no matrix in 8 bits or fewer"):
+        load_transformer(file, weights="small")
+    with pytest.raises(InputError, match="unknown weights 'int4'"):
+        load_transformer(file, weights="int4")
+    with pytest.raises(InputError, match="unknown weights 'int9'"):
+        NexusPipeline.from_pretrained(tiny_pair, weights="int9")
+
+
+def test_quantised_blocks_are_streamed(tmp_path):
+    """Blocks of mixed types are of different sizes."""
+    published.save_gguf(
+        published.wan_state(num_layers=3), tmp_path / "wan.gguf", ("Q4_K", "Q8_0", "Q6_K")
+    )
+    model = load_transformer(tmp_path / "wan.gguf", torch.float32, weights="small")
+    want, engine = run(model), TorchEngine(model)
+    sizes = {sum(p.numel() * p.element_size() for p in b.parameters()) for b in model.blocks}
+    assert len(sizes) > 1
+    engine.load(streamed=True)
+    assert torch.equal(run(model), want)
+    engine.unload()
+    assert torch.equal(run(model), want) and engine.not_finite() == []
+
+
+@pytest.mark.parametrize("options", [["--quantize", "int8"], ["--quantize", "fp8-dynamic"]])
+def test_the_command_line_quantises(tiny_pair, tmp_path, options, caplog):
+    command = ["generate", "a red circle", "--pair", str(tiny_pair), "--steps", "2", "--quiet"]
+    assert main([*command, *options, "-o", str(tmp_path / "a.png")]) == 0
+    both = [*command, "--quantize", "int8", "--weights", "small", "-o", str(tmp_path / "b.png")]
+    assert main(both) != 0
+    pipe = NexusPipeline.from_pretrained(tiny_pair, weights="int8")
+    assert pipe.formats()["large"]["int8 by row"] == 14
+    plain = NexusPipeline.from_pretrained(tiny_pair)
+    assert "weights=int8" in pipe.identity["large"] and pipe.identity != plain.identity
