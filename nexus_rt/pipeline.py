@@ -14,11 +14,11 @@ from torch import Tensor
 
 from nexus_rt.call import Call
 from nexus_rt.checks import prompt_lists
-from nexus_rt.engines.experts import boundaries, engines_by_name
+from nexus_rt.engines.experts import boundaries, change_loras, engines_by_name
 from nexus_rt.engines.protocol import Sized
 from nexus_rt.errors import ModelError, choose
 from nexus_rt.latents import LatentGrid, random_latents
-from nexus_rt.loading.lora import LoraSource, parse_loras
+from nexus_rt.loading.lora import Lora, LoraSource, loras_hash, parse_loras
 from nexus_rt.loading.packing import check_weights, formats_of
 from nexus_rt.loading.pair import Loaded, default_device, default_dtype, load_engines, load_models
 from nexus_rt.loading.pair_folder import MINI, find_pair
@@ -262,6 +262,37 @@ class NexusPipeline:
         return cls(
             loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram
         )
+
+    @property
+    def loras(self) -> dict[str, tuple[Lora, ...]]:
+        """The LoRAs of each generator, those of both experts once."""
+        found: dict[str, tuple[Lora, ...]] = {}
+        for name, engine in self.engines.items():
+            each = [getattr(e, "loaded", None) for e in engines_by_name({name: engine}).values()]
+            own = [lora for loaded in each if loaded for lora in loaded.loras]
+            found[name] = tuple(dict.fromkeys(own))
+        return found
+
+    def set_loras(self, small: LoraSource | None = None, large: LoraSource | None = None) -> None:
+        """Change the LoRAs of generators in PyTorch between calls: these, and no others; `()` takes
+        all out, None leaves a generator as it is. A scale is changed by naming the file with
+        another.
+
+        Weights are those of a fresh load, to the bit.
+
+        Raises:
+            InputError: a generator that is not loaded, or is an exported engine, which holds its
+                weights in the artefact.
+            ModelError: a LoRA that does not fit; nothing has changed then.
+        """
+        asked = {
+            n: parse_loras(s) for n, s in (("small", small), ("large", large)) if s is not None
+        }
+        with self._calling:
+            change_loras(self.engines, asked)
+            for name in asked:
+                words = self.identity[name].rpartition(" lora=")[0]
+                self.identity[name] = f"{words} lora={loras_hash({name: self.loras[name]})}"
 
     def formats(self) -> dict[str, dict[str, int]]:
         """How many matrices of each generator in PyTorch are kept in which format, by engine; those

@@ -2,9 +2,13 @@
 that is simulated."""
 
 import threading
+from dataclasses import asdict
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nexus_rt import InputError, NexusPipeline
 from nexus_rt.engines.torch import TorchEngine
@@ -17,6 +21,7 @@ from nexus_rt.memory.residency import (
     parse_bytes,
     plan_residency,
 )
+from nexus_rt.models.wan import WanConfig
 from nexus_rt.plan_text import parse_plan
 from nexus_rt.sampling import denoise
 from nexus_rt.size import ClipSize
@@ -289,3 +294,80 @@ def test_a_pipeline_keeps_to_its_budget(tiny_pair, tiny_pipe):
     )
     with pytest.raises(InputError, match="the smallest budget that would do is"):
         NexusPipeline.from_pretrained(tiny_pair, vram="10KB")("a", **options)
+
+
+class Lives(TorchDispatchMode):
+    """Follows the storages that operations make, and the most bytes that are alive at once."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.alive, self.peak = {t.untyped_storage()._cdata for t in known}, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [dict(), dict(num_attention_heads=12, ffn_dim=8960), dict(ffn_dim=40000)],
+    ids=["14B", "1.3B", "wide"],
+)
+def test_working_memory_is_what_a_forward_holds_at_most(fields, monkeypatch):
+    """Every tensor's life on the meta device, the kernels' outputs as they allocate them."""
+    from nexus_rt.block_ops import Ops
+    from nexus_rt.models import wan
+
+    config = wan.WanConfig(num_layers=2, **fields)
+    size, batch, tokens = ClipSize(832, 480, 17), 2, 512
+    new = torch.empty_like
+
+    def heads(qkv, *rest):
+        shape = (*qkv.shape[:2], config.num_attention_heads, config.attention_head_dim)
+        return qkv.new_empty(shape), qkv.new_empty(shape)
+
+    ops = Ops(
+        "meta",
+        lambda x, scale, shift, eps, y=None, gate=None: (x if y is None else new(x), new(x)),
+        heads,
+        lambda *grid: (None, None),
+        lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)),
+    )
+    monkeypatch.setattr(wan, "attend", lambda q, k, v, bias, backend: new(q))
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: new(x))  # one kernel on a GPU
+    with torch.device("meta"), torch.no_grad():
+        model = wan.WanTransformer(config).bfloat16()
+        for module in model.modules():
+            if hasattr(module, "ops"):
+                module.ops = ops
+        shape = (batch, tokens, config.num_attention_heads, config.attention_head_dim)
+        keys, values = (
+            [torch.empty(shape, dtype=torch.bfloat16) for _ in model.blocks] for _ in range(2)
+        )
+        context = wan.WanContext(keys, values, None)
+        latents, timestep = torch.empty(batch, 16, *size.latent), torch.empty(())
+        with Lives([*model.parameters(), *keys, *values, latents, timestep]) as lives:
+            model(latents, timestep, context)
+    estimate = activation_bytes(asdict(config), size, batch)
+    assert lives.peak == pytest.approx(estimate, rel=0.02)
+
+
+def test_a_guided_14b_at_480p_is_priced_as_measured():
+    """Six gigabytes: 7.4 were alive before what is dead was dropped."""
+    bytes_ = activation_bytes(asdict(WanConfig()), ClipSize(832, 480, 81))
+    assert bytes_ == pytest.approx(6.04e9, rel=0.01)
+
+
+def test_pinned_host_memory_is_priced():
+    plan = parse_plan("small:2 large:4", time_grid(6))
+    parts = {n: MemoryUse(100, 10, 20, 64) for n in ("small", "large")}
+    assert plan_residency(plan, parts, mode="swapped").host == 128
+    assert "pinned host memory: 0.0 MB" in plan_residency(plan, parts, mode="swapped").table()
+    assert plan_residency(plan, parts, mode="resident").host == 0

@@ -106,6 +106,10 @@ class ReplayedEngine:
         self.graphs.clear()  # they compute as they were recorded
         self.engine.published_numerics(on)
 
+    def set_loras(self, loras: Any) -> None:
+        self.graphs.clear()  # products beside quantised layers are other launches
+        self.engine.set_loras(loras)
+
     def unload(self) -> None:
         self.graphs.clear()  # they hold the addresses of the weights
         self.engine.unload()

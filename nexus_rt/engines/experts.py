@@ -6,7 +6,7 @@ moves them between memories.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from nexus_rt.engines.protocol import Diagnosable, PublishedNumerics, Sized, Warmable
+from nexus_rt.errors import InputError, NexusError
+from nexus_rt.loading.lora import Lora
 from nexus_rt.plan import EXPERTS, TRAIN_STEPS, engine_name
 from nexus_rt.size import ClipSize
 
@@ -152,3 +154,43 @@ def joined(engines: Mapping[str, Any]) -> dict[str, Any]:
             boundary = engine.folder.manifest.options.get("boundary", 0)
             generators[name] = ExpertsEngine(experts, boundary)
     return generators
+
+
+def change_loras(engines: Mapping[str, Any], asked: Mapping[str, Sequence[Lora]]) -> None:
+    """Make these the LoRAs of generators "small" and "large", those of an expert its own.
+
+    Raises:
+        InputError: a generator that is not there or whose engine cannot change its weights; or a
+            LoRA for an expert of a generator that has none.
+        ModelError: a LoRA that does not fit; what was changed before it has its own again.
+    """
+    todo: list[tuple[Any, list[Lora]]] = []
+    for name, loras in asked.items():
+        if name not in engines:
+            raise InputError(f"the {name} generator is not loaded; pass {name}= when loading.")
+        engine = engines[name]
+        single = not isinstance(engine, ExpertsEngine)
+        experts = {None: engine} if single else engine.experts
+        for expert, one in experts.items():
+            if not hasattr(one, "set_loras"):
+                raise InputError(
+                    f"the {name} generator is an exported engine, whose weights are inside its"
+                    f" artefact; export it again with --{name}-lora, or run the generator in"
+                    " PyTorch."
+                )
+            if single and (odd := next((a for a in loras if a.expert), None)):
+                raise InputError(
+                    f"LoRA {odd.path} is for the {odd.expert}-noise expert, and the {name}"
+                    f" generator is one transformer; leave :{odd.expert} out."
+                )
+            todo.append((one, [a for a in loras if a.expert in (None, expert)]))
+    done: list[tuple[Any, Sequence[Lora]]] = []
+    try:
+        for engine, loras in todo:
+            before = engine.loaded.loras if engine.loaded else ()
+            engine.set_loras(loras)
+            done.append((engine, before))
+    except NexusError:
+        for engine, before in done:
+            engine.set_loras(before)
+        raise

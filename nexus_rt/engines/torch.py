@@ -3,10 +3,16 @@ compiled."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from nexus_rt.errors import InputError
+from nexus_rt.loading.lora import Lora
+from nexus_rt.loading.swap import LoadedFrom, set_loras
 from nexus_rt.memory.offload import Moved
+from nexus_rt.memory.pinned import pinned_bytes
 from nexus_rt.memory.streaming import BlockStream, streamed_bytes
 from nexus_rt.models.wan import WanContext, WanTransformer
 
@@ -32,6 +38,14 @@ class TorchEngine:
     def nbytes(self) -> int:
         """Bytes of the weights."""
         return self.weights.nbytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of pinned host memory that the weights take once they have left the device; 0 on a
+        CPU, where they stay."""
+        if self.device.type == "cpu":
+            return 0
+        return pinned_bytes(t.numel() * t.element_size() for t in self.model.parameters())
 
     @property
     def resident(self) -> bool:
@@ -69,6 +83,29 @@ class TorchEngine:
         context = self.prepare(torch.randn(batch, tokens, c.text_dim, device=self.device))
         latents = torch.randn(batch, c.in_channels, *latent, device=self.device)
         self.velocity(latents, torch.tensor(500.0, device=self.device), context)
+
+    def set_loras(self, loras: Sequence[Lora]) -> None:
+        """Make these the LoRAs of the model, and no others.
+
+        Raises:
+            ModelError: one that does not fit, or a checkpoint that is gone; nothing has changed
+                then.
+        """
+        if self.model.stream is not None:
+            self.unload()  # streamed blocks are changed where they wait
+        if self.loaded is None:
+            raise InputError(
+                "LoRAs are changed by reading a checkpoint again, and this model was made of none;"
+                " load it with load_transformer."
+            )
+        set_loras(self.model, self.loaded, loras)
+        if self.resident:
+            self.weights.forget()
+
+    @property
+    def loaded(self) -> LoadedFrom | None:
+        """What the model was made of."""
+        return getattr(self.model, "loaded_from", None)
 
     def published_numerics(self, on: bool) -> None:
         """Residual stream, time projection and velocity in float32, as the published code computes

@@ -38,11 +38,6 @@ class Packing:
     changes: Callable[[str, Tensor], Tensor] | None = None
     read: dict[str, list[tuple[str, Rows]]] = dataclasses.field(default_factory=dict)
 
-    @property
-    def format(self) -> str:
-        """What it quantises to: "int8" or "fp8"."""
-        return self.kind.removesuffix("-dynamic")
-
     def places(self, model: nn.Module, stored: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
         """Our names of the matrices that stay in fewer bits, and diffusers' names of their parts.
 
@@ -78,7 +73,7 @@ class Packing:
         else:
             value = stored.decoded(raw).to(device)
             value = self.changes(name, value) if self.changes is not None else value
-            rows = quantise(value, self.format)
+            rows = quantise(value, quantised_as(self.kind))
         if isinstance(rows.encoding, Scaled):
             scale = rows.encoding.scale.to(device)
             rows = dataclasses.replace(
@@ -114,6 +109,11 @@ class Packing:
 def _is_small(stored: StoredTensor) -> bool:
     """Whether a stored matrix is of 8 bits or fewer a weight."""
     return stored.dtype.itemsize == 1 and len(stored.shape) == 2
+
+
+def quantised_as(kind: str) -> str:
+    """The format that a kind of weights is quantised to: "int8" or "fp8"."""
+    return kind.removesuffix("-dynamic")
 
 
 def check_weights(kind: str) -> str:

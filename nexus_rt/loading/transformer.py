@@ -19,6 +19,7 @@ from nexus_rt.loading.lora import Changes, Lora, add_beside
 from nexus_rt.loading.packing import Packing, check_weights, formats_of
 from nexus_rt.loading.source import read_json
 from nexus_rt.loading.stored import StoredTensor, find_tensors
+from nexus_rt.loading.swap import LoadedFrom
 from nexus_rt.log import chose
 from nexus_rt.models.wan import WanConfig, WanTransformer
 
@@ -128,6 +129,7 @@ def load_transformer(
     fill(model, tensors, dtype, torch.device(device), change, packing)
     if changes and weights == "small":
         add_beside(model, changes)
+    model.loaded_from = LoadedFrom(folder, weights, tuple(loras), set(changes.parts))
     kept = ", ".join(f"{n} {name}" for name, n in formats_of(model).items())
     chose(f"weights of {folder.name}", weights, kept)
     return model.use_kernels(kernels, attention).eval()

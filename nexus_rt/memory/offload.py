@@ -50,6 +50,11 @@ class Moved:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
+    def forget(self) -> None:
+        """Take the host's copies for out of date: the weights on the device have changed."""
+        if self.device.type != "cpu":
+            self.host, self.arena = {}, Arena()
+
     def unload(self) -> None:
         """Give the device's memory back; what was copied before is not copied again."""
         if self.device.type == "cpu" or not self.resident:

@@ -26,17 +26,27 @@ def aligned(count: int, to: int = ALIGNED) -> int:
     return -(-count // to) * to
 
 
+def _place(free: list[int], size: int) -> int:
+    """The first arena with room for so many bytes, which are taken; a new one where there is
+    none."""
+    for i, left in enumerate(free):
+        if size <= left:
+            free[i] -= size
+            return i
+    free.append(ARENA - size)
+    return len(free) - 1
+
+
 def pinned_bytes(sizes: Iterable[int]) -> int:
     """Bytes of host memory that tensors of these sizes take, in the order they are pinned."""
-    total, free = 0, 0
+    single = 0
+    free: list[int] = []
     for size in map(aligned, sizes):
         if size > ARENA:
-            total += power_of_two(size)
-            continue
-        if size > free:
-            total, free = total + ARENA, ARENA
-        free -= size
-    return total
+            single += power_of_two(size)
+        elif size:
+            _place(free, size)
+    return single + len(free) * ARENA
 
 
 class Arena:
@@ -49,20 +59,22 @@ class Arena:
         self.allocate = allocate or (
             lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=True)
         )
-        self.current: Tensor | None = None
-        self.used = 0
+        self.arenas: list[Tensor] = []
+        self.free: list[int] = []
 
     def like(self, tensor: Tensor) -> Tensor:
         """An empty tensor of the same shape and dtype."""
         length = tensor.numel() * tensor.element_size()
         size = aligned(length)
+        if not size:
+            return torch.empty_like(tensor, device="cpu")
         if size > ARENA:
             piece = self.allocate(power_of_two(size))
         else:
-            if self.current is None or self.used + size > ARENA:
-                self.current, self.used = self.allocate(ARENA), 0
-            piece = self.current[self.used :]
-            self.used += size
+            i = _place(self.free, size)
+            if i == len(self.arenas):
+                self.arenas.append(self.allocate(ARENA))
+            piece = self.arenas[i][ARENA - self.free[i] - size :]
         return piece[:length].view(tensor.dtype).view(tensor.shape)
 
 

@@ -28,6 +28,7 @@ import torch
 from nexus_rt.engines.protocol import Resident, Streamed
 from nexus_rt.errors import InputError
 from nexus_rt.log import chose
+from nexus_rt.models.quantized import QuantizedLinear
 from nexus_rt.plan import Plan
 from nexus_rt.size import ClipSize
 from nexus_rt.tracing import span
@@ -49,12 +50,13 @@ UNITS = {
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Something that takes memory: bytes of its weights, of what it needs to run, and of its
-    weights while they are streamed (None: it cannot be)."""
+    """Something that takes memory: bytes of its weights, of what it needs to run, of its weights
+    while they are streamed (None: it cannot be), and of pinned host memory once it has left."""
 
     weights: int
     working: int = 0
     streamed: int | None = None
+    host: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,13 @@ class Phase:
 
 @dataclass(frozen=True)
 class ResidencyPlan:
-    """A mode and its phases."""
+    """A mode and its phases. host: bytes of pinned host memory that what leaves the device takes,
+    as PyTorch allocates it (`nexus_rt.memory.pinned`)."""
 
     mode: str
     phases: tuple[Phase, ...]
     budget: int | None
+    host: int = 0
 
     @property
     def stays(self) -> bool:
@@ -102,6 +106,7 @@ class ResidencyPlan:
             [
                 *lines,
                 f"{self.mode}: at most {amount(self.peak)}{budget}; working memory is estimated",
+                *([f"pinned host memory: {amount(self.host)}"] if self.host else []),
             ]
         )
 
@@ -126,16 +131,28 @@ def amount(count: int) -> str:
 def activation_bytes(
     architecture: Mapping[str, int], size: ClipSize, batch: int = 2, element: int = 2
 ) -> int:
-    """An estimate of a Wan transformer's working memory: the widest point of a block, its
-    feed-forward or its projection.
+    """An estimate of a Wan transformer's working memory with our kernels: the widest point of a
+    block, as counted by following every tensor's life on the meta device
+    (tests/test_residency.py).
 
-    There the residual stream, the norm's output and the layer's input and output are alive
-    together.
+    In self-attention nine widths are alive (the stream and what is still added to it, the stream
+    before it, Q, K and V as projected, Q and K with their norms and RoPE, and the output); in the
+    feed-forward five beside its inner one.
     """
     t, h, w = size.latent
     dim = architecture["num_attention_heads"] * architecture["attention_head_dim"]
-    widest = max(architecture["ffn_dim"], 3 * dim + 2 * dim)
-    return batch * t * (h // 2) * (w // 2) * (widest + 4 * dim) * element
+    widest = max(9 * dim, 5 * dim + architecture["ffn_dim"])
+    return batch * t * (h // 2) * (w // 2) * widest * element
+
+
+def widened_bytes(model: Any) -> int:
+    """Bytes of the largest matrix that a transformer widens as it runs; 0 where all are dense."""
+    sizes = [
+        m.in_features * m.out_features * m.compute_dtype.itemsize
+        for m in model.modules()
+        if isinstance(m, QuantizedLinear)
+    ]
+    return max(sizes, default=0)
 
 
 def call_parts(
@@ -156,7 +173,14 @@ def call_parts(
         else:
             architecture, element = asdict(engine.model.config), engine.model.dtype.itemsize
         working = activation_bytes(architecture, size, batch, element)
-        parts[name] = MemoryUse(engine.nbytes, working, getattr(engine, "streamed_bytes", None))
+        if exported is None:
+            working += widened_bytes(engine.model)
+        parts[name] = MemoryUse(
+            engine.nbytes,
+            working,
+            getattr(engine, "streamed_bytes", None),
+            getattr(engine, "host_bytes", 0),
+        )
     if "vae" in others:
         parts["vae"] = MemoryUse(others["vae"].nbytes, others["vae"].working_bytes(size))
     return parts
@@ -240,7 +264,11 @@ def plan_residency(
         raise InputError(
             f"plan {plan.name!r} runs the {missing[0]} generator, whose size is not known."
         )
-    tried = [ResidencyPlan(m, _phases(plan, parts, m), budget) for m in ([mode] if mode else MODES)]
+    host = sum(parts[n].host for n in plan.engines)
+    tried = [
+        ResidencyPlan(m, _phases(plan, parts, m), budget, 0 if m in ("resident", "freed") else host)
+        for m in ([mode] if mode else MODES)
+    ]
     for candidate in tried:
         if budget is None or candidate.peak <= budget:
             if budget is not None and mode is None:

@@ -220,17 +220,20 @@ class Attention(nn.Module):
         k, v = self.to_kv(context).chunk(2, -1)
         return self._heads(self.norm_k(k)), self._heads(v).contiguous()
 
-    def self_attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        qkv = self.to_qkv(x)
+    def self_attention(self, qkv: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """The layer's output, of its own `to_qkv` of the tokens."""
+        return self.to_out[0](self._attend_qkv(qkv, rope))
+
+    def _attend_qkv(self, qkv: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        # a frame of its own: Q and K are gone before the output projection
         q, k = self.ops.qk_norm_rope(
             qkv, self.norm_q.weight, self.norm_k.weight, *rope, self.heads, self.eps
         )
-        return self._attend(q, k, self._heads(qkv.chunk(3, -1)[2]), None)
+        v = self._heads(qkv.chunk(3, -1)[2])
+        return attend(q, k, v, None, self.backend).flatten(2)
 
     def cross_attention(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        return self._attend(self._heads(self.norm_q(self.to_q(x))), k, v, bias)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        q = self._heads(self.norm_q(self.to_q(x)))
         return self.to_out[0](attend(q, k, v, bias, self.backend).flatten(2))
 
 
@@ -296,16 +299,19 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(0)  # [M, dim] each
         modulate, dtype = self._modulate(x)
         x, h = modulate(x, scale1, shift1, self.eps, y, gate)
-        attended = self.attn1.self_attention(h.to(dtype), rope)
+        qkv = self.attn1.to_qkv(h.to(dtype))
+        del h  # here and below: what is dead is not kept beside the widest point
+        attended = self.attn1.self_attention(qkv, rope)
+        del qkv
         # an affine norm is a modulation by weight - 1 and bias
         if isinstance(self.norm2, nn.LayerNorm):
             scale, shift = self.norm2.weight[None] - 1, self.norm2.bias[None]
             x, h = modulate(x, scale, shift, self.eps, attended, gate1)
         else:
             x = h = torch.addcmul(x.float(), attended.float(), gate1.unsqueeze(1)).to(x.dtype)
-        x, h = modulate(
-            x, scale2, shift2, self.eps, self.attn2.cross_attention(h.to(dtype), k, v, bias)
-        )
+        attended = self.attn2.cross_attention(h.to(dtype), k, v, bias)
+        x, h = modulate(x, scale2, shift2, self.eps, attended)
+        del attended
         return x, self.ffn(h.to(dtype)), gate2
 
     def _modulate(self, x: Tensor) -> tuple[Callable[..., Any], torch.dtype]:
@@ -375,6 +381,7 @@ class WanTransformer(nn.Module):
         # weights are kept in.
         self.float32_stream = False
         self.stream: Any = None  # brings each block before it runs (nexus_rt.memory.streaming)
+        self.loaded_from: Any = None  # what it was made of (nexus_rt.loading.swap)
 
     def _in_turn(self) -> Iterator[Block]:
         for i, block in enumerate(self.blocks):
