@@ -162,7 +162,7 @@ def test_pinned_memory_is_packed_into_arenas():
         model = WanTransformer(WanConfig())
     sizes = [p.numel() * 2 for p in model.parameters()]
     rounded, packed = sum(map(power_of_two, sizes)), pinned_bytes(sizes)
-    assert rounded > 1.4 * sum(sizes) and packed < 1.05 * sum(sizes)
+    assert rounded > 1.4 * sum(sizes) and packed < 1.06 * sum(sizes)
     taken = []
     arena = Arena(lambda n: (taken.append(n), torch.empty(n, dtype=torch.uint8))[1])
     shapes = [(3, 5), (1,), (64, 64), (0, 4)]
