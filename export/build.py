@@ -74,6 +74,11 @@ class Target:
         choose("precision", self.precision, DTYPES)
         if not self.buckets:
             raise InputError("no sizes to export for; pass --sizes, such as 832x480x81.")
+        if self.precision == "int8" and (self.backend, self.device.type) != ("onnx", "cpu"):
+            raise InputError(
+                "int8 engines are ONNX Runtime's on a CPU, which multiplies int8 there: pass"
+                " --backend onnx --device cpu, or another --precision."
+            )
         module = importlib.import_module(ENGINE_BACKENDS[self.backend].builder)
         if why := module.cannot_build(self):
             raise InputError(f"no {self.backend} engine can be built here: {why}.")

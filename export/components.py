@@ -261,7 +261,7 @@ class DecoderComponent:
         return None
 
     def precision(self, asked: str) -> str:
-        return "fp32" if asked == "bf16" else asked
+        return "fp32" if asked in ("bf16", "int8") else asked
 
     def trace(
         self,
@@ -311,6 +311,8 @@ class TextComponent:
         return None
 
     def precision(self, asked: str) -> str:
+        if asked == "int8":
+            return "fp32"
         if asked == "fp16":
             raise InputError(
                 "the text encoder is not exported in fp16: UMT5's activations leave its range."

@@ -57,6 +57,55 @@ def can_run() -> bool:
 def build(graph: str, traced: Traced, folder: Path, target: Target) -> None:
     """Write `graph`.onnx into a folder and check it; errors as `write`."""
     write(graph, traced, folder, target.opset)
+    if target.precision == "int8" and graph in ("velocity", "step"):  # what runs at every step
+        quantise(folder / f"{graph}.onnx")
+
+
+def quantise(path: Path) -> None:
+    """The blocks' products by constant matrices in int8, a scale a column, their other side
+    quantised as it comes (`DynamicQuantizeLinear`, `MatMulInteger`): the form that ONNX Runtime's
+    CPU kernels speed up. Matrices alone behind `DequantizeLinear` it widens at every run.
+
+    Embeddings (`Gemm` here), the head, which is the last, and the patch embedding, the first where
+    it is one product, stay as they are.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    graph = onnx.load(path, load_external_data=False).graph
+    shapes = {i.name: list(i.dims) for i in graph.initializer}
+    products = [n for n in graph.node if n.op_type == "MatMul" and n.input[1] in shapes]
+    head = shapes[products[-1].input[1]]
+    blocks = products[shapes[products[0].input[1]][0] == head[1] : -1]
+    small = path.with_name(f"small-{path.name}")
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)  # it advises to pre-process, which is done
+    try:
+        quantize_dynamic(
+            path,
+            small,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_quantize=[n.name for n in blocks],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=True,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    finally:
+        logging.getLogger().setLevel(level)
+    model = onnx.load(small)
+    for old in (path, path.with_name(f"{path.name}.data"), small):
+        old.unlink()
+    small.with_name(f"{small.name}.data").unlink(missing_ok=True)
+    onnx.save(
+        model,
+        path,
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        location=f"{path.name}.data",
+    )
+    path.with_name(f"{path.name}.data").chmod(path.stat().st_mode)  # the library's is its own
+    onnx.checker.check_model(str(path))
 
 
 def _publish(model: Any, names: dict[str, str]) -> None:

@@ -29,6 +29,8 @@ STEPS = 4
 # precision -> (cosine at least, relative error at most) of one call; a run's error may be twice
 # that
 THRESHOLDS = {"fp32": (0.999999, 1e-3), "fp16": (0.9995, 0.02), "bf16": (0.998, 0.06)}
+THRESHOLDS["int8"] = (0.998, 0.06)  # weights and activations of eight bits: bfloat16's
+
 Answers = dict[str, Tensor]
 
 

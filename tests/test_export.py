@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 
-from nexus_rt import InputError, ModelError, cli
+from nexus_rt import InputError, ModelError, NexusPipeline, cli
 from nexus_rt.engines import folder as folders
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.engines.registry import engine_of
@@ -419,3 +419,43 @@ def test_a_decoder_that_forgets_fails_the_gate(tiny_pair):
     assert parity.gate(part, engine, [ClipSize(32, 32, 5)], "fp32", CPU)["passed"]
     result = parity.gate(part, engine, [ClipSize(32, 32, 9)], "fp32", CPU)
     assert not result["passed"] and result["why"].startswith("frames 32x32x9: cosine")
+
+
+def test_int8_engines_multiply_in_int8_and_are_compared(tiny_pair, tmp_path, monkeypatch):
+    """The blocks' matrices and what runs at every step; embeddings, the head and the context stay
+    as they are."""
+    import onnx
+
+    monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))
+    command = ["export", "--pair", str(tiny_pair), "--parts", "large,vae", "--sizes", "48x32x5"]
+    assert cli.main([*command, "--precision", "int8", "-o", str(tmp_path / "out")]) == 0
+    folder = tmp_path / "out" / "large"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["precision"] == "int8" and manifest["parity"]["passed"]
+    assert json.loads((tmp_path / "out/vae/manifest.json").read_text())["precision"] == "fp32"
+    kinds = lambda name: [
+        n.op_type for n in onnx.load(folder / name, load_external_data=False).graph.node
+    ]
+    layers = 2  # to_qkv, to_out, to_q, to_out and the two of the feed-forward
+    assert kinds("velocity.onnx").count("MatMulInteger") == 6 * layers
+    assert "MatMulInteger" not in kinds("context.onnx")
+    pipe = NexusPipeline.from_engines(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    exact = NexusPipeline.from_pretrained(tiny_pair)
+    exact.set_progress_bar_config(disable=True)
+    clip = lambda p: (
+        p(
+            "a red circle",
+            plan="large",
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            num_frames=5,
+            width=48,
+            height=32,
+        ).frames
+    )
+    error = (clip(pipe) - clip(exact)).norm() / clip(exact).norm()
+    assert 0 < error < 0.05
+    assert cli.main(
+        [*command, "--precision", "int8", "--backend", "aoti", "-o", str(tmp_path / "b")]
+    )

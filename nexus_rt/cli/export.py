@@ -22,7 +22,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     export.add_argument(
         "--precision",
         default=None,
-        help="fp32 | fp16 | bf16 (default: bf16 on a GPU, fp32 on a CPU)",
+        help="fp32 | fp16 | bf16 | int8 (onnx on a CPU; default: bf16 on a GPU, fp32 on a CPU)",
     )
     export.add_argument(
         "--parts",

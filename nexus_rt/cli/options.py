@@ -104,7 +104,8 @@ TABLE = (
         Rule(
             ("export",),
             option,
-            "is of PyTorch's models; engines are exported of dense weights: leave it out",
+            "is of PyTorch's models; engines have --precision (int8 with --backend onnx): leave it"
+            " out",
             (option,),
         )
         for option in ("weights", "quantize")

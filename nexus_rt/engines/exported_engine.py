@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 CONTEXT = ("embeds",)
 VELOCITY = ("latents", "timestep", "keys", "values", "bias")
 GRAPHS = {"context": CONTEXT, "velocity": VELOCITY}
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# what an engine's tensors are in; int8 is of its matrices, and what goes between them is float32
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float32,
+}
 
 
 @dataclass

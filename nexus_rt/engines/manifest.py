@@ -102,7 +102,7 @@ class Stored(msgspec.Struct):
     ]
     backend: str
     backend_version: str
-    precision: Literal["fp32", "fp16", "bf16"]
+    precision: Literal["fp32", "fp16", "bf16", "int8"]
     architecture: dict[str, Any]
     weights: str
     buckets: list[Annotated[list[Side], msgspec.Meta(min_length=3, max_length=3)]]
