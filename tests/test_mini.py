@@ -141,3 +141,26 @@ def test_the_command_runs_it_by_default(tmp_path):
     assert main(["generate", prompt, "--steps", "6", "--quiet", "-o", str(out)]) == 0
     with av.open(str(out)) as container:
         assert [(f.width, f.height) for f in container.decode(video=0)] == [(64, 64)] * 17
+
+
+def test_the_few_step_lora_draws_what_was_meant():
+    """8 small and 3 unguided large forwards by the recipe in its header; of the large generator
+    itself in as many steps far fewer are right (training/README.md)."""
+    pipe = NexusPipeline.from_pretrained(large_lora="few_step")
+    pipe.set_progress_bar_config(disable=True)
+    d = pipe.defaults
+    prompts = make_prompts("riddles", 44, 24)
+    noise = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    out = pipe([p.text for p in prompts], generator=noise)
+    forwards = out.plan.evaluations(d.guidance_scale, d.guidance_scale_2)
+    assert forwards == {"small": 8, "large": 3}
+    right = [all(look(c).matches(p.scene)) for c, p in zip(out.frames, prompts, strict=True)]
+    assert sum(right) >= 20
+
+
+def test_the_few_step_lora_is_small_and_named(tmp_path, capsys):
+    assert (MINI / "loras" / "few_step.safetensors").stat().st_size <= 4e6
+    prompt = "a striped red circle moves left on a black background"
+    command = ["generate", prompt, "--large-lora", "few_step", "-o", str(tmp_path / "a.png")]
+    assert main(command) == 0
+    assert "plan small:4/9 large:3" in capsys.readouterr().out

@@ -432,3 +432,102 @@ def test_convert_wan_refuses_what_is_no_wan(tmp_path):
     with pytest.raises(InputError, match=r"ends in \.onnx"):
         convert_wan(tmp_path / "x.onnx", tmp_path / "made")
     assert not (tmp_path / "made").exists()
+
+
+def _field(number, value):
+    """A protobuf field: bytes, a whole number or a float."""
+    import struct
+
+    varint = lambda n: (
+        bytes([n & 127 | (128 if n > 127 else 0), *varint(n >> 7)]) if n > 127 else bytes([n])
+    )
+    if isinstance(value, bytes):
+        return varint(number << 3 | 2) + varint(len(value)) + value
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    return varint(number << 3) + varint(value)
+
+
+def spiece_model(kind=1):
+    """A small unigram model as sentencepiece writes it."""
+    pieces = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2)]
+    pieces += [("▁a", -1.0, 1), ("▁", -2.0, 1), ("▁red", -3.0, 1), ("▁re", -2.5, 1), ("d", -2.4, 1)]
+    pieces += [(c, -6.0, 1) for c in "abcdefghijklmnopqrstuvwxyz"[:3]]
+    body = b"".join(
+        _field(1, _field(1, p.encode()) + _field(2, s) + _field(3, t)) for p, s, t in pieces
+    )
+    return body + _field(2, _field(3, kind)) + _field(3, _field(1, b"identity"))
+
+
+def test_comfyuis_text_encoder_carries_its_tokenizer(tiny_pair, tmp_path):
+    from nexus_rt.models.tokenizer import load_tokenizer
+
+    theirs = load_file(tiny_pair / "text_encoder" / "model.safetensors")
+    write = lambda data: published.save(
+        {**theirs, "spiece_model": torch.tensor(list(data), dtype=torch.uint8)},
+        tmp_path / "umt5_xxl_fp16.safetensors",
+    )
+    file = write(spiece_model())
+    tokenizer = load_tokenizer(file, "tokenizer")
+    # the best path by score: "▁red" (-3) beats "▁re" + "d" (-4.9); "z" is unknown
+    assert tokenizer.encode("a red") == [3, 5, 1]
+    assert tokenizer.encode("a  red  ") == [3, 5, 1] and tokenizer.encode("az") == [3, 2, 1]
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2)
+    assert tokenizer.encode("a red a", limit=3) == [3, 5, 1]
+    assert TextEncoder(file, torch.float32, "cpu").encode(["a red"], 8).isfinite().all()
+    for damaged, words in (
+        (spiece_model()[:-3], "is damaged"),
+        (spiece_model(kind=2), "is not UMT5's"),
+        (b"", "is damaged"),
+        (bytes([255] * 12), "is damaged"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            load_tokenizer(write(damaged or b"\x08\x01"), "tokenizer")
+
+
+@pytest.mark.parametrize(
+    "key, kind",
+    [
+        ("diffusion_model.blocks.0.self_attn.q.dora_scale", "DoRA"),
+        ("base_model.model.blocks.0.attn1.to_q.lora_magnitude_vector.weight", "DoRA"),
+        ("lycoris_blocks_0_self_attn_q.lokr_w1", "LoKr"),
+        ("lycoris_blocks_0_self_attn_q.hada_w1_a", "LoHa"),
+    ],
+)
+def test_an_adapter_that_is_no_lora_is_named(tmp_path, key, kind):
+    from nexus_rt.loading.lora import parse_loras
+
+    file = published.save(published.wan_state(num_layers=1), tmp_path / "wan.safetensors")
+    lora = published.save({key: torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match=f"is of a {kind} adapter"):
+        load_transformer(file, loras=parse_loras(lora))
+
+
+def test_a_path_that_exists_is_never_looked_for_on_the_hub(tmp_path, monkeypatch):
+    from nexus_rt.loading.source import resolve
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("the hub was asked")
+    )
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").mkdir()
+    assert str(resolve("owner/name", ())) == "owner/name"
+    (tmp_path / "owner" / "file").write_bytes(b"x")
+    (tmp_path / "owner" / "graph.onnx").write_bytes(b"x")
+    for name, words in (("owner/file", "ends in nothing"), ("owner/graph.onnx", "an ONNX graph")):
+        with pytest.raises(ModelError, match=words):
+            resolve(name, ())
+
+
+def test_an_image_to_video_config_says_so(tmp_path):
+    import json
+
+    model = published.wan_model(num_layers=1, in_channels=36)
+    model.save_pretrained(tmp_path / "transformer")
+    config = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    (tmp_path / "transformer" / "config.json").write_text(
+        json.dumps({**config, "out_channels": 16})
+    )
+    with pytest.raises(ModelError, match="in_channels=36: an image-to-video model"):
+        load_transformer(tmp_path)

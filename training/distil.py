@@ -7,7 +7,7 @@ own, half and half, so that it mends what it did. Only trajectories that end in 
 checker reads right are learned from.
 
     python -m training.distil --collect 2400
-    python -m training.distil --minutes 25 --export nexus_rt/mini/few_step.safetensors
+    python -m training.distil --minutes 75 --export nexus_rt/mini/loras/few_step.safetensors
 
 What is trained: a low-rank product beside every matrix of the blocks, and their biases, norms and
 modulation tables as they are.
@@ -32,12 +32,14 @@ from nexus_rt.loading.checkpoint import fused_parts
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models.layers import Linear
 from nexus_rt.models.wan import WanTransformer
+from nexus_rt.recipes import METADATA
 from training.common import RUNS, Log, Schedule, load_checkpoint, save_checkpoint, set_lr
 from training.train_dit import MINI
 from training.train_lm import sample_prompt
 
 SEAMS = ("small:4/10", "small:4/9", "small:4/8")  # where the small generator may hand over
 STEPS, FINE, GUIDANCE = 3, 12, 3.0
+PLAN = "small:4/9 large:3"  # of the recipe in the LoRA's header
 RANK = 32
 FOLDER = RUNS / "distil"
 
@@ -223,9 +225,9 @@ def export(file: Path) -> None:
                 leaf, f"{module or 'head'}.diff_m"
             )
             out[f"transformer.{key}"] = half(change)
-    recipe = {"steps": STEPS, "guidance_scale": 1.0, "solver": "euler"}
+    recipe = {"plan": PLAN, "guidance_scale": 1.0, "solver": "euler"}
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(out, file, metadata={"format": "pt", "nexus_rt.recipe": json.dumps(recipe)})
+    save_file(out, file, metadata={"format": "pt", METADATA: json.dumps(recipe)})
     print(f"{file}: step {state['step']}, {file.stat().st_size / 1e6:.2f} MB")
 
 

@@ -104,9 +104,10 @@ def work(
     batch: int,
     shard: tuple[int, int],
     out: Path,
+    lora: str | None = None,
 ) -> None:
     """Measure this shard's batches of every row, a line of JSON a clip."""
-    pipe = NexusPipeline.from_pretrained(pair)
+    pipe = NexusPipeline.from_pretrained(pair, large_lora=lora or ())
     pipe.set_progress_bar_config(disable=True)
     d = pipe.defaults
     each = count // len(seeds)
@@ -248,6 +249,7 @@ def evaluate(
     batch: int,
     workers: int,
     seeds: tuple[int, ...] = SEEDS,
+    lora: str | None = None,
 ) -> dict:
     """Run shards in processes of one thread each, and summarise."""
     with tempfile.TemporaryDirectory() as folder:
@@ -269,6 +271,7 @@ def evaluate(
             "--seeds",
             *map(str, seeds),
             *(["--pair", str(pair)] if pair else []),
+            *(["--large-lora", lora] if lora else []),
         ]
         # keep freed memory: returning it to the system after every layer took half of a worker's
         # time
@@ -283,7 +286,7 @@ def evaluate(
         if any(codes):
             raise SystemExit(f"a worker failed (exit codes {codes}); its error is above")
         records = [json.loads(line) for f in files for line in f.read_text().splitlines()]
-    pipe = NexusPipeline.from_pretrained(pair)
+    pipe = NexusPipeline.from_pretrained(pair, large_lora=lora or ())
     d = dataclasses.asdict(pipe.defaults)
     head = {
         "prompts": kind,
@@ -329,6 +332,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--batch", type=int, default=17)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--large-lora", help="merged into the large generator, such as few_step")
     parser.add_argument("--json", type=Path)
     for hidden in ("--spec", "--shard", "--out"):  # of the workers
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -345,6 +349,7 @@ def main() -> None:
             args.batch,
             tuple(map(int, args.shard.split("/"))),
             Path(args.out),
+            args.large_lora,
         )
         return
     result = evaluate(
@@ -355,6 +360,7 @@ def main() -> None:
         args.batch,
         args.workers,
         tuple(args.seeds),
+        args.large_lora,
     )
     print(show(result))
     if args.json:

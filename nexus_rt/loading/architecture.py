@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_rt.errors import ModelError, cut
-from nexus_rt.models.wan import WanConfig
+from nexus_rt.models.wan import IMAGE_CHANNELS, WanConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -29,7 +29,6 @@ OTHERS = (  # parts of names -> another family
     (r"(^|\.)transformer_blocks\.", "another diffusion transformer (LTX, CogVideoX or FLUX)"),
     (r"(^|\.)layers\.\d+\.(attention|adaLN)", "another diffusion transformer (Lumina or Z-Image)"),
 )
-IMAGE_CHANNELS = 36  # 16 of noise, 16 of the image, 4 of the mask
 HEAD = 128  # wide as in every published Wan
 
 

@@ -74,10 +74,10 @@ def find_text(source: Path, tokenizer: Path | None = None) -> tuple[Path, Path]:
         weights: Path | None = source
     elif (source / "text_encoder").is_dir():
         weights = source / "text_encoder"
-    elif tokenizer is not None and _holds_model(source):
-        weights = source
     else:
         weights = _named(source, TEXT_FILES)
+        if weights is None and tokenizer is not None and _holds_model(source):
+            weights = source
     if weights is None or (weights.is_dir() and not _holds_model(weights)):
         raise ModelError(
             f"{source} has no text_encoder/config.json; expected a folder with text_encoder/ and"

@@ -36,11 +36,22 @@ from nexus_rt.models.quantized import Adapter, QuantizedLinear
 from nexus_rt.models.wan import FUSED
 from nexus_rt.plan import EXPERTS
 
+PACKAGED = Path(__file__).resolve().parents[1] / "mini" / "loras"  # found by name
 # as diffusers and PEFT name them
 FOLDER_FILES = (
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
 )
+OTHER_KINDS = {  # parts of keys -> the adapter that has them
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "lokr_w": "LoKr",
+    "hada_w": "LoHa",
+    "oft_blocks": "OFT",
+    "oft_r": "OFT",
+    "ia3_l": "IA3",
+    "glora": "GLoRA",
+}
 LARGEST = float(torch.finfo(torch.float32).max)
 
 
@@ -63,7 +74,7 @@ class Lora:
     @classmethod
     def parse(cls, text: str | Path) -> Lora:
         """ "FILE", "FILE@SCALE" or "FILE@SCALE:EXPERT"; a folder is its one safetensors file, or
-        the one that diffusers or PEFT would name.
+        the one that diffusers or PEFT would name; "few_step" is the mini pair's own.
 
         Raises:
             InputError: no such safetensors file, a scale that is no finite number, or an expert
@@ -84,7 +95,10 @@ class Lora:
                 f"LoRA {text}: {cut(repr(scale), 80)} is no scale; expected FILE@SCALE, such as"
                 " distill.safetensors@0.8."
             ) from None
+        packaged = PACKAGED / f"{lora.path}.safetensors"
         path = _in_folder(lora.path) if lora.path.is_dir() else lora.path
+        if not path.exists() and lora.path.name == str(lora.path) and packaged.is_file():
+            path = packaged
         if not path.is_file() or path.suffix != ".safetensors":
             raise InputError(
                 f"LoRA {path} is not a safetensors file here; expected FILE or FILE@SCALE."
@@ -284,9 +298,19 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Key]]:
         pairs.setdefault(key.parameter, {})[key.kind] = tensor.clone()
         keys.setdefault(key.parameter, key)
     if unknown:
+        kind, name = None, sorted(unknown)[0]
+        for other in unknown:
+            if kind := next((k for part, k in OTHER_KINDS.items() if part in other), None):
+                name = other
+                break
         raise ModelError(
-            f"{path}: {len(unknown)} of its keys are none of a LoRA's, such as"
-            f" {cut(sorted(unknown)[0], 120)}; expected names that end in {', '.join(ENDINGS)}."
+            f"{path}: {len(unknown)} of its keys are none of a LoRA's, such as {cut(name, 120)};"
+            + (
+                f" it is of a {kind} adapter, which is more than a low-rank sum: merge it into the"
+                " weights where it was made, and pass those."
+                if kind
+                else f" expected names that end in {', '.join(ENDINGS)}."
+            )
         )
     if image:
         warnings.warn(

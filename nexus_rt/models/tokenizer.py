@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nexus_rt.documents import MAX_BYTES, read_bytes, read_object
 from nexus_rt.errors import ModelError, NexusError, cut
 from nexus_rt.loading.pretrained import pretrained
@@ -98,6 +100,20 @@ class PlainTokenizer(Tokenizer):
         return self.inner.token_to_id(token)
 
 
+class PieceTokenizer(PlainTokenizer):
+    """The sentencepiece model inside a file of weights."""
+
+    def __init__(self, file: Path, what: str) -> None:
+        from nexus_rt.loading.stored import read_header, read_tensors
+        from nexus_rt.models.pieces import tokenizer_of
+
+        self.folder, self.what = file, what
+        stored = read_header(file, integers=True)["spiece_model"]
+        ((_, data),) = read_tensors([("", stored)])
+        self.inner = tokenizer_of(bytes(data.view(torch.uint8).numpy()))
+        self.pad_id, self.eos_id, self.unk_id = map(self.token_id, ("<pad>", "</s>", "<unk>"))
+
+
 class TransformersTokenizer(Tokenizer):
     """Any tokenizer of transformers', by its `AutoTokenizer`."""
 
@@ -126,11 +142,14 @@ class TransformersTokenizer(Tokenizer):
 
 
 def load_tokenizer(folder: Path, what: str) -> Tokenizer:
-    """The tokenizer of a folder with `tokenizer_config.json`; `what` names its part in errors.
+    """The tokenizer of a folder with `tokenizer_config.json`, or of a file of weights that carries
+    one; `what` names its part in errors.
 
     Raises:
         ModelError: a damaged folder.
     """
+    if folder.is_file():
+        return PieceTokenizer(folder, what)
     path = folder / "tokenizer_config.json"
     config = read_object(path) if path.is_file() else {}
     with LOADING:

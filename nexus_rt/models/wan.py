@@ -35,6 +35,7 @@ FUSED = {
     "attn1.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "attn2.to_kv": ("attn2.to_k", "attn2.to_v"),
 }
+IMAGE_CHANNELS = 36  # of image-to-video models: 16 of noise, 16 of the image, 4 of the mask
 # kept in float32 whatever the model's dtype, as diffusers' `_keep_in_fp32_modules` does
 KEEP_FP32 = ("time_embedder", "scale_shift_table", "norm2")
 
@@ -127,6 +128,14 @@ class WanConfig:
                     f"config.json sets {key}={config[key]}: an image-to-video model; use a"
                     " text-to-video one."
                 )
+        if (
+            config.get("in_channels") == IMAGE_CHANNELS
+            and config.get("out_channels") != IMAGE_CHANNELS
+        ):
+            raise ModelError(
+                f"config.json sets in_channels={IMAGE_CHANNELS}: an image-to-video model, which"
+                " reads the image's channels beside the noise's; use a text-to-video one."
+            )
         if config.get("qk_norm", "rms_norm_across_heads") not in ("rms_norm_across_heads", True):
             raise ModelError(
                 f"qk_norm is {config['qk_norm']!r}; expected 'rms_norm_across_heads', as Wan 2.1"
