@@ -34,7 +34,7 @@ from nexus_rt.models.layers import Linear
 from nexus_rt.models.wan import WanTransformer
 from nexus_rt.recipes import METADATA
 from training.common import RUNS, Log, Schedule, load_checkpoint, save_checkpoint, set_lr
-from training.train_dit import MINI
+from training.train_dit import MINI, pad_context
 from training.train_lm import sample_prompt
 
 SEAMS = ("small:4/10", "small:4/9", "small:4/8")  # where the small generator may hand over
@@ -164,7 +164,8 @@ def train(schedule: tuple[int | None, float | None], batch: int, lr: float) -> N
             group["lr"] = now * group["ratio"]
         pick = torch.randint(len(data["states"]), (batch,), generator=generator)
         states, sigmas = data["states"][pick].float(), data["sigmas"][pick]
-        context = model.prepare_context(data["context"][pick].float())
+        # padded as at inference: the padding counts in the attention
+        context = model.prepare_context(pad_context(data["context"][pick].float()))
         weight = shape_weight(states[:, -1])
         own = torch.rand(batch, generator=generator) < 0.5
         x, total = states[:, 0], 0.0
