@@ -30,6 +30,7 @@ from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.engines.experts import ExpertsEngine
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError, ModelError, NexusError, choose
+from nexus_rt.loading.packing import check_dense
 from nexus_rt.loading.pair import default_device, default_dtype
 from nexus_rt.loading.pair_folder import Defaults
 from nexus_rt.pipeline import NexusPipeline
@@ -321,7 +322,12 @@ def _engine(
 
 
 def _compiled(model: Any) -> Any:
-    """A transformer on the same memory whose blocks are compiled."""
+    """A transformer on the same memory whose blocks are compiled.
+
+    Raises:
+        InputError: its weights are quantised.
+    """
+    check_dense(model)
     from nexus_rt.models.wan import WanTransformer
 
     with torch.device("meta"):

@@ -30,6 +30,7 @@ from nexus_rt.bench.quality import distance
 from nexus_rt.engines.experts import ExpertsEngine
 from nexus_rt.errors import InputError, choose
 from nexus_rt.loading.checkpoint import to_diffusers
+from nexus_rt.loading.packing import check_dense
 from nexus_rt.models.context import unpad
 from nexus_rt.models.wan import WanTransformer
 from nexus_rt.pipeline import NexusPipeline
@@ -67,7 +68,12 @@ class Setting:
 
 
 def diffusers_transformer(model: WanTransformer) -> Any:
-    """diffusers' transformer on the same memory as ours."""
+    """diffusers' transformer on the same memory as ours.
+
+    Raises:
+        InputError: its weights are quantised, which diffusers' layers do not hold.
+    """
+    check_dense(model)
     from diffusers import WanTransformer3DModel
     from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_rt.encodings import Scaled
-from nexus_rt.errors import ModelError, choose
+from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.loading.scales import FP8
 from nexus_rt.loading.stored import StoredTensor
 from nexus_rt.models.layers import Linear
@@ -139,3 +139,13 @@ def formats_of(model: nn.Module) -> dict[str, int]:
             continue
         counts[key] = counts.get(key, 0) + 1
     return counts
+
+
+def check_dense(model: nn.Module) -> None:
+    """Raise an `InputError` where a transformer holds quantised layers."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            raise InputError(
+                f"it is of dense weights, and {name} is kept in {module.formats[0]}; leave"
+                " --weights and --quantize out"
+            )
