@@ -33,6 +33,7 @@ from nexus_rt.bench.gpu_correctness import correctness
 from nexus_rt.bench.gpu_dit import dit
 from nexus_rt.bench.gpu_engines import engines, swap
 from nexus_rt.bench.gpu_pipeline import pipeline
+from nexus_rt.bench.gpu_quantized import quantized
 from nexus_rt.bench.gpu_tables import markdown
 from nexus_rt.bench.measure import failure, failure_in
 from nexus_rt.bench.presets import DRY, WAN_1_3B, WAN_14B
@@ -361,6 +362,7 @@ def _other_loads(suite: Suite, case) -> dict[str, dict]:
 PARTS: dict[str, Callable[[Suite], dict]] = {
     "correctness": correctness,
     "roofs": roofs,
+    "quantized": quantized,
     "kernels": kernels,
     "attention": attention,
     "dit small": lambda s: dit(s, next(iter(s.configs))),

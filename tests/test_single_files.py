@@ -531,3 +531,40 @@ def test_an_image_to_video_config_says_so(tmp_path):
     )
     with pytest.raises(ModelError, match="in_channels=36: an image-to-video model"):
         load_transformer(tmp_path)
+
+
+def test_no_damage_to_a_gguf_files_header_is_anything_but_an_error_in_words(tmp_path):
+    """Bytes overwritten anywhere before the data: refused in one sentence, or still a GGUF file."""
+    import random
+
+    import gguf
+
+    file = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(file, "wan")
+    writer.add_array("some.words", ["a", "bc"])
+    writer.add_array("comfy.gguf.orig_shape.a.weight", (2, 16))
+    writer.add_tensor("a.weight", torch.ones(32).numpy())
+    writer.add_tensor("b.weight", torch.ones(4, 4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    data = file.read_bytes()
+    assert find_tensors(file)["a.weight"].shape == (2, 16)
+    draw, refused = random.Random(0), 0
+    for _ in range(400):
+        bad = bytearray(data)
+        for _ in range(draw.randint(1, 4)):
+            at = draw.randrange(len(data) - 192)
+            bad[at] = draw.choice((0, 1, 127, 128, 255, draw.randrange(256)))
+        if draw.random() < 0.1:
+            bad = bad[: draw.randrange(len(bad))]
+        file.write_bytes(bad)
+        try:
+            found = find_tensors(file)
+        except ModelError as error:
+            refused += 1
+            assert str(file) in str(error)
+        else:
+            assert all(t.stop <= len(bad) for t in found.values())
+    assert refused > 100

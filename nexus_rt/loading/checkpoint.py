@@ -136,13 +136,11 @@ def fill(
             target, rows = fused_place(name, lambda n: tuple(places[n].shape))
             if target in packed:
                 assert packing is not None
-                packing.keep(target, name, stored[name], tensor, device)
+                packing.keep(model, target, name, stored[name], tensor, device)
                 continue
             value = stored[name].decoded(tensor)
             part: Tensor = places[target] if rows is None else places[target][rows]
             part.copy_(value if changes is None else changes(name, value.to(device)))
-    if packing is not None:
-        packing.finish(model, dtype)
 
 
 def _checked(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

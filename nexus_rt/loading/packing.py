@@ -36,14 +36,13 @@ class Packing:
     kind: str
     source: Path
     changes: Callable[[str, Tensor], Tensor] | None = None
-    read: dict[str, list[tuple[str, Rows]]] = dataclasses.field(default_factory=dict)
+    read: dict[str, dict[str, Rows]] = dataclasses.field(default_factory=dict)
 
     def places(self, model: nn.Module, stored: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
         """Our names of the matrices that stay in fewer bits, and diffusers' names of their parts.
 
         Raises:
-            ModelError: "small" asked of a checkpoint that stores none so, or into which LoRAs are
-                to be merged.
+            ModelError: "small" asked of a checkpoint that stores none so.
         """
         from nexus_rt.loading.checkpoint import fused_parts
 
@@ -62,9 +61,18 @@ class Packing:
         return found
 
     def keep(
-        self, target: str, name: str, stored: StoredTensor, raw: Tensor, device: torch.device
+        self,
+        model: nn.Module,
+        target: str,
+        name: str,
+        stored: StoredTensor,
+        raw: Tensor,
+        device: torch.device,
     ) -> None:
-        """Take a stored matrix, as it lies in the file."""
+        """Take a stored matrix, as it lies in the file; a layer whose parts are all there gets its
+        place."""
+        from nexus_rt.loading.checkpoint import fused_parts
+
         if self.kind == "small":
             encoding = stored.encoding or Scaled(FP8[stored.dtype], torch.ones(()))
             rows = Rows(
@@ -79,31 +87,30 @@ class Packing:
             rows = dataclasses.replace(
                 rows, encoding=dataclasses.replace(rows.encoding, scale=scale)
             )
-        self.read.setdefault(target, []).append((name, rows))
+        self.read.setdefault(target, {})[name] = rows
+        order = fused_parts(target)
+        if len(self.read[target]) == len(order):  # at once, so that no part is held twice
+            parts = self.read.pop(target)
+            self._put(model, target.removesuffix(".weight"), [parts[n] for n in order])
 
-    def finish(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Put quantised layers where their matrices were read."""
-        from nexus_rt.loading.checkpoint import fused_parts
-
-        for target, parts in self.read.items():
-            path = target.removesuffix(".weight")
-            layer = model.get_submodule(path)
-            order = fused_parts(target)
-            rows = [r for _, r in sorted(parts, key=lambda part: order.index(part[0]))]
-            made = QuantizedLinear(
-                rows,
-                layer.in_features,  # type: ignore[arg-type]
-                layer.bias.detach().to(dtype),  # type: ignore[union-attr, operator]
-                self.kind.endswith("-dynamic"),
-            )
-            owner, _, leaf = path.rpartition(".")
-            parent = model.get_submodule(owner)
-            if isinstance(parent, nn.ModuleList):
-                parent[int(leaf)] = made
-            elif isinstance(parent, nn.ModuleDict):
-                parent[leaf] = made
-            else:
-                setattr(parent, leaf, made)
+    def _put(self, model: nn.Module, path: str, rows: list[Rows]) -> None:
+        """A quantised layer where its matrix was; its bias, which may be read later, stays where it
+        is."""
+        layer = model.get_submodule(path)
+        made = QuantizedLinear(
+            rows,
+            layer.in_features,  # type: ignore[arg-type]
+            layer.bias.detach(),  # type: ignore[union-attr, operator]
+            self.kind.endswith("-dynamic"),
+        )
+        owner, _, leaf = path.rpartition(".")
+        parent = model.get_submodule(owner)
+        if isinstance(parent, nn.ModuleList):
+            parent[int(leaf)] = made
+        elif isinstance(parent, nn.ModuleDict):
+            parent[leaf] = made
+        else:
+            setattr(parent, leaf, made)
 
 
 def _is_small(stored: StoredTensor) -> bool:

@@ -44,10 +44,13 @@ class Rows:
 
 def quantise(weight: Tensor, kind: str) -> Rows:
     """A matrix [N, K] in 8 bits, "int8" or "fp8", with the scale that each row's largest value
-    needs."""
+    needs, the next number above it that bfloat16 has: a product in bfloat16 is then scaled
+    exactly."""
     dtype = FORMATS[kind]
     wide = weight.float()
-    scale = wide.abs().amax(1, keepdim=True).clamp_min(1e-12) / LIMITS[dtype]
+    needed = wide.abs().amax(1, keepdim=True).clamp_min(1e-12) / LIMITS[dtype]
+    scale = needed.bfloat16().float()
+    scale = torch.where(scale < needed, (scale * (1 + 2**-7)).bfloat16().float(), scale)
     values = wide / scale
     raw = values.round_().to(dtype) if dtype == torch.int8 else values.to(dtype)
     return Rows(raw, Scaled(f"{kind} by row", scale), weight.shape[0])
@@ -117,6 +120,8 @@ class QuantizedLinear(nn.Module):
         )
         self.bias = frozen(bias)
         self.activations = activations
+        # whether its scales are numbers of the dtype that it computes in
+        self.exact = all(bool((s.to(bias.dtype) == s).all()) for s in self.scales)
         self.adapters = nn.ModuleList()
         self.encodings = [
             replace(e, scale=torch.empty(0)) if isinstance(e, Scaled) else e for e in self.encodings
@@ -185,9 +190,11 @@ class QuantizedLinear(nn.Module):
         scale = rows.encoding.scale.reshape(-1)  # type: ignore[union-attr]
         if self.activations and (fast := _eight_bits(rows.raw)) is not None:
             return fast(x, rows.raw, scale, self.bias)
+        if not self.exact:
+            return F.linear(x, self.weight, self.bias)
         # 8-bit values are exact in the wider dtype: the scale comes after the product
         product = F.linear(x, rows.raw.view(self.out_features, -1).to(x.dtype))
-        return product.mul_(scale.to(x.dtype)).add_(self.bias)
+        return torch.addcmul(self.bias, product, scale.to(x.dtype))
 
 
 def _eight_bits(raw: Tensor):
@@ -224,6 +231,6 @@ def _fp8_product(x: Tensor, raw: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     small, own = _scaled_rows(x, torch.float8_e4m3fn)
     across = scale.expand(len(bias)).reshape(1, -1).contiguous()
     product = torch._scaled_mm(
-        small, raw.view(len(bias), -1).t(), own, across, bias, out_dtype=torch.bfloat16
+        small, raw.view(len(bias), -1).t(), own, across, out_dtype=torch.bfloat16
     )
-    return product.to(x.dtype).unflatten(0, x.shape[:-1])
+    return product.to(x.dtype).add_(bias).unflatten(0, x.shape[:-1])
