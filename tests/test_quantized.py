@@ -205,11 +205,14 @@ def test_quantised_blocks_are_streamed(tmp_path):
 
 
 @pytest.mark.parametrize("options", [["--quantize", "int8"], ["--quantize", "fp8-dynamic"]])
-def test_the_command_line_quantises(tiny_pair, tmp_path, options, caplog):
+def test_the_command_line_quantises(tiny_pair, tmp_path, options, capsys):
     command = ["generate", "a red circle", "--pair", str(tiny_pair), "--steps", "2", "--quiet"]
     assert main([*command, *options, "-o", str(tmp_path / "a.png")]) == 0
     both = [*command, "--quantize", "int8", "--weights", "small", "-o", str(tmp_path / "b.png")]
     assert main(both) != 0
+    assert main(["plan", "--pair", str(tiny_pair), "--plan", "large", *options]) == 0
+    out = capsys.readouterr().out
+    assert "weights of large: " in out and "by row; not quantised: condition_embedder." in out
     pipe = NexusPipeline.from_pretrained(tiny_pair, weights="int8")
     assert pipe.formats()["large"]["int8 by row"] == 14
     plain = NexusPipeline.from_pretrained(tiny_pair)

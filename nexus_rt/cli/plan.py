@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     _print_totals(plan, costs, guidance)
     if memory is not None:
         print(memory.table())
+    if pipe is not None and (args.weights or args.quantize):
+        _print_weights(pipe)
     source = "as given" if args.costs else "measured on this machine"
     print(
         f"step costs ({source}): small {costs.small_guided:.2f} ms guided, large"
@@ -118,6 +120,16 @@ def _notes(step: Step) -> list[str]:
     if step.threshold is not None:
         notes.append(f"velocity below {step.threshold:g}")
     return notes
+
+
+def _print_weights(pipe: NexusPipeline) -> None:
+    """Which matrices of each engine are kept in which format, and which are left as they are."""
+    from nexus_rt.engines.experts import engines_by_name
+    from nexus_rt.loading.packing import left_dense
+
+    for name, engine in engines_by_name(pipe.engines).items():
+        kept = ", ".join(f"{n} {kind}" for kind, n in pipe.formats()[name].items())
+        print(f"weights of {name}: {kept}; not quantised: {', '.join(left_dense(engine.model))}")
 
 
 def _print_totals(plan: Plan, costs: StepCosts, guidance: Guidance) -> None:

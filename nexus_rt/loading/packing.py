@@ -148,6 +148,11 @@ def formats_of(model: nn.Module) -> dict[str, int]:
     return counts
 
 
+def left_dense(model: nn.Module) -> list[str]:
+    """Names of a transformer's linear layers that are not quantised."""
+    return [name for name, module in model.named_modules() if isinstance(module, Linear)]
+
+
 def check_dense(model: nn.Module) -> None:
     """Raise an `InputError` where a transformer holds quantised layers."""
     for name, module in model.named_modules():
