@@ -163,4 +163,4 @@ def test_the_few_step_lora_is_small_and_named(tmp_path, capsys):
     prompt = "a striped red circle moves left on a black background"
     command = ["generate", prompt, "--large-lora", "few_step", "-o", str(tmp_path / "a.png")]
     assert main(command) == 0
-    assert "plan small:4/9 large:3" in capsys.readouterr().out
+    assert "plan small:4/8 large:3" in capsys.readouterr().out

@@ -39,7 +39,7 @@ from training.train_lm import sample_prompt
 
 SEAMS = ("small:4/10", "small:4/9", "small:4/8")  # where the small generator may hand over
 STEPS, FINE, GUIDANCE = 3, 12, 3.0
-PLAN = "small:4/9 large:3"  # of the recipe in the LoRA's header
+PLAN = "small:4/8 large:3"  # of the recipe in the LoRA's header
 RANK = 32
 FOLDER = RUNS / "distil"
 
