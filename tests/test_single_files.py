@@ -313,6 +313,8 @@ def test_a_vae_of_a_single_file(tmp_path, names):
     if names == "pickle":
         file = tmp_path / "Wan2.1_VAE.pth"
         torch.save(state, file)
+        with pytest.warns(UserWarning, match="is a pickle.*`nexus-rt convert wan"):
+            VideoDecoder(file, torch.float32, "cpu")
     else:
         file = published.save(state, tmp_path / "wan_2.1_vae.safetensors")
     decoder = VideoDecoder(file, torch.float32, "cpu")

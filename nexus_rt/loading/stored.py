@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,6 @@ from nexus_rt.documents import parse
 from nexus_rt.encodings import Encoding
 from nexus_rt.errors import ModelError, cut
 from nexus_rt.loading import gguf_file, pickles, scales
-from nexus_rt.log import chose
 
 DTYPES = {
     "F64": torch.float64,
@@ -261,7 +261,11 @@ def _small(stored: StoredTensor) -> Tensor:
 def _pickled(file: Path) -> dict[str, StoredTensor]:
     """A pickle's tensors, read without running it."""
     state = pickles.read_state(file, "model", "module", "state_dict", "model_state_dict")
-    chose("pickle", file.name, "read without running it; `nexus-rt convert wan` makes safetensors")
+    warnings.warn(
+        f"{file} is a pickle, which is read without running it; `nexus-rt convert wan {file} DIR`"
+        " makes safetensors, which are loaded sooner and in less memory.",
+        stacklevel=2,
+    )
     return {
         name: StoredTensor(file, 0, t.nbytes, t.dtype, tuple(t.shape), None, t)
         for name, t in state.items()
