@@ -175,11 +175,12 @@ def chosen_components(
 
 def _generators(name: str, source: GeneratorSource, loras: Sequence[Lora]) -> list[Component]:
     """A generator's engines: one, or one for each expert."""
-    own = loras_of(name, source, loras)
+    folders = transformers_of(source)
+    own = loras_of(name, folders, loras)
     boundary = source.boundary if isinstance(source, ExpertFolders) else None
     return [
         GeneratorComponent(f"{name}-{e}" if e else name, folder, tuple(own[e]), boundary)
-        for e, folder in transformers_of(source).items()
+        for e, folder in folders.items()
     ]
 
 

@@ -24,6 +24,11 @@ EXPERTS = ("high", "low")  # of a generator that has two: for high noise, and fo
 Scale = float | tuple[float, float]  # a guidance scale, or one for each expert
 
 
+def expert_at(timestep: float, boundary: float) -> str:
+    """The expert of a timestep: "high" from the share `boundary` of the training timesteps up."""
+    return EXPERTS[timestep < boundary * TRAIN_STEPS]
+
+
 def engine_name(generator: str, expert: str | None) -> str:
     """The name of the engine that runs a generator's expert, such as "large:high"."""
     return f"{generator}:{expert}" if expert else generator
@@ -197,7 +202,7 @@ class Plan:
         steps = []
         for step in self.steps:
             small, large = (
-                EXPERTS[step.timestep < boundaries[g] * TRAIN_STEPS]
+                expert_at(step.timestep, boundaries[g])
                 if g in boundaries and getattr(step, g)
                 else None
                 for g in ("small", "large")

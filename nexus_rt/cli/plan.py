@@ -127,8 +127,9 @@ def _print_weights(pipe: NexusPipeline) -> None:
     from nexus_rt.engines.experts import engines_by_name
     from nexus_rt.loading.packing import left_dense
 
+    formats = pipe.formats()
     for name, engine in engines_by_name(pipe.engines).items():
-        kept = ", ".join(f"{n} {kind}" for kind, n in pipe.formats()[name].items())
+        kept = ", ".join(f"{n} {kind}" for kind, n in formats[name].items())
         print(f"weights of {name}: {kept}; not quantised: {', '.join(left_dense(engine.model))}")
 
 

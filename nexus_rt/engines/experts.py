@@ -1,7 +1,7 @@
 """A generator of two experts, an engine each: which runs is a matter of the timestep.
 
-Behind the engine protocol it is one generator. `parts` names the engines one by one, for what
-moves them between memories.
+Behind the engine protocol it is one generator. `engines_by_name` has the engines one by one, for
+what moves them between memories.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from nexus_rt.engines.protocol import Diagnosable, PublishedNumerics, Sized, Warmable
 from nexus_rt.errors import InputError, NexusError
-from nexus_rt.loading.lora import Lora
-from nexus_rt.plan import EXPERTS, TRAIN_STEPS, engine_name
+from nexus_rt.loading.lora import Lora, loras_of
+from nexus_rt.plan import EXPERTS, engine_name, expert_at
 from nexus_rt.size import ClipSize
 
 
@@ -41,7 +41,7 @@ class ExpertsEngine:
 
     def expert(self, timestep: float) -> str:
         """The expert of a timestep."""
-        return EXPERTS[timestep < self.boundary * TRAIN_STEPS]
+        return expert_at(timestep, self.boundary)
 
     def each(self, change: Callable[[Any], Any]) -> ExpertsEngine:
         """The same generator of changed engines."""
@@ -169,21 +169,16 @@ def change_loras(engines: Mapping[str, Any], asked: Mapping[str, Sequence[Lora]]
         if name not in engines:
             raise InputError(f"the {name} generator is not loaded; pass {name}= when loading.")
         engine = engines[name]
-        single = not isinstance(engine, ExpertsEngine)
-        experts = {None: engine} if single else engine.experts
-        for expert, one in experts.items():
+        experts = engine.experts if isinstance(engine, ExpertsEngine) else {"": engine}
+        for one in experts.values():
             if not hasattr(one, "set_loras"):
                 raise InputError(
                     f"the {name} generator is an exported engine, whose weights are inside its"
                     f" artefact; export it again with --{name}-lora, or run the generator in"
                     " PyTorch."
                 )
-            if single and (odd := next((a for a in loras if a.expert), None)):
-                raise InputError(
-                    f"LoRA {odd.path} is for the {odd.expert}-noise expert, and the {name}"
-                    f" generator is one transformer; leave :{odd.expert} out."
-                )
-            todo.append((one, [a for a in loras if a.expert in (None, expert)]))
+        own = loras_of(name, experts, loras)
+        todo += [(one, own[expert]) for expert, one in experts.items()]
     done: list[tuple[Any, Sequence[Lora]]] = []
     try:
         for engine, loras in todo:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from nexus_rt.errors import ModelError, cut
-from nexus_rt.loading.packing import Packing
 from nexus_rt.loading.stored import StoredTensor, read_tensors, renamed
 from nexus_rt.models.wan import FUSED, KEEP_FP32
+
+if TYPE_CHECKING:
+    from nexus_rt.loading.packing import Packing
 
 ORIGINAL_NAMES = [  # Wan's own names -> diffusers', as diffusers' conversion script maps them
     (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
@@ -120,7 +122,7 @@ def fill(
         ModelError: a parameter is missing, unknown, there twice, or of another shape.
     """
     stored = _checked(model, tensors)
-    packed = packing.places(model, stored) if packing is not None else {}
+    packed = packing.places(model, stored) if packing is not None else set()
     for name, parameter in list(model.named_parameters()):
         if name in packed:
             continue

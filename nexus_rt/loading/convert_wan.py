@@ -55,8 +55,8 @@ def kind_of(source: Path) -> str:
 
 def _transformer(target: Path, source: Path, label: str, report: Report) -> None:
     """A transformer's folder of a folder or file."""
-    model = empty_transformer(source)
-    stored = in_diffusers_names(find_tensors(source))
+    model, tensors = empty_transformer(source)
+    stored = in_diffusers_names(tensors)
     wanted = diffusers_shapes(model)
     check_shapes(source, {k: t.shape for k, t in stored.items()}, wanted)
     used = {k: t for k, t in stored.items() if k in wanted}

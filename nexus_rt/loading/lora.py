@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from nexus_rt.errors import InputError, ModelError, choose, cut
 from nexus_rt.loading.checkpoint import diffusers_shapes, fused_place
-from nexus_rt.loading.experts import GeneratorSource, transformers_of
 from nexus_rt.loading.lora_file import (
     ENDINGS,
     Key,
@@ -33,7 +32,6 @@ from nexus_rt.loading.lora_file import (
 )
 from nexus_rt.loading.stored import read_header, read_tensors
 from nexus_rt.models.quantized import Adapter, QuantizedLinear
-from nexus_rt.models.wan import FUSED
 from nexus_rt.plan import EXPERTS
 
 PACKAGED = Path(__file__).resolve().parents[1] / "mini" / "loras"  # found by name
@@ -131,14 +129,13 @@ def parse_loras(source: LoraSource) -> tuple[Lora, ...]:
 
 
 def loras_of(
-    generator: str, source: GeneratorSource, loras: Sequence[Lora]
+    generator: str, experts: Collection[str], loras: Sequence[Lora]
 ) -> dict[str, list[Lora]]:
-    """What is merged into each transformer of a generator: by expert, or under "".
+    """What is merged into each transformer of a generator: by expert, or under "" where it is one.
 
     Raises:
         InputError: a LoRA for an expert of a generator that has none.
     """
-    experts = transformers_of(source)
     for lora in loras:
         if lora.expert is not None and lora.expert not in experts:
             raise InputError(
@@ -406,18 +403,14 @@ def _nonzero(part: Tensor | _Product) -> bool:
 def quantised_place(model: nn.Module, name: str) -> tuple[QuantizedLinear, int, int] | None:
     """The quantised layer that holds diffusers' parameter `name`, and its rows there; None where
     the parameter is a plain one."""
-    for ours, theirs in FUSED.items():
-        for i, part in enumerate(theirs):
-            if name.endswith(f".{part}.weight"):
-                layer = model.get_submodule(name.replace(part, ours).removesuffix(".weight"))
-                if isinstance(layer, QuantizedLinear):
-                    rows = layer.out_features // len(theirs)
-                    return layer, i * rows, (i + 1) * rows
-                return None
     if not name.endswith(".weight"):
         return None
-    layer = model.get_submodule(name.removesuffix(".weight"))
-    return (layer, 0, layer.out_features) if isinstance(layer, QuantizedLinear) else None
+    layer_of = lambda target: model.get_submodule(target.removesuffix(".weight"))
+    target, rows = fused_place(name, lambda n: (getattr(layer_of(n), "out_features", 0),))
+    layer = layer_of(target)
+    if not isinstance(layer, QuantizedLinear):
+        return None
+    return (layer, 0, layer.out_features) if rows is None else (layer, rows.start, rows.stop)
 
 
 def add_beside(model: nn.Module, changes: Changes) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nexus_rt.encodings import Scaled
 from nexus_rt.errors import InputError, ModelError, choose
+from nexus_rt.loading.checkpoint import fused_parts
 from nexus_rt.loading.scales import FP8
 from nexus_rt.loading.stored import StoredTensor
 from nexus_rt.models.layers import Linear
@@ -38,21 +39,19 @@ class Packing:
     changes: Callable[[str, Tensor], Tensor] | None = None
     read: dict[str, dict[str, Rows]] = dataclasses.field(default_factory=dict)
 
-    def places(self, model: nn.Module, stored: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
-        """Our names of the matrices that stay in fewer bits, and diffusers' names of their parts.
+    def places(self, model: nn.Module, stored: Mapping[str, StoredTensor]) -> set[str]:
+        """Our names of the matrices that stay in fewer bits.
 
         Raises:
             ModelError: "small" asked of a checkpoint that stores none so.
         """
-        from nexus_rt.loading.checkpoint import fused_parts
-
-        found: dict[str, list[str]] = {}
+        found: set[str] = set()
         for name, module in model.named_modules():
             if not isinstance(module, Linear) or not name.startswith(BLOCKS):
                 continue
-            parts = list(fused_parts(f"{name}.weight"))
+            parts = fused_parts(f"{name}.weight")
             if self.kind != "small" or all(_is_small(stored[p]) for p in parts):
-                found[f"{name}.weight"] = parts
+                found.add(f"{name}.weight")
         if not found:
             raise ModelError(
                 f"{self.source} stores no matrix in 8 bits or fewer, which weights 'small' keeps;"
@@ -71,8 +70,6 @@ class Packing:
     ) -> None:
         """Take a stored matrix, as it lies in the file; a layer whose parts are all there gets its
         place."""
-        from nexus_rt.loading.checkpoint import fused_parts
-
         if self.kind == "small":
             encoding = stored.encoding or Scaled(FP8[stored.dtype], torch.ones(()))
             rows = Rows(

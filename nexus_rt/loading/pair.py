@@ -122,7 +122,8 @@ def load_models(
         )
 
     def engine(generator: str, source: GeneratorSource) -> TorchEngine | ExpertsEngine:
-        own = loras_of(generator, source, loras.get(generator, ()))
+        folders = transformers_of(source)
+        own = loras_of(generator, folders, loras.get(generator, ()))
         made = {
             expert: TorchEngine(
                 transformer.load_transformer(
@@ -130,7 +131,7 @@ def load_models(
                 ),
                 device=device,
             )
-            for expert, f in transformers_of(source).items()
+            for expert, f in folders.items()
         }
         if isinstance(source, ExpertFolders):
             return ExpertsEngine(made, source.boundary)

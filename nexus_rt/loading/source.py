@@ -8,7 +8,8 @@ from pathlib import Path
 from nexus_rt.documents import read_object
 from nexus_rt.errors import ModelError, cut
 
-READABLE = (".safetensors", ".sft", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
+PLAIN = (".safetensors", ".sft", ".gguf")  # files of weights that are data alone
+READABLE = (*PLAIN, ".bin", ".pt", ".pth", ".ckpt")
 OTHERS = {  # of files that are no weights of ours -> what to do
     ".onnx": "an ONNX graph; pass the folder that `nexus-rt export` made to --engines",
     ".engine": "a TensorRT engine; pass the folder that `nexus-rt export` made to --engines",
@@ -94,7 +95,7 @@ def weights_of(source: Path) -> list[Path]:
     """The files of weights in a folder, or a file itself."""
     if source.is_file():
         return [source]
-    return sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".sft", ".gguf"))
+    return sorted(p for p in source.glob("*") if p.suffix in PLAIN)
 
 
 def folder_bytes(source: Path) -> int:

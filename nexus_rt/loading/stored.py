@@ -25,6 +25,7 @@ from nexus_rt.documents import parse
 from nexus_rt.encodings import Encoding
 from nexus_rt.errors import ModelError, cut
 from nexus_rt.loading import gguf_file, pickles, scales
+from nexus_rt.loading.source import weights_of
 
 DTYPES = {
     "F64": torch.float64,
@@ -43,7 +44,6 @@ INTEGERS = {
 }
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-READABLE = (".safetensors", ".sft", ".gguf", *PICKLES)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def weight_files(source: Path) -> list[Path]:
             for file in (f"{name}.safetensors.index{variant}.json", f"{name}{variant}.safetensors"):
                 if (source / file).is_file():
                     return [source / file]
-    several = sorted(p for e in (".safetensors", ".sft", ".gguf") for p in source.glob(f"*{e}"))
+    several = weights_of(source)
     if len(several) > 1:
         raise ModelError(
             f"{source} holds {len(several)} files of weights"

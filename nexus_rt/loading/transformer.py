@@ -17,7 +17,7 @@ from nexus_rt.loading.checkpoint import diffusers_shapes, fill, in_diffusers_nam
 from nexus_rt.loading.locate import transformer_folder
 from nexus_rt.loading.lora import Changes, Lora, add_beside
 from nexus_rt.loading.packing import Packing, check_weights, formats_of
-from nexus_rt.loading.source import read_json
+from nexus_rt.loading.source import read_json, weights_of
 from nexus_rt.loading.stored import StoredTensor, find_tensors
 from nexus_rt.loading.swap import LoadedFrom
 from nexus_rt.log import chose
@@ -31,25 +31,21 @@ def config_file(source: Path) -> Path | None:
     where the weights alone say what they are."""
     if source.is_dir():
         path = source / "config.json"
-        return path if path.is_file() or not _has_weights(source) else None
+        return path if path.is_file() or not weights_of(source) else None
     path = source.with_name("config.json")
     return path if path.is_file() and read_json(path).get("_class_name") in CLASSES else None
 
 
-def _has_weights(folder: Path) -> bool:
-    return any(p.suffix in (".safetensors", ".sft", ".gguf") for p in folder.iterdir())
-
-
-def load_config(source: Path) -> WanConfig:
+def load_config(source: Path, tensors: Mapping[str, StoredTensor] | None = None) -> WanConfig:
     """The architecture of a transformer's folder or file: its `config.json`, or what its tensors'
-    shapes say.
+    shapes say (`tensors`: those of `find_tensors`, where they are known).
 
     Raises:
         ModelError: another architecture, or a model of another task.
     """
     path = config_file(source)
     if path is None:
-        stored = in_diffusers_names(find_tensors(source))
+        stored = in_diffusers_names(find_tensors(source) if tensors is None else tensors)
         return wan_config({name: t.shape for name, t in stored.items()}, source)
     config = read_json(path)
     name = config.get("_class_name", "WanModel")
@@ -84,17 +80,22 @@ def _check_depth(config: WanConfig, tensors: Mapping[str, StoredTensor], folder:
         )
 
 
-def empty_transformer(source: Path) -> WanTransformer:
-    """A transformer of a folder or file on the meta device, its depth checked against the weights.
+def empty_transformer(source: Path) -> tuple[WanTransformer, dict[str, StoredTensor]]:
+    """A transformer of a folder or file on the meta device, its depth checked against the weights;
+    and these.
 
     Raises:
         ModelError: another architecture or task, or weights with many fewer blocks.
     """
-    config, tensors = load_config(source), find_tensors(source)
+    # what a config says of another architecture goes before its weights
+    config = load_config(source) if config_file(source) is not None else None
+    tensors = find_tensors(source)
+    if config is None:
+        config = load_config(source, tensors)
     check_variant(tensors, source)
     _check_depth(config, tensors, source)
     with torch.device("meta"):
-        return WanTransformer(config)
+        return WanTransformer(config), tensors
 
 
 def load_transformer(
@@ -122,7 +123,7 @@ def load_transformer(
     choose("attention backend", attention, ATTENTION_NAMES)
     check_weights(weights)
     folder = transformer_folder(Path(folder))
-    model, tensors = empty_transformer(folder), find_tensors(folder)
+    model, tensors = empty_transformer(folder)
     changes = Changes(loras, diffusers_shapes(model))
     change = changes.apply if changes else None
     packing = None if weights == "dense" else Packing(weights, folder, change)
