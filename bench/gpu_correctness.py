@@ -8,27 +8,29 @@ what eager PyTorch loses at the same precision.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from nexus_rt.bench.measure import failure
+from nexus_rt.bench.gpu_units import Unit
 
 
-def correctness(suite: Any) -> dict:
-    """Every kernel in the suite's dtype against float64; `suite.wrong` gets the names of those that
-    are not right.
+def units(setting: Any) -> dict[str, Unit]:
+    """What is timed: the kernels at Wan's widths and sizes."""
+    return _units(setting, timed=True)
 
-    A kernel that fails to compile or to run is wrong, and does not keep the others from being
-    checked.
-    """
-    rows = {}
-    for name, check in CHECKS.items():
-        try:
-            for label, row in check(suite):
-                rows[f"{name} {label}"] = row
-        except Exception as error:
-            rows[name] = {"failed": failure(error), "right": False}
-    suite.wrong = {name.split()[0] for name, row in rows.items() if not row["right"]}
-    return rows
+
+def units_elsewhere(setting: Any) -> dict[str, Unit]:
+    """Other widths, odd planes, and tensors of more than 2^31 elements."""
+    return _units(setting, timed=False)
+
+
+def _units(setting: Any, timed: bool) -> dict[str, Unit]:
+    return {
+        f"{name} {label}": Unit(call, 60.0)
+        for name, cases in CHECKS.items()
+        for label, call in cases(setting, timed).items()
+    }
 
 
 def compare(got, wanted, eager) -> dict:
@@ -44,128 +46,157 @@ def compare(got, wanted, eager) -> dict:
     }
 
 
-def _heads(suite: Any) -> tuple:
-    return ((2, 32),) if suite.dry else ((12, 128), (40, 128), (4, 64), (4, 32))
+Cases = dict[str, Callable[[], dict]]
 
 
-def _planes(suite: Any) -> tuple:
-    return ((6, 10),) if suite.dry else ((60, 104), (90, 160), (17, 23))
+def _heads(s: Any, timed: bool) -> tuple:
+    if s.dry:
+        return ((2, 32),) if timed else ()
+    return ((40, 128), (12, 128)) if timed else ((4, 64), (4, 32))
 
 
-def _modulate(suite: Any):
+def _planes(s: Any, timed: bool) -> tuple:
+    if s.dry:
+        return ((6, 10),) if timed else ()
+    return ((60, 104), (90, 160)) if timed else ((17, 23),)
+
+
+def _modulate(s: Any, timed: bool) -> Cases:
+    return {
+        f"{what}{heads * head_dim}": partial(_modulate_case, s, heads * head_dim, what)
+        for heads, head_dim in _heads(s, timed)
+        for what in ("", "stream ")
+    }
+
+
+def _modulate_case(s: Any, dim: int, what: str) -> dict:
     import torch
 
     from nexus_rt.kernels.modulate import modulate, modulate_ref
 
-    for dim in (heads * head_dim for heads, head_dim in _heads(suite)):
-        length = 7 if suite.dry else 1311
-        x, y = suite.random(2, length, dim), suite.random(2, length, dim)
-        scale, shift, gate = (suite.random(2, dim, dtype=torch.float32) for _ in range(3))
-        total, out = modulate(x, scale, shift, 1e-6, y, gate)
-        stream = (x.double() + y.double() * gate.double()[:, None]).to(x.dtype).double()
-        eager = modulate_ref(x, scale, shift, 1e-6, y, gate)
-        yield str(dim), compare(out, _layer_norm64(stream, scale, shift), eager[1])
-        yield f"stream {dim}", compare(total, stream, eager[0])
+    length = 7 if s.dry else 1311
+    x, y = s.random(2, length, dim), s.random(2, length, dim)
+    scale, shift, gate = (s.random(2, dim, dtype=torch.float32) for _ in range(3))
+    total, out = modulate(x, scale, shift, 1e-6, y, gate)
+    stream = (x.double() + y.double() * gate.double()[:, None]).to(x.dtype).double()
+    eager = modulate_ref(x, scale, shift, 1e-6, y, gate)
+    if what:
+        return compare(total, stream, eager[0])
+    return compare(out, _layer_norm64(stream, scale, shift), eager[1])
 
 
-def _qk_norm_rope(suite: Any):
+def _qk_norm_rope(s: Any, timed: bool) -> Cases:
+    return {
+        f"{which} {heads * head_dim}": partial(_qk_norm_rope_case, s, heads, head_dim, which)
+        for heads, head_dim in _heads(s, timed)
+        for which in "qk"
+    }
+
+
+def _qk_norm_rope_case(s: Any, heads: int, head_dim: int, which: str) -> dict:
     import torch
 
     from nexus_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 
-    for heads, head_dim in _heads(suite):
-        dim, length = heads * head_dim, 7 if suite.dry else 1311
-        qkv = suite.random(2, length, 3 * dim)
-        weights = [suite.random(dim) for _ in range(2)]
-        angle = suite.random(length, head_dim // 2, dtype=torch.float32)
-        args = (qkv, *weights, angle.cos(), angle.sin(), heads, 1e-6)
-        got, eager = qk_norm_rope(*args), qk_norm_rope_ref(*args)
-        for name, g, e, part, weight in zip(
-            "qk", got, eager, qkv.double().chunk(3, -1), weights, strict=False
-        ):
-            yield f"{name} {dim}", compare(g, _rope64(part, weight, angle, heads), e)
+    dim, length, i = heads * head_dim, 7 if s.dry else 1311, "qk".index(which)
+    qkv, weights = s.random(2, length, 3 * dim), [s.random(dim) for _ in range(2)]
+    angle = s.random(length, head_dim // 2, dtype=torch.float32)
+    args = (qkv, *weights, angle.cos(), angle.sin(), heads, 1e-6)
+    wanted = _rope64(qkv.double().chunk(3, -1)[i], weights[i], angle, heads)
+    return compare(qk_norm_rope(*args)[i], wanted, qk_norm_rope_ref(*args)[i])
 
 
-def _attention(suite: Any):
-    import torch
-
-    from nexus_rt.kernels.attention import LOADS, attention
-
-    for heads, head_dim in _heads(suite):
-        length = 7 if suite.dry else 1311
-        for keys, biased in ((length, False), (1280, False), (77, True)):
-            if suite.dry and keys > 77:
-                continue
-            q, k, v = (
-                suite.random(2, length, heads, head_dim),
-                *(suite.random(2, keys, heads, head_dim) for _ in range(2)),
-            )
-            bias = suite.random(2, keys, dtype=torch.float32) if biased else None
-            mask = None if bias is None else bias[:, None, None].to(q.dtype)
-            plain = torch.nn.functional.scaled_dot_product_attention(
-                *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask
-            ).transpose(1, 2)
-            label = f"{head_dim} x{heads} {keys} keys{' biased' if biased else ''}"
-            wanted = _attention64(q, k, v, bias)
-            for loads in LOADS[:2] if suite.dry else LOADS[: 3 if biased else 4]:
-                yield f"{label}, {loads}", compare(attention(q, k, v, bias, loads), wanted, plain)
+def _key_counts(s: Any) -> tuple:
+    length = 7 if s.dry else 1311
+    whole = () if s.dry else ((1280, False),)
+    return ((length, False), *whole, (77, True))
 
 
-def _attention_fp8(suite: Any):
-    import torch
-
-    from nexus_rt.attention import APPROXIMATE
+def _attention(s: Any, timed: bool) -> Cases:
     from nexus_rt.kernels.attention import LOADS
+
+    return {
+        f"{_attention_label(heads, head_dim, keys, biased)}, {loads}": partial(
+            _attention_case, s, heads, head_dim, keys, biased, loads
+        )
+        for heads, head_dim in _heads(s, timed)
+        for keys, biased in _key_counts(s)
+        for loads in (LOADS[:2] if s.dry else LOADS[: 3 if biased else 4])
+    }
+
+
+def _attention_label(heads: int, head_dim: int, keys: int, biased: bool) -> str:
+    return f"{head_dim} x{heads} {keys} keys{' biased' if biased else ''}"
+
+
+def _qkv(s: Any, heads: int, head_dim: int, keys: int, biased: bool) -> tuple:
+    import torch
+
+    q = s.random(2, 7 if s.dry else 1311, heads, head_dim)
+    k, v = (s.random(2, keys, heads, head_dim) for _ in range(2))
+    return q, k, v, s.random(2, keys, dtype=torch.float32) if biased else None
+
+
+def _attention_case(s: Any, heads: int, head_dim: int, keys: int, biased: bool, loads: str) -> dict:
+    import torch
+
+    from nexus_rt.kernels.attention import attention
+
+    q, k, v, bias = _qkv(s, heads, head_dim, keys, biased)
+    mask = None if bias is None else bias[:, None, None].to(q.dtype)
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask
+    ).transpose(1, 2)
+    return compare(attention(q, k, v, bias, loads), _attention64(q, k, v, bias), plain)
+
+
+def _attention_fp8(s: Any, timed: bool) -> Cases:
+    from nexus_rt.kernels.attention import FP8_HEAD_DIMS, LOADS
+
+    return {
+        f"{_attention_label(heads, head_dim, keys, biased)}, {loads}": partial(
+            _attention_fp8_case, s, heads, head_dim, keys, biased, loads
+        )
+        for heads, head_dim in _heads(s, timed)
+        # Triton's interpreter rounds to fp8 wrongly
+        if head_dim in FP8_HEAD_DIMS and not s.dry
+        for keys, biased in _key_counts(s)
+        for loads in LOADS[: 3 if biased else 4]
+    }
+
+
+def _attention_fp8_case(
+    s: Any, heads: int, head_dim: int, keys: int, biased: bool, loads: str
+) -> dict:
+    from nexus_rt.attention import APPROXIMATE
     from nexus_rt.kernels.attention_fp8 import attention_fp8
 
-    if suite.dry:  # Triton's interpreter rounds to fp8 wrongly
-        return
-    for heads, head_dim in ((12, 128), (4, 64)):
-        for keys, biased in ((1311, False), (1280, False), (77, True)):
-            q, k, v = (
-                suite.random(2, 1311, heads, head_dim),
-                *(suite.random(2, keys, heads, head_dim) for _ in range(2)),
-            )
-            bias = suite.random(2, keys, dtype=torch.float32) if biased else None
-            wanted = _attention64(q, k, v, bias)
-            for loads in LOADS[: 3 if biased else 4]:
-                share = float(
-                    (attention_fp8(q, k, v, bias, loads).double() - wanted).norm() / wanted.norm()
-                )
-                label = f"{head_dim} x{heads} {keys} keys{' biased' if biased else ''}, {loads}"
-                yield (
-                    label,
-                    {
-                        "relative_error": share,
-                        "allowed": APPROXIMATE,
-                        "right": share <= APPROXIMATE,
-                    },
-                )
+    args = _qkv(s, heads, head_dim, keys, biased)
+    wanted = _attention64(*args)
+    share = float((attention_fp8(*args, loads).double() - wanted).norm() / wanted.norm())
+    return {"relative_error": share, "allowed": APPROXIMATE, "right": share <= APPROXIMATE}
 
 
-def _linear_gelu(suite: Any):
+def _linear_gelu(s: Any, timed: bool) -> Cases:
+    widths = ((32, 64),) if s.dry else ((5120, 13824), (1536, 8960))
+    return {f"{dim}": partial(_linear_gelu_case, s, dim, inner) for dim, inner in widths if timed}
+
+
+def _linear_gelu_case(s: Any, dim: int, inner: int) -> dict:
     from nexus_rt.block_ops import TORCH, _linear_gelu_epilogue
 
-    for dim, inner in ((32, 64),) if suite.dry else ((1536, 8960), (5120, 13824)):
-        x, weight, bias = (
-            suite.random(2, 7 if suite.dry else 500, dim),
-            suite.random(inner, dim) / dim**0.5,
-            suite.random(inner),
-        )
-        y = x.double() @ weight.double().T + bias.double()
-        wanted = 0.5 * y * (1 + (math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)).tanh())
-        yield (
-            f"{dim}",
-            compare(
-                _linear_gelu_epilogue(x, weight, bias), wanted, TORCH.linear_gelu(x, weight, bias)
-            ),
-        )
+    x, bias = s.random(2, 7 if s.dry else 500, dim), s.random(inner)
+    weight = s.random(inner, dim) / dim**0.5
+    y = x.double() @ weight.double().T + bias.double()
+    wanted = 0.5 * y * (1 + (math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)).tanh())
+    eager = TORCH.linear_gelu(x, weight, bias)
+    return compare(_linear_gelu_epilogue(x, weight, bias), wanted, eager)
 
 
-def _predictions(suite: Any, height: int, width: int):
-    """Four predictions in the suite's dtype, guidance scales, and the guided velocities in
+def _predictions(s: Any, height: int, width: int):
+    """Four predictions in the setting's dtype, guidance scales, and the guided velocities in
     float64."""
-    four, scales = [suite.random(2, 4, 3, height, width) for _ in range(4)], (5.0, 3.0)
+    four, scales = [s.random(2, 4, 3, height, width) for _ in range(4)], (5.0, 3.0)
     pairs = zip(four[::2], four[1::2], scales, strict=True)
     return four, scales, [u.double() + g * (c.double() - u.double()) for c, u, g in pairs]
 
@@ -176,112 +207,122 @@ def _squares(*velocities):
     return torch.stack([v.square().flatten(1).sum(1) for v in velocities])
 
 
-def _band_blend(suite: Any):
+def _band_blend(s: Any, timed: bool) -> Cases:
+    return {
+        f"{what}{h}x{w}": partial(_band_blend_case, s, h, w, what)
+        for h, w in _planes(s, timed)
+        for what in ("", "sums ")
+    }
+
+
+def _band_blend_case(s: Any, height: int, width: int, what: str) -> dict:
     from nexus_rt.kernels.band_blend import band_blend, band_blend_ref
 
-    for height, width in _planes(suite):
-        four, scales, (v_small, v_large) = _predictions(suite, height, width)
-        got, sums = band_blend(*four, scales, 0.4, 0.42, 0.18, 0.2)
-        wanted = 0.4 * v_large + 0.42 * v_small + 0.18 * _stencil64(v_small, 0.2)
-        yield (
-            f"{height}x{width}",
-            compare(got, wanted, band_blend_ref(*four, scales, 0.4, 0.42, 0.18, 0.2)[0]),
-        )
-        squares, eager = (
-            _squares(v_small, v_large, wanted),
-            _squares(v_small.float(), v_large.float(), got),
-        )
-        yield (
-            f"sums {height}x{width}",
-            compare(sums.sum(-1) / squares, squares / squares, eager / squares),
-        )
+    four, scales, (v_small, v_large) = _predictions(s, height, width)
+    got, sums = band_blend(*four, scales, 0.4, 0.42, 0.18, 0.2)
+    wanted = 0.4 * v_large + 0.42 * v_small + 0.18 * _stencil64(v_small, 0.2)
+    if not what:
+        eager = band_blend_ref(*four, scales, 0.4, 0.42, 0.18, 0.2)[0]
+        return compare(got, wanted, eager)
+    squares = _squares(v_small, v_large, wanted)
+    eager = _squares(v_small.float(), v_large.float(), got)
+    return compare(sums.sum(-1) / squares, squares / squares, eager / squares)
 
 
-def _band_filter(suite: Any):
+def _band_filter(s: Any, timed: bool) -> Cases:
+    return {
+        f"{split} {lowpass} {h}x{w}": partial(_band_filter_case, s, h, w, split, lowpass)
+        for h, w in _planes(s, timed)
+        for split, lowpass in (("fft", "gaussian"), ("dct", "butterworth"))
+    }
+
+
+def _band_filter_case(s: Any, height: int, width: int, split: str, lowpass: str) -> dict:
     from nexus_rt.kernels.band_filter import band_filter, band_filter_ref
     from nexus_rt.upfb import split_filter
 
-    for height, width in _planes(suite):
-        four, scales, (v_small, v_large) = _predictions(suite, height, width)
-        x = v_small - v_large
-        for split, lowpass in (("fft", "gaussian"), ("dct", "butterworth")):
-            f = split_filter(height, width, split, lowpass, 2, 0.43, suite.device)
-            args = (*four, scales, 0.42, 0.18, f.left, f.right, f.gain)
-            wanted = v_large + 0.42 * x + 0.18 * _lowpass64(x, split, lowpass, 0.43)
-            yield (
-                f"{split} {lowpass} {height}x{width}",
-                compare(band_filter(*args)[0], wanted, band_filter_ref(*args)[0]),
-            )
+    four, scales, (v_small, v_large) = _predictions(s, height, width)
+    x = v_small - v_large
+    f = split_filter(height, width, split, lowpass, 2, 0.43, s.device)
+    args = (*four, scales, 0.42, 0.18, f.left, f.right, f.gain)
+    wanted = v_large + 0.42 * x + 0.18 * _lowpass64(x, split, lowpass, 0.43)
+    return compare(band_filter(*args)[0], wanted, band_filter_ref(*args)[0])
 
 
-def _solver_step(suite: Any):
+def _solver_step(s: Any, timed: bool) -> Cases:
+    return {f"{h}x{w}": partial(_solver_step_case, s, h, w) for h, w in _planes(s, timed)}
+
+
+def _solver_step_case(s: Any, height: int, width: int) -> dict:
     import torch
 
     from nexus_rt.kernels.solver_step import solver_step, solver_step_ref
 
-    for height, width in _planes(suite):
-        x, v, last, m1, m2 = (
-            suite.random(2, 4, 3, height, width, dtype=torch.float32) for _ in range(5)
-        )
-        scalars, squares = (
-            [0.9, 0.7, -0.2, 0.35, 0.11, 0.83, 0.4, -0.09],
-            _squares(x, m1, v).double(),
-        )
-        sums = (squares[..., None] / 700).expand(3, 2, 700).float().contiguous()
-        args = (x, v, None, 1.0, sums, "progressive", 0.6, scalars, [last, m1, m2], 3, 2)
-        wanted = _step64(x, v, squares, 0.6, scalars, last, m1, m2)
-        yield f"{height}x{width}", compare(solver_step(*args)[0], wanted, solver_step_ref(*args)[0])
+    x, v, last, m1, m2 = (s.random(2, 4, 3, height, width, dtype=torch.float32) for _ in range(5))
+    scalars = [0.9, 0.7, -0.2, 0.35, 0.11, 0.83, 0.4, -0.09]
+    squares = _squares(x, m1, v).double()
+    sums = (squares[..., None] / 700).expand(3, 2, 700).float().contiguous()
+    args = (x, v, None, 1.0, sums, "progressive", 0.6, scalars, [last, m1, m2], 3, 2)
+    wanted = _step64(x, v, squares, 0.6, scalars, last, m1, m2)
+    return compare(solver_step(*args)[0], wanted, solver_step_ref(*args)[0])
 
 
-def _beyond_int32(suite: Any):
+def _beyond_int32(s: Any, timed: bool) -> Cases:
     """Tensors of more than 2^31 elements, checked at their end."""
+    if s.dry or timed:
+        return {}
+    kinds = (_modulate_beyond, _qk_norm_rope_beyond, _band_blend_beyond)
+    return {f.__name__.strip("_").removesuffix("_beyond"): partial(f, s) for f in kinds}
+
+
+END = slice(-64, None)
+
+
+def _modulate_beyond(s: Any) -> dict:
     import torch
 
-    from nexus_rt.kernels.band_blend import band_blend, band_blend_ref
     from nexus_rt.kernels.modulate import modulate, modulate_ref
+
+    zeros = torch.zeros(1, 5120, device=s.device)
+    x = s.random(1, 430_000, 5120)
+    got = modulate(x, zeros, zeros, 1e-6)[1][:, END]
+    last = x[:, END].clone()
+    eager = modulate_ref(last, zeros, zeros, 1e-6)[1]
+    return compare(got, _layer_norm64(last.double(), zeros, zeros), eager)
+
+
+def _qk_norm_rope_beyond(s: Any) -> dict:
+    import torch
+
     from nexus_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 
-    if suite.dry:
-        return
-    end, zeros = slice(-64, None), lambda n: torch.zeros(1, n, device=suite.device)
-    x = suite.random(1, 430_000, 5120)
-    got = modulate(x, zeros(5120), zeros(5120), 1e-6)[1][:, end]
-    last = x[:, end].clone()
-    eager = modulate_ref(last, zeros(5120), zeros(5120), 1e-6)[1]
-    yield "modulate", compare(got, _layer_norm64(last.double(), zeros(5120), zeros(5120)), eager)
-    del x
-    qkv, weight, angle = (
-        suite.random(1, 145_000, 3 * 5120),
-        suite.random(5120),
-        suite.random(145_000, 64, dtype=torch.float32),
-    )
-    got = qk_norm_rope(qkv, weight, weight, angle.cos(), angle.sin(), 40, 1e-6)[1][:, end]
-    last, turn = qkv[:, end].clone(), angle[end].clone()
+    qkv, weight = s.random(1, 145_000, 3 * 5120), s.random(5120)
+    angle = s.random(145_000, 64, dtype=torch.float32)
+    got = qk_norm_rope(qkv, weight, weight, angle.cos(), angle.sin(), 40, 1e-6)[1][:, END]
+    last, turn = qkv[:, END].clone(), angle[END].clone()
     eager = qk_norm_rope_ref(last, weight, weight, turn.cos(), turn.sin(), 40, 1e-6)[1]
-    yield (
-        "qk_norm_rope",
-        compare(got, _rope64(last.double().chunk(3, -1)[1], weight, turn, 40), eager),
-    )
-    del qkv
-    small = suite.random(1, 16, 9400, 90, 160)
-    got = band_blend(small, None, None, None, (1.0, 1.0), 0.0, 0.7, 0.3, 0.2)[0][:, -1, end]
-    last = small[:, -1, end].clone()[:, None]
-    eager = band_blend_ref(last, None, None, None, (1.0, 1.0), 0.0, 0.7, 0.3, 0.2)[0]
-    yield (
-        "band_blend",
-        compare(got[:, None], 0.7 * last.double() + 0.3 * _stencil64(last.double(), 0.2), eager),
-    )
+    return compare(got, _rope64(last.double().chunk(3, -1)[1], weight, turn, 40), eager)
 
 
-CHECKS = {
+def _band_blend_beyond(s: Any) -> dict:
+    from nexus_rt.kernels.band_blend import band_blend, band_blend_ref
+
+    small, rest = s.random(1, 16, 9400, 90, 160), (None, None, None, (1.0, 1.0), 0.0, 0.7, 0.3, 0.2)
+    got = band_blend(small, *rest)[0][:, -1, END]
+    last = small[:, -1, END].clone()[:, None]
+    wanted = 0.7 * last.double() + 0.3 * _stencil64(last.double(), 0.2)
+    return compare(got[:, None], wanted, band_blend_ref(last, *rest)[0])
+
+
+CHECKS: dict[str, Callable[[Any, bool], Cases]] = {
     "modulate": _modulate,
     "qk_norm_rope": _qk_norm_rope,
     "linear_gelu": _linear_gelu,
     "attention": _attention,
-    "attention_fp8": _attention_fp8,
     "band_blend": _band_blend,
-    "band_filter": _band_filter,
     "solver_step": _solver_step,
+    "band_filter": _band_filter,
+    "attention_fp8": _attention_fp8,
     "beyond_int32": _beyond_int32,
 }
 

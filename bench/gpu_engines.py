@@ -7,11 +7,13 @@ import contextlib
 import os
 import tempfile
 import time
+from functools import cache, cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from nexus_rt.bench.measure import failure_in
+from nexus_rt.bench.gpu_setting import figure
+from nexus_rt.bench.gpu_units import Unit
 from nexus_rt.bench.presets import random_transformer
 
 # of the swap: a 14B of a quarter of its blocks, so that twelve steps take seconds
@@ -20,153 +22,181 @@ LAYERS = {
     "large": 10,
 }
 STEPS = "small:6 large:6"
+SWAPS = ("resident", "prefetched", "swapped", "streamed")
 
 
-def engines(suite: Any) -> dict:
+def units(s: Any) -> dict[str, Unit]:
     """A guided step of two blocks of each generator's width: eager, replayed, and by every backend
     that builds here."""
-    rows: dict[str, Any] = {}
-    for name, config in suite.configs.items():
-        rows |= {f"{name}: {label}": row for label, row in _engines(suite, config).items()}
+    from nexus_rt.engines.backends import ENGINE_BACKENDS
+
+    rows = {}
+    for name in dict.fromkeys(reversed(s.names)):
+        blocks = cache(partial(Blocks, s, name))
+        rows[f"{name}: torch"] = Unit(partial(_eager, blocks), 60.0)
+        if s.device.type == "cuda":
+            rows[f"{name}: torch, replayed"] = Unit(partial(_replayed, blocks), 60.0)
+        for backend in ENGINE_BACKENDS:
+            if not s.dry or backend == "onnx":  # others are compiled and built in their own tests
+                rows[f"{name}: {backend}"] = Unit(partial(_exported, blocks, backend), 150.0)
     return rows
 
 
-def _engines(suite: Any, config: dict) -> dict:
-    """Each is exported as a user would, parity gate and all, from a folder of random weights."""
-    import torch
+class Blocks:
+    """Two blocks of random weights in a folder, and what they make of one step."""
 
-    from nexus_rt.engines.backends import ENGINE_BACKENDS
+    def __init__(self, s: Any, name: str) -> None:
+        import torch
+
+        from nexus_rt.engines.torch import TorchEngine
+
+        self.s, self.size = s, s.size
+        self.folder = tempfile.TemporaryDirectory()
+        self.source = _saved(s, {**s.configs[name], "num_layers": 2}, Path(self.folder.name) / "m")
+        model = _loaded(s, self.source)
+        self.latents = s.random(1, 16, *s.size.latent, dtype=torch.float32)
+        self.timestep = torch.tensor(700.0, device=s.device)
+        self.embeds = s.random(2, 40, model.config.text_dim)
+        self.eager = TorchEngine(model)
+        self.wanted = self.velocity(self.eager)().float()
+
+    def velocity(self, engine: Any) -> Any:
+        """A step of an engine, as a call."""
+        context = engine.prepare(self.embeds)
+        return lambda: engine.velocity(self.latents, self.timestep, context)
+
+    @cached_property
+    def eager_ms(self) -> float:
+        return self.s.ms(self.velocity(self.eager), 5, 1)
+
+    def row(self, engine: Any) -> dict:
+        """Its time, against PyTorch's, and how far it is from it."""
+        call = self.velocity(engine)
+        got, ms = call().float(), self.s.ms(call, 5, 1)
+        error = float((got - self.wanted).norm() / self.wanted.norm())
+        return {"ms": ms, "against_torch": figure(self.eager_ms / ms), "difference": error}
+
+
+def _eager(blocks: Any) -> dict:
+    return {"ms": blocks().eager_ms}
+
+
+def _replayed(blocks: Any) -> dict:
     from nexus_rt.engines.cuda_graphs import ReplayedEngine
+
+    return blocks().row(ReplayedEngine(blocks().eager))
+
+
+def _exported(blocks: Any, backend: str) -> dict:
+    """Exported as a user would, parity gate and all, from a folder of random weights."""
     from nexus_rt.engines.registry import open_engine
-    from nexus_rt.engines.torch import TorchEngine
     from nexus_rt.export.build import Target, export_component
     from nexus_rt.export.components import GeneratorComponent
 
-    size, config = suite.size, {**config, "num_layers": 2}
-    latents, rows = suite.random(1, 16, *size.latent, dtype=torch.float32), {}
-    timestep = torch.tensor(700.0, device=suite.device)
-    with tempfile.TemporaryDirectory() as folder, _cache(folder):
-        source = _saved(suite, config, Path(folder) / "model")
-        model = _loaded(suite, source)
-        embeds = suite.random(2, 40, model.config.text_dim)
-        eager = TorchEngine(model)
-        context = eager.prepare(embeds)
-        wanted = eager.velocity(latents, timestep, context).float()
-        rows["torch"] = {"ms": suite.ms(lambda: eager.velocity(latents, timestep, context), 5, 1)}
-        if suite.device.type == "cuda":
-            with failure_in(rows, "torch, replayed"):
-                replayed = ReplayedEngine(eager)
-                context = replayed.prepare(embeds)
-                rows["torch, replayed"] = _row(
-                    suite, replayed, latents, timestep, context, wanted, rows["torch"]["ms"]
-                )
-        precision = "fp32" if suite.dry else "bf16"
-        for backend in ENGINE_BACKENDS:
-            if suite.dry and backend != "onnx":
-                continue  # compiled and built in tests of their own
-            with failure_in(rows, backend):
-                start = time.monotonic()
-                target = Target(backend, precision, (size,), suite.device)
-                made = export_component(
-                    GeneratorComponent("small", source), target, "the GPU suite"
-                )
-                built = time.monotonic() - start
-                engine = open_engine(made.path, suite.device)
-                start = time.monotonic()
-                engine.load()
-                loaded = time.monotonic() - start
-                row = _row(
-                    suite,
-                    engine,
-                    latents,
-                    timestep,
-                    engine.prepare(embeds),
-                    wanted,
-                    rows["torch"]["ms"],
-                )
-                worst = max(r["relative_error"] for r in made.manifest.parity["rows"].values())
-                rows[backend] = {
-                    **row,
-                    "build_s": round(built, 1),
-                    "load_s": round(loaded, 2),
-                    "mb": made.nbytes // 10**6,
-                    "parity_error": worst,
-                }
-                engine.unload()
-    return rows
+    own = blocks()
+    s = own.s
+    with _cache(own.folder.name):
+        start = time.monotonic()
+        target = Target(backend, "fp32" if s.dry else "bf16", (own.size,), s.device)
+        made = export_component(GeneratorComponent("small", own.source), target, "the GPU suite")
+        built = time.monotonic() - start
+        engine = open_engine(made.path, s.device)
+        start = time.monotonic()
+        engine.load()
+        loaded = time.monotonic() - start
+        row = own.row(engine)
+        engine.unload()
+    worst = max(r["relative_error"] for r in made.manifest.parity["rows"].values())
+    return {
+        **row,
+        "build_s": round(built, 1),
+        "load_s": round(loaded, 2),
+        "mb": made.nbytes // 10**6,
+        "parity_error": worst,
+    }
 
 
-def swap(suite: Any) -> dict:
+def swap(s: Any) -> dict[str, Unit]:
     """The step after the handoff against the median of the large one's steps, and peak memory
     against what was planned, in every mode of residency."""
+    pair = cache(partial(Pair, s))
+    return {mode: Unit(partial(_swapped, pair, mode), 60.0) for mode in SWAPS}
+
+
+class Pair:
+    """Both generators, the large one of a quarter of its blocks, on their way in and out."""
+
+    def __init__(self, s: Any) -> None:
+        import torch
+
+        from nexus_rt.engines.torch import TorchEngine
+        from nexus_rt.plan_text import parse_plan
+        from nexus_rt.solver import time_grid
+        from nexus_rt.step_runners import Prompt
+
+        self.s, self.engines = s, {}
+        for role, name in zip(("small", "large"), s.names, strict=True):
+            layers = min(LAYERS[role], s.configs[name]["num_layers"])
+            config = {**s.configs[name], "num_layers": layers}
+            model = random_transformer(config, s.dtype, s.device).use_kernels(
+                s.kernels, s.attention
+            )
+            self.engines[role] = TorchEngine(model, device=s.device)
+            self.engines[role].unload()
+        self.plan = parse_plan(STEPS, time_grid(12))
+        embeds = s.random(1, 40, self.engines["small"].model.config.text_dim)
+        self.prompts = dict.fromkeys(self.engines, Prompt(embeds))
+        self.noise = s.random(1, 16, *s.size.latent, dtype=torch.float32)
+        self.walk("resident", lambda *_: None)  # warms everything up
+
+    def walk(self, mode: str, on_step: Any) -> Any:
+        """The plan once; what residency was decided."""
+        from nexus_rt.memory.residency import Residency, call_parts, plan_residency
+        from nexus_rt.sampling import denoise
+
+        for engine in self.engines.values():
+            engine.unload()
+        parts = call_parts(self.engines, {}, self.s.size, 1)
+        decided = plan_residency(self.plan, parts, mode=mode)
+        for engine in self.engines.values() if mode == "resident" else ():
+            engine.load()
+        denoise(
+            self.noise,
+            self.plan,
+            self.engines,
+            self.prompts,
+            guidance_scale=1.0,
+            kernels=self.s.kernels,
+            residency=Residency(decided, self.engines),
+            on_step=on_step,
+        )
+        return decided
+
+
+def _swapped(pair: Any, mode: str) -> dict:
     import torch
 
-    from nexus_rt.engines.torch import TorchEngine
-    from nexus_rt.memory.residency import Residency, call_parts, plan_residency
-    from nexus_rt.plan_text import parse_plan
-    from nexus_rt.sampling import denoise
-    from nexus_rt.solver import time_grid
-    from nexus_rt.step_runners import Prompt
-
-    cuda = suite.device.type == "cuda"
-    size, names = suite.size, list(suite.configs)
-    made = {}
-    for role, name in (("small", names[0]), ("large", names[-1])):
-        layers = min(LAYERS[role], suite.configs[name]["num_layers"])
-        config = {**suite.configs[name], "num_layers": layers}
-        model = random_transformer(config, suite.dtype, suite.device).use_kernels("auto")
-        made[role] = TorchEngine(model, device=suite.device)
-        made[role].unload()
-    plan = parse_plan(STEPS, time_grid(12))
-    embeds = suite.random(1, 40, made["small"].model.config.text_dim)
-    prompts, noise = (
-        dict.fromkeys(made, Prompt(embeds)),
-        suite.random(1, 16, *size.latent, dtype=torch.float32),
-    )
-    rows: dict[str, Any] = {}
-    # the first warms everything up
-    for mode in (
-        "resident",
-        "resident",
-        "prefetched",
-        "swapped",
-        "streamed",
-    ):
-        with failure_in(rows, mode):
-            for engine in made.values():
-                engine.unload()
-            held = torch.cuda.memory_allocated() if cuda else 0
-            decided = plan_residency(plan, call_parts(made, {}, size, 1), mode=mode)
-            for engine in made.values() if mode == "resident" else ():
-                engine.load()
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            clock = _Clock(cuda)
-            denoise(
-                noise,
-                plan,
-                made,
-                prompts,
-                guidance_scale=1.0,
-                residency=Residency(decided, made),
-                on_step=lambda *_, clock=clock: clock.tick(),
-            )
-            steps = clock.durations()
-            large = steps[6:]
-            rows[mode] = {
-                "small_ms": median(steps[1:6]),
-                "large_ms": median(large[1:]),
-                "first_large_ms": large[0],
-                "first_over_median": large[0] / median(large[1:]),
-            }
-            if cuda:
-                peak = torch.cuda.max_memory_allocated() - held
-                rows[mode] |= {"peak_gib": peak / 2**30, "planned_over_peak": decided.peak / peak}
-    short = lambda v: float(f"{v:.4g}")
-    return {
-        mode: {k: short(v) if isinstance(v, float) else v for k, v in row.items()}
-        for mode, row in rows.items()
+    own = pair()
+    cuda = own.s.device.type == "cuda"
+    for engine in own.engines.values():
+        engine.unload()
+    held = torch.cuda.memory_allocated() if cuda else 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    clock = _Clock(cuda)
+    decided = own.walk(mode, lambda *_: clock.tick())
+    steps = clock.durations()
+    large = steps[6:]
+    row = {
+        "small_ms": figure(median(steps[1:6])),
+        "large_ms": figure(median(large[1:])),
+        "first_large_ms": figure(large[0]),
+        "first_over_median": figure(large[0] / median(large[1:])),
     }
+    if cuda:
+        peak = torch.cuda.max_memory_allocated() - held
+        row |= {"peak_gib": figure(peak / 2**30), "planned_over_peak": figure(decided.peak / peak)}
+    return row
 
 
 class _Clock:
@@ -194,13 +224,6 @@ class _Clock:
         return [a.elapsed_time(b) if self.cuda else 1000 * (b - a) for a, b in pairs]
 
 
-def _row(suite: Any, engine: Any, latents, timestep, context, wanted, peer_ms: float) -> dict:
-    got = engine.velocity(latents, timestep, context).float()
-    ms = suite.ms(lambda: engine.velocity(latents, timestep, context), 5, 1)
-    error = float((got - wanted).norm() / wanted.norm())
-    return {"ms": ms, "against_torch": float(f"{peer_ms / ms:.4g}"), "difference": error}
-
-
 @contextlib.contextmanager
 def _cache(folder: str):
     """Engines built in a folder that goes away."""
@@ -215,7 +238,7 @@ def _cache(folder: str):
             os.environ["NEXUS_RT_CACHE"] = before
 
 
-def _saved(suite: Any, config: dict, folder: Path) -> Path:
+def _saved(s: Any, config: dict, folder: Path) -> Path:
     """A random model as a folder of weights."""
     import json
 
@@ -223,7 +246,7 @@ def _saved(suite: Any, config: dict, folder: Path) -> Path:
 
     from nexus_rt.loading.checkpoint import to_diffusers
 
-    model = random_transformer(config, suite.dtype, suite.device)
+    model = random_transformer(config, s.dtype, s.device)
     folder.mkdir()
     state = {
         k: v.contiguous().cpu() for k, v in to_diffusers(dict(model.named_parameters())).items()
@@ -235,7 +258,7 @@ def _saved(suite: Any, config: dict, folder: Path) -> Path:
     return folder
 
 
-def _loaded(suite: Any, folder: Path):
+def _loaded(s: Any, folder: Path):
     from nexus_rt.loading.transformer import load_transformer
 
-    return load_transformer(folder, suite.dtype, suite.device)
+    return load_transformer(folder, s.dtype, s.device)

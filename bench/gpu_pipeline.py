@@ -1,75 +1,117 @@
-"""Whole clips at true size in the GPU suite: plans end to end, their prices, the swap, and
-diffusers beside them."""
+"""Whole clips at true size in the GPU suite: plans end to end beside their prices, decoding, and
+what users would run instead."""
 
 from __future__ import annotations
 
-import time
+from functools import cache, cached_property, partial
 from importlib.util import find_spec
 from typing import Any
 
-from nexus_rt.bench.measure import failure_in
+from nexus_rt.bench.gpu_units import Unit
 
 STEPS, PEER_STEPS = 4, 2
-# the paper's schedule, a handoff early, in the middle and late, the gate snapped, and the large one
-# alone
+# the paper's schedule, a handoff, and the large one alone; then the gate snapped, and handoffs
+# early and late
 PLANS = [
     "reference",
-    "small:1 bridge:1 large:*",
     "small:2 bridge:1 large:*",
-    "small:3 large:*",
-    "auto=0.02",
     "large",
+    "auto=0.02",
+    "small:1 bridge:1 large:*",
+    "small:3 large:*",
 ]
 PEERS = ("diffusers", "switch", "naive")
 PEER_WITHOUT_DIFFUSERS = ("naive-ours",)
+KEPT = (
+    "total_duration_ms",
+    "denoise_ms",
+    "denoise_steps_ms",
+    "swap_ratio",
+    "peak_device_bytes",
+    "energy_joules",
+)
 
 
-def pipeline(suite: Any) -> dict:
-    """480p and 81 frames, random weights, few steps: a step costs what it costs in fifty.
+class Clip:
+    """480p and 81 frames, random weights, few steps: a step costs what it costs in fifty."""
 
-    Returns:
-        A row for every plan, every peer, and "vae" (one decoding) where diffusers is installed;
-        "costs" of a step.
-    """
-    from nexus_rt.bench.latency import Clip, Engine, quiet
-    from nexus_rt.bench.latency import suite as measure
-    from nexus_rt.bench.peers import Setting, measure_peers
-    from nexus_rt.bench.presets import random_pipeline, random_prompt
+    def __init__(self, s: Any) -> None:
+        from nexus_rt.bench import latency
+        from nexus_rt.bench.presets import random_pipeline, random_prompt
 
-    size, names = suite.size, list(suite.configs)
-    configs = {"small": suite.configs[names[0]], "large": suite.configs[names[-1]]}
-    decoder = dict(base_dim=4, num_res_blocks=1) if suite.dry else None
-    pipe = quiet(random_pipeline(configs, suite.dtype, suite.device, size, decoder=decoder))
-    vae, pipe.vae = pipe.vae, None
-    embeds = random_prompt(pipe, suite.dtype)
-    clip = Clip(size, STEPS, embeds=embeds)
-    # the reference clip warms up
-    measured = measure([Engine("torch", pipe)], PLANS, clip, runs=1, warmup=0, pictures=False)
-    rows: dict[str, Any] = {"costs": measured["costs"]}
-    kept = (
-        "total_duration_ms",
-        "denoise_ms",
-        "predicted_ms",
-        "prediction_error",
-        "swap_ratio",
-        "peak_device_bytes",
-        "energy_joules",
-    )
-    for row in measured["rows"]:
-        rows[row["plan"]] = {k: row[k] for k in kept} | {
-            "latent_error": row["quality"]["latent_error"],
-            "steps_ms": [s["duration_ms"] for s in row["denoise_steps_ms"]],
-        }
-    setting = Setting(size, PEER_STEPS, 0, None, embeds)
+        self.s = s
+        configs = dict(zip(("small", "large"), map(s.configs.get, s.names), strict=True))
+        decoder = dict(base_dim=4, num_res_blocks=1) if s.dry else None
+        made = random_pipeline(
+            configs, s.dtype, s.device, s.size, s.kernels, s.attention, decoder=decoder
+        )
+        self.pipe = latency.quiet(made)
+        self.vae, self.pipe.vae = self.pipe.vae, None
+        self.embeds = random_prompt(self.pipe, s.dtype)
+        self.clip = latency.Clip(s.size, STEPS, embeds=self.embeds)
+
+    @cached_property
+    def costs(self) -> Any:
+        """What a step costs: of this process, or of the one that measured it."""
+        from nexus_rt.plan import StepCosts
+
+        known = self.s.results.get("pipeline", {}).get("costs", {})
+        return StepCosts(**known) if "failed" not in known and known else self.measure_costs()
+
+    def measure_costs(self) -> Any:
+        from nexus_rt.bench.latency import cost_calls
+        from nexus_rt.costs import measure_step_costs
+
+        cuda = self.s.device.type == "cuda"
+        return measure_step_costs(cost_calls(self.pipe, self.clip), 2, 1, cuda)
+
+
+def units(s: Any) -> dict[str, Unit]:
+    """A row for what a step costs, every plan, every peer, and one decoding."""
+    made = cache(partial(Clip, s))
+    rows = {"costs": Unit(partial(_costs, made), 90.0)}
+    rows |= {plan: Unit(partial(_plan, made, plan), 90.0) for plan in PLANS[:3]}
+    rows["vae"] = Unit(partial(_vae, made), 60.0)
+    rows |= {plan: Unit(partial(_plan, made, plan), 90.0) for plan in PLANS[3:]}
     peers = PEERS if find_spec("diffusers") else PEER_WITHOUT_DIFFUSERS
-    for name in peers:
-        if time.monotonic() > suite.deadline:
-            rows[f"peer {name}"] = {"not_reached": "the time was over"}
-            continue
-        rows |= {f"peer {row['peer']}": row for row in measure_peers(pipe, (name,), setting, 1, 0)}
-    if vae is not None:
-        with failure_in(rows, "vae"):
-            pipe.vae = vae
-            latents = clip.noise(pipe)
-            rows["vae"] = {"ms": suite.ms(lambda: pipe.decode(latents, "pt"), 1, 1)}
+    rows |= {f"peer {name}": Unit(partial(_peer, made, name), 120.0) for name in peers}
     return rows
+
+
+def _costs(made: Any) -> dict:
+    return vars(made().measure_costs())
+
+
+def _plan(made: Any, plan: str) -> dict:
+    """One run: the costs have warmed the process up."""
+    from nexus_rt.bench.latency import generate, prediction, row_of, scales_of
+    from nexus_rt.bench.measure import measured
+
+    own = made()
+    costs = own.costs
+    run = measured(lambda: generate(own.pipe, plan, own.clip, None), own.s.device)
+    walked = own.pipe.make_plan(plan, own.clip.steps_of(plan))
+    row = row_of(plan, walked, "torch", own.clip, [run])
+    priced = prediction(walked, costs, scales_of(own.pipe), row["denoise_ms"])
+    return {k: row[k] for k in KEPT} | priced
+
+
+def _vae(made: Any) -> dict:
+    own = made()
+    if own.vae is None:
+        return {"why": "diffusers is not installed here"}
+    own.pipe.vae = own.vae
+    try:
+        latents, peak = own.clip.noise(own.pipe), own.s.peak()
+        return {"ms": own.s.ms(lambda: own.pipe.decode(latents, "pt"), 1, 1), **peak()}
+    finally:
+        own.pipe.vae = None
+
+
+def _peer(made: Any, name: str) -> dict:
+    from nexus_rt.bench.peers import Setting, measure_peers
+
+    own = made()
+    setting = Setting(own.s.size, PEER_STEPS, 0, None, own.embeds)
+    (row,) = measure_peers(own.pipe, (name,), setting, 1, 0)
+    return row

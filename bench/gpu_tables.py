@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-EXACT_PEERS = ("sdpa", "flash", "cudnn")
+from nexus_rt.bench.gpu_attention import chosen, with_ratios
+
+EXACT_PEERS = ("sdpa", "flash", "cudnn", "fa3")
 
 
 def shown(value: Any) -> str:
@@ -15,27 +17,25 @@ def shown(value: Any) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """Every row of a run; what was wanted first."""
-    lines = ["# " + results["run"].get("gpu", "CPU, dry: no speed here means anything"), ""]
+    gpu = _machine(results).get("gpu")
+    named = gpu if gpu and gpu != "none" else "CPU, dry: no speed here means anything"
+    lines = [f"# {named}", ""]
     lines += [f"{k}: {v}  " for k, v in results["run"].items()]
     lines += ["", "## wanted", "", targets_table(results)]
     for part, rows in results.items():
         if part == "run":
             continue
-        lines += ["", f"## {part}", ""]
-        flat = {}
+        rows = with_ratios(rows) if part == "attention" else rows
+        lines += ["", f"## {part}", "", "| | |", "|---|---|"]
         for name, row in rows.items():
-            if isinstance(row, dict) and "backends" in row:
-                flat |= {
-                    f"{name}: {b}{' (chosen)' if b == row['chosen'] else ''}": r
-                    for b, r in row["backends"].items()
-                }
-            else:
-                flat[name] = row
-        lines += ["| | |", "|---|---|"]
-        for name, row in flat.items():
             items = row.items() if isinstance(row, dict) else [("", row)]
             lines.append(f"| {name} | {', '.join(f'{k} {shown(v)}'.strip() for k, v in items)} |")
     return "\n".join(lines) + "\n"
+
+
+def _machine(results: dict[str, Any]) -> dict[str, Any]:
+    row = results.get("roofs", {}).get("machine", {})
+    return row if isinstance(row, dict) else {}
 
 
 def _number(results: dict[str, Any], *keys: str) -> float | None:
@@ -51,8 +51,7 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 
 
 def _rows(results: dict[str, Any], part: str, start: str) -> list[str]:
-    rows = results.get(part)
-    return [n for n in rows if n.startswith(start)] if isinstance(rows, dict) else []
+    return [n for n in results.get(part, {}) if n.startswith(start)]
 
 
 def _least(results: dict[str, Any], part: str, names: list[str], field: str) -> float | None:
@@ -91,57 +90,64 @@ def targets(results: dict[str, Any]) -> Iterator[tuple[str, str, float | None, b
             85,
             least,
         )
-    for name in _rows(results, "attention", "self"):
-        backends = results["attention"][name]["backends"]
-        peers = [backends[b]["ms"] for b in EXACT_PEERS if "ms" in backends.get(b, {})]
-        best = min(peers, default=None)
-        chosen = _number(backends, results["attention"][name]["chosen"], "ms")
-        ours = [c["ms"] for b, c in backends.items() if b.split(",")[0] == "triton" and "ms" in c]
-        eighth = [
-            c["ms"] for b, c in backends.items() if b.split(",")[0] == "triton-fp8" and "ms" in c
+    yield from _attention_targets(results, row)
+    for name, kind, wanted in (
+        ("in bf16", "guided", 5.0),
+        ("with fp8 linear layers", "guided, fp8 linear", 4.0),
+    ):
+        guided = _number(results, "step large", kind, "ms")
+        yield row(f"14B, a guided step {name}, seconds", "at most", wanted, _ratio(guided, 1000))
+    for name, part in (("14B", "step large"), ("1.3B", "step small")):
+        ours, theirs = (
+            _number(results, part, kind, "ms") for kind in ("guided", "guided, diffusers")
+        )
+        ratio = _ratio(theirs, ours)
+        yield row(f"{name}, a guided step against diffusers eager", "at least", 1.15, ratio, "x")
+        best = [
+            v
+            for kind in ("guided", "guided, diffusers")
+            if (v := _number(results, "compiled", f"{name} {kind}, blocks compiled", "ms"))
         ]
-        yield row(
-            f"attention {name}: auto against the best of PyTorch's",
-            "at least",
-            1,
-            _ratio(best, chosen),
-            "x",
-        )
-        yield row(
-            f"attention {name}: triton", "at least", 0.9, _ratio(best, min(ours, default=None)), "x"
-        )
-        yield row(
-            f"attention {name}: triton-fp8",
-            "at least",
-            1.4,
-            _ratio(best, min(eighth, default=None)),
-            "x",
-        )
-    ours = [
-        v
-        for n in ("torch", "triton", "torch, blocks compiled")
-        if (v := _number(results, "dit large", n, "ms"))
-    ]
-    theirs = [
-        v
-        for n in _rows(results, "dit large", "diffusers")
-        if (v := _number(results, "dit large", n, "ms"))
-    ]
-    guided = _number(results, "pipeline", "costs", "large_guided")
-    yield row("14B, a guided step in seconds", "at most", 4.6, _ratio(guided, 1000))
-    ratio = _ratio(min(theirs, default=None), min(ours, default=None))
-    yield row("14B, a forward against the best of diffusers'", "at least", 1.15, ratio, "x")
+        ratio = _ratio(min(best, default=None), ours)
+        yield row(f"{name}, a guided step against the best compiled", "at least", 1, ratio, "x")
     for mode, most in (("resident", 1.10), ("prefetched", 1.25)):
         value = _number(results, "swap", mode, "first_over_median")
         yield row(f"the step after the swap over the median, {mode}", "at most", most, value)
         part = _number(results, "swap", mode, "planned_over_peak")
         off = None if part is None else 100 * abs(part - 1)
         yield row(f"peak memory off the plan, percent, {mode}", "at most", 5, off)
-    rows = results.get("pipeline")
-    for name in rows if isinstance(rows, dict) else ():
+    for name in results.get("pipeline", {}):
         off = _number(results, "pipeline", name, "prediction_error")
         if off is not None:
             yield row(f"plan {name}: price off its time, percent", "at most", 5, 100 * abs(off))
+
+
+def _attention_targets(results: dict[str, Any], row: Any) -> Iterator[tuple]:
+    rows = results.get("attention", {})
+    for case in dict.fromkeys(n.rpartition(": ")[0] for n in rows if n.startswith("self")):
+        own = {
+            n.rpartition(": ")[2]: _number(results, "attention", n, "ms")
+            for n in rows
+            if n.startswith(f"{case}: ")
+        }
+        best = min((ms for n, ms in own.items() if n in EXACT_PEERS and ms), default=None)
+        taken = own.get(chosen(rows, case) or "")
+        yield row(
+            f"attention {case}: auto against the best of PyTorch's",
+            "at least",
+            1,
+            _ratio(best, taken),
+            "x",
+        )
+        for backend, wanted in (("triton", 0.9), ("triton-fp8", 1.4)):
+            ms = [v for n, v in own.items() if n.split(",")[0] == backend and v]
+            yield row(
+                f"attention {case}: {backend}",
+                "at least",
+                wanted,
+                _ratio(best, min(ms, default=None)),
+                "x",
+            )
 
 
 def targets_table(results: dict[str, Any]) -> str:

@@ -215,6 +215,12 @@ def resolve_loads(
     return loads
 
 
+def spills(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel's registers overflow to local memory on GPUs: float32 tiles of 128, whose
+    products are computed in full precision and without matrix units, take 16 KB a thread block."""
+    return dtype == torch.float32 and head_dim >= 128
+
+
 def launch_config(
     head_dim: int,
     element_size: int,

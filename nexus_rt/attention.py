@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -37,6 +38,8 @@ ROWS_CHECKED = 256  # queries of the first head that a candidate is compared wit
 # of the output's RMS: what an approximate backend may be off on Gaussian inputs (e4m3 loses 0.055)
 APPROXIMATE = 0.08
 RUNS = 5
+HOPELESS = 3.0  # times the best: a candidate so slow is not run again
+MOST_SCORES = 2 * 10**9  # bytes that `math` may hold to be tried
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,10 @@ def _flash(case: Case) -> str | None:
 def _triton_why(case: Case) -> str | None:
     if why := cannot_run_triton(case.device):
         return why
-    from nexus_rt.kernels.attention import HEAD_DIMS
+    from nexus_rt.kernels.attention import HEAD_DIMS, spills
 
+    if case.device.type == "cuda" and spills(case.head_dim, case.dtype):
+        return f"spills its registers at head_dim {case.head_dim} in float32 and takes minutes"
     return (
         None
         if case.head_dim in HEAD_DIMS
@@ -296,54 +301,76 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
     known, key = _read_cache(), _key(case, names)
     if not remeasure and key in known:
         return known[key]
-    g = torch.Generator(case.device).manual_seed(0)
-    make = lambda *shape: torch.randn(*shape, generator=g, device=case.device).to(case.dtype)
-    q = make(case.batch, case.queries, case.heads, case.head_dim)
-    k, v = (make(case.batch, case.keys, case.heads, case.head_dim) for _ in range(2))
-    bias = make(case.batch, case.keys).float() if case.biased else None
-    wanted, part = _reference(q, k, v, bias)
-    error = lambda out: float((out[part].float() - wanted).abs().max())
-    first = q[:1, :ROWS_CHECKED, :1], k[:1, :, :1], v[:1, :, :1]
-    allowed = (
-        2 * error(ATTENTION_BACKENDS["math"].run(*first, None if bias is None else bias[:1])) + 1e-6
-    )
-    results: dict[str, dict] = {}
+    trial, results = Trial.of(case), {}
     for name in names:
-        why = ATTENTION_BACKENDS[name].why_not(case)
-        if not why:
-            try:
-                out = ATTENTION_BACKENDS[name].run(q, k, v, bias)
-                wrong, share = (
-                    error(out),
-                    float((out[part].float() - wanted).norm() / wanted.norm()),
-                )
-                # NaN is wrong too
-                if not (
-                    wrong <= allowed if ATTENTION_BACKENDS[name].exact else share <= APPROXIMATE
-                ):
-                    limit = (
-                        f"{allowed:.1e}"
-                        if ATTENTION_BACKENDS[name].exact
-                        else f"{APPROXIMATE} of the output's RMS ({share:.2f})"
-                    )
-                    why = f"its error {wrong:.1e} is above {limit}"
-                else:
-                    call = lambda n=name: ATTENTION_BACKENDS[n].run(q, k, v, bias)  # type: ignore[misc]
-                    ms = _milliseconds(call, case.device)
-                    results[name] = {"ms": ms, "error": wrong, "relative": share}
-            except (
-                RuntimeError,
-                ValueError,
-            ) as problem:  # a library that says no only when it is run
-                why = str(problem).strip().splitlines()[0]
-        if why:
-            results[name] = {"why": why}
+        results[name] = trial.measure(name)
     timed = {n: f["ms"] for n, f in results.items() if "ms" in f}
     if not timed:
         raise InputError(f"no attention backend of {', '.join(names)} can run {case}: {results}")
     result = {"chosen": min(timed, key=timed.__getitem__), "candidates": results}
     _write_cache({**_read_cache(), key: result})
     return result
+
+
+@dataclass
+class Trial:
+    """A case's tensors, Gaussian, and what backends are compared with on them.
+
+    best: milliseconds of the fastest backend so far.
+    """
+
+    case: Case
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    wanted: Tensor
+    part: tuple
+    allowed: float
+    best: float = math.inf
+
+    @classmethod
+    def of(cls, case: Case) -> Trial:
+        """Tensors, and what float32 makes of their first rows."""
+        g = torch.Generator(case.device).manual_seed(0)
+        make = lambda *shape: torch.randn(*shape, generator=g, device=case.device).to(case.dtype)
+        q = make(case.batch, case.queries, case.heads, case.head_dim)
+        k, v = (make(case.batch, case.keys, case.heads, case.head_dim) for _ in range(2))
+        bias = make(case.batch, case.keys).float() if case.biased else None
+        wanted, part = _reference(q, k, v, bias)
+        first = q[:1, :ROWS_CHECKED, :1], k[:1, :, :1], v[:1, :, :1]
+        plain = ATTENTION_BACKENDS["math"].run(*first, None if bias is None else bias[:1])
+        off = float((plain[part].float() - wanted).abs().max())
+        return cls(case, (q, k, v, bias), wanted, part, 2 * off + 1e-6)
+
+    def measure(self, name: str) -> dict:
+        """{"ms", "error", "relative"} of a backend, or {"why"} it has none."""
+        backend = ATTENTION_BACKENDS[name]
+        if why := backend.why_not(self.case) or _scores_why(name, self.case):
+            return {"why": why}
+        try:
+            out = backend.run(*self.tensors)
+            difference = out[self.part].float() - self.wanted
+            wrong, share = float(difference.abs().max()), float(difference.norm())
+            share /= float(self.wanted.norm())
+            # NaN is wrong too
+            if not (wrong <= self.allowed if backend.exact else share <= APPROXIMATE):
+                limit = (
+                    f"{self.allowed:.1e}"
+                    if backend.exact
+                    else f"{APPROXIMATE} of the output's RMS ({share:.2f})"
+                )
+                return {"why": f"its error {wrong:.1e} is above {limit}"}
+            ms = _milliseconds(lambda: backend.run(*self.tensors), self.case.device, self.best)
+        except (RuntimeError, ValueError) as problem:  # a library that says no only when it is run
+            return {"why": (str(problem).strip() or type(problem).__name__).splitlines()[0]}
+        self.best = min(self.best, ms)
+        return {"ms": ms, "error": wrong, "relative": share}
+
+
+def _scores_why(name: str, case: Case) -> str | None:
+    """Why `math` is not tried: it holds every score at once, in float32."""
+    scores = 4 * case.batch * case.heads * case.queries * case.keys
+    if name == "math" and scores > MOST_SCORES:
+        return f"holds {scores / 1e9:.1f} GB of scores: not tried above {MOST_SCORES / 1e9:.0f} GB"
+    return None
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple]:
@@ -356,16 +383,19 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Te
     return score.softmax(-1) @ v[:1, :, 0].float(), part
 
 
-def _milliseconds(call: Callable[[], Tensor], device: torch.device) -> float:
+def _milliseconds(
+    call: Callable[[], Tensor], device: torch.device, best: float = math.inf
+) -> float:
+    """Median of `RUNS` runs; of one, where that is `HOPELESS` times slower than the best."""
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    times = []
-    for _ in range(RUNS):
+    times: list[float] = []
+    while len(times) < RUNS and not (times and times[0] > HOPELESS * best):
         wait()
         start = time.perf_counter()
         call()
         wait()
         times.append(1000 * (time.perf_counter() - start))
-    return round(sorted(times)[RUNS // 2], 4)
+    return round(sorted(times)[len(times) // 2], 4)
 
 
 def cache_file() -> Path:

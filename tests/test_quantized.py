@@ -11,7 +11,8 @@ from nexus_rt.encodings import GGUF_BLOCKS, Scaled
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.loading.packing import formats_of
 from nexus_rt.loading.transformer import load_transformer
-from nexus_rt.models.quantized import QuantizedLinear, Rows, _eight_bits, joined, quantise
+from nexus_rt.models.quantized import QuantizedLinear, Rows, joined, quantise
+from nexus_rt.models.quantized_products import product_of
 from tests import published
 from tests.test_single_files import run
 
@@ -107,7 +108,7 @@ def test_activations_in_8_bits_on_a_cpu():
     want = (small.double() @ rows.raw.double().T) * own * rows.encoding.scale.T + bias
     torch.testing.assert_close(layer(x).double(), want, atol=1e-4, rtol=1e-5)
     assert (layer(x) - F.linear(x, weight, bias)).abs().max() < 0.5
-    assert _eight_bits(quantise(weight, "fp8").raw) is None
+    assert product_of(quantise(weight, "fp8").raw) is None
     one = quantise(weight, "int8")
     scalar = Rows(one.raw, Scaled("int8", torch.tensor(0.01)), 32)
     assert QuantizedLinear([scalar], 64, bias, activations=True)(x).isfinite().all()

@@ -88,26 +88,39 @@ class Packing:
         order = fused_parts(target)
         if len(self.read[target]) == len(order):  # at once, so that no part is held twice
             parts = self.read.pop(target)
-            self._put(model, target.removesuffix(".weight"), [parts[n] for n in order])
+            path, ordered = target.removesuffix(".weight"), [parts[n] for n in order]
+            _put(model, path, ordered, self.kind.endswith("-dynamic"))
 
-    def _put(self, model: nn.Module, path: str, rows: list[Rows]) -> None:
-        """A quantised layer where its matrix was; its bias, which may be read later, stays where it
-        is."""
-        layer = model.get_submodule(path)
-        made = QuantizedLinear(
-            rows,
-            layer.in_features,  # type: ignore[arg-type]
-            layer.bias.detach(),  # type: ignore[union-attr, operator]
-            self.kind.endswith("-dynamic"),
-        )
-        owner, _, leaf = path.rpartition(".")
-        parent = model.get_submodule(owner)
-        if isinstance(parent, nn.ModuleList):
-            parent[int(leaf)] = made
-        elif isinstance(parent, nn.ModuleDict):
-            parent[leaf] = made
-        else:
-            setattr(parent, leaf, made)
+
+def _put(model: nn.Module, path: str, rows: list[Rows], activations: bool) -> None:
+    """A quantised layer where its matrix was; its bias, which may be read later, stays where it
+    is."""
+    layer = model.get_submodule(path)
+    made = QuantizedLinear(
+        rows,
+        layer.in_features,  # type: ignore[arg-type]
+        layer.bias.detach(),  # type: ignore[union-attr, operator]
+        activations,
+    )
+    owner, _, leaf = path.rpartition(".")
+    parent = model.get_submodule(owner)
+    if isinstance(parent, nn.ModuleList):
+        parent[int(leaf)] = made
+    elif isinstance(parent, nn.ModuleDict):
+        parent[leaf] = made
+    else:
+        setattr(parent, leaf, made)
+
+
+def pack_model(model: nn.Module, kind: str) -> None:
+    """Quantise the matrices of a model in memory, as one is that is loaded with these weights.
+
+    kind: of `WEIGHTS`, but for "dense" and "small".
+    """
+    for target in Packing(kind, Path()).places(model, {}):
+        path = target.removesuffix(".weight")
+        rows = [quantise(model.get_submodule(path).weight.detach(), quantised_as(kind))]  # type: ignore[union-attr, operator, arg-type]
+        _put(model, path, rows, kind.endswith("-dynamic"))
 
 
 def _is_small(stored: StoredTensor) -> bool:
