@@ -3,6 +3,7 @@ for a reason."""
 
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -230,3 +231,47 @@ def test_a_backend_without_a_bias_keeps_the_padding(monkeypatch):
         for n in ("auto", "auto-fp8", "sdpa", "cudnn", "math", "triton")
     )
     assert attention.takes_bias("fa3", CPU)  # it cannot run at all: that is said when it is run
+
+
+def test_a_candidate_that_is_hopeless_runs_once(monkeypatch, tmp_path):
+    """Beside the run that checks it; one that is not is the median of `RUNS` more."""
+    monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path))
+    runs = {"math": 0, "flash": 0}
+    plain = attention.ATTENTION_BACKENDS["sdpa"].run
+
+    def counted(name, seconds):
+        def run(*args):
+            runs[name] += args[0].shape[2] > 1  # not the reference of one head
+            time.sleep(seconds)
+            return plain(*args)
+
+        return attention.Backend(run, lambda case: None)
+
+    monkeypatch.setitem(attention.ATTENTION_BACKENDS, "flash", counted("flash", 0.002))
+    monkeypatch.setitem(attention.ATTENTION_BACKENDS, "math", counted("math", 0.05))
+    asked = attention.Case(1, 8, 8, 2, 16, torch.float32, torch.device("cpu"), False)
+    found = attention.decide(asked, ["flash", "math"])
+    assert found["chosen"] == "flash" and found["candidates"]["math"]["ms"] > 40
+    assert runs == {"math": 2, "flash": 2 + attention.RUNS}
+
+
+def test_math_is_not_tried_where_its_scores_are_large():
+    asked = attention.Case(1, 32760, 32760, 40, 128, torch.bfloat16, torch.device("cpu"), False)
+    why = attention._scores_why("math", asked)
+    assert "171.7 GB" in why and attention._scores_why("sdpa", asked) is None
+    small = attention.Case(1, 64, 64, 40, 128, torch.bfloat16, torch.device("cpu"), False)
+    assert attention._scores_why("math", small) is None
+
+
+def test_our_kernel_is_refused_in_float32_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(attention, "cannot_run_triton", lambda device: None)
+    asked = lambda dim, kind, where: attention.Case(
+        1, 8, 8, 2, dim, kind, torch.device(where), False
+    )
+    why = attention.ATTENTION_BACKENDS["triton"].why_not
+    assert "minutes" in why(asked(128, torch.float32, "cuda"))
+    assert (
+        why(asked(128, torch.bfloat16, "cuda")) is None
+        and why(asked(128, torch.float32, "cpu")) is None
+    )
+    assert why(asked(64, torch.float32, "cuda")) is None
