@@ -39,7 +39,8 @@ ROWS_CHECKED = 256  # queries of the first head that a candidate is compared wit
 APPROXIMATE = 0.08
 RUNS = 5
 WIDE = 128  # head_dim from which float32 by our kernel is refused on GPUs
-HOPELESS = 3.0  # times the best: a candidate so slow is not run again
+HOPELESS = 3.0  # times the best: a candidate so slow is not run again,
+CHEAP_MS = 20.0  # unless its runs cost nothing
 MOST_SCORES = 2 * 10**9  # bytes that `math` may hold to be tried
 
 
@@ -364,7 +365,7 @@ class Trial:
                 return {"why": f"its error {wrong:.1e} is above {limit}"}
             call = lambda: backend.run(*self.tensors)
             ms = _once(call, self.case.device)
-            if ms <= HOPELESS * self.best:
+            if ms < CHEAP_MS or ms <= HOPELESS * self.best:
                 ms = _milliseconds(call, self.case.device)
         except (RuntimeError, ValueError) as problem:  # a library that says no only when it is run
             return {"why": (str(problem).strip() or type(problem).__name__).splitlines()[0]}

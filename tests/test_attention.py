@@ -248,10 +248,10 @@ def test_a_candidate_that_is_hopeless_runs_once(monkeypatch, tmp_path):
         return attention.Backend(run, lambda case: None)
 
     monkeypatch.setitem(attention.ATTENTION_BACKENDS, "flash", counted("flash", 0.002))
-    monkeypatch.setitem(attention.ATTENTION_BACKENDS, "math", counted("math", 0.05))
+    monkeypatch.setitem(attention.ATTENTION_BACKENDS, "math", counted("math", 0.1))
     asked = attention.Case(1, 8, 8, 2, 16, torch.float32, torch.device("cpu"), False)
     found = attention.decide(asked, ["flash", "math"])
-    assert found["chosen"] == "flash" and found["candidates"]["math"]["ms"] > 40
+    assert found["chosen"] == "flash" and found["candidates"]["math"]["ms"] > 90
     assert runs == {"math": 2, "flash": 2 + attention.RUNS}
 
 
