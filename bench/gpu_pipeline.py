@@ -62,8 +62,7 @@ class Clip:
         from nexus_rt.bench.latency import cost_calls
         from nexus_rt.costs import measure_step_costs
 
-        cuda = self.s.device.type == "cuda"
-        return measure_step_costs(cost_calls(self.pipe, self.clip), 2, 1, cuda)
+        return measure_step_costs(cost_calls(self.pipe, self.clip), 2, 1, self.s.device)
 
 
 def units(s: Any) -> dict[str, Unit]:

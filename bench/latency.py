@@ -26,11 +26,11 @@ from nexus_rt.bench.measure import (
     measured,
     percentile,
     step_durations,
-    synchronize,
 )
 from nexus_rt.bench.pictures import thumbnail
 from nexus_rt.bench.quality import distance, mini_accuracy
 from nexus_rt.costs import measure_step_costs, step_calls
+from nexus_rt.devices import synchronize
 from nexus_rt.errors import Cancelled
 from nexus_rt.guidance import Guidance
 from nexus_rt.pipeline import NexusPipeline
@@ -240,9 +240,7 @@ def suite(
         wanted = generate(base, baseline, clip, folder)
         parts = cost_calls(base, clip)
         measure_step_costs(parts, 1, 1)
-        price = lambda: all_costs.append(
-            measure_step_costs(parts, 3, 0, base.device.type == "cuda")
-        )
+        price = lambda: all_costs.append(measure_step_costs(parts, 3, 0, base.device))
         calls = {
             (e.name, p): lambda e=e, p=p: generate(e.pipe, p, clip, folder)
             for e in engines

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nexus_rt.devices import synchronize
 from nexus_rt.tracing import Trace, record
 
 STATM = Path("/proc/self/statm")
@@ -95,11 +96,6 @@ class Run:
     peak_host: int | None
     peak_device: int | None
     energy: float | None
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measured(call: Callable[[], Any], device: torch.device) -> Run:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from nexus_rt import devices
+
 try:
     import triton
     import triton.language as tl
@@ -74,11 +76,8 @@ def launch(
 
 
 def on_device(like: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The context in which a tensor's GPU is the current one; nothing where it is already, or the
-    tensor is on a CPU."""
-    if like.device.type != "cuda" or like.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(like.device)
+    """The context in which a tensor's GPU is the current one."""
+    return devices.on_device(like.device)
 
 
 def row_config(dim: int) -> tuple[int, int]:

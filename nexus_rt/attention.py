@@ -31,6 +31,7 @@ from torch import Tensor
 from nexus_rt import documents
 from nexus_rt.block_ops import cannot_run_triton
 from nexus_rt.cache import cache_root
+from nexus_rt.devices import synchronize
 from nexus_rt.errors import InputError, NexusError, choose
 from nexus_rt.log import chose
 
@@ -397,11 +398,10 @@ def _milliseconds(call: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def _once(call: Callable[[], Tensor], device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    wait()
+    synchronize(device)
     start = time.perf_counter()
     call()
-    wait()
+    synchronize(device)
     return 1000 * (time.perf_counter() - start)
 
 

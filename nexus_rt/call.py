@@ -10,7 +10,7 @@ from torch import Tensor
 from nexus_rt.checks import CALLBACK_TENSORS, check_generators, check_latents, check_prompts
 from nexus_rt.engines.experts import boundaries, engines_by_name
 from nexus_rt.engines.fused_step import StepEngine
-from nexus_rt.engines.protocol import PublishedNumerics
+from nexus_rt.engines.protocol import PublishedNumerics, able
 from nexus_rt.errors import Cancelled, InputError, choose, cut
 from nexus_rt.memory.residency import Residency
 from nexus_rt.plan import Step
@@ -210,7 +210,7 @@ class Call:
 
         pipe, request, plan = self.pipe, self.request, self.request.plan
         running = [pipe.engines[name] for name in plan.generators] if request.published else []
-        exact = [engine for engine in running if isinstance(engine, PublishedNumerics)]
+        exact = [engine for engine in running if able(engine, PublishedNumerics)]
         options = {"total": len(plan), "desc": plan.name, "unit": "step", **pipe.progress}
         with tqdm(**options) as bar:
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.block_ops import choose_ops
+from nexus_rt.devices import synchronize
 from nexus_rt.engines.protocol import Engine
 from nexus_rt.plan import StepCosts
 from nexus_rt.solver import make_solver, time_grid
@@ -21,26 +22,34 @@ from nexus_rt.velocity import Prediction
 
 
 def medians_ms(
-    calls: Mapping[str, Callable[[], object]], repeats: int = 5, warmup: int = 2, cuda: bool = False
+    calls: Mapping[str, Callable[[], object]],
+    repeats: int = 5,
+    warmup: int = 2,
+    cuda: bool | torch.device = False,
 ) -> dict[str, float]:
     """Median milliseconds of every call, taken in turn, so that each finds the caches as the others
-    leave them."""
+    leave them.
+
+    cuda: the device to wait for; True is the current GPU.
+    """
+    device = cuda if isinstance(cuda, torch.device) else torch.device("cuda" if cuda else "cpu")
     durations: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(warmup + repeats):
         for name, call in calls.items():
-            if cuda:
-                torch.cuda.synchronize()
+            synchronize(device)
             start = time.perf_counter()
             call()
-            if cuda:
-                torch.cuda.synchronize()
+            synchronize(device)
             if i >= warmup:
                 durations[name].append(1000 * (time.perf_counter() - start))
     return {name: median(values) for name, values in durations.items()}
 
 
 def median_ms(
-    call: Callable[[], object], repeats: int = 5, warmup: int = 2, cuda: bool = False
+    call: Callable[[], object],
+    repeats: int = 5,
+    warmup: int = 2,
+    cuda: bool | torch.device = False,
 ) -> float:
     """Median milliseconds of a call."""
     return medians_ms({"": call}, repeats, warmup, cuda)[""]
@@ -80,7 +89,10 @@ def step_calls(
 
 @torch.no_grad()
 def measure_step_costs(
-    calls: Mapping[str, Callable[[], object]], repeats: int = 5, warmup: int = 2, cuda: bool = False
+    calls: Mapping[str, Callable[[], object]],
+    repeats: int = 5,
+    warmup: int = 2,
+    cuda: bool | torch.device = False,
 ) -> StepCosts:
     """Prices of `step_calls`, taken in turn. An engine that is not there costs 0."""
     nothing = {"small": 0.0, "small_guided": 0.0, "large": 0.0, "large_guided": 0.0}

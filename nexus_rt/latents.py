@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nexus_rt.devices import send
 from nexus_rt.errors import InputError
 from nexus_rt.size import ClipSize
 
@@ -70,7 +71,8 @@ def random_latents(
             )
         return torch.cat([random_latents((1, *shape[1:]), g, device) for g in generator])
     source = generator.device if generator is not None else device
-    return torch.randn(shape, generator=generator, device=source, dtype=torch.float32).to(device)
+    noise = torch.randn(shape, generator=generator, device=source, dtype=torch.float32)
+    return send(noise, device)
 
 
 def renoise(

@@ -15,7 +15,7 @@ from torch import Tensor
 from nexus_rt.call import Call
 from nexus_rt.checks import prompt_lists
 from nexus_rt.engines.experts import boundaries, change_loras, engines_by_name
-from nexus_rt.engines.protocol import Sized
+from nexus_rt.engines.protocol import Sized, able
 from nexus_rt.errors import ModelError, choose
 from nexus_rt.latents import LatentGrid, random_latents
 from nexus_rt.loading.lora import Lora, LoraSource, loras_hash, parse_loras
@@ -488,7 +488,7 @@ class NexusPipeline:
         self.grid.check(ClipSize(width, height, num_frames))
         choose("output_type", output_type, OUTPUT_TYPES)
         for engine in (*self.engines.values(), self.vae, self.step_engine):
-            if isinstance(engine, Sized):
+            if able(engine, Sized):
                 engine.check_size(ClipSize(width, height, num_frames))
         if output_type != "latent" and self.vae is None:
             raise ModelError(

@@ -72,7 +72,8 @@ def denoise(
     Raises:
         InputError: a generator the plan runs is missing, or has no negative embeddings while
             guided.
-        NumericsError: a velocity is not finite; names the generator and the step.
+        NumericsError: a velocity is not finite; names the generator and the step. On a GPU it is
+            raised at most two steps later, as nothing waits for it.
         Cancelled: `should_stop` said so.
     """
     plan = plan.walked_by(solver)
@@ -98,11 +99,10 @@ def denoise(
         velocity = runner.velocity(latents, step, finite)
         with span("solver", step=step.index):
             latents = solve.step(step.index, latents, velocity)
-        # a GPU is asked when it has the next step
-        finite.settle(step.index if latents.is_cuda else step.index + 1)
+        finite.settle(step.index + 1)
         if on_step is not None and (change := on_step(step, latents)) is not None:
             change = change if isinstance(change, Change) else Change(change)
             latents = latents if change.latents is None else change.latents.float()
             runner.change_prompts(change.prompts or {})
-    finite.settle(len(plan))
+    finite.settle(len(plan), wait=True)
     return latents

@@ -4,6 +4,7 @@ check that all is finite."""
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nexus_rt.devices import Reading, Readings, send
 from nexus_rt.engines.experts import ExpertsEngine
 from nexus_rt.engines.fused_step import StepEngine
-from nexus_rt.engines.protocol import Diagnosable, Engine
+from nexus_rt.engines.protocol import Diagnosable, Engine, able
 from nexus_rt.errors import InputError, NumericsError
 from nexus_rt.guidance import Guidance
 from nexus_rt.plan import DIFFERENCE, VELOCITY, Plan, Step
@@ -52,33 +54,43 @@ class Change:
     prompts: Mapping[str, Prompt] | None = None
 
 
+LATE = 2  # steps that may be enqueued on a GPU before one is known to be finite
+
+
 class FiniteCheck:
-    """Whether every prediction is finite, without a device synchronisation: step i is checked after
-    step i+1 is enqueued (on a CPU at once)."""
+    """Whether every prediction is finite, without making a GPU wait: sums come to the host behind
+    the steps that make them, and are looked at when they are there. On a CPU that is at once."""
 
     def __init__(self, generators: Mapping[str, Generator]) -> None:
         self.generators = generators
-        self.sums: list[tuple[Tensor, str, Step]] = []
+        self.readings = Readings()
+        self.sums: deque[tuple[Reading, str, Step]] = deque()
 
     def add(self, raw: Tensor, name: str, step: Step) -> None:
         """Note a generator's prediction at a step."""
-        self.sums.append((raw.sum(dtype=torch.float32), name, step))
+        self.sums.append((self.readings.start(raw.sum(dtype=torch.float32)), name, step))
 
-    def settle(self, before: int) -> None:
-        """Check the steps before an index.
+    def settle(self, before: int, wait: bool = False) -> None:
+        """Check the steps before an index: those whose sums are there, and in any case those that
+        would be more than `LATE` steps late.
+
+        wait: check all of them.
 
         Raises:
             NumericsError: names the generator, the step and, where its weights are at fault, the
                 weights.
         """
         while self.sums and self.sums[0][2].index < before:
-            total, name, step = self.sums.pop(0)
-            if not math.isfinite(float(total)):
+            total, name, step = self.sums[0]
+            if not (wait or total.ready or step.index < before - LATE):
+                return
+            self.sums.popleft()
+            if not math.isfinite(total.value()):
                 self._refuse(name, step)
 
     def _refuse(self, name: str, step: Step) -> None:
         engine = self.generators[name].engine
-        bad: list[str] = engine.not_finite() if isinstance(engine, Diagnosable) else []
+        bad: list[str] = engine.not_finite() if able(engine, Diagnosable) else []
         cause = (
             f"its weights hold NaN or infinity in {', '.join(bad[:3])}: load an undamaged"
             " checkpoint."
@@ -99,9 +111,15 @@ class Generator:
     when first needed."""
 
     def __init__(
-        self, name: str, engine: Engine | None, prompt: Prompt, guidance: Guidance
+        self,
+        name: str,
+        engine: Engine | None,
+        prompt: Prompt,
+        guidance: Guidance,
+        timesteps: Tensor,
     ) -> None:
         self.name, self.engine, self.prompt, self.guidance = name, engine, prompt, guidance
+        self.timesteps = timesteps  # of all steps, on the device
         self.contexts: dict[bool, Any] = {}
 
     def scale(self, step: Step) -> float:
@@ -121,10 +139,7 @@ class Generator:
         """The engine's raw prediction: [B, ...], or [2 B, ...] where the step is guided,
         unconditional samples last. guided False: the conditional one alone."""
         assert self.engine is not None
-        timestep, context = (
-            torch.tensor(float(step.timestep), device=latents.device),
-            self.context(step, guided),
-        )
+        timestep, context = self.timesteps[step.index], self.context(step, guided)
         with span(self.name, step=step.index):
             expert = step.expert(self.name)
             if expert is not None and isinstance(self.engine, ExpertsEngine):
@@ -218,7 +233,7 @@ class FusedStep:
     def velocity(self, latents: Tensor, step: Step, finite: FiniteCheck) -> Velocity:
         """A step's blended velocity."""
         self.prepare(step)
-        timestep = torch.tensor(float(step.timestep), device=latents.device)
+        timestep = self.generators["small"].timesteps[step.index]
         scales = self.generators["small"].scale(step), self.generators["large"].scale(step)
         inputs = step_inputs(step.w, self.config, step.energy, scales, latents)
         with span("fused step", step=step.index):
@@ -281,10 +296,11 @@ def make_runner(
             where it is guided.
     """
     generators: dict[str, Generator] = {}
+    timesteps = send(torch.tensor([float(step.timestep) for step in plan.steps]), latents.device)
     for name in plan.generators:
         if name not in prompts:
             raise _absent(plan, name)
-        generators[name] = Generator(name, engines.get(name), prompts[name], guidance)
+        generators[name] = Generator(name, engines.get(name), prompts[name], guidance, timesteps)
         scales = [guidance.at(step, name) for step in plan.steps if getattr(step, name)]
         if prompts[name].unconditional is None and any(s != 1.0 for s in scales):
             raise InputError(

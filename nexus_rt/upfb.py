@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.block_ops import choose_ops
+from nexus_rt.devices import send
 from nexus_rt.errors import InputError, choose
 from nexus_rt.kernels.formulas import ENERGIES, EPS, target_energy
 from nexus_rt.velocity import Prediction, Velocity
@@ -141,23 +142,23 @@ def split_filter(
     """The low-pass of a split for planes of a size; `cutoff` is sigma for the gaussian split."""
     if split == "gaussian":
         taps = gaussian_taps(height, width, cutoff)
-        return Filter(*(_band(size, taps).float().to(device) for size in (height, width)))
+        return Filter(*(send(_band(size, taps).float(), device) for size in (height, width)))
     (fy, rows), (fx, columns) = _basis(height, split), _basis(width, split)
     if lowpass == "gaussian":
         left, right = (
             b.T @ (lowpass_gain(f, cutoff, lowpass, order)[:, None] * b)
             for f, b in ((fy, rows), (fx, columns))
         )
-        return Filter(left.float().to(device), right.float().to(device))
+        return Filter(send(left.float(), device), send(right.float(), device))
     gain = lowpass_gain(torch.hypot(fy[:, None], fx[None]), cutoff, lowpass, order)
-    return Filter(*_transform(height, width, split, device), gain.float().to(device))
+    return Filter(*_transform(height, width, split, device), send(gain.float(), device))
 
 
 @lru_cache(maxsize=16)
 def _transform(height: int, width: int, split: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """The matrices that take planes to frequencies, one copy for every cutoff."""
     rows, columns = _basis(height, split)[1], _basis(width, split)[1]
-    return rows.float().to(device), columns.T.float().contiguous().to(device)
+    return send(rows.float(), device), send(columns.T.float().contiguous(), device)
 
 
 def _band(size: int, taps: Tensor) -> Tensor:
@@ -237,7 +238,7 @@ def step_inputs(
         *share,
     )
     return {
-        "scalars": torch.tensor(scalars, dtype=torch.float32, device=latents.device),
+        "scalars": send(torch.tensor(scalars, dtype=torch.float32), latents.device),
         "left": f.left,
         "right": f.right,
     }

@@ -173,4 +173,4 @@ def measured_costs(
     prompts = pipe.encode("a prompt", single_frame=size.frames == 1)
     latents = pipe.prepare_latents(1, size)
     calls = step_calls(pipe.engines, prompts, latents, blend, solver, pipe.kernels)
-    return measure_step_costs(calls, cuda=latents.is_cuda)
+    return measure_step_costs(calls, cuda=latents.device)

@@ -12,37 +12,70 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nexus_rt.devices import on_device
 from nexus_rt.engines.tensorrt import TensorRTSessions
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError
+from nexus_rt.memory.offload import release
 
 TOKENS = 64  # contexts have a multiple of as many
 KEPT = 4  # graphs an engine
 
 Capture = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
-_pools: dict[torch.device, Any] = {}
+
+
+class _Pool:
+    """The memory that the graphs of a device share. It ends with the last of them: PyTorch refuses
+    to record into a pool that no graph holds."""
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+
+
+_pools: WeakValueDictionary[torch.device, _Pool] = WeakValueDictionary()
+
+
+class Recorded:
+    """A graph and the pool it holds; a call replays it."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, pool: _Pool, device: torch.device) -> None:
+        self.graph, self.pool, self.device = graph, pool, device
+
+    def __call__(self) -> None:
+        with on_device(self.device):
+            self.graph.replay()
 
 
 def capture(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """Record a call; returns what replays it and where its result will lie."""
-    if device not in _pools:
-        _pools[device] = torch.cuda.graph_pool_handle()
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    # what a first call decides, compiles and allocates is not recorded
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pools[device]):
-        result = call()
-    return graph.replay, result
+    """Record a call; returns what replays it and where its result will lie.
+
+    Only this thread's launches are watched while it records: another thread may copy weights to the
+    device beside it.
+    """
+    with on_device(device):
+        pool = _pools.get(device)
+        if pool is None:
+            pool = _pools[device] = _Pool()
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        # what a first call decides, compiles and allocates is not recorded
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # on a stream of this device: PyTorch's own is of the device it first recorded on
+        with torch.cuda.graph(
+            graph, pool=pool.handle, stream=side, capture_error_mode="thread_local"
+        ):
+            result = call()
+        return Recorded(graph, pool, device), result
 
 
 def mapped(context: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -99,19 +132,30 @@ class ReplayedEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
+    @property
+    def wrapped(self) -> Any:
+        """The engine itself, whose abilities are this one's."""
+        return self.engine
+
     def prepare(self, context: Tensor) -> Any:
         return padded(self.engine.prepare(context))
 
+    def _forget(self) -> None:
+        """Let go of the graphs and, with the last of a device's, of their memory."""
+        if self.graphs:
+            self.graphs.clear()
+            release(self.engine.device)
+
     def published_numerics(self, on: bool) -> None:
-        self.graphs.clear()  # they compute as they were recorded
+        self._forget()  # they compute as they were recorded
         self.engine.published_numerics(on)
 
     def set_loras(self, loras: Any) -> None:
-        self.graphs.clear()  # products beside quantised layers are other launches
+        self._forget()  # products beside quantised layers are other launches
         self.engine.set_loras(loras)
 
     def unload(self) -> None:
-        self.graphs.clear()  # they hold the addresses of the weights
+        self._forget()  # they hold the addresses of the weights
         self.engine.unload()
 
     def velocity(self, latents: Tensor, timestep: Tensor, context: Any) -> Tensor:

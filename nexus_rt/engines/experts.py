@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.protocol import Diagnosable, PublishedNumerics, Sized, Warmable
+from nexus_rt.engines.protocol import (
+    Changeable,
+    Diagnosable,
+    PublishedNumerics,
+    Sized,
+    Warmable,
+    able,
+)
 from nexus_rt.errors import InputError, NexusError
 from nexus_rt.loading.lora import Lora, loras_of
 from nexus_rt.plan import EXPERTS, engine_name, expert_at
@@ -101,19 +108,19 @@ class ExpertsEngine:
     def check_size(self, size: ClipSize) -> None:
         """Raise an `InputError` unless both were built for a size."""
         for engine in self.experts.values():
-            if isinstance(engine, Sized):
+            if able(engine, Sized):
                 engine.check_size(size)
 
     def warmup(self, latent: tuple[int, int, int]) -> None:
         """One step of each on noise."""
         for engine in self.experts.values():
-            if isinstance(engine, Warmable):
+            if able(engine, Warmable):
                 engine.warmup(latent)
 
     def published_numerics(self, on: bool) -> None:
         """Float32 where the published code has it, or not."""
         for engine in self.experts.values():
-            if isinstance(engine, PublishedNumerics):
+            if able(engine, PublishedNumerics):
                 engine.published_numerics(on)
 
     def not_finite(self) -> list[str]:
@@ -121,7 +128,7 @@ class ExpertsEngine:
         return [
             f"{name}:{parameter}"
             for name, engine in self.experts.items()
-            if isinstance(engine, Diagnosable)
+            if able(engine, Diagnosable)
             for parameter in engine.not_finite()
         ]
 
@@ -171,7 +178,7 @@ def change_loras(engines: Mapping[str, Any], asked: Mapping[str, Sequence[Lora]]
         engine = engines[name]
         experts = engine.experts if isinstance(engine, ExpertsEngine) else {"": engine}
         for one in experts.values():
-            if not hasattr(one, "set_loras"):
+            if not able(one, Changeable):
                 raise InputError(
                     f"the {name} generator is an exported engine, whose weights are inside its"
                     f" artefact; export it again with --{name}-lora, or run the generator in"

@@ -65,11 +65,10 @@ class OnnxSessions(Sessions):
                 f"ONNX Runtime here has no provider {provider!r}; it has {available}"
                 " (onnxruntime-gpu brings CUDA's)."
             )
-        self.providers = (
-            [names[provider]]
-            if provider == "cpu"
-            else [names[provider], names["cuda"]][: 1 + (provider != "cuda")]
-        )
+        wanted = {"cpu": ["cpu"], "cuda": ["cuda"]}.get(provider, [provider, "cuda"])
+        # without a number, a session computes on the first GPU
+        number = {} if provider == "cpu" else {"device_id": str(device.index or 0)}
+        self.providers = [(names[p], number) for p in wanted]
         self.threads = torch.get_num_threads() if threads is None else threads
         self.sessions: dict[str, Any] = {}
 

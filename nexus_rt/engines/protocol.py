@@ -3,7 +3,8 @@ besides."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -112,3 +113,32 @@ class PublishedNumerics(Protocol):
     def published_numerics(self, on: bool) -> None:
         """Turn it on or off."""
         ...
+
+
+@runtime_checkable
+class Reserving(Protocol):
+    """Weights whose places on the device can be allocated before they come."""
+
+    def reserve(self) -> None:
+        """Allocate the places; `load`, in whatever thread, then only copies."""
+        ...
+
+
+@runtime_checkable
+class Changeable(Protocol):
+    """An engine whose LoRAs can be changed."""
+
+    def set_loras(self, loras: Sequence[Any]) -> None:
+        """Make these the LoRAs, and no others."""
+        ...
+
+
+Ability = TypeVar("Ability")
+
+
+def able(engine: Any, protocol: type[Ability]) -> TypeGuard[Ability]:
+    """Whether an engine has what a protocol asks; one that wraps another, whether that has.
+
+    Since Python 3.12 `isinstance` does not see attributes that `__getattr__` hands on.
+    """
+    return isinstance(getattr(engine, "wrapped", engine), protocol)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nexus_rt.devices import on_device
 from nexus_rt.engines.exported_engine import Sessions
 from nexus_rt.errors import InputError, ModelError
 from nexus_rt.size import ClipSize
@@ -110,6 +111,10 @@ class TensorRTSessions(Sessions):
         return bool(self.contexts)
 
     def load(self) -> None:
+        with on_device(self.device):
+            self._load()
+
+    def _load(self) -> None:
         if self.contexts:
             return
         runtime = self.trt.Runtime(self.logger)
@@ -153,6 +158,10 @@ class TensorRTSessions(Sessions):
         return same[0]
 
     def run(self, graph: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+        with on_device(self.device):  # an engine enqueues to the GPU that is the current one
+            self._run(graph, inputs, outputs)
+
+    def _run(self, graph: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
         context, stream = self.contexts[graph], torch.cuda.current_stream(self.device).cuda_stream
         profile = self._profile_of(graph, inputs)
         if self.profile.get(graph) != profile:

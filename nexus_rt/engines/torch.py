@@ -57,6 +57,11 @@ class TorchEngine:
         """Bytes on the device while its blocks are streamed."""
         return streamed_bytes(self.model)
 
+    def reserve(self) -> None:
+        """Allocate the weights' places on the device, for a `load` in another thread."""
+        if self.model.stream is None:
+            self.weights.reserve()
+
     def load(self, streamed: bool = False) -> None:
         """Bring the weights to the engine's device; nothing where they are there.
 

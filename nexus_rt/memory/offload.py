@@ -4,6 +4,7 @@ leave."""
 from __future__ import annotations
 
 import gc
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class Moved:
         self.module, self.device = module, device
         self.host: dict[str, Tensor] = {}
         self.arena = Arena()
+        self.places: list[Tensor] = []  # on the device, for weights that are about to come
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [*self.module.named_parameters(), *self.module.named_buffers()]
@@ -39,14 +41,29 @@ class Moved:
     @property
     def resident(self) -> bool:
         """Whether the weights are on the device."""
-        return all(t.device.type == self.device.type for _, t in self._tensors()[:1])
+        # of the first alone: a 14B has a thousand, and this is asked at every step
+        first = next(chain(self.module.parameters(), self.module.buffers()), None)
+        return first is None or first.device.type == self.device.type
+
+    def reserve(self) -> None:
+        """Allocate their places on the device, so that a `load` in another thread only copies:
+        allocating there could break what this thread records as a CUDA graph."""
+        if not self.resident and not self.places:
+            self.places = [
+                torch.empty_like(t.detach(), device=self.device) for _, t in self._tensors()
+            ]
 
     def load(self) -> None:
         """Bring them to the device, on the current stream; nothing where they are there."""
         if self.resident:
             return
-        for _, t in self._tensors():
-            t.data = t.data.to(self.device, non_blocking=True)
+        self.reserve()
+        there = list(zip(self._tensors(), self.places, strict=True))
+        self.places = []
+        for (_, t), place in there:
+            place.copy_(t.detach(), non_blocking=True)
+        for (_, t), place in reversed(there):  # the first, which says that all are there, last
+            t.data = place
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
@@ -57,6 +74,7 @@ class Moved:
 
     def unload(self) -> None:
         """Give the device's memory back; what was copied before is not copied again."""
+        self.places = []
         if self.device.type == "cpu" or not self.resident:
             return
         torch.cuda.current_stream(self.device).synchronize()

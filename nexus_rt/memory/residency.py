@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from nexus_rt.engines.protocol import Resident, Streamed
+from nexus_rt.devices import on_device
+from nexus_rt.engines.protocol import Reserving, Resident, Streamed, able
 from nexus_rt.errors import InputError
 from nexus_rt.log import chose
 from nexus_rt.models.quantized import QuantizedLinear
@@ -298,6 +299,7 @@ class Residency:
     def __init__(self, plan: ResidencyPlan, engines: Mapping[str, Resident]) -> None:
         self.plan, self.engines = plan, engines
         self.threads: dict[str, threading.Thread] = {}
+        self.reserved: dict[str, torch.cuda.Event] = {}  # when an engine's places are free
         self.failed: dict[str, BaseException] = {}
         self.current: Phase | None = None
 
@@ -320,14 +322,27 @@ class Residency:
         for name in (n for n in phase.present if n in self.engines):
             self._wait(name)
             engine = self.engines[name]
-            if self.plan.mode == "streamed" and isinstance(engine, Streamed):
+            if self.plan.mode == "streamed" and able(engine, Streamed):
                 engine.load(streamed=True)
             else:
                 engine.load()
         for name in phase.arriving:
-            if name not in self.threads and not self.engines[name].resident:
+            engine = self.engines[name]
+            if name not in self.threads and not engine.resident:
+                self._reserve(name)
                 self.threads[name] = threading.Thread(target=self._fetch, args=(name,), daemon=True)
                 self.threads[name].start()
+
+    def _reserve(self, name: str) -> None:
+        """Allocate an engine's places here, and note when what is queued has left them."""
+        engine = self.engines[name]
+        if able(engine, Reserving):
+            engine.reserve()
+        device = getattr(engine, "device", None)
+        if device is not None and device.type == "cuda":
+            with on_device(device):
+                self.reserved[name] = torch.cuda.Event()
+                self.reserved[name].record(torch.cuda.current_stream(device))
 
     def close(self) -> None:
         """Wait for what is on its way: after an error too, so that no thread outlives the call."""
@@ -341,6 +356,8 @@ class Residency:
                 self.engines[name].load()
                 return
             stream = torch.cuda.Stream(device)
+            # reserved places may be memory that what is queued still uses
+            stream.wait_event(self.reserved[name])
             with torch.cuda.stream(stream):
                 self.engines[name].load()
             stream.synchronize()

@@ -1,0 +1,82 @@
+"""What crosses between a host and a GPU without either waiting, and which GPU is the current
+one."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+PLACES = 64  # numbers on their way at a time
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The context in which a GPU is the current one; nothing where it is already, or on a CPU.
+
+    Launches, events and streams go to the current device, wherever the tensors lie.
+    """
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device, without waiting for what the device still does.
+
+    A copy from pageable memory would wait; pinned memory is not given out again before it is read.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Reading:
+    """A number that a device is computing. place: where it will lie in host memory."""
+
+    def __init__(self, place: Tensor, done: torch.cuda.Event | None) -> None:
+        self.place, self.done = place, done
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be had without waiting."""
+        return self.done is None or self.done.query()
+
+    def value(self) -> float:
+        """The number, waited for where it is not ready."""
+        if self.done is not None:
+            self.done.synchronize()
+        return float(self.place)
+
+
+class Readings:
+    """Numbers read from a device a while after they were asked for: each is copied to pinned memory
+    behind the work that makes it, and an event says when it is there."""
+
+    def __init__(self) -> None:
+        self.pinned: Tensor | None = None
+        self.taken: list[Reading | None] = [None] * PLACES
+        self.next = 0
+
+    def start(self, number: Tensor) -> Reading:
+        """Begin to read a tensor of one element, float32."""
+        if not number.is_cuda:
+            return Reading(number, None)
+        if self.pinned is None:
+            self.pinned = torch.empty(PLACES, dtype=torch.float32, pin_memory=True)
+        at, self.next = self.next, (self.next + 1) % PLACES
+        before = self.taken[at]
+        if before is not None and before.done is not None:
+            before.done.synchronize()  # its reader is too late; the place is used again
+        place = self.pinned[at]
+        place.copy_(number.reshape(()), non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(number.device))
+        reading = self.taken[at] = Reading(place, done)
+        return reading
