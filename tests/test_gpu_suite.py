@@ -23,8 +23,10 @@ from nexus_rt.bench import (
 )
 from nexus_rt.bench.gpu_setting import Setting
 from nexus_rt.bench.gpu_units import Part, run_part
+from tests.interpreter import NO_LOOPS
 
 pytest.importorskip("triton")
+interpreted = pytest.mark.skipif(NO_LOOPS is not None, reason=str(NO_LOOPS))
 FAULTY = {
     "faulty": Part("tests.faulty:units", 60),
     "correctness": Part("nexus_rt.bench.gpu_correctness:units", 60, lanes=2),
@@ -46,6 +48,7 @@ def run(*parts, results=None, seconds=120, done=lambda results: None):
     )
 
 
+@interpreted
 def test_the_whole_suite_runs_dry(tmp_path):
     command = [
         sys.executable,
@@ -110,6 +113,7 @@ def test_the_whole_suite_runs_dry(tmp_path):
     assert "CPU, dry: no speed here means anything" in text and "of_best_exact 1" in text
 
 
+@interpreted
 def test_a_hang_a_crash_or_a_broken_device_costs_one_row(tmp_path):
     mark = {"date": "2026-01-02T03:04:05+00:00"}
     done = lambda results: gpu_suite.keep(tmp_path, {"run": mark, **results})
