@@ -24,6 +24,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from nexus_rt.bench.sass import disassemble, inner_loop
+
 # files of kernels/ with a `variants()`
 KERNELS = (
     "band_blend",
@@ -117,12 +119,14 @@ def compile_variant(variant, arch: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
+        cubin = Path(folder) / "kernel.cubin"
         output = subprocess.run(
-            [tool, "-v", f"-arch={ARCHITECTURES[arch]}", file, "-o", Path(folder) / "kernel.cubin"],
+            [tool, "-v", f"-arch={ARCHITECTURES[arch]}", file, "-o", cubin],
             capture_output=True,
             text=True,
             check=True,
         ).stderr
+        loop = inner_loop(disassemble(cubin)) if variant.label.startswith("attention") else None
     registers, shared = (
         int(re.search(r"Used (\d+) registers", output)[1]),
         int(compiled.metadata.shared),
@@ -142,6 +146,13 @@ def compile_variant(variant, arch: int) -> dict:
         "block_warps": warps,
         "resident_warps": resident,
         "limited_by": limit,
+        "loop": loop
+        and {
+            "instructions": loop.instructions,
+            "products": loop.products,
+            "keys": variant.constants["COLUMNS"],
+            "kinds": loop.kinds(),
+        },
         "wide_loads": len(re.findall(r"ld\.global\S*\.v[24]\.", ptx)),
         "wgmma": "wgmma" in ptx,
         "fp8_products": "e4m3.e4m3" in ptx or "kind::f8f6f4" in ptx,
@@ -155,9 +166,15 @@ def _compile_one(which: tuple[int, int]) -> dict:
     return compile_variant(all_variants()[which[0]], which[1])
 
 
+def _loop(row: dict) -> str:
+    own = row["loop"]
+    return f" / {own['instructions']} + {own['products']} / {own['keys']}" if own else ""
+
+
 def table(rows: list[dict]) -> str:
-    """Markdown, a line a variant: registers / spilled bytes / shared bytes / resident warps (and of
-    how many a multiprocessor holds) on each architecture that launches it."""
+    """Markdown, a line a variant: registers / spilled bytes / shared bytes / resident warps on each
+    architecture that launches it, and for attention the inner loop: instructions + matrix products
+    / keys."""
     arches = list(dict.fromkeys(r["arch"] for r in rows))
     lines = [f"| variant | warps | {' | '.join(arches)} |", "|---|---|" + "---|" * len(arches)]
     for label in dict.fromkeys(r["variant"] for r in rows):
@@ -165,7 +182,7 @@ def table(rows: list[dict]) -> str:
         cells = [
             (
                 f"{r['registers']} / {r['spilled_bytes']} / {r['shared_bytes']} /"
-                f" {r['resident_warps']}"
+                f" {r['resident_warps']}{_loop(r)}"
                 if (r := own.get(arch))
                 else ""
             )

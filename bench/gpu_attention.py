@@ -31,14 +31,14 @@ def units(s: Any) -> dict[str, Unit]:
     """A row a case and backend, and one a way of our kernels to load a tile: what `launch_config`
     should choose."""
     from nexus_rt.attention import ATTENTION_BACKENDS
-    from nexus_rt.kernels.attention import LOADS
+    from nexus_rt.kernels.attention import TIMED
 
     rows = {}
     for label, case in cases(s).items():
         for backend in sorted(ATTENTION_BACKENDS, key=_order):
             rows[f"{label}: {backend}"] = Unit(partial(_backend, s, case, backend), 30.0)
         for backend in KERNELS:
-            for loads in LOADS[1:]:
+            for loads in TIMED[1:]:
                 call = partial(_loads, s, case, backend, loads)
                 rows[f"{label}: {backend}, {loads}"] = Unit(call, 30.0)
     return rows

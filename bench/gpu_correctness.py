@@ -113,7 +113,7 @@ def _key_counts(s: Any) -> tuple:
 
 
 def _attention(s: Any, timed: bool) -> Cases:
-    from nexus_rt.kernels.attention import LOADS
+    from nexus_rt.kernels.attention import LOADS, TIMED
 
     return {
         f"{_attention_label(heads, head_dim, keys, biased)}, {loads}": partial(
@@ -121,7 +121,7 @@ def _attention(s: Any, timed: bool) -> Cases:
         )
         for heads, head_dim in _heads(s, timed)
         for keys, biased in _key_counts(s)
-        for loads in (LOADS[:2] if s.dry else LOADS[: 3 if biased else 4])
+        for loads in (LOADS[:2] if s.dry else LOADS[:3] if biased else TIMED)
     }
 
 
@@ -151,7 +151,7 @@ def _attention_case(s: Any, heads: int, head_dim: int, keys: int, biased: bool, 
 
 
 def _attention_fp8(s: Any, timed: bool) -> Cases:
-    from nexus_rt.kernels.attention import FP8_HEAD_DIMS, LOADS
+    from nexus_rt.kernels.attention import FP8_HEAD_DIMS, LOADS, TIMED
 
     return {
         f"{_attention_label(heads, head_dim, keys, biased)}, {loads}": partial(
@@ -161,7 +161,7 @@ def _attention_fp8(s: Any, timed: bool) -> Cases:
         # Triton's interpreter rounds to fp8 wrongly
         if head_dim in FP8_HEAD_DIMS and not s.dry
         for keys, biased in _key_counts(s)
-        for loads in LOADS[: 3 if biased else 4]
+        for loads in (LOADS[:3] if biased else TIMED)
     }
 
 

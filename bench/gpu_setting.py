@@ -71,7 +71,7 @@ class Setting:
     @property
     def wrong(self) -> set[str]:
         """Kernels that get no speed: those that are at fault as the runtime launches them."""
-        forced = tuple(f", {how}" for how in ("pointers", "descriptors", "specialised"))
+        forced = tuple(f", {how}" for how in ("pointers", "descriptors", "specialised", "ahead"))
         return {label.split()[0] for label in self.faults if not label.endswith(forced)}
 
     @property

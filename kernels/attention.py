@@ -8,14 +8,24 @@ The bias serves Wan's zero padding: its equal keys are kept once with the logari
 (`collapse_padding`).
 
 Flops: 4 Lq Lk head_dim a head (at 32,760 x 32,760 x 128, 40 heads: 22 TFLOP); bytes: q, k, v and
-out once, 1.3 GB there: the matrix units are the roof. Takes `qk_norm_rope`'s output and the V third
-of the fused projection where they lie: only the last dimension must be contiguous.
-`attention_fp8.py` launches the same kernel on bytes.
+out once, 1.3 GB there: the matrix units are the roof, and beside them every instruction a score
+costs (`bench/sass.py` counts them). So 1 / sqrt(head_dim) is folded into the exponent, and no score
+is masked: descriptors fill what lies past the last key with zeros, whose share is taken out of the
+sum at the end,
+
+    sum - padding 2^(0 - maximum),      and out of `out` there is nothing to take: those v are 0.
+
+Where a row's own scores are all so negative that this would cancel (its share is below `ILL` of
+what is taken out), the row is flagged, and a second launch computes its block again, masked; else
+that launch ends where it begins. Takes `qk_norm_rope`'s output and the V third of the fused
+projection where they lie: only the last dimension must be contiguous. `attention_fp8.py` launches
+the same kernel on bytes.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,10 +35,17 @@ from nexus_rt.kernels.triton_op import DTYPES, Variant, kernel_op, launch, tl, t
 HEAD_DIMS = (16, 32, 64, 128)
 FP8_HEAD_DIMS = (64, 128)
 LOADS = ("auto", "pointers", "descriptors", "specialised")
-P_SCALE = 256.0  # shares, at most 1, as e4m3: a power of two, so taking it out again is exact
+TIMED = (*LOADS, "ahead")  # and what is there to be timed beside them
+SHORT = 512  # keys up to which descriptors are not worth making
+SHIFT = (
+    8.0  # shares, at most 1, are 2^8 as large in e4m3; so is their sum, and the quotient the same
+)
+ILL = 1 / 16  # of the padding's share: 24 bits less these leave more than bfloat16 has
 
 if triton is not None:
-    _P_SCALE = tl.constexpr(P_SCALE)
+    _SHIFT = tl.constexpr(SHIFT)
+    _ILL = tl.constexpr(ILL)
+    _LOG2E = tl.constexpr(math.log2(math.e))
 
     @triton.jit
     def _attention_kernel(
@@ -37,8 +54,9 @@ if triton is not None:
         v_ptr,  # [B, Lk, heads, D]; FP8: [B, heads, D, >= Lk], as the matrix units read bytes
         bias_ptr,  # [B, Lk] float32, or unused
         q_scale_ptr,  # FP8: [B, heads, blocks of ROWS]
-        k_scale_ptr,  # FP8: [B, heads, blocks of COLUMNS], so v_scale
-        v_scale_ptr,
+        k_scale_ptr,  # FP8: [B, heads, blocks of COLUMNS]
+        v_scale_ptr,  # FP8: [B, heads]
+        flag_ptr,  # [B, heads, Lq] int8: rows to compute again; or unused
         out_ptr,  # [B, Lq, heads, D], contiguous
         q_batch,
         q_token,
@@ -49,7 +67,6 @@ if triton is not None:
         v_batch,
         v_token,
         v_head,
-        batches,
         heads,
         queries,  # Lq
         keys,  # Lk
@@ -58,117 +75,139 @@ if triton is not None:
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         HAS_BIAS: tl.constexpr,
-        WHOLE_KEYS: tl.constexpr,  # Lk is a multiple of COLUMNS
+        MASKED: tl.constexpr,  # scores past the last key are left out one by one
         PRECISION: tl.constexpr,
         FP8: tl.constexpr,
-        # tiles come by the tensor memory accelerator; samples lie end to end, heads too
-        DESCRIPTORS: tl.constexpr,
+        DESCRIPTORS: tl.constexpr,  # tiles come by the tensor memory accelerator; heads end to end
         SPECIALISED: tl.constexpr,  # one warp group loads, the others compute
+        AHEAD: tl.constexpr,  # the next block's scores are begun before this one's softmax
+        AGAIN: tl.constexpr,  # only programs with a flagged row
     ):
-        batch = tl.program_id(1) // heads
+        batch = (tl.program_id(1) // heads).to(tl.int64)
         head = tl.program_id(1) % heads
-        batch64, head64 = batch.to(tl.int64), head.to(tl.int64)
+        pair = tl.program_id(1).to(tl.int64)  # of sample and head
         first = tl.program_id(0) * ROWS
         row = first + tl.arange(0, ROWS)
         column = tl.arange(0, COLUMNS)
         d = tl.arange(0, D)
+        if AGAIN:
+            flags = tl.load(flag_ptr + pair * queries + row, mask=row < queries, other=0)
+            if tl.max(flags.to(tl.int32), 0) == 0:
+                return
         if DESCRIPTORS:
             q_tiles = tl.make_tensor_descriptor(
-                q_ptr, [batches * queries, heads * D], [q_token, 1], [ROWS, D]
+                q_ptr + batch * q_batch, [queries, heads * D], [q_token, 1], [ROWS, D]
             )
             k_tiles = tl.make_tensor_descriptor(
-                k_ptr, [batches * keys, heads * D], [k_token, 1], [COLUMNS, D]
+                k_ptr + batch * k_batch, [keys, heads * D], [k_token, 1], [COLUMNS, D]
             )
             if FP8:
                 v_tiles = tl.make_tensor_descriptor(
-                    v_ptr, [batches * heads * D, v_token], [v_token, 1], [D, COLUMNS]
+                    v_ptr + batch * v_batch, [heads * D, v_token], [v_token, 1], [D, COLUMNS]
                 )
             else:
                 v_tiles = tl.make_tensor_descriptor(
-                    v_ptr, [batches * keys, heads * D], [v_token, 1], [COLUMNS, D]
+                    v_ptr + batch * v_batch, [keys, heads * D], [v_token, 1], [COLUMNS, D]
                 )
-            q = q_tiles.load([batch * queries + first, head * D])
+            q = q_tiles.load([first, head * D])
         else:
+            head64 = head.to(tl.int64)
             q_at = (
                 q_ptr
-                + batch64 * q_batch
+                + batch * q_batch
                 + head64 * q_head
                 + row.to(tl.int64)[:, None] * q_token
                 + d[None, :]
             )
             k_at = (
                 k_ptr
-                + batch64 * k_batch
+                + batch * k_batch
                 + head64 * k_head
                 + column.to(tl.int64)[None, :] * k_token
                 + d[:, None]
             )
-            v_base = v_ptr + batch64 * v_batch + head64 * v_head
+            v_base = v_ptr + batch * v_batch + head64 * v_head
             if FP8:
                 v_at = v_base + column[:, None] + d.to(tl.int64)[None, :] * v_token
             else:
                 v_at = v_base + column.to(tl.int64)[:, None] * v_token + d[None, :]
             q = tl.load(q_at, mask=row[:, None] < queries, other=0.0)
+        by = scale
         if FP8:
-            blocks = tl.cdiv(keys, COLUMNS)
-            k_scale_at = k_scale_ptr + tl.program_id(1).to(tl.int64) * blocks
-            v_scale_at = v_scale_ptr + tl.program_id(1).to(tl.int64) * blocks
-            scale *= tl.load(
-                q_scale_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-            )
+            k_scale_at = k_scale_ptr + pair * tl.cdiv(keys, COLUMNS)
+            scale *= tl.load(q_scale_ptr + pair * tl.num_programs(0) + tl.program_id(0))
         peak = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         out = tl.zeros([ROWS, D], tl.float32)
+        if AHEAD:
+            following = tl.dot(q, k_tiles.load([0, head * D]).T, input_precision=PRECISION)
         for start in tl.range(0, keys, COLUMNS, warp_specialize=SPECIALISED):
             left = keys - start
-            if DESCRIPTORS:
-                k = k_tiles.load([batch * keys + start, head * D]).T
-            elif WHOLE_KEYS:
-                k = tl.load(k_at)
+            if AHEAD:
+                score = following
+                k = k_tiles.load([start + COLUMNS, head * D]).T  # zeros, past the last
+                following = tl.dot(q, k, input_precision=PRECISION)
             else:
-                k = tl.load(k_at, mask=column[None, :] < left, other=0.0)
+                if DESCRIPTORS:
+                    k = k_tiles.load([start, head * D]).T
+                elif MASKED:
+                    k = tl.load(k_at, mask=column[None, :] < left, other=0.0)
+                else:
+                    k = tl.load(k_at)
+                score = tl.dot(q, k, input_precision=PRECISION)
             if FP8:
-                score = tl.dot(q, k) * (scale * tl.load(k_scale_at + start // COLUMNS))
-            else:
-                score = tl.dot(q, k, input_precision=PRECISION) * scale
-            if HAS_BIAS:
+                by = scale * tl.load(k_scale_at + start // COLUMNS)
+            if HAS_BIAS:  # minus infinity past the last key
                 bias = tl.load(
-                    bias_ptr + batch64 * keys + start + column, mask=column < left, other=0.0
+                    bias_ptr + batch * keys + start + column,
+                    mask=column < left,
+                    other=float("-inf"),
                 )
-                score += (bias * 1.4426950408889634)[None, :]
-            if not WHOLE_KEYS:
-                score = tl.where((column < left)[None, :], score, float("-inf"))
-            higher = tl.maximum(peak, tl.max(score, 1))
-            if HAS_BIAS:  # a block whose keys all count for nothing must not make -inf - -inf
+                score = score * by + (bias * _LOG2E)[None, :]
+                higher = tl.maximum(peak, tl.max(score, 1))
+                # a block whose keys all count for nothing must not make -inf - -inf
                 base = tl.where(higher == float("-inf"), 0.0, higher)
+                exponent = score - (base - _SHIFT if FP8 else base)[:, None]
             else:
+                if MASKED:
+                    score = tl.where((column < left)[None, :], score, float("-inf"))
+                higher = tl.maximum(peak, tl.max(score, 1) * by)
                 base = higher
-            share = tl.exp2(score - base[:, None])
+                exponent = score * by - (base - _SHIFT if FP8 else base)[:, None]
+            share = tl.exp2(exponent)
             fade = tl.exp2(peak - base)
             total = total * fade + tl.sum(share, 1)
-            out = out * fade[:, None]
             if FP8:
                 if DESCRIPTORS:
-                    v = v_tiles.load([(batch * heads + head) * D, start]).T
+                    v = v_tiles.load([head * D, start]).T
                 else:
                     v = tl.load(v_at, mask=column[:, None] < left, other=0.0)
                 # summed apart from `out`: the matrix units add bytes' products in less than float32
-                product = tl.dot((share * _P_SCALE).to(v.dtype), v, max_num_imprecise_acc=COLUMNS)
-                out += product * (tl.load(v_scale_at + start // COLUMNS) * (1.0 / _P_SCALE))
+                product = tl.dot(share.to(v.dtype), v, max_num_imprecise_acc=COLUMNS)
+                out = out * fade[:, None] + product
             else:
+                out = out * fade[:, None]
                 if DESCRIPTORS:
-                    v = v_tiles.load([batch * keys + start, head * D])
-                elif WHOLE_KEYS:
-                    v = tl.load(v_at)
-                else:
+                    v = v_tiles.load([start, head * D])
+                elif MASKED:
                     v = tl.load(v_at, mask=column[:, None] < left, other=0.0)
+                else:
+                    v = tl.load(v_at)
                 out = tl.dot(share.to(v.dtype), v, out, input_precision=PRECISION)
             peak = higher
             if not DESCRIPTORS:
                 k_at += COLUMNS * k_token
                 v_at += COLUMNS if FP8 else COLUMNS * v_token
+        if DESCRIPTORS and not HAS_BIAS and not MASKED:
+            padding = tl.cdiv(keys, COLUMNS) * COLUMNS - keys
+            taken = padding * tl.exp2(-(peak - _SHIFT) if FP8 else -peak)
+            total -= taken
+            flag = (total < taken * _ILL).to(tl.int8)
+            tl.store(flag_ptr + pair * queries + row, flag, mask=row < queries)
         out = out / total[:, None]
-        place = ((batch64 * queries + row.to(tl.int64)[:, None]) * heads + head) * D + d[None, :]
+        if FP8:
+            out *= tl.load(v_scale_ptr + pair)
+        place = ((batch * queries + row.to(tl.int64)[:, None]) * heads + head) * D + d[None, :]
         tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=row[:, None] < queries)
 
 else:
@@ -176,11 +215,9 @@ else:
 
 
 def end_to_end(t: Tensor) -> bool:
-    """Whether a [B, L, heads, D] tensor's samples and heads follow each other: what a
-    two-dimensional tile can walk."""
-    return t.stride(2) == t.shape[3] and (
-        t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1)
-    )
+    """Whether the heads of a [B, L, heads, D] tensor follow each other: what a two-dimensional tile
+    of a sample can walk."""
+    return t.stride(2) == t.shape[3]
 
 
 def resolve_loads(
@@ -189,29 +226,25 @@ def resolve_loads(
     """What "auto" stands for: the most that the chip, the layout and the compiler take.
 
     Hopper and data-centre Blackwell load by their tensor memory accelerator in a warp group of its
-    own; a bias is loaded by ordinary instructions, which that split does not take (Triton 3.7), nor
-    fp8 on Blackwell without spilling.
+    own (fp8 on Blackwell would spill so). Few keys, as a prompt's are, and a bias, which is loaded
+    by ordinary instructions, come by pointers.
     """
-    if loads not in LOADS:
-        raise ValueError(f"attention: loads is {loads!r}; expected one of {', '.join(LOADS)}.")
+    if loads not in TIMED:
+        raise ValueError(f"attention: loads is {loads!r}; expected one of {', '.join(TIMED)}.")
     major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 0
     # bytes are written end to end
     tiled = q.element_size() == 2 and (fp8 or all(end_to_end(t) for t in (q, k, v)))
     if loads == "auto":
-        if major < 9 or not tiled:
+        if major < 9 or not tiled or biased or k.shape[1] <= SHORT:
             return "pointers"
-        return (
-            "specialised"
-            if not biased and (major == 9 or (major == 10 and not fp8))
-            else "descriptors"
-        )
+        return "specialised" if major == 9 or (major == 10 and not fp8) else "descriptors"
     if loads != "pointers" and not tiled:
         raise ValueError(
-            f"attention: loads={loads!r} needs 16-bit tensors whose samples and heads lie end to"
-            " end; use 'auto'."
+            f"attention: loads={loads!r} needs 16-bit tensors whose heads lie end to end; use"
+            " 'auto'."
         )
-    if loads == "specialised" and biased:
-        raise ValueError("attention: loads='specialised' takes no bias; use 'auto'.")
+    if loads in ("specialised", "ahead") and biased:
+        raise ValueError(f"attention: loads={loads!r} takes no bias; use 'auto'.")
     return loads
 
 
@@ -230,78 +263,91 @@ def launch_config(
     """
     if element_size > 2:  # four warps spill up to 36 KB at head_dim 128
         return {"ROWS": 64, "COLUMNS": 32, "num_warps": 8, "num_stages": 2}
-    if loads == "specialised" and capability[0] == 9:
-        return {
-            "ROWS": 128,
-            "COLUMNS": 128,
-            "num_warps": 4,
-            "num_stages": 2 if head_dim == 128 and not fp8 else 3,
-        }
+    if loads != "pointers" and capability[0] == 9:
+        warps = 4 if loads == "specialised" else 8
+        stages = 2 if loads != "specialised" or (head_dim == 128 and not fp8) else 3
+        return {"ROWS": 128, "COLUMNS": 128, "num_warps": warps, "num_stages": stages}
     wide = capability in ((9, 0), (10, 0)) or fp8
+    few = capability[0] == 12 and fp8 and head_dim == 64  # eight warps have 128 registers there
     return {
         "ROWS": 128,
         "COLUMNS": 64,
-        "num_warps": 8,
+        "num_warps": 4 if few else 8,
         "num_stages": 3 if loads != "pointers" and wide else 2,
     }
 
 
+def again_config(config: dict[str, int]) -> dict[str, int]:
+    """Of the second launch: the same blocks, as flags and scales belong to them."""
+    return {**config, "num_warps": 8, "num_stages": 2}
+
+
 def flags(
-    keys: int, head_dim: int, biased: bool, loads: str, fp8: bool, config: dict[str, int]
+    keys: int,
+    head_dim: int,
+    biased: bool,
+    loads: str,
+    fp8: bool,
+    config: dict[str, int],
+    again: bool = False,
 ) -> dict:
     """The kernel's other compile-time constants. By pointers at head_dim 128, whole blocks would
-    spill on sm_80."""
-    whole = keys % config["COLUMNS"] == 0 and not biased and (loads != "pointers" or head_dim < 128)
+    spill on sm_80.
+
+    again: the second launch, which is masked.
+    """
+    whole = keys % config["COLUMNS"] == 0 and not biased and head_dim < 128
     return {
         "D": head_dim,
         "HAS_BIAS": biased,
-        "WHOLE_KEYS": whole,
+        "MASKED": again or (loads == "pointers" and not whole),
         "PRECISION": "ieee",
         "FP8": fp8,
         "DESCRIPTORS": loads != "pointers",
         "SPECIALISED": loads == "specialised",
+        "AHEAD": loads == "ahead",
+        "AGAIN": again,
     }
 
 
 def kernel_variants(name: str, fp8: bool, launches: tuple) -> list[Variant]:
     """Ahead-of-time variants of the kernel: launches are (arches, capability, loads, biased)."""
-    out = []
+    out: dict[tuple, Variant] = {}
     kind = "*fp8e4nv" if fp8 else "*bf16"
     pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), kind) | {"out_ptr": "*bf16"}
     pointers |= dict.fromkeys(("bias_ptr", "q_scale_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32")
     strides = tuple(f"{t}_{n}" for t in "qkv" for n in ("batch", "token", "head"))
-    integers = dict.fromkeys((*strides, "batches", "heads", "queries", "keys"), "i32")
+    integers = dict.fromkeys((*strides, "heads", "queries", "keys"), "i32")
+    signature = {**pointers, "flag_ptr": "*i8", **integers, "scale": "fp32"}
+
+    def add(mode: str, loads: str, arches: tuple, config: dict, constants: dict) -> None:
+        config = dict(config)
+        warps, stages = config.pop("num_warps"), config.pop("num_stages")
+        label = f"{name} {mode}, {loads} {constants['D']}"
+        made = Variant(
+            label, _attention_kernel, signature, {**config, **constants}, warps, stages, arches
+        )
+        out[label, arches] = replace(made, aligned=strides)
+
     for head_dim in (128, 64) if fp8 else (128, 64, 32):
         for arches, capability, loads, biased in launches:
             config = launch_config(head_dim, 1 if fp8 else 2, capability, loads, fp8)
-            warps, stages = config.pop("num_warps"), config.pop("num_stages")
-            for keys in (1,) if biased else (1, config["COLUMNS"]):
-                constants = {**config, **flags(keys, head_dim, biased, loads, fp8, config)}
-                if keys > 1 and not constants["WHOLE_KEYS"]:
-                    continue
-                mode = "cross" if biased else "self, whole blocks" if keys > 1 else "self"
-                label, signature = (
-                    f"{name} {mode}, {loads} {head_dim}",
-                    {**pointers, **integers, "scale": "fp32"},
-                )
-                out.append(
-                    Variant(
-                        label,
-                        _attention_kernel,
-                        signature,
-                        constants,
-                        warps,
-                        stages,
-                        arches,
-                        strides,
-                    )
-                )
-    return out
+            own = lambda keys, c=config, d=head_dim, b=biased, how=loads: flags(
+                keys, d, b, how, fp8, c
+            )
+            mode = "cross" if biased else "self"
+            add(mode, loads, arches, config, own(1))
+            if loads == "pointers" and not own(config["COLUMNS"])["MASKED"]:
+                add(f"{mode}, whole blocks", loads, arches, config, own(config["COLUMNS"]))
+            if loads != "pointers" and not biased:
+                once_more = flags(1, head_dim, False, "descriptors", fp8, config, again=True)
+                add(f"{mode} again", "descriptors", arches, again_config(config), once_more)
+    return list(out.values())
 
 
 def variants() -> list[Variant]:
     """What Wan's transformers and the mini pair launch in bfloat16: self-attention, and
-    cross-attention with a bias."""
+    cross-attention with a bias; and what the GPU suite times beside them."""
     return kernel_variants(
         "attention",
         False,
@@ -309,12 +355,14 @@ def variants() -> list[Variant]:
             ((80,), (8, 0), "pointers", False),
             ((80,), (8, 0), "pointers", True),
             ((90,), (9, 0), "specialised", False),
-            ((90,), (9, 0), "descriptors", True),
+            ((90,), (9, 0), "descriptors", False),
+            ((90,), (9, 0), "ahead", False),
+            ((90,), (9, 0), "pointers", True),
             ((90,), (9, 0), "pointers", False),
             ((100,), (10, 0), "specialised", False),
-            ((100,), (10, 0), "descriptors", True),
+            ((100,), (10, 0), "pointers", True),
             ((120,), (12, 0), "descriptors", False),
-            ((120,), (12, 0), "descriptors", True),
+            ((120,), (12, 0), "pointers", True),
         ),
     )
 
@@ -395,33 +443,43 @@ def launch_attention(
     loads: str,
     config: dict[str, int],
 ) -> None:
-    """One launch on checked tensors; `scales` of q, k and v where they are fp8."""
+    """One launch on checked tensors, and one for the rows it flags; `scales` of q, k and v where
+    they are fp8."""
     batch, queries, heads, head_dim = q.shape
-    keys = k.shape[1]
+    keys, biased, fp8 = k.shape[1], bias is not None, scales is not None
     if loads != "pointers" and q.is_cuda:
         triton.set_allocator(allocate)
-    v_strides = (v.stride(0), v.stride(2), v.stride(1)) if scales else v.stride()[:3]
-    launch(
-        _attention_kernel,
-        (-(-queries // config["ROWS"]), batch * heads),
-        q,
-        q,
-        k,
-        v,
-        out if bias is None else bias,
-        *((out,) * 3 if scales is None else scales),
-        out,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v_strides,
-        batch,
-        heads,
-        queries,
-        keys,
-        math.log2(math.e) / math.sqrt(head_dim),
-        **flags(keys, head_dim, bias is not None, loads, scales is not None, config),
-        **config,
-    )
+    v_strides = (v.stride(0), v.stride(2), v.stride(1)) if fp8 else v.stride()[:3]
+    padded = loads != "pointers" and not biased
+    flagged = q.new_empty(batch * heads * queries if padded else 0, dtype=torch.int8)
+
+    def once(config: dict[str, int], constants: dict) -> None:
+        launch(
+            _attention_kernel,
+            (-(-queries // config["ROWS"]), batch * heads),
+            q,
+            q,
+            k,
+            v,
+            out if bias is None else bias,
+            *((out,) * 3 if scales is None else scales),
+            flagged,
+            out,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v_strides,
+            heads,
+            queries,
+            keys,
+            math.log2(math.e) / math.sqrt(head_dim),
+            **constants,
+            **config,
+        )
+
+    once(config, flags(keys, head_dim, biased, loads, fp8, config))
+    if padded and keys % config["COLUMNS"]:
+        again = flags(keys, head_dim, False, "descriptors", fp8, config, again=True)
+        once(again_config(config), again)
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
@@ -460,7 +518,8 @@ def attention(
         bias: added to every score of a key, [B, Lk] float32, contiguous; -inf leaves a key out. At
             least one key of each sample must count.
         loads: how tiles come: "pointers", "descriptors" (Hopper and later: the tensor memory
-            accelerator), "specialised" (by a warp group of its own), or "auto".
+            accelerator), "specialised" (by a warp group of its own), "ahead" (descriptors, the next
+            block's scores begun before this one's softmax), or "auto".
 
     Returns:
         [B, Lq, heads, head_dim], contiguous, in q's dtype.

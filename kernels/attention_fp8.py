@@ -3,10 +3,12 @@ float32.
 
     K' = K - mean over tokens
     x8 = x / s,  s = max|x| / 448
-    score = s_q s_k q8 k8^T / sqrt(d);   out = sum over tiles of s_v (256 softmax share)8 v8 / 256
+    score = s_q s_k q8 k8^T / sqrt(d);   out = s_v (sum of (256 share)8 v8) / (sum of 256 share)
 
-The mean takes one number from all of a query's scores, which the softmax does not see. A scale is
-of a block of tokens of a head: 128 queries; as many keys and values as a tile.
+The mean takes one number from all of a query's scores, which the softmax does not see. A scale of Q
+and K is of a block of tokens of a head: 128 queries; as many keys as a tile. V has one a head, so
+that tiles' products add up as they are: e4m3 is a float, and loses nothing to a scale that is too
+large for some of its values.
 
 Smoothing K is SageAttention's (arXiv 2410.02367): its channels have outliers that are alike in
 every token. V is written transposed, as the matrix units read bytes. A tile's products are summed
@@ -19,6 +21,8 @@ RMS on Gaussian inputs, so never chosen unless it is asked for.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -46,7 +50,7 @@ if triton is not None:
         x_ptr,  # [B, L, heads, D]
         mean_ptr,  # [B, heads, D] float32, or unused
         out_ptr,  # [B, L, heads, D] e4m3; TRANSPOSED: [B, heads, D, PADDED]
-        scale_ptr,  # [B, heads, blocks]
+        scale_ptr,  # [B, heads, blocks]; GIVEN: [B, heads], and read
         x_batch,
         x_token,
         x_head,
@@ -57,6 +61,7 @@ if triton is not None:
         ROWS: tl.constexpr,
         SMOOTH: tl.constexpr,
         TRANSPOSED: tl.constexpr,
+        GIVEN: tl.constexpr,
     ):
         batch = (tl.program_id(1) // heads).to(tl.int64)
         head = (tl.program_id(1) % heads).to(tl.int64)
@@ -75,11 +80,13 @@ if triton is not None:
             x = tl.where(
                 inside, x - tl.load(mean_ptr + (batch * heads + head) * D + d)[None, :], 0.0
             )
-        scale = tl.maximum(tl.max(tl.abs(x)), 1e-20) / _PEAK
+        pair = tl.program_id(1).to(tl.int64)
+        if GIVEN:
+            scale = tl.load(scale_ptr + pair)
+        else:
+            scale = tl.maximum(tl.max(tl.abs(x)), 1e-20) / _PEAK
+            tl.store(scale_ptr + pair * tl.num_programs(0) + tl.program_id(0), scale)
         small = (x / scale).to(out_ptr.dtype.element_ty)
-        tl.store(
-            scale_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), scale
-        )
         if TRANSPOSED:  # the padding is written too: zeros
             place = ((batch * heads + head) * D + d[:, None]) * padded + row[None, :]
             tl.store(out_ptr + place, tl.trans(small), mask=row[None, :] < padded)
@@ -111,7 +118,13 @@ def variants() -> list[Variant]:
             ("k", 64, True, False, (100, 120)),
             ("v", 64, False, True, (100, 120)),
         ):
-            constants = {"D": head_dim, "ROWS": rows, "SMOOTH": smooth, "TRANSPOSED": transposed}
+            constants = {
+                "D": head_dim,
+                "ROWS": rows,
+                "SMOOTH": smooth,
+                "TRANSPOSED": transposed,
+                "GIVEN": transposed,
+            }
             name = f"quantise {label} {head_dim}"
             out.append(
                 Variant(
@@ -123,11 +136,13 @@ def variants() -> list[Variant]:
         True,
         (
             ((90,), (9, 0), "specialised", False),
-            ((90,), (9, 0), "descriptors", True),
+            ((90,), (9, 0), "descriptors", False),
+            ((90,), (9, 0), "ahead", False),
+            ((90,), (9, 0), "pointers", True),
             ((100,), (10, 0), "descriptors", False),
-            ((100,), (10, 0), "descriptors", True),
+            ((100,), (10, 0), "pointers", True),
             ((120,), (12, 0), "descriptors", False),
-            ((120,), (12, 0), "descriptors", True),
+            ((120,), (12, 0), "pointers", True),
         ),
     )
 
@@ -149,16 +164,21 @@ def attention_fp8_ref(
     """The same quantisation in plain PyTorch, with exact shares; shapes as in `attention_fp8`."""
     smooth = k.float() - k.float().mean(1, keepdim=True)
     return attention_ref(
-        quantise_ref(q, 128), quantise_ref(smooth, columns), quantise_ref(v, columns), bias
+        quantise_ref(q, 128), quantise_ref(smooth, columns), quantise_ref(v, v.shape[1]), bias
     ).to(q.dtype)
 
 
-def _quantise(x: Tensor, rows: int, mean: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor]:
+def _quantise(
+    x: Tensor, rows: int, mean: Tensor | None, transposed: bool, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Bytes and their scales; scale: one a head, where it is given."""
     batch, length, heads, head_dim = x.shape
     blocks = -(-length // rows)
     shape = (batch, heads, head_dim, blocks * rows) if transposed else x.shape
     out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(batch, heads, blocks, dtype=torch.float32, device=x.device)
+    given = scale is not None
+    if scale is None:
+        scale = torch.empty(batch, heads, blocks, dtype=torch.float32, device=x.device)
     launch(
         _quantise_kernel,
         (blocks, batch * heads),
@@ -175,6 +195,7 @@ def _quantise(x: Tensor, rows: int, mean: Tensor | None, transposed: bool) -> tu
         ROWS=rows,
         SMOOTH=mean is not None,
         TRANSPOSED=transposed,
+        GIVEN=given,
         num_warps=4,
     )
     return out, scale
@@ -201,7 +222,8 @@ def _attention_fp8(
         config = launch_config(q.shape[3], 1, capability_of(q.device), loads, fp8=True)
         q8, q_scale = _quantise(q, config["ROWS"], None, False)
         k8, k_scale = _quantise(k, config["COLUMNS"], k.mean(1, dtype=torch.float32), False)
-        v8, v_scale = _quantise(v, config["COLUMNS"], None, True)
+        largest = torch.linalg.vector_norm(v, math.inf, (1, 3), dtype=torch.float32)
+        v8, v_scale = _quantise(v, config["COLUMNS"], None, True, largest.clamp_min(1e-20) / PEAK)
         launch_attention(q8, k8, v8, bias, (q_scale, k_scale, v_scale), out, loads, config)
     return out
 

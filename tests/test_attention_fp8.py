@@ -125,3 +125,29 @@ def test_what_it_does_not_take_is_refused(change, words):
 def test_the_op_keeps_torchs_rules():
     q, k, v = inputs(1, 9, 11, 1, 64, torch.float16)
     torch.library.opcheck(torch.ops.nexus_rt.attention_fp8.default, (q, k, v))
+
+
+@pytest.mark.parametrize("loads", ["descriptors", "specialised", "ahead"])
+@pytest.mark.parametrize("low", [0.0, -50.0])
+def test_what_lies_past_the_last_key_has_no_share(loads, low):
+    """Nor where scores are all far below the zero that padding has; K's mean, which is smoothed
+    away, is not what makes them so."""
+    q, k, v = inputs(1, 130, 140, 1, 64, torch.float16)
+    k[:, :, :, 0] = torch.tensor([1.0, 1.0]).repeat(70)[:, None]
+    k[:, 0, :, 0] = -500.0  # the mean is far below the others: their smoothed values are one sign
+    q[..., 0] = low
+    wanted = oracle(q, k, v)
+    assert relative(attention_fp8(q, k, v, loads=loads), wanted) < 0.15
+
+
+def test_values_of_one_head_are_scaled_by_their_own_largest():
+    q, k, v = inputs(2, 40, 90, 2, 64, torch.float16)
+    v = (
+        v
+        * torch.tensor([1.0, 100.0]).half()[:, None]
+        * torch.tensor([1.0, 0.01]).half().view(2, 1, 1, 1)
+    )
+    wanted, got = oracle(q, k, v), attention_fp8(q, k, v)
+    for sample in range(2):
+        for head in range(2):
+            assert relative(got[sample, :, head], wanted[sample, :, head]) < ALLOWED

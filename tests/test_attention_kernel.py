@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from nexus_rt.kernels.attention import LOADS, _check, attention, attention_ref
+from nexus_rt.kernels.attention import TIMED, _check, attention, attention_ref
 
 pytest.importorskip("triton")
 CASES = [  # B, Lq, Lk, heads, head_dim, dtype
@@ -57,7 +57,7 @@ def poisoned(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("loads", LOADS)
+@pytest.mark.parametrize("loads", TIMED)
 def test_it_is_the_formula(case, biased, loads):
     q, k, v = inputs(*case)
     bias = (
@@ -65,8 +65,8 @@ def test_it_is_the_formula(case, biased, loads):
         if biased
         else None
     )
-    if (loads == "specialised" and biased) or (
-        loads in ("descriptors", "specialised") and q.dtype == torch.float32
+    if (loads in ("specialised", "ahead") and biased) or (
+        loads in ("descriptors", "specialised", "ahead") and q.dtype == torch.float32
     ):
         with pytest.raises(ValueError, match="use 'auto'"):
             attention(q, k, v, bias, loads)
@@ -149,3 +149,102 @@ def test_what_is_beyond_the_grid_is_refused(shape):
         ValueError, match="beyond the grid: up to 2.31 tokens in all and 65535 samples x heads"
     ):
         _check(t, t, t, None)
+
+
+PADDED = [loads for loads in TIMED if loads not in ("auto", "pointers")]
+
+
+@pytest.mark.parametrize("loads", PADDED)
+@pytest.mark.parametrize("low", [-3.0, -12.0, -40.0, -90.0])
+def test_what_lies_past_the_last_key_has_no_share_however_low_the_scores(loads, low):
+    """Zeros past the last key score 0: beside scores that are all far below, taking their share out
+    of the sum would cancel, and those rows are computed again."""
+    q, k, v = inputs(2, 130, 140, 1, 64, torch.float16)
+    k = k / 8
+    # a direction that all keys share: row 0 has it against it, row 1 for it, the others not at all
+    k[..., 0] = 8.0
+    q[..., 0] = 0.0
+    q[:, 0, :, 0], q[:, 1, :, 0] = low, -low
+    close(attention(q, k, v, None, loads), q, k, v)
+
+
+@pytest.mark.parametrize("loads", PADDED)
+def test_rows_are_computed_again_only_where_they_must_be(loads, monkeypatch):
+    from nexus_rt.kernels import attention as module
+
+    seen = []
+    launch = module.launch
+
+    def watched(kernel, grid, like, *args, **options):
+        if options["AGAIN"]:
+            flags = args[7].clone()
+            args[8].fill_(float("nan"))  # what the second launch does not write stays so
+        launch(kernel, grid, like, *args, **options)
+        if options["AGAIN"]:
+            seen.append((flags, args[8].clone()))
+
+    monkeypatch.setattr(module, "launch", watched)
+    q, k, v = inputs(1, 300, 140, 1, 64, torch.float16)
+    k[..., 0], q[..., 0] = 8.0, 0.0
+    q[:, 200, :, 0] = -60.0
+    attention(q, k, v, None, loads)
+    ((flags, out),) = seen
+    assert flags.nonzero().flatten().tolist() == [200]
+    assert torch.isfinite(out[:, 128:256]).all()  # its block
+    assert out[:, :128].isnan().all() and out[:, 256:].isnan().all()
+    seen.clear()
+    attention(q, k[:, :128].contiguous(), v[:, :128].contiguous(), None, loads)
+    assert not seen  # whole blocks have nothing past the last key
+
+
+@pytest.mark.parametrize("loads", PADDED)
+def test_a_tile_does_not_reach_into_the_next_sample(loads):
+    q, k, v = inputs(2, 60, 70, 2, 64, torch.float16)
+    alone = attention(q[:1].contiguous(), k[:1].contiguous(), v[:1].contiguous(), None, loads)
+    k[1], v[1] = float("nan"), float("nan")
+    both = attention(q, k, v, None, loads)
+    assert torch.equal(both[:1], alone) and both[1].isnan().all()
+
+
+@pytest.mark.parametrize("loads", PADDED)
+def test_samples_may_lie_apart(loads):
+    """Descriptors are made a sample: only heads must follow each other."""
+    room = torch.randn(2, 90, 3, 64, generator=torch.Generator().manual_seed(3)).half()
+    q, k, v = (room[:, a : a + 20, :2] for a in (0, 20, 50))
+    with pytest.raises(ValueError, match="heads lie end to end"):
+        attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, None, loads)
+    close(attention(q, k, v, None, loads), q, k, v)
+
+
+def test_few_keys_and_biased_ones_come_by_pointers(monkeypatch):
+    from nexus_rt.kernels.attention import SHORT, resolve_loads
+
+    class Gpu:
+        is_cuda, device = True, torch.device("cuda")
+
+        def __init__(self, keys):
+            self.shape = (1, keys, 2, 128)
+
+        def element_size(self):
+            return 2
+
+        def stride(self, i):
+            return (self.shape[1] * 256, 256, 128, 1)[i]
+
+    asked = {}
+    for major in (8, 9, 10, 12):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, m=major: (m, 0))
+        q = Gpu(32760)
+        asked[major] = [
+            resolve_loads("auto", q, k, k, biased, fp8)
+            for k, biased, fp8 in (
+                (Gpu(32760), False, False),
+                (Gpu(SHORT), False, False),
+                (Gpu(32760), True, False),
+                (Gpu(32760), False, True),
+            )
+        ]
+    assert asked[8] == ["pointers"] * 4
+    assert asked[9] == ["specialised", "pointers", "pointers", "specialised"]
+    assert asked[10] == ["specialised", "pointers", "pointers", "descriptors"]
+    assert asked[12] == ["descriptors", "pointers", "pointers", "descriptors"]
