@@ -32,6 +32,7 @@ KERNELS = (
     "band_filter",
     "solver_step",
     "modulate",
+    "quantise_rows",
     "qk_norm_rope",
     "attention",
     "attention_fp8",

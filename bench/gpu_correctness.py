@@ -106,6 +106,52 @@ def _qk_norm_rope_case(s: Any, heads: int, head_dim: int, which: str) -> dict:
     return compare(qk_norm_rope(*args)[i], wanted, qk_norm_rope_ref(*args)[i])
 
 
+def _rows(s: Any, timed: bool) -> Cases:
+    # Triton's interpreter rounds to fp8 wrongly
+    widths = (
+        () if s.dry else ((5120, ""), (13824, "GELU ")) if timed else ((1536, ""), (8960, "GELU "))
+    )
+    return {f"{what}{dim}": partial(_rows_case, s, dim, bool(what)) for dim, what in widths}
+
+
+def _rows_case(s: Any, dim: int, gelu: bool) -> dict:
+    from nexus_rt.kernels.quantise_rows import quantise_rows, quantise_rows_ref
+
+    x = s.random(2, 1311, dim)
+    y = x.flatten(0, 1).double()
+    if gelu:
+        y = 0.5 * y * (1 + (math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)).tanh())
+    return _bytes(quantise_rows(x, gelu), quantise_rows_ref(x, gelu), y)
+
+
+def _bytes(got: tuple, eager: tuple, wanted: Any) -> dict:
+    """8-bit rows against what they stand for: not much farther than PyTorch's."""
+    off = lambda rows: float((rows[0].double() * rows[1].double() - wanted).norm() / wanted.norm())
+    error, lost = off(got), off(eager)
+    return {"relative_error": error, "eager_error": lost, "right": error <= 1.05 * lost + 1e-3}
+
+
+def _modulate_rows(s: Any, timed: bool) -> Cases:
+    return {
+        f"{heads * head_dim}": partial(_modulate_rows_case, s, heads * head_dim)
+        for heads, head_dim in _heads(s, timed)
+        if not s.dry
+    }
+
+
+def _modulate_rows_case(s: Any, dim: int) -> dict:
+    import torch
+
+    from nexus_rt.kernels.modulate import modulate_rows, modulate_rows_ref
+
+    x, y = s.random(2, 1311, dim), s.random(2, 1311, dim)
+    scale, shift, gate = (s.random(2, dim, dtype=torch.float32) for _ in range(3))
+    args = (x, scale, shift, 1e-6, y, gate)
+    stream = (x.double() + y.double() * gate.double()[:, None]).to(x.dtype).double()
+    wanted = _layer_norm64(stream, scale, shift).flatten(0, 1)
+    return _bytes(modulate_rows(*args)[1], modulate_rows_ref(*args)[1], wanted)
+
+
 def _key_counts(s: Any) -> tuple:
     length = 7 if s.dry else 1311
     whole = () if s.dry else ((1280, False),)
@@ -322,6 +368,8 @@ CHECKS: dict[str, Callable[[Any, bool], Cases]] = {
     "band_blend": _band_blend,
     "solver_step": _solver_step,
     "band_filter": _band_filter,
+    "modulate_rows": _modulate_rows,
+    "quantise_rows": _rows,
     "attention_fp8": _attention_fp8,
     "beyond_int32": _beyond_int32,
 }

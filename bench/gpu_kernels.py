@@ -119,6 +119,12 @@ def block_calls(s: Any) -> dict[str, Callable[[], tuple]]:
                     _modulate, s, heads * head_dim, length, bool(kind)
                 )
             calls[f"qk_norm_rope {size}"] = partial(_qk_norm_rope, s, heads, head_dim, length)
+            if not s.dry:  # the interpreter rounds to fp8 wrongly
+                calls[f"modulate_rows {size}"] = partial(
+                    _modulate_rows, s, heads * head_dim, length
+                )
+                inner = config["ffn_dim"]
+                calls[f"quantise_rows GELU {size}"] = partial(_rows, s, inner, length)
     return calls
 
 
@@ -133,6 +139,20 @@ def _modulate(s: Any, dim: int, length: int, gated: bool) -> tuple:
     if gated:
         return modulate, modulate_ref, (*args, y, gate), 4 * x.nbytes
     return modulate, modulate_ref, args, 2 * x.nbytes
+
+
+def _modulate_rows(s: Any, dim: int, length: int) -> tuple:
+    from nexus_rt.kernels.modulate import modulate_rows, modulate_rows_ref
+
+    args, moved = _modulate(s, dim, length, True)[2:]
+    return modulate_rows, modulate_rows_ref, args, moved * 7 // 8
+
+
+def _rows(s: Any, inner: int, length: int) -> tuple:
+    from nexus_rt.kernels.quantise_rows import quantise_rows, quantise_rows_ref
+
+    x = s.random(1, length, inner)
+    return quantise_rows, quantise_rows_ref, (x, True), x.nbytes * 3 // 2
 
 
 def _qk_norm_rope(s: Any, heads: int, head_dim: int, length: int) -> tuple:

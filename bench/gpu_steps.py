@@ -188,7 +188,8 @@ def _fp8(step: Any, attention: str | None) -> dict:
     from nexus_rt.loading.packing import formats_of
 
     own = step()
-    row = own.timed(own.call(own.kernels, attention or own.s.attention, fp8=True))
+    kernels = "torch" if {"modulate_rows", "quantise_rows"} & own.s.wrong else own.kernels
+    row = own.timed(own.call(kernels, attention or own.s.attention, fp8=True))
     return {**row, "layers": formats_of(own.small)}
 
 

@@ -79,7 +79,13 @@ def targets(results: dict[str, Any]) -> Iterator[tuple[str, str, float | None, b
             80,
             _number(results, "kernels", name, "percent_of_roof"),
         )
-    for kernel in ("qk_norm_rope", "modulate gated residual", "modulate "):
+    for kernel in (
+        "qk_norm_rope",
+        "modulate gated residual",
+        "modulate ",
+        "modulate_rows",
+        "quantise_rows",
+    ):
         names = [
             n for n in _rows(results, "kernels", kernel) if ("gated" in n) == ("gated" in kernel)
         ]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.kernels import formulas
+from nexus_rt.kernels.quantise_rows import quantise_rows_ref
 from nexus_rt.kernels.triton_op import (
     DTYPES,
     MAX_ROW,
@@ -33,6 +34,7 @@ from nexus_rt.kernels.triton_op import (
 )
 
 if triton is not None:
+    from nexus_rt.kernels.quantise_rows import as_bytes
 
     @triton.jit
     def _modulate_kernel(
@@ -42,7 +44,8 @@ if triton is not None:
         scale_ptr,  # [B, D] or [1, D] float32
         shift_ptr,  # as scale
         sum_ptr,  # [N, D] x', or unused
-        out_ptr,  # [N, D]
+        out_ptr,  # [N, D]; QUANTISED: e4m3
+        row_scale_ptr,  # QUANTISED: [N] float32
         rows_a_gate,  # N // B, or N where one gate serves all
         rows_a_scale,  # the same of scale and shift
         eps,
@@ -50,6 +53,7 @@ if triton is not None:
         BLOCK: tl.constexpr,
         HAS_RESIDUAL: tl.constexpr,
         HAS_GATE: tl.constexpr,
+        QUANTISED: tl.constexpr,  # rows as 8-bit floats, for a product that takes them
     ):
         row = tl.program_id(0).to(tl.int64)
         gate_row = row // rows_a_gate
@@ -72,6 +76,9 @@ if triton is not None:
         scale = tl.load(scale_ptr + scale_row * D + column, mask=inside, other=0.0)
         shift = tl.load(shift_ptr + scale_row * D + column, mask=inside, other=0.0)
         out = centred * rstd * (1.0 + scale) + shift
+        if QUANTISED:
+            out, row_scale = as_bytes(tl.where(inside, out, 0.0), out_ptr.dtype.element_ty)
+            tl.store(row_scale_ptr + row, row_scale)
         tl.store(out_ptr + row * D + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 else:
@@ -89,18 +96,22 @@ def variants() -> list[Variant]:
     out = []
     for dim in (1536, 5120):
         config = launch_config(dim)
-        for mode, residual, gate in (
-            ("norm", False, False),
-            ("residual", True, False),
-            ("gated", True, True),
+        for mode, residual, gate, quantised in (
+            ("norm", False, False, False),
+            ("residual", True, False, False),
+            ("gated", True, True, False),
+            ("residual, fp8", True, False, True),
+            ("gated, fp8", True, True, True),
         ):
             pointers = {n: "*bf16" for n in ("x_ptr", "y_ptr", "sum_ptr", "out_ptr")}
             pointers |= {n: "*fp32" for n in ("gate_ptr", "scale_ptr", "shift_ptr")}
+            pointers |= {"row_scale_ptr": "*fp32"} | ({"out_ptr": "*fp8e4nv"} if quantised else {})
             constants = {
                 "D": dim,
                 "BLOCK": config["BLOCK"],
                 "HAS_RESIDUAL": residual,
                 "HAS_GATE": gate,
+                "QUANTISED": quantised,
             }
             signature = {**pointers, "rows_a_gate": "i32", "rows_a_scale": "i32", "eps": "fp32"}
             out.append(
@@ -110,6 +121,7 @@ def variants() -> list[Variant]:
                     signature,
                     constants,
                     config["num_warps"],
+                    arches=(90, 100, 120) if quantised else None,
                 )
             )
     return out
@@ -157,19 +169,21 @@ def _check(x: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, gate: Tens
             check_tensor("modulate", name, t, x.shape, x.dtype, x.device)
 
 
-@kernel_op("modulate")
-def _modulate(
+def _run(
     x: Tensor,
     scale: Tensor,
     shift: Tensor,
     eps: float,
-    y: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    y: Tensor | None,
+    gate: Tensor | None,
+    quantised: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The new stream (empty without y), the norm, and its rows' scales (empty unless quantised)."""
     _check(x, scale, shift, y, gate)
-    out = torch.empty_like(x)
-    total = torch.empty_like(x) if y is not None else torch.empty(0, dtype=x.dtype, device=x.device)
     rows, dim = x.shape[0] * x.shape[1], x.shape[2]
+    out = x.new_empty(rows, dim, dtype=torch.float8_e4m3fn) if quantised else torch.empty_like(x)
+    row_scale = x.new_empty(rows if quantised else 0, 1, dtype=torch.float32)
+    total = torch.empty_like(x) if y is not None else torch.empty(0, dtype=x.dtype, device=x.device)
     if rows and dim:
         shares = [rows if t is None or t.shape[0] == 1 else x.shape[1] for t in (gate, scale)]
         launch(
@@ -183,14 +197,28 @@ def _modulate(
             shift,
             total,
             out,
+            row_scale,
             *shares,
             eps,
             D=dim,
             HAS_RESIDUAL=y is not None,
             HAS_GATE=gate is not None,
+            QUANTISED=quantised,
             **launch_config(dim),
         )
-    return total, out
+    return total, out, row_scale
+
+
+@kernel_op("modulate")
+def _modulate(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _run(x, scale, shift, eps, y, gate, False)[:2]
 
 
 @_modulate.register_fake
@@ -222,3 +250,52 @@ def modulate(
     """
     total, out = _modulate(x, scale, shift, eps, y, gate)
     return (x if y is None else total), out
+
+
+@kernel_op("modulate_rows")
+def _modulate_rows(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _run(x, scale, shift, eps, y, gate, True)
+
+
+@_modulate_rows.register_fake
+def _(x, scale, shift, eps, y=None, gate=None):
+    rows = x.shape[0] * x.shape[1]
+    return (
+        torch.empty_like(x) if y is not None else x.new_empty(0),
+        x.new_empty(rows, x.shape[2], dtype=torch.float8_e4m3fn),
+        x.new_empty(rows, 1, dtype=torch.float32),
+    )
+
+
+def modulate_rows(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`modulate`, the norm as 8-bit rows: (x', (e4m3 [B L, D], scales [B L, 1] float32)), as
+    `quantise_rows` writes them; arguments and errors as there."""
+    total, out, row_scale = _modulate_rows(x, scale, shift, eps, y, gate)
+    return (x if y is None else total), (out, row_scale)
+
+
+def modulate_rows_ref(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The formula in plain PyTorch; shapes as in `modulate_rows`."""
+    total = x if y is None else formulas.modulate(x, scale, shift, eps, y, gate)[0]
+    return total, quantise_rows_ref(formulas.modulate(total.float(), scale, shift, eps)[1])

@@ -98,6 +98,8 @@ class Ops:
     modulate, qk_norm_rope: as in `nexus_rt.kernels`. rope: the tables that qk_norm_rope reads, for
         a grid.
     linear_gelu: a linear layer and its tanh-GELU.
+    modulate_rows, quantise_rows: the norm, and any activations, as the 8-bit rows that fp8 products
+        take; None where the products quantise for themselves.
     """
 
     name: str
@@ -105,6 +107,8 @@ class Ops:
     qk_norm_rope: Callable
     rope: Callable
     linear_gelu: Callable
+    modulate_rows: Callable | None = None
+    quantise_rows: Callable | None = None
 
 
 TORCH = Ops("torch", formulas.modulate, formulas.qk_norm_rope, rope_table, _linear_gelu)
@@ -131,10 +135,19 @@ def choose_ops(kernels: str, device: torch.device) -> Ops:
             return TORCH
     if why:
         raise InputError(f"kernels='triton' cannot run here: {why}; use 'auto' or 'torch'.")
-    from nexus_rt.kernels.modulate import modulate
+    from nexus_rt.kernels.modulate import modulate, modulate_rows
     from nexus_rt.kernels.qk_norm_rope import qk_norm_rope
+    from nexus_rt.kernels.quantise_rows import quantise_rows
 
-    return Ops("triton", modulate, qk_norm_rope, rope_pairs, _linear_gelu_epilogue)
+    return Ops(
+        "triton",
+        modulate,
+        qk_norm_rope,
+        rope_pairs,
+        _linear_gelu_epilogue,
+        modulate_rows,
+        quantise_rows,
+    )
 
 
 def cannot_run_triton(device: torch.device) -> str | None:

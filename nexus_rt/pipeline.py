@@ -183,7 +183,8 @@ class NexusPipeline:
             weights: how the matrices of the generators' blocks are kept: "dense" (in
                 `torch_dtype`), "small" (as the checkpoint has them: GGUF's blocks, fp8, scaled
                 int8), "int8" or "fp8" (quantised as they are read, a scale a row), "int8-dynamic"
-                or "fp8-dynamic" (the activations too). `formats` says what became of them.
+                or "fp8-dynamic" (the activations too; of all blocks but the first and the last,
+                "fp8-dynamic-all" of all). `formats` says what became of them.
             vram: a budget such as "24GB": engines, encoders and VAE then come and go as
                 `plan_residency` decides.
             cuda_graphs: record each generator's step once a shape and replay it

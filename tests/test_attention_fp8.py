@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nexus_rt.kernels.attention_fp8 import _quantise, attention_fp8, attention_fp8_ref, quantise_ref
+from tests.interpreter import round_right
 from tests.test_attention_kernel import inputs, oracle
 
 triton = pytest.importorskip("triton")
@@ -23,16 +24,7 @@ ALLOWED = 0.12
 
 @pytest.fixture(autouse=True)
 def rounded_right(monkeypatch):
-    from triton.runtime import interpreter
-
-    theirs = interpreter._convert_float
-
-    def convert(data, source, target, mode):
-        if target.name == "fp8e4nv" and source.name == "fp32":
-            return torch.from_numpy(data.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-        return theirs(data, source, target, mode)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
+    round_right(monkeypatch)
 
 
 def relative(got, wanted):

@@ -9,10 +9,13 @@ from nexus_rt import InputError, ModelError, NexusPipeline
 from nexus_rt.cli import main
 from nexus_rt.encodings import GGUF_BLOCKS, Scaled
 from nexus_rt.engines.torch import TorchEngine
-from nexus_rt.loading.packing import formats_of
+from nexus_rt.kernels.quantise_rows import quantise_rows_ref
+from nexus_rt.loading.packing import formats_of, pack_model
 from nexus_rt.loading.transformer import load_transformer
-from nexus_rt.models.quantized import QuantizedLinear, Rows, joined, quantise
-from nexus_rt.models.quantized_products import product_of
+from nexus_rt.models.layers import Linear
+from nexus_rt.models.quantized import QuantizedLinear, Rows, joined, quantise, takes_rows
+from nexus_rt.models.quantized_products import Rows8, multiplies
+from nexus_rt.models.wan import WanConfig, WanTransformer
 from tests import published
 from tests.test_single_files import run
 
@@ -98,7 +101,7 @@ def test_wide_layers_are_widened_in_pieces(monkeypatch):
 
 
 def test_activations_in_8_bits_on_a_cpu():
-    """int8 is multiplied as int8; fp8, which a CPU does not multiply, is widened."""
+    """int8 is multiplied as int8, and fp8 as fp8, sums in float32."""
     weight, bias = torch.randn(32, 64, generator=seeded()), torch.randn(32, generator=seeded(1))
     x = torch.randn(5, 7, 64, generator=seeded(2))
     rows = quantise(weight, "int8")
@@ -108,7 +111,14 @@ def test_activations_in_8_bits_on_a_cpu():
     want = (small.double() @ rows.raw.double().T) * own * rows.encoding.scale.T + bias
     torch.testing.assert_close(layer(x).double(), want, atol=1e-4, rtol=1e-5)
     assert (layer(x) - F.linear(x, weight, bias)).abs().max() < 0.5
-    assert product_of(quantise(weight, "fp8").raw) is None
+    rows = quantise(weight, "fp8")
+    layer = QuantizedLinear([rows], 64, bias, activations=True)
+    own = x.abs().amax(-1, keepdim=True) / 448
+    small = (x / own).to(torch.float8_e4m3fn)
+    want = (small.double() @ rows.raw.double().T) * own * rows.encoding.scale.T + bias
+    torch.testing.assert_close(layer(x).double(), want, atol=1e-4, rtol=1e-5)
+    low = QuantizedLinear([rows], 64, bias.bfloat16(), activations=True)(x.bfloat16())
+    assert low.dtype == torch.bfloat16 and (low - want).norm() < 0.03 * want.norm()
     one = quantise(weight, "int8")
     scalar = Rows(one.raw, Scaled("int8", torch.tensor(0.01)), 32)
     assert QuantizedLinear([scalar], 64, bias, activations=True)(x).isfinite().all()
@@ -153,6 +163,65 @@ def test_our_own_quantisation(tmp_path, kind):
         f"{kind.removesuffix('-dynamic')} by row",
         "float32 outside the blocks",
     }
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 5])
+def test_fp8_leaves_the_first_and_the_last_block_as_they_are(layers):
+    """Where there are three or more; what is applied is counted."""
+    config = WanConfig(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        ffn_dim=64,
+        num_layers=layers,
+        text_dim=32,
+        freq_dim=32,
+    )
+
+    def counts(kind):
+        model = WanTransformer(config).eval().requires_grad_(False)
+        pack_model(model, kind)
+        kept = [i for i, b in enumerate(model.blocks) if isinstance(b.attn1.to_qkv, Linear)]
+        return kept, formats_of(model)
+
+    kept, formats = counts("fp8-dynamic")
+    assert kept == ([0, layers - 1] if layers > 2 else [])
+    assert formats["fp8 by row"] == 7 * (layers - len(kept))
+    assert formats.get("float32", 0) == 7 * len(kept) and formats["float32 outside the blocks"] == 6
+    for kind in ("fp8-dynamic-all", "fp8", "int8-dynamic"):
+        assert counts(kind)[0] == []
+
+
+def test_which_layers_take_rows():
+    weight, bias = torch.randn(32, 64, generator=seeded()), torch.zeros(32)
+    layer = lambda kind, activations=True: QuantizedLinear(
+        [quantise(weight, kind)], 64, bias, activations
+    )
+    assert takes_rows(layer("fp8")) and multiplies(layer("fp8").raw[0])
+    assert not takes_rows(layer("fp8", False)) and not takes_rows(layer("int8"))
+    assert not takes_rows(Linear(64, 32))
+    beside = layer("fp8")
+    x = torch.randn(3, 64, generator=seeded(1))
+    plain = beside(x)
+    values, scales = quantise_rows_ref(x)
+    assert torch.equal(beside(Rows8(values, scales, x.shape)), plain)
+    from nexus_rt.models.quantized import Adapter
+
+    beside.adapters.append(Adapter(0, 8, torch.ones(2, 64), torch.ones(8, 2), 1.0))
+    assert not takes_rows(beside)  # its low-rank product reads the activations as they were
+    assert not torch.equal(beside(x)[:, :8], plain[:, :8])
+
+
+@pytest.mark.parametrize("side", [(32, 64), (24, 64), (32, 72)])
+def test_a_gpu_multiplies_what_its_units_take(monkeypatch, side):
+    """Both sides multiples of 16, and compute capability 8.9."""
+    from nexus_rt.models.quantized_products import product_of
+
+    class Gpu:
+        dtype, is_cuda, shape, device = torch.float8_e4m3fn, True, side, torch.device("cuda")
+
+    for capability, new in (((8, 0), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, c=capability: c)
+        assert (product_of(Gpu()) is not None) == (new and side == (32, 64))
 
 
 def test_a_lora_is_merged_before_quantising_and_added_beside_what_is_kept(tmp_path):

@@ -121,10 +121,11 @@ def models() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--quantize",
-        choices=("int8", "int8-dynamic", "fp8", "fp8-dynamic"),
+        choices=("int8", "int8-dynamic", "fp8", "fp8-dynamic", "fp8-dynamic-all"),
         help=(
             "quantise the generators' matrices as they are read, a scale a row; -dynamic: the"
-            " activations too"
+            " activations too; fp8-dynamic leaves the first and the last block as they are,"
+            " fp8-dynamic-all does not"
         ),
     )
     for name in ("small", "large"):

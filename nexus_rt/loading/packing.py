@@ -3,7 +3,8 @@
 "small" keeps what a checkpoint stores in 8 bits or fewer as it is stored; "int8" and "fp8" quantise
 every matrix of the blocks, a scale a row, after LoRAs are merged; "int8-dynamic" and "fp8-dynamic"
 quantise the activations as well. Embeddings, norms, modulation tables, the patch embedding and the
-head stay as they are.
+head stay as they are, and under "fp8-dynamic" the first and the last block, whose errors every
+block after sees, or nothing mends; "fp8-dynamic-all" quantises them too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from nexus_rt.loading.stored import StoredTensor
 from nexus_rt.models.layers import Linear
 from nexus_rt.models.quantized import QuantizedLinear, Rows, quantise
 
-WEIGHTS = ("dense", "small", "int8", "int8-dynamic", "fp8", "fp8-dynamic")
+WEIGHTS = (
+    "dense",
+    "small",
+    "int8",
+    "int8-dynamic",
+    "fp8",
+    "fp8-dynamic",
+    "fp8-dynamic-all",
+)
+EDGES_DENSE = "fp8-dynamic"
 BLOCKS = "blocks."  # matrices outside are few, and what they do is felt everywhere
 
 
@@ -48,6 +58,8 @@ class Packing:
         found: set[str] = set()
         for name, module in model.named_modules():
             if not isinstance(module, Linear) or not name.startswith(BLOCKS):
+                continue
+            if self.kind == EDGES_DENSE and name.startswith(_edges(model)):
                 continue
             parts = fused_parts(f"{name}.weight")
             if self.kind != "small" or all(_is_small(stored[p]) for p in parts):
@@ -89,7 +101,7 @@ class Packing:
         if len(self.read[target]) == len(order):  # at once, so that no part is held twice
             parts = self.read.pop(target)
             path, ordered = target.removesuffix(".weight"), [parts[n] for n in order]
-            _put(model, path, ordered, self.kind.endswith("-dynamic"))
+            _put(model, path, ordered, "-dynamic" in self.kind)
 
 
 def _put(model: nn.Module, path: str, rows: list[Rows], activations: bool) -> None:
@@ -120,7 +132,13 @@ def pack_model(model: nn.Module, kind: str) -> None:
     for target in Packing(kind, Path()).places(model, {}):
         path = target.removesuffix(".weight")
         rows = [quantise(model.get_submodule(path).weight.detach(), quantised_as(kind))]  # type: ignore[union-attr, operator, arg-type]
-        _put(model, path, rows, kind.endswith("-dynamic"))
+        _put(model, path, rows, "-dynamic" in kind)
+
+
+def _edges(model: nn.Module) -> tuple[str, ...]:
+    """How names in the first and the last of three blocks or more begin."""
+    last = len(model.blocks) - 1  # type: ignore[arg-type]
+    return (f"{BLOCKS}0.", f"{BLOCKS}{last}.") if last > 1 else ()
 
 
 def _is_small(stored: StoredTensor) -> bool:
@@ -130,7 +148,7 @@ def _is_small(stored: StoredTensor) -> bool:
 
 def quantised_as(kind: str) -> str:
     """The format that a kind of weights is quantised to: "int8" or "fp8"."""
-    return kind.removesuffix("-dynamic")
+    return kind.partition("-")[0]
 
 
 def check_weights(kind: str) -> str:

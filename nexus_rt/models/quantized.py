@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_rt.block_ops import TORCH, Ops
 from nexus_rt.encodings import Blocks, Encoding, Scaled
-from nexus_rt.models.quantized_products import LIMITS, product_of
+from nexus_rt.models.quantized_products import LIMITS, Rows8, multiplies, product_of
 
 PIECE = 2**22  # weights that are widened at a time
 FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -120,6 +121,7 @@ class QuantizedLinear(nn.Module):
         )
         self.bias = frozen(bias)
         self.activations = activations
+        self.ops: Ops = TORCH
         # whether its scales are numbers of the dtype that it computes in
         self.exact = all(bool((s.to(bias.dtype) == s).all()) for s in self.scales)
         self.adapters = nn.ModuleList()
@@ -175,8 +177,25 @@ class QuantizedLinear(nn.Module):
         (part,) = self.parts()
         return part if self.encodings[0].block is None else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] to [..., N]."""
+    @property
+    def takes_rows(self) -> bool:
+        """Whether it takes activations in 8-bit floats, as a kernel before it may write them."""
+        rows = self.by_row
+        return (
+            self.activations
+            and not self.adapters  # low-rank products read them as they were
+            and rows is not None
+            and rows.raw.dtype == torch.float8_e4m3fn
+            and multiplies(self._matrix(rows))
+        )
+
+    def _matrix(self, rows: Rows) -> Tensor:
+        return rows.raw.view(self.out_features, -1)
+
+    def forward(self, x: Tensor | Rows8) -> Tensor:
+        """[..., K] to [..., N]; 8-bit rows where it `takes_rows`."""
+        if isinstance(x, Rows8):
+            return self._multiplied(x)
         out = self._product(x)
         for adapter in cast("Iterable[Adapter]", self.adapters):
             some = out[..., adapter.first : adapter.last]
@@ -187,11 +206,31 @@ class QuantizedLinear(nn.Module):
         rows = self.by_row
         if rows is None:
             return F.linear(x, self.weight, self.bias)
-        scale = rows.encoding.scale.reshape(-1)  # type: ignore[union-attr]
-        if self.activations and (fast := product_of(rows.raw)) is not None:
-            return fast(x, rows.raw, scale, self.bias)
+        if self.activations and multiplies(self._matrix(rows)):
+            return self._multiplied(self._rows(x, rows.raw.dtype))
         if not self.exact:
             return F.linear(x, self.weight, self.bias)
         # 8-bit values are exact in the wider dtype: the scale comes after the product
-        product = F.linear(x, rows.raw.view(self.out_features, -1).to(x.dtype))
+        scale = rows.encoding.scale.reshape(-1)  # type: ignore[union-attr]
+        product = F.linear(x, self._matrix(rows).to(x.dtype))
         return torch.addcmul(self.bias, product, scale.to(x.dtype))
+
+    def _rows(self, x: Tensor, dtype: torch.dtype) -> Rows8:
+        """Activations in 8 bits, by a kernel where there is one."""
+        if dtype == torch.float8_e4m3fn and self.ops.quantise_rows is not None:
+            values, scales = self.ops.quantise_rows(x.contiguous())
+            return Rows8(values, scales, x.shape)
+        return Rows8.of(x, dtype)
+
+    def _multiplied(self, x: Rows8) -> Tensor:
+        rows = self.by_row
+        assert rows is not None  # both callers have asked
+        product = product_of(self._matrix(rows))
+        assert product is not None
+        scale = rows.encoding.scale.reshape(-1)  # type: ignore[union-attr]
+        return product(x, self._matrix(rows), scale, self.bias)
+
+
+def takes_rows(layer: nn.Module) -> bool:
+    """Whether a linear layer takes activations in 8-bit floats."""
+    return isinstance(layer, QuantizedLinear) and layer.takes_rows

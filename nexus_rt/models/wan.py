@@ -14,7 +14,7 @@ ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, cast
 
@@ -28,7 +28,8 @@ from nexus_rt.attention import ATTENTION_BACKENDS, ATTENTION_NAMES, attend, take
 from nexus_rt.block_ops import TORCH, Ops, choose_ops, tanh_gelu
 from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.models.layers import Conv3d, Linear
-from nexus_rt.models.quantized import QuantizedLinear
+from nexus_rt.models.quantized import QuantizedLinear, takes_rows
+from nexus_rt.models.quantized_products import Rows8
 
 # our parameter prefix -> diffusers' parameter prefixes, concatenated along the first dimension
 FUSED = {
@@ -241,7 +242,9 @@ class Attention(nn.Module):
         v = self._heads(qkv.chunk(3, -1)[2])
         return attend(q, k, v, None, self.backend).flatten(2)
 
-    def cross_attention(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def cross_attention(
+        self, x: Tensor | Rows8, k: Tensor, v: Tensor, bias: Tensor | None
+    ) -> Tensor:
         q = self._heads(self.norm_q(self.to_q(x)))
         return self.to_out[0](attend(q, k, v, bias, self.backend).flatten(2))
 
@@ -261,10 +264,19 @@ class FeedForward(nn.Module):
         """The linear layer after the activation."""
         return cast(Linear, self.net["2"])
 
-    def forward(self, x: Tensor) -> Tensor:
-        first = cast(nn.ModuleDict, self.net["0"])["proj"]
+    @property
+    def first(self) -> Linear:
+        """The linear layer before it."""
+        return cast(Linear, cast(nn.ModuleDict, self.net["0"])["proj"])
+
+    def forward(self, x: Tensor | Rows8) -> Tensor:
+        first = self.first
         if isinstance(first, QuantizedLinear):
-            return self.second(tanh_gelu(first(x)))
+            inner, second = first(x), self.second
+            if takes_rows(second) and self.ops.quantise_rows is not None:
+                values, scales = self.ops.quantise_rows(inner, True)
+                return second(Rows8(values, scales, inner.shape))
+            return second(tanh_gelu(inner))
         return self.second(self.ops.linear_gelu(x, first.weight, first.bias))
 
 
@@ -306,28 +318,46 @@ class Block(nn.Module):
         """
         table = (self.scale_shift_table + modulation).transpose(0, 1).contiguous()
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(0)  # [M, dim] each
-        modulate, dtype = self._modulate(x)
-        x, h = modulate(x, scale1, shift1, self.eps, y, gate)
-        qkv = self.attn1.to_qkv(h.to(dtype))
+        x, h = self._into(self.attn1.to_qkv, x, scale1, shift1, y, gate)
+        qkv = self.attn1.to_qkv(h)
         del h  # here and below: what is dead is not kept beside the widest point
         attended = self.attn1.self_attention(qkv, rope)
         del qkv
         # an affine norm is a modulation by weight - 1 and bias
         if isinstance(self.norm2, nn.LayerNorm):
             scale, shift = self.norm2.weight[None] - 1, self.norm2.bias[None]
-            x, h = modulate(x, scale, shift, self.eps, attended, gate1)
+            x, h = self._into(self.attn2.to_q, x, scale, shift, attended, gate1)
         else:
-            x = h = torch.addcmul(x.float(), attended.float(), gate1.unsqueeze(1)).to(x.dtype)
-        attended = self.attn2.cross_attention(h.to(dtype), k, v, bias)
-        x, h = modulate(x, scale2, shift2, self.eps, attended)
+            x = torch.addcmul(x.float(), attended.float(), gate1.unsqueeze(1)).to(x.dtype)
+            h = x.to(self._dtype)
+        attended = self.attn2.cross_attention(h, k, v, bias)
+        x, h = self._into(self.ffn.first, x, scale2, shift2, attended)
         del attended
-        return x, self.ffn(h.to(dtype)), gate2
+        return x, self.ffn(h), gate2
 
-    def _modulate(self, x: Tensor) -> tuple[Callable[..., Any], torch.dtype]:
-        """What norms the stream, and the dtype that the products compute in: a float32 stream
-        beside narrower weights is the published numerics, and PyTorch's alone."""
-        dtype: torch.dtype = self.ffn.second.compute_dtype
-        return (self.ops if x.dtype == dtype else TORCH).modulate, dtype
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What its products compute in."""
+        return cast(torch.dtype, self.ffn.second.compute_dtype)
+
+    def _into(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        y: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """The stream with `gate * y`, and its modulated norm as a layer takes it: in 8-bit rows
+        where it multiplies those. A float32 stream beside narrower weights is the published
+        numerics, and PyTorch's alone."""
+        ops = self.ops if x.dtype == self._dtype else TORCH
+        if ops.modulate_rows is not None and takes_rows(layer):
+            x, (values, scales) = ops.modulate_rows(x, scale, shift, self.eps, y, gate)
+            return x, Rows8(values, scales, x.shape)
+        x, h = ops.modulate(x, scale, shift, self.eps, y, gate)
+        return x, h.to(self._dtype)
 
 
 def _linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -412,7 +442,7 @@ class WanTransformer(nn.Module):
         choose("attention backend", attention, ATTENTION_NAMES)
         ops = choose_ops(kernels, self.device)
         for module in self.modules():
-            if isinstance(module, (WanTransformer, Block, Attention, FeedForward)):
+            if isinstance(module, (WanTransformer, Block, Attention, FeedForward, QuantizedLinear)):
                 module.ops = ops
             if isinstance(module, Attention):
                 exact = attention in ATTENTION_BACKENDS and ATTENTION_BACKENDS[attention].exact
