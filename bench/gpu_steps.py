@@ -98,6 +98,18 @@ class Step:
 
         return diffusers_transformer(self.model)
 
+    def predicted(self, batch: int = BATCH, fp8: bool = False, fp8_attention: bool = False) -> dict:
+        """What `bench/roofline.py` says of this card: {"predicted_ms"}, or nothing."""
+        import torch
+
+        from nexus_rt.bench.roofline import predicted_row
+
+        if self.s.device.type != "cuda":
+            return {}
+        device = torch.cuda.get_device_name()
+        found = predicted_row(self.config, self.s.size, device, batch, fp8, fp8_attention)
+        return {} if found is None else {"predicted_ms": found}
+
     def timed(self, call: Any, batch: int = BATCH, usual: bool = True) -> dict:
         """Milliseconds, rate, peak memory, and how far the velocity is from the usual one."""
         import torch
@@ -155,6 +167,7 @@ def _guided(step: Any) -> dict:
     row = own.timed(own.call(own.kernels, own.s.attention), usual=False)
     return {
         **row,
+        **own.predicted(),
         "tokens": own.s.tokens,
         "kernels": own.model.ops.name,
         "attention": _attended(own),
@@ -190,7 +203,8 @@ def _fp8(step: Any, attention: str | None) -> dict:
     own = step()
     kernels = "torch" if {"modulate_rows", "quantise_rows"} & own.s.wrong else own.kernels
     row = own.timed(own.call(kernels, attention or own.s.attention, fp8=True))
-    return {**row, "layers": formats_of(own.small)}
+    predicted = own.predicted(fp8=True, fp8_attention=attention is not None)
+    return {**row, **predicted, "layers": formats_of(own.small)}
 
 
 def _replayed(step: Any) -> dict:

@@ -116,6 +116,13 @@ def targets(results: dict[str, Any]) -> Iterator[tuple[str, str, float | None, b
         ]
         ratio = _ratio(min(best, default=None), ours)
         yield row(f"{name}, a guided step against the best compiled", "at least", 1, ratio, "x")
+    for part in ("step large", "step small"):
+        for kind in ("guided", "guided, fp8 linear", "guided, fp8 linear and attention"):
+            said = _number(results, part, kind, "predicted_ms", "total")
+            if said is not None:
+                ratio = _ratio(said, _number(results, part, kind, "ms"))
+                off = None if ratio is None else 100 * abs(ratio - 1)
+                yield row(f"{part}, {kind}: roofline off its time, percent", "at most", 15, off)
     for mode, most in (("resident", 1.10), ("prefetched", 1.25)):
         value = _number(results, "swap", mode, "first_over_median")
         yield row(f"the step after the swap over the median, {mode}", "at most", most, value)

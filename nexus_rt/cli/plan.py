@@ -10,11 +10,15 @@ from nexus_rt.cli.pipeline import check_device, make_blend, make_pipeline
 from nexus_rt.errors import InputError, choose
 
 if TYPE_CHECKING:
+    from nexus_rt.bench.roofline import Card
     from nexus_rt.guidance import Guidance
+    from nexus_rt.models.wan import WanConfig
     from nexus_rt.pipeline import NexusPipeline
     from nexus_rt.plan import Plan, Step, StepCosts
     from nexus_rt.size import ClipSize
     from nexus_rt.upfb import BlendConfig
+
+FP8 = ("fp8-dynamic", "fp8-dynamic-all")  # what `--gpu` prices besides bfloat16
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -30,6 +34,15 @@ def add(commands: argparse._SubParsersAction) -> None:
         help=(
             "milliseconds of one guided step of each, instead of measuring the models on this"
             " machine"
+        ),
+    )
+    plan.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help=(
+            "predict the price on a card that is not here: h100, h200, b200, rtx4090, rtx5090,"
+            " l40s; without models, of Wan2.1's 1.3B and 14B (--quantize fp8-dynamic and"
+            " --attention auto-fp8 are priced)"
         ),
     )
 
@@ -51,8 +64,11 @@ def run(args: argparse.Namespace) -> int:
     blend = make_blend(args) or BlendConfig()
     check_device(args.device)
     models = args.pair or args.small or args.large or args.engines
-    # prices that are given need no models
-    pipe = make_pipeline(args) if models or not args.costs else None
+    if args.gpu and args.costs:
+        raise InputError("--gpu predicts the prices that --costs gives; pass one of them.")
+    card = _card(args)
+    # prices that are given or predicted need no models
+    pipe = make_pipeline(args) if models or not (args.costs or card) else None
     defaults = pipe.defaults if pipe else Defaults()
     plan = make_plan(
         for_solver(defaults, args.solver),
@@ -70,24 +86,93 @@ def run(args: argparse.Namespace) -> int:
     size = ClipSize.of_defaults(defaults, args.size, args.frames)
     # a budget that cannot be met is raised before anything is measured
     memory = pipe.plan_residency(plan, size) if pipe and pipe.engines else None
-    costs = (
-        given_costs(args.costs)
-        if args.costs or pipe is None
-        else measured_costs(pipe, size, blend, solver)
-    )
+    if card is not None:
+        costs = predicted_costs(card, pipe, size, args)
+    elif args.costs or pipe is None:
+        costs = given_costs(args.costs)
+    else:
+        costs = measured_costs(pipe, size, blend, solver)
     _print_steps(plan, costs, guidance, blend)
     _print_totals(plan, costs, guidance)
     if memory is not None:
         print(memory.table())
     if pipe is not None and (args.weights or args.quantize):
         _print_weights(pipe)
-    source = "as given" if args.costs else "measured on this machine"
+    source = "predicted" if card else "as given" if args.costs else "measured on this machine"
     print(
         f"step costs ({source}): small {costs.small_guided:.2f} ms guided, large"
         f" {costs.large_guided:.2f} ms guided, blend {costs.blend:.3f} ms, solver"
         f" {costs.solver:.3f} ms"
     )
+    if card is not None:
+        _print_prediction(card, pipe, size, args)
     return 0
+
+
+def _card(args: argparse.Namespace) -> Card | None:
+    """The card of `--gpu`, and whether what is asked of it can be priced."""
+    if args.gpu is None:
+        return None
+    from nexus_rt.bench.roofline import card_of
+
+    if args.quantize not in (None, *FP8):
+        raise InputError(
+            f"--gpu does not price --quantize {args.quantize}; it prices bfloat16 and"
+            f" {' and '.join(FP8)}."
+        )
+    return card_of(args.gpu)
+
+
+def _configs(pipe: NexusPipeline | None) -> dict[str, WanConfig]:
+    """Architectures by generator: the pipeline's own, else Wan2.1's."""
+    from nexus_rt.models.wan import WanConfig
+
+    if pipe is None:
+        from nexus_rt.bench.presets import WAN_1_3B, WAN_14B
+
+        return {n: WanConfig.from_dict(c) for n, c in (("small", WAN_1_3B), ("large", WAN_14B))}
+    configs = {}
+    for name, engine in pipe.engines.items():
+        exported = getattr(engine, "folder", None)
+        configs[name] = (
+            engine.model.config
+            if exported is None
+            else WanConfig.from_dict(dict(exported.manifest.architecture))
+        )
+    return configs
+
+
+def predicted_costs(
+    card: Card, pipe: NexusPipeline | None, size: ClipSize, args: argparse.Namespace
+) -> StepCosts:
+    """Milliseconds of a step's parts on a card that is not here."""
+    from nexus_rt.bench.roofline import step_costs
+
+    return step_costs(
+        _configs(pipe), size, card, args.quantize, args.attention in ("auto-fp8", "triton-fp8")
+    )
+
+
+def _print_prediction(
+    card: Card, pipe: NexusPipeline | None, size: ClipSize, args: argparse.Namespace
+) -> None:
+    """What the prices are made of, and what they rest on."""
+    from nexus_rt.bench.roofline import assumptions, forward_work, memory_line, parts, vae_ms
+
+    configs = _configs(pipe)
+    for name, config in configs.items():
+        work = forward_work(
+            config, size, args.quantize, args.attention in ("auto-fp8", "triton-fp8")
+        )
+        p = parts(work * 2, card)
+        print(
+            f"{name}, a guided step: linear {p.linear:.1f} ms, attention {p.attention:.1f},"
+            f" memory-bound {p.memory:.1f}"
+        )
+    decode = vae_ms(size, card)
+    print("VAE: " + ("not counted without diffusers" if decode is None else f"{decode:.0f} ms"))
+    print(memory_line(configs, size, card))
+    print("\n".join(assumptions(card)))
 
 
 def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendConfig) -> None:

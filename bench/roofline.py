@@ -1,0 +1,341 @@
+"""What a plan costs on a GPU that is not here: from its operations, its bytes and the card's
+published rates. Predictions, not measurements; nothing is run.
+
+    python -m nexus_rt.bench.roofline                     # a table: cards x plans, Wan 1.3B and 14B
+    nexus-rt plan --gpu h100 --plan handoff=0.3           # one plan, step by step
+
+A forward is linear layers (operations), self- and cross-attention (operations), and what is bound
+by memory (bytes of the norms, RoPE and residuals); the VAE is convolutions in TF32. Each is divided
+by the rate that the card is published with, times the share of it that such work sustains
+(`Shares`). `bench/gpu_suite.py` puts these beside what it measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+from nexus_rt.errors import choose
+from nexus_rt.models.wan import WanConfig
+from nexus_rt.plan import Plan, StepCosts
+from nexus_rt.size import ClipSize
+
+TERA = 1e12
+
+
+@dataclass(frozen=True)
+class Card:
+    """Published rates, dense: TFLOP/s with float32 sums, bytes a second and bytes of memory.
+
+    link: bytes a second to another card of the machine, one direction.
+    """
+
+    name: str
+    bf16: float
+    fp8: float
+    tf32: float
+    bandwidth: float
+    memory: float
+    link: float
+    source: str
+
+
+CARDS = {
+    "h100": Card("NVIDIA H100 SXM", 989.4, 1978.9, 494.7, 3.35e12, 80e9, 450e9, "H100 datasheet"),
+    "h200": Card("NVIDIA H200 SXM", 989.4, 1978.9, 494.7, 4.8e12, 141e9, 450e9, "H200 datasheet"),
+    "b200": Card("NVIDIA B200 SXM", 2250, 4500, 1125, 7.7e12, 180e9, 900e9, "HGX B200 datasheet"),
+    "rtx4090": Card(
+        "NVIDIA GeForce RTX 4090", 165.2, 330.3, 82.6, 1.008e12, 24e9, 32e9, "Ada whitepaper"
+    ),
+    "rtx5090": Card(
+        "NVIDIA GeForce RTX 5090", 209.5, 419, 104.8, 1.792e12, 32e9, 64e9, "Blackwell whitepaper"
+    ),
+    "l40s": Card("NVIDIA L40S", 362.05, 733, 183, 0.864e12, 48e9, 32e9, "L40S datasheet"),
+}
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The share of a published rate that each kind of work sustains.
+
+    linear: 8192^3 in bf16 reaches 0.81 of an H100's rate, which its power limits; Wan's layers 0.90
+        of that. fp8: as linear, and a tenth for scaling rows. attention: 0.75 of a large product,
+        FlashAttention 3's and cuDNN's (arXiv 2407.08608). memory: of a copy. vae: causal 3-D
+        convolutions of 96 to 384 channels, chunk by chunk. Consumer cards, whose rate with float32
+        sums is half of what their units can, sustain more of it than this.
+    """
+
+    linear: float = 0.73
+    fp8: float = 0.66
+    attention: float = 0.607
+    fp8_attention: float = 0.45
+    memory: float = 0.72
+    vae: float = 0.25
+
+
+SHARES = Shares()
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one forward of some samples: operations of linear layers and attention, by what multiplies
+    them, and bytes of what is bound by memory."""
+
+    linear: float = 0.0
+    linear_fp8: float = 0.0
+    attention: float = 0.0
+    attention_fp8: float = 0.0
+    bytes: float = 0.0
+
+    def __mul__(self, samples: float) -> Work:
+        return Work(**{f.name: samples * getattr(self, f.name) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Milliseconds of a forward by kind."""
+
+    linear: float
+    attention: float
+    memory: float
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention + self.memory
+
+    def row(self) -> dict[str, float]:
+        """Rounded, with the sum."""
+        return {k: round(v, 2) for k, v in {**asdict(self), "total": self.total}.items()}
+
+
+def tokens_of(config: WanConfig, size: ClipSize) -> int:
+    """Tokens of a clip in a transformer."""
+    return math.prod(side // p for side, p in zip(size.latent, config.patch_size, strict=True))
+
+
+def forward_work(
+    config: WanConfig,
+    size: ClipSize,
+    fp8: str | None = None,
+    fp8_attention: bool = False,
+    text: int = 41,
+) -> Work:
+    """One forward of one sample, its context prepared.
+
+    Args:
+        fp8: "fp8-dynamic" (all blocks but the first and the last) or "fp8-dynamic-all".
+        text: keys of the cross-attention; those of a prompt of 40 words and one for its padding.
+    """
+    length, dim, layers = tokens_of(config, size), config.dim, config.num_layers
+    block = 2 * length * (6 * dim * dim + 2 * dim * config.ffn_dim)
+    small = {"fp8-dynamic": layers - 2 if layers > 2 else layers, "fp8-dynamic-all": layers}.get(
+        fp8 or "", 0
+    )
+    patch = math.prod(config.patch_size)
+    ends = 2 * length * dim * patch * (config.in_channels + config.out_channels)
+    own = 4 * length * length * dim * layers
+    cross = 4 * length * text * dim * layers
+    # elements of a block, of 2 bytes: three norms with their residuals, Q and K normed and turned,
+    # the cross-attention's Q normed
+    moved = (4 + 4 + 4 + 4 + 2) * length * dim * 2 * layers
+    return Work(
+        linear=block * (layers - small) + ends,
+        linear_fp8=block * small,
+        attention=cross + (0 if fp8_attention else own),
+        attention_fp8=own if fp8_attention else 0,
+        bytes=moved,
+    )
+
+
+def parts(work: Work, card: Card, shares: Shares = SHARES) -> Parts:
+    """Milliseconds of some work on a card."""
+    ms = lambda operations, rate, share: 1000 * operations / (rate * TERA * share)
+    return Parts(
+        ms(work.linear, card.bf16, shares.linear) + ms(work.linear_fp8, card.fp8, shares.fp8),
+        ms(work.attention, card.bf16, shares.attention)
+        + ms(work.attention_fp8, card.fp8, shares.fp8_attention),
+        1000 * work.bytes / (card.bandwidth * shares.memory),
+    )
+
+
+def step_costs(
+    configs: Mapping[str, WanConfig],
+    size: ClipSize,
+    card: Card,
+    fp8: str | None = None,
+    fp8_attention: bool = False,
+    shares: Shares = SHARES,
+) -> StepCosts:
+    """Predicted prices of a step's parts, milliseconds; a generator that is not there costs 0."""
+    prices = dict.fromkeys(("small", "small_guided", "large", "large_guided"), 0.0)
+    for name, config in configs.items():
+        work = forward_work(config, size, fp8, fp8_attention)
+        for key, samples in ((name, 1), (f"{name}_guided", 2)):
+            prices[key] = parts(work * samples, card, shares).total
+    channels = next(iter(configs.values())).in_channels
+    elements = channels * math.prod(size.latent)
+    by = 1000 / (card.bandwidth * shares.memory)
+    # both generators' predictions in bf16, guided; the latents, velocity and history in float32
+    return StepCosts(**prices, blend=(4 * 2 + 4) * elements * by, solver=8 * 4 * elements * by)
+
+
+@lru_cache(maxsize=8)
+def _decode_flops(size: ClipSize) -> int | None:
+    from nexus_rt.bench.estimate import decode_flops
+
+    return decode_flops(size)
+
+
+def vae_ms(size: ClipSize, card: Card, shares: Shares = SHARES) -> float | None:
+    """Milliseconds of decoding a clip; None without diffusers, whose decoder is counted."""
+    flops = _decode_flops(size)
+    return None if flops is None else 1000 * flops / (card.tf32 * TERA * shares.vae)
+
+
+def card_of(name: str) -> Card:
+    """The card of a name, such as "h100".
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    return CARDS[choose("gpu", name.lower().replace(" ", "").replace("-", ""), CARDS)]
+
+
+def card_named(device: str) -> Card | None:
+    """The card that a driver's name means, such as "NVIDIA H100 80GB HBM3"; None of another."""
+    said = device.upper().replace(" ", "")
+    found = [key for key in CARDS if key.upper() in said]
+    return CARDS[found[0]] if found and "PCIE" not in said else None
+
+
+def assumptions(card: Card, shares: Shares = SHARES) -> list[str]:
+    """What a prediction rests on, a line each."""
+    percent = lambda share: f"{100 * share:.0f}%"
+    return [
+        f"predicted for {card.name} from operations, bytes and published rates ({card.source}):"
+        " not measured",
+        f"  linear {percent(shares.linear)} of {card.bf16:g} TFLOP/s in bf16,"
+        f" {percent(shares.fp8)} of {card.fp8:g} in fp8",
+        f"  attention {percent(shares.attention)} in bf16, {percent(shares.fp8_attention)} in fp8",
+        f"  memory-bound {percent(shares.memory)} of {card.bandwidth / 1e12:g} TB/s;"
+        f" VAE {percent(shares.vae)} of {card.tf32:g} TFLOP/s in TF32",
+    ]
+
+
+def predicted_row(
+    config: Mapping[str, Any],
+    size: ClipSize,
+    device: str,
+    samples: int,
+    fp8: bool = False,
+    fp8_attention: bool = False,
+) -> dict[str, float] | None:
+    """The prediction that stands beside a measured forward; None for a card that is not known."""
+    card = card_named(device)
+    if card is None:
+        return None
+    known = {f.name for f in fields(WanConfig)}
+    made = WanConfig(**{k: v for k, v in config.items() if k in known})
+    kind = "fp8-dynamic" if fp8 else None
+    return parts(forward_work(made, size, kind, fp8_attention) * samples, card).row()
+
+
+def memory_line(configs: Mapping[str, WanConfig], size: ClipSize, card: Card) -> str:
+    """Bytes of the generators in bf16 and of their working memory, beside the card's."""
+    from nexus_rt.memory.residency import activation_bytes, amount
+
+    weights = {name: weight_bytes(config) for name, config in configs.items()}
+    working = max(activation_bytes(asdict(config), size) for config in configs.values())
+    needed = sum(weights.values()) + working
+    each = " + ".join(f"{name} {amount(n)}" for name, n in weights.items())
+    return (
+        f"memory: {each} + working {amount(working)} = {amount(needed)} of"
+        f" {card.memory / 1e9:g} GB"
+        + ("" if needed <= card.memory else ": with --vram, generators come and go")
+    )
+
+
+def weight_bytes(config: WanConfig) -> int:
+    """Bytes of a transformer's parameters in bf16."""
+    import torch
+
+    from nexus_rt.models.wan import WanTransformer
+
+    with torch.device("meta"):
+        return sum(2 * p.numel() for p in WanTransformer(config).parameters())
+
+
+PLANS = ("reference", "handoff=0.3", "large", "small:4/10 large:4")
+SIZES = {"480p": ClipSize(832, 480, 81), "720p": ClipSize(1280, 720, 81)}
+
+
+def predict(card: Card, size: ClipSize, fp8: bool = False) -> dict[str, Any]:
+    """Wan's 1.3B and 14B on a card: a guided step of the large one by kind, and the plans' seconds,
+    denoising and decoding."""
+    from nexus_rt.bench.presets import WAN_1_3B, WAN_14B
+    from nexus_rt.guidance import GUIDANCE_SCALE
+    from nexus_rt.plan_text import has_clocks, parse_plan
+    from nexus_rt.solver import time_grid
+
+    configs = {"small": WanConfig(**WAN_1_3B), "large": WanConfig(**WAN_14B)}
+    kind = "fp8-dynamic" if fp8 else None
+    costs = step_costs(configs, size, card, kind, fp8)
+    decode = vae_ms(size, card)
+    seconds = {}
+    for name in PLANS:
+        plan = parse_plan(name, time_grid(50)) if not has_clocks(name) else _clocked(name)
+        ms = plan.price(costs, GUIDANCE_SCALE, GUIDANCE_SCALE)
+        seconds[name] = round(ms / 1000, 1)
+    work = forward_work(configs["large"], size, kind, fp8) * 2
+    return {
+        "large_guided": parts(work, card).row(),
+        "vae_s": None if decode is None else round(decode / 1000, 1),
+        "denoise_s": seconds,
+    }
+
+
+def _clocked(name: str) -> Plan:
+    from nexus_rt.loading.pair_folder import Defaults
+    from nexus_rt.request import make_plan
+
+    return make_plan(Defaults(), name)
+
+
+def table() -> str:
+    """Markdown: every card, at both sizes, in bf16 and with fp8 linear layers and attention."""
+    lines = [
+        "| card | clip | 14B guided step, s: linear + attention + memory | with fp8, s |"
+        + "".join(f" `{p}`, s; with fp8 |" for p in PLANS)
+        + " VAE, s |",
+        "|---|---|---|---|" + "---|" * (len(PLANS) + 1),
+    ]
+    for card in CARDS.values():
+        for label, size in SIZES.items():
+            own, small = predict(card, size), predict(card, size, fp8=True)
+            p, fp8 = own["large_guided"], small["large_guided"]["total"] / 1000
+            split = " + ".join(f"{p[k] / 1000:.2f}" for k in ("linear", "attention", "memory"))
+            plans = "".join(
+                f" {own['denoise_s'][n]:.0f}; {small['denoise_s'][n]:.0f} |" for n in PLANS
+            )
+            vae = "" if own["vae_s"] is None else f"{own['vae_s']:.1f}"
+            lines.append(
+                f"| {card.name.removeprefix('NVIDIA ')} | {label} x 81 |"
+                f" **{p['total'] / 1000:.2f}**: {split} | {fp8:.2f} |{plans} {vae} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
