@@ -8,6 +8,7 @@ setup(
         "nexus_rt.cli",
         "nexus_rt.loading",
         "nexus_rt.memory",
+        "nexus_rt.parallel",
         "nexus_rt.models",
         "nexus_rt.engines",
         "nexus_rt.kernels",

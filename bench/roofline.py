@@ -21,7 +21,9 @@ from typing import Any
 
 from nexus_rt.errors import choose
 from nexus_rt.models.wan import WanConfig
-from nexus_rt.plan import Plan, StepCosts
+from nexus_rt.parallel.layout import Layout, parse_layout
+from nexus_rt.parallel.volume import step_volume
+from nexus_rt.plan import Plan, Scale, StepCosts
 from nexus_rt.size import ClipSize
 
 TERA = 1e12
@@ -269,6 +271,97 @@ def weight_bytes(config: WanConfig) -> int:
         return sum(2 * p.numel() for p in WanTransformer(config).parameters())
 
 
+def shared_parts(
+    config: WanConfig,
+    size: ClipSize,
+    card: Card,
+    layout: Layout,
+    guided: bool = True,
+    fp8: str | None = None,
+    fp8_attention: bool = False,
+) -> tuple[Parts, float]:
+    """A step of one generator on several cards: a card's own milliseconds, and those of what it
+    sends, none of it hidden behind the other."""
+    samples = 2 if guided else 1
+    own = (1 if layout.cfg == 2 and guided else samples) / layout.ulysses
+    work = forward_work(config, size, fp8, fp8_attention) * own
+    sent = step_volume(layout, config, size, guided).total
+    return parts(work, card), 1000 * sent / card.link
+
+
+def shared_costs(
+    configs: Mapping[str, WanConfig],
+    size: ClipSize,
+    card: Card,
+    layout: Layout,
+    fp8: str | None = None,
+    fp8_attention: bool = False,
+) -> StepCosts:
+    """`step_costs` on several cards, their communication included."""
+    alone = step_costs(configs, size, card, fp8, fp8_attention)
+    prices = {"blend": alone.blend, "solver": alone.solver}
+    for name in ("small", "large"):
+        for key, guided in ((name, False), (f"{name}_guided", True)):
+            prices[key] = 0.0
+            if name in configs:
+                own, sent = shared_parts(
+                    configs[name], size, card, layout, guided, fp8, fp8_attention
+                )
+                prices[key] = own.total + sent
+    return StepCosts(**prices)
+
+
+def shared_price(plan: Plan, costs: StepCosts, layout: Layout, small: Scale, large: Scale) -> float:
+    """Milliseconds of a plan's denoising; with pair=2, both generators of a bridge at once."""
+    price = plan.price(costs, small, large)
+    if layout.pair == 1:
+        return price
+    for step in plan.steps:
+        if step.small and step.large:
+            each = [
+                (0.0, getattr(costs, g), getattr(costs, f"{g}_guided"))[
+                    step.forwards(g, plan.guidance(step, g, scale, scale))
+                ]
+                for g, scale in (("small", small), ("large", large))
+            ]
+            price -= min(each)
+    return price
+
+
+LAYOUTS = ("cfg=1", "cfg=2", "cfg=2,ulysses=2", "cfg=2,ulysses=4", "pair=2,cfg=2,ulysses=2")
+
+
+def scaling_table(key: str = "h200") -> str:
+    """Markdown: one clip on one to eight cards, predicted from bytes: a guided step of the 14B, and
+    the published schedule, where pair=2 has both generators run at once."""
+    from nexus_rt.bench.presets import WAN_1_3B, WAN_14B
+    from nexus_rt.guidance import GUIDANCE_SCALE
+    from nexus_rt.plan_text import parse_plan
+    from nexus_rt.solver import time_grid
+
+    card, size = CARDS[key], SIZES["480p"]
+    configs = {"small": WanConfig(**WAN_1_3B), "large": WanConfig(**WAN_14B)}
+    plan = parse_plan("reference", time_grid(50))
+    lines = [
+        "| cards | layout | 14B guided step, s: computing + sending | sent a card and step |"
+        " of one card's speed | `reference`, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    one = parts(forward_work(configs["large"], size) * 2, card).total
+    for text in LAYOUTS:
+        layout = parse_layout(text)
+        own, sent = shared_parts(configs["large"], size, card, layout)
+        volume = step_volume(layout, configs["large"], size, True).total
+        costs = shared_costs(configs, size, card, layout)
+        whole = shared_price(plan, costs, layout, GUIDANCE_SCALE, GUIDANCE_SCALE)
+        lines.append(
+            f"| {layout.size} | {text if layout.size > 1 else 'one'} |"
+            f" **{(own.total + sent) / 1000:.2f}**: {own.total / 1000:.2f} + {sent / 1000:.3f} |"
+            f" {volume / 1e9:.2f} GB | {one / (own.total + sent):.2f}x | {whole / 1000:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 PLANS = ("reference", "handoff=0.3", "large", "small:4/10 large:4")
 SIZES = {"480p": ClipSize(832, 480, 81), "720p": ClipSize(1280, 720, 81)}
 
@@ -335,6 +428,8 @@ def main() -> None:
     )
     parser.parse_args()
     print(table())
+    print()
+    print(scaling_table())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from nexus_rt.memory.residency import (
     plan_residency,
 )
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
+from nexus_rt.parallel.layout import Mesh, mesh_of
 from nexus_rt.plan import Plan, Scale
 from nexus_rt.process import LOADING, computes
 from nexus_rt.recipes import find_recipes, with_recipes
@@ -49,6 +50,9 @@ from nexus_rt.size import ClipSize
 from nexus_rt.step_runners import Prompt
 from nexus_rt.upfb import BlendConfig
 from nexus_rt.video import as_output
+
+if TYPE_CHECKING:
+    from nexus_rt.parallel.sharing import Parallel
 
 Generator = str | Path | tuple[str | Path, str | Path]  # a source, or those of two experts
 GENERATOR_BACKENDS = ("torch",)  # engine backends that can run a generator
@@ -113,6 +117,7 @@ class NexusPipeline:
         self._interrupt = False
         self._calling = threading.RLock()
         self._rewritten = Cache()
+        self.parallel: Parallel | None = None
 
     @classmethod
     def from_pretrained(
@@ -141,6 +146,7 @@ class NexusPipeline:
         weights: str = "dense",
         vram: str | int | None = None,
         cuda_graphs: bool = False,
+        parallel: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         revision: str | None = None,
@@ -189,12 +195,16 @@ class NexusPipeline:
                 `plan_residency` decides.
             cuda_graphs: record each generator's step once a shape and replay it
                 (`nexus_rt.engines.cuda_graphs`).
+            parallel: how processes that `torchrun` started share every call, such as
+                "cfg=2,ulysses=2" (`nexus_rt.parallel`). All of them load and call alike; the first
+                writes what comes of it.
             cache_dir, local_files_only, revision: as in diffusers.
 
         Raises:
             ModelError: a folder is no model, is damaged, or the two are not of one latent space.
         """
-        device = default_device(device)
+        mesh = mesh_of(parallel, device)
+        device = default_device(mesh.device if mesh else device)
         choose("backend", backend, GENERATOR_BACKENDS)
         check_weights(weights)
         loras = {
@@ -225,7 +235,7 @@ class NexusPipeline:
         )
         return cls(
             loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram
-        )
+        ).shared(mesh)
 
     @classmethod
     def from_engines(
@@ -240,6 +250,7 @@ class NexusPipeline:
         force: bool = False,
         vram: str | int | None = None,
         cuda_graphs: bool = False,
+        parallel: str | None = None,
         **engine_options: Any,
     ) -> NexusPipeline:
         """A pipeline of exported engines: a folder that `nexus-rt export` made.
@@ -247,8 +258,8 @@ class NexusPipeline:
         Args:
             folder: holds `small/` and/or `large/` with a `manifest.json` each, and the pair's
                 encoders and VAE.
-            device, torch_dtype, keep_encoders, kernels, vae_tiling, vram, cuda_graphs: as in
-                `from_pretrained`; the dtype is of the encoders.
+            device, torch_dtype, keep_encoders, kernels, vae_tiling, vram, cuda_graphs, parallel: as
+                in `from_pretrained`; the dtype is of the encoders.
             force: load engines that failed their parity gate.
             engine_options: of the backend, such as `provider=` of ONNX Runtime.
 
@@ -256,13 +267,22 @@ class NexusPipeline:
             ModelError: no engine folder, or one that is damaged, wrong, or built for something
                 else; says what rebuilds it.
         """
-        device = default_device(device)
+        mesh = mesh_of(parallel, device)
+        device = default_device(mesh.device if mesh else device)
         dtype, root = default_dtype(torch_dtype, device), Path(folder).expanduser()
         with LOADING:
             loaded = load_engines(root, dtype, device, vae_tiling, force, engine_options)
         return cls(
             loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram
-        )
+        ).shared(mesh)
+
+    def shared(self, mesh: Mesh | None) -> NexusPipeline:
+        """The pipeline, its calls shared by the processes of a mesh; None: as it is."""
+        if mesh is not None:
+            from nexus_rt.parallel.sharing import share
+
+            share(self, mesh)
+        return self
 
     @property
     def loras(self) -> dict[str, tuple[Lora, ...]]:
@@ -620,8 +640,15 @@ class NexusPipeline:
             self._cancel.clear()
             self._interrupt = False
             computes()
+            if self.parallel is not None and generator is None and latents is None:
+                inputs = replace(inputs, generator=self.parallel.generator())
             call = Call(self, request, inputs)
-            return NexusOutput(call.run(), request.plan, call.reuse_errors, call.rewriting)
+            try:
+                return NexusOutput(call.run(), request.plan, call.reuse_errors, call.rewriting)
+            except BaseException as error:
+                if self.parallel is None:
+                    raise
+                raise self.parallel.watch.failed(error) from error
 
     @property
     def cancelled(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from nexus_rt.devices import Reading, Readings, send
 from nexus_rt.engines.experts import ExpertsEngine
 from nexus_rt.engines.fused_step import StepEngine
-from nexus_rt.engines.protocol import Diagnosable, Engine, able
+from nexus_rt.engines.protocol import Diagnosable, Engine, Sharing, able
 from nexus_rt.errors import InputError, NumericsError
 from nexus_rt.guidance import Guidance
 from nexus_rt.plan import DIFFERENCE, VELOCITY, Plan, Step
@@ -138,6 +138,17 @@ class Generator:
     def predict(self, latents: Tensor, step: Step, guided: bool | None = None) -> Tensor:
         """The engine's raw prediction: [B, ...], or [2 B, ...] where the step is guided,
         unconditional samples last. guided False: the conditional one alone."""
+        return self.share(self.compute(latents, step, guided), step)
+
+    def share(self, raw: Tensor, step: Step) -> Tensor:
+        """A prediction that may be another process's, once it is here."""
+        engine, expert = self.engine, step.expert(self.name)
+        if expert is not None and isinstance(engine, ExpertsEngine):
+            engine = engine.experts[expert]
+        return engine.share(raw) if isinstance(engine, Sharing) else raw
+
+    def compute(self, latents: Tensor, step: Step, guided: bool | None = None) -> Tensor:
+        """The prediction, or, where another process computes it, its place."""
         assert self.engine is not None
         timestep, context = self.timesteps[step.index], self.context(step, guided)
         with span(self.name, step=step.index):
@@ -179,12 +190,15 @@ class SeparateGenerators:
     def velocity(self, latents: Tensor, step: Step, finite: FiniteCheck) -> Velocity:
         """A step's velocity: guided where its generators are, blended where it blends."""
         predictions: dict[str, Prediction] = {}
-        for generator in self.running(step):
+        running = self.running(step)
+        # all that this process computes, before it waits for another
+        raws = {g.name: g.compute(latents, step) for g in running if g.name not in self.reused}
+        for generator in running:
             name = generator.name
             if name in self.reused:
                 predictions[name] = self.reused[name].predict(latents, step, finite)
                 continue
-            raw = generator.predict(latents, step)
+            raw = generator.share(raws[name], step)
             finite.add(raw, name, step)
             predictions[name] = Prediction.of(raw, generator.scale(step))
         if not step.blended:

@@ -11,6 +11,9 @@ from nexus_rt.cli.pipeline import call_options, check_device, make_pipeline, mod
 from nexus_rt.errors import InputError, NexusError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nexus_rt.pipeline import NexusPipeline
     from nexus_rt.reuse import ReuseError
     from nexus_rt.rewriting import Rewriting
 
@@ -41,27 +44,53 @@ def add(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="compute what the plan reuses as well, and print the error of every reused step",
     )
+    generate.add_argument(
+        "--parallel",
+        metavar="HOW",
+        help=(
+            "share the clip between the processes that torchrun started, such as cfg=2,ulysses=2:"
+            " cfg=2 the halves of a guided step, pair=2 the generators, ulysses=N the tokens; all"
+            " decode"
+        ),
+    )
     generate.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from nexus_rt.checks import check_seed
-    from nexus_rt.models.vae import rescue_latents
-    from nexus_rt.video import check_output, made_with, save_video
+    from nexus_rt.video import check_output
 
     output = check_output(args.output)  # before any model is read
     options = call_options(args)
     if not args.prompt.strip():
         raise InputError("the prompt is empty; say what the video should show.")
     check_device(args.device)
-    import torch
-
     seed = check_seed("--seed", args.seed)
     if args.seed == -1:
         print(f"seed {seed}", file=sys.stderr)
     pipe = make_pipeline(args)
-    pipe.set_progress_bar_config(disable=args.quiet or None)
+    if pipe.parallel is None:
+        return _generate(args, pipe, seed, output, options)
+    try:
+        code = _generate(args, pipe, pipe.parallel.mesh.same(seed), output, options)
+    except BaseException as error:
+        raise pipe.parallel.watch.failed(error) from error
+    pipe.parallel.close()
+    return code
+
+
+def _generate(
+    args: argparse.Namespace, pipe: NexusPipeline, seed: int, output: Path, options: dict
+) -> int:
+    """The clip of a pipeline, which the first of several processes writes."""
+    import torch
+
+    from nexus_rt.models.vae import rescue_latents
+    from nexus_rt.video import made_with, save_video
+
+    first = pipe.parallel is None or pipe.parallel.first
+    pipe.set_progress_bar_config(disable=args.quiet or not first or None)
     noise = torch.Generator("cpu").manual_seed(seed)
     latents = pipe(
         args.prompt,
@@ -71,8 +100,11 @@ def run(args: argparse.Namespace) -> int:
         reuse_parity=args.reuse_parity,
         **options,
     )
-    _say_rewriting(latents.rewriting)
+    if first:
+        _say_rewriting(latents.rewriting)
     frames = pipe.decode(latents.frames, "np", rescue=output.parent)
+    if not first:
+        return 0
     made = made_with(
         args.prompt, args.negative, seed, latents.plan.name, options, model_words(args)
     )

@@ -60,6 +60,7 @@ def make_pipeline(args: argparse.Namespace) -> NexusPipeline:
             force=args.force,
             vram=args.vram,
             cuda_graphs=args.cuda_graphs,
+            parallel=getattr(args, "parallel", None),
         )
     return NexusPipeline.from_pretrained(
         args.pair,
@@ -72,6 +73,7 @@ def make_pipeline(args: argparse.Namespace) -> NexusPipeline:
         local_files_only=args.local_files_only,
         vram=args.vram,
         cuda_graphs=args.cuda_graphs,
+        parallel=getattr(args, "parallel", None),
     )
 
 

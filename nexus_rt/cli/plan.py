@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nexus_rt.bench.roofline import Card
     from nexus_rt.guidance import Guidance
     from nexus_rt.models.wan import WanConfig
+    from nexus_rt.parallel.layout import Layout
     from nexus_rt.pipeline import NexusPipeline
     from nexus_rt.plan import Plan, Step, StepCosts
     from nexus_rt.size import ClipSize
@@ -45,6 +46,11 @@ def add(commands: argparse._SubParsersAction) -> None:
             " --attention auto-fp8 are priced)"
         ),
     )
+    plan.add_argument(
+        "--parallel",
+        metavar="HOW",
+        help="with --gpu: the price on several of them, such as cfg=2,ulysses=4",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     models = args.pair or args.small or args.large or args.engines
     if args.gpu and args.costs:
         raise InputError("--gpu predicts the prices that --costs gives; pass one of them.")
-    card = _card(args)
+    card, layout = _card(args), _layout(args)
     # prices that are given or predicted need no models
     pipe = make_pipeline(args) if models or not (args.costs or card) else None
     defaults = pipe.defaults if pipe else Defaults()
@@ -106,7 +112,47 @@ def run(args: argparse.Namespace) -> int:
     )
     if card is not None:
         _print_prediction(card, pipe, size, args)
+        if layout is not None:
+            _print_shared(card, layout, plan, guidance, _configs(pipe), size, args)
     return 0
+
+
+def _layout(args: argparse.Namespace) -> Layout | None:
+    """The layout of `--parallel`, which is priced for a card."""
+    if args.parallel is None:
+        return None
+    if args.gpu is None:
+        raise InputError("--parallel is priced for a card: pass --gpu too, such as --gpu h100.")
+    from nexus_rt.parallel.layout import parse_layout
+
+    return parse_layout(args.parallel)
+
+
+def _print_shared(
+    card: Card,
+    layout: Layout,
+    plan: Plan,
+    guidance: Guidance,
+    configs: dict[str, WanConfig],
+    size: ClipSize,
+    args: argparse.Namespace,
+) -> None:
+    """The plan's price on several cards, and what they send each other."""
+    from nexus_rt.bench.roofline import shared_costs, shared_price
+    from nexus_rt.parallel.volume import step_volume
+
+    costs = shared_costs(
+        configs, size, card, layout, args.quantize, args.attention in ("auto-fp8", "triton-fp8")
+    )
+    ms = shared_price(plan, costs, layout, guidance.small, guidance.large)
+    print(f"on {layout.size} GPUs ({layout}), predicted from bytes: {ms:.0f} ms in all")
+    for name, config in configs.items():
+        volume = step_volume(layout, config, size, True).total
+        guided = getattr(costs, f"{name}_guided")
+        print(
+            f"  {name}, a guided step: {guided:.1f} ms, each GPU sends {volume / 1e9:.2f} GB a step"
+            f" at {card.link / 1e9:g} GB/s, {1000 * volume / card.link:.1f} ms of it"
+        )
 
 
 def _card(args: argparse.Namespace) -> Card | None:

@@ -125,6 +125,15 @@ class Reserving(Protocol):
 
 
 @runtime_checkable
+class Sharing(Protocol):
+    """An engine whose velocity another process may have computed (`nexus_rt.parallel`)."""
+
+    def share(self, velocity: Tensor) -> Tensor:
+        """The velocity, once it is here; until then what `velocity` returned is its place."""
+        ...
+
+
+@runtime_checkable
 class Changeable(Protocol):
     """An engine whose LoRAs can be changed."""
 

@@ -302,6 +302,7 @@ class VideoDecoder(Lazy, Decoder):
 
     _held: Any = None
     _whole: Any = None
+    strips: Any = None  # rows that other processes decode (nexus_rt.parallel.strips)
 
     @property
     def nbytes(self) -> int:
@@ -345,6 +346,9 @@ class VideoDecoder(Lazy, Decoder):
                 once=True,
             )
         z = z.contiguous(memory_format=torch.channels_last_3d)
+        if self.strips is not None:  # less memory than tiles, and no seams
+            self.model.use_tiling = False
+            return self.strips.decode(self.model, z)
         elements = (
             z.shape[0]
             * ((z.shape[2] - 1) * self.temporal + 1)

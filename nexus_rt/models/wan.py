@@ -212,6 +212,7 @@ class Attention(nn.Module):
         self.heads, self.cross, self.eps = config.num_attention_heads, cross, config.eps
         self.ops: Ops = TORCH
         self.backend: str = "auto"
+        self.sequence: Any = None  # tokens that other processes have (nexus_rt.parallel.sequence)
         if cross:
             self.to_q = Linear(dim, dim)
             self.to_kv = Linear(dim, 2 * dim)
@@ -240,7 +241,10 @@ class Attention(nn.Module):
             qkv, self.norm_q.weight, self.norm_k.weight, *rope, self.heads, self.eps
         )
         v = self._heads(qkv.chunk(3, -1)[2])
-        return attend(q, k, v, None, self.backend).flatten(2)
+        if self.sequence is None:
+            return attend(q, k, v, None, self.backend).flatten(2)
+        q, k, v = self.sequence.heads((q, k, v))
+        return self.sequence.tokens(attend(q, k, v, None, self.backend)).flatten(2)
 
     def cross_attention(
         self, x: Tensor | Rows8, k: Tensor, v: Tensor, bias: Tensor | None
@@ -420,6 +424,7 @@ class WanTransformer(nn.Module):
         # weights are kept in.
         self.float32_stream = False
         self.stream: Any = None  # brings each block before it runs (nexus_rt.memory.streaming)
+        self.sequence: Any = None  # its share of the tokens (nexus_rt.parallel.sequence)
         self.loaded_from: Any = None  # what it was made of (nexus_rt.loading.swap)
 
     def _in_turn(self) -> Iterator[Block]:
@@ -427,6 +432,12 @@ class WanTransformer(nn.Module):
             if self.stream is not None:
                 self.stream.bring(i)
             yield cast(Block, block)
+
+    def share_tokens(self, sequence: Any) -> None:
+        """Compute this process's share of the tokens, a `nexus_rt.parallel.sequence.Sequence`."""
+        self.sequence = sequence
+        for block in self.blocks:
+            cast(Block, block).attn1.sequence = sequence
 
     def use_kernels(self, kernels: str = "auto", attention: str = "auto") -> WanTransformer:
         """Choose what computes norms, RoPE and modulation, and what computes attention.
@@ -501,6 +512,10 @@ class WanTransformer(nn.Module):
         rope = self.ops.rope(self.config.attention_head_dim, grid, latents.device)
         wide = self.float32_stream and self.dtype != torch.float32
         x = self.patchify(latents.to(self.dtype))
+        if self.sequence is not None:
+            self.sequence.length = x.shape[1]
+            x = self.sequence.own(x, 1)
+            rope = (self.sequence.own(rope[0], 0), self.sequence.own(rope[1], 0))
         x = x.float() if wide else x
         embedding, modulation = self.condition_embedder.time(timestep.reshape(-1), wide)
         y = gate = None
@@ -514,6 +529,8 @@ class WanTransformer(nn.Module):
         )
         x = (TORCH if wide else self.ops).modulate(x, scale, shift, self.config.eps, y, gate)[1]
         x = _linear_float32(self.proj_out, x) if wide else self.proj_out(x)
+        if self.sequence is not None:
+            x = self.sequence.whole(x)
         x = x.unflatten(1, grid).unflatten(-1, (pt, ph, pw, -1))  # [N, t, h, w, pt, ph, pw, C]
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(latents.shape[0], -1, *latents.shape[2:])
 

@@ -1,0 +1,122 @@
+"""A pipeline whose calls are shared by several processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from nexus_rt.engines.cuda_graphs import ReplayedEngine
+from nexus_rt.engines.experts import ExpertsEngine
+from nexus_rt.engines.torch import TorchEngine
+from nexus_rt.errors import InputError
+from nexus_rt.log import chose
+from nexus_rt.memory.offload import release
+from nexus_rt.models.vae import VideoDecoder
+from nexus_rt.parallel.engines import Absent, GuidanceParallel, SharedGenerator
+from nexus_rt.parallel.layout import Mesh
+from nexus_rt.parallel.sequence import Sequence
+from nexus_rt.parallel.strips import Strips
+from nexus_rt.parallel.watch import Watch
+
+if TYPE_CHECKING:
+    from nexus_rt.pipeline import NexusPipeline
+
+OWNERS = {"small": 0, "large": 1}  # places in the pair
+
+
+class Parallel:
+    """What the processes of a pipeline agree on."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.watch = Watch.begin(mesh.rank, mesh.layout.size)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what is asked for."""
+        return self.mesh.rank == 0
+
+    def close(self) -> None:
+        """This process has done its share."""
+        self.watch.close()
+        dist.destroy_process_group()
+
+    def generator(self) -> torch.Generator:
+        """One that draws the same numbers in every process, seeded afresh."""
+        seed = self.mesh.same(int(torch.randint(2**62, ()).item()))
+        return torch.Generator().manual_seed(seed)
+
+
+def share(pipe: NexusPipeline, mesh: Mesh) -> None:
+    """Let a pipeline's calls be shared. Every process makes the same calls.
+
+    Raises:
+        InputError: something of it cannot be shared so; names it.
+    """
+    layout = mesh.layout
+    if layout.ulysses > 1:
+        for name, engine in pipe.engines.items():
+            for each in _engines(engine):
+                _split_tokens(name, each, mesh)
+    if layout.pair > 1:
+        _check_pair(pipe)
+    if pipe.step_engine is not None and (layout.cfg > 1 or layout.pair > 1):
+        chose("fused step", "off", f"its work cannot be shared as {layout}")
+        pipe.step_engine = None
+    for name, engine in pipe.engines.items():
+        if layout.cfg > 1:
+            engine = _changed(engine, lambda e: GuidanceParallel(e, mesh))
+        if layout.pair > 1:
+            engine = _changed(engine, lambda e, n=name: _shared(e, OWNERS[n], mesh, pipe))
+        pipe.engines[name] = engine
+    if layout.pair > 1:
+        release(mesh.device)
+    if isinstance(pipe.vae, VideoDecoder):
+        pipe.vae.strips = Strips(mesh)
+    pipe.parallel = Parallel(mesh)
+    if not pipe.parallel.first:
+        pipe.set_progress_bar_config(disable=True)
+
+
+def _engines(engine: Any) -> list[Any]:
+    return list(engine.experts.values()) if isinstance(engine, ExpertsEngine) else [engine]
+
+
+def _changed(engine: Any, change: Any) -> Any:
+    return engine.each(change) if isinstance(engine, ExpertsEngine) else change(engine)
+
+
+def _split_tokens(name: str, engine: Any, mesh: Mesh) -> None:
+    if isinstance(engine, ReplayedEngine):
+        raise InputError(
+            "ulysses exchanges tokens inside of a step, which CUDA graphs do not record; leave"
+            " cuda_graphs out, or share the step by cfg=2."
+        )
+    if not isinstance(engine, TorchEngine):
+        raise InputError(
+            f"ulysses shares the tokens of generators in PyTorch, and the {name} one is an exported"
+            " engine, which holds all of them; share it by cfg=2 or pair=2."
+        )
+    engine.model.share_tokens(Sequence(mesh, engine.model.config.num_attention_heads))
+
+
+def _check_pair(pipe: NexusPipeline) -> None:
+    missing = [name for name in OWNERS if name not in pipe.engines]
+    if missing:
+        raise InputError(
+            f"pair=2 puts one generator on each half, and the {missing[0]} one is not loaded."
+        )
+    if pipe.vram is not None:
+        raise InputError(
+            "pair=2 leaves each generator where it runs, and vram has them come and go; leave one"
+            " of them out."
+        )
+
+
+def _shared(engine: Any, owner: int, mesh: Mesh, pipe: NexusPipeline) -> SharedGenerator:
+    """A generator where it is had; elsewhere its place, its weights freed."""
+    if mesh.places["pair"] != owner:
+        engine = Absent(getattr(getattr(engine, "model", None), "config", None), engine.device)
+    return SharedGenerator(engine, owner, mesh, pipe.channels)

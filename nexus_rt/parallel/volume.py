@@ -1,0 +1,52 @@
+"""Bytes that a process sends to others in one step, from the shapes alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nexus_rt.models.wan import WanConfig
+from nexus_rt.parallel.layout import Layout
+from nexus_rt.size import ClipSize
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Bytes sent by one process in a step of one generator, by what they are for.
+
+    tokens: Q, K, V and the output of every self-attention, and the velocity's tokens. guidance: its
+    half of a guided step. velocity: to the half that has the other generator.
+    """
+
+    tokens: int = 0
+    guidance: int = 0
+    velocity: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.tokens + self.guidance + self.velocity
+
+
+def step_volume(
+    layout: Layout,
+    config: WanConfig,
+    size: ClipSize,
+    guided: bool,
+    element: int = 2,
+    batch: int = 1,
+) -> Volume:
+    """What a step of `batch` samples costs, elements of so many bytes."""
+    n, samples = layout.ulysses, batch * (2 if guided else 1)
+    halved = layout.cfg == 2 and guided
+    own = batch if halved else samples  # samples that a process computes
+    sides = zip(size.latent, config.patch_size, strict=True)
+    share = -(-math.prod(side // p for side, p in sides) // n)  # tokens of a process
+    elsewhere = (n - 1) / n
+    attention = 4 * share * config.dim * elsewhere * config.num_layers
+    head = share * config.out_channels * math.prod(config.patch_size) * (n - 1)
+    plane = config.out_channels * math.prod(size.latent)
+    return Volume(
+        int(own * element * (attention + head)) if n > 1 else 0,
+        batch * plane * element if halved else 0,
+        4 * samples * plane if layout.pair == 2 else 0,  # float32
+    )
