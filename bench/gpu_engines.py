@@ -90,14 +90,19 @@ def _replayed(blocks: Any) -> dict:
 def _exported(blocks: Any, backend: str) -> dict:
     """Exported as a user would, parity gate and all, from a folder of random weights."""
     from nexus_rt.engines.registry import open_engine
+    from nexus_rt.errors import InputError
     from nexus_rt.export.build import Target, export_component
     from nexus_rt.export.components import GeneratorComponent
 
     own = blocks()
     s = own.s
+    try:
+        target = Target(backend, "fp32" if s.dry else "bf16", (own.size,), s.device)
+        target.builder()
+    except InputError as error:  # its packages are not here
+        return {"why": str(error)}
     with _cache(own.folder.name):
         start = time.monotonic()
-        target = Target(backend, "fp32" if s.dry else "bf16", (own.size,), s.device)
         made = export_component(GeneratorComponent("small", own.source), target, "the GPU suite")
         built = time.monotonic() - start
         engine = open_engine(made.path, s.device)

@@ -27,13 +27,14 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nexus_rt.bench.gpu_setting import Setting
-from nexus_rt.bench.gpu_tables import markdown
+# what else is imported may come with `--wheels`, and is imported when those are there
 from nexus_rt.bench.gpu_units import NOT_REACHED, Part, run_part
 from nexus_rt.bench.measure import failure
-from nexus_rt.bench.results import write_text
+
+if TYPE_CHECKING:
+    from nexus_rt.bench.gpu_setting import Setting
 
 LIMIT_S = 480.0
 HERE = "nexus_rt.bench.gpu_"
@@ -67,6 +68,8 @@ def run(
         deadline: of the monotonic clock. done: called with all results after each row. known:
             other parts than the suite's.
     """
+    from nexus_rt.bench.gpu_setting import Setting
+
     for name in parts:
         start = time.monotonic()
         rows = setting.results.setdefault(name, {})
@@ -110,6 +113,9 @@ def resumed(file: Path) -> Results:
 def keep(out: Path, results: Results) -> None:
     """Write <date>.json and <date>.md; again after every row, so that a run that is killed leaves
     what it had measured."""
+    from nexus_rt.bench.gpu_tables import markdown
+    from nexus_rt.bench.results import write_text
+
     out.mkdir(parents=True, exist_ok=True)
     stem = results["run"]["date"][:16].replace(":", "")
     write_text(out / f"{stem}.json", json.dumps(results, indent=1) + "\n")
@@ -192,6 +198,9 @@ def main() -> None:
         raise SystemExit("this PyTorch is built without CUDA; --dry runs every part on a CPU")
     if not args.dry and not _has_gpu():
         raise SystemExit("no CUDA device here; --dry runs every part on a CPU at tiny sizes")
+    from nexus_rt.bench.gpu_setting import Setting
+    from nexus_rt.bench.gpu_tables import markdown
+
     setting = Setting(args.dry, resumed(args.resume) if args.resume else {})
     mark = fingerprint(args.dry)
     whole = lambda results: {"run": mark, **results}

@@ -79,7 +79,7 @@ def die(text, how):
         if index == 1 and mesh.rank == mesh.layout.size - 1:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise ValueError("the disk of process three is gone")
+            raise ValueError("its disk is gone")
         return {}
 
     call(pipe, prompt, "reference", SIZES[0], callback_on_step_end=on_step)

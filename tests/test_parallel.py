@@ -65,8 +65,8 @@ def test_several_processes_compute_what_one_does(layouts):
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("raises", "process 3 ended: ValueError: the disk of process three is gone"),
-        ("killed", "process 3 has given no sign of life for 5 s"),
+        ("raises", "process 1 ended: ValueError: its disk is gone"),
+        ("killed", "process 1 has given no sign of life for 5 s"),
     ],
 )
 def test_a_process_that_dies_ends_the_others_within_seconds(how, reason):
@@ -76,31 +76,27 @@ def test_a_process_that_dies_ends_the_others_within_seconds(how, reason):
         port = str(free.getsockname()[1])
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.parallel_worker", how, "cfg=2,ulysses=2"],
+            [sys.executable, "-m", "tests.parallel_worker", how, "cfg=2"],
             env={
                 **ENV,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "4",
+                "WORLD_SIZE": "2",
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
             },
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(4)
+        for rank in range(2)
     ]
     try:
-        children[3].wait(120)
+        children[1].wait(120)
         died = time.monotonic()
-        said = [child.communicate(timeout=30)[1] for child in children[:3]]
-        assert time.monotonic() - died < 15
-        assert all(child.returncode != 0 for child in children)
-        # gloo tells some of them at once that a connection is closed; the reason reaches the rest
-        assert any(reason in text for text in said), said
-        assert all(
-            reason in text or "closed by peer" in text or "process 0" in text for text in said
-        )
+        said = children[0].communicate(timeout=30)[1]
+        assert time.monotonic() - died < 15 and children[0].returncode != 0
+        # gloo tells at once that a connection is closed; why is known a little later
+        assert reason in said, said
     finally:
         for child in children:
             child.kill()
@@ -190,8 +186,8 @@ def test_heads_that_cannot_be_shared_are_said():
         Sequence(mesh_of(Layout(ulysses=8)), 12)
 
 
-def test_what_a_pipeline_cannot_share_is_said(tiny_pair, tiny_engines):
-    exported = NexusPipeline.from_engines(tiny_engines)
+def test_what_a_pipeline_cannot_share_is_said(tiny_pair):
+    exported = SimpleNamespace(engines={"small": SimpleNamespace(device=CPU)})
     with pytest.raises(InputError, match="exported engine.*cfg=2 or pair=2"):
         share(exported, mesh_of(Layout(ulysses=2)))
     one = NexusPipeline.from_pretrained(
@@ -288,7 +284,8 @@ def test_silence_is_an_end(quick):
 def test_a_store_that_is_gone_is_the_first_process_gone(quick):
     class Gone(Store):
         def set(self, key, value):
-            raise RuntimeError("Connection reset by peer")
+            if value != "0":
+                raise RuntimeError("Connection reset by peer")
 
     left = []
     own = Watch(1, 2, Gone(), left.append)

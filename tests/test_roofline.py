@@ -151,7 +151,7 @@ def test_the_table_of_the_documents_is_what_the_command_prints():
     from pathlib import Path
 
     text = (Path(__file__).parent.parent / "bench" / "README.md").read_text()
-    assert roofline.table() in text
+    assert roofline.table() in text and roofline.scaling_table() in text
 
 
 def test_nothing_is_allocated(monkeypatch):

@@ -40,6 +40,9 @@ class Watch:
         self.rank, self.world, self.store, self.leave = rank, world, store, leave
         self.seen = {r: ("", time.monotonic()) for r in range(world) if r != rank}
         self.over = threading.Event()
+        self.telling = threading.Event()  # this process is ending by itself
+        self.found: str | None = None  # why another has gone
+        store.set(f"beat/{rank}", "0")
         self.thread = threading.Thread(target=self._walk, daemon=True)
         self.thread.start()
 
@@ -58,10 +61,13 @@ class Watch:
     def failed(self, error: BaseException) -> BaseException:
         """Tell the others why this process ends; what to raise: where the error is that another
         does not answer, why that does not."""
-        self.over.set()
+        self.telling.set()
         if isinstance(error, RuntimeError) and any(w in str(error) for w in COLLECTIVE):
-            why = self._awaited()
-            error = NexusError(f"{why}; this process was waiting for it.") if why else error
+            end = time.monotonic() + SILENT_S + 4 * BEAT_S
+            while self.found is None and time.monotonic() < end:
+                time.sleep(BEAT_S / 5)
+            if self.found is not None:
+                error = NexusError(f"{self.found}; this process was waiting for it.")
         reason = f"{type(error).__name__}: {cut(error)}"
         try:
             self.store.set(f"end/{self.rank}", reason)
@@ -69,19 +75,8 @@ class Watch:
                 time.sleep(2 * BEAT_S + GRACE_S)  # the store ends with this process
         except (RuntimeError, OSError):  # it went first
             pass
+        self.over.set()
         return error
-
-    def _awaited(self) -> str | None:
-        """Why another process does not answer, once that is known."""
-        end = time.monotonic() + SILENT_S + 2 * BEAT_S
-        while time.monotonic() < end:
-            try:
-                if why := self._gone():
-                    return why
-            except (RuntimeError, OSError) as error:
-                return FIRST_GONE.format(cut(error, 100))
-            time.sleep(BEAT_S / 5)
-        return None
 
     def close(self) -> None:
         """This process has done its share; the one that holds the store stays until all have."""
@@ -103,11 +98,14 @@ class Watch:
             beat += 1
             try:
                 self.store.set(f"beat/{self.rank}", str(beat))
-                gone = self._gone()
+                self.found = self.found or self._gone()
             except (RuntimeError, OSError) as error:
-                gone = FIRST_GONE.format(cut(error, 100))
-            if gone and not self.over.wait(GRACE_S):  # this one may be about to say it itself
-                self.leave(gone)
+                self.found = self.found or FIRST_GONE.format(cut(error, 100))
+            if self.found and not self.telling.is_set():
+                # this process may be about to say it itself
+                if self.telling.wait(GRACE_S) or self.over.is_set():
+                    continue
+                self.leave(self.found)
                 return
 
     def _gone(self) -> str | None:
@@ -119,10 +117,10 @@ class Watch:
                 if reason != DONE:
                     return f"process {rank} ended: {reason}"
                 continue
-            known = self.store.check([f"beat/{rank}"])
-            now = self.store.get(f"beat/{rank}").decode() if known else ""
+            beats = self.store.check([f"beat/{rank}"])
+            now = self.store.get(f"beat/{rank}").decode() if beats else ""
             if now != last:
                 self.seen[rank] = (now, time.monotonic())
-            elif time.monotonic() - when > SILENT_S + (0 if known else 30):
+            elif time.monotonic() - when > SILENT_S:
                 return f"process {rank} has given no sign of life for {SILENT_S:.0f} s"
         return None
