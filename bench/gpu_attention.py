@@ -31,7 +31,7 @@ def units(s: Any) -> dict[str, Unit]:
     """A row a case and backend, and one a way of our kernels to load a tile: what `launch_config`
     should choose."""
     from nexus_rt.attention import ATTENTION_BACKENDS
-    from nexus_rt.kernels.attention import TIMED
+    from nexus_rt.kernels.attention_launch import TIMED
 
     rows = {}
     for label, case in cases(s).items():

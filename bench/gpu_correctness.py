@@ -159,7 +159,7 @@ def _key_counts(s: Any) -> tuple:
 
 
 def _attention(s: Any, timed: bool) -> Cases:
-    from nexus_rt.kernels.attention import LOADS, TIMED
+    from nexus_rt.kernels.attention_launch import LOADS, TIMED
 
     return {
         f"{_attention_label(heads, head_dim, keys, biased)}, {loads}": partial(
@@ -197,7 +197,7 @@ def _attention_case(s: Any, heads: int, head_dim: int, keys: int, biased: bool, 
 
 
 def _attention_fp8(s: Any, timed: bool) -> Cases:
-    from nexus_rt.kernels.attention import FP8_HEAD_DIMS, LOADS, TIMED
+    from nexus_rt.kernels.attention_launch import FP8_HEAD_DIMS, LOADS, TIMED
 
     return {
         f"{_attention_label(heads, head_dim, keys, biased)}, {loads}": partial(

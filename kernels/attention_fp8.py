@@ -28,12 +28,14 @@ import torch
 from torch import Tensor
 
 from nexus_rt.kernels.attention import (
-    FP8_HEAD_DIMS,
     _check,
     attention_ref,
-    capability_of,
     kernel_variants,
     launch_attention,
+)
+from nexus_rt.kernels.attention_launch import (
+    FP8_HEAD_DIMS,
+    capability_of,
     launch_config,
     resolve_loads,
 )

@@ -153,7 +153,7 @@ def _flash(case: Case) -> str | None:
 def _triton_why(case: Case) -> str | None:
     if why := cannot_run_triton(case.device):
         return why
-    from nexus_rt.kernels.attention import HEAD_DIMS
+    from nexus_rt.kernels.attention_launch import HEAD_DIMS
 
     if case.device.type == "cuda" and case.dtype == torch.float32 and case.head_dim >= WIDE:
         return (
@@ -170,7 +170,8 @@ def _triton_why(case: Case) -> str | None:
 def _fp8_why(case: Case) -> str | None:
     if why := _triton_why(case) or _half(case):
         return why
-    from nexus_rt.kernels.attention_fp8 import FP8_HEAD_DIMS, OLDEST
+    from nexus_rt.kernels.attention_fp8 import OLDEST
+    from nexus_rt.kernels.attention_launch import FP8_HEAD_DIMS
 
     if (
         case.device.type == "cuda"

@@ -3,44 +3,36 @@ space."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nexus_rt.call import Call
 from nexus_rt.checks import prompt_lists
-from nexus_rt.engines.experts import boundaries, change_loras, engines_by_name
+from nexus_rt.engines.experts import boundaries, engines_by_name
 from nexus_rt.engines.protocol import Sized, able
 from nexus_rt.errors import ModelError, choose
 from nexus_rt.latents import LatentGrid, random_latents
-from nexus_rt.loading.lora import Lora, LoraSource, loras_hash, parse_loras
-from nexus_rt.loading.packing import check_weights, formats_of
-from nexus_rt.loading.pair import Loaded, default_device, default_dtype, load_engines, load_models
-from nexus_rt.loading.pair_folder import MINI, find_pair
 from nexus_rt.memory.residency import (
     STEP,
     MemoryUse,
     ResidencyPlan,
     call_parts,
-    parse_bytes,
     plan_residency,
 )
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
-from nexus_rt.parallel.layout import Mesh, mesh_of
+from nexus_rt.pipeline_models import PipelineModels
 from nexus_rt.plan import Plan, Scale
-from nexus_rt.process import LOADING, computes
-from nexus_rt.recipes import find_recipes, with_recipes
+from nexus_rt.process import computes
 from nexus_rt.renamed import warn_old
 from nexus_rt.request import OUTPUT_TYPES, CallInputs, Schedule, make_plan, make_request
 from nexus_rt.reuse import ReuseError
 from nexus_rt.rewriting import (
     TIMEOUT,
-    Cache,
     Rewriter,
     Rewriting,
     check_rewrite,
@@ -50,12 +42,6 @@ from nexus_rt.size import ClipSize
 from nexus_rt.step_runners import Prompt
 from nexus_rt.upfb import BlendConfig
 from nexus_rt.video import as_output
-
-if TYPE_CHECKING:
-    from nexus_rt.parallel.sharing import Parallel
-
-Generator = str | Path | tuple[str | Path, str | Path]  # a source, or those of two experts
-GENERATOR_BACKENDS = ("torch",)  # engine backends that can run a generator
 
 
 @dataclass
@@ -74,7 +60,7 @@ class NexusOutput:
     rewriting: Rewriting | None = None
 
 
-class NexusPipeline:
+class NexusPipeline(PipelineModels):
     """Text to video through one or two generators. Build it with `from_pretrained`.
 
     Pipelines may be loaded and called from several threads; calls of one pipeline run one after the
@@ -89,237 +75,6 @@ class NexusPipeline:
         context: understanding model and connector, which make the small generator's context; None
             where a pair has none and both generators read the text. `drop()` frees it.
     """
-
-    def __init__(
-        self,
-        loaded: Loaded,
-        device: torch.device,
-        keep_encoders: bool = True,
-        kernels: str = "auto",
-        vram: str | int | None = None,
-    ) -> None:
-        self.engines, self.text, self.vae, self.context = (
-            loaded.engines,
-            loaded.text,
-            loaded.vae,
-            loaded.context,
-        )
-        self.step_engine, self.defaults, (self.channels, self.patch) = (
-            loaded.step,
-            loaded.defaults,
-            loaded.space,
-        )
-        self.identity = loaded.identity
-        self.device, self.keep_encoders, self.kernels = device, keep_encoders, kernels
-        self.vram = None if vram is None else parse_bytes(str(vram))
-        self.progress: dict[str, Any] = {}
-        self._cancel = threading.Event()
-        self._interrupt = False
-        self._calling = threading.RLock()
-        self._rewritten = Cache()
-        self.parallel: Parallel | None = None
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained: str | Path | None = None,
-        *,
-        small: Generator | None = None,
-        large: Generator | None = None,
-        boundary_ratio: float | None = None,
-        vae: str | Path | None = None,
-        text_encoder: str | Path | None = None,
-        tokenizer: str | Path | None = None,
-        understanding: str | Path | None = None,
-        connector: str | Path | None = None,
-        small_lora: LoraSource = (),
-        large_lora: LoraSource = (),
-        small_recipe: str | None = None,
-        large_recipe: str | None = None,
-        keep_encoders: bool = True,
-        torch_dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        backend: str = "torch",
-        kernels: str = "auto",
-        attention: str = "auto",
-        vae_tiling: bool | str = "auto",
-        weights: str = "dense",
-        vram: str | int | None = None,
-        cuda_graphs: bool = False,
-        parallel: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        revision: str | None = None,
-    ) -> NexusPipeline:
-        """Load a pair of generators, their text encoder and their VAE.
-
-        Args:
-            pretrained: a folder or hub id that holds the pair (`small/`, `large/`, `vae/`,
-                `text_encoder/`, `tokenizer/`); with neither it nor `small` or `large`, the mini
-                pair that comes with the package.
-            small, large: folders or hub ids: a diffusers pipeline, a bare transformer, or Wan's own
-                layout; or single files (safetensors, GGUF). Two of these, `(high, low)`, are the
-                experts of one generator, as Wan 2.2's are. One may be left out: then only the plan
-                of the other runs.
-            boundary_ratio: the share of the training timesteps from which up the first expert of a
-                generator runs; by default what its folder says, else 0.875.
-            vae, text_encoder: a folder that holds `vae/` (or is one), and one that holds
-                `text_encoder/` and `tokenizer/`, or single files; by default those of `large`, else
-                of `small`.
-            tokenizer: the text encoder's, where it is not beside it.
-            understanding, connector: the language model's folder and the connector's
-                (`nexus-rt convert omnivideo` makes both); by default those of the pair, if it has
-                them. They steer the small generator.
-            small_lora, large_lora: LoRA files to merge into a generator as it is loaded, one or
-                several: "file.safetensors" or "file.safetensors@0.8" (how strongly), "@0.8:high"
-                into one expert.
-            small_recipe, large_recipe: how a few-step generator is run, a name of
-                `nexus_rt.recipes.RECIPES`; by default what the header of its file or LoRA says.
-            keep_encoders: False frees text encoder, understanding model and connector once a call's
-                prompts are encoded, before denoising; the next call reads them again.
-            torch_dtype: of the generators and the encoders: bfloat16 on a GPU, float32 on a CPU.
-                The VAE always computes in float32.
-            device: "cuda" where there is one, else "cpu".
-            backend: what runs the generators: "torch".
-            kernels: of the blend, the solver and the torch backend's norms, RoPE and modulation:
-                "torch", "triton", or "auto" (triton on a GPU).
-            attention: of the torch backend: a name of `nexus_rt.attention.ATTENTION_BACKENDS`, or
-                "auto" (measured on a GPU).
-            vae_tiling: True, False, or "auto" (above 1280 x 720).
-            weights: how the matrices of the generators' blocks are kept: "dense" (in
-                `torch_dtype`), "small" (as the checkpoint has them: GGUF's blocks, fp8, scaled
-                int8), "int8" or "fp8" (quantised as they are read, a scale a row), "int8-dynamic"
-                or "fp8-dynamic" (the activations too; of all blocks but the first and the last,
-                "fp8-dynamic-all" of all). `formats` says what became of them.
-            vram: a budget such as "24GB": engines, encoders and VAE then come and go as
-                `plan_residency` decides.
-            cuda_graphs: record each generator's step once a shape and replay it
-                (`nexus_rt.engines.cuda_graphs`).
-            parallel: how processes that `torchrun` started share every call, such as
-                "cfg=2,ulysses=2" (`nexus_rt.parallel`). All of them load and call alike; the first
-                writes what comes of it.
-            cache_dir, local_files_only, revision: as in diffusers.
-
-        Raises:
-            ModelError: a folder is no model, is damaged, or the two are not of one latent space.
-        """
-        mesh = mesh_of(parallel, device)
-        device = default_device(mesh.device if mesh else device)
-        choose("backend", backend, GENERATOR_BACKENDS)
-        check_weights(weights)
-        loras = {
-            n: parse_loras(sources)
-            for n, sources in (("small", small_lora), ("large", large_lora))
-            if sources
-        }
-        given = {"small": small, "large": large, "vae": vae}
-        given |= {"text_encoder": text_encoder, "tokenizer": tokenizer}
-        steering = {"understanding": understanding, "connector": connector}
-        if pretrained is None and small is None and large is None:
-            pretrained = MINI
-        hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, revision=revision)
-        parts = find_pair(
-            pretrained,
-            {k: v for k, v in {**given, **steering}.items() if v is not None},
-            hub,
-            boundary_ratio,
-        )
-        dtype, first = default_dtype(torch_dtype, device), torch.device("cpu") if vram else device
-        with LOADING:
-            loaded = load_models(
-                parts, dtype, device, first, kernels, attention, vae_tiling, loras, weights
-            )
-        recipes = {"small": small_recipe, "large": large_recipe}
-        loaded.defaults = with_recipes(
-            loaded.defaults, find_recipes(parts.generators, loras, recipes)
-        )
-        return cls(
-            loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram
-        ).shared(mesh)
-
-    @classmethod
-    def from_engines(
-        cls,
-        folder: str | Path,
-        *,
-        device: str | torch.device | None = None,
-        torch_dtype: torch.dtype | None = None,
-        keep_encoders: bool = True,
-        kernels: str = "auto",
-        vae_tiling: bool | str = "auto",
-        force: bool = False,
-        vram: str | int | None = None,
-        cuda_graphs: bool = False,
-        parallel: str | None = None,
-        **engine_options: Any,
-    ) -> NexusPipeline:
-        """A pipeline of exported engines: a folder that `nexus-rt export` made.
-
-        Args:
-            folder: holds `small/` and/or `large/` with a `manifest.json` each, and the pair's
-                encoders and VAE.
-            device, torch_dtype, keep_encoders, kernels, vae_tiling, vram, cuda_graphs, parallel: as
-                in `from_pretrained`; the dtype is of the encoders.
-            force: load engines that failed their parity gate.
-            engine_options: of the backend, such as `provider=` of ONNX Runtime.
-
-        Raises:
-            ModelError: no engine folder, or one that is damaged, wrong, or built for something
-                else; says what rebuilds it.
-        """
-        mesh = mesh_of(parallel, device)
-        device = default_device(mesh.device if mesh else device)
-        dtype, root = default_dtype(torch_dtype, device), Path(folder).expanduser()
-        with LOADING:
-            loaded = load_engines(root, dtype, device, vae_tiling, force, engine_options)
-        return cls(
-            loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram
-        ).shared(mesh)
-
-    def shared(self, mesh: Mesh | None) -> NexusPipeline:
-        """The pipeline, its calls shared by the processes of a mesh; None: as it is."""
-        if mesh is not None:
-            from nexus_rt.parallel.sharing import share
-
-            share(self, mesh)
-        return self
-
-    @property
-    def loras(self) -> dict[str, tuple[Lora, ...]]:
-        """The LoRAs of each generator, those of both experts once."""
-        found: dict[str, tuple[Lora, ...]] = {}
-        for name, engine in self.engines.items():
-            each = [getattr(e, "loaded", None) for e in engines_by_name({name: engine}).values()]
-            own = [lora for loaded in each if loaded for lora in loaded.loras]
-            found[name] = tuple(dict.fromkeys(own))
-        return found
-
-    def set_loras(self, small: LoraSource | None = None, large: LoraSource | None = None) -> None:
-        """Change the LoRAs of generators in PyTorch between calls: these, and no others; `()` takes
-        all out, None leaves a generator as it is. A scale is changed by naming the file with
-        another.
-
-        Weights are those of a fresh load, to the bit.
-
-        Raises:
-            InputError: a generator that is not loaded, or is an exported engine, which holds its
-                weights in the artefact.
-            ModelError: a LoRA that does not fit; nothing has changed then.
-        """
-        asked = {
-            n: parse_loras(s) for n, s in (("small", small), ("large", large)) if s is not None
-        }
-        with self._calling:
-            change_loras(self.engines, asked)
-            for name in asked:
-                words = self.identity[name].rpartition(" lora=")[0]
-                self.identity[name] = f"{words} lora={loras_hash({name: self.loras[name]})}"
-
-    def formats(self) -> dict[str, dict[str, int]]:
-        """How many matrices of each generator in PyTorch are kept in which format, by engine; those
-        outside the blocks are never quantised."""
-        engines = engines_by_name(self.engines)
-        return {n: formats_of(e.model) for n, e in engines.items() if hasattr(e, "model")}
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm, such as `disable=True`."""

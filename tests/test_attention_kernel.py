@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from nexus_rt.kernels.attention import TIMED, _check, attention, attention_ref
+from nexus_rt.kernels.attention import _check, attention, attention_ref
+from nexus_rt.kernels.attention_launch import SHORT, TIMED, resolve_loads
 
 pytest.importorskip("triton")
 CASES = [  # B, Lq, Lk, heads, head_dim, dtype
@@ -217,8 +218,6 @@ def test_samples_may_lie_apart(loads):
 
 
 def test_few_keys_and_biased_ones_come_by_pointers(monkeypatch):
-    from nexus_rt.kernels.attention import SHORT, resolve_loads
-
     class Gpu:
         is_cuda, device = True, torch.device("cuda")
 

@@ -48,12 +48,19 @@ def quantise(weight: Tensor, kind: str) -> Rows:
     needs, the next number above it that bfloat16 has: a product in bfloat16 is then scaled
     exactly."""
     dtype = FORMATS[kind]
-    wide = weight.float()
-    needed = wide.abs().amax(1, keepdim=True).clamp_min(1e-12) / LIMITS[dtype]
-    scale = needed.bfloat16().float()
-    scale = torch.where(scale < needed, (scale * (1 + 2**-7)).bfloat16().float(), scale)
-    values = wide / scale
-    raw = values.round_().to(dtype) if dtype == torch.int8 else values.to(dtype)
+    # what stays is allocated before what does not: between them it would keep the heap apart, and a
+    # model loaded so took up to twice its size
+    raw = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    scale = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
+    step = max(1, PIECE // weight.shape[1])
+    for first in range(0, weight.shape[0], step):
+        wide = weight[first : first + step].float()
+        needed = wide.abs().amax(1, keepdim=True).clamp_min(1e-12) / LIMITS[dtype]
+        near = needed.bfloat16().float()
+        own = torch.where(near < needed, (near * (1 + 2**-7)).bfloat16().float(), near)
+        values = wide / own
+        raw[first : first + step] = values.round_() if dtype == torch.int8 else values
+        scale[first : first + step] = own
     return Rows(raw, Scaled(f"{kind} by row", scale), weight.shape[0])
 
 

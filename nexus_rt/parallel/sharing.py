@@ -21,7 +21,7 @@ from nexus_rt.parallel.strips import Strips
 from nexus_rt.parallel.watch import Watch
 
 if TYPE_CHECKING:
-    from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.pipeline_models import PipelineModels
 
 OWNERS = {"small": 0, "large": 1}  # places in the pair
 
@@ -49,7 +49,7 @@ class Parallel:
         return torch.Generator().manual_seed(seed)
 
 
-def share(pipe: NexusPipeline, mesh: Mesh) -> None:
+def share(pipe: PipelineModels, mesh: Mesh) -> None:
     """Let a pipeline's calls be shared. Every process makes the same calls.
 
     Raises:
@@ -77,7 +77,7 @@ def share(pipe: NexusPipeline, mesh: Mesh) -> None:
         pipe.vae.strips = Strips(mesh)
     pipe.parallel = Parallel(mesh)
     if not pipe.parallel.first:
-        pipe.set_progress_bar_config(disable=True)
+        pipe.progress = {"disable": True}
 
 
 def _engines(engine: Any) -> list[Any]:
@@ -102,7 +102,7 @@ def _split_tokens(name: str, engine: Any, mesh: Mesh) -> None:
     engine.model.share_tokens(Sequence(mesh, engine.model.config.num_attention_heads))
 
 
-def _check_pair(pipe: NexusPipeline) -> None:
+def _check_pair(pipe: PipelineModels) -> None:
     missing = [name for name in OWNERS if name not in pipe.engines]
     if missing:
         raise InputError(
@@ -115,7 +115,7 @@ def _check_pair(pipe: NexusPipeline) -> None:
         )
 
 
-def _shared(engine: Any, owner: int, mesh: Mesh, pipe: NexusPipeline) -> SharedGenerator:
+def _shared(engine: Any, owner: int, mesh: Mesh, pipe: PipelineModels) -> SharedGenerator:
     """A generator where it is had; elsewhere its place, its weights freed."""
     if mesh.places["pair"] != owner:
         engine = Absent(getattr(getattr(engine, "model", None), "config", None), engine.device)
