@@ -49,8 +49,8 @@ PARTS = {
     "swap": Part(f"{HERE}engines:swap", 60),
     "pipeline": Part(f"{HERE}pipeline:units", 180),
     "compiled": Part(f"{HERE}steps:compiled", 180),
-    "engines": Part(f"{HERE}engines:units", 300),
     "correctness elsewhere": Part(f"{HERE}correctness:units_elsewhere", 120, lanes=4),
+    "engines": Part(f"{HERE}engines:units", 300),
 }
 Results = dict[str, Any]
 
