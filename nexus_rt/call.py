@@ -68,7 +68,7 @@ class Call:
         """
         pipe, request, inputs = self.pipe, self.request, self.inputs
         size, plan = request.size, request.plan
-        pipe.grid.check(size)
+        pipe.check_size(size, request.output_type)
         if absent := [g for g in plan.generators if g not in pipe.engines]:
             raise InputError(
                 f"plan {plan.name!r} runs the {absent[0]} generator, which was not loaded; pass"
@@ -169,7 +169,9 @@ class Call:
         rewrite = pipe.rewrites_by(inputs.rewrite, request.plan, request.published)
         if given is not None or inputs.prompt is None or rewrite is None:
             return given
-        self.rewriting = pipe.rewrite(inputs.prompt, rewrite, inputs.rewrite_timeout)
+        prompt = inputs.prompt
+        ask = lambda: pipe.rewrite(prompt, rewrite, inputs.rewrite_timeout)
+        self.rewriting = ask() if pipe.parallel is None else pipe.parallel.of_first(ask)
         assert self.rewriting is not None  # it is asked for
         self._check_cancelled("after the prompt was rewritten")
         assert pipe.text is not None  # `encode_prompt` has used it

@@ -25,6 +25,7 @@ from nexus_rt.memory.residency import (
     plan_residency,
 )
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
+from nexus_rt.parallel.layout import telling
 from nexus_rt.pipeline_models import PipelineModels
 from nexus_rt.plan import Plan, Scale
 from nexus_rt.process import computes
@@ -261,11 +262,20 @@ class NexusPipeline(PipelineModels):
     def check_inputs(self, height: int, width: int, num_frames: int, output_type: str) -> None:
         """The old form of `grid.check`; it goes with the next release."""
         warn_old("check_inputs(height, width, num_frames)", "grid.check of a ClipSize")
-        self.grid.check(ClipSize(width, height, num_frames))
         choose("output_type", output_type, OUTPUT_TYPES)
+        self.check_size(ClipSize(width, height, num_frames), output_type)
+
+    def check_size(self, size: ClipSize, output_type: str) -> None:
+        """Raise unless the models make clips of a size, as `output_type` asks for them.
+
+        Raises:
+            InputError: the size is no multiple of the models', or engines were built for others.
+            ModelError: frames are asked for, and there is no VAE.
+        """
+        self.grid.check(size)
         for engine in (*self.engines.values(), self.vae, self.step_engine):
             if able(engine, Sized):
-                engine.check_size(ClipSize(width, height, num_frames))
+                engine.check_size(size)
         if output_type != "latent" and self.vae is None:
             raise ModelError(
                 "this pipeline has no VAE; pass vae= to from_pretrained, or output_type='latent'."
@@ -398,12 +408,8 @@ class NexusPipeline(PipelineModels):
             if self.parallel is not None and generator is None and latents is None:
                 inputs = replace(inputs, generator=self.parallel.generator())
             call = Call(self, request, inputs)
-            try:
+            with telling(self.parallel.mesh if self.parallel else None):
                 return NexusOutput(call.run(), request.plan, call.reuse_errors, call.rewriting)
-            except BaseException as error:
-                if self.parallel is None:
-                    raise
-                raise self.parallel.watch.failed(error) from error
 
     @property
     def cancelled(self) -> bool:

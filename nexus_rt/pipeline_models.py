@@ -15,7 +15,7 @@ from nexus_rt.loading.packing import check_weights, formats_of
 from nexus_rt.loading.pair import Loaded, default_device, default_dtype, load_engines, load_models
 from nexus_rt.loading.pair_folder import MINI, find_pair
 from nexus_rt.memory.residency import parse_bytes
-from nexus_rt.parallel.layout import Mesh, mesh_of
+from nexus_rt.parallel.layout import Mesh, mesh_of, telling
 from nexus_rt.process import LOADING
 from nexus_rt.recipes import find_recipes, with_recipes
 from nexus_rt.rewriting import Cache
@@ -147,37 +147,41 @@ class PipelineModels:
         """
         mesh = mesh_of(parallel, device)
         device = default_device(mesh.device if mesh else device)
-        choose("backend", backend, GENERATOR_BACKENDS)
-        check_weights(weights)
-        loras = {
-            n: parse_loras(sources)
-            for n, sources in (("small", small_lora), ("large", large_lora))
-            if sources
-        }
-        given = {"small": small, "large": large, "vae": vae}
-        given |= {"text_encoder": text_encoder, "tokenizer": tokenizer}
-        steering = {"understanding": understanding, "connector": connector}
-        if pretrained is None and small is None and large is None:
-            pretrained = MINI
-        hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, revision=revision)
-        parts = find_pair(
-            pretrained,
-            {k: v for k, v in {**given, **steering}.items() if v is not None},
-            hub,
-            boundary_ratio,
-        )
-        dtype, first = default_dtype(torch_dtype, device), torch.device("cpu") if vram else device
-        with LOADING:
-            loaded = load_models(
-                parts, dtype, device, first, kernels, attention, vae_tiling, loras, weights
+        with telling(mesh):
+            choose("backend", backend, GENERATOR_BACKENDS)
+            check_weights(weights)
+            loras = {
+                n: parse_loras(sources)
+                for n, sources in (("small", small_lora), ("large", large_lora))
+                if sources
+            }
+            given = {"small": small, "large": large, "vae": vae}
+            given |= {"text_encoder": text_encoder, "tokenizer": tokenizer}
+            steering = {"understanding": understanding, "connector": connector}
+            if pretrained is None and small is None and large is None:
+                pretrained = MINI
+            hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, revision=revision)
+            parts = find_pair(
+                pretrained,
+                {k: v for k, v in {**given, **steering}.items() if v is not None},
+                hub,
+                boundary_ratio,
             )
-        recipes = {"small": small_recipe, "large": large_recipe}
-        loaded.defaults = with_recipes(
-            loaded.defaults, find_recipes(parts.generators, loras, recipes)
-        )
-        return cls(
-            loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram
-        ).shared(mesh)
+            dtype, first = (
+                default_dtype(torch_dtype, device),
+                torch.device("cpu") if vram else device,
+            )
+            with LOADING:
+                loaded = load_models(
+                    parts, dtype, device, first, kernels, attention, vae_tiling, loras, weights
+                )
+            recipes = {"small": small_recipe, "large": large_recipe}
+            loaded.defaults = with_recipes(
+                loaded.defaults, find_recipes(parts.generators, loras, recipes)
+            )
+            return cls(
+                loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram
+            ).shared(mesh)
 
     @classmethod
     def from_engines(
@@ -211,12 +215,13 @@ class PipelineModels:
         """
         mesh = mesh_of(parallel, device)
         device = default_device(mesh.device if mesh else device)
-        dtype, root = default_dtype(torch_dtype, device), Path(folder).expanduser()
-        with LOADING:
-            loaded = load_engines(root, dtype, device, vae_tiling, force, engine_options)
-        return cls(
-            loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram
-        ).shared(mesh)
+        with telling(mesh):
+            dtype, root = default_dtype(torch_dtype, device), Path(folder).expanduser()
+            with LOADING:
+                loaded = load_engines(root, dtype, device, vae_tiling, force, engine_options)
+            return cls(
+                loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram
+            ).shared(mesh)
 
     def shared(self, mesh: Mesh | None) -> Self:
         """The pipeline, its calls shared by the processes of a mesh; None: as it is."""

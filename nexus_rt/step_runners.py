@@ -90,16 +90,14 @@ class FiniteCheck:
 
     def _refuse(self, name: str, step: Step) -> None:
         engine = self.generators[name].engine
-        bad: list[str] = engine.not_finite() if able(engine, Diagnosable) else []
-        cause = (
-            f"its weights hold NaN or infinity in {', '.join(bad[:3])}: load an undamaged"
-            " checkpoint."
-            if bad
-            else (
-                "its weights are finite: try a wider dtype (bfloat16 or float32) or a smaller"
-                " guidance_scale."
-            )
-        )
+        wider = "try a wider dtype (bfloat16 or float32) or a smaller guidance_scale."
+        if not able(engine, Diagnosable):  # exported, or another process's
+            cause = f"its weights cannot be looked at here: check the checkpoint, or {wider}"
+        elif bad := engine.not_finite():
+            names = ", ".join(bad[:3])
+            cause = f"its weights hold NaN or infinity in {names}: load an undamaged checkpoint."
+        else:
+            cause = f"its weights are finite: {wider}"
         raise NumericsError(
             f"the {name} generator's velocity is not finite at step {step.index} (timestep"
             f" {step.timestep}); {cause}"

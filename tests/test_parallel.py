@@ -103,6 +103,36 @@ def test_a_process_that_dies_ends_the_others_within_seconds(how, reason):
             child.communicate()
 
 
+def test_a_process_that_cannot_load_tells_the_others(tiny_pair, tmp_path):
+    """Its folder is not there; the others wait for it and say so."""
+    program = """
+import os, sys
+from nexus_rt import NexusPipeline
+NexusPipeline.from_pretrained(sys.argv[1 + int(os.environ["RANK"])], parallel="cfg=2", device="cpu")
+import time; time.sleep(60)
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tiny_pair), str(tmp_path / "gone")],
+            env={**ENV, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [child.communicate(timeout=60)[1] for child in reversed(children)]
+        assert "gone" in said[0] and "process 1 ended: " in said[1] and "gone" in said[1]
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
+
+
 def test_the_command_writes_one_file(tiny_pair, tmp_path):
     command = torchrun(2, "-m", "nexus_rt.cli", "generate", "a panda", "--pair", str(tiny_pair))
     options = ["--steps", "3", "--seed", "-1", "--parallel", "cfg=2", "--device", "cpu"]

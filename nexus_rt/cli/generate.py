@@ -72,10 +72,10 @@ def run(args: argparse.Namespace) -> int:
     pipe = make_pipeline(args)
     if pipe.parallel is None:
         return _generate(args, pipe, seed, output, options)
-    try:
+    from nexus_rt.parallel.layout import telling
+
+    with telling(pipe.parallel.mesh):
         code = _generate(args, pipe, pipe.parallel.mesh.same(seed), output, options)
-    except BaseException as error:
-        raise pipe.parallel.watch.failed(error) from error
     pipe.parallel.close()
     return code
 

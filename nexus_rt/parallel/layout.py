@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nexus_rt.errors import InputError, choose
+from nexus_rt.parallel.watch import Watch
 
 STARTED_BY = "torchrun --nproc-per-node {count} -m nexus_rt.cli ... --parallel {text}"
 TIMEOUT = timedelta(minutes=30)  # of a collective: a first step may compile
@@ -74,13 +76,14 @@ class Mesh:
     """The processes of a call, and the groups that this one shares each kind of work with.
 
     groups, places: under "pair", "cfg", "ulysses" and "all"; a place is this process's in the
-        group.
+        group. watch: says that this process is there, and whether the others are.
     """
 
     layout: Layout
     device: torch.device
     groups: dict[str, Any]
     places: dict[str, int]
+    watch: Watch | None = None
 
     @property
     def rank(self) -> int:
@@ -154,7 +157,21 @@ def mesh_of(parallel: str | None, device: str | torch.device | None) -> Mesh | N
     """The mesh that "cfg=2,ulysses=2" asks for; None where nothing is."""
     if parallel is None:
         return None
-    return make_mesh(parse_layout(parallel), None if device is None else torch.device(device))
+    mesh = make_mesh(parse_layout(parallel), None if device is None else torch.device(device))
+    mesh.watch = Watch.begin(mesh.rank, mesh.layout.size)
+    return mesh
+
+
+@contextlib.contextmanager
+def telling(mesh: Mesh | None) -> Iterator[None]:
+    """What is raised here is told to the other processes; one that waits in vain for another raises
+    why that is gone."""
+    try:
+        yield
+    except BaseException as error:
+        if mesh is None or mesh.watch is None:
+            raise
+        raise mesh.watch.failed(error) from error
 
 
 def pieces(count: int, among: int) -> Iterator[tuple[int, int]]:

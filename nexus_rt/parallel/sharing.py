@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from nexus_rt.parallel.watch import Watch
 if TYPE_CHECKING:
     from nexus_rt.pipeline_models import PipelineModels
 
+Made = TypeVar("Made")
 OWNERS = {"small": 0, "large": 1}  # places in the pair
 
 
@@ -31,7 +33,8 @@ class Parallel:
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
-        self.watch = Watch.begin(mesh.rank, mesh.layout.size)
+        mesh.watch = mesh.watch or Watch.begin(mesh.rank, mesh.layout.size)
+        self.watch = mesh.watch
 
     @property
     def first(self) -> bool:
@@ -42,6 +45,12 @@ class Parallel:
         """This process has done its share."""
         self.watch.close()
         dist.destroy_process_group()
+
+    def of_first(self, make: Callable[[], Made]) -> Made:
+        """What the first process makes, in all of them: answers of a service may differ."""
+        held = [make() if self.first else None]
+        dist.broadcast_object_list(held, 0)
+        return cast(Made, held[0])
 
     def generator(self) -> torch.Generator:
         """One that draws the same numbers in every process, seeded afresh."""
