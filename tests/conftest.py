@@ -21,7 +21,7 @@ TRANSFORMERS = {
 SIZES = ("32x32x5", "48x32x5")  # of the tiny pair's engines
 # Files whose tests share engines, which one process of several builds; and groups that take long,
 # which begin first.
-SHARED = ("test_engines.py", "test_examples.py", "test_export.py")
+SHARED = ("test_engines.py", "test_examples.py", "test_export.py", "test_swap.py")
 LONG = (
     "test_engines.py",
     "test_gpu_suite.py",

@@ -356,5 +356,7 @@ def test_plan_prices_several_gpus(capsys):
     assert main(["plan", "--gpu", "h100", "--parallel", "cfg=2,ulysses=4", "--plan", "large"]) == 0
     said = capsys.readouterr().out
     assert "on 8 GPUs (cfg=2,ulysses=4), predicted from bytes" in said and "GB a step" in said
+    assert main(["plan", "--gpu", "h100", "--parallel", "ulysses=8"]) == 2
+    assert "ulysses=8 shares 12 heads" in capsys.readouterr().err
     assert main(["plan", "--costs", "1,2", "--parallel", "cfg=2"]) == 2
     assert "pass --gpu" in capsys.readouterr().err

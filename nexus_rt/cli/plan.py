@@ -139,8 +139,11 @@ def _print_shared(
 ) -> None:
     """The plan's price on several cards, and what they send each other."""
     from nexus_rt.bench.roofline import shared_costs, shared_price
+    from nexus_rt.parallel.sequence import check_heads
     from nexus_rt.parallel.volume import step_volume
 
+    for config in configs.values():
+        check_heads(layout.ulysses, config.num_attention_heads)
     costs = shared_costs(
         configs, size, card, layout, args.quantize, args.attention in ("auto-fp8", "triton-fp8")
     )

@@ -16,18 +16,23 @@ from nexus_rt.errors import InputError
 from nexus_rt.parallel.layout import Mesh
 
 
+def check_heads(count: int, heads: int) -> None:
+    """Raise an `InputError` unless so many processes can share a transformer's heads."""
+    if heads % count:
+        fit = [n for n in range(2, heads + 1) if heads % n == 0]
+        raise InputError(
+            f"ulysses={count} shares {heads} heads, which it does not divide; take one of"
+            f" {', '.join(map(str, fit))}."
+        )
+
+
 class Sequence:
     """A transformer's share of the tokens. length: of all tokens of the forward that runs."""
 
     def __init__(self, mesh: Mesh, heads: int) -> None:
         self.mesh, self.count, self.place = mesh, mesh.size("ulysses"), mesh.places["ulysses"]
         self.length = 0
-        if heads % self.count:
-            fit = [n for n in range(2, heads + 1) if heads % n == 0]
-            raise InputError(
-                f"ulysses={self.count} shares {heads} heads, which it does not divide; take one of"
-                f" {', '.join(map(str, fit))}."
-            )
+        check_heads(self.count, heads)
 
     def own(self, t: Tensor, axis: int) -> Tensor:
         """This process's run of the tokens along an axis, zeros past the last."""
