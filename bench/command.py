@@ -27,7 +27,7 @@ from nexus_rt.bench.presets import (
 from nexus_rt.bench.scaling import scaling
 from nexus_rt.cli.pipeline import find_models, model_options
 from nexus_rt.engines.backends import ENGINE_BACKENDS
-from nexus_rt.engines.experts import ExpertsEngine
+from nexus_rt.engines.experts import changed
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError, ModelError, NexusError, choose
 from nexus_rt.loading.packing import check_dense
@@ -277,10 +277,7 @@ def _engine(
 
         twin = copy(pipe)
         compiled = lambda engine: TorchEngine(_compiled(engine.model))
-        twin.engines = {
-            n: e.each(compiled) if isinstance(e, ExpertsEngine) else compiled(e)
-            for n, e in pipe.engines.items()
-        }
+        twin.engines = {n: changed(e, compiled) for n, e in pipe.engines.items()}
         return Engine(name, twin)
     if not real:
         raise InputError("engines are exported of folders of weights; pass --small and --large")

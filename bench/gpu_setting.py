@@ -11,6 +11,8 @@ from statistics import median
 from typing import Any
 
 from nexus_rt.bench.presets import DRY, WAN_1_3B, WAN_14B
+from nexus_rt.devices import synchronize
+from nexus_rt.kernels.attention_launch import TIMED
 from nexus_rt.size import ClipSize
 
 CONFIGS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
@@ -71,7 +73,7 @@ class Setting:
     @property
     def wrong(self) -> set[str]:
         """Kernels that get no speed: those that are at fault as the runtime launches them."""
-        forced = tuple(f", {how}" for how in ("pointers", "descriptors", "specialised", "ahead"))
+        forced = tuple(f", {how}" for how in TIMED if how != "auto")
         return {label.split()[0] for label in self.faults if not label.endswith(forced)}
 
     @property
@@ -101,10 +103,7 @@ class Setting:
 
     def synchronize(self) -> None:
         """Wait for the device; raises what a kernel has done wrong."""
-        import torch
-
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
 
     def works(self) -> bool:
         """Whether the device still answers this process."""

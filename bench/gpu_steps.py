@@ -57,11 +57,11 @@ class Step:
         return rows
 
     def flops(self, batch: int) -> float:
-        """Of the blocks' matrix products and attention over themselves."""
-        c, length = self.config, self.s.tokens
-        dim = c["num_attention_heads"] * c["attention_head_dim"]
-        linear = 2 * length * (6 * dim * dim + 2 * dim * c["ffn_dim"])
-        return batch * c["num_layers"] * (linear + 4 * length * length * dim)
+        """Of a forward's matrix products and attention."""
+        from nexus_rt.bench.roofline import forward_work
+
+        work = forward_work(self.model.config, self.s.size)
+        return batch * (work.linear + work.attention)
 
     @cached_property
     def small(self) -> Any:

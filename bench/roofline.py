@@ -170,17 +170,18 @@ def step_costs(
     card: Card,
     fp8: str | None = None,
     fp8_attention: bool = False,
-    shares: Shares = SHARES,
+    layout: Layout = Layout(),  # noqa: B008 (frozen)
 ) -> StepCosts:
-    """Predicted prices of a step's parts, milliseconds; a generator that is not there costs 0."""
+    """Predicted prices of a step's parts, milliseconds, what several cards send included; a
+    generator that is not there costs 0."""
     prices = dict.fromkeys(("small", "small_guided", "large", "large_guided"), 0.0)
     for name, config in configs.items():
-        work = forward_work(config, size, fp8, fp8_attention)
-        for key, samples in ((name, 1), (f"{name}_guided", 2)):
-            prices[key] = parts(work * samples, card, shares).total
+        for key, guided in ((name, False), (f"{name}_guided", True)):
+            own, sent = shared_parts(config, size, card, layout, guided, fp8, fp8_attention)
+            prices[key] = own.total + sent
     channels = next(iter(configs.values())).in_channels
     elements = channels * math.prod(size.latent)
-    by = 1000 / (card.bandwidth * shares.memory)
+    by = 1000 / (card.bandwidth * SHARES.memory)
     # both generators' predictions in bf16, guided; the latents, velocity and history in float32
     return StepCosts(**prices, blend=(4 * 2 + 4) * elements * by, solver=8 * 4 * elements * by)
 
@@ -240,10 +241,9 @@ def predicted_row(
     card = card_named(device)
     if card is None:
         return None
-    known = {f.name for f in fields(WanConfig)}
-    made = WanConfig(**{k: v for k, v in config.items() if k in known})
     kind = "fp8-dynamic" if fp8 else None
-    return parts(forward_work(made, size, kind, fp8_attention) * samples, card).row()
+    work = forward_work(WanConfig(**config), size, kind, fp8_attention)
+    return parts(work * samples, card).row()
 
 
 def memory_line(configs: Mapping[str, WanConfig], size: ClipSize, card: Card) -> str:
@@ -289,28 +289,6 @@ def shared_parts(
     return parts(work, card), 1000 * sent / card.link
 
 
-def shared_costs(
-    configs: Mapping[str, WanConfig],
-    size: ClipSize,
-    card: Card,
-    layout: Layout,
-    fp8: str | None = None,
-    fp8_attention: bool = False,
-) -> StepCosts:
-    """`step_costs` on several cards, their communication included."""
-    alone = step_costs(configs, size, card, fp8, fp8_attention)
-    prices = {"blend": alone.blend, "solver": alone.solver}
-    for name in ("small", "large"):
-        for key, guided in ((name, False), (f"{name}_guided", True)):
-            prices[key] = 0.0
-            if name in configs:
-                own, sent = shared_parts(
-                    configs[name], size, card, layout, guided, fp8, fp8_attention
-                )
-                prices[key] = own.total + sent
-    return StepCosts(**prices)
-
-
 def shared_price(plan: Plan, costs: StepCosts, layout: Layout, small: Scale, large: Scale) -> float:
     """Milliseconds of a plan's denoising; with pair=2, both generators of a bridge at once."""
     price = plan.price(costs, small, large)
@@ -318,12 +296,7 @@ def shared_price(plan: Plan, costs: StepCosts, layout: Layout, small: Scale, lar
         return price
     for step in plan.steps:
         if step.small and step.large:
-            each = [
-                (0.0, getattr(costs, g), getattr(costs, f"{g}_guided"))[
-                    step.forwards(g, plan.guidance(step, g, scale, scale))
-                ]
-                for g, scale in (("small", small), ("large", large))
-            ]
+            each = [plan.generator_price(step, g, costs, small, large) for g in ("small", "large")]
             price -= min(each)
     return price
 
@@ -352,7 +325,7 @@ def scaling_table(key: str = "h200") -> str:
         layout = parse_layout(text)
         own, sent = shared_parts(configs["large"], size, card, layout)
         volume = step_volume(layout, configs["large"], size, True).total
-        costs = shared_costs(configs, size, card, layout)
+        costs = step_costs(configs, size, card, layout=layout)
         whole = shared_price(plan, costs, layout, GUIDANCE_SCALE, GUIDANCE_SCALE)
         lines.append(
             f"| {layout.size} | {text if layout.size > 1 else 'one'} |"

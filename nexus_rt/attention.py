@@ -308,9 +308,8 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
     known, key = _read_cache(), _key(case, names)
     if not remeasure and key in known:
         return known[key]
-    trial, results = Trial.of(case), {}
-    for name in names:
-        results[name] = trial.measure(name)
+    trial = Trial.of(case)
+    results = {name: trial.measure(name) for name in names}
     timed = {n: f["ms"] for n, f in results.items() if "ms" in f}
     if not timed:
         raise InputError(f"no attention backend of {', '.join(names)} can run {case}: {results}")

@@ -266,10 +266,21 @@ class Plan:
         """Milliseconds of one step: the sum of what runs in it."""
         price = costs.solver + (costs.blend if step.blended else 0.0)
         for g in ("small", "large"):
-            scale = self.guidance(step, g, guidance_small, guidance_large)
-            forwards = step.forwards(g, scale)
-            price += (0.0, getattr(costs, g), getattr(costs, f"{g}_guided"))[forwards]
+            price += self.generator_price(step, g, costs, guidance_small, guidance_large)
         return price
+
+    def generator_price(
+        self,
+        step: Step,
+        generator: str,
+        costs: StepCosts,
+        guidance_small: Scale,
+        guidance_large: Scale,
+    ) -> float:
+        """Milliseconds of one generator in one step; 0 where it does not run."""
+        scale = self.guidance(step, generator, guidance_small, guidance_large)
+        prices = 0.0, getattr(costs, generator), getattr(costs, f"{generator}_guided")
+        return prices[step.forwards(generator, scale)]
 
     def price(self, costs: StepCosts, guidance_small: Scale, guidance_large: Scale) -> float:
         """Milliseconds of the whole denoising loop."""

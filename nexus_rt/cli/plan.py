@@ -93,7 +93,9 @@ def run(args: argparse.Namespace) -> int:
     # a budget that cannot be met is raised before anything is measured
     memory = pipe.plan_residency(plan, size) if pipe and pipe.engines else None
     if card is not None:
-        costs = predicted_costs(card, pipe, size, args)
+        from nexus_rt.bench.roofline import step_costs
+
+        costs = step_costs(_configs(pipe), size, card, *_eight_bits(args))
     elif args.costs or pipe is None:
         costs = given_costs(args.costs)
     else:
@@ -138,15 +140,13 @@ def _print_shared(
     args: argparse.Namespace,
 ) -> None:
     """The plan's price on several cards, and what they send each other."""
-    from nexus_rt.bench.roofline import shared_costs, shared_price
+    from nexus_rt.bench.roofline import shared_price, step_costs
     from nexus_rt.parallel.sequence import check_heads
     from nexus_rt.parallel.volume import step_volume
 
     for config in configs.values():
         check_heads(layout.ulysses, config.num_attention_heads)
-    costs = shared_costs(
-        configs, size, card, layout, args.quantize, args.attention in ("auto-fp8", "triton-fp8")
-    )
+    costs = step_costs(configs, size, card, *_eight_bits(args), layout)
     ms = shared_price(plan, costs, layout, guidance.small, guidance.large)
     print(f"on {layout.size} GPUs ({layout}), predicted from bytes: {ms:.0f} ms in all")
     for name, config in configs.items():
@@ -191,15 +191,9 @@ def _configs(pipe: NexusPipeline | None) -> dict[str, WanConfig]:
     return configs
 
 
-def predicted_costs(
-    card: Card, pipe: NexusPipeline | None, size: ClipSize, args: argparse.Namespace
-) -> StepCosts:
-    """Milliseconds of a step's parts on a card that is not here."""
-    from nexus_rt.bench.roofline import step_costs
-
-    return step_costs(
-        _configs(pipe), size, card, args.quantize, args.attention in ("auto-fp8", "triton-fp8")
-    )
+def _eight_bits(args: argparse.Namespace) -> tuple[str | None, bool]:
+    """The weights of `--quantize`, and whether attention is in fp8."""
+    return args.quantize, args.attention in ("auto-fp8", "triton-fp8")
 
 
 def _print_prediction(
@@ -210,10 +204,7 @@ def _print_prediction(
 
     configs = _configs(pipe)
     for name, config in configs.items():
-        work = forward_work(
-            config, size, args.quantize, args.attention in ("auto-fp8", "triton-fp8")
-        )
-        p = parts(work * 2, card)
+        p = parts(forward_work(config, size, *_eight_bits(args)) * 2, card)
         print(
             f"{name}, a guided step: linear {p.linear:.1f} ms, attention {p.attention:.1f},"
             f" memory-bound {p.memory:.1f}"

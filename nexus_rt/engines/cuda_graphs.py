@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_rt.devices import on_device
+from nexus_rt.engines.protocol import Wrapper
 from nexus_rt.engines.tensorrt import TensorRTSessions
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError
@@ -114,7 +115,7 @@ def tensors_of(context: Any) -> list[Tensor]:
     return outputs
 
 
-class ReplayedEngine:
+class ReplayedEngine(Wrapper):
     """An engine whose velocities are replayed. What is not a velocity goes to the engine itself.
 
     Raises:
@@ -126,16 +127,9 @@ class ReplayedEngine:
             why = cannot_replay(engine)
             if why:
                 raise InputError(f"CUDA graphs cannot be recorded here: {why}.")
-        self.engine, self.record = engine, record
+        super().__init__(engine)
+        self.record = record
         self.graphs: OrderedDict[tuple, tuple] = OrderedDict()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
-
-    @property
-    def wrapped(self) -> Any:
-        """The engine itself, whose abilities are this one's."""
-        return self.engine
 
     def prepare(self, context: Tensor) -> Any:
         return padded(self.engine.prepare(context))

@@ -144,6 +144,11 @@ def engines_by_name(engines: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
+def changed(engine: Any, change: Callable[[Any], Any]) -> Any:
+    """A generator of changed engines, one or two."""
+    return engine.each(change) if isinstance(engine, ExpertsEngine) else change(engine)
+
+
 def boundaries(engines: Mapping[str, Any]) -> dict[str, float]:
     """The boundary of every generator that has experts."""
     return {n: e.boundary for n, e in engines.items() if isinstance(e, ExpertsEngine)}

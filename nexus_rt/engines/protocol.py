@@ -151,3 +151,18 @@ def able(engine: Any, protocol: type[Ability]) -> TypeGuard[Ability]:
     Since Python 3.12 `isinstance` does not see attributes that `__getattr__` hands on.
     """
     return isinstance(getattr(engine, "wrapped", engine), protocol)
+
+
+class Wrapper:
+    """An engine around another: what it does not do itself is the other's."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    @property
+    def wrapped(self) -> Any:
+        """The innermost engine, whose abilities are this one's."""
+        return getattr(self.engine, "wrapped", self.engine)

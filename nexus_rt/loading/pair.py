@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nexus_rt.engines.cuda_graphs import ReplayedEngine
-from nexus_rt.engines.experts import ExpertsEngine, joined
+from nexus_rt.engines.experts import ExpertsEngine, changed, joined
 from nexus_rt.engines.fused_step import StepEngine
 from nexus_rt.engines.registry import GENERATORS, open_engines
 from nexus_rt.engines.text_vae import EngineDecoder, EngineTextEncoder
@@ -54,12 +54,7 @@ class Loaded:
         """
         return replace(
             self,
-            engines={
-                name: engine.each(ReplayedEngine)
-                if isinstance(engine, ExpertsEngine)
-                else ReplayedEngine(engine)
-                for name, engine in self.engines.items()
-            },
+            engines={name: changed(e, ReplayedEngine) for name, e in self.engines.items()},
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nexus_rt.engines.protocol import Wrapper
 from nexus_rt.parallel.layout import Mesh
 
 
@@ -24,20 +25,13 @@ class Halves:
         return self.embeddings.shape[0]
 
 
-class GuidanceParallel:
+class GuidanceParallel(Wrapper):
     """An engine of which each of two processes computes half of a guided step: the conditional
     samples, or their unconditional twins. Other steps are computed by both."""
 
     def __init__(self, engine: Any, mesh: Mesh) -> None:
-        self.engine, self.mesh = engine, mesh
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
-
-    @property
-    def wrapped(self) -> Any:
-        """The engine whose abilities are this one's."""
-        return getattr(self.engine, "wrapped", self.engine)
+        super().__init__(engine)
+        self.mesh = mesh
 
     def prepare(self, context: Tensor) -> Halves:
         """Prepared when it is known whether the step is guided."""
@@ -59,7 +53,7 @@ class GuidanceParallel:
         return context.prepared[use]
 
 
-class SharedGenerator:
+class SharedGenerator(Wrapper):
     """A generator that one of two halves of the processes has; the others get what it computes.
 
     `velocity` computes where it is had, and is a place for the result elsewhere; `share` fills it.
@@ -67,16 +61,9 @@ class SharedGenerator:
     """
 
     def __init__(self, engine: Any, owner: int, mesh: Mesh, channels: int) -> None:
-        self.engine, self.owner, self.mesh, self.channels = engine, owner, mesh, channels
+        super().__init__(engine)
+        self.owner, self.mesh, self.channels = owner, mesh, channels
         self.here = mesh.places["pair"] == owner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
-
-    @property
-    def wrapped(self) -> Any:
-        """The engine whose abilities are this one's."""
-        return getattr(self.engine, "wrapped", self.engine)
 
     def prepare(self, context: Tensor) -> Any:
         """The context, or how many samples it has."""
@@ -98,8 +85,8 @@ class Absent:
 
     nbytes, host_bytes, resident = 0, 0, True
 
-    def __init__(self, config: Any, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
     def load(self, **options: Any) -> None:
         """Nothing to bring."""

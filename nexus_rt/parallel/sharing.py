@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from nexus_rt.engines.cuda_graphs import ReplayedEngine
-from nexus_rt.engines.experts import ExpertsEngine
+from nexus_rt.engines.experts import changed, engines_by_name
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError
 from nexus_rt.log import chose
@@ -66,9 +67,8 @@ def share(pipe: PipelineModels, mesh: Mesh) -> None:
     """
     layout = mesh.layout
     if layout.ulysses > 1:
-        for name, engine in pipe.engines.items():
-            for each in _engines(engine):
-                _split_tokens(name, each, mesh)
+        for name, engine in engines_by_name(pipe.engines).items():
+            _split_tokens(name, engine, mesh)
     if layout.pair > 1:
         _check_pair(pipe)
     if pipe.step_engine is not None and (layout.cfg > 1 or layout.pair > 1):
@@ -76,9 +76,9 @@ def share(pipe: PipelineModels, mesh: Mesh) -> None:
         pipe.step_engine = None
     for name, engine in pipe.engines.items():
         if layout.cfg > 1:
-            engine = _changed(engine, lambda e: GuidanceParallel(e, mesh))
+            engine = changed(engine, partial(GuidanceParallel, mesh=mesh))
         if layout.pair > 1:
-            engine = _changed(engine, lambda e, n=name: _shared(e, OWNERS[n], mesh, pipe))
+            engine = changed(engine, partial(_shared, owner=OWNERS[name], mesh=mesh, pipe=pipe))
         pipe.engines[name] = engine
     if layout.pair > 1:
         release(mesh.device)
@@ -87,14 +87,6 @@ def share(pipe: PipelineModels, mesh: Mesh) -> None:
     pipe.parallel = Parallel(mesh)
     if not pipe.parallel.first:
         pipe.progress = {"disable": True}
-
-
-def _engines(engine: Any) -> list[Any]:
-    return list(engine.experts.values()) if isinstance(engine, ExpertsEngine) else [engine]
-
-
-def _changed(engine: Any, change: Any) -> Any:
-    return engine.each(change) if isinstance(engine, ExpertsEngine) else change(engine)
 
 
 def _split_tokens(name: str, engine: Any, mesh: Mesh) -> None:
@@ -127,5 +119,5 @@ def _check_pair(pipe: PipelineModels) -> None:
 def _shared(engine: Any, owner: int, mesh: Mesh, pipe: PipelineModels) -> SharedGenerator:
     """A generator where it is had; elsewhere its place, its weights freed."""
     if mesh.places["pair"] != owner:
-        engine = Absent(getattr(getattr(engine, "model", None), "config", None), engine.device)
+        engine = Absent(engine.device)
     return SharedGenerator(engine, owner, mesh, pipe.channels)

@@ -64,44 +64,29 @@ class Strips:
         if z.shape[-2] < self.count:  # fewer rows than processes
             return vae.decode(z, return_dict=False)[0]
         self.rows = z.shape[-2]
-        cut(vae, self)
+        forwards = cut_forwards(vae, self)
         try:
+            for module, forward in forwards.items():
+                module.forward = forward  # type: ignore[method-assign]
             return self.whole(vae.decode(self.own(z), return_dict=False)[0])
         finally:
-            mend(vae)
+            for module in forwards:
+                vars(module).pop("forward", None)  # the class's own shows again
 
 
-class _Cut:
-    """What a module's forward was before it was cut."""
-
-    def __init__(self, module: nn.Module, forward: Any) -> None:
-        self.module = module
-        module.forward = forward  # type: ignore[method-assign]
-
-    def mend(self) -> None:
-        del self.module.forward  # the class's own shows again
-
-
-def cut(vae: Any, strips: Strips) -> None:
-    """Let the convolutions and the attention of a decoder work on strips."""
-    cuts = []
+def cut_forwards(vae: Any, strips: Strips) -> dict[nn.Module, Any]:
+    """What the convolutions and the attention of a decoder compute on strips."""
+    forwards: dict[nn.Module, Any] = {}
     for module in vae.decoder.modules():
         kind = type(module).__name__
         if kind == "WanAttentionBlock":
-            cuts.append(_Cut(module, _attended(module, strips)))
+            forwards[module] = _attended(module, strips)
         elif isinstance(module, nn.Conv3d) and hasattr(module, "_padding"):
             if module.kernel_size[1] > 1:
-                cuts.append(_Cut(module, _convolved_3d(module, strips)))
+                forwards[module] = _convolved_3d(module, strips)
         elif isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
-            cuts.append(_Cut(module, _convolved_2d(module, strips)))
-    vae._cuts = cuts
-
-
-def mend(vae: Any) -> None:
-    """Undo `cut`."""
-    for each in vae._cuts:
-        each.mend()
-    del vae._cuts
+            forwards[module] = _convolved_2d(module, strips)
+    return forwards
 
 
 def _convolved_3d(conv: Any, strips: Strips) -> Any:
