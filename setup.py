@@ -9,6 +9,7 @@ setup(
         "nexus_rt.loading",
         "nexus_rt.memory",
         "nexus_rt.parallel",
+        "nexus_rt.serve",
         "nexus_rt.models",
         "nexus_rt.engines",
         "nexus_rt.kernels",
@@ -28,6 +29,7 @@ setup(
     },
     package_data={
         "nexus_rt": ["mini/*.json", "mini/*/*"],
+        "nexus_rt.serve": ["*.json", "page/*"],
         "nexus_rt.kernels": ["README.md"],
         "nexus_rt.bench.vrbench": ["*.json"],
     },

@@ -39,7 +39,7 @@ from nexus_rt.rewriting import (
     check_rewrite,
     rewrite_prompts,
 )
-from nexus_rt.size import ClipSize
+from nexus_rt.size import BuiltSizes, ClipSize
 from nexus_rt.step_runners import Prompt
 from nexus_rt.upfb import BlendConfig
 from nexus_rt.video import as_output
@@ -265,6 +265,12 @@ class NexusPipeline(PipelineModels):
         choose("output_type", output_type, OUTPUT_TYPES)
         self.check_size(ClipSize(width, height, num_frames), output_type)
 
+    @property
+    def built_sizes(self) -> tuple[BuiltSizes, ...]:
+        """The sizes that exported engines were built for; () where there are none."""
+        engines = (*self.engines.values(), self.vae, self.step_engine)
+        return tuple(sizes for e in engines if able(e, Sized) for sizes in e.built_sizes)
+
     def check_size(self, size: ClipSize, output_type: str) -> None:
         """Raise unless the models make clips of a size, as `output_type` asks for them.
 
@@ -273,9 +279,8 @@ class NexusPipeline(PipelineModels):
             ModelError: frames are asked for, and there is no VAE.
         """
         self.grid.check(size)
-        for engine in (*self.engines.values(), self.vae, self.step_engine):
-            if able(engine, Sized):
-                engine.check_size(size)
+        for built in self.built_sizes:
+            built.check(size)
         if output_type != "latent" and self.vae is None:
             raise ModelError(
                 "this pipeline has no VAE; pass vae= to from_pretrained, or output_type='latent'."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nexus_rt.errors import InputError, cut
@@ -65,6 +66,36 @@ class ClipSize(NamedTuple):
                 " 832x480x81."
             )
         return size
+
+
+@dataclass(frozen=True)
+class BuiltSizes:
+    """The sizes that an exported part was built for.
+
+    ranged: the two sizes are the ends of a range. bound: how many of width, height and frames its
+        graphs were built for.
+    """
+
+    part: str
+    sizes: tuple[ClipSize, ...]
+    ranged: bool = False
+    bound: int = 3
+
+    def check(self, size: ClipSize) -> None:
+        """Raise an `InputError` that names the sizes, unless this is one of them."""
+        asked = size[: self.bound]
+        if self.ranged:
+            low, high = self.sizes
+            right = all(a <= b <= c for a, b, c in zip(low, asked, high, strict=False))
+        else:
+            right = asked in [s[: self.bound] for s in self.sizes]
+        if not right:
+            between = " to " if self.ranged else ", "
+            raise InputError(
+                f"size {size} is none that this {self.part} engine was built for:"
+                f" {between.join(map(str, self.sizes))}; generate one of them, or export with"
+                " --sizes."
+            )
 
 
 def _numbers(text: str, count: int) -> tuple[int, ...]:

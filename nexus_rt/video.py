@@ -398,18 +398,22 @@ def _quantised(image: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(small), palette
 
 
-def _contact_sheet(frames: np.ndarray, path: Path, rate: Fraction, comment: str) -> None:
-    from PIL import Image
-
+def contact_sheet(frames: np.ndarray) -> np.ndarray:
+    """Up to 16 frames [F, H, W, 3] of a clip in one picture, eight a row."""
     picked = uniform(frames, 16)
     columns = min(8, len(picked))
     rows = -(-len(picked) // columns)
     sheet = np.zeros((rows * columns, *picked.shape[1:]), np.uint8)
     sheet[: len(picked)] = picked
     height, width = picked.shape[1:3]
-    sheet = (
+    return (
         sheet.reshape(rows, columns, height, width, 3)
         .transpose(0, 2, 1, 3, 4)
         .reshape(rows * height, columns * width, 3)
     )
-    Image.fromarray(sheet).save(path, format="PNG")
+
+
+def _contact_sheet(frames: np.ndarray, path: Path, rate: Fraction, comment: str) -> None:
+    from PIL import Image
+
+    Image.fromarray(contact_sheet(frames)).save(path, format="PNG")

@@ -23,6 +23,7 @@ from nexus_rt.cli import (
     export,
     generate,
     plan,
+    serve,
     tune,
     vrbench,
 )
@@ -37,6 +38,7 @@ COMMANDS = {
     "decode": decode,
     "plan": plan,
     "tune": tune,
+    "serve": serve,
     "export": export,
     "engines": engines,
     "convert": convert,

@@ -28,7 +28,7 @@ MODELS = (
     "small_lora",
     "large_lora",
 )
-RUNS = ("generate", "batch", "decode", "plan", "tune", "vrbench")
+RUNS = ("generate", "batch", "decode", "plan", "tune", "vrbench", "serve")
 MEASURED = (
     *MODELS,
     "preset",
@@ -129,6 +129,7 @@ TABLE = (
         "goes with --ray; without it, start a process a --shard",
         needs="ray",
     ),
+    Rule(("serve",), "replicas", "goes with --ray", needs="ray"),
     Rule(
         ("plan",),
         "costs",

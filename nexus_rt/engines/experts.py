@@ -24,7 +24,7 @@ from nexus_rt.engines.protocol import (
 from nexus_rt.errors import InputError, NexusError
 from nexus_rt.loading.lora import Lora, loras_of
 from nexus_rt.plan import EXPERTS, engine_name, expert_at
-from nexus_rt.size import ClipSize
+from nexus_rt.size import BuiltSizes
 
 
 @dataclass
@@ -105,11 +105,11 @@ class ExpertsEngine:
             context.prepared[expert] = engine.prepare(context.embeddings)
         return engine.velocity(latents, timestep, context.prepared[expert])
 
-    def check_size(self, size: ClipSize) -> None:
-        """Raise an `InputError` unless both were built for a size."""
-        for engine in self.experts.values():
-            if able(engine, Sized):
-                engine.check_size(size)
+    @property
+    def built_sizes(self) -> tuple[BuiltSizes, ...]:
+        """What both were built for."""
+        sized = [e.built_sizes for e in self.experts.values() if able(e, Sized)]
+        return tuple(sizes for one in sized for sizes in one)
 
     def warmup(self, latent: tuple[int, int, int]) -> None:
         """One step of each on noise."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nexus_rt.errors import InputError
 from nexus_rt.models.wan import collapse_padding
-from nexus_rt.size import ClipSize
+from nexus_rt.size import BuiltSizes, ClipSize
 
 if TYPE_CHECKING:
     from nexus_rt.engines.folder import EngineFolder
@@ -113,22 +113,16 @@ class Exported:
         most = self.sessions.most or max(1, samples)
         return [slice(i, min(i + most, samples)) for i in range(0, samples, most)]
 
+    @property
+    def built_sizes(self) -> tuple[BuiltSizes, ...]:
+        """What it was built for."""
+        m = self.folder.manifest
+        return (BuiltSizes(m.part, tuple(self.buckets), bool(m.options.get("range")), self.bound),)
+
     def check_size(self, size: ClipSize) -> None:
         """Raise an `InputError` that names the sizes unless the engine was built for this one."""
-        m = self.folder.manifest
-        if m.options.get("range"):
-            low, high = self.buckets
-            right = all(
-                a <= b <= c for a, b, c in list(zip(low, size, high, strict=True))[: self.bound]
-            )
-        else:
-            right = size[: self.bound] in [b[: self.bound] for b in self.buckets]
-        if not right:
-            raise InputError(
-                f"size {size} is none that this {m.part} engine was built for:"
-                f" {(' to ' if m.options.get('range') else ', ').join(map(str, self.buckets))};"
-                " generate one of them, or export with --sizes."
-            )
+        for sizes in self.built_sizes:
+            sizes.check(size)
 
 
 class ExportedEngine(Exported):

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from nexus_rt.size import ClipSize
+from nexus_rt.size import BuiltSizes
 
 
 class Engine(Protocol):
@@ -82,8 +82,9 @@ class Streamed(Protocol):
 class Sized(Protocol):
     """An engine that was built for some sizes."""
 
-    def check_size(self, size: ClipSize) -> None:
-        """Raise an `InputError` that names the sizes, unless this is one of them."""
+    @property
+    def built_sizes(self) -> tuple[BuiltSizes, ...]:
+        """What each of its parts was built for; () where there is no bound."""
         ...
 
 

@@ -313,7 +313,8 @@ class Residency:
         with span("swap", step=index):
             if phase is not self.current:
                 self.current = phase
-                self._begin(phase)
+                with span("residency", step=index, phase=phase.name):
+                    self._begin(phase)
 
     def _begin(self, phase: Phase) -> None:
         for name, engine in self.engines.items():

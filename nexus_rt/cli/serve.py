@@ -1,0 +1,184 @@
+"""`nexus-rt serve`: OpenAI's video routes over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from nexus_rt.cli.arguments import PLAN_HELP, models, running
+from nexus_rt.cli.pipeline import check_device, find_models, quiet_pipeline
+from nexus_rt.errors import InputError
+
+KEYS = "NEXUS_RT_API_KEY"
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """The command's parser."""
+    serve = commands.add_parser(
+        "serve",
+        parents=[models(), running()],
+        help="serve videos over HTTP, as OpenAI's API does (pip install 'nexus-rt[serve]')",
+    )
+    group = serve.add_argument_group("where it listens")
+    group.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
+    group.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
+    group.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help=(
+            "a client's key; may be given again. Other users of this machine see a command line:"
+            f" {KEYS} (keys with commas between) or --api-key-file hide it"
+        ),
+    )
+    group.add_argument("--api-key-file", metavar="FILE", help="a key a line")
+    group.add_argument(
+        "--model-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that requests may give for the model; may be given again (default: nexus-rt)",
+    )
+    group = serve.add_argument_group("jobs")
+    group.add_argument(
+        "--store",
+        default="nexus-rt-jobs",
+        metavar="DIR",
+        help="the folder of the queue and the clips (default: nexus-rt-jobs)",
+    )
+    group.add_argument("--plan", metavar="PLAN", help="of jobs that name none: " + PLAN_HELP)
+    group.add_argument("--fps", default="16", help="of jobs that name none (default: 16)")
+    group.add_argument(
+        "--max-queue", type=int, default=1000, metavar="N", help="jobs that wait (default: 1000)"
+    )
+    group.add_argument(
+        "--deadline",
+        type=float,
+        default=3600.0,
+        metavar="S",
+        help="seconds from a job's creation to its end (default: 3600)",
+    )
+    group.add_argument(
+        "--keep", type=float, default=86400.0, metavar="S", help="seconds a result stays (one day)"
+    )
+    group.add_argument(
+        "--quota", default="10GB", metavar="SIZE", help="of all results (default: 10GB)"
+    )
+    group.add_argument(
+        "--max-size",
+        default="1920x1088x129",
+        metavar="WxHxF",
+        help="the largest clip, by its pixels in all (default: 1920x1088x129)",
+    )
+    group.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="waiting jobs of one plan, size and steps that are denoised together (default: 1)",
+    )
+    group.add_argument(
+        "--lora-dir", metavar="DIR", help="where the LoRAs lie that jobs may name (default: none)"
+    )
+    group.add_argument(
+        "--preview-every",
+        type=int,
+        default=1,
+        metavar="K",
+        help="steps between previews; 0 makes none (default: 1)",
+    )
+    group.add_argument(
+        "--grace",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds for a running job when the server stops, then it waits again (default: 30)",
+    )
+    group.add_argument("--no-warmup", action="store_true", help="no clip before the first job")
+    group.add_argument("--log-prompts", action="store_true", help="log prompts too")
+    group = serve.add_argument_group("many machines (pip install 'nexus-rt[serve,ray]')")
+    group.add_argument("--ray", action="store_true", help="run the models in Ray Serve replicas")
+    group.add_argument(
+        "--replicas",
+        default="1",
+        metavar="N|MIN-MAX",
+        help="replicas, or between which numbers the queue's depth scales them (default: 1)",
+    )
+
+
+def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
+    """The keys of the command line, the file and the environment.
+
+    Raises:
+        InputError: the file cannot be read, or holds none.
+    """
+    keys = list(args.api_key)
+    keys += [k.strip() for k in os.environ.get(KEYS, "").split(",") if k.strip()]
+    if args.api_key_file is not None:
+        try:
+            with open(args.api_key_file, encoding="utf-8") as file:
+                lines = [line.strip() for line in file]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--api-key-file cannot be read ({error}); check the path.") from error
+        if not (own := [line for line in lines if line and not line.startswith("#")]):
+            raise InputError(f"--api-key-file {args.api_key_file} holds no key; put one a line.")
+        keys += own
+    return tuple(dict.fromkeys(keys))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    try:
+        import multipart  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"{error}: pip install 'nexus-rt[serve]'.") from error
+    from pathlib import Path
+
+    from nexus_rt.front import from_front
+    from nexus_rt.serve.logs import log_json
+    from nexus_rt.serve.runners import ProcessRunner, Runner
+    from nexus_rt.serve.server import NexusServer, run_server
+    from nexus_rt.size import ClipSize
+
+    check_device(args.device)
+    if args.plan is not None:
+        args.plan = from_front(args.plan).plan if args.plan.startswith("@") else args.plan
+    if not args.engines:
+        find_models(args)  # said before anything is started
+    runner: Runner
+    if args.ray:
+        from nexus_rt.serve.ray_runner import RayRunner, parse_replicas
+
+        low, high = parse_replicas(args.replicas)
+        runner = RayRunner(quiet_pipeline, args, low, high, args.preview_every, not args.no_warmup)
+    else:
+        runner = ProcessRunner(quiet_pipeline, args, args.preview_every, not args.no_warmup)
+    server = NexusServer(
+        runner,
+        args.store,
+        models=tuple(args.model_name) or ("nexus-rt",),
+        host=args.host,
+        port=args.port,
+        api_keys=api_keys(args),
+        plan=args.plan,
+        max_size=ClipSize.parse(args.max_size),
+        max_queue=args.max_queue,
+        deadline=args.deadline,
+        keep=args.keep,
+        quota=args.quota,
+        batch=args.batch,
+        preview_every=args.preview_every,
+        fps=args.fps,
+        grace=args.grace,
+        lora_folder=Path(args.lora_dir).expanduser() if args.lora_dir else None,
+        log_prompts=args.log_prompts,
+    )
+    log_json(args.log_level or "info")
+    print(f"nexus-rt: http://{args.host}:{args.port} (store {args.store})", file=sys.stderr)
+    run_server(server)
+    return 0

@@ -1,0 +1,83 @@
+"""What the server answers: a job as OpenAI's `Video`, lists, plans with their prices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nexus_rt.request import GenerationRequest
+from nexus_rt.serve.dispatcher import Dispatcher
+from nexus_rt.serve.prices import STAGES, Prices, step_kind
+from nexus_rt.serve.store import Job
+
+
+def video(job: Job, progress: int) -> dict[str, Any]:
+    """A job in the fields of OpenAI's `Video`, all of them."""
+    failed = job.status == "failed"
+    error = {"code": job.error_code, "message": job.error_message} if failed else None
+    whole = lambda moment: None if moment is None else int(moment)
+    return {
+        "id": job.id,
+        "object": "video",
+        "model": job.request["model"],
+        "status": job.status,
+        "progress": progress,
+        "created_at": int(job.created_at),
+        "completed_at": whole(job.completed_at) if job.status == "completed" else None,
+        "expires_at": whole(job.expires_at),
+        "prompt": job.request["prompt"],
+        "remixed_from_video_id": job.remixed_from,
+        "seconds": job.request["seconds"],
+        "size": f"{job.request['width']}x{job.request['height']}",
+        "error": error,
+    }
+
+
+def video_list(jobs: list[Job], more: bool, of: Dispatcher) -> dict[str, Any]:
+    """A page of `GET /v1/videos`."""
+    return {
+        "object": "list",
+        "data": [video(job, of.progress(job)) for job in jobs],
+        "first_id": jobs[0].id if jobs else None,
+        "last_id": jobs[-1].id if jobs else None,
+        "has_more": more,
+    }
+
+
+def model(name: str, created: float) -> dict[str, Any]:
+    """A row of `GET /v1/models`."""
+    return {"id": name, "object": "model", "created": int(created), "owned_by": "nexus-rt"}
+
+
+def plan(planned: GenerationRequest, prices: Prices) -> dict[str, Any]:
+    """A plan step by step, with what the cost model knows of its price (milliseconds, or null)."""
+    cells = 1
+    for count in planned.size.latent:
+        cells *= count
+    rows = []
+    for step, ms in zip(planned.plan.steps, prices.steps(planned), strict=True):
+        forwards = {
+            g: step.forwards(g, planned.guidance.at(step, g)) for g in planned.plan.generators
+        }
+        rows.append(
+            {
+                "step": step.index + 1,
+                "timestep": step.timestep,
+                "phase": step.alone or "bridge",
+                "runs": step.runs,
+                "small_weight": round(step.w, 4),
+                "kind": step_kind(step, planned.guidance),
+                "forwards": forwards,
+                "ms": None if ms is None else round(ms, 2),
+            }
+        )
+    stages = {name: prices.ms(name, cells) for name in STAGES}
+    total = prices.total(planned)
+    return {
+        "object": "plan",
+        "plan": planned.plan.name,
+        "size": f"{planned.size.width}x{planned.size.height}",
+        "num_frames": planned.size.frames,
+        "steps": rows,
+        **{f"{n}_ms": None if ms is None else round(ms, 2) for n, ms in stages.items()},
+        "total_ms": None if total is None else round(total, 1),
+    }

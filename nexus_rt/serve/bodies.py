@@ -1,0 +1,78 @@
+"""Request bodies, read with limits on bytes and seconds."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+
+from nexus_rt import documents
+from nexus_rt.errors import InputError
+from nexus_rt.serve.problems import Problem
+from nexus_rt.serve.requests import INPUTS, from_form
+
+SECONDS = 60.0  # that a body may take to come
+DRAINED = 64 * 2**20  # bytes that are read and dropped, so that a client hears why
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+MAX_FIELDS = 64
+
+
+async def _read(request: Request, most: int) -> tuple[bytes, bool]:
+    """At most `most` bytes of a body, and whether there were more."""
+    kept, total = bytearray(), 0
+    async for chunk in request.stream():
+        total += len(chunk)
+        if len(kept) < most + 1:
+            kept += chunk[: most + 1 - len(kept)]
+        if total > DRAINED:
+            break
+    return bytes(kept[:most]), total > most
+
+
+async def read_body(request: Request, most: int) -> Any:
+    """The fields of a JSON or form body.
+
+    Raises:
+        Problem: 400 malformed, 408 too slow, 413 too large, 415 of another kind.
+    """
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
+    kind = kind.lower()
+    if kind not in (*FORMS, "application/json"):
+        raise Problem(
+            415,
+            "unsupported_media_type",
+            f"content type {kind[:80]!r} is not read here; send application/json or"
+            " multipart/form-data.",
+        )
+    try:
+        data, more = await asyncio.wait_for(_read(request, most), SECONDS)
+    except asyncio.TimeoutError:
+        raise Problem(
+            408, "body_timeout", f"the body did not come within {SECONDS:g} seconds."
+        ) from None
+    except ClientDisconnect:
+        raise Problem(400, "disconnected", "the client went away.") from None
+    if more:
+        for name in INPUTS if kind == FORMS[0] else ():
+            if f'name="{name}"'.encode() in data:
+                from_form([(name, None)])  # raises what says why
+        raise Problem(413, "body_too_large", f"the body has more than {most} bytes; send less.")
+    if kind == "application/json":
+        try:
+            return documents.parse(data, "the body", InputError, "send a JSON object")
+        except InputError as error:
+            raise Problem(400, "invalid_json", str(error)) from error
+    request._body = data  # what was read is what the form is parsed from
+    try:
+        async with request.form(max_files=8, max_fields=MAX_FIELDS, max_part_size=most) as form:
+            return from_form(list(form.multi_items()))
+    except HTTPException as error:
+        raise Problem(400, "invalid_form", f"the form cannot be read: {error.detail}") from error
+    except (ValueError, KeyError, AssertionError, LookupError) as error:
+        raise Problem(
+            400,
+            "invalid_form",
+            "the form cannot be read; send multipart/form-data with a boundary.",
+        ) from error

@@ -1,0 +1,406 @@
+"""From the queue to a result: claims jobs, runs them, and writes down how they ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nexus_rt.errors import NexusError, cut
+from nexus_rt.request import GenerationRequest
+from nexus_rt.serve.events import Hub
+from nexus_rt.serve.generate import Clip, Event, Task
+from nexus_rt.serve.metrics import Metrics
+from nexus_rt.serve.prices import Prices, step_kind, units
+from nexus_rt.serve.problems import JobFailed, Problem, WorkerLost
+from nexus_rt.serve.profile import Profile
+from nexus_rt.serve.requests import ClipRequest
+from nexus_rt.serve.runners import Runner
+from nexus_rt.serve.settings import Settings
+from nexus_rt.serve.store import Job, NewJob, NoRoom, QueueFull, Store
+from nexus_rt.size import ClipSize
+
+T = TypeVar("T")
+log = logging.getLogger("nexus_rt.serve")
+FILES = {"video": "video.mp4", "thumbnail": "thumbnail.webp", "spritesheet": "spritesheet.jpg"}
+BYTES_PER_PIXEL = 0.25  # of a result's files, before any has been made
+TICK = 0.25  # seconds between looks at deadlines and expiries
+PATIENCE = (1.0, 60.0)  # seconds before a worker that would not load is tried again
+
+
+@dataclass
+class Live:
+    """A running job. done: its steps; progress: percent."""
+
+    job: Job
+    planned: GenerationRequest
+    done: int = 0
+    progress: int = 0
+
+
+class Dispatcher:
+    """The jobs of one store on one runner."""
+
+    def __init__(self, settings: Settings, store: Store, runner: Runner) -> None:
+        self.settings, self.store, self.runner = settings, store, runner
+        self.hub = Hub()
+        self.metrics = Metrics(store.counts, store.used)
+        self.prices = Prices(store.noted("steps"))
+        self.profile: Profile | None = None
+        self.problem: str | None = None  # why the models are not there
+        self.live: dict[str, Live] = {}
+        self.stopping = False
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task] = []
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="nexus-rt-store")
+        self.videos = store.folder / "videos"
+        self.videos.mkdir(exist_ok=True)
+
+    async def call(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """A call of the store or the disk, in the thread that is theirs."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._disk, partial(function, *arguments, **named))
+
+    async def start(self) -> None:
+        """Take up what an earlier server left, then load the models beside serving."""
+        await self.call(self._clean)
+        for job in await self.call(self.store.recover):
+            log.info("requeued", extra={"job": job.id, "losses": job.losses})
+            if job.losses >= self.settings.attempts:
+                await self._give_up(job)
+        self._tasks = [asyncio.create_task(self._load()), asyncio.create_task(self._watch_clock())]
+
+    def _clean(self) -> None:
+        """Remove the files of jobs that are not there."""
+        known = self.store.ids()
+        for folder in self.videos.iterdir():
+            if folder.name not in known:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    async def _load(self) -> None:
+        delay = PATIENCE[0]
+        while not self.stopping:
+            try:
+                profile, warmed = await self.runner.start()
+                own = {"plan": self.settings.plan}
+                profile.plan(ClipSize.of_defaults(profile.defaults), own)
+            except (NexusError, Problem) as error:
+                self.problem = str(error)
+                log.error("the models cannot be loaded: %s", error)
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, PATIENCE[1])
+                continue
+            self.profile, self.problem = profile, None
+            if warmed is not None:
+                self.prices.learn(profile.check(warmed[0]), warmed[1])
+            self.metrics.ready.set(1)
+            log.info("ready", extra={"device": profile.device})
+            for _ in range(self.runner.capacity):
+                self._tasks.append(asyncio.create_task(self._work()))
+            return
+
+    @property
+    def ready(self) -> bool:
+        return self.profile is not None and self.problem is None and not self.stopping
+
+    def known(self) -> Profile:
+        """The models' profile.
+
+        Raises:
+            Problem: 503; they are not there yet.
+        """
+        if self.profile is None:
+            why = f"cannot be loaded ({self.problem})" if self.problem else "are being loaded"
+            raise Problem(503, "not_ready", f"the models {why}; try again.", retry_after=5)
+        return self.profile
+
+    async def submit(
+        self, request: ClipRequest, owner: str, remixed_from: str | None = None
+    ) -> Job:
+        """Queue a request.
+
+        Raises:
+            Problem: 400, the models cannot make it; 429, the queue or the quota is full; 503.
+        """
+        planned = self.known().check(request)
+        if self.stopping:
+            raise Problem(503, "stopping", "the server stops; try again later.", retry_after=10)
+        now = time.time()
+        price = self.prices.total(planned)
+        pixels = math.prod(request.size)
+        new = NewJob(
+            owner=owner,
+            request=request.as_row(),
+            created_at=now,
+            deadline_at=now + min(request.deadline or math.inf, self.settings.deadline),
+            batch_key=request.batch_key,
+            priority=request.priority,
+            cost=units(planned) if price is None else price,
+            room=round(BYTES_PER_PIXEL * pixels) + 2**14,
+            remixed_from=remixed_from,
+        )
+        try:
+            job = await self.call(self.store.add, new, self.settings.max_queue, self.settings.quota)
+        except QueueFull:
+            self.metrics.refused.labels("queue_full").inc()
+            waiting = await self.call(self.store.waiting_cost)
+            seconds = waiting / 1000 / self.runner.capacity / self.settings.max_queue
+            raise Problem(
+                429,
+                "queue_full",
+                f"{self.settings.max_queue} jobs wait already; try again later.",
+                retry_after=min(60.0, max(1.0, seconds)) if price is not None else 5.0,
+            ) from None
+        except NoRoom:
+            self.metrics.refused.labels("insufficient_quota").inc()
+            at = await self.call(self.store.next_expiry)
+            raise Problem(
+                429,
+                "insufficient_quota",
+                f"the results take the whole quota of {self.settings.quota} bytes; delete some, or"
+                " wait until they expire.",
+                retry_after=60.0 if at is None else max(1.0, at - now),
+            ) from None
+        self.metrics.submitted.inc()
+        details = {"prompt": request.prompt} if self.settings.log_prompts else {}
+        log.info("queued", extra={"job": job.id, "size": str(request.size), **details})
+        self._wake.set()
+        return job
+
+    async def cancel(self, job: Job, code: str = "cancelled", why: str = "") -> bool:
+        """End a job that has not ended, running or not; False where it had."""
+        message = why or "cancelled by its client."
+        return await self._failed(job, code, message)
+
+    async def delete(self, job: Job) -> None:
+        """Forget a job and its files; a running one stops before its next step."""
+        await self.call(self.store.delete, job.id)
+        self.runner.cancel(job.id)
+        self.hub.publish(job.id, "deleted", {"id": job.id})
+        await self.call(shutil.rmtree, self.videos / job.id, ignore_errors=True)
+
+    def progress(self, job: Job) -> int:
+        """Percent."""
+        if job.status == "completed":
+            return 100
+        live = self.live.get(job.id)
+        return live.progress if live is not None and job.status == "in_progress" else 0
+
+    def file(self, job: Job, variant: str) -> Path:
+        """A file of a completed job."""
+        return self.videos / job.id / FILES[variant]
+
+    async def _work(self) -> None:
+        """One slot of the runner: a job, or a batch, after another."""
+        delay = PATIENCE[0]
+        while not self.stopping:
+            try:
+                self._wake.clear()
+                jobs = await self.call(self.store.claim, time.time(), self.settings.batch)
+                if not jobs:
+                    await self._wake.wait()
+                    continue
+                self._wake.set()  # for another slot
+                await self._run(jobs)
+                delay = PATIENCE[0]
+            except (NexusError, sqlite3.Error, OSError) as error:
+                # a worker that does not load, a store that cannot be written: neither is a job's
+                log.error("jobs cannot be run: %s", cut(error))
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, PATIENCE[1])
+
+    async def _run(self, jobs: list[Job]) -> None:
+        """Run jobs that were claimed together."""
+        profile, began = self.known(), time.time()
+        tasks = []
+        for job in jobs:
+            request = ClipRequest.stored(job.request)
+            try:
+                self.live[job.id] = Live(job, profile.check(request))
+            except Problem as problem:  # queued before the models were changed
+                await self._failed(job, problem.code, problem.message)
+                continue
+            tasks.append(Task(job.id, job.attempts, request, self._lora_files(request)))
+            self.metrics.wait.observe(max(0.0, began - job.created_at))
+            self.hub.publish(job.id, "started", {"id": job.id, "attempt": job.attempts})
+        try:
+            clips = await self.runner.run(tasks, self._emit) if tasks else []
+        except JobFailed as failure:
+            for job in jobs:
+                if self.stopping and failure.code == "cancelled":
+                    await self.call(self.store.requeue, job, lost=False)
+                else:
+                    await self._failed(job, failure.code, failure.message, job.attempts)
+        except WorkerLost as loss:
+            self.metrics.lost.inc()
+            log.error("worker lost: %s", loss, extra={"job": jobs[0].id})
+            for job in jobs:
+                if job.losses + 1 >= self.settings.attempts:
+                    await self._give_up(job, job.losses + 1)
+                elif await self.call(self.store.requeue, job, lost=True):
+                    self.hub.publish(job.id, "queued", {"id": job.id, "reason": str(loss)})
+        except NexusError:
+            for job in jobs:
+                await self.call(self.store.requeue, job, lost=False)
+            raise
+        else:
+            by_id = {job.id: job for job in jobs}
+            for clip in clips:
+                await self._finish(by_id[clip.id], clip)
+        finally:
+            for job in jobs:
+                self.live.pop(job.id, None)
+                self.hub.forget(job.id)
+
+    def _lora_files(self, request: ClipRequest) -> dict[str, tuple[str, ...]]:
+        """The files of a request's LoRAs, by generator."""
+        files: dict[str, tuple[str, ...]] = {}
+        for name in request.loras:
+            generator, _, rest = name.partition(":")
+            stem, _, scale = rest.rpartition("@")
+            assert self.settings.lora_folder is not None  # the request was checked
+            path = self.settings.lora_folder.resolve() / f"{stem}.safetensors"
+            files[generator] = (*files.get(generator, ()), f"{path}@{scale}")
+        return files
+
+    def _emit(self, event: Event) -> None:
+        """What a worker says of a running job, to its watchers."""
+        job_id, kind = event["id"], event["kind"]
+        live = self.live.get(job_id)
+        if live is None:
+            return
+        details = {k: v for k, v in event.items() if k != "kind"}
+        if kind == "step":
+            live.done = event["step"]
+            details |= self.state(live)
+        self.hub.publish(job_id, kind, details)
+
+    def state(self, live: Live) -> dict[str, Any]:
+        """Where a running job is: step, phase, percent, milliseconds left by the cost model."""
+        steps = live.planned.plan.steps
+        at = steps[max(0, live.done - 1)]
+        left, total = self.prices.left(live.planned, live.done), self.prices.total(live.planned)
+        share = 1 - left / total if left is not None and total else live.done / len(steps)
+        live.progress = max(live.progress, min(99, int(100 * share)))
+        return {
+            "step": live.done,
+            "steps": len(steps),
+            "phase": at.alone or "bridge",
+            "runs": at.runs,
+            "progress": live.progress,
+            "ms_left": None if left is None else round(left, 1),
+        }
+
+    async def _finish(self, job: Job, clip: Clip) -> None:
+        """Keep a clip, unless its job was ended meanwhile."""
+        planned = self.live[job.id].planned
+        try:
+            size = await self.call(self._keep, job, clip)
+        except OSError as error:
+            await self._failed(
+                job, "storage_full", f"the result cannot be written ({cut(error)}).", job.attempts
+            )
+            return
+        now = time.time()
+        done = self.store.complete
+        kept = await self.call(done, job, now, now + self.settings.keep, size, clip.perf)
+        if not kept:  # cancelled, or overdue, in its last moment
+            await self.call(shutil.rmtree, self.videos / job.id, ignore_errors=True)
+            return
+        if clip.perf["meta"]["batch"] == 1:
+            self.prices.learn(planned, clip.perf)
+            await self.call(self.store.note, "steps", self.prices.as_row())
+        kinds = {s.index: step_kind(s, planned.guidance) for s in planned.plan.steps}
+        self.metrics.finished(clip.perf, kinds)
+        self.metrics.ended.labels("completed").inc()
+        milliseconds = round(clip.perf["total_duration_ms"], 1)
+        log.info("completed", extra={"job": job.id, "ms": milliseconds})
+        self.hub.publish(job.id, "completed", {"id": job.id, "progress": 100})
+
+    def _keep(self, job: Job, clip: Clip) -> int:
+        """Write a clip's files, all of them or none; their bytes."""
+        final, part = self.videos / job.id, self.videos / f"{job.id}.part"
+        for folder in (part, final):
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            part.mkdir()
+            for variant, name in FILES.items():
+                (part / name).write_bytes(getattr(clip, variant))
+            part.rename(final)
+        except OSError:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        return sum(len(getattr(clip, variant)) for variant in FILES)
+
+    async def _give_up(self, job: Job, losses: int | None = None) -> None:
+        await self._failed(
+            job,
+            "worker_lost",
+            f"its process went down {job.losses if losses is None else losses} times.",
+        )
+
+    async def _failed(self, job: Job, code: str, message: str, attempt: int = 0) -> bool:
+        """Write down a failure, and tell; False where the job had ended."""
+        now = time.time()
+        ended = await self.call(
+            self.store.fail, job.id, now, now + self.settings.keep, code, message, attempt
+        )
+        self.runner.cancel(job.id)
+        if ended:
+            self.metrics.ended.labels(code).inc()
+            log.info("failed", extra={"job": job.id, "code": code})
+            error = {"code": code, "message": message}
+            self.hub.publish(job.id, "failed", {"id": job.id, "error": error})
+        return ended
+
+    async def _watch_clock(self) -> None:
+        """Deadlines and expiries."""
+        while True:
+            try:
+                for job in await self.call(self.store.overdue, time.time()):
+                    seconds = job.deadline_at - job.created_at
+                    why = f"it had not ended {seconds:g} seconds after its creation."
+                    await self._failed(job, "deadline_exceeded", why)
+                for job in await self.call(self.store.expired, time.time()):
+                    await self.delete(job)
+            except (sqlite3.Error, OSError) as error:
+                log.error("the store cannot be written: %s", cut(error))
+            await asyncio.sleep(TICK)
+
+    async def stop(self) -> None:
+        """Let what runs end within the grace, else queue it again; then free the models."""
+        if self.stopping and not self._tasks:
+            return
+        self.stopping = True
+        self.metrics.ready.set(0)
+        self.hub.close()
+        until = time.monotonic() + self.settings.grace
+        while self.live and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        for job_id in list(self.live):
+            self.runner.cancel(job_id)
+        until = time.monotonic() + max(60.0, self.settings.grace)
+        while self.live and time.monotonic() < until:  # within one step
+            await asyncio.sleep(0.05)
+        held = [live.job for live in self.live.values()]  # a step longer than our patience
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task
+        self._tasks = []
+        await self.runner.close()
+        for job in held:
+            await self.call(self.store.requeue, job, lost=False)
+        self._disk.shutdown()
+        self.store.close()

@@ -1,0 +1,306 @@
+"""What a worker does with a job: denoise, decode, encode the files; told step by step, stopped
+within one."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nexus_rt.errors import Cancelled, DecodeError, NexusError, NumericsError, cut
+from nexus_rt.log import logger
+from nexus_rt.serve.preview import LatentRGB, clean, fit, picture, shipped
+from nexus_rt.serve.problems import JobFailed, Problem
+from nexus_rt.serve.profile import Profile
+from nexus_rt.serve.requests import ClipRequest
+from nexus_rt.tracing import Trace, record
+from nexus_rt.video import contact_sheet, made_with, save_video, to_uint8
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nexus_rt.pipeline import NexusPipeline
+
+Event = dict[str, Any]
+WARMUP = "a red circle moves left on a black background"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job as a worker gets it. loras: the request's, with the paths of their files."""
+
+    id: str
+    attempt: int
+    request: ClipRequest
+    loras: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A job's result: files, and what its time went into (`nexus_rt.serve.perf`'s fields)."""
+
+    id: str
+    video: bytes
+    thumbnail: bytes
+    spritesheet: bytes
+    perf: dict[str, Any]
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Megabytes of this process: resident, and on its GPU."""
+    with open("/proc/self/statm") as file:
+        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    now = {"rss_mb": round(resident / 2**20, 1)}
+    if device.type == "cuda":
+        now["allocated_mb"] = round(torch.cuda.memory_allocated(device) / 2**20, 1)
+        now["reserved_mb"] = round(torch.cuda.memory_reserved(device) / 2**20, 1)
+        now["peak_allocated_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    return now
+
+
+class Generator:
+    """A pipeline at work for a server, one task or one batch of compatible tasks at a time.
+
+    preview_every: steps between previews; 0 makes none.
+    """
+
+    def __init__(self, pipe: NexusPipeline, preview_every: int = 1) -> None:
+        self.pipe, self.preview_every = pipe, preview_every
+        self.profile = Profile.of(pipe)
+        self.rgb: LatentRGB | None = shipped(pipe.vae.space) if pipe.vae is not None else None
+        self._came_with = dict(pipe.loras)
+        self._loras: dict[str, tuple[str, ...]] = {}
+
+    def warm_up(self) -> tuple[ClipRequest, dict[str, Any]]:
+        """One clip of the pair's own size and plan: its request, and what it took."""
+        d = self.pipe.defaults
+        request = ClipRequest(WARMUP, "warm-up", d.width, d.height, d.num_frames, "16", "1", seed=0)
+        clip = self.run([Task("warm-up", 0, request)], lambda event: None, lambda task: True)[0]
+        return request, clip.perf
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        emit: Callable[[Event], None],
+        wanted: Callable[[Task], bool],
+    ) -> list[Clip]:
+        """The clips of tasks that one call can make; of those that are still wanted at its end.
+
+        Args:
+            emit: is called with what happens: {"id", "kind", ...}.
+            wanted: asked before every step; where no task is, the call ends.
+
+        Raises:
+            JobFailed: with the code that clients are told.
+        """
+        try:
+            return _Call(self, tasks, emit, wanted).run()
+        except Problem as problem:
+            raise JobFailed(problem.code, problem.message) from problem
+        except Cancelled as error:
+            raise JobFailed("cancelled", str(error)) from error
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise JobFailed(
+                "out_of_memory",
+                f"the device's memory does not hold a clip of {tasks[0].request.size}; ask for a"
+                " smaller one.",
+            ) from error
+        except MemoryError as error:
+            raise JobFailed("out_of_memory", "the machine's memory does not hold it.") from error
+        except NumericsError as error:
+            raise JobFailed("not_finite", str(error)) from error
+        except DecodeError as error:
+            raise JobFailed("decode_failed", str(error)) from error
+        except NexusError as error:
+            raise JobFailed("generation_failed", str(error)) from error
+
+    def set_loras(self, loras: dict[str, tuple[str, ...]]) -> None:
+        """Have exactly these LoRAs merged, beside none that the pipeline was loaded with."""
+        asked = {g: loras.get(g, ()) for g in self.pipe.engines}
+        changed = {g: files for g, files in asked.items() if files != self._loras.get(g, ())}
+        if not changed:
+            return
+        sources: dict[str, Any] = {g: (*self._came_with[g], *f) for g, f in changed.items()}
+        self.pipe.set_loras(**sources)
+        self._loras |= changed
+
+
+class _Call:
+    """One call of a generator's pipeline."""
+
+    def __init__(
+        self,
+        of: Generator,
+        tasks: Sequence[Task],
+        emit: Callable[[Event], None],
+        wanted: Callable[[Task], bool],
+    ) -> None:
+        self.of, self.pipe, self.tasks = of, of.pipe, list(tasks)
+        self.emit, self.wanted = emit, wanted
+        self.planned = of.profile.check(self.tasks[0].request)
+        self.memory: dict[str, dict[str, float]] = {}
+        self.before: Tensor | None = None
+        self.last = 0.0
+
+    def tell(self, kind: str, task: Task | None = None, **details: Any) -> None:
+        """An event of one task, or of each."""
+        for one in self.tasks if task is None else [task]:
+            self.emit({"id": one.id, "kind": kind, **details})
+
+    def check(self) -> None:
+        if not any(self.wanted(task) for task in self.tasks):
+            raise Cancelled("stopped, as asked.")
+
+    def run(self) -> list[Clip]:
+        """See `Generator.run`."""
+        pipe, first = self.pipe, self.tasks[0].request
+        if pipe.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pipe.device)
+        began = time.perf_counter()
+        with record(pipe.device) as trace:
+            self.tell("stage", stage="encode")
+            self.of.set_loras(self.tasks[0].loras)
+            self.check()
+            rewritten = self.rewrite()
+            self.before = pipe.prepare_latents(len(self.tasks), first.size, self.seeds())
+            self.last = time.perf_counter()
+            made = pipe(
+                [t.request.prompt for t in self.tasks],
+                [t.request.negative_prompt or "" for t in self.tasks],
+                generator=self.seeds(),
+                rewrite=rewritten or "off",
+                output_type="latent",
+                callback_on_step_end=self.step,
+                **first.options,
+            )
+            self.memory["denoise"] = memory(pipe.device)
+            self.check()
+            self.tell("stage", stage="decode")
+            kept = [i for i, task in enumerate(self.tasks) if self.wanted(task)]
+            latents = made.frames[kept]
+            frames = pipe.decode(latents, "np")
+            self.memory["decode"] = memory(pipe.device)
+        self.learn_colours(latents, frames)
+        self.tell("stage", stage="write")
+        writing = time.perf_counter()
+        files = [self.files(self.tasks[i], frames[j], made) for j, i in enumerate(kept)]
+        wrote = 1000 * (time.perf_counter() - writing)
+        total = 1000 * (time.perf_counter() - began)
+        perf = self.perf(trace, total, wrote, made)
+        return [
+            Clip(self.tasks[i].id, *files[j], self.with_meta(perf, self.tasks[i]))
+            for j, i in enumerate(kept)
+        ]
+
+    def seeds(self) -> list[torch.Generator]:
+        return [torch.Generator("cpu").manual_seed(t.request.seed) for t in self.tasks]
+
+    def rewrite(self) -> list[str] | None:
+        """What the large generator reads, told as soon as it is there."""
+        pipe, first = self.pipe, self.tasks[0].request
+        by = pipe.rewrites_by(first.rewrite, self.planned.plan)
+        if by is None:
+            return None
+        rewriting = pipe.rewrite([t.request.prompt for t in self.tasks], by)
+        if rewriting is None:
+            return None
+        for i, task in enumerate(self.tasks):
+            failure = rewriting.failures.get(i)
+            self.tell("rewriting", task, text=rewriting.texts[i], failure=failure)
+        return list(rewriting.texts)
+
+    def step(self, pipe: NexusPipeline, index: int, timestep: Any, tensors: dict) -> None:
+        """After every step: what was done, a preview where one is due, and whether to go on."""
+        latents, now = tensors["latents"], time.perf_counter()
+        self.tell("step", step=index + 1, duration_ms=1000 * (now - self.last))
+        if self.of.rgb is not None and self.of.preview_every:
+            try:
+                self.preview(index, latents)
+            except Exception as error:  # a clip is worth more than its preview
+                logger.warning("no preview of step %d: %s", index, cut(error))
+        if not any(self.wanted(task) for task in self.tasks):
+            pipe.cancel()
+        self.before, self.last = latents, time.perf_counter()
+
+    def preview(self, index: int, latents: Tensor) -> None:
+        plan = self.planned.plan.steps
+        due = (index + 1) % self.of.preview_every == 0 or index + 1 == len(plan)
+        if not due or self.before is None or self.of.rgb is None:
+            return
+        following = plan[index + 1].sigma if index + 1 < len(plan) else 0.0
+        pointed = clean(self.before, latents, plan[index].sigma, following)
+        for i, task in enumerate(self.tasks):
+            image = base64.b64encode(picture(self.of.rgb.frame(pointed[i]))).decode()
+            self.tell("preview", task, step=index + 1, image=f"data:image/webp;base64,{image}")
+
+    def learn_colours(self, latents: Tensor, frames: np.ndarray) -> None:
+        """The preview's map of a latent space for which none is shipped: of the first clip."""
+        if self.of.rgb is None and self.pipe.vae is not None and self.of.preview_every:
+            self.of.rgb = fit(latents, frames, self.pipe.vae.temporal)
+
+    def files(self, task: Task, frames: np.ndarray, made: Any) -> tuple[bytes, bytes, bytes]:
+        """mp4, thumbnail (WebP) and spritesheet (JPEG) of a clip."""
+        from PIL import Image
+
+        r = task.request
+        options = {k: v for k, v in r.options.items() if k != "plan"}
+        options |= {"loras": ", ".join(r.loras)} if r.loras else {}
+        known = made_with(r.prompt, r.negative_prompt, r.seed, made.plan.name, options, r.model)
+        if made.rewriting is not None:
+            known["rewritten"] = made.rewriting.texts[self.tasks.index(task)]
+        with tempfile.TemporaryDirectory(prefix="nexus-rt-") as folder:
+            path = save_video(frames, Path(folder) / "clip.mp4", r.fps, known)
+            video = path.read_bytes()
+        pixels = to_uint8(frames)
+        still, sheet = io.BytesIO(), io.BytesIO()
+        Image.fromarray(pixels[len(pixels) // 2]).save(still, format="WEBP", quality=85)
+        Image.fromarray(contact_sheet(pixels)).save(sheet, format="JPEG", quality=85)
+        return video, still.getvalue(), sheet.getvalue()
+
+    def perf(self, trace: Trace, total: float, wrote: float, made: Any) -> dict[str, Any]:
+        """Where the time went, in the fields of `/v1/perf/{id}`."""
+        steps: dict[int, tuple[float, float]] = {}
+        for name, start, stop, details in trace.spans:
+            if "step" in details and name != "residency":
+                low, high = steps.get(details["step"], (start, stop))
+                steps[details["step"]] = min(low, start), max(high, stop)
+        totals = trace.totals()
+        denoise = sum(stop - start for start, stop in steps.values())
+        encoders = ("text", "understanding", "connector", "rewrite")
+        encode = sum(totals.get(n, 0.0) for n in encoders)
+        stages = {"encode": encode, "denoise": denoise, "decode": totals.get("vae", 0.0)}
+        return {
+            "total_duration_ms": round(total, 3),
+            "steps": [
+                {"name": n, "duration_ms": round(ms, 3)}
+                for n, ms in {**stages, "write": wrote}.items()
+            ],
+            "denoise_steps_ms": [
+                {"step": i, "duration_ms": round(stop - start, 3)}
+                for i, (start, stop) in sorted(steps.items())
+            ],
+            "memory_checkpoints": self.memory,
+            "meta": {
+                "plan": made.plan.name,
+                "steps": len(made.plan),
+                "batch": len(self.tasks),
+                "device": str(self.pipe.device),
+                "residency_moves": sum(name == "residency" for name, *_ in trace.spans),
+                "pid": os.getpid(),
+            },
+        }
+
+    def with_meta(self, perf: dict[str, Any], task: Task) -> dict[str, Any]:
+        r = replace(task.request, prompt="")  # prompts stay in the job
+        settings = {k: v for k, v in r.as_row().items() if v not in (None, "", ()) and k != "plan"}
+        return {**perf, "meta": {**settings, **perf["meta"]}}

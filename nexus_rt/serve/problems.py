@@ -1,0 +1,69 @@
+"""Errors as HTTP answers them, in OpenAI's shape: `{"error": {message, type, param, code}}`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from nexus_rt.errors import MOST
+
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class Problem(Exception):
+    """A request that is not served.
+
+    status: HTTP's. code: for programs. param: the field at fault. retry_after: seconds after which
+        the same request may be served.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        param: str | None = None,
+        retry_after: float | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.param = status, code, message[:MOST], param
+        self.headers = dict(headers or {})
+        if retry_after is not None:
+            self.headers["Retry-After"] = str(max(1, round(retry_after)))
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        kind = TYPES.get(self.status, "invalid_request_error")
+        return {
+            "error": {
+                "message": self.message,
+                "type": "server_error" if self.status >= 500 else kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+class JobFailed(Exception):
+    """A job that ended without a clip; code: what clients branch on, such as "cancelled"."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message[:MOST]
+
+
+class WorkerLost(Exception):
+    """The process that ran a job is gone; the job can be begun again."""
+
+
+def no_video(video_id: str) -> Problem:
+    """404 for an id that is not there, or is another key's."""
+    return Problem(
+        404, "video_not_found", f"there is no video {video_id[:80]!r}; it may have expired."
+    )

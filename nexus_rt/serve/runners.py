@@ -1,0 +1,312 @@
+"""What runs jobs: the protocol, a pipeline in a thread of this process, and one in a process of its
+own, which is begun again when it goes down."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nexus_rt.errors import NexusError, cut
+from nexus_rt.serve.generate import Clip, Event, Generator, Task
+from nexus_rt.serve.problems import JobFailed, WorkerLost
+from nexus_rt.serve.profile import Profile
+from nexus_rt.serve.requests import ClipRequest
+
+if TYPE_CHECKING:
+    from nexus_rt.pipeline import NexusPipeline
+
+log = logging.getLogger("nexus_rt.serve")
+WarmUp = tuple[ClipRequest, dict[str, Any]]
+
+
+class Runner(Protocol):
+    """Where jobs run. capacity: calls at a time."""
+
+    capacity: int
+
+    async def start(self) -> tuple[Profile, WarmUp | None]:
+        """Load the models; what they can make, and what the warm-up took.
+
+        Raises:
+            NexusError: they cannot be loaded.
+        """
+        ...
+
+    async def run(self, tasks: Sequence[Task], emit: Callable[[Event], None]) -> list[Clip]:
+        """The clips of tasks of one batch that were not cancelled; `emit` is called in the event
+        loop.
+
+        Raises:
+            JobFailed: the job's own failure. WorkerLost: the worker went down.
+        """
+        ...
+
+    def cancel(self, job_id: str) -> None:
+        """Stop a job before its next step; nothing where it does not run."""
+        ...
+
+    async def close(self) -> None:
+        """Stop what runs and free the models."""
+        ...
+
+
+class ThreadRunner:
+    """A pipeline that this process holds already, in a thread."""
+
+    capacity = 1
+
+    def __init__(self, pipe: NexusPipeline, preview_every: int = 1, warmup: bool = True) -> None:
+        self.pipe, self.preview_every, self.warmup = pipe, preview_every, warmup
+        self._cancelled: set[str] = set()
+        self._running: set[str] = set()
+
+    async def start(self) -> tuple[Profile, WarmUp | None]:
+        return await asyncio.to_thread(self._start)
+
+    def _start(self) -> tuple[Profile, WarmUp | None]:
+        self.pipe.set_progress_bar_config(disable=True)
+        self.generator = Generator(self.pipe, self.preview_every)
+        return self.generator.profile, self.generator.warm_up() if self.warmup else None
+
+    async def run(self, tasks: Sequence[Task], emit: Callable[[Event], None]) -> list[Clip]:
+        loop = asyncio.get_running_loop()
+        self._running = {task.id for task in tasks}
+        self._cancelled &= self._running
+
+        def tell(event: Event) -> None:
+            loop.call_soon_threadsafe(emit, event)
+
+        wanted = lambda task: task.id not in self._cancelled
+        try:
+            return await asyncio.to_thread(self.generator.run, tasks, tell, wanted)
+        except JobFailed:
+            raise
+        except Exception as error:  # whatever a backend raises is the job's failure
+            log.exception("a job failed")
+            raise JobFailed("generation_failed", f"{type(error).__name__}: {cut(error)}") from error
+        finally:
+            self._running = set()
+
+    def cancel(self, job_id: str) -> None:
+        if job_id in self._running:
+            self._cancelled.add(job_id)
+            if self._running <= self._cancelled:
+                self.pipe.cancel()
+
+    async def close(self) -> None:
+        for job_id in list(self._running):
+            self.cancel(job_id)
+
+
+class ProcessRunner:
+    """A pipeline in a process of its own: a fault in it takes no server down, and it is begun
+    again.
+
+    make: called with `argument` in the process; returns the pipeline. Importable there.
+    """
+
+    capacity = 1
+
+    def __init__(
+        self,
+        make: Callable[[Any], NexusPipeline],
+        argument: Any,
+        preview_every: int = 1,
+        warmup: bool = True,
+    ) -> None:
+        self._made_of = (make, argument, preview_every, warmup)
+        self._process: Any = None
+        self._pipe: Connection | None = None
+        self._messages: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+        self._reader: threading.Thread | None = None
+        self._sending = threading.Lock()
+        self._running: set[str] = set()
+        self._cancelled: set[str] = set()
+
+    async def start(self) -> tuple[Profile, WarmUp | None]:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, *self._made_of), name="nexus-rt-worker", daemon=True
+        )
+        await asyncio.to_thread(self._process.start)
+        theirs.close()
+        self._pipe, self._messages = ours, asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self._reader = threading.Thread(
+            target=_read, args=(ours, loop, self._messages), daemon=True, name="nexus-rt-reader"
+        )
+        self._reader.start()
+        kind, value = await self._messages.get()
+        if kind == "ready":
+            return value
+        await self._stop()
+        if kind == "failed":
+            raise NexusError(value[1])
+        raise NexusError(
+            f"the worker ended with exit code {self._process.exitcode} while it loaded; its"
+            " messages are above."
+        )
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.is_alive()
+
+    async def run(self, tasks: Sequence[Task], emit: Callable[[Event], None]) -> list[Clip]:
+        self._running = {task.id for task in tasks}
+        self._cancelled &= self._running
+        try:
+            if not self.alive:
+                await self._stop()
+                await self.start()
+            if left := [task for task in tasks if task.id not in self._cancelled]:
+                return await self._results(left, emit)
+            raise JobFailed("cancelled", "stopped before it began, as asked.")
+        finally:
+            self._running = set()
+
+    async def _results(self, tasks: list[Task], emit: Callable[[Event], None]) -> list[Clip]:
+        self._send(("run", tasks))
+        while True:
+            kind, value = await self._messages.get()
+            if kind == "event":
+                emit(value)
+            elif kind == "clips":
+                return value
+            elif kind == "failed":
+                raise JobFailed(*value)
+            elif kind == "lost":
+                await self._stop()
+                raise WorkerLost(f"the worker ended with exit code {self._process.exitcode}")
+
+    def _send(self, message: tuple[str, Any]) -> None:
+        with self._sending, contextlib.suppress(OSError, ValueError):  # "lost" comes
+            if self._pipe is not None:
+                self._pipe.send(message)
+
+    def cancel(self, job_id: str) -> None:
+        if job_id in self._running:
+            self._cancelled.add(job_id)
+            self._send(("cancel", job_id))
+
+    async def close(self) -> None:
+        self._send(("close", None))
+        await self._stop(patience=5.0)
+
+    async def _stop(self, patience: float = 0.5) -> None:
+        """End the process, gently first."""
+        if self._process is None or self._process.pid is None:
+            return
+        await asyncio.to_thread(self._process.join, patience)
+        if self._process.is_alive():
+            self._process.kill()
+            await asyncio.to_thread(self._process.join, 10.0)
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+
+
+def _read(
+    pipe: Connection, loop: asyncio.AbstractEventLoop, messages: asyncio.Queue[tuple[str, Any]]
+) -> None:
+    """A worker's messages into the event loop, until it is gone."""
+    while True:
+        try:
+            message = pipe.recv()
+        except (EOFError, OSError):
+            message = ("lost", None)
+        except Exception as error:  # a message of a dying process that is not whole
+            log.warning("a worker's message cannot be read: %s", cut(error))
+            message = ("lost", None)
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(messages.put_nowait, message)
+        if message[0] == "lost":
+            return
+
+
+def _serve(pipe: Connection, make: Any, argument: Any, preview_every: int, warmup: bool) -> None:
+    """A worker process: load, say what can be made, then run what comes."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the server decides, and the pipe tells
+        signal.signal(number, signal.SIG_IGN)
+    cancelled: set[str] = set()
+    todo: list[list[Task]] = []
+    arrived, sending = threading.Condition(), threading.Lock()
+    made: list[Any] = []
+
+    def send(message: tuple[str, Any]) -> None:
+        with sending, contextlib.suppress(OSError):
+            pipe.send(message)
+
+    def listen() -> None:
+        while True:
+            try:
+                kind, value = pipe.recv()
+            except (EOFError, OSError):
+                os._exit(0)  # the server is gone, and with it whoever would read a clip
+            with arrived:
+                if kind == "run":
+                    todo.append(value)
+                elif kind == "close":
+                    os._exit(0)
+                else:
+                    cancelled.add(value)
+                    if made:
+                        made[0].cancel()
+                arrived.notify()
+
+    def emit(event: Event) -> None:
+        send(("event", event))
+
+    def wanted(task: Task) -> bool:
+        return task.id not in cancelled
+
+    try:
+        pipeline = make(argument)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = Generator(pipeline, preview_every)
+        ready = generator.profile, generator.warm_up() if warmup else None
+    except BaseException as error:
+        words = str(error) if isinstance(error, NexusError) else f"{type(error).__name__}: {error}"
+        send(("failed", ("loading", words)))
+        return
+    threading.Thread(target=listen, daemon=True).start()
+    send(("ready", ready))
+    while True:
+        with arrived:
+            arrived.wait_for(lambda: todo)
+            tasks = todo.pop(0)
+            cancelled.intersection_update(task.id for task in tasks)
+            if len(tasks) == 1:  # of a batch, the others go on
+                made[:] = [pipeline]
+        try:
+            message: tuple[str, Any] = ("clips", generator.run(tasks, emit, wanted))
+        except JobFailed as error:
+            message = ("failed", (error.code, error.message))
+        except Exception as error:
+            log.exception("a job failed")
+            message = ("failed", ("generation_failed", f"{type(error).__name__}: {cut(error)}"))
+        made.clear()
+        send(message)
+        if _unusable(pipeline):
+            os._exit(70)  # the next job gets a fresh process
+
+
+def _unusable(pipeline: Any) -> bool:
+    """Whether the device answers no more, as after an illegal address: only a new process helps."""
+    if pipeline.device.type != "cuda":
+        return False
+    import torch
+
+    try:
+        torch.cuda.synchronize(pipeline.device)
+    except RuntimeError:
+        return True
+    return False

@@ -1,0 +1,169 @@
+"""NexusServer: a pipeline behind OpenAI's video routes, alone or inside another application."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from nexus_rt.errors import InputError, NexusError
+from nexus_rt.serve.app import Api, make_app
+from nexus_rt.serve.dispatcher import Dispatcher
+from nexus_rt.serve.runners import Runner, ThreadRunner
+from nexus_rt.serve.settings import Settings
+from nexus_rt.serve.store import Store
+
+if TYPE_CHECKING:
+    from nexus_rt.pipeline import NexusPipeline
+
+SILENT = 30.0  # seconds in which a new connection has to send a request
+
+
+class NexusServer:
+    """A pipeline as a video service.
+
+        server = NexusServer(pipe, "jobs")
+        app = FastAPI(lifespan=server.lifespan)
+        app.mount("/video", server.app)              # or app.router.routes.extend(server.routes)
+
+    Args:
+        pipe: a `NexusPipeline`, which runs in a thread; or a `nexus_rt.serve.runners.Runner`.
+        store: the folder of the job store and the clips, of this server alone.
+        settings: the rest of `nexus_rt.serve.settings.Settings`.
+
+    Raises:
+        InputError: a setting that cannot be.
+    """
+
+    def __init__(
+        self, pipe: NexusPipeline | Runner, store: str | Path = "nexus-rt-jobs", **settings: Any
+    ) -> None:
+        self.settings = Settings(folder=Path(store).expanduser(), **settings)
+        every, warmup = self.settings.preview_every, self.settings.warmup
+        given: Any = pipe
+        own = hasattr(pipe, "capacity")
+        self.runner: Runner = given if own else ThreadRunner(given, every, warmup)
+        self.created = time.time()
+        self._dispatcher: Dispatcher | None = None
+        self.app = make_app(self, alone=False)
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """The running server's queue.
+
+        Raises:
+            InputError: it was not started.
+        """
+        if self._dispatcher is None:
+            raise InputError(
+                "the server was not started; pass lifespan=server.lifespan to the application."
+            )
+        return self._dispatcher
+
+    @property
+    def routes(self) -> list[Route]:
+        """The routes without an application of their own, `/v1/videos` and the rest."""
+        return Api(self, alone=False).routes()
+
+    @property
+    def alone(self) -> Starlette:
+        """The application where nothing else is served: it also looks at Host and Origin."""
+        return make_app(self, alone=True)
+
+    async def start(self) -> None:
+        """Open the store and load the models; returns before they are there (`/ready`)."""
+        store = await asyncio.to_thread(Store, self.settings.folder)
+        self._dispatcher = Dispatcher(self.settings, store, self.runner)
+        await self._dispatcher.start()
+
+    async def stop(self) -> None:
+        """Let the running job end, or queue it again; then close the store."""
+        if self._dispatcher is not None:
+            await self._dispatcher.stop()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: Any = None) -> AsyncIterator[None]:
+        """`FastAPI(lifespan=server.lifespan)`."""
+        await self.start()
+        try:
+            yield
+        finally:
+            await self.stop()
+
+
+def run_server(server: NexusServer) -> None:
+    """Serve until SIGINT or SIGTERM, which end it gracefully; a second one at once.
+
+    Raises:
+        NexusError: the models cannot be loaded.
+    """
+    import uvicorn
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    settings = server.settings
+
+    class Uvicorn(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if server._dispatcher is not None:
+                server._dispatcher.hub.close()  # open streams would be waited for
+            super().handle_exit(sig, frame)
+
+        async def on_tick(self, counter: int) -> bool:
+            of = server.dispatcher
+            return await super().on_tick(counter) or (of.profile is None and bool(of.problem))
+
+    config = uvicorn.Config(
+        server.alone,
+        host=settings.host,
+        port=settings.port,
+        http=_patient_protocol(),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=settings.max_connections,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(1, round(settings.grace)),
+        backlog=2048,
+    )
+    # uvicorn raises the signal again when it is done, and then nothing is left to be ended
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        Uvicorn(config).run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if server._dispatcher is not None and (problem := server._dispatcher.problem):
+        raise NexusError(problem)
+
+
+def _patient_protocol() -> type[asyncio.Protocol]:
+    """uvicorn's HTTP, which drops a connection that sends no request for `SILENT` seconds."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    base: Any = AutoHTTPProtocol
+
+    class Patient(base):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._silent = asyncio.get_running_loop().call_later(SILENT, self._drop)
+
+        def _drop(self) -> None:
+            if self.cycle is None and not self.transport.is_closing():
+                self.transport.close()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._silent.cancel()
+            super().connection_lost(exc)
+
+    return Patient

@@ -1,0 +1,126 @@
+"""A server's settings, checked when they are made."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nexus_rt.checks import number, whole
+from nexus_rt.errors import InputError
+from nexus_rt.memory.residency import parse_bytes
+from nexus_rt.size import ClipSize
+from nexus_rt.video import frame_rate
+
+MODEL = "nexus-rt"
+MIN_KEY = 8  # characters of an API key
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a host name or address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server does beside generating.
+
+    folder: of the job store and the clips. models: names that requests may give for the model, the
+        first of which is answered.
+    host, port: where it listens; anywhere but loopback wants `api_keys`.
+    api_keys: of the clients, each with a queue of its own; none: whoever can connect.
+    max_queue: jobs that wait, above which the next is refused with 429.
+    deadline: seconds from a job's creation to its end, unless it says less. keep: seconds that a
+        result stays. quota: bytes of all results; jobs that would not fit are refused.
+    batch: how many waiting jobs of the same plan, size and steps are denoised together.
+    preview_every: steps between previews; 0 makes none.
+    fps, plan: of jobs whose request says nothing.
+    max_size: the largest clip, by its pixels in all.
+    grace: seconds that a running job gets to end when the server stops, before it is queued again.
+    attempts: how often a job may take its process down before it is given up.
+    lora_folder: where the LoRAs lie that requests may name.
+    log_prompts: whether prompts are logged. max_body: bytes of a request.
+    warmup: one short clip before the server is ready.
+    """
+
+    folder: Path
+    models: tuple[str, ...] = (MODEL,)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    max_queue: int = 1000
+    deadline: float = 3600.0
+    keep: float = 24 * 3600.0
+    quota: int = 10 * 2**30
+    batch: int = 1
+    preview_every: int = 1
+    fps: str = "16"
+    plan: str | None = None
+    max_size: ClipSize = ClipSize(1920, 1088, 129)  # noqa: RUF009 (a tuple)
+    grace: float = 30.0
+    attempts: int = 3
+    lora_folder: Path | None = None
+    log_prompts: bool = False
+    max_body: int = 2**20
+    max_connections: int = 4096
+    warmup: bool = True
+
+    def __post_init__(self) -> None:
+        whole("port", self.port, 0, 65_535)
+        whole("max_queue", self.max_queue, 1, 10**7)
+        whole("batch", self.batch, 1, 64)
+        whole("preview_every", self.preview_every, 0, 10_000)
+        whole("attempts", self.attempts, 1, 100)
+        whole("max_connections", self.max_connections, 1, 10**6)
+        number("deadline", self.deadline, 0.1, 1e8)
+        number("keep", self.keep, 1, 1e10)
+        number("grace", self.grace, 0, 1e6)
+        frame_rate(self.fps)
+        object.__setattr__(self, "quota", parse_bytes(str(self.quota)))
+        if not self.models or any(not re.fullmatch(r"[\w./:-]{1,200}", m) for m in self.models):
+            raise InputError(
+                f"model names are {self.models!r}; expected letters, digits and ._/:-, such as"
+                " nexus-rt."
+            )
+        for key in self.api_keys:
+            if len(key) < MIN_KEY or not key.isascii() or not key.isprintable() or " " in key:
+                raise InputError(
+                    f"an API key has {len(key)} characters; expected at least {MIN_KEY} printable"
+                    " ASCII characters without spaces, such as what `openssl rand -hex 24` prints."
+                )
+        if not self.api_keys and not is_loopback(self.host):
+            raise InputError(
+                f"host {self.host} can be reached from other machines; pass an API key"
+                " (--api-key, or NEXUS_RT_API_KEY), or listen on 127.0.0.1."
+            )
+        if self.lora_folder is not None and not self.lora_folder.is_dir():
+            raise InputError(f"lora folder {self.lora_folder} is no folder; make it first.")
+
+    def owner(self, given: str | None) -> str | None:
+        """The name of an API key's queue: "" where the server has no keys, None for a wrong key.
+
+        Digests are compared in constant time, all of them.
+        """
+        if not self.api_keys:
+            return ""
+        asked, owner = digest(given or ""), None
+        for key in self.api_keys:
+            if hmac.compare_digest(asked, digest(key)):
+                owner = asked.hex()[:16]
+        return owner
+
+    def loras(self) -> list[str]:
+        """Names of the LoRAs that requests may ask for."""
+        if self.lora_folder is None:
+            return []
+        return sorted(p.stem for p in self.lora_folder.glob("*.safetensors") if p.is_file())
