@@ -92,9 +92,8 @@ class Api:
             ("/health", Api.health),
             ("/ready", Api.ready),
             ("/", Api.page),
-            ("/page.js", Api.page),
-            ("/page.css", Api.page),
         ]
+        free += [(f"/{path.name}", Api.page) for path in sorted(PAGE.iterdir())]
         for path, handler in free:
             routes.append(Route(path, self._open(handler, "GET", path, free=True)))
         return routes

@@ -213,9 +213,10 @@ class Dispatcher:
                 self._wake.set()  # for another slot
                 await self._run(jobs)
                 delay = PATIENCE[0]
-            except (NexusError, sqlite3.Error, OSError) as error:
+            except Exception as error:
                 # a worker that does not load, a store that cannot be written: neither is a job's
-                log.error("jobs cannot be run: %s", cut(error))
+                expected = isinstance(error, (NexusError, sqlite3.Error, OSError))
+                log.error("jobs cannot be run: %s", cut(error), exc_info=not expected)
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, PATIENCE[1])
 
@@ -253,6 +254,11 @@ class Dispatcher:
             for job in jobs:
                 await self.call(self.store.requeue, job, lost=False)
             raise
+        except Exception:  # a fault of ours is one job's failure, and no end of the queue
+            log.exception("a job failed", extra={"job": jobs[0].id})
+            for job in jobs:
+                why = "the server failed; its log says why."
+                await self._failed(job, "internal_error", why, job.attempts)
         else:
             by_id = {job.id: job for job in jobs}
             for clip in clips:
@@ -288,7 +294,7 @@ class Dispatcher:
     def state(self, live: Live) -> dict[str, Any]:
         """Where a running job is: step, phase, percent, milliseconds left by the cost model."""
         steps = live.planned.plan.steps
-        at = steps[max(0, live.done - 1)]
+        at = steps[min(max(0, live.done - 1), len(steps) - 1)]
         left, total = self.prices.left(live.planned, live.done), self.prices.total(live.planned)
         share = 1 - left / total if left is not None and total else live.done / len(steps)
         live.progress = max(live.progress, min(99, int(100 * share)))
@@ -373,8 +379,9 @@ class Dispatcher:
                     await self._failed(job, "deadline_exceeded", why)
                 for job in await self.call(self.store.expired, time.time()):
                     await self.delete(job)
-            except (sqlite3.Error, OSError) as error:
-                log.error("the store cannot be written: %s", cut(error))
+            except Exception as error:
+                expected = isinstance(error, (sqlite3.Error, OSError))
+                log.error("the clock failed: %s", cut(error), exc_info=not expected)
             await asyncio.sleep(TICK)
 
     async def stop(self) -> None:

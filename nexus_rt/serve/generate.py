@@ -241,7 +241,7 @@ class _Call:
         pointed = clean(self.before, latents, plan[index].sigma, following)
         for i, task in enumerate(self.tasks):
             image = base64.b64encode(picture(self.of.rgb.frame(pointed[i]))).decode()
-            self.tell("preview", task, step=index + 1, image=f"data:image/webp;base64,{image}")
+            self.tell("preview", task, step=index + 1, image=f"data:image/jpeg;base64,{image}")
 
     def learn_colours(self, latents: Tensor, frames: np.ndarray) -> None:
         """The preview's map of a latent space for which none is shipped: of the first clip."""
@@ -274,11 +274,9 @@ class _Call:
             if "step" in details and name != "residency":
                 low, high = steps.get(details["step"], (start, stop))
                 steps[details["step"]] = min(low, start), max(high, stop)
-        totals = trace.totals()
-        denoise = sum(stop - start for start, stop in steps.values())
-        encoders = ("text", "understanding", "connector", "rewrite")
-        encode = sum(totals.get(n, 0.0) for n in encoders)
-        stages = {"encode": encode, "denoise": denoise, "decode": totals.get("vae", 0.0)}
+        first, last = min(a for a, _ in steps.values()), max(b for _, b in steps.values())
+        decode = trace.totals().get("vae", 0.0)
+        stages = {"encode": first, "denoise": last - first, "decode": decode}
         return {
             "total_duration_ms": round(total, 3),
             "steps": [

@@ -21,7 +21,6 @@ from nexus_rt import documents
 from nexus_rt.errors import InputError
 
 MAPS = Path(__file__).with_name("latent_rgb.json")
-LONGEST = 256  # pixels of a preview's longer side
 
 
 @dataclass(frozen=True)
@@ -91,12 +90,9 @@ def clean(before: Tensor, after: Tensor, sigma: float, following: float) -> Tens
 
 
 def picture(frame: np.ndarray) -> bytes:
-    """A preview frame [h, w, 3] as WebP, enlarged to at most `LONGEST` pixels."""
+    """A preview frame [h, w, 3] as JPEG, at the latents' resolution: whoever shows it enlarges."""
     from PIL import Image
 
-    image = Image.fromarray(frame)
-    times = max(1, LONGEST // max(image.size))
-    image = image.resize((image.width * times, image.height * times), Image.Resampling.BICUBIC)
     stream = io.BytesIO()
-    image.save(stream, format="WEBP", quality=70)
+    Image.fromarray(frame).save(stream, format="JPEG", quality=90)
     return stream.getvalue()

@@ -158,6 +158,7 @@ class Store:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")  # what was answered with 200 is on disk
             self._db.executescript(SCHEMA)
+            self._db.execute("DELETE FROM owners")  # virtual time begins anew
             self._db.execute("SELECT " + COLUMNS + ", perf, batch_key FROM jobs LIMIT 1")
         except sqlite3.DatabaseError as error:
             self._held.close()
