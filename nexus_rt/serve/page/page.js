@@ -131,20 +131,17 @@ async function tellOf(id, { card, picture, bar, state, rewritten, cancel }) {
     if (job === null) await new Promise((resolve) => setTimeout(resolve, 1000));
   }
   running.delete(id);
-  countRunning();
   cancel.remove();
-  if (job === null) {
-    card.remove();
-    return;
-  }
+  if (job === null || (job.status === "completed" && card.parentElement === $("running"))) card.remove();
+  countRunning();
+  if (job === null) return;
   bar.value = job.progress;
   if (job.status === "failed") {
     state.textContent = job.error.code === "cancelled" ? "cancelled" : `failed: ${job.error.message}`;
     bar.remove();
     return;
   }
-  if (card.parentElement === $("running")) card.remove();
-  else await playIn(card, job, { picture, bar, state });
+  if (card.isConnected) await playIn(card, job, { picture, bar, state });
   await show(job, true);
 }
 
