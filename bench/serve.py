@@ -36,16 +36,19 @@ PROMPT = b'{"prompt": "a red circle moves left on a black background"}'
 
 
 class Connection:
-    """A kept HTTP/1.1 connection to the server under test."""
+    """A kept HTTP/1.1 connection to the server under test, opened anew after a pause."""
 
     def __init__(self, port: int) -> None:
-        self.port = port
+        self.port, self.used = port, 0.0
         self.reader: asyncio.StreamReader | None = None
 
     async def ask(
         self, method: str, path: str, body: bytes = b"", kind: str = "application/json"
     ) -> tuple[int, bytes]:
         """Status and body of one request."""
+        if time.monotonic() - self.used > 10:  # the server closes what is idle
+            self.close()
+        self.used = time.monotonic()
         if self.reader is None:
             self.reader, self.writer = await asyncio.open_connection(HOST, self.port)
         head = f"{method} {path} HTTP/1.1\r\nHost: {HOST}:{self.port}\r\n"

@@ -4,7 +4,7 @@ python -m nexus_rt.bench.tables README.md bench/README.md     # replaces what st
 results F --> and <!-- end -->
 
 F, named from the document's folder: what `nexus-rt bench --json` wrote, or the GPU suite.
-`<!-- headline F -->` gives the former in a few rows.
+`<!-- headline F -->` gives the former in a few rows, `<!-- serve F -->` what `bench.serve` wrote.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from nexus_rt.bench.gpu_tables import targets_table
 from nexus_rt.bench.results import read
 
-PLACE = re.compile(r"(<!-- (results|headline) (\S+) -->\n).*?(<!-- end -->)", re.S)
+PLACE = re.compile(r"(<!-- (results|headline|serve) (\S+) -->\n).*?(<!-- end -->)", re.S)
 PEERS = {
     "naive": "the paper's schedule written down, diffusers' transformers",
     "naive-ours": "the paper's schedule written down, our transformers",
@@ -173,9 +173,48 @@ def tables(report: dict[str, Any]) -> str:
     return "\n".join(out) + "\n"
 
 
+def load_table(report: dict[str, Any]) -> str:
+    """What a server did under load (`nexus_rt.bench.serve`)."""
+    churn, held, lost = report["churn"], report["connections"], report["lost"]
+    gets = lambda ms: f"{ms['p50']:.2f}, {ms['p95']:.2f}, {ms['p99']:.2f}"
+    rows = [
+        ("GET of a job, nothing else going on, ms (p50, p95, p99)", gets(report["quiet_get_ms"])),
+        (
+            f"{churn['jobs']} jobs queued and cancelled on 8 connections",
+            f"{churn['jobs_per_second']:.0f} a second",
+        ),
+        ("GET meanwhile, ms", gets(churn["get_ms"])),
+        (
+            "the server's memory before, half-way and after, MB",
+            ", ".join(f"{m:.1f}" for m in churn["rss_mb"]),
+        ),
+        ("its slope over the second half", f"{churn['slope_kb_per_job']:.3f} kB a job"),
+        (
+            f"GET beside {held['open']} open connections and running jobs, ms",
+            gets(held["get_ms"]),
+        ),
+        ("memory before and with them, MB", ", ".join(f"{m:.1f}" for m in held["rss_mb"])),
+        (
+            "broken bodies, by answer",
+            ", ".join(f"{n} x {status}" for status, n in report["malformed"].items()),
+        ),
+        (
+            "jobs accepted, ended, lost",
+            ", ".join(f"{lost[n]:.0f}" for n in ("submitted", "ended", "lost")),
+        ),
+    ]
+    return (
+        "\n".join([_made(report), "", _head("", "measured"), *(_line([*r]) for r in rows)]) + "\n"
+    )
+
+
 def fill(text: str, folder: Path) -> str:
     """A document with every marked table made again from its file, named relative to `folder`."""
-    made = {"results": made_of, "headline": lambda path: headline(read(path))}
+    made = {
+        "results": made_of,
+        "headline": lambda path: headline(read(path)),
+        "serve": lambda path: load_table(json.loads(path.read_text())),
+    }
     return PLACE.sub(lambda m: m[1] + made[m[2]](folder / m[3]) + m[4], text)
 
 

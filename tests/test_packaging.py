@@ -81,7 +81,7 @@ def test_a_regular_install_has_one_name_and_all_its_files(installed, tmp_path):
     tracked = {
         p.relative_to(ROOT / "nexus_rt")
         for p in (ROOT / "nexus_rt").rglob("*")
-        if p.suffix in (".py", ".json", ".safetensors")
+        if p.suffix in (".py", ".json", ".safetensors", ".html", ".js", ".css")
     }
     assert all((installed / "nexus_rt" / p).is_file() for p in tracked)
     out = python(USE, tmp_path, path=installed)
