@@ -168,7 +168,7 @@ async def run(port: int, pid: int, args: argparse.Namespace) -> dict[str, Any]:
     while json.loads((await first.ask("GET", path))[1])["status"] != "completed":
         await asyncio.sleep(0.05)
     results: dict[str, Any] = {"quiet_get_ms": await time_gets(port, path, args.gets)}
-    await churn(port, 200, 8)  # what is allocated once is allocated now
+    await churn(port, min(200, args.jobs), 8)  # what is allocated once is allocated now
     memory, began, half = [resident_mb(pid)], time.perf_counter(), args.jobs // 2
     watching = asyncio.create_task(time_gets(port, path, args.gets, 0.01))
     tallies = []
@@ -184,12 +184,15 @@ async def run(port: int, pid: int, args: argparse.Namespace) -> dict[str, Any]:
         "rss_mb": [round(m, 1) for m in memory],
         "slope_kb_per_job": round(1024 * (memory[2] - memory[1]) / max(1, args.jobs - half), 3),
     }
-    jobs = [json.loads((await first.ask("POST", "/v1/videos", PROMPT))[1])["id"] for _ in range(20)]
+    jobs = []
+    for _ in range(args.running):
+        made = await first.ask("POST", "/v1/videos", PROMPT)
+        jobs.append(json.loads(made[1])["id"])
     until, before = asyncio.Event(), resident_mb(pid)
     kinds = ["stream", "stream", "silent", "half"]
     held = [
         asyncio.create_task(
-            hold(port, kinds[i % 4], f"/v1/videos/{jobs[-1 - i % 10]}/events", until)
+            hold(port, kinds[i % 4], f"/v1/videos/{jobs[i % len(jobs)]}/events", until)
         )
         for i in range(args.connections)
     ]
@@ -232,6 +235,7 @@ def parser() -> argparse.ArgumentParser:
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("--jobs", type=int, default=10_000, help="jobs queued and cancelled")
     made.add_argument("--connections", type=int, default=1000, help="connections held open")
+    made.add_argument("--running", type=int, default=20, help="jobs that run beside those")
     made.add_argument("--gets", type=int, default=2000, help="timed GETs a part")
     made.add_argument("--malformed", type=int, default=2000, help="broken bodies")
     made.add_argument("--seconds", type=float, default=420.0, help="limit of the whole")
