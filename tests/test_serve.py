@@ -132,6 +132,8 @@ def test_the_async_client_pages_through_everything(tmp_path):
         assert page["object"] == "list" and page["has_more"] is True
         assert (page["first_id"], page["last_id"]) == (made[3], made[5])
         assert [check_video(v)["id"] for v in page["data"]] == made[3:6]
+        empty = ask(address, "/v1/videos?limit=0")[2]
+        assert empty["data"] == [] and empty["has_more"] is True
         last = client(address).videos.list(limit=3, after=made[5], order="asc").to_dict()
         assert last["has_more"] is False and len(last["data"]) == 1
         none = ask(address, f"/v1/videos?after={made[0]}")[2]
@@ -255,6 +257,11 @@ BAD = [
     ({"prompt": "x", "lora": "ink"}, "lora", "lora_not_found"),
     ({"prompt": "x", "lora": {"a": 1}}, "lora", "invalid_value"),
     ({"prompt": "x", "n": 2}, "n", "unknown_parameter"),
+    ({"prompt": "x", "\ud800": 2}, "\\ud800", "unknown_parameter"),
+    ({"prompt": "x", "negative_prompt": "\ud800"}, "negative_prompt", "invalid_value"),
+    ({"prompt": "x", "plan": "\udfff"}, "plan", "invalid_value"),
+    ({"prompt": "x", "size": "\ud800"}, "size", "invalid_value"),
+    ({"prompt": "x", "lora": "\ud800"}, "lora", "lora_not_found"),
     ({"prompt": "x", "input_reference": {"image_url": "data:"}}, "input_reference",
      "unsupported_input"),
     ([], None, "invalid_body"),
@@ -360,7 +367,7 @@ def test_ids_are_no_paths(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "query", ["limit=0", "limit=101", "limit=x", "order=up", "after=video_x", "page=2"]
+    "query", ["limit=-1", "limit=101", "limit=x", "order=up", "after=video_x", "page=2"]
 )
 def test_lists_refuse_what_they_do_not_know(tmp_path, query):
     with fake(tmp_path) as (address, _, _):

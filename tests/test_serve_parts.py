@@ -94,7 +94,7 @@ def test_batches_take_what_waits_of_the_same_kind(tmp_path):
     assert [taken() for _ in range(4)] == [[0, 2], [1, 4], [3], []]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0.5, 8.0)), min_size=6, max_size=40))
 def test_waiting_keys_get_equal_work_whatever_one_piles_up(tmp_path_factory, rows):
     """While two keys wait, the work done for them differs by at most a job of each (Goyal et al.,
@@ -289,6 +289,19 @@ def test_a_job_is_what_the_pipeline_makes_with_its_seed(generator, tmp_path):
     assert [r["step"] for r in clip.perf["denoise_steps_ms"]] == list(range(8))
     assert sum(r["duration_ms"] for r in clip.perf["steps"]) <= clip.perf["total_duration_ms"]
     assert clip.perf["meta"]["seed"] == 5 and "prompt" not in clip.perf["meta"]
+
+
+def test_a_prompt_longer_than_what_is_read_is_said_to_its_client(generator):
+    events = []
+    long = PROMPT + " and stays" * 300
+    with pytest.warns(UserWarning, match="tokens and 512 are read"):
+        (clip,) = generator.run(
+            [Task("a", 1, request(prompt=long, plan="large", rewrite="off"))],
+            events.append,
+            lambda task: True,
+        )
+    (warning,) = [e["message"] for e in events if e["kind"] == "warning"]
+    assert "512 are read" in warning and clip.perf["meta"]["warnings"] == [warning]
 
 
 def test_previews_come_every_k_steps_and_look_like_the_clip(generator):

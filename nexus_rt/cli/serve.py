@@ -157,7 +157,9 @@ def run(args: argparse.Namespace) -> int:
         low, high = parse_replicas(args.replicas)
         runner = RayRunner(quiet_pipeline, args, low, high, args.preview_every, not args.no_warmup)
     else:
-        runner = ProcessRunner(quiet_pipeline, args, args.preview_every, not args.no_warmup)
+        runner = ProcessRunner(
+            quiet_pipeline, args, args.preview_every, not args.no_warmup, args.log_level or "info"
+        )
     server = NexusServer(
         runner,
         args.store,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nexus_rt.errors import Cancelled, DecodeError, NexusError, NumericsError, cut
 from nexus_rt.log import logger
+from nexus_rt.models.text import MAX_SEQUENCE_LENGTH, clean_prompt
 from nexus_rt.serve.preview import LatentRGB, clean, fit, picture, shipped
 from nexus_rt.serve.problems import JobFailed, Problem
 from nexus_rt.serve.profile import Profile
@@ -149,6 +150,7 @@ class _Call:
         self.emit, self.wanted = emit, wanted
         self.planned = of.profile.check(self.tasks[0].request)
         self.memory: dict[str, dict[str, float]] = {}
+        self.warnings: dict[str, str] = {}  # by task
         self.before: Tensor | None = None
         self.last = 0.0
 
@@ -171,7 +173,9 @@ class _Call:
             self.tell("stage", stage="encode")
             self.of.set_loras(self.tasks[0].loras)
             self.check()
+            self.warn_of_cut()
             rewritten = self.rewrite()
+            self.check()
             self.before = pipe.prepare_latents(len(self.tasks), first.size, self.seeds())
             self.last = time.perf_counter()
             made = pipe(
@@ -204,6 +208,17 @@ class _Call:
 
     def seeds(self) -> list[torch.Generator]:
         return [torch.Generator("cpu").manual_seed(t.request.seed) for t in self.tasks]
+
+    def warn_of_cut(self) -> None:
+        """Tell the watchers of a prompt that is longer than what is read of it."""
+        encoder: Any = self.pipe.text
+        for task in self.tasks if hasattr(encoder, "lost") else ():
+            beyond = encoder.lost(clean_prompt(task.request.prompt))
+            if beyond is not None:
+                words = f"the prompt has {beyond[0]} tokens and {MAX_SEQUENCE_LENGTH} are read;"
+                words += f" what comes after is lost: {cut(repr(beyond[1]), 120)}."
+                self.warnings[task.id] = words
+                self.tell("warning", task, message=words)
 
     def rewrite(self) -> list[str] | None:
         """What the large generator reads, told as soon as it is there."""
@@ -301,4 +316,5 @@ class _Call:
     def with_meta(self, perf: dict[str, Any], task: Task) -> dict[str, Any]:
         r = replace(task.request, prompt="")  # prompts stay in the job
         settings = {k: v for k, v in r.as_row().items() if v not in (None, "", ()) and k != "plan"}
-        return {**perf, "meta": {**settings, **perf["meta"]}}
+        known = {"warnings": [self.warnings[task.id]]} if task.id in self.warnings else {}
+        return {**perf, "meta": {**settings, **perf["meta"], **known}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import warnings
 from typing import Any
 
 KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
@@ -28,10 +29,13 @@ class JsonLines(logging.Formatter):
 
 
 def log_json(level: str = "info") -> None:
-    """Write this package's and uvicorn's log to standard error as JSON lines."""
+    """Write this package's and uvicorn's log to standard error as JSON lines, Python's warnings
+    too; those that quote a prompt are the client's to hear (`/v1/videos/{id}/events`)."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    for name in ("nexus_rt", "uvicorn"):
+    logging.captureWarnings(True)
+    warnings.filterwarnings("ignore", message="the prompt ")
+    for name in ("nexus_rt", "uvicorn", "py.warnings"):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.propagate = False

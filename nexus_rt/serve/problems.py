@@ -11,6 +11,11 @@ from nexus_rt.errors import MOST
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
+def printable(text: str) -> str:
+    """A message that UTF-8 can carry, and no longer than one."""
+    return text[:MOST].encode("utf-8", "backslashreplace").decode()
+
+
 class Problem(Exception):
     """A request that is not served.
 
@@ -28,7 +33,8 @@ class Problem(Exception):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.code, self.message, self.param = status, code, message[:MOST], param
+        self.status, self.code, self.message = status, code, printable(message)
+        self.param = None if param is None else printable(param)
         self.headers = dict(headers or {})
         if retry_after is not None:
             self.headers["Retry-After"] = str(max(1, round(retry_after)))
@@ -55,7 +61,7 @@ class JobFailed(Exception):
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
-        self.code, self.message = code, message[:MOST]
+        self.code, self.message = code, printable(message)
 
 
 class WorkerLost(Exception):

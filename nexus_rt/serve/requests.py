@@ -167,18 +167,23 @@ def check_prompt(value: Any, name: str = "prompt") -> str:
         raise _wrong(
             name, f"has {len(value)} characters; expected at most {MAX_PROMPT}.", "string_too_long"
         )
+    return _unicode(name, value)
+
+
+def _unicode(name: str, value: str) -> str:
     if any(0xD800 <= ord(c) <= 0xDFFF for c in value) or "\0" in value:
         raise _wrong(name, "holds characters that are no text; send it as UTF-8.")
     return value
 
 
 def _text(body: dict[str, Any], name: str) -> str | None:
+    """A text that may be left out; an empty one counts as left out, as forms send it."""
     value = body.get(name)
-    if value is None:
+    if value is None or value == "":
         return None
     if not isinstance(value, str) or len(value) > MAX_PROMPT:
         raise _wrong(name, f"is {cut(repr(value), 80)}; expected text.")
-    return value
+    return _unicode(name, value)
 
 
 def _checked(name: str, check: Any, *arguments: Any) -> Any:
@@ -303,7 +308,7 @@ def read_create(body: Any, known: Known) -> ClipRequest:
         fps=fps,
         seconds=seconds,
         seed=secrets.randbits(32) if body.get("seed", -1) == -1 else body["seed"],
-        negative_prompt=_text(body, "negative_prompt") or None,
+        negative_prompt=_text(body, "negative_prompt"),
         plan=_text(body, "plan") or known.plan,
         solver=_text(body, "solver"),
         rewrite=check_prompt(body["rewrite"], "rewrite") if "rewrite" in body else None,

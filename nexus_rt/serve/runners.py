@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nexus_rt.errors import NexusError, cut
 from nexus_rt.serve.generate import Clip, Event, Generator, Task
+from nexus_rt.serve.logs import log_json
 from nexus_rt.serve.problems import JobFailed, WorkerLost
 from nexus_rt.serve.profile import Profile
 from nexus_rt.serve.requests import ClipRequest
@@ -111,6 +112,7 @@ class ProcessRunner:
     again.
 
     make: called with `argument` in the process; returns the pipeline. Importable there.
+    log_level: of the process's log, as JSON lines on standard error; None configures none.
     """
 
     capacity = 1
@@ -121,8 +123,9 @@ class ProcessRunner:
         argument: Any,
         preview_every: int = 1,
         warmup: bool = True,
+        log_level: str | None = None,
     ) -> None:
-        self._made_of = (make, argument, preview_every, warmup)
+        self._made_of = (make, argument, preview_every, warmup, log_level)
         self._process: Any = None
         self._pipe: Connection | None = None
         self._messages: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
@@ -232,8 +235,17 @@ def _read(
             return
 
 
-def _serve(pipe: Connection, make: Any, argument: Any, preview_every: int, warmup: bool) -> None:
+def _serve(
+    pipe: Connection,
+    make: Any,
+    argument: Any,
+    preview_every: int,
+    warmup: bool,
+    log_level: str | None,
+) -> None:
     """A worker process: load, say what can be made, then run what comes."""
+    if log_level is not None:
+        log_json(log_level)
     for number in (signal.SIGINT, signal.SIGTERM):  # the server decides, and the pipe tells
         signal.signal(number, signal.SIG_IGN)
     cancelled: set[str] = set()

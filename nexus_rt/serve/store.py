@@ -7,8 +7,9 @@ once.
 
 Which waiting job is next: the highest priority; among these, API keys in turn by start-time fair
 queueing (Goyal, Vin, Cheng, SIGCOMM 1996): each key's jobs have a virtual start and finish `F = S +
-cost`, `S = max(V, F of the key's last)`, and the least finish goes first; within a key, in order of
-arrival.
+cost`, `S = max(V, F of the key's last)`, V being the start of the one that runs, and the least
+start goes first; within a key, in order of arrival. While two keys wait, the work done for them
+then differs by at most a job of each.
 """
 
 from __future__ import annotations
@@ -252,14 +253,9 @@ class Store:
                 " AND j.deadline_at > ? GROUP BY j.owner",
                 (top, now),
             ).fetchall()
-            starts = []
-            for seq, owner, finish in heads:
-                cost, key = db.execute(
-                    "SELECT cost, batch_key FROM jobs WHERE seq = ?", (seq,)
-                ).fetchone()
-                start = max(self._virtual, finish)
-                starts.append((start + cost, seq, start, owner, key))
-            finish, seq, self._virtual, owner, key = min(starts)
+            starts = [(max(self._virtual, f), seq, owner) for seq, owner, f in heads]
+            self._virtual, seq, owner = min(starts)
+            key = db.execute("SELECT batch_key FROM jobs WHERE seq = ?", (seq,)).fetchone()[0]
             taken = [(seq, owner)]
             if batch > 1 and key:
                 taken += db.execute(
