@@ -6,24 +6,61 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
+import openai
 import uvicorn
+from openai.types import Video
 
+from nexus_rt.errors import ModelError
 from nexus_rt.latents import LatentGrid
 from nexus_rt.loading.pair_folder import MINI, _pair_defaults
 from nexus_rt.serve.generate import Clip
 from nexus_rt.serve.problems import JobFailed, WorkerLost
 from nexus_rt.serve.profile import Profile
-from nexus_rt.serve.server import NexusServer
+from nexus_rt.serve.server import NexusServer, patient_protocol
 
 PROMPT = "a striped red circle moves left on a black background"
+
+
+FIELDS = {
+    "id", "object", "model", "status", "progress", "created_at", "completed_at", "expires_at",
+    "prompt", "remixed_from_video_id", "seconds", "size", "error",
+}  # fmt: skip
+
+
+def client(address, key="nobody-asks", impatient=True):
+    """The official client; impatient: it polls every 20 ms, whatever the server says."""
+    made = openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=30)
+    if impatient:
+        videos = made.videos
+        videos.create_and_poll = partial(videos.create_and_poll, poll_interval_ms=20)
+        videos.poll = partial(videos.poll, poll_interval_ms=20)
+    return made
+
+
+def check_video(row):
+    """A job's fields, all there, of the types that the client's model has."""
+    assert set(row) == FIELDS
+    # the client's sizes are a list of its own models'; it does not check them
+    Video.model_validate({**row, "size": "720x1280"}, strict=True)
+    assert re.fullmatch(r"\d+x\d+", row["size"])
+    assert row["object"] == "video" and type(row["seconds"]) is str
+    assert row["status"] in ("queued", "in_progress", "completed", "failed")
+    assert (row["error"] is None) == (row["status"] != "failed")
+    assert type(row["progress"]) is int and 0 <= row["progress"] <= 100
+    assert (row["expires_at"] is None) == (row["status"] != "completed")
+    if row["status"] == "completed":
+        assert row["progress"] == 100 and row["expires_at"] > row["completed_at"]
+    return row
 
 
 def mini_profile(**changes) -> Profile:
@@ -45,7 +82,7 @@ class FakeRunner:
     """Jobs that take `steps` steps of `seconds` each and make `size` bytes.
 
     A prompt says what else happens: "fail CODE" fails, "lose N" takes the worker down N times,
-    "crash" raises.
+    "crash" raises, "unload" finds the models gone, once.
     """
 
     def __init__(self, steps=10, seconds=0.0, capacity=1, size=1000, profile=None):
@@ -53,6 +90,7 @@ class FakeRunner:
         self.profile = profile or mini_profile()
         self.begun, self.cancelled, self.losses, self.calls = [], set(), {}, []
         self.gate = None  # an asyncio.Event that steps wait for, where a test sets one
+        self.unloaded = False
         self.loading = None  # an exception of `start`
 
     async def start(self):
@@ -65,6 +103,9 @@ class FakeRunner:
         self.calls.append(tuple(t.request.prompt for t in tasks))
         ids = {t.id for t in tasks}
         first = tasks[0].request.prompt.split()
+        if first[0] == "unload" and not self.unloaded:
+            self.unloaded = True
+            raise ModelError("the models cannot be loaded, as asked")
         if first[0] == "fail":
             raise JobFailed(first[1], "it failed, as asked")
         if first[0] == "crash":
@@ -107,7 +148,7 @@ def serving(server: NexusServer, app=None):
     """A server in a thread of this process; yields its address."""
     config = uvicorn.Config(
         app or server.alone, host="127.0.0.1", port=0, log_config=None, ws="none",
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=5, http=patient_protocol(),
     )  # fmt: skip
     http = uvicorn.Server(config)
     thread = threading.Thread(target=http.run, daemon=True)

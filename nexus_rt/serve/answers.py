@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from nexus_rt.request import GenerationRequest
-from nexus_rt.serve.dispatcher import Dispatcher
 from nexus_rt.serve.prices import STAGES, Prices, step_kind
 from nexus_rt.serve.store import Job
 
@@ -23,7 +22,7 @@ def video(job: Job, progress: int) -> dict[str, Any]:
         "progress": progress,
         "created_at": int(job.created_at),
         "completed_at": whole(job.completed_at) if job.status == "completed" else None,
-        "expires_at": whole(job.expires_at),
+        "expires_at": whole(job.expires_at) if job.status == "completed" else None,
         "prompt": job.request["prompt"],
         "remixed_from_video_id": job.remixed_from,
         "seconds": job.request["seconds"],
@@ -32,13 +31,13 @@ def video(job: Job, progress: int) -> dict[str, Any]:
     }
 
 
-def video_list(jobs: list[Job], more: bool, of: Dispatcher) -> dict[str, Any]:
-    """A page of `GET /v1/videos`."""
+def video_list(rows: list[dict[str, Any]], more: bool) -> dict[str, Any]:
+    """A page of `GET /v1/videos`, of what `video` makes."""
     return {
         "object": "list",
-        "data": [video(job, of.progress(job)) for job in jobs],
-        "first_id": jobs[0].id if jobs else None,
-        "last_id": jobs[-1].id if jobs else None,
+        "data": rows,
+        "first_id": rows[0]["id"] if rows else None,
+        "last_id": rows[-1]["id"] if rows else None,
         "has_more": more,
     }
 

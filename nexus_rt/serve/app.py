@@ -269,7 +269,8 @@ class Api:
             if after is None:
                 raise Problem(404, "video_not_found", f"no video {last[:80]!r}.", "after")
         jobs = await self.of.call(self.of.store.page, owner, after, limit + 1, order == "desc")
-        return JSONResponse(answers.video_list(jobs[:limit], len(jobs) > limit, self.of))
+        rows = [answers.video(job, self.of.progress(job)) for job in jobs[:limit]]
+        return JSONResponse(answers.video_list(rows, len(jobs) > limit))
 
     async def delete(self, request: Request) -> Response:
         job = await self._job(request)

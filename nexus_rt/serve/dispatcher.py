@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from nexus_rt.errors import NexusError, cut
 from nexus_rt.request import GenerationRequest
+from nexus_rt.serve import answers
 from nexus_rt.serve.events import Hub
 from nexus_rt.serve.generate import Clip, Event, Task
 from nexus_rt.serve.metrics import Metrics
@@ -331,7 +332,7 @@ class Dispatcher:
         self.metrics.ended.labels("completed").inc()
         milliseconds = round(clip.perf["total_duration_ms"], 1)
         log.info("completed", extra={"job": job.id, "ms": milliseconds})
-        self.hub.publish(job.id, "completed", {"id": job.id, "progress": 100})
+        await self._tell_end(job.id)
 
     def _keep(self, job: Job, clip: Clip) -> int:
         """Write a clip's files, all of them or none; their bytes."""
@@ -365,9 +366,14 @@ class Dispatcher:
         if ended:
             self.metrics.ended.labels(code).inc()
             log.info("failed", extra={"job": job.id, "code": code})
-            error = {"code": code, "message": message}
-            self.hub.publish(job.id, "failed", {"id": job.id, "error": error})
+            await self._tell_end(job.id)
         return ended
+
+    async def _tell_end(self, job_id: str) -> None:
+        """The last that a job's watchers hear: the job as it ended."""
+        job = await self.call(self.store.get, job_id)
+        if job is not None and job.ended:
+            self.hub.publish(job_id, job.status, answers.video(job, self.progress(job)))
 
     async def _watch_clock(self) -> None:
         """Deadlines and expiries."""

@@ -126,7 +126,7 @@ def run_server(server: NexusServer) -> None:
         server.alone,
         host=settings.host,
         port=settings.port,
-        http=_patient_protocol(),
+        http=patient_protocol(),
         ws="none",
         log_config=None,
         access_log=False,
@@ -147,7 +147,7 @@ def run_server(server: NexusServer) -> None:
         raise NexusError(problem)
 
 
-def _patient_protocol() -> type[asyncio.Protocol]:
+def patient_protocol() -> type[asyncio.Protocol]:
     """uvicorn's HTTP, which drops a connection that sends no request for `SILENT` seconds."""
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 

@@ -1,0 +1,266 @@
+"""The queue, what runs, and who watches it."""
+
+import asyncio
+import sqlite3
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+
+from tests.serving import (
+    FakeRunner,
+    ask,
+    check_video,
+    client,
+    fake,
+    messages,
+    wait_for,
+)
+
+
+def statuses(server, *ids):
+    return [server.dispatcher.store.get(i).status for i in ids]
+
+
+def test_cancel_takes_effect_within_a_step_and_the_next_job_begins(tmp_path):
+    with fake(tmp_path, FakeRunner(steps=1000, seconds=0.02)) as (address, server, runner):
+        c = client(address)
+        first, second, third = (c.videos.create(prompt=f"clip {i}").id for i in range(3))
+        wait_for(lambda: c.videos.retrieve(first).progress > 0)
+        row = check_video(ask(address, f"/v1/videos/{second}/cancel", "POST")[2])
+        assert row["error"]["code"] == "cancelled"  # one that waits
+        began = time.monotonic()
+        row = check_video(ask(address, f"/v1/videos/{first}/cancel", "POST")[2])
+        assert row["status"] == "failed" and row["error"]["code"] == "cancelled"
+        wait_for(lambda: "clip 2" in runner.begun)
+        assert time.monotonic() - began < 0.5 and "clip 1" not in runner.begun
+        again = ask(address, f"/v1/videos/{first}/cancel", "POST")
+        assert again[0] == 200 and again[2] == row  # once more changes nothing
+        assert c.videos.delete(third).deleted  # one that runs
+        wait_for(lambda: not server.dispatcher.live)
+        assert ask(address, f"/v1/videos/{third}")[0] == 404
+
+
+def test_priorities_and_a_fair_order_of_keys(tmp_path):
+    keys = ("first-key-12", "second-key-12")
+    with fake(tmp_path, api_keys=keys) as (address, _, runner):
+        runner.gate = asyncio.Event()
+        one, two = (client(address, key) for key in keys)
+        one.videos.create(prompt="running")
+        wait_for(lambda: runner.begun)
+        for i in range(4):
+            one.videos.create(prompt=f"one {i}")
+        for i in range(2):
+            two.videos.create(prompt=f"two {i}")
+        urgent = one.videos.create(prompt="urgent", extra_body={"priority": 5})
+        last = one.videos.create(prompt="idle", extra_body={"priority": -5})
+        runner.gate.set()
+        runner.gate = None
+        one.videos.poll(last.id)
+        order = runner.begun[1:]
+        assert order[0] == "urgent" and order[-1] == "idle" and urgent.id
+        # the second key's two are not behind the first's four
+        assert order.index("two 1") < order.index("one 2")
+        assert [o for o in order if o.startswith("one")] == [f"one {i}" for i in range(4)]
+
+
+def test_a_full_queue_is_a_429_with_the_time_to_wait(tmp_path):
+    with fake(tmp_path, max_queue=2) as (address, _, runner):
+        runner.gate = asyncio.Event()
+        c = client(address)
+        c.videos.create(prompt="running")
+        wait_for(lambda: runner.begun)
+        c.videos.create(prompt="a"), c.videos.create(prompt="b")
+        with pytest.raises(openai.RateLimitError) as refused:
+            c.videos.create(prompt="c")
+        assert refused.value.code == "queue_full"
+        assert int(refused.value.response.headers["retry-after"]) >= 1
+        runner.gate.set()
+
+
+def test_the_quota_refuses_and_results_stay_until_they_expire(tmp_path):
+    with fake(tmp_path, FakeRunner(size=60_000), quota=90_000, keep=1.0) as (address, server, _):
+        c = client(address)
+        first = c.videos.create_and_poll(prompt="a")
+        with pytest.raises(openai.RateLimitError) as refused:
+            c.videos.create(prompt="b")
+        assert refused.value.code == "insufficient_quota"
+        assert int(refused.value.response.headers["retry-after"]) >= 1
+        assert len(c.videos.download_content(first.id).read()) == 60_000
+        wait_for(lambda: server.dispatcher.store.get(first.id) is None)
+        assert ask(address, f"/v1/videos/{first.id}")[0] == 404
+        wait_for(lambda: not list((tmp_path / "store" / "videos").iterdir()))
+        assert c.videos.create_and_poll(prompt="b").status == "completed"
+
+
+def test_deadlines_of_what_waits_and_of_what_runs(tmp_path):
+    runner = FakeRunner(steps=10_000, seconds=0.01)
+    with fake(tmp_path, runner, deadline=1.0) as (address, server, _):
+        c = client(address)
+        ids = [c.videos.create(prompt=f"clip {i}").id for i in range(2)]
+        rows = [c.videos.poll(i) for i in ids]
+        assert [r.error.code for r in rows] == ["deadline_exceeded"] * 2
+        wait_for(lambda: not server.dispatcher.live)
+        assert runner.begun == ["clip 0"]
+
+
+def test_a_lost_worker_begins_the_job_again_and_gives_up_in_the_end(tmp_path):
+    with fake(tmp_path) as (address, _server, runner):
+        c = client(address)
+        assert c.videos.create_and_poll(prompt="lose 2 workers").status == "completed"
+        assert runner.begun == ["lose 2 workers"] * 3
+        given_up = c.videos.create_and_poll(prompt="lose 9 workers")
+        assert given_up.error.code == "worker_lost" and "3 times" in given_up.error.message
+        assert c.videos.create_and_poll(prompt="fine").status == "completed"
+        text = ask(address, "/metrics")[2].decode()
+        assert "nexus_rt_workers_lost_total 5.0" in text
+
+
+def test_models_that_are_gone_cost_no_job_and_are_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("nexus_rt.serve.dispatcher.PATIENCE", (0.05, 0.1))
+    with fake(tmp_path) as (address, server, runner):
+        done = client(address).videos.create_and_poll(prompt="unload the models")
+        assert done.status == "completed" and runner.begun == ["unload the models"] * 2
+        assert server.dispatcher.store.get(done.id).losses == 0
+
+
+def test_compatible_jobs_are_one_batch_where_the_server_says_so(tmp_path):
+    with fake(tmp_path, batch=3) as (address, _, runner):
+        runner.gate = asyncio.Event()
+        c = client(address)
+        c.videos.create(prompt="running")
+        wait_for(lambda: runner.begun)
+        ids = [c.videos.create(prompt=f"clip {i}").id for i in range(2)]
+        c.videos.create(prompt="other", size="80x64")
+        ids += [c.videos.create(prompt=f"clip {i}").id for i in range(2, 4)]
+        runner.gate.set()
+        runner.gate = None
+        assert all(c.videos.poll(i).status == "completed" for i in ids)
+        wait_for(lambda: len(runner.calls) == 4)
+        assert runner.calls[1:] == [("clip 0", "clip 1", "clip 2"), ("other",), ("clip 3",)]
+
+
+def test_a_fault_of_ours_fails_one_job_and_not_the_queue(tmp_path):
+    with fake(tmp_path) as (address, _, _):
+        c = client(address)
+        failed = c.videos.create_and_poll(prompt="crash")
+        assert failed.error.code == "internal_error" and "secret" not in failed.error.message
+        assert c.videos.create_and_poll(prompt="x").status == "completed"
+
+
+def test_a_full_disk_fails_the_job_and_not_the_server(tmp_path, monkeypatch):
+    with fake(tmp_path) as (address, server, _):
+        c, of = client(address), server.dispatcher
+
+        def full(*arguments):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(of, "_keep", full)
+            failed = c.videos.create_and_poll(prompt="x")
+            assert failed.error.code == "storage_full" and "No space" in failed.error.message
+        with monkeypatch.context() as patch:
+
+            def locked(*arguments, **named):
+                raise sqlite3.OperationalError("database or disk is full")
+
+            patch.setattr(of.store, "add", locked)
+            with pytest.raises(openai.InternalServerError) as refused:
+                c.videos.create(prompt="x")
+            assert refused.value.code == "storage_failed"
+            assert "disk is full" not in str(refused.value)  # not our words
+        assert c.videos.create_and_poll(prompt="x").status == "completed"
+
+
+def test_a_restart_takes_up_what_was_left(tmp_path):
+    runner = FakeRunner()
+    with fake(tmp_path, runner) as (address, server, _):
+        c = client(address)
+        kept = c.videos.create_and_poll(prompt="kept").id
+    runner = FakeRunner(steps=10_000, seconds=0.01)
+    with fake(tmp_path, runner, grace=0.0) as (address, server, _):
+        c = client(address)
+        ids = [c.videos.create(prompt=f"clip {i}").id for i in range(3)]
+        wait_for(lambda: runner.begun)
+    (tmp_path / "store" / "videos" / "video_of_nobody").mkdir()
+    with fake(tmp_path) as (address, server, runner):
+        c = client(address)
+        assert c.videos.retrieve(kept).status == "completed"
+        assert len(c.videos.download_content(kept).read()) == 1000
+        assert [c.videos.poll(i).status for i in ids] == ["completed"] * 3
+        assert runner.begun == [f"clip {i}" for i in range(3)]  # in their order
+        assert server.dispatcher.store.get(ids[0]).losses == 0  # stopped, not lost
+        assert not (tmp_path / "store" / "videos" / "video_of_nobody").exists()
+
+
+# --- watching ---
+
+
+def test_events_from_the_queue_to_the_end(tmp_path):
+    with fake(tmp_path, FakeRunner(seconds=0.02)) as (address, _, runner):
+        runner.gate = asyncio.Event()
+        c = client(address)
+        first = c.videos.create(prompt="a")
+        wait_for(lambda: runner.begun)
+        second = c.videos.create(prompt="b")
+        stream = messages(address, f"/v1/videos/{second.id}/events")
+        kind, state = next(stream)
+        assert kind == "state" and state["jobs_ahead"] == 0 and state["status"] == "queued"
+        check_video({k: v for k, v in state.items() if k != "jobs_ahead"})
+        runner.gate.set()
+        events = list(stream)
+        steps = [e for k, e in events if k == "step"]
+        assert events[-1][0] == check_video(events[-1][1])["status"] == "completed"
+        assert steps[-1]["steps"] == 10 and steps[-1]["phase"] == "large"
+        assert steps[0]["phase"] == "small"
+        progress = [e["progress"] for e in steps]
+        assert progress == sorted(progress) and len(set(progress)) > 5
+        assert all(set(e) >= {"step", "steps", "phase", "ms_left"} for e in steps)
+        late = list(messages(address, f"/v1/videos/{first.id}/events"))
+        assert [k for k, _ in late] == ["completed"]
+        check_video(late[0][1])
+
+
+def test_time_left_is_from_what_ran_before(tmp_path):
+    with fake(tmp_path, FakeRunner(seconds=0.01)) as (address, _server, _):
+        c = client(address)
+        assert ask(address, "/v1/plan")[2]["total_ms"] is None  # nothing has run
+        c.videos.create_and_poll(prompt="a")
+        plan = ask(address, "/v1/plan")[2]
+        assert plan["total_ms"] == pytest.approx(13.0)  # 10 steps and 3 stages of 1 ms
+        second = c.videos.create(prompt="b")
+        steps = [e for k, e in messages(address, f"/v1/videos/{second.id}/events") if k == "step"]
+        assert steps[-1]["ms_left"] == pytest.approx(2.0)
+
+
+def test_a_cancelled_and_a_deleted_job_end_their_streams(tmp_path):
+    with fake(tmp_path, FakeRunner(steps=10_000, seconds=0.01)) as (address, server, _):
+        c = client(address)
+        for end, kind in (("cancel", "failed"), ("delete", "deleted")):
+            job = c.videos.create(prompt="x").id
+            with ThreadPoolExecutor(1) as pool:
+                read = pool.submit(lambda j=job: list(messages(address, f"/v1/videos/{j}/events")))
+                wait_for(lambda: server.dispatcher.hub.count)
+                if end == "cancel":
+                    ask(address, f"/v1/videos/{job}/cancel", "POST")
+                else:
+                    c.videos.delete(job)
+                last = read.result(10)[-1]
+                assert last[0] == kind
+                if kind == "failed":
+                    assert check_video(last[1])["error"]["code"] == "cancelled"
+        wait_for(lambda: server.dispatcher.hub.count == 0)
+        assert server.dispatcher.hub.latest == {}
+
+
+def test_the_plan_of_a_request_with_its_steps(tmp_path):
+    with fake(tmp_path) as (address, _, _):
+        plan = ask(address, "/v1/plan?plan=handoff%3D0.5&num_inference_steps=8&size=80x64")[2]
+        phases = [s["phase"] for s in plan["steps"]]
+        assert len(phases) == 8 and phases[0] == "small" and phases[-1] == "large"
+        assert "bridge" in phases and plan["size"] == "80x64"
+        assert all(s["forwards"] for s in plan["steps"])
+        assert plan["defaults"]["size"] == "64x64" and plan["loras"] == []
+        status, _, answer = ask(address, "/v1/plan?plan=fast")
+        assert (status, answer["error"]["param"]) == (400, "plan")

@@ -1,0 +1,226 @@
+"""Metrics, logs, keys, other sites, slow clients; inside another application."""
+
+import asyncio
+import io
+import json
+import logging
+import re
+import socket
+
+import openai
+import pytest
+
+from nexus_rt.errors import InputError
+from nexus_rt.serve.logs import JsonLines
+from nexus_rt.serve.server import NexusServer
+from tests.serving import (
+    FakeRunner,
+    ask,
+    client,
+    fake,
+    mini_profile,
+    serving,
+    wait_for,
+)
+
+# --- operations ---
+
+
+def test_metrics_and_perf(tmp_path):
+    with fake(tmp_path) as (address, _, _):
+        c = client(address)
+        done = c.videos.create_and_poll(prompt="x")
+        c.videos.create_and_poll(prompt="fail out_of_memory")
+        perf = ask(address, f"/v1/perf/{done.id}")[2]
+        assert set(perf) == {
+            "total_duration_ms", "steps", "denoise_steps_ms", "memory_checkpoints", "meta",
+        }  # fmt: skip
+        assert all(set(row) == {"name", "duration_ms"} for row in perf["steps"])
+        assert all(set(row) == {"step", "duration_ms"} for row in perf["denoise_steps_ms"])
+        _status, headers, text = ask(address, "/metrics")
+        assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        lines = text.decode().splitlines()
+        for line in (
+            'nexus_rt_jobs{status="completed"} 1.0',
+            'nexus_rt_jobs{status="failed"} 1.0',
+            'nexus_rt_jobs{status="queued"} 0.0',
+            'nexus_rt_jobs_ended_total{kind="completed"} 1.0',
+            'nexus_rt_jobs_ended_total{kind="out_of_memory"} 1.0',
+            "nexus_rt_queue_wait_seconds_count 2.0",
+            "nexus_rt_job_seconds_count 1.0",
+            'nexus_rt_step_seconds_count{kind="small:2"} 6.0',
+            'nexus_rt_stage_seconds_count{stage="decode"} 1.0',
+            "nexus_rt_ready 1.0",
+            "nexus_rt_residency_moves_total 0.0",
+        ):
+            assert line in lines, line
+        assert re.search(
+            r'nexus_rt_memory_bytes\{kind="rss",process="server"\} [1-9]', text.decode()
+        )
+        routes = re.findall(r'nexus_rt_http_seconds_count\{route="([^"]+)"', text.decode())
+        assert "/v1/videos/{id}" in routes and not any("video_" in r for r in routes)
+
+
+def test_logs_are_json_and_hold_no_prompt_unless_asked(tmp_path):
+    for asked in (False, True):
+        stream = io.StringIO()
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(JsonLines())
+        logger = logging.getLogger("nexus_rt.serve")
+        logger.addHandler(handler)
+        before, level = logger.level, logging.INFO
+        logger.setLevel(level)
+        try:
+            with fake(tmp_path / str(asked), log_prompts=asked) as (address, _, _):
+                client(address).videos.create_and_poll(prompt="a secret wish")
+                ask(address, "/v1/videos", "POST", {"prompt": "a secret wish", "size": "1"})
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(before)
+        rows = [json.loads(line) for line in stream.getvalue().splitlines()]
+        assert {"queued", "completed", "request"} <= {row["event"] for row in rows}
+        assert all({"time", "level", "logger"} <= set(row) for row in rows)
+        assert ("secret" in stream.getvalue()) is asked
+        statuses = [(r["method"], r["route"], r["status"]) for r in rows if r["event"] == "request"]
+        assert ("POST", "/v1/videos", 400) in statuses
+
+
+# --- safety ---
+
+
+def test_keys_are_wanted_and_separate(tmp_path):
+    keys = ("first-key-12", "second-key-12")
+    with fake(tmp_path, api_keys=keys) as (address, _, _):
+        for key in ("wrong-key-12", "first-key-1", "first-key-123"):
+            with pytest.raises(openai.AuthenticationError) as refused:
+                client(address, key).videos.list()
+            assert refused.value.code == "invalid_api_key"
+        one, two = (client(address, key) for key in keys)
+        job = one.videos.create_and_poll(prompt="x")
+        for call in (two.videos.retrieve, two.videos.download_content, two.videos.delete):
+            with pytest.raises(openai.NotFoundError):
+                call(job.id)
+        assert not two.videos.list().data and one.videos.list().data
+        for path in ("/metrics", "/v1/models", "/v1/plan", f"/v1/perf/{job.id}"):
+            assert ask(address, path)[0] == 401
+        for path in ("/health", "/ready", "/", "/page.js"):
+            assert ask(address, path)[0] == 200
+
+
+def test_without_keys_pages_of_other_sites_are_refused(tmp_path):
+    with fake(tmp_path) as (address, server, _):
+        port = address.rpartition(":")[2]
+        for headers, status in (
+            ({"Host": "evil.example"}, 403),
+            ({"Host": f"evil.example:{port}"}, 403),
+            ({"Host": "[::1"}, 403),
+            ({"Host": f"localhost:{port}"}, 200),
+            ({"Origin": "https://evil.example"}, 403),
+            ({"Origin": "null"}, 403),
+            ({"Origin": address}, 200),
+        ):
+            got, _, answer = ask(address, "/v1/videos", "POST", {"prompt": "x"}, headers)
+            assert got == status, (headers, answer)
+        assert sum(server.dispatcher.store.counts().values()) == 2
+
+
+def test_settings_are_checked(tmp_path):
+    for settings in (
+        {"host": "0.0.0.0"},
+        {"host": "example.com"},
+        {"api_keys": ("short",)},
+        {"api_keys": ("has a space in it",)},
+        {"max_queue": 0},
+        {"deadline": float("nan")},
+        {"quota": "lots"},
+        {"models": ("a b",)},
+        {"models": ()},
+        {"lora_folder": tmp_path / "absent"},
+        {"port": 70_000},
+        {"fps": "fast"},
+    ):
+        with pytest.raises(InputError):
+            NexusServer(FakeRunner(), tmp_path / "store", **settings)
+    server = NexusServer(
+        FakeRunner(), tmp_path / "store", host="0.0.0.0", api_keys=("a-long-key-1",)
+    )
+    assert "a-long-key" not in repr(server.settings)
+    with pytest.raises(InputError, match="was not started"):
+        _ = server.dispatcher
+
+
+def test_a_store_is_one_servers(tmp_path):
+    with fake(tmp_path):
+        second = NexusServer(FakeRunner(), tmp_path / "store")
+        with pytest.raises(InputError, match="another server works on"):
+            asyncio.run(second.start())
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "jobs.sqlite").write_bytes(b"no database" * 1000)
+    broken = NexusServer(FakeRunner(), tmp_path / "damaged")
+    with pytest.raises(Exception, match="cannot be read as a job store"):
+        asyncio.run(broken.start())
+
+
+def test_a_silent_connection_and_a_slow_body_hold_nothing(tmp_path, monkeypatch):
+    from nexus_rt.serve import bodies
+
+    monkeypatch.setattr(bodies, "SECONDS", 0.2)
+    with fake(tmp_path) as (address, _, _):
+        port = int(address.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
+            slow.sendall(
+                b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+                b"\r\nContent-Length: 1000\r\n\r\n{"
+            )
+            assert ask(address, "/health")[0] == 200
+            assert slow.recv(200).startswith(b"HTTP/1.1 408")
+        monkeypatch.setattr("nexus_rt.serve.server.SILENT", 0.2)
+        for words in (b"", b"GET /health HT"):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as silent:
+                silent.sendall(words)
+                assert silent.recv(200) == b""  # it is closed
+
+
+# --- inside another application ---
+
+
+def test_inside_a_fastapi_application(tmp_path):
+    from fastapi import FastAPI
+
+    for mounted in (True, False):
+        server = NexusServer(FakeRunner(), tmp_path / str(mounted))
+        app = FastAPI(lifespan=server.lifespan)
+
+        @app.get("/own")
+        def own():
+            return {"own": True}
+
+        if mounted:
+            app.mount("/video", server.app)
+        else:
+            app.router.routes.extend(server.routes)
+        with serving(server, app) as address:
+            wait_for(lambda s=server: s.dispatcher.ready)
+            prefix = "/video" if mounted else ""
+            assert ask(address, "/own")[2] == {"own": True}
+            done = client(address + prefix).videos.create_and_poll(prompt="x")
+            assert done.status == "completed"
+            status, headers, _ = ask(address, f"{prefix}/")
+            assert status == 200 and "script-src 'self'" in headers["Content-Security-Policy"]
+
+
+def test_engines_say_what_they_were_built_for(tmp_path):
+    from nexus_rt.size import BuiltSizes, ClipSize
+
+    built = (BuiltSizes("small", (ClipSize(64, 64, 17),)),)
+    profile = mini_profile(built_sizes=built, loras=False, generators=("small",))
+    (tmp_path / "ink.safetensors").write_bytes(b"")
+    with fake(tmp_path, FakeRunner(profile=profile), lora_folder=tmp_path, plan="small") as made:
+        address = made[0]
+        post = lambda body: ask(address, "/v1/videos", "POST", {"prompt": "x", **body})
+        assert post({})[0] == 200
+        status, _, answer = post({"size": "80x64"})
+        assert status == 400 and answer["error"]["param"] == "size"
+        assert "64x64x17" in answer["error"]["message"]
+        assert post({"plan": "large"})[2]["error"]["param"] == "plan"
+        assert post({"lora": "ink"})[2]["error"]["param"] == "lora"
