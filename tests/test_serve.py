@@ -210,6 +210,8 @@ BAD = [
     ({"prompt": "x", "guidance_scale": "nan"}, "guidance_scale", "invalid_value"),
     ({"prompt": "x", "guidance_scale": [1]}, "guidance_scale", "invalid_value"),
     ({"prompt": "x", "num_inference_steps": 0}, "num_inference_steps", "invalid_value"),
+    ({"prompt": "x", "num_inference_steps": 1001}, "num_inference_steps", "invalid_value"),
+    ({"prompt": "x", "plan": "small:99999/100000 large:4"}, "plan", "invalid_value"),
     ({"prompt": "x", "solver": "ddim"}, "solver", "invalid_value"),
     ({"prompt": "x", "rewrite": ""}, "rewrite", "invalid_value"),
     ({"prompt": "x", "rewrite": "auto", "plan": "small"}, "rewrite", "invalid_value"),

@@ -197,6 +197,22 @@ def test_a_restart_takes_up_what_was_left(tmp_path):
 # --- watching ---
 
 
+def test_a_long_plan_is_told_step_by_step_and_holds_nothing_up(tmp_path):
+    with fake(tmp_path, FakeRunner(steps=1000)) as (address, _, _):
+        c = client(address)
+        c.videos.create_and_poll(prompt="a", extra_body={"num_inference_steps": 1000})
+        began = time.monotonic()
+        job = c.videos.create(prompt="b", extra_body={"num_inference_steps": 1000})
+        seconds = []
+        while c.videos.retrieve(job.id).status != "completed":
+            asked = time.monotonic()
+            ask(address, "/health")
+            seconds.append(time.monotonic() - asked)
+        assert time.monotonic() - began < 5.0 and max(seconds, default=0.0) < 1.0
+        plan = ask(address, "/v1/plan?num_inference_steps=1000")[2]
+        assert len(plan["steps"]) == 1000 and plan["total_ms"] > 0
+
+
 def test_events_from_the_queue_to_the_end(tmp_path):
     with fake(tmp_path, FakeRunner(seconds=0.02)) as (address, _, runner):
         runner.gate = asyncio.Event()

@@ -196,7 +196,11 @@ def test_prices_of_what_ran_of_another_size_and_of_another_kind():
     assert prices.steps(planned) == pytest.approx([expected[k] for k in kinds])
     whole = sum(expected[k] for k in kinds) + 15.0
     assert prices.total(planned) == pytest.approx(whole)
-    assert prices.left(planned, len(kinds)) == pytest.approx(10.0)
+    left = prices.left(planned)
+    assert left[0] == whole and left[-1] == pytest.approx(10.0) and len(left) == len(kinds) + 1
+    assert left[1:] == pytest.approx(
+        [10.0 + sum(expected[k] for k in kinds[i:]) for i in range(1, len(kinds) + 1)]
+    )
     wide = mini_profile().plan(ClipSize(128, 64, 17), {"plan": "handoff=0.5"})
     assert prices.total(wide) == pytest.approx(2 * whole)
     assert Prices(prices.as_row()).total(planned) == pytest.approx(whole)

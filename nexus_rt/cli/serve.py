@@ -73,6 +73,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="the largest clip, by its pixels in all (default: 1920x1088x129)",
     )
     group.add_argument(
+        "--max-steps", type=int, default=1000, metavar="N", help="of a plan (default: 1000)"
+    )
+    group.add_argument(
         "--batch",
         type=int,
         default=1,
@@ -169,6 +172,7 @@ def run(args: argparse.Namespace) -> int:
         api_keys=api_keys(args),
         plan=args.plan,
         max_size=ClipSize.parse(args.max_size),
+        max_steps=args.max_steps,
         max_queue=args.max_queue,
         deadline=args.deadline,
         keep=args.keep,

@@ -189,6 +189,7 @@ class Api:
             fps=settings.fps,
             deadline=settings.deadline,
             max_size=settings.max_size,
+            max_steps=settings.max_steps,
             plan=settings.plan,
         )
 

@@ -41,10 +41,15 @@ PATIENCE = (1.0, 60.0)  # seconds before a worker that would not load is tried a
 
 @dataclass
 class Live:
-    """A running job. done: its steps; progress: percent."""
+    """A running job.
+
+    left: milliseconds that the cost model gives it after 0, 1, ... steps; None where it has no
+        price. done: its steps; progress: percent.
+    """
 
     job: Job
     planned: GenerationRequest
+    left: list[float] | None
     done: int = 0
     progress: int = 0
 
@@ -96,6 +101,8 @@ class Dispatcher:
                 own = {"plan": self.settings.plan}
                 profile.plan(ClipSize.of_defaults(profile.defaults), own)
             except (NexusError, Problem) as error:
+                if self.stopping:  # what loads is stopped too
+                    return
                 self.problem = str(error)
                 log.error("the models cannot be loaded: %s", error)
                 await asyncio.sleep(delay)
@@ -228,7 +235,8 @@ class Dispatcher:
         for job in jobs:
             request = ClipRequest.stored(job.request)
             try:
-                self.live[job.id] = Live(job, profile.check(request))
+                planned = profile.check(request)
+                self.live[job.id] = Live(job, planned, self.prices.left(planned))
             except Problem as problem:  # queued before the models were changed
                 await self._failed(job, problem.code, problem.message)
                 continue
@@ -295,9 +303,10 @@ class Dispatcher:
     def state(self, live: Live) -> dict[str, Any]:
         """Where a running job is: step, phase, percent, milliseconds left by the cost model."""
         steps = live.planned.plan.steps
-        at = steps[min(max(0, live.done - 1), len(steps) - 1)]
-        left, total = self.prices.left(live.planned, live.done), self.prices.total(live.planned)
-        share = 1 - left / total if left is not None and total else live.done / len(steps)
+        live.done = min(live.done, len(steps))
+        at = steps[max(0, live.done - 1)]
+        left = None if live.left is None else live.left[live.done]
+        share = live.done / len(steps) if not live.left else 1 - live.left[live.done] / live.left[0]
         live.progress = max(live.progress, min(99, int(100 * share)))
         return {
             "step": live.done,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 from nexus_rt.guidance import Guidance
@@ -85,7 +86,9 @@ class Prices:
     def steps(self, request: GenerationRequest) -> list[float | None]:
         """The price of every step of a plan."""
         cells = math.prod(request.size.latent)
-        return [self.ms(step_kind(s, request.guidance), cells) for s in request.plan.steps]
+        kinds = [step_kind(s, request.guidance) for s in request.plan.steps]
+        known = {kind: self.ms(kind, cells) for kind in set(kinds)}
+        return [known[kind] for kind in kinds]
 
     def learn(self, request: GenerationRequest, perf: Mapping[str, Any]) -> None:
         """What a finished job measured (`nexus_rt.serve.perf`), of a clip by itself."""
@@ -99,16 +102,22 @@ class Prices:
             if row["name"] in STAGES:
                 self.observe(row["name"], cells, row["duration_ms"])
 
+    def left(self, request: GenerationRequest) -> list[float] | None:
+        """Milliseconds left of a job after 0, 1, ... steps, the first of which is the whole; None
+        where a price is not known."""
+        cells = math.prod(request.size.latent)
+        steps = self.steps(request)
+        encode, *rest = (self.ms(stage, cells) for stage in STAGES)
+        after = [ms for ms in (*rest, *reversed(steps)) if ms is not None]
+        if encode is None or len(after) < len(rest) + len(steps):
+            return None
+        sums = list(accumulate(after))[len(rest) - 1 :][::-1]
+        return [sums[0] + encode, *sums[1:]]
+
     def total(self, request: GenerationRequest) -> float | None:
         """Milliseconds of a whole job; None where a price is not known."""
-        return self.left(request, 0)
-
-    def left(self, request: GenerationRequest, done: int) -> float | None:
-        """Milliseconds left after `done` steps."""
-        cells = math.prod(request.size.latent)
-        stages = STAGES if done == 0 else STAGES[1:]
-        prices = [*self.steps(request)[done:], *(self.ms(s, cells) for s in stages)]
-        return None if any(p is None for p in prices) else sum(p for p in prices if p is not None)
+        left = self.left(request)
+        return None if left is None else left[0]
 
 
 def units(request: GenerationRequest) -> float:

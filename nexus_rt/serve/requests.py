@@ -236,7 +236,7 @@ class Known:
 
     models: names that may be asked for. defaults: the pair's `Defaults`. temporal: frames a latent
         frame. generators: those that are loaded. loras: names. fps, plan: where a request says
-        nothing. deadline, max_size: the most that may be asked.
+        nothing. deadline, max_size, max_steps: the most that may be asked.
     """
 
     models: tuple[str, ...]
@@ -247,6 +247,7 @@ class Known:
     fps: str
     deadline: float
     max_size: ClipSize
+    max_steps: int
     plan: str | None = None
 
 
@@ -277,6 +278,12 @@ def read_create(body: Any, known: Known) -> ClipRequest:
     for name in NUMBERS:
         if name in body:
             body[name] = _checked(name, number, name, body[name], -1e9, 1e9)
+    plan = _text(body, "plan")
+    counts = [("num_inference_steps", body.get("num_inference_steps", 0))]
+    counts += [("plan", int(digits)) for digits in re.findall(r"\d{1,9}", plan or "")]
+    for name, count in counts:  # before a plan of so many steps is made
+        if count > known.max_steps:
+            raise _wrong(name, f"has {count} steps; this server takes at most {known.max_steps}.")
     if "deadline" in body:
         _checked("deadline", number, "deadline", body["deadline"], 1.0, known.deadline)
     if "seconds" in body and "num_frames" in body:
@@ -309,7 +316,7 @@ def read_create(body: Any, known: Known) -> ClipRequest:
         seconds=seconds,
         seed=secrets.randbits(32) if body.get("seed", -1) == -1 else body["seed"],
         negative_prompt=_text(body, "negative_prompt"),
-        plan=_text(body, "plan") or known.plan,
+        plan=plan or known.plan,
         solver=_text(body, "solver"),
         rewrite=check_prompt(body["rewrite"], "rewrite") if "rewrite" in body else None,
         loras=_loras(body["lora"], known.loras, known.generators) if "lora" in body else (),

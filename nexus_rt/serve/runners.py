@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nexus_rt.pipeline import NexusPipeline
 
 log = logging.getLogger("nexus_rt.serve")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 WarmUp = tuple[ClipRequest, dict[str, Any]]
 
 
@@ -140,7 +141,7 @@ class ProcessRunner:
         self._process = context.Process(
             target=_serve, args=(theirs, *self._made_of), name="nexus-rt-worker", daemon=True
         )
-        await asyncio.to_thread(self._process.start)
+        await asyncio.to_thread(_start_quietly, self._process)
         theirs.close()
         self._pipe, self._messages = ours, asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -217,6 +218,15 @@ class ProcessRunner:
             self._pipe = None
 
 
+def _start_quietly(process: Any) -> None:
+    """Start a process that a terminal's Ctrl-C does not reach: it inherits this thread's mask."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _read(
     pipe: Connection, loop: asyncio.AbstractEventLoop, messages: asyncio.Queue[tuple[str, Any]]
 ) -> None:
@@ -244,10 +254,14 @@ def _serve(
     log_level: str | None,
 ) -> None:
     """A worker process: load, say what can be made, then run what comes."""
+    from tqdm import tqdm
+
     if log_level is not None:
         log_json(log_level)
-    for number in (signal.SIGINT, signal.SIGTERM):  # the server decides, and the pipe tells
+    for number in SIGNALS:  # the server decides, and the pipe tells
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    tqdm.set_lock(threading.RLock())  # its own would be a semaphore, left behind at the end
     cancelled: set[str] = set()
     todo: list[list[Task]] = []
     arrived, sending = threading.Condition(), threading.Lock()

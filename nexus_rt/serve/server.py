@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import resource
 import signal
 import time
@@ -113,14 +114,19 @@ def run_server(server: NexusServer) -> None:
     settings = server.settings
 
     class Uvicorn(uvicorn.Server):
+        failed = False
+
         def handle_exit(self, sig: int, frame: Any) -> None:
+            if self.should_exit:  # the second: the store is in order, and the worker hears of it
+                os._exit(128 + sig)
             if server._dispatcher is not None:
                 server._dispatcher.hub.close()  # open streams would be waited for
             super().handle_exit(sig, frame)
 
         async def on_tick(self, counter: int) -> bool:
             of = server.dispatcher
-            return await super().on_tick(counter) or (of.profile is None and bool(of.problem))
+            self.failed = of.profile is None and of.problem is not None
+            return await super().on_tick(counter) or self.failed
 
     config = uvicorn.Config(
         server.alone,
@@ -138,13 +144,14 @@ def run_server(server: NexusServer) -> None:
     )
     # uvicorn raises the signal again when it is done, and then nothing is left to be ended
     before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
+    http = Uvicorn(config)
     try:
-        Uvicorn(config).run()
+        http.run()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if server._dispatcher is not None and (problem := server._dispatcher.problem):
-        raise NexusError(problem)
+    if http.failed:
+        raise NexusError(server.dispatcher.problem)
 
 
 def patient_protocol() -> type[asyncio.Protocol]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from nexus_rt.checks import number, whole
 from nexus_rt.errors import InputError
 from nexus_rt.memory.residency import parse_bytes
+from nexus_rt.request import MAX_STEPS
 from nexus_rt.size import ClipSize
 from nexus_rt.video import frame_rate
 
@@ -45,7 +46,7 @@ class Settings:
     batch: how many waiting jobs of the same plan, size and steps are denoised together.
     preview_every: steps between previews; 0 makes none.
     fps, plan: of jobs whose request says nothing.
-    max_size: the largest clip, by its pixels in all.
+    max_size: the largest clip, by its pixels in all. max_steps: the longest plan.
     grace: seconds that a running job gets to end when the server stops, before it is queued again.
     attempts: how often a job may take its process down before it is given up.
     lora_folder: where the LoRAs lie that requests may name.
@@ -67,6 +68,7 @@ class Settings:
     fps: str = "16"
     plan: str | None = None
     max_size: ClipSize = ClipSize(1920, 1088, 129)  # noqa: RUF009 (a tuple)
+    max_steps: int = 1000
     grace: float = 30.0
     attempts: int = 3
     lora_folder: Path | None = None
@@ -80,6 +82,7 @@ class Settings:
         whole("max_queue", self.max_queue, 1, 10**7)
         whole("batch", self.batch, 1, 64)
         whole("preview_every", self.preview_every, 0, 10_000)
+        whole("max_steps", self.max_steps, 1, MAX_STEPS)
         whole("attempts", self.attempts, 1, 100)
         whole("max_connections", self.max_connections, 1, 10**6)
         number("deadline", self.deadline, 0.1, 1e8)
