@@ -55,6 +55,30 @@ class Reading:
         return float(self.place)
 
 
+class Fetched:
+    """A tensor on its way to the host: copied to pinned memory behind the work that makes it, and
+    an event says when it is there."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.host, self.done = tensor, None
+        if tensor.is_cuda:
+            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.host.copy_(tensor, non_blocking=True)
+            self.done = torch.cuda.Event()
+            self.done.record(torch.cuda.current_stream(tensor.device))
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be had without waiting."""
+        return self.done is None or self.done.query()
+
+    def value(self) -> Tensor:
+        """The tensor on the host, waited for where it is not there."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.host
+
+
 class Readings:
     """Numbers read from a device a while after they were asked for: each is copied to pinned memory
     behind the work that makes it, and an event says when it is there."""

@@ -242,3 +242,22 @@ def test_a_worker_makes_clips_reports_errors_and_cancels(tiny_pair, tmp_path):
     worker.cancel(long)
     worker.close()
     assert long.cancelled and late.cancelled and not long.file.exists() and not late.file.exists()
+
+
+def test_exported_engines_are_served(tiny_engines, tmp_path):
+    from tests.serving import ServerProcess, ask, wait_for
+
+    arguments = ["--engines", str(tiny_engines), "--plan", "large", "--no-warmup"]
+    with ServerProcess(tmp_path / "store", *arguments) as server:
+        server.ready()
+        body = {"prompt": "a red circle", "size": "48x32", "num_frames": 5}
+        body |= {"num_inference_steps": 4}
+        status, _, job = ask(server.address, "/v1/videos", "POST", body)
+        assert status == 200, job
+        path = f"/v1/videos/{job['id']}"
+        ended = wait_for(lambda: (row := ask(server.address, path)[2])["completed_at"] and row, 60)
+        assert ended["status"] == "completed"
+        refused = ask(server.address, "/v1/videos", "POST", {**body, "size": "64x64"})[2]
+        assert "was built for" in refused["error"]["message"]
+        refused = ask(server.address, "/v1/videos", "POST", {**body, "lora": "x"})[2]
+        assert refused["error"]["param"] == "lora"

@@ -380,3 +380,32 @@ def test_failures_have_codes(generator, monkeypatch):
     with pytest.raises(JobFailed) as failed:  # queued for models that have changed
         generator.run([Task("a", 1, request(width=65))], lambda e: None, lambda t: True)
     assert failed.value.code == "invalid_value"
+
+
+def test_previews_never_wait_for_a_device(generator, monkeypatch):
+    """By a device that has a frame two steps after it was asked."""
+    from nexus_rt.serve import generate
+
+    asked, waited = [], []
+
+    class Slow:
+        def __init__(self, tensor):
+            self.tensor, self.number = tensor, len(asked)
+            asked.append(self)
+
+        @property
+        def ready(self):
+            return len(asked) > self.number + 2
+
+        def value(self):
+            if not self.ready:
+                waited.append(self.number)
+            return self.tensor
+
+    monkeypatch.setattr(generate, "Fetched", Slow)
+    events = []
+    generator.run([Task("a", 1, request())], events.append, lambda task: True)
+    assert waited == [8, 9]  # after the last step alone
+    told = [(e["kind"], e["step"]) for e in events if e["kind"] in ("step", "preview")]
+    assert [s for k, s in told if k == "preview"] == list(range(1, 11))
+    assert told.index(("preview", 1)) == told.index(("step", 3)) + 1

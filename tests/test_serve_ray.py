@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from nexus_rt.cli import parser
-from nexus_rt.cli.pipeline import quiet_pipeline
+from nexus_rt.cli.serve import served_pipeline
 from nexus_rt.errors import InputError
 from nexus_rt.serve.ray_runner import RayRunner, parse_replicas
 from nexus_rt.serve.server import NexusServer
@@ -26,7 +26,7 @@ def test_the_queue_brings_a_second_replica_and_one_is_killed_in_a_job(tmp_path, 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         low, high = parse_replicas(args.replicas)
-        runner = RayRunner(quiet_pipeline, args, low, high, warmup=not args.no_warmup)
+        runner = RayRunner(served_pipeline, args, low, high, warmup=not args.no_warmup)
         server = NexusServer(runner, tmp_path / "store")
         with serving(server) as address:
             wait_for(lambda: server.dispatcher.ready or server.dispatcher.problem, 90)

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import socket
+from dataclasses import replace
 
 import openai
 import pytest
@@ -213,9 +214,10 @@ def test_engines_say_what_they_were_built_for(tmp_path):
     from nexus_rt.size import BuiltSizes, ClipSize
 
     built = (BuiltSizes("small", (ClipSize(64, 64, 17),)),)
-    profile = mini_profile(built_sizes=built, loras=False, generators=("small",))
+    defaults = replace(mini_profile().defaults, plan="small")
+    profile = mini_profile(built_sizes=built, loras=False, generators=("small",), defaults=defaults)
     (tmp_path / "ink.safetensors").write_bytes(b"")
-    with fake(tmp_path, FakeRunner(profile=profile), lora_folder=tmp_path, plan="small") as made:
+    with fake(tmp_path, FakeRunner(profile=profile), lora_folder=tmp_path) as made:
         address = made[0]
         post = lambda body: ask(address, "/v1/videos", "POST", {"prompt": "x", **body})
         assert post({})[0] == 200

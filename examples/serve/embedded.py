@@ -1,7 +1,7 @@
 """NexusRT's routes inside a FastAPI application of your own.
 
     pip install "nexus-rt[serve]" fastapi
-    uvicorn embedded:app --app-dir examples/serve
+    uvicorn embedded:app --app-dir examples/serve --timeout-graceful-shutdown 30
 
 The pipeline runs in a thread of the application; its own routes are at /, NexusRT's under /video:
 `openai.OpenAI(base_url="http://127.0.0.1:8000/video/v1")`, and the page at /video/. Who may call

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from nexus_rt.cli.arguments import PLAN_HELP, models, running
 from nexus_rt.cli.pipeline import check_device, find_models, quiet_pipeline
 from nexus_rt.errors import InputError
+
+if TYPE_CHECKING:
+    from nexus_rt.pipeline import NexusPipeline
 
 KEYS = "NEXUS_RT_API_KEY"
 
@@ -49,6 +53,11 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="the folder of the queue and the clips (default: nexus-rt-jobs)",
     )
     group.add_argument("--plan", metavar="PLAN", help="of jobs that name none: " + PLAN_HELP)
+    group.add_argument(
+        "--rewrite",
+        choices=("auto", "off"),
+        help="what the large generator reads of jobs that do not say (default: the pair's)",
+    )
     group.add_argument("--fps", default="16", help="of jobs that name none (default: 16)")
     group.add_argument(
         "--max-queue", type=int, default=1000, metavar="N", help="jobs that wait (default: 1000)"
@@ -131,6 +140,27 @@ def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(dict.fromkeys(keys))
 
 
+def served_pipeline(args: argparse.Namespace) -> NexusPipeline:
+    """The pipeline that the arguments name, their plan and rewriting its defaults; a function of
+    its own, so that workers can be sent it.
+
+    Raises:
+        NexusError: the models cannot be loaded, or do not run the plan.
+    """
+    from dataclasses import replace
+
+    pipe = quiet_pipeline(args)
+    own = {"plan": args.plan, "rewrite": args.rewrite}
+    pipe.defaults = replace(pipe.defaults, **{k: v for k, v in own.items() if v is not None})
+    absent = [g for g in pipe.make_plan().generators if g not in pipe.engines]
+    if absent:
+        raise InputError(
+            f"plan {pipe.defaults.plan!r} runs the {absent[0]} generator, which was not loaded;"
+            f" pass --{absent[0]}, or another --plan."
+        )
+    return pipe
+
+
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     try:
@@ -149,8 +179,9 @@ def run(args: argparse.Namespace) -> int:
     from nexus_rt.size import ClipSize
 
     check_device(args.device)
-    if args.plan is not None:
-        args.plan = from_front(args.plan).plan if args.plan.startswith("@") else args.plan
+    if args.plan is not None and args.plan.startswith("@"):
+        chosen = from_front(args.plan)
+        args.plan, args.rewrite = chosen.plan, args.rewrite or chosen.rewrite
     if not args.engines:
         find_models(args)  # said before anything is started
     runner: Runner
@@ -158,10 +189,10 @@ def run(args: argparse.Namespace) -> int:
         from nexus_rt.serve.ray_runner import RayRunner, parse_replicas
 
         low, high = parse_replicas(args.replicas)
-        runner = RayRunner(quiet_pipeline, args, low, high, args.preview_every, not args.no_warmup)
+        runner = RayRunner(served_pipeline, args, low, high, args.preview_every, not args.no_warmup)
     else:
         runner = ProcessRunner(
-            quiet_pipeline, args, args.preview_every, not args.no_warmup, args.log_level or "info"
+            served_pipeline, args, args.preview_every, not args.no_warmup, args.log_level or "info"
         )
     server = NexusServer(
         runner,
@@ -170,7 +201,6 @@ def run(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         api_keys=api_keys(args),
-        plan=args.plan,
         max_size=ClipSize.parse(args.max_size),
         max_steps=args.max_steps,
         max_queue=args.max_queue,

@@ -190,7 +190,6 @@ class Api:
             deadline=settings.deadline,
             max_size=settings.max_size,
             max_steps=settings.max_steps,
-            plan=settings.plan,
         )
 
     async def _job(self, request: Request) -> Job:
@@ -341,7 +340,7 @@ class Api:
                     "size": f"{d.width}x{d.height}",
                     "num_frames": d.num_frames,
                     "fps": known.fps,
-                    "plan": known.plan or d.plan,
+                    "plan": d.plan,
                 },
                 "loras": known.loras,
             }

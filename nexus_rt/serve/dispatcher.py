@@ -29,7 +29,6 @@ from nexus_rt.serve.requests import ClipRequest
 from nexus_rt.serve.runners import Runner
 from nexus_rt.serve.settings import Settings
 from nexus_rt.serve.store import Job, NewJob, NoRoom, QueueFull, Store
-from nexus_rt.size import ClipSize
 
 T = TypeVar("T")
 log = logging.getLogger("nexus_rt.serve")
@@ -98,13 +97,12 @@ class Dispatcher:
         while not self.stopping:
             try:
                 profile, warmed = await self.runner.start()
-                own = {"plan": self.settings.plan}
-                profile.plan(ClipSize.of_defaults(profile.defaults), own)
-            except (NexusError, Problem) as error:
+            except Exception as error:
                 if self.stopping:  # what loads is stopped too
                     return
-                self.problem = str(error)
-                log.error("the models cannot be loaded: %s", error)
+                self.problem = str(error) or type(error).__name__
+                known = isinstance(error, NexusError)
+                log.error("the models cannot be loaded: %s", self.problem, exc_info=not known)
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, PATIENCE[1])
                 continue

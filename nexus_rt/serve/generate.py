@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nexus_rt.devices import Fetched
 from nexus_rt.errors import Cancelled, DecodeError, NexusError, NumericsError, cut
-from nexus_rt.log import logger
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH, clean_prompt
 from nexus_rt.serve.preview import LatentRGB, clean, fit, picture, shipped
 from nexus_rt.serve.problems import JobFailed, Problem
@@ -152,6 +152,7 @@ class _Call:
         self.memory: dict[str, dict[str, float]] = {}
         self.warnings: dict[str, str] = {}  # by task
         self.before: Tensor | None = None
+        self.previews: list[tuple[int, Fetched]] = []  # on their way, by step
         self.last = 0.0
 
     def tell(self, kind: str, task: Task | None = None, **details: Any) -> None:
@@ -187,6 +188,7 @@ class _Call:
                 callback_on_step_end=self.step,
                 **first.options,
             )
+            self.tell_previews(wait=True)
             self.memory["denoise"] = memory(pipe.device)
             self.check()
             self.tell("stage", stage="decode")
@@ -239,24 +241,29 @@ class _Call:
         latents, now = tensors["latents"], time.perf_counter()
         self.tell("step", step=index + 1, duration_ms=1000 * (now - self.last))
         if self.of.rgb is not None and self.of.preview_every:
-            try:
-                self.preview(index, latents)
-            except Exception as error:  # a clip is worth more than its preview
-                logger.warning("no preview of step %d: %s", index, cut(error))
+            self.preview(index, latents)
+            self.tell_previews(wait=False)
         if not any(self.wanted(task) for task in self.tasks):
             pipe.cancel()
         self.before, self.last = latents, time.perf_counter()
 
     def preview(self, index: int, latents: Tensor) -> None:
+        """Begin a preview, where one is due; a GPU is not waited for."""
         plan = self.planned.plan.steps
         due = (index + 1) % self.of.preview_every == 0 or index + 1 == len(plan)
         if not due or self.before is None or self.of.rgb is None:
             return
         following = plan[index + 1].sigma if index + 1 < len(plan) else 0.0
         pointed = clean(self.before, latents, plan[index].sigma, following)
-        for i, task in enumerate(self.tasks):
-            image = base64.b64encode(picture(self.of.rgb.frame(pointed[i]))).decode()
-            self.tell("preview", task, step=index + 1, image=f"data:image/jpeg;base64,{image}")
+        self.previews.append((index + 1, Fetched(self.of.rgb.frames(pointed))))
+
+    def tell_previews(self, wait: bool) -> None:
+        """Tell of the previews that are there, or of all."""
+        while self.previews and (wait or self.previews[0][1].ready):
+            step, frames = self.previews.pop(0)
+            for task, frame in zip(self.tasks, frames.value().numpy(), strict=True):
+                image = base64.b64encode(picture(frame)).decode()
+                self.tell("preview", task, step=step, image=f"data:image/jpeg;base64,{image}")
 
     def learn_colours(self, latents: Tensor, frames: np.ndarray) -> None:
         """The preview's map of a latent space for which none is shipped: of the first clip."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt import documents
+from nexus_rt.devices import send
 from nexus_rt.errors import InputError
 
 MAPS = Path(__file__).with_name("latent_rgb.json")
@@ -30,14 +31,17 @@ class LatentRGB:
     factors: tuple[tuple[float, ...], ...]
     bias: tuple[float, ...]
 
+    def frames(self, latents: Tensor, at: float = 0.5) -> Tensor:
+        """One frame [B, h, w, 3], uint8, of each of clean latents [B, C, T, h, w], on their device;
+        at: where in the clip, 0 to 1."""
+        picked = latents[:, :, round(at * (latents.shape[2] - 1))].float()
+        factors = send(torch.tensor([*self.factors, self.bias]), picked.device)
+        rgb = torch.einsum("bchw,cr->bhwr", picked, factors[:-1]) + factors[-1]
+        return ((rgb.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
     def frame(self, latents: Tensor, at: float = 0.5) -> np.ndarray:
-        """One frame [h, w, 3], uint8, of clean latents [C, T, h, w]; at: where in the clip, 0 to
-        1."""
-        picked = latents[:, round(at * (latents.shape[1] - 1))]
-        factors = torch.tensor(self.factors, device=picked.device)
-        rgb = torch.einsum("chw,cr->hwr", picked.float(), factors).cpu()
-        rgb = (rgb + torch.tensor(self.bias)).nan_to_num().clamp(-1, 1)
-        return ((rgb + 1) * 127.5).round().to(torch.uint8).numpy()
+        """The frame [h, w, 3] of one clip's latents [C, T, h, w]."""
+        return self.frames(latents[None], at)[0].cpu().numpy()
 
 
 def fit(latents: Tensor, frames: np.ndarray, temporal: int = 4) -> LatentRGB:

@@ -235,8 +235,8 @@ class Known:
     """What a request is read against, of the server and of its pair.
 
     models: names that may be asked for. defaults: the pair's `Defaults`. temporal: frames a latent
-        frame. generators: those that are loaded. loras: names. fps, plan: where a request says
-        nothing. deadline, max_size, max_steps: the most that may be asked.
+        frame. generators: those that are loaded. loras: names. fps: where a request says nothing.
+        deadline, max_size, max_steps: the most that may be asked.
     """
 
     models: tuple[str, ...]
@@ -248,7 +248,6 @@ class Known:
     deadline: float
     max_size: ClipSize
     max_steps: int
-    plan: str | None = None
 
 
 def read_create(body: Any, known: Known) -> ClipRequest:
@@ -316,7 +315,7 @@ def read_create(body: Any, known: Known) -> ClipRequest:
         seconds=seconds,
         seed=secrets.randbits(32) if body.get("seed", -1) == -1 else body["seed"],
         negative_prompt=_text(body, "negative_prompt"),
-        plan=plan or known.plan,
+        plan=plan,
         solver=_text(body, "solver"),
         rewrite=check_prompt(body["rewrite"], "rewrite") if "rewrite" in body else None,
         loras=_loras(body["lora"], known.loras, known.generators) if "lora" in body else (),

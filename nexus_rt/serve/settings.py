@@ -45,7 +45,7 @@ class Settings:
         result stays. quota: bytes of all results; jobs that would not fit are refused.
     batch: how many waiting jobs of the same plan, size and steps are denoised together.
     preview_every: steps between previews; 0 makes none.
-    fps, plan: of jobs whose request says nothing.
+    fps: of jobs whose request says nothing.
     max_size: the largest clip, by its pixels in all. max_steps: the longest plan.
     grace: seconds that a running job gets to end when the server stops, before it is queued again.
     attempts: how often a job may take its process down before it is given up.
@@ -66,7 +66,6 @@ class Settings:
     batch: int = 1
     preview_every: int = 1
     fps: str = "16"
-    plan: str | None = None
     max_size: ClipSize = ClipSize(1920, 1088, 129)  # noqa: RUF009 (a tuple)
     max_steps: int = 1000
     grace: float = 30.0
