@@ -27,7 +27,7 @@ def test_the_queue_brings_a_second_replica_and_one_is_killed_in_a_job(tmp_path, 
     try:
         low, high = parse_replicas(args.replicas)
         runner = RayRunner(served_pipeline, args, low, high, warmup=not args.no_warmup)
-        server = NexusServer(runner, tmp_path / "store")
+        server = NexusServer(runner, tmp_path / "store", max_steps=2000)
         with serving(server) as address:
             wait_for(lambda: server.dispatcher.ready or server.dispatcher.problem, 90)
             assert server.dispatcher.problem is None

@@ -130,6 +130,8 @@ class RayRunner:
         if not ray.is_initialized():
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
             self._started = True
+            for name in ("ray", "ray.serve"):  # a line or more a replica, in a format of its own
+                logging.getLogger(name).setLevel(logging.WARNING)
         try:
             gpus = ray.cluster_resources().get("GPU", 0)
             options = {"num_gpus": 1} if gpus else {"num_cpus": 1}
