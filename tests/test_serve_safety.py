@@ -1,6 +1,7 @@
 """Metrics, logs, keys, other sites, slow clients; inside another application."""
 
 import asyncio
+import importlib
 import io
 import json
 import logging
@@ -162,9 +163,13 @@ def test_a_store_is_one_servers(tmp_path):
         asyncio.run(broken.start())
 
 
-def test_a_silent_connection_and_a_slow_body_hold_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("parser", ["h11_impl.H11Protocol", "httptools_impl.HttpToolsProtocol"])
+def test_a_silent_connection_and_a_slow_body_hold_nothing(tmp_path, monkeypatch, parser):
     from nexus_rt.serve import bodies
 
+    module, _, name = parser.partition(".")
+    protocol = getattr(importlib.import_module(f"uvicorn.protocols.http.{module}"), name)
+    monkeypatch.setattr("uvicorn.protocols.http.auto.AutoHTTPProtocol", protocol)
     monkeypatch.setattr(bodies, "SECONDS", 0.2)
     with fake(tmp_path) as (address, _, _):
         port = int(address.rpartition(":")[2])

@@ -22,7 +22,7 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "event": record.getMessage(),
         }
-        row |= {k: v for k, v in vars(record).items() if k not in KNOWN}
+        row |= {k: v for k, v in vars(record).items() if k not in KNOWN and not k.startswith("_")}
         if record.exc_info:
             row["traceback"] = self.formatException(record.exc_info)
         return json.dumps(row, ensure_ascii=False, default=str)
