@@ -37,46 +37,46 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-class Reading:
-    """A number that a device is computing. place: where it will lie in host memory."""
+class Arrival:
+    """A tensor that a device is still computing. host: where it will lie in host memory."""
 
-    def __init__(self, place: Tensor, done: torch.cuda.Event | None) -> None:
-        self.place, self.done = place, done
-
-    @property
-    def ready(self) -> bool:
-        """Whether it can be had without waiting."""
-        return self.done is None or self.done.query()
-
-    def value(self) -> float:
-        """The number, waited for where it is not ready."""
-        if self.done is not None:
-            self.done.synchronize()
-        return float(self.place)
-
-
-class Fetched:
-    """A tensor on its way to the host: copied to pinned memory behind the work that makes it, and
-    an event says when it is there."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.host, self.done = tensor, None
-        if tensor.is_cuda:
-            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self.host.copy_(tensor, non_blocking=True)
-            self.done = torch.cuda.Event()
-            self.done.record(torch.cuda.current_stream(tensor.device))
+    def __init__(self, host: Tensor, done: torch.cuda.Event | None) -> None:
+        self.host, self.done = host, done
 
     @property
     def ready(self) -> bool:
         """Whether it can be had without waiting."""
         return self.done is None or self.done.query()
 
-    def value(self) -> Tensor:
-        """The tensor on the host, waited for where it is not there."""
+    def tensor(self) -> Tensor:
+        """The tensor on the host, waited for where it is not ready."""
         if self.done is not None:
             self.done.synchronize()
         return self.host
+
+
+class Reading(Arrival):
+    """An arriving tensor of one element."""
+
+    def value(self) -> float:
+        """The number, waited for where it is not ready."""
+        return float(self.tensor())
+
+
+def fetch(tensor: Tensor) -> Arrival:
+    """Begin to copy a tensor to pinned memory, behind the work that makes it."""
+    if not tensor.is_cuda:
+        return Arrival(tensor, None)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    return Arrival(host, _event(tensor.device))
+
+
+def _event(device: torch.device) -> torch.cuda.Event:
+    """An event behind what a device's current stream has been given."""
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    return done
 
 
 class Readings:
@@ -100,7 +100,5 @@ class Readings:
             before.done.synchronize()  # its reader is too late; the place is used again
         place = self.pinned[at]
         place.copy_(number.reshape(()), non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(number.device))
-        reading = self.taken[at] = Reading(place, done)
+        reading = self.taken[at] = Reading(place, _event(number.device))
         return reading

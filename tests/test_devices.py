@@ -277,7 +277,7 @@ def test_a_place_is_used_again_when_it_has_been_read(gpu):
     values = [r.value() for r in made]
     more = readings.start(OnGpu(99.0))
     assert values == [float(i) for i in range(devices.PLACES)] and more.value() == 99.0
-    assert more.place.data_ptr() == made[0].place.data_ptr()
+    assert more.host.data_ptr() == made[0].host.data_ptr()
 
 
 def test_a_check_does_not_wait_before_it_must(gpu):

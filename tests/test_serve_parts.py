@@ -390,19 +390,19 @@ def test_previews_never_wait_for_a_device(generator, monkeypatch):
 
     class Slow:
         def __init__(self, tensor):
-            self.tensor, self.number = tensor, len(asked)
+            self.frames, self.number = tensor, len(asked)
             asked.append(self)
 
         @property
         def ready(self):
             return len(asked) > self.number + 2
 
-        def value(self):
+        def tensor(self):
             if not self.ready:
                 waited.append(self.number)
-            return self.tensor
+            return self.frames
 
-    monkeypatch.setattr(generate, "Fetched", Slow)
+    monkeypatch.setattr(generate, "fetch", Slow)
     events = []
     generator.run([Task("a", 1, request())], events.append, lambda task: True)
     assert waited == [8, 9]  # after the last step alone

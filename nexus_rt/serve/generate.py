@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nexus_rt.devices import Fetched
+from nexus_rt.devices import Arrival, fetch
 from nexus_rt.errors import Cancelled, DecodeError, NexusError, NumericsError, cut
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH, clean_prompt
 from nexus_rt.serve.preview import LatentRGB, clean, fit, picture, shipped
@@ -152,7 +152,7 @@ class _Call:
         self.memory: dict[str, dict[str, float]] = {}
         self.warnings: dict[str, str] = {}  # by task
         self.before: Tensor | None = None
-        self.previews: list[tuple[int, Fetched]] = []  # on their way, by step
+        self.previews: list[tuple[int, Arrival]] = []  # on their way, by step
         self.last = 0.0
 
     def tell(self, kind: str, task: Task | None = None, **details: Any) -> None:
@@ -255,13 +255,13 @@ class _Call:
             return
         following = plan[index + 1].sigma if index + 1 < len(plan) else 0.0
         pointed = clean(self.before, latents, plan[index].sigma, following)
-        self.previews.append((index + 1, Fetched(self.of.rgb.frames(pointed))))
+        self.previews.append((index + 1, fetch(self.of.rgb.frames(pointed))))
 
     def tell_previews(self, wait: bool) -> None:
         """Tell of the previews that are there, or of all."""
         while self.previews and (wait or self.previews[0][1].ready):
             step, frames = self.previews.pop(0)
-            for task, frame in zip(self.tasks, frames.value().numpy(), strict=True):
+            for task, frame in zip(self.tasks, frames.tensor().numpy(), strict=True):
                 image = base64.b64encode(picture(frame)).decode()
                 self.tell("preview", task, step=step, image=f"data:image/jpeg;base64,{image}")
 
