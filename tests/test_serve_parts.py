@@ -367,6 +367,7 @@ def test_failures_have_codes(generator, monkeypatch):
         (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"),
         (MemoryError(), "out_of_memory"),
         (NumericsError("velocity is not finite"), "not_finite"),
+        (RuntimeError("/srv/secret/path"), "generation_failed"),
     ):
 
         def fails(*arguments, error=error, **named):
@@ -376,7 +377,7 @@ def test_failures_have_codes(generator, monkeypatch):
             patch.setattr(type(generator.pipe), "encode_prompt", fails)
             with pytest.raises(JobFailed) as failed:
                 generator.run([Task("a", 1, request())], lambda e: None, lambda t: True)
-        assert failed.value.code == code
+        assert failed.value.code == code and "secret" not in failed.value.message
     with pytest.raises(JobFailed) as failed:  # queued for models that have changed
         generator.run([Task("a", 1, request(width=65))], lambda e: None, lambda t: True)
     assert failed.value.code == "invalid_value"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import os
 import tempfile
 import time
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from nexus_rt.pipeline import NexusPipeline
 
+log = logging.getLogger("nexus_rt.serve")
 Event = dict[str, Any]
 WARMUP = "a red circle moves left on a black background"
 
@@ -124,6 +126,10 @@ class Generator:
             raise JobFailed("decode_failed", str(error)) from error
         except NexusError as error:
             raise JobFailed("generation_failed", str(error)) from error
+        except Exception as error:  # whatever a backend raises: its words are not the client's
+            log.exception("a job failed", extra={"job": tasks[0].id})
+            kind = type(error).__name__
+            raise JobFailed("generation_failed", f"{kind}; the server's log says more.") from error
 
     def set_loras(self, loras: dict[str, tuple[str, ...]]) -> None:
         """Have exactly these LoRAs merged, beside none that the pipeline was loaded with."""

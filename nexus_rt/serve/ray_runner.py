@@ -19,7 +19,7 @@ from nexus_rt.errors import InputError, NexusError, cut
 from nexus_rt.serve.generate import Clip, Event, Generator, Task
 from nexus_rt.serve.problems import JobFailed, WorkerLost
 from nexus_rt.serve.profile import Profile
-from nexus_rt.serve.runners import WarmUp
+from nexus_rt.serve.worker import WarmUp
 
 log = logging.getLogger("nexus_rt.serve")
 NAME = "nexus-rt"
@@ -72,10 +72,6 @@ class Replica:
                 put(("clips", self.generator.run(tasks, emit, lambda task: not stopped)))
             except JobFailed as error:
                 put(("failed", (error.code, error.message)))
-            except Exception as error:
-                log.exception("a job failed")
-                words = f"{type(error).__name__}: {cut(error)}"
-                put(("failed", ("generation_failed", words)))
 
         running = loop.run_in_executor(None, work)
         try:

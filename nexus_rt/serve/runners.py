@@ -1,5 +1,5 @@
 """What runs jobs: the protocol, a pipeline in a thread of this process, and one in a process of its
-own, which is begun again when it goes down."""
+own (`nexus_rt.serve.worker`), which is begun again when it goes down."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -16,17 +15,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nexus_rt.errors import NexusError, cut
 from nexus_rt.serve.generate import Clip, Event, Generator, Task
-from nexus_rt.serve.logs import log_json
 from nexus_rt.serve.problems import JobFailed, WorkerLost
 from nexus_rt.serve.profile import Profile
-from nexus_rt.serve.requests import ClipRequest
+from nexus_rt.serve.worker import SIGNALS, WarmUp, work
 
 if TYPE_CHECKING:
     from nexus_rt.pipeline import NexusPipeline
 
 log = logging.getLogger("nexus_rt.serve")
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-WarmUp = tuple[ClipRequest, dict[str, Any]]
 
 
 class Runner(Protocol):
@@ -89,11 +85,6 @@ class ThreadRunner:
         wanted = lambda task: task.id not in self._cancelled
         try:
             return await asyncio.to_thread(self.generator.run, tasks, tell, wanted)
-        except JobFailed:
-            raise
-        except Exception as error:  # whatever a backend raises is the job's failure
-            log.exception("a job failed")
-            raise JobFailed("generation_failed", f"{type(error).__name__}: {cut(error)}") from error
         finally:
             self._running = set()
 
@@ -139,7 +130,7 @@ class ProcessRunner:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, *self._made_of), name="nexus-rt-worker", daemon=True
+            target=work, args=(theirs, *self._made_of), name="nexus-rt-worker", daemon=True
         )
         await asyncio.to_thread(_start_quietly, self._process)
         theirs.close()
@@ -243,96 +234,3 @@ def _read(
             loop.call_soon_threadsafe(messages.put_nowait, message)
         if message[0] == "lost":
             return
-
-
-def _serve(
-    pipe: Connection,
-    make: Any,
-    argument: Any,
-    preview_every: int,
-    warmup: bool,
-    log_level: str | None,
-) -> None:
-    """A worker process: load, say what can be made, then run what comes."""
-    from tqdm import tqdm
-
-    if log_level is not None:
-        log_json(log_level)
-    for number in SIGNALS:  # the server decides, and the pipe tells
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    tqdm.set_lock(threading.RLock())  # its own would be a semaphore, left behind at the end
-    cancelled: set[str] = set()
-    todo: list[list[Task]] = []
-    arrived, sending = threading.Condition(), threading.Lock()
-    made: list[Any] = []
-
-    def send(message: tuple[str, Any]) -> None:
-        with sending, contextlib.suppress(OSError):
-            pipe.send(message)
-
-    def listen() -> None:
-        while True:
-            try:
-                kind, value = pipe.recv()
-            except (EOFError, OSError):
-                os._exit(0)  # the server is gone, and with it whoever would read a clip
-            with arrived:
-                if kind == "run":
-                    todo.append(value)
-                elif kind == "close":
-                    os._exit(0)
-                else:
-                    cancelled.add(value)
-                    if made:
-                        made[0].cancel()
-                arrived.notify()
-
-    def emit(event: Event) -> None:
-        send(("event", event))
-
-    def wanted(task: Task) -> bool:
-        return task.id not in cancelled
-
-    try:
-        pipeline = make(argument)
-        pipeline.set_progress_bar_config(disable=True)
-        generator = Generator(pipeline, preview_every)
-        ready = generator.profile, generator.warm_up() if warmup else None
-    except BaseException as error:
-        words = str(error) if isinstance(error, NexusError) else f"{type(error).__name__}: {error}"
-        send(("failed", ("loading", words)))
-        return
-    threading.Thread(target=listen, daemon=True).start()
-    send(("ready", ready))
-    while True:
-        with arrived:
-            arrived.wait_for(lambda: todo)
-            tasks = todo.pop(0)
-            cancelled.intersection_update(task.id for task in tasks)
-            if len(tasks) == 1:  # of a batch, the others go on
-                made[:] = [pipeline]
-        try:
-            message: tuple[str, Any] = ("clips", generator.run(tasks, emit, wanted))
-        except JobFailed as error:
-            message = ("failed", (error.code, error.message))
-        except Exception as error:
-            log.exception("a job failed")
-            message = ("failed", ("generation_failed", f"{type(error).__name__}: {cut(error)}"))
-        made.clear()
-        send(message)
-        if _unusable(pipeline):
-            os._exit(70)  # the next job gets a fresh process
-
-
-def _unusable(pipeline: Any) -> bool:
-    """Whether the device answers no more, as after an illegal address: only a new process helps."""
-    if pipeline.device.type != "cuda":
-        return False
-    import torch
-
-    try:
-        torch.cuda.synchronize(pipeline.device)
-    except RuntimeError:
-        return True
-    return False

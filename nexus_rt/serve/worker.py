@@ -1,0 +1,130 @@
+"""A worker process: holds a pipeline, takes tasks from a pipe, and sends back what happens."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from nexus_rt.errors import NexusError
+from nexus_rt.serve.generate import Event, Generator, Task
+from nexus_rt.serve.logs import log_json
+from nexus_rt.serve.problems import JobFailed
+from nexus_rt.serve.requests import ClipRequest
+
+if TYPE_CHECKING:
+    from nexus_rt.pipeline import NexusPipeline
+
+log = logging.getLogger("nexus_rt.serve")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the server's to decide on
+WarmUp = tuple[ClipRequest, dict[str, Any]]
+UNUSABLE = 70  # exit code where only a fresh process helps
+
+
+def work(
+    pipe: Connection,
+    make: Callable[[Any], NexusPipeline],
+    argument: Any,
+    preview_every: int,
+    warmup: bool,
+    log_level: str | None,
+) -> None:
+    """Load, say "ready" or "failed", then run what comes until the pipe ends."""
+    from tqdm import tqdm
+
+    if log_level is not None:
+        log_json(log_level)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    tqdm.set_lock(threading.RLock())  # its own would be a semaphore, left behind at the end
+    worker = Worker(pipe)
+    try:
+        pipeline = make(argument)
+        pipeline.set_progress_bar_config(disable=True)
+        worker.generator = Generator(pipeline, preview_every)
+        warmed = worker.generator.warm_up() if warmup else None
+    except (NexusError, JobFailed) as error:
+        worker.send("failed", ("loading", str(error)))
+        return
+    except Exception as error:
+        log.exception("the models cannot be loaded")
+        worker.send("failed", ("loading", f"{type(error).__name__}: {error}"))
+        return
+    worker.send("ready", (worker.generator.profile, warmed))
+    worker.run()
+
+
+class Worker:
+    """The loop of a worker process, and the thread that hears the server meanwhile."""
+
+    generator: Generator
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
+        self.todo: list[list[Task]] = []
+        self.running: set[str] = set()
+        self.cancelled: set[str] = set()
+        self.arrived, self.sending = threading.Condition(), threading.Lock()
+
+    def send(self, kind: str, value: Any) -> None:
+        with self.sending, contextlib.suppress(OSError):  # `hear` ends a process without a server
+            self.pipe.send((kind, value))
+
+    def emit(self, event: Event) -> None:
+        self.send("event", event)
+
+    def wanted(self, task: Task) -> bool:
+        return task.id not in self.cancelled
+
+    def hear(self) -> None:
+        """Messages of the server, until it is gone: nobody would read a clip then."""
+        while True:
+            try:
+                kind, value = self.pipe.recv()
+            except (EOFError, OSError):
+                os._exit(0)
+            with self.arrived:
+                if kind == "run":
+                    self.todo.append(value)
+                elif kind == "close":
+                    os._exit(0)
+                else:
+                    self.cancelled.add(value)
+                    if self.running <= self.cancelled:  # of a batch, the others go on
+                        self.generator.pipe.cancel()
+                self.arrived.notify()
+
+    def run(self) -> None:
+        """One list of tasks after another."""
+        threading.Thread(target=self.hear, daemon=True).start()
+        while True:
+            with self.arrived:
+                self.arrived.wait_for(lambda: self.todo)
+                tasks = self.todo.pop(0)
+                self.running = {task.id for task in tasks}
+                self.cancelled &= self.running
+            try:
+                self.send("clips", self.generator.run(tasks, self.emit, self.wanted))
+            except JobFailed as error:
+                self.send("failed", (error.code, error.message))
+            if not self.answers():
+                os._exit(UNUSABLE)
+
+    def answers(self) -> bool:
+        """Whether the device still computes; after an illegal address it does not."""
+        device = self.generator.pipe.device
+        if device.type != "cuda":
+            return True
+        import torch
+
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return False
+        return True
