@@ -1,6 +1,7 @@
 """The queue, what runs, and who watches it."""
 
 import asyncio
+import json
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -171,6 +172,39 @@ def test_a_full_disk_fails_the_job_and_not_the_server(tmp_path, monkeypatch):
             assert refused.value.code == "storage_failed"
             assert "disk is full" not in str(refused.value)  # not our words
         assert c.videos.create_and_poll(prompt="x").status == "completed"
+
+
+def test_an_end_that_cannot_be_written_down_is_made_up_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("nexus_rt.serve.dispatcher.PATIENCE", (0.01, 0.1))
+    with fake(tmp_path) as (address, server, runner):
+        store = server.dispatcher.store
+        complete, asked = store.complete, []
+
+        def full(*arguments):
+            asked.append(arguments)
+            if len(asked) < 3:
+                raise sqlite3.OperationalError("database or disk is full")
+            return complete(*arguments)
+
+        monkeypatch.setattr(store, "complete", full)
+        done = client(address).videos.create_and_poll(prompt="x")
+        assert done.status == "completed" and len(asked) == len(runner.begun) == 3
+        assert len(client(address).videos.download_content(done.id).read()) == 1000
+
+
+def test_requests_of_another_version_fail_alone(tmp_path):
+    with fake(tmp_path) as (address, server, runner):
+        runner.gate = asyncio.Event()
+        c = client(address)
+        c.videos.create(prompt="running")
+        wait_for(lambda: runner.begun)
+        old, fine = c.videos.create(prompt="old"), c.videos.create(prompt="fine")
+        rows = {"prompt": "old", "model": "m", "width": 64, "height": 64, "seconds": "1"}
+        with server.dispatcher.store._write() as db:
+            db.execute("UPDATE jobs SET request = ? WHERE id = ?", (json.dumps(rows), old.id))
+        runner.gate.set()
+        assert c.videos.poll(old.id).error.code == "invalid_value"
+        assert c.videos.poll(fine.id).status == "completed"
 
 
 def test_a_restart_takes_up_what_was_left(tmp_path):

@@ -65,6 +65,7 @@ class Dispatcher:
         self.problem: str | None = None  # why the models are not there
         self.live: dict[str, Live] = {}
         self.stopping = False
+        self._adrift: list[Job] = []  # claimed, and their end is not written down yet
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task] = []
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="nexus-rt-store")
@@ -183,10 +184,9 @@ class Dispatcher:
         self._wake.set()
         return job
 
-    async def cancel(self, job: Job, code: str = "cancelled", why: str = "") -> bool:
+    async def cancel(self, job: Job) -> bool:
         """End a job that has not ended, running or not; False where it had."""
-        message = why or "cancelled by its client."
-        return await self._failed(job, code, message)
+        return await self._failed(job, "cancelled", "cancelled by its client.")
 
     async def delete(self, job: Job) -> None:
         """Forget a job and its files; a running one stops before its next step."""
@@ -210,6 +210,7 @@ class Dispatcher:
         """One slot of the runner: a job, or a batch, after another."""
         delay = PATIENCE[0]
         while not self.stopping:
+            jobs: list[Job] = []
             try:
                 self._wake.clear()
                 jobs = await self.call(self.store.claim, time.time(), self.settings.batch)
@@ -223,6 +224,7 @@ class Dispatcher:
                 # a worker that does not load, a store that cannot be written: neither is a job's
                 expected = isinstance(error, (NexusError, sqlite3.Error, OSError))
                 log.error("jobs cannot be run: %s", cut(error), exc_info=not expected)
+                self._adrift += jobs
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, PATIENCE[1])
 
@@ -231,13 +233,18 @@ class Dispatcher:
         profile, began = self.known(), time.time()
         tasks = []
         for job in jobs:
-            request = ClipRequest.stored(job.request)
             try:
+                request = ClipRequest.stored(job.request)
                 planned = profile.check(request)
-                self.live[job.id] = Live(job, planned, self.prices.left(planned))
-            except Problem as problem:  # queued before the models were changed
-                await self._failed(job, problem.code, problem.message)
+            except (
+                Problem,
+                TypeError,
+                KeyError,
+            ) as error:  # queued for other models, or another us
+                why = error.message if isinstance(error, Problem) else "its request cannot be read."
+                await self._failed(job, getattr(error, "code", "invalid_value"), why)
                 continue
+            self.live[job.id] = Live(job, planned, self.prices.left(planned))
             tasks.append(Task(job.id, job.attempts, request, self._lora_files(request)))
             self.metrics.wait.observe(max(0.0, began - job.created_at))
             self.hub.publish(job.id, "started", {"id": job.id, "attempt": job.attempts})
@@ -383,9 +390,13 @@ class Dispatcher:
             self.hub.publish(job_id, job.status, answers.video(job, self.progress(job)))
 
     async def _watch_clock(self) -> None:
-        """Deadlines and expiries."""
+        """Deadlines, expiries, and jobs whose end could not be written down."""
         while True:
             try:
+                for job in list(self._adrift):  # no attempt of theirs runs any more
+                    await self.call(self.store.requeue, job, lost=False)
+                    self._adrift.remove(job)
+                    self._wake.set()
                 for job in await self.call(self.store.overdue, time.time()):
                     seconds = job.deadline_at - job.created_at
                     why = f"it had not ended {seconds:g} seconds after its creation."

@@ -295,7 +295,12 @@ for (const name of ["size", "num_frames", "num_inference_steps", "guidance_scale
 $("more").addEventListener("click", () => gallery().catch(say));
 $("together").addEventListener("click", playTogether);
 $("clip-close").addEventListener("click", () => $("clip-dialog").close());
-$("clip-dialog").addEventListener("close", () => $("clip-video").pause());
+$("clip-dialog").addEventListener("close", () => {
+  const video = $("clip-video");
+  video.pause();
+  URL.revokeObjectURL(video.src);
+  video.removeAttribute("src");
+});
 $("clip-again").addEventListener("click", useSettings);
 $("clip-delete").addEventListener("click", async () => {
   try {
