@@ -12,7 +12,7 @@ from nexus_rt.batch import Job
 from nexus_rt.batch_ray import run_on_ray
 from nexus_rt.prompts import Item
 
-pytest.importorskip("ray")
+ray = pytest.importorskip("ray")
 QUICK = dict(height=32, width=48, num_frames=5, num_inference_steps=2, plan="small:1 large:1")
 
 
@@ -39,16 +39,42 @@ def make(said):
     return pipe
 
 
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
 @pytest.fixture
 def quiet_ray(monkeypatch):
-    for name, value in (
-        ("RAY_USAGE_STATS_ENABLED", "0"),
-        ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"),
-    ):
+    for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
 
 
-def test_two_workers_one_killed_no_clip_lost_or_doubled(tiny_pair, tmp_path, quiet_ray):
+@pytest.fixture(scope="module")
+def cluster():
+    """One Ray for several tests: a batch uses what runs already."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield
+        ray.shutdown()
+
+
+def test_the_example_is_a_program(tiny_pair, tmp_path, quiet_ray, monkeypatch):
+    examples = Path(__file__).resolve().parent.parent / "examples"
+    monkeypatch.setenv("PYTHONPATH", str(examples))
+    monkeypatch.syspath_prepend(examples)
+    import batch_on_ray
+
+    monkeypatch.setattr(batch_on_ray, "OPTIONS", QUICK)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    clips = tmp_path / "clips"
+    made = batch_on_ray.main(prompts, clips, str(tiny_pair))
+    assert made == {"made": 2, "kept": 0, "failed": 0}
+    assert sorted(p.name for p in clips.glob("*.mp4")) == ["0000.mp4", "0001.mp4"]
+
+
+def test_two_workers_one_killed_no_clip_lost_or_doubled(tiny_pair, tmp_path, cluster):
     items = [Item(f"c{i}", "a red circle", seed=i) for i in range(8)]
     items[3] = Item("c3", "a red circle", size=(80, 32))  # kills its worker once
     items[5] = Item("c5", "a red circle", size=(64, 32))  # kills every worker that tries it
@@ -77,25 +103,10 @@ def test_two_workers_one_killed_no_clip_lost_or_doubled(tiny_pair, tmp_path, qui
     assert again == {"made": 0, "kept": 3, "failed": 0}
 
 
-def test_more_workers_than_there_is_room_for(tmp_path, quiet_ray):
+def test_more_workers_than_there_is_room_for(tmp_path, cluster):
     job = Job(tmp_path / "out", options=QUICK)
     with pytest.raises(InputError, match="--workers is 999, and the cluster has"):
         run_on_ray(make, {}, [Item("a", "a")], job, 999)
     with pytest.raises(InputError, match="--workers is 0"):
         run_on_ray(make, {}, [Item("a", "a")], job, 0)
     assert not job.folder.exists()
-
-
-def test_the_example_is_a_program(tiny_pair, tmp_path, quiet_ray, monkeypatch):
-    examples = Path(__file__).resolve().parent.parent / "examples"
-    monkeypatch.setenv("PYTHONPATH", str(examples))
-    monkeypatch.syspath_prepend(examples)
-    import batch_on_ray
-
-    monkeypatch.setattr(batch_on_ray, "OPTIONS", QUICK)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red circle\na blue square\n")
-    clips = tmp_path / "clips"
-    made = batch_on_ray.main(prompts, clips, str(tiny_pair))
-    assert made == {"made": 2, "kept": 0, "failed": 0}
-    assert sorted(p.name for p in clips.glob("*.mp4")) == ["0000.mp4", "0001.mp4"]
