@@ -116,6 +116,27 @@ def test_models_health_and_ready(tmp_path):
         assert ask(address, "/ready")[2] == {"status": "ready"}
 
 
+def test_a_server_that_has_just_started_need_not_be_asked_again(tmp_path, monkeypatch):
+    runner = FakeRunner()
+    start, begun = runner.start, time.monotonic()
+
+    async def slowly():
+        await asyncio.sleep(0.5)
+        return await start()
+
+    runner.start = slowly
+    with fake(tmp_path, runner, ready=False) as (address, server, _):
+        assert ask(address, "/ready")[0] == 503
+        assert ask(address, "/v1/videos", "POST", {"prompt": "x"})[0] == 200
+        assert time.monotonic() - begun > 0.5 and ask(address, "/ready")[0] == 200
+    monkeypatch.setattr("nexus_rt.serve.dispatcher.HELD", 0.1)
+    runner.start = lambda: asyncio.sleep(3600)
+    with fake(tmp_path, runner, ready=False) as (address, _, _):
+        status, headers, body = ask(address, "/v1/videos", "POST", {"prompt": "x"})
+        assert (status, body["error"]["code"]) == (503, "not_ready") and headers["Retry-After"]
+        assert "being loaded" in body["error"]["message"]
+
+
 def test_not_ready_while_loading_and_while_it_cannot(tmp_path):
     runner = FakeRunner()
     runner.loading = ModelError("no such weights")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nexus_rt.errors import InputError
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.serve.events import Hub, sse
-from nexus_rt.serve.generate import Generator, Task
+from nexus_rt.serve.generate import ServedPipeline, Task
 from nexus_rt.serve.preview import LatentRGB, clean, fit, picture, shipped
 from nexus_rt.serve.prices import Prices, step_kind, units
 from nexus_rt.serve.problems import JobFailed
@@ -258,10 +258,10 @@ def test_the_shipped_maps_know_their_spaces():
 
 
 @pytest.fixture(scope="module")
-def generator():
+def served():
     pipe = NexusPipeline.from_pretrained()
     pipe.set_progress_bar_config(disable=True)
-    return Generator(pipe)
+    return ServedPipeline(pipe)
 
 
 def request(**values):
@@ -271,13 +271,13 @@ def request(**values):
     return ClipRequest(**{**fixed, **values})
 
 
-def test_a_job_is_what_the_pipeline_makes_with_its_seed(generator, tmp_path):
+def test_a_job_is_what_the_pipeline_makes_with_its_seed(served, tmp_path):
     events = []
     asked = request(plan="small:4 large:*", num_inference_steps=8, negative_prompt="blur")
-    (clip,) = generator.run([Task("a", 1, asked)], events.append, lambda task: True)
+    (clip,) = served.run([Task("a", 1, asked)], events.append, lambda task: True)
     path = tmp_path / "clip.mp4"
     path.write_bytes(clip.video)
-    made = generator.pipe(
+    made = served.pipe(
         PROMPT, "blur", plan="small:4 large:*", num_inference_steps=8,
         generator=torch.Generator().manual_seed(5),
     )  # fmt: skip
@@ -295,11 +295,11 @@ def test_a_job_is_what_the_pipeline_makes_with_its_seed(generator, tmp_path):
     assert clip.perf["meta"]["seed"] == 5 and "prompt" not in clip.perf["meta"]
 
 
-def test_a_prompt_longer_than_what_is_read_is_said_to_its_client(generator):
+def test_a_prompt_longer_than_what_is_read_is_said_to_its_client(served):
     events = []
     long = PROMPT + " and stays" * 300
     with pytest.warns(UserWarning, match="tokens and 512 are read"):
-        (clip,) = generator.run(
+        (clip,) = served.run(
             [Task("a", 1, request(prompt=long, plan="large", rewrite="off"))],
             events.append,
             lambda task: True,
@@ -308,43 +308,43 @@ def test_a_prompt_longer_than_what_is_read_is_said_to_its_client(generator):
     assert "512 are read" in warning and clip.perf["meta"]["warnings"] == [warning]
 
 
-def test_previews_come_every_k_steps_and_look_like_the_clip(generator):
+def test_previews_come_every_k_steps_and_look_like_the_clip(served):
     events = []
-    generator.preview_every = 3
+    served.preview_every = 3
     try:
-        generator.run([Task("a", 1, request())], events.append, lambda task: True)
+        served.run([Task("a", 1, request())], events.append, lambda task: True)
     finally:
-        generator.preview_every = 1
+        served.preview_every = 1
     previews = [e for e in events if e["kind"] == "preview"]
     assert [e["step"] for e in previews] == [3, 6, 9, 10]
     assert all(e["image"].startswith("data:image/jpeg;base64,") for e in previews)
 
 
-def test_nothing_wanted_stops_within_a_step(generator):
+def test_nothing_wanted_stops_within_a_step(served):
     events = []
 
     def wanted(task):
         return sum(e["kind"] == "step" for e in events) < 3
 
     with pytest.raises(JobFailed) as stopped:
-        generator.run([Task("a", 1, request())], events.append, wanted)
+        served.run([Task("a", 1, request())], events.append, wanted)
     assert stopped.value.code == "cancelled"
     assert sum(e["kind"] == "step" for e in events) == 3
 
 
-def test_a_batch_is_each_by_itself_and_loses_what_is_not_wanted(generator):
+def test_a_batch_is_each_by_itself_and_loses_what_is_not_wanted(served):
     tasks = [Task(str(i), 1, request(seed=i, prompt=f"{PROMPT}")) for i in range(3)]
-    clips = generator.run(tasks, lambda event: None, lambda task: task.id != "1")
+    clips = served.run(tasks, lambda event: None, lambda task: task.id != "1")
     assert [c.id for c in clips] == ["0", "2"]
     assert clips[0].perf["meta"]["batch"] == 3 and clips[1].perf["meta"]["seed"] == 2
 
 
-def test_loras_are_merged_for_a_job_and_taken_out_again(generator, tmp_path):
+def test_loras_are_merged_for_a_job_and_taken_out_again(served, tmp_path):
     from nexus_rt.loading.lora import PACKAGED
 
     path = PACKAGED / "few_step.safetensors"
     run = lambda loras: (
-        generator.run(
+        served.run(
             [Task("a", 1, request(loras=("x",) if loras else ()), loras)],
             lambda e: None,
             lambda t: True,
@@ -352,15 +352,15 @@ def test_loras_are_merged_for_a_job_and_taken_out_again(generator, tmp_path):
     )
     plain = run({})
     merged = run({"large": (f"{path}@1",)})
-    assert [lora.path.name for lora in generator.pipe.loras["large"]] == ["few_step.safetensors"]
+    assert [lora.path.name for lora in served.pipe.loras["large"]] == ["few_step.safetensors"]
     assert merged != plain and run({}) == plain
-    assert generator.pipe.loras["large"] == ()
+    assert served.pipe.loras["large"] == ()
     with pytest.raises(JobFailed) as failed:
         run({"large": (f"{tmp_path}/gone.safetensors@1",)})
     assert failed.value.code == "generation_failed"
 
 
-def test_failures_have_codes(generator, monkeypatch):
+def test_failures_have_codes(served, monkeypatch):
     from nexus_rt.errors import NumericsError
 
     for error, code in (
@@ -374,16 +374,16 @@ def test_failures_have_codes(generator, monkeypatch):
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(type(generator.pipe), "encode_prompt", fails)
+            patch.setattr(type(served.pipe), "encode_prompt", fails)
             with pytest.raises(JobFailed) as failed:
-                generator.run([Task("a", 1, request())], lambda e: None, lambda t: True)
+                served.run([Task("a", 1, request())], lambda e: None, lambda t: True)
         assert failed.value.code == code and "secret" not in failed.value.message
     with pytest.raises(JobFailed) as failed:  # queued for models that have changed
-        generator.run([Task("a", 1, request(width=65))], lambda e: None, lambda t: True)
+        served.run([Task("a", 1, request(width=65))], lambda e: None, lambda t: True)
     assert failed.value.code == "invalid_value"
 
 
-def test_previews_never_wait_for_a_device(generator, monkeypatch):
+def test_previews_never_wait_for_a_device(served, monkeypatch):
     """By a device that has a frame two steps after it was asked."""
     from nexus_rt.serve import generate
 
@@ -405,7 +405,7 @@ def test_previews_never_wait_for_a_device(generator, monkeypatch):
 
     monkeypatch.setattr(generate, "fetch", Slow)
     events = []
-    generator.run([Task("a", 1, request())], events.append, lambda task: True)
+    served.run([Task("a", 1, request())], events.append, lambda task: True)
     assert waited == [8, 9]  # after the last step alone
     told = [(e["kind"], e["step"]) for e in events if e["kind"] in ("step", "preview")]
     assert [s for k, s in told if k == "preview"] == list(range(1, 11))

@@ -178,8 +178,8 @@ class Api:
             )
         return owner
 
-    def _known(self) -> Known:
-        profile, settings = self.of.known(), self.settings
+    async def _known(self) -> Known:
+        profile, settings = await self.of.loaded(), self.settings
         return Known(
             models=settings.models,
             defaults=profile.defaults,
@@ -222,7 +222,7 @@ class Api:
 
     async def create(self, request: Request) -> Response:
         body = await read_body(request, self.settings.max_body)
-        made = read_create(body, self._known())
+        made = read_create(body, await self._known())
         return self._video(await self.of.submit(made, request.state.owner))
 
     async def remix(self, request: Request) -> Response:
@@ -328,7 +328,7 @@ class Api:
 
     async def plan(self, request: Request) -> Response:
         """What a request would run, and its price."""
-        known = self._known()
+        known = await self._known()
         fields = from_form(list(request.query_params.multi_items()))
         made = read_create({"prompt": "-", **fields}, known)
         planned = self.of.known().check(made)

@@ -35,6 +35,7 @@ log = logging.getLogger("nexus_rt.serve")
 FILES = {"video": "video.mp4", "thumbnail": "thumbnail.webp", "spritesheet": "spritesheet.jpg"}
 BYTES_PER_PIXEL = 0.25  # of a result's files, before any has been made
 TICK = 0.25  # seconds between looks at deadlines and expiries
+HELD = 15.0  # seconds that a request is held while the models are being loaded
 PATIENCE = (1.0, 60.0)  # seconds before a worker that would not load is tried again
 
 
@@ -63,6 +64,7 @@ class Dispatcher:
         self.prices = Prices(store.noted("steps"))
         self.profile: Profile | None = None
         self.problem: str | None = None  # why the models are not there
+        self._loaded = asyncio.Event()  # the one or the other
         self.live: dict[str, Live] = {}
         self.stopping = False
         self._adrift: list[Job] = []  # claimed, and their end is not written down yet
@@ -102,12 +104,14 @@ class Dispatcher:
                 if self.stopping:  # what loads is stopped too
                     return
                 self.problem = str(error) or type(error).__name__
+                self._loaded.set()
                 known = isinstance(error, NexusError)
                 log.error("the models cannot be loaded: %s", self.problem, exc_info=not known)
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, PATIENCE[1])
                 continue
             self.profile, self.problem = profile, None
+            self._loaded.set()
             if warmed is not None:
                 self.prices.learn(profile.check(warmed[0]), warmed[1])
             self.metrics.ready.set(1)
@@ -131,6 +135,13 @@ class Dispatcher:
             raise Problem(503, "not_ready", f"the models {why}; try again.", retry_after=5)
         return self.profile
 
+    async def loaded(self) -> Profile:
+        """As `known`, after a while for the models to be loaded: a server that has just started
+        need not be asked again."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._loaded.wait(), HELD)
+        return self.known()
+
     async def submit(
         self, request: ClipRequest, owner: str, remixed_from: str | None = None
     ) -> Job:
@@ -139,7 +150,7 @@ class Dispatcher:
         Raises:
             Problem: 400, the models cannot make it; 429, the queue or the quota is full; 503.
         """
-        planned = self.known().check(request)
+        planned = (await self.loaded()).check(request)
         if self.stopping:
             raise Problem(503, "stopping", "the server stops; try again later.", retry_after=10)
         now = time.time()

@@ -70,7 +70,7 @@ def memory(device: torch.device) -> dict[str, float]:
     return now
 
 
-class Generator:
+class ServedPipeline:
     """A pipeline at work for a server, one task or one batch of compatible tasks at a time.
 
     preview_every: steps between previews; 0 makes none.
@@ -143,11 +143,11 @@ class Generator:
 
 
 class _Call:
-    """One call of a generator's pipeline."""
+    """One call of a served pipeline."""
 
     def __init__(
         self,
-        of: Generator,
+        of: ServedPipeline,
         tasks: Sequence[Task],
         emit: Callable[[Event], None],
         wanted: Callable[[Task], bool],
@@ -171,7 +171,7 @@ class _Call:
             raise Cancelled("stopped, as asked.")
 
     def run(self) -> list[Clip]:
-        """See `Generator.run`."""
+        """See `ServedPipeline.run`."""
         pipe, first = self.pipe, self.tasks[0].request
         if pipe.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pipe.device)

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from nexus_rt.errors import InputError, NexusError, cut
-from nexus_rt.serve.generate import Clip, Event, Generator, Task
+from nexus_rt.serve.generate import Clip, Event, ServedPipeline, Task
 from nexus_rt.serve.problems import JobFailed, WorkerLost
 from nexus_rt.serve.profile import Profile
 from nexus_rt.serve.worker import WarmUp
@@ -49,12 +49,12 @@ class Replica:
             os.chdir(place)
         self.pipe = make(argument)
         self.pipe.set_progress_bar_config(disable=True)
-        self.generator = Generator(self.pipe, every)
-        self.warmed = self.generator.warm_up() if warmup else None
+        self.served = ServedPipeline(self.pipe, every)
+        self.warmed = self.served.warm_up() if warmup else None
 
     async def describe(self) -> tuple[Profile, WarmUp | None]:
         """What the pipeline can make, and what the warm-up took."""
-        return self.generator.profile, self.warmed
+        return self.served.profile, self.warmed
 
     async def generate(self, tasks: list[Task]) -> AsyncIterator[tuple[str, Any]]:
         """("begun", pid), ("event", ...) as they come, then ("clips", ...) or ("failed", ...)."""
@@ -69,7 +69,7 @@ class Replica:
 
         def work() -> None:
             try:
-                put(("clips", self.generator.run(tasks, emit, lambda task: not stopped)))
+                put(("clips", self.served.run(tasks, emit, lambda task: not stopped)))
             except JobFailed as error:
                 put(("failed", (error.code, error.message)))
 

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nexus_rt.errors import NexusError, cut
-from nexus_rt.serve.generate import Clip, Event, Generator, Task
+from nexus_rt.serve.generate import Clip, Event, ServedPipeline, Task
 from nexus_rt.serve.problems import JobFailed, WorkerLost
 from nexus_rt.serve.profile import Profile
 from nexus_rt.serve.worker import SIGNALS, WarmUp, work
@@ -71,8 +71,8 @@ class ThreadRunner:
 
     def _start(self) -> tuple[Profile, WarmUp | None]:
         self.pipe.set_progress_bar_config(disable=True)
-        self.generator = Generator(self.pipe, self.preview_every)
-        return self.generator.profile, self.generator.warm_up() if self.warmup else None
+        self.served = ServedPipeline(self.pipe, self.preview_every)
+        return self.served.profile, self.served.warm_up() if self.warmup else None
 
     async def run(self, tasks: Sequence[Task], emit: Callable[[Event], None]) -> list[Clip]:
         loop = asyncio.get_running_loop()
@@ -84,7 +84,7 @@ class ThreadRunner:
 
         wanted = lambda task: task.id not in self._cancelled
         try:
-            return await asyncio.to_thread(self.generator.run, tasks, tell, wanted)
+            return await asyncio.to_thread(self.served.run, tasks, tell, wanted)
         finally:
             self._running = set()
 

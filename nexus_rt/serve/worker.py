@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from nexus_rt.errors import NexusError
-from nexus_rt.serve.generate import Event, Generator, Task
+from nexus_rt.serve.generate import Event, ServedPipeline, Task
 from nexus_rt.serve.logs import log_json
 from nexus_rt.serve.problems import JobFailed
 from nexus_rt.serve.requests import ClipRequest
@@ -47,8 +47,8 @@ def work(
     try:
         pipeline = make(argument)
         pipeline.set_progress_bar_config(disable=True)
-        worker.generator = Generator(pipeline, preview_every)
-        warmed = worker.generator.warm_up() if warmup else None
+        worker.served = ServedPipeline(pipeline, preview_every)
+        warmed = worker.served.warm_up() if warmup else None
     except (NexusError, JobFailed) as error:
         worker.send("failed", ("loading", str(error)))
         return
@@ -56,14 +56,14 @@ def work(
         log.exception("the models cannot be loaded")
         worker.send("failed", ("loading", f"{type(error).__name__}: {error}"))
         return
-    worker.send("ready", (worker.generator.profile, warmed))
+    worker.send("ready", (worker.served.profile, warmed))
     worker.run()
 
 
 class Worker:
     """The loop of a worker process, and the thread that hears the server meanwhile."""
 
-    generator: Generator
+    served: ServedPipeline
 
     def __init__(self, pipe: Connection) -> None:
         self.pipe = pipe
@@ -97,7 +97,7 @@ class Worker:
                 else:
                     self.cancelled.add(value)
                     if self.running <= self.cancelled:  # of a batch, the others go on
-                        self.generator.pipe.cancel()
+                        self.served.pipe.cancel()
                 self.arrived.notify()
 
     def run(self) -> None:
@@ -110,7 +110,7 @@ class Worker:
                 self.running = {task.id for task in tasks}
                 self.cancelled &= self.running
             try:
-                self.send("clips", self.generator.run(tasks, self.emit, self.wanted))
+                self.send("clips", self.served.run(tasks, self.emit, self.wanted))
             except JobFailed as error:
                 self.send("failed", (error.code, error.message))
             if not self.answers():
@@ -118,7 +118,7 @@ class Worker:
 
     def answers(self) -> bool:
         """Whether the device still computes; after an illegal address it does not."""
-        device = self.generator.pipe.device
+        device = self.served.pipe.device
         if device.type != "cuda":
             return True
         import torch
