@@ -11,6 +11,8 @@ is bounded in number, and the whole in seconds. In turn:
   requests, all open at once, while jobs run and GETs are timed;
 - malformed: broken multipart and JSON bodies;
 - lost: every job that was accepted has ended, once, and the server is as ready as before.
+
+Then, without a server: what batches and previews cost (`--runs 0` leaves it out).
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -230,6 +234,38 @@ async def count_lost(connection: Connection, jobs: list[str]) -> dict[str, Any]:
     return {"submitted": submitted, "ended": ended, "lost": submitted - ended, "ready": ready}
 
 
+def measure_parts(runs: int) -> dict[str, dict[str, float]]:
+    """Milliseconds a clip of the mini pair in batches, and of a preview at two sizes."""
+    import torch
+
+    from nexus_rt.costs import medians_ms
+    from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.serve.generate import ServedPipeline, Task, warmup_request
+    from nexus_rt.serve.preview import picture
+
+    pipe = NexusPipeline.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    served = ServedPipeline(pipe, preview_every=0)
+    request = warmup_request(pipe.defaults)
+
+    def batch(size: int) -> Callable[[], object]:
+        tasks = [Task(str(i), 1, replace(request, seed=i)) for i in range(size)]
+        return lambda: served.run(tasks, lambda event: None, lambda task: True)
+
+    def preview(height: int, width: int) -> Callable[[], object]:
+        latents = torch.randn(1, 16, 5, height // 8, width // 8)
+        rgb = served.rgb
+        assert rgb is not None  # the mini pair's is shipped
+        return lambda: picture(rgb.frames(latents)[0].numpy())
+
+    clips = medians_ms({str(n): batch(n) for n in (1, 2, 4)}, runs, min(runs - 1, 2))
+    shown = {"64x64": preview(64, 64), "832x480": preview(480, 832)}
+    return {
+        "batch_ms_a_clip": {n: round(ms / int(n), 1) for n, ms in clips.items()},
+        "preview_ms": {n: round(ms, 3) for n, ms in medians_ms(shown, 20 * runs).items()},
+    }
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m nexus_rt.bench.serve", description=__doc__)
     made.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -238,6 +274,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--running", type=int, default=20, help="jobs that run beside those")
     made.add_argument("--gets", type=int, default=2000, help="timed GETs a part")
     made.add_argument("--malformed", type=int, default=2000, help="broken bodies")
+    made.add_argument("--runs", type=int, default=5, help="of batches and previews")
     made.add_argument("--seconds", type=float, default=420.0, help="limit of the whole")
     made.add_argument("--json", metavar="FILE", help="where the figures go")
     return made
@@ -269,6 +306,8 @@ def main(argv: list[str] | None = None) -> int:
             server.send_signal(signal.SIGTERM)
             server.wait(60)
     line = " ".join(["python -m nexus_rt.bench.serve", *(sys.argv[1:] if argv is None else argv)])
+    if args.runs:
+        results["parts"] = measure_parts(args.runs)
     results = {"fingerprint": fingerprint(torch.device("cpu"), {}, line), **results}
     text = json.dumps(results, indent=1)
     print(text)

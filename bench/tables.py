@@ -203,6 +203,12 @@ def load_table(report: dict[str, Any]) -> str:
             ", ".join(f"{lost[n]:.0f}" for n in ("submitted", "ended", "lost")),
         ),
     ]
+    if parts := report.get("parts"):
+        numbers = lambda values: ", ".join(f"{ms:g} ({name})" for name, ms in values.items())
+        rows += [
+            ("a clip by itself, in twos, in fours, ms", numbers(parts["batch_ms_a_clip"])),
+            ("one preview, ms", numbers(parts["preview_ms"])),
+        ]
     return (
         "\n".join([_made(report), "", _head("", "measured"), *(_line([*r]) for r in rows)]) + "\n"
     )

@@ -125,7 +125,7 @@ def test_a_server_that_has_just_started_need_not_be_asked_again(tmp_path, monkey
         return await start()
 
     runner.start = slowly
-    with fake(tmp_path, runner, ready=False) as (address, server, _):
+    with fake(tmp_path, runner, ready=False) as (address, _, _):
         assert ask(address, "/ready")[0] == 503
         assert ask(address, "/v1/videos", "POST", {"prompt": "x"})[0] == 200
         assert time.monotonic() - begun > 0.5 and ask(address, "/ready")[0] == 200

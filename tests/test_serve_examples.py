@@ -115,7 +115,7 @@ def test_the_load_test_counts_what_it_sends(tmp_path, capsys):
 
     out = tmp_path / "serve.json"
     sizes = ["--jobs", "60", "--connections", "40", "--gets", "100", "--malformed", "24"]
-    sizes += ["--running", "3"]
+    sizes += ["--running", "3", "--runs", "1"]
     assert load.main([*sizes, "--json", str(out)]) == 0
     report = json.loads(out.read_text())
     assert json.loads(capsys.readouterr().out) == report
@@ -125,6 +125,8 @@ def test_the_load_test_counts_what_it_sends(tmp_path, capsys):
     assert sum(report["malformed"].values()) == 24 and set(report["malformed"]) == {"400"}
     assert lost["submitted"] == lost["ended"] == 60 + 60 + 3 + 1 and lost["ready"]
     assert 0 < report["quiet_get_ms"]["p50"] <= report["quiet_get_ms"]["p95"]
+    assert set(report["parts"]["batch_ms_a_clip"]) == {"1", "2", "4"}
+    assert 0 < report["parts"]["preview_ms"]["64x64"] < report["parts"]["preview_ms"]["832x480"]
     from nexus_rt.bench.tables import load_table
 
     assert "| jobs accepted, ended, lost | 124, 124, 0 |" in load_table(report)

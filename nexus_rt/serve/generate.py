@@ -70,6 +70,12 @@ def memory(device: torch.device) -> dict[str, float]:
     return now
 
 
+def warmup_request(defaults: Any) -> ClipRequest:
+    """A clip of a pair's own size and plan."""
+    size = defaults.width, defaults.height, defaults.num_frames
+    return ClipRequest(WARMUP, "warm-up", *size, fps="16", seconds="1", seed=0)
+
+
 class ServedPipeline:
     """A pipeline at work for a server, one task or one batch of compatible tasks at a time.
 
@@ -85,8 +91,7 @@ class ServedPipeline:
 
     def warm_up(self) -> tuple[ClipRequest, dict[str, Any]]:
         """One clip of the pair's own size and plan: its request, and what it took."""
-        d = self.pipe.defaults
-        request = ClipRequest(WARMUP, "warm-up", d.width, d.height, d.num_frames, "16", "1", seed=0)
+        request = warmup_request(self.pipe.defaults)
         clip = self.run([Task("warm-up", 0, request)], lambda event: None, lambda task: True)[0]
         return request, clip.perf
 
