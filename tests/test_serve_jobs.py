@@ -242,7 +242,7 @@ def test_a_long_plan_is_told_step_by_step_and_holds_nothing_up(tmp_path):
             asked = time.monotonic()
             ask(address, "/health")
             seconds.append(time.monotonic() - asked)
-        assert time.monotonic() - began < 5.0 and max(seconds, default=0.0) < 1.0
+        assert time.monotonic() - began < 10.0 and max(seconds, default=0.0) < 1.0
         plan = ask(address, "/v1/plan?num_inference_steps=1000")[2]
         assert len(plan["steps"]) == 1000 and plan["total_ms"] > 0
 

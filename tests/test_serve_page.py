@@ -75,6 +75,8 @@ def test_a_clip_by_keyboard_alone(browser, address):
             page.keyboard.press("Tab")
         assert page.locator("#seed:focus").count() == 1
         page.keyboard.type("7")
+        page.keyboard.press("Tab")
+        page.keyboard.type("60")
         page.locator("#plan").focus()
         page.keyboard.type("reference")
         page.keyboard.press("Escape")  # the list of plans
@@ -83,7 +85,7 @@ def test_a_clip_by_keyboard_alone(browser, address):
         page.wait_for_selector("#running .card img[src^='data:image/jpeg']")
         assert page.locator("#running progress").evaluate("e => e.value") > 0
         words = page.locator("#running .state").inner_text()
-        assert "of 20, both" in words and "left" in words
+        assert "of 60, both" in words and "left" in words
         card = page.locator("#gallery .card").first
         card.wait_for()
         page.wait_for_selector("#none-running:visible")

@@ -123,14 +123,14 @@ def test_loras_by_name(server):
 
 def test_cancel_stops_the_worker_within_a_step(server):
     c = client(server, KEY)
-    job = c.videos.create(prompt=PROMPT, extra_body=LONG)
+    job = c.videos.create(prompt=PROMPT, extra_body={**LONG, "num_inference_steps": 400})
     stream = messages(server.address, f"/v1/videos/{job.id}/events", bearer())
     assert next(e for k, e in stream if k == "step")
     began = time.monotonic()
     row = ask(server.address, f"/v1/videos/{job.id}/cancel", "POST", headers=bearer())[2]
     assert row["error"]["code"] == "cancelled" and list(stream)[-1][0] == "failed"
     after = c.videos.create_and_poll(prompt=PROMPT, poll_interval_ms=20)
-    assert after.status == "completed" and time.monotonic() - began < 2.0  # not 80 steps
+    assert after.status == "completed" and time.monotonic() - began < 4.0  # not 400 steps
 
 
 def test_a_killed_worker_costs_nothing_but_time(server):
