@@ -217,7 +217,12 @@ def test_a_restart_takes_up_what_was_left(tmp_path):
         c = client(address)
         ids = [c.videos.create(prompt=f"clip {i}").id for i in range(3)]
         wait_for(lambda: runner.begun)
-    (tmp_path / "store" / "videos" / "video_of_nobody").mkdir()
+    videos = tmp_path / "store" / "videos"
+    left = [videos / f"video_{0:032x}", videos / f"video_{1:032x}.part"]  # of jobs that are gone
+    others = [videos / "holiday", videos / "video_of_us.mp4"]  # a folder that is not ours alone
+    for folder in (*left, *others):
+        folder.mkdir()
+    (tmp_path / "store").chmod(0o750)
     with fake(tmp_path) as (address, server, runner):
         c = client(address)
         assert c.videos.retrieve(kept).status == "completed"
@@ -225,7 +230,8 @@ def test_a_restart_takes_up_what_was_left(tmp_path):
         assert [c.videos.poll(i).status for i in ids] == ["completed"] * 3
         assert runner.begun == [f"clip {i}" for i in range(3)]  # in their order
         assert server.dispatcher.store.get(ids[0]).losses == 0  # stopped, not lost
-        assert not (tmp_path / "store" / "videos" / "video_of_nobody").exists()
+        assert not any(p.exists() for p in left) and all(p.exists() for p in others)
+        assert (tmp_path / "store").stat().st_mode & 0o777 == 0o750
 
 
 # --- watching ---

@@ -25,14 +25,13 @@ from nexus_rt.serve.events import sse
 from nexus_rt.serve.problems import Problem, no_video
 from nexus_rt.serve.requests import ClipRequest, Known, from_form, read_create, read_remix
 from nexus_rt.serve.settings import is_loopback
-from nexus_rt.serve.store import Job
+from nexus_rt.serve.store import JOB_ID, Job
 
 if TYPE_CHECKING:
     from nexus_rt.serve.server import NexusServer
 
 log = logging.getLogger("nexus_rt.serve")
 PAGE = Path(__file__).with_name("page")
-ID = re.compile(r"video_[0-9a-f]{32}")
 POLL_MS = (100, 5000)  # what clients that poll are told to wait, at least and at most
 TYPES = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
 PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
@@ -200,7 +199,7 @@ class Api:
         """
         video_id = request.path_params["id"]
         job = None
-        if ID.fullmatch(video_id):
+        if re.fullmatch(JOB_ID, video_id):
             job = await self.of.call(self.of.store.get, video_id, request.state.owner)
         if job is None:
             raise no_video(video_id)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import re
 import shutil
 import sqlite3
 import time
@@ -28,11 +29,12 @@ from nexus_rt.serve.profile import Profile
 from nexus_rt.serve.requests import ClipRequest
 from nexus_rt.serve.runners import Runner
 from nexus_rt.serve.settings import Settings
-from nexus_rt.serve.store import Job, NewJob, NoRoom, QueueFull, Store
+from nexus_rt.serve.store import JOB_ID, Job, NewJob, NoRoom, QueueFull, Store
 
 T = TypeVar("T")
 log = logging.getLogger("nexus_rt.serve")
 FILES = {"video": "video.mp4", "thumbnail": "thumbnail.webp", "spritesheet": "spritesheet.jpg"}
+OURS = re.compile(rf"{JOB_ID}(\.part)?")
 BYTES_PER_PIXEL = 0.25  # of a result's files, before any has been made
 TICK = 0.25  # seconds between looks at deadlines and expiries
 HELD = 15.0  # seconds that a request is held while the models are being loaded
@@ -89,10 +91,10 @@ class Dispatcher:
         self._tasks = [asyncio.create_task(self._load()), asyncio.create_task(self._watch_clock())]
 
     def _clean(self) -> None:
-        """Remove the files of jobs that are not there."""
+        """Remove the files of jobs that are not there; what is not ours stays."""
         known = self.store.ids()
         for folder in self.videos.iterdir():
-            if folder.name not in known:
+            if OURS.fullmatch(folder.name) and folder.name not in known:
                 shutil.rmtree(folder, ignore_errors=True)
 
     async def _load(self) -> None:

@@ -210,6 +210,7 @@ class RayRunner:
         from ray import serve
 
         with contextlib.suppress(Exception):  # a cluster that is gone has nothing to give back
+            self.handle.shutdown()
             serve.delete(NAME)
         if self._started:
             with contextlib.suppress(Exception):

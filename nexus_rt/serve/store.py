@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sqlite3
 import threading
 import uuid
@@ -28,6 +27,7 @@ from typing import Any
 from nexus_rt.errors import InputError, NexusError
 
 STATES = ("queued", "in_progress", "completed", "failed")
+JOB_ID = r"video_[0-9a-f]{32}"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -138,9 +138,8 @@ class Store:
 
         self.folder, self.path = folder, folder / "jobs.sqlite"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(0o700, parents=True, exist_ok=True)
             self._held = open(folder / "server.lock", "w")  # noqa: SIM115 (held while we live)
-            os.chmod(folder, 0o700)
         except OSError as error:
             raise InputError(
                 f"{folder} cannot be made ({error.strerror}); choose a place you may write to."
