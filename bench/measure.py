@@ -9,15 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from nexus_rt.devices import synchronize
+from nexus_rt.process import resident_bytes
 from nexus_rt.tracing import Trace, record
-
-STATM = Path("/proc/self/statm")
 
 
 def failure(error: BaseException, most: int = 300) -> str:
@@ -41,13 +39,6 @@ def percentile(values: Sequence[float], share: float) -> float:
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-def resident_bytes() -> int | None:
-    """The process's resident memory, where the system says."""
-    import resource
-
-    return int(STATM.read_text().split()[1]) * resource.getpagesize() if STATM.exists() else None
 
 
 class HostPeak:
@@ -117,12 +108,7 @@ def measured(call: Callable[[], Any], device: torch.device) -> Run:
 def step_durations(trace: Trace) -> list[float]:
     """Milliseconds of each denoising step: from the start of its first span to the end of its
     last."""
-    ends: dict[int, tuple[float, float]] = {}
-    for _, start, stop, attributes in trace.spans:
-        if "step" in attributes:
-            first, last = ends.get(attributes["step"], (start, stop))
-            ends[attributes["step"]] = (min(first, start), max(last, stop))
-    return [ends[i][1] - ends[i][0] for i in sorted(ends)]
+    return [stop - start for start, stop in trace.steps().values()]
 
 
 def interleaved(

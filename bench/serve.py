@@ -32,8 +32,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
+
+from nexus_rt.bench.measure import percentile
+from nexus_rt.process import resident_bytes
 
 HOST = "127.0.0.1"  # and nowhere else
 PROMPT = b'{"prompt": "a red circle moves left on a black background"}'
@@ -73,15 +75,15 @@ class Connection:
 
 def resident_mb(pid: int) -> float:
     """Resident memory of a process."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    count = resident_bytes(pid)
+    assert count is not None, "resident memory is read from /proc: run this on Linux"
+    return count / 2**20
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
     """Milliseconds: median, 95th and 99th percentile, maximum."""
-    cuts = quantiles(seconds, n=100)
-    values = {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98], "max": max(seconds)}
-    return {name: round(1000 * v, 2) for name, v in values.items()}
+    shares = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+    return {name: round(1000 * percentile(seconds, share), 2) for name, share in shares.items()}
 
 
 async def time_gets(port: int, path: str, count: int, pause: float = 0.0) -> dict[str, float]:

@@ -1,5 +1,5 @@
-"""What this package shares with the rest of a process: one lock over first imports and loads, and
-the end of forking.
+"""What this package shares with the rest of a process: one lock over first imports and loads, the
+end of forking, and memory.
 
 transformers and its helpers build models under patches of `torch.nn` that are not safe in threads;
 under this lock nobody else of ours builds one. A process that has computed with several threads
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 from nexus_rt.errors import NexusError
 
@@ -37,3 +38,11 @@ def computes() -> None:
                 " the workers alone."
             )
         _computed = os.getpid(), _computed[1]
+
+
+def resident_bytes(pid: int | None = None) -> int | None:
+    """The resident memory of a process, this one by default; None where the system does not say."""
+    import resource
+
+    statm = Path(f"/proc/{'self' if pid is None else pid}/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else None

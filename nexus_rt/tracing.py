@@ -63,6 +63,15 @@ class Trace:
             milliseconds[name] = milliseconds.get(name, 0.0) + stop - start
         return milliseconds
 
+    def steps(self) -> dict[int, tuple[float, float]]:
+        """Each denoising step's start and stop, ms, in order: of its first and its last span."""
+        ends: dict[int, tuple[float, float]] = {}
+        for _, start, stop, attributes in self.spans:
+            if "step" in attributes:
+                first, last = ends.get(attributes["step"], (start, stop))
+                ends[attributes["step"]] = (min(first, start), max(last, stop))
+        return dict(sorted(ends.items()))
+
     def save(self, path: str | Path) -> Path:
         """Write Chrome's trace format: complete events, microseconds; one row for the device."""
         events = [

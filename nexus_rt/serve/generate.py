@@ -20,6 +20,7 @@ from torch import Tensor
 from nexus_rt.devices import Arrival, fetch
 from nexus_rt.errors import Cancelled, DecodeError, NexusError, NumericsError, cut
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH, clean_prompt
+from nexus_rt.process import resident_bytes
 from nexus_rt.serve.preview import LatentRGB, clean, fit, picture, shipped
 from nexus_rt.serve.problems import JobFailed, Problem
 from nexus_rt.serve.profile import Profile
@@ -60,14 +61,12 @@ class Clip:
 
 def memory(device: torch.device) -> dict[str, float]:
     """Megabytes of this process: resident, and on its GPU."""
-    with open("/proc/self/statm") as file:
-        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    now = {"rss_mb": round(resident / 2**20, 1)}
+    now = {"rss_mb": resident_bytes()}
     if device.type == "cuda":
-        now["allocated_mb"] = round(torch.cuda.memory_allocated(device) / 2**20, 1)
-        now["reserved_mb"] = round(torch.cuda.memory_reserved(device) / 2**20, 1)
-        now["peak_allocated_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    return now
+        now["allocated_mb"] = torch.cuda.memory_allocated(device)
+        now["reserved_mb"] = torch.cuda.memory_reserved(device)
+        now["peak_allocated_mb"] = torch.cuda.max_memory_allocated(device)
+    return {name: round(count / 2**20, 1) for name, count in now.items() if count is not None}
 
 
 def warmup_request(defaults: Any) -> ClipRequest:
@@ -302,11 +301,7 @@ class _Call:
 
     def perf(self, trace: Trace, total: float, wrote: float, made: Any) -> dict[str, Any]:
         """Where the time went, in the fields of `/v1/perf/{id}`."""
-        steps: dict[int, tuple[float, float]] = {}
-        for name, start, stop, details in trace.spans:
-            if "step" in details and name != "residency":
-                low, high = steps.get(details["step"], (start, stop))
-                steps[details["step"]] = min(low, start), max(high, stop)
+        steps = trace.steps()
         first, last = min(a for a, _ in steps.values()), max(b for _, b in steps.values())
         decode = trace.totals().get("vae", 0.0)
         stages = {"encode": first, "denoise": last - first, "decode": decode}
@@ -318,7 +313,7 @@ class _Call:
             ],
             "denoise_steps_ms": [
                 {"step": i, "duration_ms": round(stop - start, 3)}
-                for i, (start, stop) in sorted(steps.items())
+                for i, (start, stop) in steps.items()
             ],
             "memory_checkpoints": self.memory,
             "meta": {
