@@ -251,8 +251,8 @@ def measure_parts(runs: int) -> dict[str, dict[str, float]]:
     request = warmup_request(pipe.defaults)
 
     def batch(size: int) -> Callable[[], object]:
-        tasks = [Task(str(i), 1, replace(request, seed=i)) for i in range(size)]
-        return lambda: served.run(tasks, lambda event: None, lambda task: True)
+        tasks = [Task(str(i), replace(request, seed=i)) for i in range(size)]
+        return lambda: served.run(tasks, lambda event: None)
 
     def preview(height: int, width: int) -> Callable[[], object]:
         latents = torch.randn(1, 16, 5, height // 8, width // 8)

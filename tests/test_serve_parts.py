@@ -274,7 +274,7 @@ def request(**values):
 def test_a_job_is_what_the_pipeline_makes_with_its_seed(served, tmp_path):
     events = []
     asked = request(plan="small:4 large:*", num_inference_steps=8, negative_prompt="blur")
-    (clip,) = served.run([Task("a", 1, asked)], events.append, lambda task: True)
+    (clip,) = served.run([Task("a", asked)], events.append)
     path = tmp_path / "clip.mp4"
     path.write_bytes(clip.video)
     made = served.pipe(
@@ -300,9 +300,8 @@ def test_a_prompt_longer_than_what_is_read_is_said_to_its_client(served):
     long = PROMPT + " and stays" * 300
     with pytest.warns(UserWarning, match="tokens and 512 are read"):
         (clip,) = served.run(
-            [Task("a", 1, request(prompt=long, plan="large", rewrite="off"))],
+            [Task("a", request(prompt=long, plan="large", rewrite="off"))],
             events.append,
-            lambda task: True,
         )
     (warning,) = [e["message"] for e in events if e["kind"] == "warning"]
     assert "512 are read" in warning and clip.perf["meta"]["warnings"] == [warning]
@@ -312,7 +311,7 @@ def test_previews_come_every_k_steps_and_look_like_the_clip(served):
     events = []
     served.preview_every = 3
     try:
-        served.run([Task("a", 1, request())], events.append, lambda task: True)
+        served.run([Task("a", request())], events.append)
     finally:
         served.preview_every = 1
     previews = [e for e in events if e["kind"] == "preview"]
@@ -323,18 +322,21 @@ def test_previews_come_every_k_steps_and_look_like_the_clip(served):
 def test_nothing_wanted_stops_within_a_step(served):
     events = []
 
-    def wanted(task):
-        return sum(e["kind"] == "step" for e in events) < 3
+    def emit(event):
+        events.append(event)
+        if sum(e["kind"] == "step" for e in events) == 3:
+            served.cancel("a")
 
     with pytest.raises(JobFailed) as stopped:
-        served.run([Task("a", 1, request())], events.append, wanted)
+        served.run([Task("a", request())], emit)
     assert stopped.value.code == "cancelled"
     assert sum(e["kind"] == "step" for e in events) == 3
 
 
 def test_a_batch_is_each_by_itself_and_loses_what_is_not_wanted(served):
-    tasks = [Task(str(i), 1, request(seed=i, prompt=f"{PROMPT}")) for i in range(3)]
-    clips = served.run(tasks, lambda event: None, lambda task: task.id != "1")
+    tasks = [Task(str(i), request(seed=i, prompt=f"{PROMPT}")) for i in range(3)]
+    served.cancel("1")  # before it begins
+    clips = served.run(tasks, lambda event: None)
     assert [c.id for c in clips] == ["0", "2"]
     assert clips[0].perf["meta"]["batch"] == 3 and clips[1].perf["meta"]["seed"] == 2
 
@@ -345,9 +347,8 @@ def test_loras_are_merged_for_a_job_and_taken_out_again(served, tmp_path):
     path = PACKAGED / "few_step.safetensors"
     run = lambda loras: (
         served.run(
-            [Task("a", 1, request(loras=("x",) if loras else ()), loras)],
+            [Task("a", request(loras=("x",) if loras else ()), loras)],
             lambda e: None,
-            lambda t: True,
         )[0].spritesheet
     )
     plain = run({})
@@ -376,10 +377,10 @@ def test_failures_have_codes(served, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(type(served.pipe), "encode_prompt", fails)
             with pytest.raises(JobFailed) as failed:
-                served.run([Task("a", 1, request())], lambda e: None, lambda t: True)
+                served.run([Task("a", request())], lambda e: None)
         assert failed.value.code == code and "secret" not in failed.value.message
     with pytest.raises(JobFailed) as failed:  # queued for models that have changed
-        served.run([Task("a", 1, request(width=65))], lambda e: None, lambda t: True)
+        served.run([Task("a", request(width=65))], lambda e: None)
     assert failed.value.code == "invalid_value"
 
 
@@ -405,7 +406,7 @@ def test_previews_never_wait_for_a_device(served, monkeypatch):
 
     monkeypatch.setattr(generate, "fetch", Slow)
     events = []
-    served.run([Task("a", 1, request())], events.append, lambda task: True)
+    served.run([Task("a", request())], events.append)
     assert waited == [8, 9]  # after the last step alone
     told = [(e["kind"], e["step"]) for e in events if e["kind"] in ("step", "preview")]
     assert [s for k, s in told if k == "preview"] == list(range(1, 11))

@@ -204,9 +204,14 @@ class Dispatcher:
     async def delete(self, job: Job) -> None:
         """Forget a job and its files; a running one stops before its next step."""
         await self.call(self.store.delete, job.id)
-        self.runner.cancel(job.id)
+        self._stop_running(job.id)
         self.hub.publish(job.id, "deleted", {"id": job.id})
         await self.call(shutil.rmtree, self.videos / job.id, ignore_errors=True)
+
+    def _stop_running(self, job_id: str) -> None:
+        """Stop a job before its next step; nothing where it does not run."""
+        if job_id in self.live:
+            self.runner.cancel(job_id)
 
     def progress(self, job: Job) -> int:
         """Percent."""
@@ -258,7 +263,7 @@ class Dispatcher:
                 await self._failed(job, getattr(error, "code", "invalid_value"), why)
                 continue
             self.live[job.id] = Live(job, planned, self.prices.left(planned))
-            tasks.append(Task(job.id, job.attempts, request, self._lora_files(request)))
+            tasks.append(Task(job.id, request, self._lora_files(request)))
             self.metrics.wait.observe(max(0.0, began - job.created_at))
             self.hub.publish(job.id, "started", {"id": job.id, "attempt": job.attempts})
         try:
@@ -389,7 +394,7 @@ class Dispatcher:
         ended = await self.call(
             self.store.fail, job.id, now, now + self.settings.keep, code, message, attempt
         )
-        self.runner.cancel(job.id)
+        self._stop_running(job.id)
         if ended:
             self.metrics.ended.labels(code).inc()
             log.info("failed", extra={"job": job.id, "code": code})
@@ -432,7 +437,7 @@ class Dispatcher:
         while self.live and time.monotonic() < until:
             await asyncio.sleep(0.05)
         for job_id in list(self.live):
-            self.runner.cancel(job_id)
+            self._stop_running(job_id)
         until = time.monotonic() + max(60.0, self.settings.grace)
         while self.live and time.monotonic() < until:  # within one step
             await asyncio.sleep(0.05)

@@ -43,14 +43,13 @@ class Task:
     """A job as a worker gets it. loras: the request's, with the paths of their files."""
 
     id: str
-    attempt: int
     request: ClipRequest
     loras: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A job's result: files, and what its time went into (`nexus_rt.serve.perf`'s fields)."""
+    """A job's result: files, and what its time went into, in the fields of `/v1/perf/{id}`."""
 
     id: str
     video: bytes
@@ -87,30 +86,39 @@ class ServedPipeline:
         self.rgb: LatentRGB | None = shipped(pipe.vae.space) if pipe.vae is not None else None
         self._came_with = dict(pipe.loras)
         self._loras: dict[str, tuple[str, ...]] = {}
+        self._running: set[str] = set()
+        self._cancelled: set[str] = set()
 
     def warm_up(self) -> tuple[ClipRequest, dict[str, Any]]:
         """One clip of the pair's own size and plan: its request, and what it took."""
         request = warmup_request(self.pipe.defaults)
-        clip = self.run([Task("warm-up", 0, request)], lambda event: None, lambda task: True)[0]
+        clip = self.run([Task("warm-up", request)], lambda event: None)[0]
         return request, clip.perf
 
-    def run(
-        self,
-        tasks: Sequence[Task],
-        emit: Callable[[Event], None],
-        wanted: Callable[[Task], bool],
-    ) -> list[Clip]:
-        """The clips of tasks that one call can make; of those that are still wanted at its end.
+    def wanted(self, task: Task) -> bool:
+        """Whether a task was not cancelled."""
+        return task.id not in self._cancelled
+
+    def cancel(self, task_id: str) -> None:
+        """From any thread: leave out a task that runs, or is the next to; the call ends before its
+        next step where none of its tasks is left."""
+        self._cancelled.add(task_id)
+        if task_id in self._running and self._running <= self._cancelled:
+            self.pipe.cancel()
+
+    def run(self, tasks: Sequence[Task], emit: Callable[[Event], None]) -> list[Clip]:
+        """The clips of tasks that one call can make; of those that were not cancelled.
 
         Args:
             emit: is called with what happens: {"id", "kind", ...}.
-            wanted: asked before every step; where no task is, the call ends.
 
         Raises:
             JobFailed: with the code that clients are told.
         """
+        self._running = {task.id for task in tasks}
+        self._cancelled &= self._running
         try:
-            return _Call(self, tasks, emit, wanted).run()
+            return _Call(self, tasks, emit).run()
         except Problem as problem:
             raise JobFailed(problem.code, problem.message) from problem
         except Cancelled as error:
@@ -134,6 +142,9 @@ class ServedPipeline:
             log.exception("a job failed", extra={"job": tasks[0].id})
             kind = type(error).__name__
             raise JobFailed("generation_failed", f"{kind}; the server's log says more.") from error
+        finally:
+            self._cancelled -= self._running
+            self._running = set()
 
     def set_loras(self, loras: dict[str, tuple[str, ...]]) -> None:
         """Have exactly these LoRAs merged, beside none that the pipeline was loaded with."""
@@ -150,14 +161,9 @@ class _Call:
     """One call of a served pipeline."""
 
     def __init__(
-        self,
-        of: ServedPipeline,
-        tasks: Sequence[Task],
-        emit: Callable[[Event], None],
-        wanted: Callable[[Task], bool],
+        self, of: ServedPipeline, tasks: Sequence[Task], emit: Callable[[Event], None]
     ) -> None:
-        self.of, self.pipe, self.tasks = of, of.pipe, list(tasks)
-        self.emit, self.wanted = emit, wanted
+        self.of, self.pipe, self.tasks, self.emit = of, of.pipe, list(tasks), emit
         self.planned = of.profile.check(self.tasks[0].request)
         self.memory: dict[str, dict[str, float]] = {}
         self.warnings: dict[str, str] = {}  # by task
@@ -171,7 +177,7 @@ class _Call:
             self.emit({"id": one.id, "kind": kind, **details})
 
     def check(self) -> None:
-        if not any(self.wanted(task) for task in self.tasks):
+        if not any(self.of.wanted(task) for task in self.tasks):
             raise Cancelled("stopped, as asked.")
 
     def run(self) -> list[Clip]:
@@ -202,7 +208,7 @@ class _Call:
             self.memory["denoise"] = memory(pipe.device)
             self.check()
             self.tell("stage", stage="decode")
-            kept = [i for i, task in enumerate(self.tasks) if self.wanted(task)]
+            kept = [i for i, task in enumerate(self.tasks) if self.of.wanted(task)]
             latents = made.frames[kept]
             frames = pipe.decode(latents, "np")
             self.memory["decode"] = memory(pipe.device)
@@ -253,7 +259,7 @@ class _Call:
         if self.of.rgb is not None and self.of.preview_every:
             self.preview(index, latents)
             self.tell_previews(wait=False)
-        if not any(self.wanted(task) for task in self.tasks):
+        if not any(self.of.wanted(task) for task in self.tasks):
             pipe.cancel()
         self.before, self.last = latents, time.perf_counter()
 

@@ -91,7 +91,7 @@ class Prices:
         return [known[kind] for kind in kinds]
 
     def learn(self, request: GenerationRequest, perf: Mapping[str, Any]) -> None:
-        """What a finished job measured (`nexus_rt.serve.perf`), of a clip by itself."""
+        """What a finished job measured (`Clip.perf`), of a clip by itself."""
         cells = math.prod(request.size.latent)
         rows = {row["step"]: row["duration_ms"] for row in perf["denoise_steps_ms"]}
         for step in request.plan.steps:

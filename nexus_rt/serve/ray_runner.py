@@ -47,9 +47,9 @@ class Replica:
     ) -> None:
         if os.path.isdir(place):  # relative names of models mean what they mean to the server
             os.chdir(place)
-        self.pipe = make(argument)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.served = ServedPipeline(self.pipe, every)
+        pipe = make(argument)
+        pipe.set_progress_bar_config(disable=True)
+        self.served = ServedPipeline(pipe, every)
         self.warmed = self.served.warm_up() if warmup else None
 
     async def describe(self) -> tuple[Profile, WarmUp | None]:
@@ -58,7 +58,7 @@ class Replica:
 
     async def generate(self, tasks: list[Task]) -> AsyncIterator[tuple[str, Any]]:
         """("begun", pid), ("event", ...) as they come, then ("clips", ...) or ("failed", ...)."""
-        loop, stopped = asyncio.get_running_loop(), False
+        loop, ended = asyncio.get_running_loop(), False
         messages: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
 
         def put(message: tuple[str, Any]) -> None:
@@ -69,7 +69,7 @@ class Replica:
 
         def work() -> None:
             try:
-                put(("clips", self.served.run(tasks, emit, lambda task: not stopped)))
+                put(("clips", self.served.run(tasks, emit)))
             except JobFailed as error:
                 put(("failed", (error.code, error.message)))
 
@@ -78,13 +78,13 @@ class Replica:
             yield "begun", os.getpid()
             while True:
                 message = await messages.get()
+                ended = message[0] != "event"
                 yield message
-                if message[0] != "event":
+                if ended:
                     return
         finally:  # cancelled: the pipeline is free again within one step
-            stopped = True
-            if not running.done():
-                self.pipe.cancel()
+            for task in () if ended else tasks:
+                self.served.cancel(task.id)
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.shield(running)
 

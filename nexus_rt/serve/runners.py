@@ -48,7 +48,7 @@ class Runner(Protocol):
         ...
 
     def cancel(self, job_id: str) -> None:
-        """Stop a job before its next step; nothing where it does not run."""
+        """Stop a job that `run` has, or is about to be given, before its next step."""
         ...
 
     async def close(self) -> None:
@@ -63,8 +63,6 @@ class ThreadRunner:
 
     def __init__(self, pipe: NexusPipeline, preview_every: int = 1, warmup: bool = True) -> None:
         self.pipe, self.preview_every, self.warmup = pipe, preview_every, warmup
-        self._cancelled: set[str] = set()
-        self._running: set[str] = set()
 
     async def start(self) -> tuple[Profile, WarmUp | None]:
         return await asyncio.to_thread(self._start)
@@ -76,27 +74,17 @@ class ThreadRunner:
 
     async def run(self, tasks: Sequence[Task], emit: Callable[[Event], None]) -> list[Clip]:
         loop = asyncio.get_running_loop()
-        self._running = {task.id for task in tasks}
-        self._cancelled &= self._running
 
         def tell(event: Event) -> None:
             loop.call_soon_threadsafe(emit, event)
 
-        wanted = lambda task: task.id not in self._cancelled
-        try:
-            return await asyncio.to_thread(self.served.run, tasks, tell, wanted)
-        finally:
-            self._running = set()
+        return await asyncio.to_thread(self.served.run, tasks, tell)
 
     def cancel(self, job_id: str) -> None:
-        if job_id in self._running:
-            self._cancelled.add(job_id)
-            if self._running <= self._cancelled:
-                self.pipe.cancel()
+        self.served.cancel(job_id)
 
     async def close(self) -> None:
-        for job_id in list(self._running):
-            self.cancel(job_id)
+        """Nothing: the pipeline is its owner's."""
 
 
 class ProcessRunner:
@@ -121,10 +109,8 @@ class ProcessRunner:
         self._process: Any = None
         self._pipe: Connection | None = None
         self._messages: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
-        self._reader: threading.Thread | None = None
         self._sending = threading.Lock()
-        self._running: set[str] = set()
-        self._cancelled: set[str] = set()
+        self._cancelled: set[str] = set()  # some perhaps before a new process could be told
 
     async def start(self) -> tuple[Profile, WarmUp | None]:
         context = multiprocessing.get_context("spawn")
@@ -136,10 +122,9 @@ class ProcessRunner:
         theirs.close()
         self._pipe, self._messages = ours, asyncio.Queue()
         loop = asyncio.get_running_loop()
-        self._reader = threading.Thread(
+        threading.Thread(
             target=_read, args=(ours, loop, self._messages), daemon=True, name="nexus-rt-reader"
-        )
-        self._reader.start()
+        ).start()
         kind, value = await self._messages.get()
         if kind == "ready":
             return value
@@ -156,17 +141,13 @@ class ProcessRunner:
         return self._process is not None and self._process.is_alive()
 
     async def run(self, tasks: Sequence[Task], emit: Callable[[Event], None]) -> list[Clip]:
-        self._running = {task.id for task in tasks}
-        self._cancelled &= self._running
-        try:
-            if not self.alive:
-                await self._stop()
-                await self.start()
-            if left := [task for task in tasks if task.id not in self._cancelled]:
-                return await self._results(left, emit)
-            raise JobFailed("cancelled", "stopped before it began, as asked.")
-        finally:
-            self._running = set()
+        self._cancelled &= {task.id for task in tasks}
+        if not self.alive:
+            await self._stop()
+            await self.start()
+        if left := [task for task in tasks if task.id not in self._cancelled]:
+            return await self._results(left, emit)
+        raise JobFailed("cancelled", "stopped before it began, as asked.")
 
     async def _results(self, tasks: list[Task], emit: Callable[[Event], None]) -> list[Clip]:
         self._send(("run", tasks))
@@ -188,9 +169,8 @@ class ProcessRunner:
                 self._pipe.send(message)
 
     def cancel(self, job_id: str) -> None:
-        if job_id in self._running:
-            self._cancelled.add(job_id)
-            self._send(("cancel", job_id))
+        self._cancelled.add(job_id)
+        self._send(("cancel", job_id))
 
     async def close(self) -> None:
         self._send(("close", None))

@@ -68,8 +68,6 @@ class Worker:
     def __init__(self, pipe: Connection) -> None:
         self.pipe = pipe
         self.todo: list[list[Task]] = []
-        self.running: set[str] = set()
-        self.cancelled: set[str] = set()
         self.arrived, self.sending = threading.Condition(), threading.Lock()
 
     def send(self, kind: str, value: Any) -> None:
@@ -78,9 +76,6 @@ class Worker:
 
     def emit(self, event: Event) -> None:
         self.send("event", event)
-
-    def wanted(self, task: Task) -> bool:
-        return task.id not in self.cancelled
 
     def hear(self) -> None:
         """Messages of the server, until it is gone: nobody would read a clip then."""
@@ -95,9 +90,7 @@ class Worker:
                 elif kind == "close":
                     os._exit(0)
                 else:
-                    self.cancelled.add(value)
-                    if self.running <= self.cancelled:  # of a batch, the others go on
-                        self.served.pipe.cancel()
+                    self.served.cancel(value)
                 self.arrived.notify()
 
     def run(self) -> None:
@@ -107,10 +100,8 @@ class Worker:
             with self.arrived:
                 self.arrived.wait_for(lambda: self.todo)
                 tasks = self.todo.pop(0)
-                self.running = {task.id for task in tasks}
-                self.cancelled &= self.running
             try:
-                self.send("clips", self.served.run(tasks, self.emit, self.wanted))
+                self.send("clips", self.served.run(tasks, self.emit))
             except JobFailed as error:
                 self.send("failed", (error.code, error.message))
             if not self.answers():
