@@ -81,23 +81,22 @@ class Tokenized:
         states = states.to(self.dtype) * mask[..., None].to(self.dtype)
         return torch.nn.functional.pad(states, (0, 0, 0, max_sequence_length - states.shape[1]))
 
-    def lost(self, text: str, limit: int = MAX_SEQUENCE_LENGTH) -> tuple[int, str] | None:
-        """The tokens of a prompt and its words past the limit, which no generator reads; None where
-        all are read."""
+    def lost(self, text: str, limit: int = MAX_SEQUENCE_LENGTH) -> str | None:
+        """What is lost of a prompt past the limit, which no generator reads, in a sentence without
+        its subject; None where all is read."""
         ids = self.tokenizer.encode(text)
         if len(ids) <= limit:
             return None
-        return len(ids), self.tokenizer.decode(ids[max(0, limit - 1) :])
+        words = self.tokenizer.decode(ids[max(0, limit - 1) :])
+        return (
+            f"has {len(ids)} tokens and {limit} are read; what comes after is lost:"
+            f" {cut(repr(words), 120)}."
+        )
 
     def _warn_of_cut(self, texts: list[str], limit: int) -> None:
         for text in texts:
-            if (beyond := self.lost(text, limit)) is not None:
-                count, words = beyond
-                warnings.warn(
-                    f"the prompt {cut(repr(text), 60)} has {count} tokens and {limit} are read;"
-                    f" what comes after is lost: {cut(repr(words), 120)}.",
-                    stacklevel=4,
-                )
+            if (lost := self.lost(text, limit)) is not None:
+                warnings.warn(f"the prompt {cut(repr(text), 60)} {lost}", stacklevel=4)
 
 
 class TextEncoder(Lazy, Tokenized):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from nexus_rt.request import GenerationRequest
@@ -49,9 +50,7 @@ def model(name: str, created: float) -> dict[str, Any]:
 
 def plan(planned: GenerationRequest, prices: Prices) -> dict[str, Any]:
     """A plan step by step, with what the cost model knows of its price (milliseconds, or null)."""
-    cells = 1
-    for count in planned.size.latent:
-        cells *= count
+    cells = math.prod(planned.size.latent)
     rows = []
     for step, ms in zip(planned.plan.steps, prices.steps(planned), strict=True):
         forwards = {

@@ -22,7 +22,7 @@ from nexus_rt.serve import answers
 from nexus_rt.serve.bodies import read_body
 from nexus_rt.serve.dispatcher import FILES, Dispatcher
 from nexus_rt.serve.events import sse
-from nexus_rt.serve.problems import Problem, no_video
+from nexus_rt.serve.problems import Problem, no_video, unknown_parameter, wrong
 from nexus_rt.serve.requests import ClipRequest, Known, from_form, read_create, read_remix
 from nexus_rt.serve.settings import is_loopback
 from nexus_rt.serve.store import JOB_ID, Job
@@ -205,17 +205,17 @@ class Api:
             raise no_video(video_id)
         return job
 
-    def _video(self, job: Job, status: int = 200) -> JSONResponse:
+    def _video(self, job: Job) -> JSONResponse:
         """A job, and when a client that polls does well to ask again."""
         headers = {}
         if not job.ended:
             headers["openai-poll-after-ms"] = str(self._poll_after(job))
-        return JSONResponse(answers.video(job, self.of.progress(job)), status, headers)
+        return JSONResponse(answers.video(job, self.of.progress(job)), headers=headers)
 
     def _poll_after(self, job: Job) -> int:
         """A tenth of what is left, by the cost model."""
         live = self.of.live.get(job.id)
-        left = self.of.state(live)["ms_left"] if live is not None else None
+        left = live.ms_left if live is not None else None
         low, high = POLL_MS
         return 1000 if left is None else int(min(high, max(low, left / 10)))
 
@@ -241,27 +241,14 @@ class Api:
         query = request.query_params
         for name in query:
             if name not in ("after", "limit", "order"):
-                raise Problem(
-                    400,
-                    "unknown_parameter",
-                    f"unknown parameter {cut(repr(name), 80)}; expected after, limit or order.",
-                    cut(name, 80),
-                )
+                raise unknown_parameter(name, "after, limit or order")
         text, order = query.get("limit", "20"), query.get("order", "desc")
         if not re.fullmatch(r"[0-9]{1,3}", text) or int(text) > 100:
-            raise Problem(
-                400,
-                "invalid_value",
-                f"limit is {cut(repr(text), 80)}; expected a number from 0 to 100.",
-                "limit",
+            raise wrong(
+                "limit", f"limit is {cut(repr(text), 80)}; expected a number from 0 to 100."
             )
         if order not in ("asc", "desc"):
-            raise Problem(
-                400,
-                "invalid_value",
-                f"order is {cut(repr(order), 80)}; expected asc or desc.",
-                "order",
-            )
+            raise wrong("order", f"order is {cut(repr(order), 80)}; expected asc or desc.")
         after, owner, limit = None, request.state.owner, int(text)
         if (last := query.get("after")) is not None:
             after = await self.of.call(self.of.store.get, last[:80], owner)
@@ -286,11 +273,8 @@ class Api:
         job = await self._job(request)
         variant = request.query_params.get("variant", "video")
         if variant not in FILES:
-            raise Problem(
-                400,
-                "invalid_value",
-                f"variant is {cut(repr(variant), 80)}; expected {', '.join(FILES)}.",
-                "variant",
+            raise wrong(
+                "variant", f"variant is {cut(repr(variant), 80)}; expected {', '.join(FILES)}."
             )
         path = self.of.file(job, variant)
         if job.status != "completed" or not path.is_file():

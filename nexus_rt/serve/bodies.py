@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from nexus_rt import documents
 from nexus_rt.errors import InputError
 from nexus_rt.serve.problems import Problem
-from nexus_rt.serve.requests import INPUTS, from_form
+from nexus_rt.serve.requests import INPUTS, from_form, no_input
 
 SECONDS = 60.0  # that a body may take to come
 DRAINED = 64 * 2**20  # bytes that are read and dropped, so that a client hears why
@@ -57,7 +57,7 @@ async def read_body(request: Request, most: int) -> Any:
     if more:
         for name in INPUTS if kind == FORMS[0] else ():
             if f'name="{name}"'.encode() in data:
-                from_form([(name, None)])  # raises what says why
+                raise no_input(name)
         raise Problem(413, "body_too_large", f"the body has more than {most} bytes; send less.")
     if kind == "application/json":
         try:

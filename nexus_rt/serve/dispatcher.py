@@ -55,6 +55,32 @@ class Live:
     done: int = 0
     progress: int = 0
 
+    @property
+    def ms_left(self) -> float | None:
+        return None if self.left is None else round(self.left[self.done], 1)
+
+    def reach(self, step: int) -> None:
+        """So many steps are done."""
+        steps = len(self.planned.plan)
+        self.done = min(step, steps)
+        share = self.done / steps
+        if self.left is not None and self.left[0]:
+            share = 1 - self.left[self.done] / self.left[0]
+        self.progress = max(self.progress, min(99, int(100 * share)))
+
+    def state(self) -> dict[str, Any]:
+        """Where it is: step, phase, percent, milliseconds left by the cost model."""
+        steps = self.planned.plan.steps
+        at = steps[max(0, self.done - 1)]
+        return {
+            "step": self.done,
+            "steps": len(steps),
+            "phase": at.alone or "bridge",
+            "runs": at.runs,
+            "progress": self.progress,
+            "ms_left": self.ms_left,
+        }
+
 
 class Dispatcher:
     """The jobs of one store on one runner."""
@@ -87,7 +113,7 @@ class Dispatcher:
         for job in await self.call(self.store.recover):
             log.info("requeued", extra={"job": job.id, "losses": job.losses})
             if job.losses >= self.settings.attempts:
-                await self._give_up(job)
+                await self._give_up(job, job.losses)
         self._tasks = [asyncio.create_task(self._load()), asyncio.create_task(self._watch_clock())]
 
     def _clean(self) -> None:
@@ -254,11 +280,8 @@ class Dispatcher:
             try:
                 request = ClipRequest.stored(job.request)
                 planned = profile.check(request)
-            except (
-                Problem,
-                TypeError,
-                KeyError,
-            ) as error:  # queued for other models, or another us
+            # queued for other models, or by another version
+            except (Problem, TypeError, KeyError) as error:
                 why = error.message if isinstance(error, Problem) else "its request cannot be read."
                 await self._failed(job, getattr(error, "code", "invalid_value"), why)
                 continue
@@ -319,26 +342,9 @@ class Dispatcher:
             return
         details = {k: v for k, v in event.items() if k != "kind"}
         if kind == "step":
-            live.done = event["step"]
-            details |= self.state(live)
+            live.reach(event["step"])
+            details |= live.state()
         self.hub.publish(job_id, kind, details)
-
-    def state(self, live: Live) -> dict[str, Any]:
-        """Where a running job is: step, phase, percent, milliseconds left by the cost model."""
-        steps = live.planned.plan.steps
-        live.done = min(live.done, len(steps))
-        at = steps[max(0, live.done - 1)]
-        left = None if live.left is None else live.left[live.done]
-        share = live.done / len(steps) if not live.left else 1 - live.left[live.done] / live.left[0]
-        live.progress = max(live.progress, min(99, int(100 * share)))
-        return {
-            "step": live.done,
-            "steps": len(steps),
-            "phase": at.alone or "bridge",
-            "runs": at.runs,
-            "progress": live.progress,
-            "ms_left": None if left is None else round(left, 1),
-        }
 
     async def _finish(self, job: Job, clip: Clip) -> None:
         """Keep a clip, unless its job was ended meanwhile."""
@@ -381,12 +387,8 @@ class Dispatcher:
             raise
         return sum(len(getattr(clip, variant)) for variant in FILES)
 
-    async def _give_up(self, job: Job, losses: int | None = None) -> None:
-        await self._failed(
-            job,
-            "worker_lost",
-            f"its process went down {job.losses if losses is None else losses} times.",
-        )
+    async def _give_up(self, job: Job, losses: int) -> None:
+        await self._failed(job, "worker_lost", f"its process went down {losses} times.")
 
     async def _failed(self, job: Job, code: str, message: str, attempt: int = 0) -> bool:
         """Write down a failure, and tell; False where the job had ended."""

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from nexus_rt.devices import Arrival, fetch
-from nexus_rt.errors import Cancelled, DecodeError, NexusError, NumericsError, cut
-from nexus_rt.models.text import MAX_SEQUENCE_LENGTH, clean_prompt
+from nexus_rt.errors import Cancelled, DecodeError, NexusError, NumericsError
+from nexus_rt.models.text import clean_prompt
 from nexus_rt.process import resident_bytes
 from nexus_rt.serve.preview import LatentRGB, clean, fit, picture, shipped
 from nexus_rt.serve.problems import JobFailed, Problem
@@ -229,14 +229,13 @@ class _Call:
 
     def warn_of_cut(self) -> None:
         """Tell the watchers of a prompt that is longer than what is read of it."""
-        encoder: Any = self.pipe.text
-        for task in self.tasks if hasattr(encoder, "lost") else ():
-            beyond = encoder.lost(clean_prompt(task.request.prompt))
-            if beyond is not None:
-                words = f"the prompt has {beyond[0]} tokens and {MAX_SEQUENCE_LENGTH} are read;"
-                words += f" what comes after is lost: {cut(repr(beyond[1]), 120)}."
-                self.warnings[task.id] = words
-                self.tell("warning", task, message=words)
+        encoder = self.pipe.text
+        if encoder is None:  # the call says so
+            return
+        for task in self.tasks:
+            if (lost := encoder.lost(clean_prompt(task.request.prompt))) is not None:
+                self.warnings[task.id] = f"the prompt {lost}"
+                self.tell("warning", task, message=self.warnings[task.id])
 
     def rewrite(self) -> list[str] | None:
         """What the large generator reads, told as soon as it is there."""
@@ -333,7 +332,7 @@ class _Call:
         }
 
     def with_meta(self, perf: dict[str, Any], task: Task) -> dict[str, Any]:
-        r = replace(task.request, prompt="")  # prompts stay in the job
-        settings = {k: v for k, v in r.as_row().items() if v not in (None, "", ()) and k != "plan"}
+        row, elsewhere = task.request.as_row(), ("prompt", "plan")  # prompts stay in the job
+        settings = {k: v for k, v in row.items() if v not in (None, "", ()) and k not in elsewhere}
         known = {"warnings": [self.warnings[task.id]]} if task.id in self.warnings else {}
         return {**perf, "meta": {**settings, **perf["meta"], **known}}

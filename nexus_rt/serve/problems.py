@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from nexus_rt.errors import MOST
+from nexus_rt.errors import MOST, cut
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -66,6 +66,20 @@ class JobFailed(Exception):
 
 class WorkerLost(Exception):
     """The process that ran a job is gone; the job can be begun again."""
+
+
+def wrong(param: str | None, message: str, code: str = "invalid_value") -> Problem:
+    """400 for a field; message: "PARAM is ...; expected ..."."""
+    return Problem(400, code, message, param)
+
+
+def unknown_parameter(name: str, known: str) -> Problem:
+    """400 for a field that there is not; known: those that there are, in words."""
+    return wrong(
+        cut(name, 80),
+        f"unknown parameter {cut(repr(name), 80)}; expected {known}.",
+        "unknown_parameter",
+    )
 
 
 def no_video(video_id: str) -> Problem:

@@ -3,26 +3,24 @@ and what a plan would run. The workers send it; the front checks requests agains
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nexus_rt.engines.experts import boundaries
 from nexus_rt.errors import InputError
 from nexus_rt.latents import LatentGrid
 from nexus_rt.request import GenerationRequest, make_request
-from nexus_rt.serve.problems import Problem
-from nexus_rt.serve.requests import ClipRequest
+from nexus_rt.serve.problems import wrong
+from nexus_rt.serve.requests import CALL, ClipRequest
 from nexus_rt.size import BuiltSizes, ClipSize
 
 if TYPE_CHECKING:
     from nexus_rt.pipeline import NexusPipeline
 
-CALL = ("plan", "num_inference_steps", "guidance_scale", "guidance_scale_2", "shift", "solver")
-
 
 @dataclass(frozen=True)
 class Profile:
-    """A pipeline, told. identity: part -> what it is. loras: whether LoRAs can be changed."""
+    """A pipeline, told. loras: whether LoRAs can be changed."""
 
     defaults: Any
     grid: LatentGrid
@@ -32,7 +30,6 @@ class Profile:
     understands: bool
     loras: bool
     device: str
-    identity: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, pipe: NexusPipeline) -> Profile:
@@ -45,7 +42,6 @@ class Profile:
             understands=pipe.context is not None,
             loras=all(hasattr(e, "model") for e in pipe.engines.values()),
             device=str(pipe.device),
-            identity=dict(pipe.identity),
         )
 
     def plan(self, size: ClipSize, call: dict[str, Any]) -> GenerationRequest:
@@ -73,15 +69,13 @@ class Profile:
                 **given,
             )
         except InputError as error:
-            raise Problem(400, "invalid_value", str(error), _field(str(error), given)) from error
+            raise wrong(_field(str(error), given), str(error)) from error
         absent = [g for g in made.plan.generators if g not in self.generators]
         if absent:
-            raise Problem(
-                400,
-                "invalid_value",
+            raise wrong(
+                "plan",
                 f"plan {made.plan.name!r} runs the {absent[0]} generator, which this server has"
                 f" not; expected plans of {' and '.join(self.generators)}.",
-                "plan",
             )
         return replace(made, plan=made.plan.with_experts(self.boundaries))
 
@@ -92,30 +86,24 @@ class Profile:
             Problem: 400 with the field at fault.
         """
         if request.loras and not self.loras:
-            raise Problem(
-                400,
-                "invalid_value",
+            raise wrong(
+                "lora",
                 "this server runs exported engines, whose LoRAs were merged when they were made;"
                 " leave lora out.",
-                "lora",
             )
         made = self.plan(request.size, request.options)
         if request.rewrite not in (None, "off"):
             if "large" not in made.plan.generators:
-                raise Problem(
-                    400,
-                    "invalid_value",
+                raise wrong(
+                    "rewrite",
                     f"rewrite is what the large generator reads, and plan {made.plan.name!r} does"
                     " not run it; leave rewrite out.",
-                    "rewrite",
                 )
             if request.rewrite == "auto" and not self.understands:
-                raise Problem(
-                    400,
-                    "invalid_value",
+                raise wrong(
+                    "rewrite",
                     "rewrite 'auto' asks an understanding model, and this server's pair has none;"
                     " leave it out, or send a text.",
-                    "rewrite",
                 )
         return made
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from nexus_rt.checks import number, whole
 from nexus_rt.errors import InputError, cut
-from nexus_rt.serve.problems import Problem
+from nexus_rt.serve.problems import Problem, unknown_parameter, wrong
 from nexus_rt.size import ClipSize, parse_sides
 from nexus_rt.video import frame_rate
 
@@ -26,6 +26,7 @@ WHOLE = ("num_frames", "seed", "num_inference_steps", "priority")
 NUMBERS = ("guidance_scale", "guidance_scale_2", "shift", "deadline")
 TEXTS = ("prompt", "model", "negative_prompt", "plan", "solver", "rewrite")
 FIELDS = (*TEXTS, *WHOLE, *NUMBERS, "seconds", "size", "fps", "lora")
+CALL = ("plan", "num_inference_steps", "guidance_scale", "guidance_scale_2", "shift", "solver")
 INPUTS = ("input_reference", "image", "image_url", "video", "input_image", "characters")
 LORA = re.compile(r"(?:(small|large):)?([\w.-]{1,200}?)(?:@(-?\d{1,3}(?:\.\d{1,6})?))?")
 
@@ -73,9 +74,8 @@ class ClipRequest:
     @property
     def options(self) -> dict[str, Any]:
         """Of the pipeline's call, for every sample of a batch alike."""
-        names = ("plan", "num_inference_steps", "guidance_scale", "guidance_scale_2")
-        call = {n: getattr(self, n) for n in (*names, "shift", "solver")}
-        return {**self.size.options, **{n: v for n, v in call.items() if v is not None}}
+        call = {n: v for n in CALL if (v := getattr(self, n)) is not None}
+        return {**self.size.options, **call}
 
     @property
     def batch_key(self) -> str:
@@ -93,12 +93,12 @@ def from_form(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in fields:
         key = re.sub(r"\[\d*\]$", "", name)
         if not isinstance(value, str):
-            raise _no_input(key) if key in INPUTS else _wrong(key, "is a file; expected text.")
+            raise no_input(key) if key in INPUTS else wrong(key, f"{key} is a file; expected text.")
         if key == "lora":
             body.setdefault("lora", []).append(value)
             continue
         if key in body:
-            raise _wrong(key, "was sent twice; send it once.")
+            raise wrong(key, f"{key} was sent twice; send it once.")
         body[key] = _typed(key, value)
     return body
 
@@ -114,17 +114,13 @@ def _typed(name: str, text: str) -> Any:
         return text
 
 
-def _wrong(param: str, message: str, code: str = "invalid_value") -> Problem:
-    return Problem(400, code, f"{param} {message}", param)
-
-
-def _no_input(param: str) -> Problem:
-    return Problem(
-        400,
-        "unsupported_input",
+def no_input(param: str) -> Problem:
+    """400 for an image or a video."""
+    return wrong(
+        param,
         f"{param} is an image or video input, and this server turns text into video alone; leave"
         " it out.",
-        param,
+        "unsupported_input",
     )
 
 
@@ -140,14 +136,9 @@ def check_fields(body: Any, known: tuple[str, ...]) -> dict[str, Any]:
         )
     for name in body:
         if name in INPUTS and body[name] is not None:
-            raise _no_input(name)
+            raise no_input(name)
         if name not in known and name not in INPUTS:
-            raise Problem(
-                400,
-                "unknown_parameter",
-                f"unknown parameter {cut(repr(name), 80)}; expected some of {', '.join(known)}.",
-                cut(name, 80),
-            )
+            raise unknown_parameter(name, f"some of {', '.join(known)}")
     return {k: v for k, v in body.items() if v is not None and k not in INPUTS}
 
 
@@ -158,21 +149,29 @@ def check_prompt(value: Any, name: str = "prompt") -> str:
         Problem: none, empty, too long, or no text.
     """
     if value is None:
-        raise _wrong(name, "is missing; say what the video should show.", "missing_parameter")
+        raise wrong(
+            name, f"{name} is missing; say what the video should show.", "missing_parameter"
+        )
     if not isinstance(value, str):
-        raise _wrong(name, f"is {cut(repr(value), 80)}; expected text.")
+        raise wrong(name, f"{name} is {cut(repr(value), 80)}; expected text.")
     if not value.strip():
-        raise _wrong(name, "is empty; say what the video should show.")
+        raise wrong(name, f"{name} is empty; say what the video should show.")
     if len(value) > MAX_PROMPT:
-        raise _wrong(
-            name, f"has {len(value)} characters; expected at most {MAX_PROMPT}.", "string_too_long"
+        raise wrong(
+            name,
+            f"{name} has {len(value)} characters; expected at most {MAX_PROMPT}.",
+            "string_too_long",
         )
     return _unicode(name, value)
 
 
 def _unicode(name: str, value: str) -> str:
-    if any(0xD800 <= ord(c) <= 0xDFFF for c in value) or "\0" in value:
-        raise _wrong(name, "holds characters that are no text; send it as UTF-8.")
+    try:
+        whole_text = b"\0" not in value.encode()
+    except UnicodeEncodeError:  # halves of surrogate pairs
+        whole_text = False
+    if not whole_text:
+        raise wrong(name, f"{name} holds characters that are no text; send it as UTF-8.")
     return value
 
 
@@ -182,7 +181,7 @@ def _text(body: dict[str, Any], name: str) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str) or len(value) > MAX_PROMPT:
-        raise _wrong(name, f"is {cut(repr(value), 80)}; expected text.")
+        raise wrong(name, f"{name} is {cut(repr(value), 80)}; expected text.")
     return _unicode(name, value)
 
 
@@ -191,7 +190,7 @@ def _checked(name: str, check: Any, *arguments: Any) -> Any:
     try:
         return check(*arguments)
     except InputError as error:
-        raise Problem(400, "invalid_value", str(error), name) from error
+        raise wrong(name, str(error)) from error
 
 
 def _seconds(value: Any, rate: Fraction, temporal: int) -> tuple[str, int]:
@@ -201,7 +200,7 @@ def _seconds(value: Any, rate: Fraction, temporal: int) -> tuple[str, int]:
     except (TypeError, ValueError):
         seconds = math.nan
     if not 0 < seconds <= 3600:
-        raise _wrong("seconds", f"is {cut(repr(value), 80)}; expected a number such as '5'.")
+        raise wrong("seconds", f"seconds is {cut(repr(value), 80)}; expected a number such as '5'.")
     frames = float(seconds * rate)
     count = max(0, round((frames - 1) / temporal)) * temporal + 1
     return (value.strip() if isinstance(value, str) else f"{seconds:g}"), count
@@ -211,21 +210,21 @@ def _loras(value: Any, known: list[str], generators: tuple[str, ...]) -> tuple[s
     """`lora`: names of the configured folder, "NAME", "NAME@SCALE" or "small:NAME@SCALE"."""
     several = [value] if isinstance(value, str) else value
     if not isinstance(several, list) or len(several) > 16:
-        raise _wrong("lora", f"is {cut(repr(value), 80)}; expected a name, or a list of names.")
+        raise wrong("lora", f"lora is {cut(repr(value), 80)}; expected a name, or a list of names.")
     made = []
     for one in several:
         match = LORA.fullmatch(one) if isinstance(one, str) else None
         if match is None or match[2] not in known:
             names = ", ".join(known[:20]) or "none: the server has no --lora-dir"
-            raise _wrong(
+            raise wrong(
                 "lora",
-                f"{cut(repr(one), 80)} is none of this server's; expected NAME or NAME@SCALE of"
-                f" {names}.",
+                f"lora {cut(repr(one), 80)} is none of this server's; expected NAME or NAME@SCALE"
+                f" of {names}.",
                 "lora_not_found",
             )
         generator = match[1] or ("large" if "large" in generators else generators[0])
         if generator not in generators:
-            raise _wrong("lora", f"{one!r} is of a generator that is not loaded.")
+            raise wrong("lora", f"lora {one!r} is of a generator that is not loaded.")
         made.append(f"{generator}:{match[2]}@{float(match[3] or 1):g}")
     return tuple(made)
 
@@ -282,11 +281,15 @@ def read_create(body: Any, known: Known) -> ClipRequest:
     counts += [("plan", int(digits)) for digits in re.findall(r"\d{1,9}", plan or "")]
     for name, count in counts:  # before a plan of so many steps is made
         if count > known.max_steps:
-            raise _wrong(name, f"has {count} steps; this server takes at most {known.max_steps}.")
+            raise wrong(
+                name, f"{name} has {count} steps; this server takes at most {known.max_steps}."
+            )
     if "deadline" in body:
         _checked("deadline", number, "deadline", body["deadline"], 1.0, known.deadline)
     if "seconds" in body and "num_frames" in body:
-        raise _wrong("seconds", "and num_frames both say how long; leave one of the two out.")
+        raise wrong(
+            "seconds", "seconds and num_frames both say how long; leave one of the two out."
+        )
     if "seconds" in body:
         seconds, frames = _seconds(body["seconds"], rate, known.temporal)
     else:
@@ -295,15 +298,16 @@ def read_create(body: Any, known: Known) -> ClipRequest:
     width, height = known.defaults.width, known.defaults.height
     if "size" in body:
         if not isinstance(body["size"], str):
-            raise _wrong("size", f"is {cut(repr(body['size']), 80)}; expected such as '832x480'.")
+            raise wrong(
+                "size", f"size is {cut(repr(body['size']), 80)}; expected such as '832x480'."
+            )
         width, height = _checked("size", parse_sides, body["size"])
     if width * height * max(1, frames) > math.prod(known.max_size):
-        raise Problem(
-            400,
-            "clip_too_large",
+        raise wrong(
+            "size",
             f"{width}x{height} with {frames} frames is more than this server makes; expected at"
             f" most the pixels of {known.max_size}.",
-            "size",
+            "clip_too_large",
         )
     return ClipRequest(
         prompt=prompt,
@@ -316,13 +320,15 @@ def read_create(body: Any, known: Known) -> ClipRequest:
         seed=secrets.randbits(32) if body.get("seed", -1) == -1 else body["seed"],
         negative_prompt=_text(body, "negative_prompt"),
         plan=plan,
+        num_inference_steps=body.get("num_inference_steps"),
+        guidance_scale=body.get("guidance_scale"),
+        guidance_scale_2=body.get("guidance_scale_2"),
+        shift=body.get("shift"),
         solver=_text(body, "solver"),
         rewrite=check_prompt(body["rewrite"], "rewrite") if "rewrite" in body else None,
         loras=_loras(body["lora"], known.loras, known.generators) if "lora" in body else (),
         priority=body.get("priority", 0),
         deadline=body.get("deadline"),
-        **{n: body[n] for n in ("num_inference_steps", "guidance_scale") if n in body},
-        **{n: body[n] for n in ("guidance_scale_2", "shift") if n in body},
     )
 
 

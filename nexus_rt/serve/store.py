@@ -254,26 +254,27 @@ class Store:
             ).fetchall()
             starts = [(max(self._virtual, f), seq, owner) for seq, owner, f in heads]
             self._virtual, seq, owner = min(starts)
-            key = db.execute("SELECT batch_key FROM jobs WHERE seq = ?", (seq,)).fetchone()[0]
-            taken = [(seq, owner)]
+            cost, key = db.execute(
+                "SELECT cost, batch_key FROM jobs WHERE seq = ?", (seq,)
+            ).fetchone()
+            taken = [(seq, owner, cost)]
             if batch > 1 and key:
                 taken += db.execute(
-                    "SELECT seq, owner FROM jobs WHERE status = 'queued' AND batch_key = ?"
+                    "SELECT seq, owner, cost FROM jobs WHERE status = 'queued' AND batch_key = ?"
                     " AND seq != ? AND deadline_at > ? ORDER BY priority DESC, seq LIMIT ?",
                     (key, seq, now, batch - 1),
                 ).fetchall()
-            for one, whose in taken:
-                self._charge(db, one, whose)
+            for one, whose, price in taken:
+                self._charge(db, whose, price)
                 db.execute(
                     "UPDATE jobs SET status = 'in_progress', started_at = ?,"
                     " attempts = attempts + 1 WHERE seq = ?",
                     (now, one),
                 )
         marks = ",".join("?" * len(taken))
-        return self._jobs(f"WHERE seq IN ({marks}) ORDER BY seq", *(s for s, _ in taken))
+        return self._jobs(f"WHERE seq IN ({marks}) ORDER BY seq", *(row[0] for row in taken))
 
-    def _charge(self, db: sqlite3.Connection, seq: int, owner: str) -> None:
-        cost = db.execute("SELECT cost FROM jobs WHERE seq = ?", (seq,)).fetchone()[0]
+    def _charge(self, db: sqlite3.Connection, owner: str, cost: float) -> None:
         row = db.execute("SELECT finish FROM owners WHERE owner = ?", (owner,)).fetchone()
         finish = max(self._virtual, row[0] if row else 0.0) + cost
         db.execute(
@@ -285,7 +286,7 @@ class Store:
         self, job: Job, now: float, expires_at: float, size: int, perf: dict[str, Any]
     ) -> bool:
         """End a job's current attempt with a result; False where it is not current any more."""
-        return self._end(
+        return self._change(
             "status = 'completed', completed_at = ?, expires_at = ?, bytes = ?, perf = ?",
             "id = ? AND status = 'in_progress' AND attempts = ?",
             *(now, expires_at, size, json.dumps(perf)),
@@ -298,7 +299,7 @@ class Store:
         """End a job that has not ended, or only its attempt, without a result; False where it had
         ended, or is gone."""
         only = " AND attempts = ?" if attempt else ""
-        return self._end(
+        return self._change(
             "status = 'failed', completed_at = ?, expires_at = ?, error_code = ?,"
             " error_message = ?",
             "id = ? AND status IN ('queued', 'in_progress')" + only,
@@ -306,13 +307,13 @@ class Store:
             *((attempt,) if attempt else ()),
         )
 
-    def _end(self, change: str, where: str, *values: Any) -> bool:
+    def _change(self, change: str, where: str, *values: Any) -> bool:
         with self._write() as db:
             return db.execute(f"UPDATE jobs SET {change} WHERE {where}", values).rowcount > 0
 
     def requeue(self, job: Job, lost: bool) -> bool:
         """Put a running attempt back where it was in the queue; lost: its process went down."""
-        return self._end(
+        return self._change(
             "status = 'queued', started_at = NULL, losses = losses + ?",
             "id = ? AND status = 'in_progress' AND attempts = ?",
             *(int(lost), job.id, job.attempts),
