@@ -411,3 +411,17 @@ def test_previews_never_wait_for_a_device(served, monkeypatch):
     told = [(e["kind"], e["step"]) for e in events if e["kind"] in ("step", "preview")]
     assert [s for k, s in told if k == "preview"] == list(range(1, 11))
     assert told.index(("preview", 1)) == told.index(("step", 3)) + 1
+
+
+def test_engines_that_move_are_counted():
+    pipe = NexusPipeline.from_pretrained(vram="30MB")
+    pipe.set_progress_bar_config(disable=True)
+    moving = ServedPipeline(pipe, preview_every=0)
+    plan = pipe.make_plan("small:4 large:*", 8)
+    phases = {
+        p.name for p in pipe.plan_residency(plan, ClipSize(64, 64, 17)).phases if p.first >= 0
+    }
+    (clip,) = moving.run(
+        [Task("a", request(plan="small:4 large:*", num_inference_steps=8))], lambda event: None
+    )
+    assert clip.perf["meta"]["residency_moves"] == len(phases) > 1
