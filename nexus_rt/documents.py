@@ -2,44 +2,55 @@
 before anything uses it.
 
 A schema is a `msgspec.Struct` or any annotated type; what it does not allow is an error that names
-the file, the field and what was expected. Sizes and depth are bounded, so that a hostile document
-costs neither memory nor time.
+the file, the field and what was expected. Sizes, depth and digits are bounded, so that a hostile
+document costs neither memory nor time, and its text is Unicode: JSON's escapes can spell half a
+surrogate pair, which no file name, log or reply can hold.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
+import stat
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from nexus_rt.errors import ModelError, NexusError, cut
+from nexus_rt.errors import ModelError, NexusError, cut, is_text, shown
 
 T = TypeVar("T")
 MAX_BYTES = 64 * 2**20  # tokenizers of 30 MB exist
 MAX_DEPTH = 64
+MAX_DIGITS = 40  # of a whole number: transformers writes 10^30 for a length without a limit
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of a surrogate, of a pair or alone
+MAX_FLOAT = 1100  # characters of another number: float64's longest exact decimal has 1,075
 
 
 def read_bytes(path: Path, error: type[NexusError] = ModelError, limit: int = MAX_BYTES) -> bytes:
-    """A file's bytes; errors name it.
+    """A file's bytes, or what comes out of a pipe; errors name it.
 
     Raises:
-        error: no file, one that cannot be read, or above `limit` bytes.
+        error: no file, one that cannot be read, a device, or above `limit` bytes.
     """
     try:
-        size = path.stat().st_size
-        if size > limit:
-            raise error(
-                f"{path} has {size} bytes; a document of its kind has at most {limit}: it is"
-                " something else."
-            )
-        return path.read_bytes()
-    except OSError as problem:
+        kind = path.stat().st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
+            raise OSError(0, "it is a folder" if stat.S_ISDIR(kind) else "it is a device")
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)  # a file may grow, and a pipe has no size
+    except (OSError, ValueError) as problem:  # ValueError: NUL, or half a surrogate pair
+        reason = cut(getattr(problem, "strerror", None) or problem)
         raise error(
-            f"{path} cannot be read ({problem.strerror or problem}); check the path, or get the"
-            " file again."
+            f"{cut(path)} cannot be read ({reason}); check the path, or get the file again."
         ) from None
+    if len(data) > limit:
+        raise error(
+            f"{path} has more than {limit} bytes, the most that a document of its kind has: it is"
+            " something else."
+        )
+    return data
 
 
 def parse(
@@ -47,9 +58,12 @@ def parse(
     where: str,
     error: type[NexusError] = ModelError,
     remedy: str = "get the file again",
+    any_text: bool = False,
 ) -> Any:
-    """Parsed JSON of at most `MAX_DEPTH` levels; NaN, Infinity, numbers beyond float64 and doubled
-    keys are refused.
+    """Parsed JSON of at most `MAX_DEPTH` levels; NaN, Infinity, numbers beyond float64, doubled
+    keys and halves of surrogate pairs are refused.
+
+    any_text: halves of surrogate pairs stay, for a list of prompts, whose items fail one by one.
 
     Raises:
         error: it is not JSON; says where.
@@ -57,7 +71,11 @@ def parse(
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         value = json.loads(
-            text, parse_constant=_no_constant, parse_int=_whole, object_pairs_hook=_once
+            text,
+            parse_constant=_no_constant,
+            parse_int=_whole,
+            parse_float=_real,
+            object_pairs_hook=_once,
         )
     except (ValueError, RecursionError) as problem:
         reason = "it is nested too deeply" if isinstance(problem, RecursionError) else cut(problem)
@@ -65,6 +83,9 @@ def parse(
         raise error(f"{where} {words} JSON ({reason}); {remedy}.") from None
     if _deeper(value, MAX_DEPTH):
         raise error(f"{where} is nested more than {MAX_DEPTH} levels deep; {remedy}.")
+    halves = not any_text and (HALF.search(text) or not is_text(text))
+    if halves and (odd := _odd(value)) is not None:
+        raise error(f"{where} {odd}; {remedy}.")
     return value
 
 
@@ -78,15 +99,19 @@ def check(
     """`value` as a `kind`: a msgspec schema, whose words say what was expected where.
 
     Raises:
-        error: it breaks the schema.
+        error: it breaks the schema, or holds what no JSON document does (see `parse`).
     """
+    if (odd := _odd(value)) is not None:
+        raise error(f"{where} {odd}; {remedy}.")
     try:
         return msgspec.convert(value, kind, strict=True)
-    except (msgspec.ValidationError, RecursionError) as problem:
-        reason = str(problem).replace("`$.", "`").replace("- at `$`", "").strip()
-        raise error(f"{where} is not as expected: {cut(reason)}; {remedy}.") from None
     except NexusError as problem:  # a schema's own check
         raise error(f"{where}: {cut(problem)}") from None
+    # a schema's own check computes with what it is given
+    except (ValueError, TypeError, ArithmeticError, RecursionError) as problem:
+        reason = "it is nested too deeply" if isinstance(problem, RecursionError) else str(problem)
+        reason = reason.replace("`$.", "`").replace("- at `$`", "").strip()
+        raise error(f"{where} is not as expected: {cut(reason)}; {remedy}.") from None
 
 
 def read(
@@ -116,19 +141,52 @@ def _no_constant(name: str) -> float:
 
 
 def _whole(text: str) -> int:
-    if len(text) > 40:  # transformers writes 10^30 for a length without a limit
+    if len(text) > MAX_DIGITS:
         raise ValueError(f"{text[:12]}... has {len(text)} digits")
     return int(text)
+
+
+def _real(text: str) -> float:
+    if len(text) > MAX_FLOAT:
+        raise ValueError(f"{text[:12]}... has {len(text)} characters")
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{cut(text, 40)} is beyond float64")
+    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) < len(pairs):
-        names = [k for k, _ in pairs]
-        raise ValueError(
-            f"key {next(n for n in names if names.count(n) > 1)[:80]!r} is there twice"
-        )
+        known: set[str] = set()
+        twice = next(k for k, _ in pairs if k in known or known.add(k))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {shown(twice)} is there twice")
     return document
+
+
+def _odd(value: Any) -> str | None:
+    """What a document of JSON's types holds that none may, None for nothing; without recursion."""
+    layer = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner: dict[int, Any] = {}  # by identity: an object that holds itself is looked at once
+        for one in layer:
+            if isinstance(one, str):
+                if not is_text(one):
+                    return f"holds {shown(one)}, half a surrogate pair, which is no text"
+            elif isinstance(one, int):
+                if abs(one) >= 10**MAX_DIGITS:
+                    return f"holds a whole number of more than {MAX_DIGITS} digits"
+            elif isinstance(one, float):
+                if not math.isfinite(one):
+                    return f"holds {one}, which is no JSON number"
+            elif isinstance(one, dict):
+                inner |= {id(v): v for v in (*one.keys(), *one.values())}
+            elif isinstance(one, (list, tuple)):
+                inner |= {id(v): v for v in one}
+        if not inner:
+            return None
+        layer = list(inner.values())
+    return f"is nested more than {MAX_DEPTH} levels deep"
 
 
 def _deeper(value: Any, levels: int) -> bool:

@@ -57,6 +57,15 @@ ODD = [
     [None] * 100,
     "nan",
     "owner/kernel",
+    "\ud800",
+    "a\udfffb" * 3,
+    {"\udc00": 1},
+    [["\ud83d"]],
+    float("nan"),
+    float("-inf"),
+    10**39,
+    10**400,
+    -(10**400),
 ]
 RAW = [
     b"",
@@ -76,6 +85,10 @@ RAW = [
     b"\x00" * 100,
     b'"' * 999,
     b'{"a":1,"a":2}',
+    b'{"\\ud800": "\\udfff"}',
+    b'{"a": -1e309}',
+    b'{"a": 0.' + b"3" * 5000 + b"}",
+    b"[" * 64 + b"]" * 64,
 ]
 
 
@@ -104,9 +117,16 @@ def mutated(value, rng):
         elif kind == 3:
             del at[last]
         elif kind == 4 and isinstance(at, dict):
-            at[rng.choice(("x", str(last) + "s", "../x", "auto_map", "attn_implementation"))] = (
-                at.pop(last)
+            names = (
+                "x",
+                str(last) + "s",
+                "../x",
+                "auto_map",
+                "attn_implementation",
+                str(last) + "\ud800",
+                "\x00",
             )
+            at[rng.choice(names)] = at.pop(last)
         elif isinstance(at[last], (int, float)) and not isinstance(at[last], bool):
             at[last] = at[last] * rng.choice((-1, 0, 2, 1000, 10**9, 0.5))
         else:
