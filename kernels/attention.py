@@ -10,16 +10,24 @@ The bias serves Wan's zero padding: its equal keys are kept once with the logari
 Flops: 4 Lq Lk head_dim a head (at 32,760 x 32,760 x 128, 40 heads: 22 TFLOP); bytes: q, k, v and
 out once, 1.3 GB there: the matrix units are the roof, and beside them every instruction a score
 costs (`bench/sass.py` counts them). So 1 / sqrt(head_dim) is folded into the exponent, and no score
-is masked: descriptors fill what lies past the last key with zeros, whose share is taken out of the
+is masked: descriptors fill the tile past the last key with zeros, whose share is taken out of the
 sum at the end,
 
     sum - padding 2^(0 - maximum),      and out of `out` there is nothing to take: those v are 0.
 
-Where a row's own scores are all so negative that this would cancel (its share is below `ILL` of
-what is taken out), the row is flagged, and a second launch computes its block again, masked; else
-that launch ends where it begins. Takes `qk_norm_rope`'s output and the V third of the fused
-projection where they lie: only the last dimension must be contiguous. `attention_fp8.py` launches
-the same kernel on bytes.
+With padding the maximum is at least the padding's own score, 0, so that this power is at most 1.
+Without padding the maximum may be far below 0: the exponent is clamped, as 0 keys times an infinite
+power would be NaN.
+
+A row is flagged in two cases. Its own scores are all so negative that the difference cancels (its
+sum is below `ILL` of the padding's share). Or its maximum is beyond `FAR`: a GPU multiplies and
+subtracts with one rounding, so an exponent is off by up to half a unit in the maximum's last place,
+which is 1 there, and overflows from 2^28. A second launch computes the blocks of flagged rows
+again, masked and with two roundings; without a flag it ends where it begins. Tiles by pointers and
+whole blocks have no second launch: their scores, in powers of two, hold up to 2^27.
+
+Takes `qk_norm_rope`'s output and the V third of the fused projection where they lie: only the last
+dimension must be contiguous. `attention_fp8.py` launches the same kernel on bytes.
 """
 
 from __future__ import annotations
@@ -45,10 +53,14 @@ SHIFT = (
     8.0  # shares, at most 1, are 2^8 as large in e4m3; so is their sum, and the quotient the same
 )
 ILL = 1 / 16  # of the padding's share: 24 bits less these leave more than bfloat16 has
+TINY = 2.0**-126  # float32's smallest normal number
+FAR = 2.0**24  # a maximum, in powers of two, whose last place is 2
 
 if triton is not None:
     _SHIFT = tl.constexpr(SHIFT)
     _ILL = tl.constexpr(ILL)
+    _FAR = tl.constexpr(FAR)
+    _TINY = tl.constexpr(TINY)
     _LOG2E = tl.constexpr(math.log2(math.e))
 
     @triton.jit
@@ -160,7 +172,8 @@ if triton is not None:
                     k = tl.load(k_at)
                 score = tl.dot(q, k, input_precision=PRECISION)
             if FP8:
-                by = scale * tl.load(k_scale_at + start // COLUMNS)
+                # not 0, as a product of small scales may be: masked scores are minus infinity
+                by = tl.maximum(scale * tl.load(k_scale_at + start // COLUMNS), _TINY)
             if HAS_BIAS:  # minus infinity past the last key
                 bias = tl.load(
                     bias_ptr + batch * keys + start + column,
@@ -171,6 +184,11 @@ if triton is not None:
                 higher = tl.maximum(peak, tl.max(score, 1))
                 # a block whose keys all count for nothing must not make -inf - -inf
                 base = tl.where(higher == float("-inf"), 0.0, higher)
+                exponent = score - (base - _SHIFT if FP8 else base)[:, None]
+            elif AGAIN:  # the mask between product and difference keeps them two roundings
+                score = tl.where((column < left)[None, :], score * by, float("-inf"))
+                higher = tl.maximum(peak, tl.max(score, 1))
+                base = higher
                 exponent = score - (base - _SHIFT if FP8 else base)[:, None]
             else:
                 if MASKED:
@@ -204,9 +222,10 @@ if triton is not None:
                 v_at += COLUMNS if FP8 else COLUMNS * v_token
         if DESCRIPTORS and not HAS_BIAS and not MASKED:
             padding = tl.cdiv(keys, COLUMNS) * COLUMNS - keys
-            taken = padding * tl.exp2(-(peak - _SHIFT) if FP8 else -peak)
+            least = -tl.maximum(peak, 0.0)  # bounds the power: 0 keys times infinity would be NaN
+            taken = padding * tl.exp2(least + _SHIFT if FP8 else least)
             total -= taken
-            flag = (total < taken * _ILL).to(tl.int8)
+            flag = ((total < taken * _ILL) | (peak > _FAR)).to(tl.int8)
             tl.store(flag_ptr + pair * queries + row, flag, mask=row < queries)
         out = out / total[:, None]
         if FP8:

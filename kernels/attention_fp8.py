@@ -42,10 +42,12 @@ from nexus_rt.kernels.attention_launch import (
 from nexus_rt.kernels.triton_op import Variant, kernel_op, launch, tl, triton
 
 PEAK = 448.0  # of e4m3
+LEAST = 1e-35  # a block of zeros has a scale too; the smallest whose 448th is a normal number
 OLDEST = (8, 9)
 
 if triton is not None:
     _PEAK = tl.constexpr(PEAK)
+    _LEAST = tl.constexpr(LEAST)
 
     @triton.jit
     def _quantise_kernel(
@@ -86,7 +88,7 @@ if triton is not None:
         if GIVEN:
             scale = tl.load(scale_ptr + pair)
         else:
-            scale = tl.maximum(tl.max(tl.abs(x)), 1e-20) / _PEAK
+            scale = tl.maximum(tl.max(tl.abs(x)), _LEAST) / _PEAK
             tl.store(scale_ptr + pair * tl.num_programs(0) + tl.program_id(0), scale)
         small = (x / scale).to(out_ptr.dtype.element_ty)
         if TRANSPOSED:  # the padding is written too: zeros
@@ -155,7 +157,7 @@ def quantise_ref(x: Tensor, rows: int) -> Tensor:
     out = torch.empty_like(x, dtype=torch.float32)
     for start in range(0, x.shape[1], rows):
         part = x[:, start : start + rows].float()
-        scale = part.abs().amax((1, 3), keepdim=True).clamp_min(1e-20) / PEAK
+        scale = part.abs().amax((1, 3), keepdim=True).clamp_min(LEAST) / PEAK
         out[:, start : start + rows] = (part / scale).to(torch.float8_e4m3fn).float() * scale
     return out
 
@@ -223,9 +225,11 @@ def _attention_fp8(
     if out.numel():
         config = launch_config(q.shape[3], 1, capability_of(q.device), loads, fp8=True)
         q8, q_scale = _quantise(q, config["ROWS"], None, False)
-        k8, k_scale = _quantise(k, config["COLUMNS"], k.mean(1, dtype=torch.float32), False)
+        # any finite number may be taken from all keys: a mean whose sum overflows is not needed
+        mean = k.mean(1, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0)
+        k8, k_scale = _quantise(k, config["COLUMNS"], mean, False)
         largest = torch.linalg.vector_norm(v, math.inf, (1, 3), dtype=torch.float32)
-        v8, v_scale = _quantise(v, config["COLUMNS"], None, True, largest.clamp_min(1e-20) / PEAK)
+        v8, v_scale = _quantise(v, config["COLUMNS"], None, True, largest.clamp_min(LEAST) / PEAK)
         launch_attention(q8, k8, v8, bias, (q_scale, k_scale, v_scale), out, loads, config)
     return out
 

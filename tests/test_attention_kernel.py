@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nexus_rt.kernels.attention import _check, attention, attention_ref
-from nexus_rt.kernels.attention_launch import SHORT, TIMED, resolve_loads
+from nexus_rt.kernels.attention_launch import HEAD_DIMS, SHORT, TIMED, resolve_loads
 
 pytest.importorskip("triton")
 CASES = [  # B, Lq, Lk, heads, head_dim, dtype
@@ -247,3 +249,60 @@ def test_few_keys_and_biased_ones_come_by_pointers(monkeypatch):
     assert asked[9] == ["specialised", "pointers", "pointers", "specialised"]
     assert asked[10] == ["specialised", "pointers", "pointers", "descriptors"]
     assert asked[12] == ["descriptors", "pointers", "pointers", "descriptors"]
+
+
+@st.composite
+def extreme(draw, head_dims=HEAD_DIMS, dtypes=(torch.float16, torch.float32)):
+    """Queries and keys that are +-m or 0 in every component, m a power of two of any size: scores
+    are exact, and far apart, far below 0, far above it, or all alike."""
+    dtype, head_dim = draw(st.sampled_from(dtypes)), draw(st.sampled_from(head_dims))
+    high = 15 if dtype == torch.float16 else 55  # 2^15 is float16's last; scores stay finite
+    power = lambda: 2.0 ** draw(st.integers(-14 if dtype == torch.float16 else -60, high))
+    keys = draw(st.sampled_from([1, 32, 63, 64, 100, 128, 140, 195, 256]))
+    queries, sides = (
+        draw(st.sampled_from([1, 5, 130])),
+        draw(st.sampled_from([(-1.0,), (1.0,), (-1.0, 1.0), (-1.0, 0.0), (-1.0, 0.0, 1.0)])),
+    )
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    side = torch.tensor(sides)[torch.randint(len(sides), (1, keys, 2, 1), generator=g)]
+    q = torch.full((1, queries, 2, head_dim), power())
+    k = side.expand(-1, -1, -1, head_dim) * power()
+    v = torch.randn(1, keys, 2, head_dim, generator=g)
+    return q.to(dtype), k.to(dtype).contiguous(), v.to(dtype)
+
+
+@pytest.mark.parametrize("loads", TIMED)
+@given(case=extreme())
+@settings(max_examples=25, deadline=None)
+def test_finite_inputs_of_any_size_give_the_formula(loads, case):
+    q, k, v = case
+    if q.dtype == torch.float32 and loads not in ("auto", "pointers"):
+        loads = "auto"
+    got, wanted = attention(q, k, v, None, loads), oracle(q, k, v)
+    assert torch.isfinite(got).all()
+    assert (got.double() - wanted).abs().max() <= (4e-3 if q.dtype == torch.float16 else 1e-4)
+    if loads in ("auto", "pointers", "descriptors"):
+        biased = attention(q, k, v, torch.zeros(1, k.shape[1]), loads)
+        assert (biased.double() - wanted).abs().max() <= 4e-3
+
+
+@pytest.mark.parametrize("loads", ["descriptors", "specialised", "ahead"])
+def test_rows_of_far_scores_are_computed_again_in_two_roundings(loads, monkeypatch):
+    """Beside padding: a GPU's fused product and difference would be off by whole powers of two."""
+    from nexus_rt.kernels import attention as module
+
+    flags = []
+    launch = module.launch
+
+    def watched(kernel, grid, like, *args, **options):
+        if options["AGAIN"]:
+            flags.append(args[7].clone())
+        launch(kernel, grid, like, *args, **options)
+
+    monkeypatch.setattr(module, "launch", watched)
+    q, k, v = inputs(1, 130, 140, 1, 64, torch.float16)
+    q[:, 7], k[:, :] = 4096.0, 4096.0  # row 7 scores 2^27 in powers of two of e; the others less
+    q[:, 8:], q[:, :7] = 0.5, 0.5
+    got = attention(q, k, v, None, loads)
+    assert flags[0].nonzero().flatten().tolist() == [7]
+    close(got, q, k, v)
