@@ -35,7 +35,8 @@ from nexus_rt.devices import synchronize
 from nexus_rt.errors import InputError, NexusError, choose
 from nexus_rt.log import chose
 
-ROWS_CHECKED = 256  # queries of the first head that a candidate is compared with float32 on
+EDGE_ROWS = 16  # first queries, and last, that a candidate is compared with float32 on
+ROWS_BETWEEN = 48  # more queries, evenly between
 # of the output's RMS: what an approximate backend may be off on Gaussian inputs (e4m3 loses 0.055)
 APPROXIMATE = 0.08
 RUNS = 5
@@ -182,6 +183,25 @@ def _fp8_why(case: Case) -> str | None:
     return None if case.head_dim in FP8_HEAD_DIMS else f"takes head_dim {dims}, not {case.head_dim}"
 
 
+CUDNN_ANY_LENGTH = 91501  # 9.15.1, the first that takes lengths that are no multiple of 128
+CUDA_ANY_LENGTH = (12, 9)
+
+
+def _cudnn_length(case: Case) -> str | None:
+    """PyTorch's own rule (its pull requests 167101 and 171627): older releases read and write
+    beyond tensors whose query length is no multiple of 128."""
+    if case.queries % 128 == 0:
+        return None
+    have, cuda = torch.backends.cudnn.version(), torch.version.cuda
+    takes = f"takes {case.queries} queries, no multiple of 128, from"
+    if have is not None and have < CUDNN_ANY_LENGTH:
+        release = f"{have // 10000}.{have % 10000 // 100}.{have % 100}"
+        return f"{takes} cuDNN 9.15.1 on, and this is {release}"
+    if cuda is not None and tuple(map(int, cuda.split(".")[:2])) < CUDA_ANY_LENGTH:
+        return f"{takes} CUDA 12.9 on, and this is {cuda}"
+    return None
+
+
 def _first(*reasons: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
     return lambda case: next((why for r in reasons if (why := r(case))), None)
 
@@ -190,7 +210,7 @@ ATTENTION_BACKENDS = {
     "sdpa": Backend(_sdpa, lambda case: None),
     "math": Backend(_torch_backend("MATH"), lambda case: None),
     "flash": Backend(_torch_backend("FLASH_ATTENTION"), _flash),
-    "cudnn": Backend(_torch_backend("CUDNN_ATTENTION"), _first(_on_gpu, _half)),
+    "cudnn": Backend(_torch_backend("CUDNN_ATTENTION"), _first(_on_gpu, _half, _cudnn_length)),
     "triton": Backend(_triton, _triton_why),
     "triton-fp8": Backend(_triton_fp8, _fp8_why, exact=False),
     "fa3": Backend(_fa3, _first(_on_gpu, _half, _unbiased, _installed("flash_attn_interface"))),
@@ -320,31 +340,32 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
 
 @dataclass
 class Trial:
-    """A case's tensors, Gaussian, and what backends are compared with on them.
+    """A case's tensors, Gaussian, and float32's result on rows of every head and sample: the first,
+    the last and some between.
 
-    best: milliseconds of the fastest backend so far.
+    allowed: largest error of an exact backend. best: milliseconds of the fastest backend so far.
     """
 
     case: Case
     tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    rows: Tensor
     wanted: Tensor
-    part: tuple
     allowed: float
     best: float = math.inf
 
     @classmethod
     def of(cls, case: Case) -> Trial:
-        """Tensors, and what float32 makes of their first rows."""
+        """Tensors, float32's result, and what `math` loses in the case's own dtype."""
         g = torch.Generator(case.device).manual_seed(0)
         make = lambda *shape: torch.randn(*shape, generator=g, device=case.device).to(case.dtype)
         q = make(case.batch, case.queries, case.heads, case.head_dim)
         k, v = (make(case.batch, case.keys, case.heads, case.head_dim) for _ in range(2))
         bias = make(case.batch, case.keys).float() if case.biased else None
-        wanted, part = _reference(q, k, v, bias)
-        first = q[:1, :ROWS_CHECKED, :1], k[:1, :, :1], v[:1, :, :1]
-        plain = ATTENTION_BACKENDS["math"].run(*first, None if bias is None else bias[:1])
-        off = float((plain[part].float() - wanted).abs().max())
-        return cls(case, (q, k, v, bias), wanted, part, 2 * off + 1e-6)
+        rows = _checked_rows(case.queries).to(case.device)
+        wanted = _by_head(_float32, q[:, rows], k, v, bias)
+        plain = _by_head(ATTENTION_BACKENDS["math"].run, q[:, rows], k, v, bias)
+        off = float((plain - wanted).abs().max())
+        return cls(case, (q, k, v, bias), rows, wanted, 2 * off + 1e-6)
 
     def measure(self, name: str) -> dict:
         """{"ms", "error", "relative"} of a backend, or {"why"} it has none."""
@@ -353,7 +374,9 @@ class Trial:
             return {"why": why}
         try:
             out = backend.run(*self.tensors)
-            difference = out[self.part].float() - self.wanted
+            if out.shape != self.tensors[0].shape or out.dtype != self.case.dtype:
+                return {"why": f"its result is {out.dtype} {tuple(out.shape)}"}
+            difference = out[:, self.rows].float() - self.wanted
             wrong, share = float(difference.abs().max()), float(difference.norm())
             share /= float(self.wanted.norm())
             # NaN is wrong too
@@ -364,6 +387,8 @@ class Trial:
                     else f"{APPROXIMATE} of the output's RMS ({share:.2f})"
                 )
                 return {"why": f"its error {wrong:.1e} is above {limit}"}
+            if not math.isfinite(float(out.sum(dtype=torch.float32))):
+                return {"why": "its result holds NaN or infinity"}
             call = lambda n=name: ATTENTION_BACKENDS[n].run(*self.tensors)  # type: ignore[misc]
             ms = _once(call, self.case.device)
             if ms < CHEAP_MS or ms <= HOPELESS * self.best:
@@ -382,14 +407,34 @@ def _scores_why(name: str, case: Case) -> str | None:
     return None
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple]:
-    """The first rows of the first head in float32 [1, rows, D], and where they lie in an output."""
-    rows = slice(0, min(ROWS_CHECKED, q.shape[1]))
-    part = (slice(0, 1), rows, 0)
-    score = q[part].float() @ k[:1, :, 0].float().mT / q.shape[-1] ** 0.5
+def _checked_rows(queries: int) -> Tensor:
+    """Indices of the queries that are compared."""
+    edge, last = min(EDGE_ROWS, queries), queries - 1
+    between = torch.linspace(0, last, ROWS_BETWEEN).round().long()
+    return torch.cat([torch.arange(edge), between, last - torch.arange(edge)]).unique()
+
+
+def _by_head(
+    run: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Attention in float32, a sample and head at a time, which holds few scores at once."""
+    heads = [
+        run(
+            *(t[b : b + 1, :, h : h + 1] for t in (q, k, v)),
+            None if bias is None else bias[b : b + 1],
+        )
+        for b in range(q.shape[0])
+        for h in range(q.shape[2])
+    ]
+    return torch.cat(heads, 2).unflatten(2, (q.shape[0], q.shape[2]))[0].transpose(0, 1)
+
+
+def _float32(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """The formula in float32: [B, L, heads, D]."""
+    score = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) / q.shape[-1] ** 0.5
     if bias is not None:
-        score = score + bias[:1, None]
-    return score.softmax(-1) @ v[:1, :, 0].float(), part
+        score = score + bias[:, None, None]
+    return torch.einsum("bhqk,bkhd->bqhd", score.softmax(-1), v.float())
 
 
 def _milliseconds(call: Callable[[], Tensor], device: torch.device) -> float:

@@ -2,6 +2,7 @@
 for a reason."""
 
 import json
+import math
 import re
 import time
 
@@ -241,7 +242,7 @@ def test_a_candidate_that_is_hopeless_runs_once(monkeypatch, tmp_path):
 
     def counted(name, seconds):
         def run(*args):
-            runs[name] += args[0].shape[2] > 1  # not the reference of one head
+            runs[name] += args[0].shape[2] > 1  # not the reference, a head at a time
             time.sleep(seconds)
             return plain(*args)
 
@@ -253,6 +254,70 @@ def test_a_candidate_that_is_hopeless_runs_once(monkeypatch, tmp_path):
     found = attention.decide(asked, ["flash", "math"])
     assert found["chosen"] == "flash" and found["candidates"]["math"]["ms"] > 90
     assert runs == {"math": 2, "flash": 2 + attention.RUNS}
+
+
+def damage(where):
+    """Attention that is wrong in one place: a fraction of heads, samples or rows, or one value."""
+
+    def run(q, k, v, bias):
+        out = attention._sdpa(q, k, v, bias).clone()
+        rows, heads = out.shape[1:3]
+        if where == "last head":
+            out[:, :, -1] = out[:, :, 0]
+        elif where == "middle head":
+            out[:, :, heads // 2] *= 0.5
+        elif where == "last sample":
+            out[-1] = out[0]
+        elif where == "last rows":
+            out[:, -3:] = 0
+        elif where == "a block of rows":
+            out[:, rows // 2 : rows // 2 + 128] = 0
+        elif where == "one NaN":
+            out[-1, rows // 3 + 1, heads // 2, 3] = math.nan
+        elif where == "infinity":
+            out[0, 5, 0, 0] = math.inf
+        elif where == "another shape":
+            out = out[:, :1]
+        elif where == "another dtype":
+            out = out.double()
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "where",
+    "last head|middle head|last sample|last rows|a block of rows|one NaN|infinity|another shape"
+    "|another dtype".split("|"),
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_backend_that_is_wrong_anywhere_is_not_chosen(cache, monkeypatch, where, biased):
+    always = lambda case: None
+    monkeypatch.setitem(
+        attention.ATTENTION_BACKENDS, "bad", attention.Backend(damage(where), always)
+    )
+    asked = attention.Case(2, 1400, 200, 4, 32, torch.float32, torch.device("cpu"), biased)
+    trial = attention.Trial.of(asked)
+    assert "why" in trial.measure("bad") and "ms" in trial.measure("sdpa")
+
+
+@pytest.mark.parametrize(
+    "cudnn, cuda, queries, taken",
+    [
+        (91500, "13.0", 32760, False),
+        (91501, "13.0", 32760, True),
+        (91501, "12.8", 32760, False),
+        (91002, "12.8", 24960, True),
+        (91501, None, 77, True),
+        (90100, "12.9", 1, False),
+    ],
+)
+def test_cudnn_takes_odd_lengths_from_its_9_15_1(monkeypatch, cudnn, cuda, queries, taken):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "queries": queries}
+    why = attention.ATTENTION_BACKENDS["cudnn"].why_not(case(**gpu))
+    assert why is None if taken else f"takes {queries} queries, no multiple of 128" in why
 
 
 def test_math_is_not_tried_where_its_scores_are_large():
