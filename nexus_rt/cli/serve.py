@@ -45,6 +45,29 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help="a name that requests may give for the model; may be given again (default: nexus-rt)",
     )
+    group.add_argument(
+        "--max-connections",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="open connections, a quarter of them kept for clients with a key (default: 4096)",
+    )
+    group.add_argument(
+        "--max-connections-per-address",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="open connections of one address; 0 is without a bound (default: 1024)",
+    )
+    group.add_argument(
+        "--trusted-proxy",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help=(
+            "address or network of a proxy, without a bound on its connections; may be given again"
+        ),
+    )
     group = serve.add_argument_group("jobs")
     group.add_argument(
         "--store",
@@ -60,7 +83,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     group.add_argument("--fps", default="16", help="of jobs that name none (default: 16)")
     group.add_argument(
-        "--max-queue", type=int, default=1000, metavar="N", help="jobs that wait (default: 1000)"
+        "--max-queue",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="jobs of one API key that wait (default: 1000)",
     )
     group.add_argument(
         "--deadline",
@@ -73,7 +100,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--keep", type=float, default=86400.0, metavar="S", help="seconds a result stays (one day)"
     )
     group.add_argument(
-        "--quota", default="10GB", metavar="SIZE", help="of all results (default: 10GB)"
+        "--quota",
+        default="10GB",
+        metavar="SIZE",
+        help="of all results, in equal shares of the API keys (default: 10GB)",
     )
     group.add_argument(
         "--max-size",
@@ -107,6 +137,22 @@ def add(commands: argparse._SubParsersAction) -> None:
         default=30.0,
         metavar="S",
         help="seconds for a running job when the server stops, then it waits again (default: 30)",
+    )
+    group.add_argument(
+        "--step-timeout",
+        type=float,
+        metavar="S",
+        help=(
+            "seconds of a step after which its worker counts as hung and is begun again (default:"
+            " ten times the step's price, at least 60)"
+        ),
+    )
+    group.add_argument(
+        "--load-timeout",
+        type=float,
+        default=1800.0,
+        metavar="S",
+        help="seconds of loading and warming up (default: 1800)",
     )
     group.add_argument("--no-warmup", action="store_true", help="no clip before the first job")
     group.add_argument("--log-prompts", action="store_true", help="log prompts too")
@@ -189,10 +235,23 @@ def run(args: argparse.Namespace) -> int:
         from nexus_rt.serve.ray_runner import RayRunner, parse_replicas
 
         low, high = parse_replicas(args.replicas)
-        runner = RayRunner(served_pipeline, args, low, high, args.preview_every, not args.no_warmup)
+        runner = RayRunner(
+            served_pipeline,
+            args,
+            low,
+            high,
+            args.preview_every,
+            not args.no_warmup,
+            args.load_timeout,
+        )
     else:
         runner = ProcessRunner(
-            served_pipeline, args, args.preview_every, not args.no_warmup, args.log_level or "info"
+            served_pipeline,
+            args,
+            args.preview_every,
+            not args.no_warmup,
+            args.log_level or "info",
+            args.load_timeout,
         )
     server = NexusServer(
         runner,
@@ -201,9 +260,13 @@ def run(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         api_keys=api_keys(args),
+        max_connections=args.max_connections,
+        max_connections_per_address=args.max_connections_per_address,
+        trusted_proxies=tuple(args.trusted_proxy),
         max_size=ClipSize.parse(args.max_size),
         max_steps=args.max_steps,
         max_queue=args.max_queue,
+        step_timeout=args.step_timeout,
         deadline=args.deadline,
         keep=args.keep,
         quota=args.quota,

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import re
 import shutil
 import sqlite3
@@ -20,23 +21,27 @@ from typing import Any, TypeVar
 from nexus_rt.errors import NexusError, cut
 from nexus_rt.request import GenerationRequest
 from nexus_rt.serve import answers
+from nexus_rt.serve.clips import FILES, write_clip
 from nexus_rt.serve.events import Hub
 from nexus_rt.serve.generate import Clip, Event, Task
 from nexus_rt.serve.metrics import Metrics
 from nexus_rt.serve.prices import Prices, step_kind, units
-from nexus_rt.serve.problems import JobFailed, Problem, WorkerLost
+from nexus_rt.serve.problems import JobFailed, Problem, WorkerLost, wrong
 from nexus_rt.serve.profile import Profile
 from nexus_rt.serve.requests import ClipRequest
 from nexus_rt.serve.runners import Runner
 from nexus_rt.serve.settings import Settings
 from nexus_rt.serve.store import JOB_ID, Job, NewJob, NoRoom, QueueFull, Store
+from nexus_rt.serve.watchdog import Bounds, Call
 
 T = TypeVar("T")
 log = logging.getLogger("nexus_rt.serve")
-FILES = {"video": "video.mp4", "thumbnail": "thumbnail.webp", "spritesheet": "spritesheet.jpg"}
 OURS = re.compile(rf"{JOB_ID}(\.part)?")
 BYTES_PER_PIXEL = 0.25  # of a result's files, before any has been made
-TICK = 0.25  # seconds between looks at deadlines and expiries
+TICK = 0.25  # seconds between looks at deadlines, expiries and workers
+PROBE = 2.0  # seconds between looks at the store's disk
+SILENT_STORE = 30.0  # seconds without a look that ended, after which the disk counts as hung
+INTERNAL = ("waiting", "begun")  # events of a runner that are not a watcher's
 HELD = 15.0  # seconds that a request is held while the models are being loaded
 PATIENCE = (1.0, 60.0)  # seconds before a worker that would not load is tried again
 
@@ -46,12 +51,13 @@ class Live:
     """A running job.
 
     left: milliseconds that the cost model gives it after 0, 1, ... steps; None where it has no
-        price. done: its steps; progress: percent.
+        price. done: its steps; progress: percent. call: the runner's that it is in.
     """
 
     job: Job
     planned: GenerationRequest
     left: list[float] | None
+    call: Call
     done: int = 0
     progress: int = 0
 
@@ -87,11 +93,18 @@ class Dispatcher:
 
     def __init__(self, settings: Settings, store: Store, runner: Runner) -> None:
         self.settings, self.store, self.runner = settings, store, runner
+        # what a runner has whose workers can be begun again (`runners.Restarting`)
+        self._prepare = getattr(runner, "prepare", None)
+        self._unable = getattr(runner, "unable", None)
+        self._kill = getattr(runner, "kill", None)
         self.hub = Hub()
         self.metrics = Metrics(store.counts, store.used)
-        self.prices = Prices(store.noted("steps"))
+        self.metrics.ready.set_function(lambda: float(self.ready))
+        self.prices = Prices()
         self.profile: Profile | None = None
         self.problem: str | None = None  # why the models are not there
+        self.trouble: str | None = None  # why the store cannot be written
+        self._probed = time.monotonic()  # when the store was last looked at
         self._loaded = asyncio.Event()  # the one or the other
         self.live: dict[str, Live] = {}
         self.stopping = False
@@ -99,8 +112,7 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task] = []
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="nexus-rt-store")
-        self.videos = store.folder / "videos"
-        self.videos.mkdir(exist_ok=True)
+        self.videos = store.videos
 
     async def call(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
         """A call of the store or the disk, in the thread that is theirs."""
@@ -109,12 +121,14 @@ class Dispatcher:
 
     async def start(self) -> None:
         """Take up what an earlier server left, then load the models beside serving."""
+        self.prices = Prices(await self.call(self.store.noted, "steps"))
         await self.call(self._clean)
         for job in await self.call(self.store.recover):
             log.info("requeued", extra={"job": job.id, "losses": job.losses})
             if job.losses >= self.settings.attempts:
                 await self._give_up(job, job.losses)
-        self._tasks = [asyncio.create_task(self._load()), asyncio.create_task(self._watch_clock())]
+        watches = (self._load(), self._watch_clock(), self._watch_store(), self._watch_workers())
+        self._tasks = [asyncio.create_task(watch) for watch in watches]
 
     def _clean(self) -> None:
         """Remove the files of jobs that are not there; what is not ours stays."""
@@ -142,15 +156,39 @@ class Dispatcher:
             self._loaded.set()
             if warmed is not None:
                 self.prices.learn(profile.check(warmed[0]), warmed[1])
-            self.metrics.ready.set(1)
             log.info("ready", extra={"device": profile.device})
             for _ in range(self.runner.capacity):
                 self._tasks.append(asyncio.create_task(self._work()))
             return
 
     @property
+    def unready(self) -> tuple[str, str] | None:
+        """Why no job can be taken and run now, as a word and a sentence; None where one can."""
+        if self.stopping:
+            return "stopping", "the server stops"
+        if self.problem is not None:
+            return "failed", "the models cannot be loaded; the server's log says why"
+        if self.profile is None:
+            return "loading", "the models are being loaded"
+        if self.trouble is not None:
+            return "failed", self.trouble
+        if time.monotonic() - self._probed > SILENT_STORE:
+            return "failed", "the job store does not answer"
+        if (why := self._unable() if self._unable else None) is not None:
+            return "restarting", why
+        stuck = [call.hung for call in self.calls if call.hung is not None]
+        if len(stuck) >= self.runner.capacity:
+            return "hung", f"the worker hangs: {stuck[0]}"
+        return None
+
+    @property
     def ready(self) -> bool:
-        return self.profile is not None and self.problem is None and not self.stopping
+        return self.unready is None
+
+    @property
+    def calls(self) -> list[Call]:
+        """What the runner runs."""
+        return list({id(live.call): live.call for live in self.live.values()}.values())
 
     def known(self) -> Profile:
         """The models' profile.
@@ -176,12 +214,15 @@ class Dispatcher:
         """Queue a request.
 
         Raises:
-            Problem: 400, the models cannot make it; 429, the queue or the quota is full; 503.
+            Problem: 400, the models cannot make it; 429, the key's queue or the quota is full;
+                503, no job can be kept.
         """
         planned = (await self.loaded()).check(request)
         if self.stopping:
             raise Problem(503, "stopping", "the server stops; try again later.", retry_after=10)
-        now = time.time()
+        if self.trouble is not None:
+            raise Problem(503, "storage_failed", f"{self.trouble}; try again.", retry_after=10)
+        now, settings = time.time(), self.settings
         price = self.prices.total(planned)
         pixels = math.prod(request.size)
         new = NewJob(
@@ -196,24 +237,28 @@ class Dispatcher:
             remixed_from=remixed_from,
         )
         try:
-            job = await self.call(self.store.add, new, self.settings.max_queue, self.settings.quota)
+            job = await self.call(
+                self.store.add, new, settings.max_queue, settings.quota, settings.share
+            )
         except QueueFull:
             self.metrics.refused.labels("queue_full").inc()
-            waiting = await self.call(self.store.waiting_cost)
-            seconds = waiting / 1000 / self.runner.capacity / self.settings.max_queue
+            waiting = await self.call(self.store.waiting_cost, owner)
+            seconds = waiting / 1000 / self.runner.capacity / settings.max_queue
+            whose = " of this key" if settings.api_keys else ""
             raise Problem(
                 429,
                 "queue_full",
-                f"{self.settings.max_queue} jobs wait already; try again later.",
+                f"{settings.max_queue} jobs{whose} wait already; try again later.",
                 retry_after=min(60.0, max(1.0, seconds)) if price is not None else 5.0,
             ) from None
         except NoRoom:
             self.metrics.refused.labels("insufficient_quota").inc()
-            at = await self.call(self.store.next_expiry)
+            at = await self.call(self.store.next_expiry, owner)
+            whose = "this key's" if settings.api_keys else "the"
             raise Problem(
                 429,
                 "insufficient_quota",
-                f"the results take the whole quota of {self.settings.quota} bytes; delete some, or"
+                f"{whose} results take the whole quota of {settings.share} bytes; delete some, or"
                 " wait until they expire.",
                 retry_after=60.0 if at is None else max(1.0, at - now),
             ) from None
@@ -235,8 +280,9 @@ class Dispatcher:
         await self.call(shutil.rmtree, self.videos / job.id, ignore_errors=True)
 
     def _stop_running(self, job_id: str) -> None:
-        """Stop a job before its next step; nothing where it does not run."""
-        if job_id in self.live:
+        """Stop a job before its next step, once; nothing where it does not run."""
+        live = self.live.get(job_id)
+        if live is not None and live.call.cancel(job_id):
             self.runner.cancel(job_id)
 
     def progress(self, job: Job) -> int:
@@ -257,6 +303,12 @@ class Dispatcher:
             jobs: list[Job] = []
             try:
                 self._wake.clear()
+                if self._prepare is not None:
+                    await self._prepare()
+                self.problem = None
+                if self.trouble is not None:  # a clip could not be kept
+                    await self._wake.wait()
+                    continue
                 jobs = await self.call(self.store.claim, time.time(), self.settings.batch)
                 if not jobs:
                     await self._wake.wait()
@@ -266,6 +318,8 @@ class Dispatcher:
                 delay = PATIENCE[0]
             except Exception as error:
                 # a worker that does not load, a store that cannot be written: neither is a job's
+                if isinstance(error, NexusError):
+                    self.problem = cut(error)
                 expected = isinstance(error, (NexusError, sqlite3.Error, OSError))
                 log.error("jobs cannot be run: %s", cut(error), exc_info=not expected)
                 self._adrift += jobs
@@ -275,20 +329,26 @@ class Dispatcher:
     async def _run(self, jobs: list[Job]) -> None:
         """Run jobs that were claimed together."""
         profile, began = self.known(), time.time()
-        tasks = []
+        tasks, runs, refused = [], [], []
         for job in jobs:
             try:
                 request = ClipRequest.stored(job.request)
                 planned = profile.check(request)
+                tasks.append(Task(job.id, request, self._lora_files(request)))
+                runs.append((job, planned))
             # queued for other models, or by another version
             except (Problem, TypeError, KeyError) as error:
                 why = error.message if isinstance(error, Problem) else "its request cannot be read."
-                await self._failed(job, getattr(error, "code", "invalid_value"), why)
-                continue
-            self.live[job.id] = Live(job, planned, self.prices.left(planned))
-            tasks.append(Task(job.id, request, self._lora_files(request)))
+                refused.append((job, getattr(error, "code", "invalid_value"), why))
+        if runs:
+            bounds = Bounds.of(self.prices, runs[0][1], len(runs), self.settings.step_timeout)
+            call = Call(frozenset(job.id for job, _ in runs), bounds)
+        for job, planned in runs:  # before anything is waited for: a cancel finds them
+            self.live[job.id] = Live(job, planned, self.prices.left(planned), call)
             self.metrics.wait.observe(max(0.0, began - job.created_at))
             self.hub.publish(job.id, "started", {"id": job.id, "attempt": job.attempts})
+        for job, code, why in refused:
+            await self._failed(job, code, why)
         try:
             clips = await self.runner.run(tasks, self._emit) if tasks else []
         except JobFailed as failure:
@@ -299,12 +359,14 @@ class Dispatcher:
                     await self._failed(job, failure.code, failure.message, job.attempts)
         except WorkerLost as loss:
             self.metrics.lost.inc()
+            why = str(loss) if call.hung is None else f"the worker hung: {call.hung}"
             log.error("worker lost: %s", loss, extra={"job": jobs[0].id})
             for job in jobs:
-                if job.losses + 1 >= self.settings.attempts:
+                lost = not self.stopping  # a stop may end the workers before the server
+                if lost and job.losses + 1 >= self.settings.attempts:
                     await self._give_up(job, job.losses + 1)
-                elif await self.call(self.store.requeue, job, lost=True):
-                    self.hub.publish(job.id, "queued", {"id": job.id, "reason": str(loss)})
+                elif await self.call(self.store.requeue, job, lost=lost):
+                    self.hub.publish(job.id, "queued", {"id": job.id, "reason": why})
         except NexusError:
             for job in jobs:
                 await self.call(self.store.requeue, job, lost=False)
@@ -324,13 +386,19 @@ class Dispatcher:
                 self.hub.forget(job.id)
 
     def _lora_files(self, request: ClipRequest) -> dict[str, tuple[str, ...]]:
-        """The files of a request's LoRAs, by generator."""
+        """The files of a request's LoRAs, by generator.
+
+        Raises:
+            Problem: the server has no LoRAs any more.
+        """
         files: dict[str, tuple[str, ...]] = {}
+        folder = self.settings.lora_folder
+        if request.loras and folder is None:
+            raise wrong("lora", "lora names one, and this server has none; leave lora out.")
         for name in request.loras:
             generator, _, rest = name.partition(":")
             stem, _, scale = rest.rpartition("@")
-            assert self.settings.lora_folder is not None  # the request was checked
-            path = self.settings.lora_folder.resolve() / f"{stem}.safetensors"
+            path = Path(os.path.abspath(f"{folder}/{stem}.safetensors"))
             files[generator] = (*files.get(generator, ()), f"{path}@{scale}")
         return files
 
@@ -340,7 +408,10 @@ class Dispatcher:
         live = self.live.get(job_id)
         if live is None:
             return
-        details = {k: v for k, v in event.items() if k != "kind"}
+        live.call.heard(event)
+        if kind in INTERNAL:
+            return
+        details = {k: v for k, v in event.items() if k not in ("kind", "fresh")}
         if kind == "step":
             live.reach(event["step"])
             details |= live.state()
@@ -373,22 +444,11 @@ class Dispatcher:
         await self._tell_end(job.id)
 
     def _keep(self, job: Job, clip: Clip) -> int:
-        """Write a clip's files, all of them or none; their bytes."""
-        final, part = self.videos / job.id, self.videos / f"{job.id}.part"
-        for folder in (part, final):
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            part.mkdir()
-            for variant, name in FILES.items():
-                (part / name).write_bytes(getattr(clip, variant))
-            part.rename(final)
-        except OSError:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
-        return sum(len(getattr(clip, variant)) for variant in FILES)
+        """Have a clip's files on disk; their bytes."""
+        return write_clip(self.videos / job.id, clip)
 
     async def _give_up(self, job: Job, losses: int) -> None:
-        await self._failed(job, "worker_lost", f"its process went down {losses} times.")
+        await self._failed(job, "worker_lost", f"its process went down or hung {losses} times.")
 
     async def _failed(self, job: Job, code: str, message: str, attempt: int = 0) -> bool:
         """Write down a failure, and tell; False where the job had ended."""
@@ -428,12 +488,49 @@ class Dispatcher:
                 log.error("the clock failed: %s", cut(error), exc_info=not expected)
             await asyncio.sleep(TICK)
 
+    async def _watch_store(self) -> None:
+        """Whether jobs can be kept: while they cannot, none is taken and none is begun."""
+        while True:
+            try:
+                trouble = await self.call(self.store.trouble)
+            except Exception as error:
+                trouble = f"the job store cannot be looked at ({cut(error)})"
+            if trouble != self.trouble:
+                log.log(
+                    logging.ERROR if trouble else logging.INFO, "%s", trouble or "store is back"
+                )
+                self.trouble = trouble
+                self._wake.set()
+            self._probed = time.monotonic()
+            await asyncio.sleep(PROBE)
+
+    async def _watch_workers(self) -> None:
+        """Workers that hang, and those that went down without a job. Nothing here waits for the
+        disk: a slow one hides no hang."""
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(TICK)
+            now = time.monotonic()
+            for call in self.calls:
+                if why := call.tick(now - last):
+                    self._end_hung(call, why)
+            last = now
+            if not self.live and self.profile is not None and self._unable and self._unable():
+                self._wake.set()
+
+    def _end_hung(self, call: Call, why: str) -> None:
+        """A call's worker counts as hung: have it begun again, where it can be."""
+        self.metrics.hung.inc()
+        job_id = min(call.ids)
+        log.error("a worker hangs: %s", why, extra={"job": job_id})
+        if self._kill is not None:
+            self._kill(job_id)
+
     async def stop(self) -> None:
         """Let what runs end within the grace, else queue it again; then free the models."""
         if self.stopping and not self._tasks:
             return
         self.stopping = True
-        self.metrics.ready.set(0)
         self.hub.close()
         until = time.monotonic() + self.settings.grace
         while self.live and time.monotonic() < until:
@@ -453,5 +550,5 @@ class Dispatcher:
         await self.runner.close()
         for job in held:
             await self.call(self.store.requeue, job, lost=False)
-        self._disk.shutdown()
-        self.store.close()
+        await self.call(self.store.close)
+        self._disk.shutdown(wait=False)

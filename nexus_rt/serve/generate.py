@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from nexus_rt.devices import Arrival, fetch
-from nexus_rt.errors import Cancelled, DecodeError, NexusError, NumericsError
+from nexus_rt.errors import Cancelled, DecodeError, NexusError, NumericsError, cut
 from nexus_rt.models.text import clean_prompt
 from nexus_rt.process import resident_bytes
+from nexus_rt.serve.exhaustion import HOST, exhausted
 from nexus_rt.serve.preview import LatentRGB, clean, fit, picture, shipped
 from nexus_rt.serve.problems import JobFailed, Problem
 from nexus_rt.serve.profile import Profile
 from nexus_rt.serve.requests import ClipRequest
+from nexus_rt.size import ClipSize
 from nexus_rt.tracing import Trace, record
 from nexus_rt.video import contact_sheet, made_with, save_video, to_uint8
 
@@ -88,6 +90,7 @@ class ServedPipeline:
         self._loras: dict[str, tuple[str, ...]] = {}
         self._running: set[str] = set()
         self._cancelled: set[str] = set()
+        self._kinds: set[tuple[int, ClipSize]] = set()  # batches and sizes that it has made
 
     def warm_up(self) -> tuple[ClipRequest, dict[str, Any]]:
         """One clip of the pair's own size and plan: its request, and what it took."""
@@ -123,28 +126,35 @@ class ServedPipeline:
             raise JobFailed(problem.code, problem.message) from problem
         except Cancelled as error:
             raise JobFailed("cancelled", str(error)) from error
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise JobFailed(
-                "out_of_memory",
-                f"the device's memory does not hold a clip of {tasks[0].request.size}; ask for a"
-                " smaller one.",
-            ) from error
-        except MemoryError as error:
-            raise JobFailed("out_of_memory", "the machine's memory does not hold it.") from error
-        except NumericsError as error:
-            raise JobFailed("not_finite", str(error)) from error
-        except DecodeError as error:
-            raise JobFailed("decode_failed", str(error)) from error
-        except NexusError as error:
-            raise JobFailed("generation_failed", str(error)) from error
-        except Exception as error:  # whatever a backend raises: its words are not the client's
-            log.exception("a job failed", extra={"job": tasks[0].id})
-            kind = type(error).__name__
-            raise JobFailed("generation_failed", f"{kind}; the server's log says more.") from error
+        except Exception as error:
+            raise self._failure(error, tasks[0]) from error
         finally:
             self._cancelled -= self._running
             self._running = set()
+
+    def _failure(self, error: Exception, task: Task) -> JobFailed:
+        """An error of a call as its clients read it."""
+        memory = exhausted(error)
+        if memory is not None:
+            log.error("out of memory of the %s: %s", memory, cut(error), extra={"job": task.id})
+        if memory == "device":
+            if self.pipe.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return JobFailed(
+                "out_of_memory",
+                f"the device's memory does not hold a clip of {task.request.size}; ask for a"
+                " smaller one.",
+            )
+        if memory == "host":
+            return JobFailed("out_of_memory", HOST)
+        if isinstance(error, NexusError):
+            codes = {NumericsError: "not_finite", DecodeError: "decode_failed"}
+            code = next((c for kind, c in codes.items() if isinstance(error, kind)), None)
+            return JobFailed(code or "generation_failed", str(error))
+        # whatever a backend raises: its words are not the client's
+        log.error("a job failed", extra={"job": task.id}, exc_info=error)
+        kind = type(error).__name__
+        return JobFailed("generation_failed", f"{kind}; the server's log says more.")
 
     def set_loras(self, loras: dict[str, tuple[str, ...]]) -> None:
         """Have exactly these LoRAs merged, beside none that the pipeline was loaded with."""
@@ -187,7 +197,8 @@ class _Call:
             torch.cuda.reset_peak_memory_stats(pipe.device)
         began = time.perf_counter()
         with record(pipe.device) as trace:
-            self.tell("stage", stage="encode")
+            kind = (len(self.tasks), first.size)
+            self.tell("stage", stage="encode", fresh=kind not in self.of._kinds)
             self.of.set_loras(self.tasks[0].loras)
             self.check()
             self.warn_of_cut()
@@ -219,6 +230,7 @@ class _Call:
         wrote = 1000 * (time.perf_counter() - writing)
         total = 1000 * (time.perf_counter() - began)
         perf = self.perf(trace, total, wrote, made)
+        self.of._kinds.add(kind)
         return [
             Clip(self.tasks[i].id, *files[j], self.with_meta(perf, self.tasks[i]))
             for j, i in enumerate(kept)

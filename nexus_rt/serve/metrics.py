@@ -39,6 +39,9 @@ class Metrics:
         self.lost = Counter(
             "nexus_rt_workers_lost", "Workers that went down in a job", registry=registry
         )
+        self.hung = Counter(
+            "nexus_rt_workers_hung", "Workers that were ended as they hung", registry=registry
+        )
         self.wait = histogram("nexus_rt_queue_wait_seconds", "From creation to the first step")
         self.job = histogram("nexus_rt_job_seconds", "From beginning to end of a job's work")
         self.step = histogram("nexus_rt_step_seconds", "One denoising step", "kind")

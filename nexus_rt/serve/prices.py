@@ -65,6 +65,13 @@ class Prices:
             return None
         return sum(p * n for p, n in zip(parts, wanted.values(), strict=True) if p is not None)
 
+    def bound(self, kind: str, cells: int) -> float | None:
+        """A price that is rather too high: of a clip larger than any that ran, it grows with the
+        square of the cells, as attention's does."""
+        ms = self.ms(kind, cells)
+        ran = [c for sizes in self.known.values() for c in sizes]
+        return ms if not ms else ms * max(1.0, cells / max(ran))
+
     def _scaled(self, kind: str, cells: int) -> float | None:
         sizes = self.known.get(kind)
         if not sizes:

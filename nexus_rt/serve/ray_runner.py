@@ -12,18 +12,24 @@ import contextlib
 import logging
 import os
 import re
+import signal
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+from nexus_rt.checks import number
 from nexus_rt.errors import InputError, NexusError, cut
 from nexus_rt.serve.generate import Clip, Event, ServedPipeline, Task
 from nexus_rt.serve.problems import JobFailed, WorkerLost
 from nexus_rt.serve.profile import Profile
-from nexus_rt.serve.worker import WarmUp
+from nexus_rt.serve.runners import LOAD_TIMEOUT, in_thread
+from nexus_rt.serve.worker import SIGNALS, WarmUp
 
 log = logging.getLogger("nexus_rt.serve")
 NAME = "nexus-rt"
 UP, DOWN = 2.0, 300.0  # seconds of a longer or a shorter queue before replicas come or go
+ROUTING = 5.0  # seconds that a job may wait for a replica before none counts as able
 
 
 def parse_replicas(text: str) -> tuple[int, int]:
@@ -43,8 +49,15 @@ class Replica:
     """A pipeline in a replica's process; `max_ongoing_requests` is 1."""
 
     def __init__(
-        self, make: Callable[[Any], Any], argument: Any, every: int, warmup: bool, place: str
+        self,
+        make: Callable[[Any], Any],
+        argument: Any,
+        every: int,
+        warmup: bool,
+        place: str,
+        cancels: Any,
     ) -> None:
+        self.cancels = cancels
         if os.path.isdir(place):  # relative names of models mean what they mean to the server
             os.chdir(place)
         pipe = make(argument)
@@ -57,7 +70,10 @@ class Replica:
         return self.served.profile, self.warmed
 
     async def generate(self, tasks: list[Task]) -> AsyncIterator[tuple[str, Any]]:
-        """("begun", pid), ("event", ...) as they come, then ("clips", ...) or ("failed", ...)."""
+        """("begun", (pid, actor, namespace)), ("event", ...) as they come, then ("clips", ...) or
+        ("failed", ...)."""
+        import ray
+
         loop, ended = asyncio.get_running_loop(), False
         messages: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
 
@@ -73,20 +89,61 @@ class Replica:
             except JobFailed as error:
                 put(("failed", (error.code, error.message)))
 
+        context = ray.get_runtime_context()
         running = loop.run_in_executor(None, work)
+        hearing = asyncio.create_task(self._hear([task.id for task in tasks]))
         try:
-            yield "begun", os.getpid()
+            yield "begun", (os.getpid(), context.get_actor_name(), context.namespace)
             while True:
                 message = await messages.get()
                 ended = message[0] != "event"
                 yield message
                 if ended:
                     return
-        finally:  # cancelled: the pipeline is free again within one step
+        finally:  # the stream is cancelled: the pipeline is free again within one step
+            hearing.cancel()
             for task in () if ended else tasks:
                 self.served.cancel(task.id)
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.shield(running)
+
+    async def _hear(self, ids: list[str]) -> None:
+        """Cancel jobs as the server says; all of them where it is gone."""
+        from ray.exceptions import RayError
+
+        known: set[str] = set()
+        while len(known) < len(ids):
+            try:
+                known |= await self.cancels.wait.remote(ids, known)
+            except RayError:
+                known = set(ids)
+            for job_id in known:
+                self.served.cancel(job_id)
+
+
+class Cancels:
+    """An actor: the ids of cancelled jobs, for the replicas that run them. A stream that is
+    cancelled says nothing more, neither that its replica has stopped nor that it hangs."""
+
+    def __init__(self) -> None:
+        self.ids: set[str] = set()
+        self.changed = asyncio.Condition()
+
+    async def cancel(self, job_id: str) -> None:
+        """A job is cancelled."""
+        async with self.changed:
+            self.ids.add(job_id)
+            self.changed.notify_all()
+
+    async def wait(self, ids: list[str], known: set[str]) -> set[str]:
+        """Those of `ids` that are cancelled, once they are more than `known`."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.ids.intersection(ids) - known)
+            return self.ids.intersection(ids)
+
+    async def forget(self, ids: list[str]) -> None:
+        """Jobs that have ended."""
+        self.ids.difference_update(ids)
 
 
 class RayRunner:
@@ -94,6 +151,10 @@ class RayRunner:
     or on this machine.
 
     make: called with `argument` in every replica; returns its pipeline. Importable there.
+    load_timeout: seconds until a replica has loaded and warmed up.
+
+    Raises:
+        InputError: a load timeout that cannot be.
     """
 
     def __init__(
@@ -104,31 +165,61 @@ class RayRunner:
         high: int = 1,
         preview_every: int = 1,
         warmup: bool = True,
+        load_timeout: float = LOAD_TIMEOUT,
     ) -> None:
+        self.load_timeout = number("load_timeout", load_timeout, 0.1, 1e8)
         self._made_of = (make, argument, preview_every, warmup, os.getcwd())
         self.low, self.high, self.capacity = low, high, high
         self.pids: dict[str, int] = {}  # job -> process of the replica that runs it
         self._streams: dict[str, tuple[set[str], Any]] = {}
+        self._actors: dict[str, tuple[str, str]] = {}  # job -> name and namespace of its replica
+        self._waiting: dict[str, float] = {}  # job -> when it began to wait for a replica
         self._cancelled: set[str] = set()
         self._started = False
+        self._cancels: Any = None
 
     async def start(self) -> tuple[Profile, WarmUp | None]:
-        return await asyncio.to_thread(self._start)
+        connecting = asyncio.ensure_future(in_thread(self._connect))
+        handlers = python_handlers()
+        while not connecting.done():
+            await asyncio.wait([connecting], timeout=0.05)
+            restore(handlers)
+        await connecting
+        try:
+            return await asyncio.wait_for(in_thread(self._deploy), self.load_timeout)
+        except asyncio.TimeoutError:
+            raise NexusError(
+                f"no replica was loaded within {self.load_timeout:g} s; give them longer"
+                " (--load-timeout), or look at the disk that the models are on."
+            ) from None
 
-    def _start(self) -> tuple[Profile, WarmUp | None]:
+    def _connect(self) -> None:
+        """Join the cluster, or start one."""
         try:
             import ray
-            from ray import serve
+            from ray import serve  # noqa: F401
         except ImportError as error:
             raise InputError(
                 f"--ray needs Ray Serve ({error}); pip install 'nexus-rt[serve,ray]'."
             ) from error
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-            self._started = True
+        try:
+            if not ray.is_initialized():
+                ray.init(log_to_driver=False, logging_level=logging.ERROR)
+                self._started = True
+        except Exception as error:
+            raise NexusError(f"Ray does not start ({cut(error)}).") from error
+        if self._started:
             for name in ("ray", "ray.serve"):  # a line or more a replica, in a format of its own
                 logging.getLogger(name).setLevel(logging.WARNING)
+
+    def _deploy(self) -> tuple[Profile, WarmUp | None]:
+        """Start the replicas; what they can make."""
+        import ray
+        from ray import serve
+
         try:
+            if self._cancels is None:
+                self._cancels = ray.remote(num_cpus=0, max_restarts=-1)(Cancels).remote()
             gpus = ray.cluster_resources().get("GPU", 0)
             options = {"num_gpus": 1} if gpus else {"num_cpus": 1}
             serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
@@ -153,54 +244,99 @@ class RayRunner:
                 graceful_shutdown_timeout_s=30,
                 **scaling,
             )
-            app = deployment.bind(*self._made_of)
+            app = deployment.bind(*self._made_of, self._cancels)
             self.handle = serve.run(app, name=NAME, route_prefix=None)
-            return self.handle.describe.remote().result(timeout_s=600)
+            return self.handle.describe.remote().result()
         except NexusError:
             raise
         except Exception as error:
             raise NexusError(f"Ray Serve does not start the replicas ({cut(error)}).") from error
 
+    def unable(self) -> str | None:
+        if self._actors or not self._waiting:
+            return None
+        if time.monotonic() - min(self._waiting.values()) < ROUTING:
+            return None
+        return "no replica takes a job; they are being started"
+
+    async def prepare(self) -> None:
+        """Nothing: Ray starts a replica for one that went down."""
+
     async def run(self, tasks: Sequence[Task], emit: Callable[[Event], None]) -> list[Clip]:
-        from ray.exceptions import RayError
+        from ray.exceptions import OutOfMemoryError, RayError
 
         ids = {task.id for task in tasks}
         stream: Any = self.handle.options(stream=True).generate.remote(list(tasks))
         for job_id in ids:
             self._streams[job_id] = (ids, stream)
+            self._waiting[job_id] = time.monotonic()
+            emit({"id": job_id, "kind": "waiting"})
         try:
-            async for kind, value in stream:
-                if kind == "begun":
-                    self.pids |= dict.fromkeys(ids, value)
-                    log.info("begun", extra={"job": tasks[0].id, "pid": value})
-                elif kind == "event":
-                    emit(value)
-                elif kind == "clips":
-                    return value
-                elif kind == "failed":
-                    raise JobFailed(*value)
-            raise WorkerLost("the replica ended its answer early")
-        except JobFailed:
-            raise
+            return await self._results(ids, stream, emit)
+        except asyncio.TimeoutError:
+            stream.cancel()
+            raise NexusError(
+                f"no replica took a job within {self.load_timeout:g} s; the cluster's log says why."
+            ) from None
         except (RayError, asyncio.CancelledError) as error:
             if ids <= self._cancelled:
                 raise JobFailed("cancelled", "stopped, as asked.") from None
             if isinstance(error, asyncio.CancelledError):
                 raise
+            if isinstance(error, OutOfMemoryError) or "running low on memory" in str(error):
+                raise JobFailed(
+                    "out_of_memory",
+                    "the replica was ended for want of its machine's memory; ask for a smaller"
+                    " clip.",
+                ) from error
             raise WorkerLost(f"the replica is gone ({cut(error)})") from error
         finally:
             for job_id in ids:
-                self._streams.pop(job_id, None)
-                self.pids.pop(job_id, None)
+                for known in (self._streams, self._waiting, self._actors, self.pids):
+                    known.pop(job_id, None)
+            if ids & self._cancelled:
+                self._cancels.forget.remote(list(ids))
             self._cancelled -= ids
 
+    async def _results(
+        self, ids: set[str], stream: Any, emit: Callable[[Event], None]
+    ) -> list[Clip]:
+        timeout: float | None = self.load_timeout  # until a replica has the job
+        while True:
+            try:
+                kind, value = await asyncio.wait_for(anext(stream), timeout)
+            except StopAsyncIteration:
+                raise WorkerLost("the replica ended its answer early") from None
+            if kind == "begun":
+                timeout = None
+                pid, *actor = value
+                for job_id in ids:
+                    self.pids[job_id], self._actors[job_id] = pid, tuple(actor)
+                    self._waiting.pop(job_id, None)
+                    emit({"id": job_id, "kind": "begun"})
+                log.info("begun", extra={"job": min(ids), "pid": pid})
+                for job_id in ids & self._cancelled:
+                    self._cancels.cancel.remote(job_id)
+            elif kind == "event":
+                emit(value)
+            elif kind == "clips":
+                return value
+            elif kind == "failed":
+                raise JobFailed(*value)
+
     def cancel(self, job_id: str) -> None:
-        if job_id not in self._streams:
+        if job_id not in self._streams or job_id in self._cancelled:
             return
         self._cancelled.add(job_id)
         ids, stream = self._streams[job_id]
-        if ids <= self._cancelled:
+        if job_id in self._actors:
+            self._cancels.cancel.remote(job_id)
+        elif ids <= self._cancelled:  # no replica has it yet
             stream.cancel()
+
+    def kill(self, job_id: str) -> None:
+        if (actor := self._actors.get(job_id)) is not None:
+            threading.Thread(target=_kill, args=actor, daemon=True, name="nexus-rt-kill").start()
 
     async def close(self) -> None:
         await asyncio.to_thread(self._close)
@@ -212,7 +348,34 @@ class RayRunner:
         with contextlib.suppress(Exception):  # a cluster that is gone has nothing to give back
             self.handle.shutdown()
             serve.delete(NAME)
+            ray.kill(self._cancels)
         if self._started:
             with contextlib.suppress(Exception):
                 serve.shutdown()
             ray.shutdown()
+
+
+def _kill(name: str, namespace: str) -> None:
+    """End a replica; Ray Serve starts another."""
+    import ray
+
+    try:
+        ray.kill(ray.get_actor(name, namespace=namespace))
+    except Exception as error:  # it went down by itself
+        log.warning("a replica cannot be ended: %s", cut(error))
+
+
+def python_handlers() -> dict[int, Any]:
+    """Python's handlers of the signals that end a server; none outside the main thread, which is
+    the only one that may set them."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {signum: signal.getsignal(signum) for signum in SIGNALS}
+
+
+def restore(handlers: dict[int, Any]) -> None:
+    """Set handlers again: Ray's core installs one of its own for SIGTERM, which aborts, below
+    Python's sight."""
+    for signum, handler in handlers.items():
+        if handler is not None:
+            signal.signal(signum, handler)

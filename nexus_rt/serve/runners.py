@@ -1,32 +1,35 @@
 """What runs jobs: the protocol, a pipeline in a thread of this process, and one in a process of its
-own (`nexus_rt.serve.worker`), which is begun again when it goes down."""
+own (`nexus_rt.serve.worker`), which is begun again when it goes down or hangs."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import multiprocessing
-import signal
 import threading
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from nexus_rt.errors import NexusError, cut
+from nexus_rt.checks import number
+from nexus_rt.errors import NexusError
 from nexus_rt.serve.generate import Clip, Event, ServedPipeline, Task
+from nexus_rt.serve.link import Link
 from nexus_rt.serve.problems import JobFailed, WorkerLost
 from nexus_rt.serve.profile import Profile
-from nexus_rt.serve.worker import SIGNALS, WarmUp, work
+from nexus_rt.serve.worker import WarmUp
 
 if TYPE_CHECKING:
     from nexus_rt.pipeline import NexusPipeline
 
-log = logging.getLogger("nexus_rt.serve")
+T = TypeVar("T")
+LOAD_TIMEOUT = 1800.0  # seconds of loading and warming up
 
 
 class Runner(Protocol):
-    """Where jobs run. capacity: calls at a time."""
+    """Where jobs run. capacity: calls at a time.
+
+    A runner whose workers can be begun again also has the methods of `Restarting`. None of the
+    methods blocks the event loop.
+    """
 
     capacity: int
 
@@ -40,7 +43,7 @@ class Runner(Protocol):
 
     async def run(self, tasks: Sequence[Task], emit: Callable[[Event], None]) -> list[Clip]:
         """The clips of tasks of one batch that were not cancelled; `emit` is called in the event
-        loop.
+        loop. An event of kind "waiting" comes while no worker has the tasks.
 
         Raises:
             JobFailed: the job's own failure. WorkerLost: the worker went down.
@@ -56,6 +59,26 @@ class Runner(Protocol):
         ...
 
 
+class Restarting(Protocol):
+    """What a runner has besides, whose workers can be begun again."""
+
+    async def prepare(self) -> None:
+        """Begin a worker that went down while it had no job.
+
+        Raises:
+            NexusError: it cannot be begun.
+        """
+        ...
+
+    def unable(self) -> str | None:
+        """Why no worker can take a job now; None where one can."""
+        ...
+
+    def kill(self, job_id: str) -> None:
+        """End the worker of a job that `run` has, which raises `WorkerLost` then."""
+        ...
+
+
 class ThreadRunner:
     """A pipeline that this process holds already, in a thread."""
 
@@ -65,7 +88,7 @@ class ThreadRunner:
         self.pipe, self.preview_every, self.warmup = pipe, preview_every, warmup
 
     async def start(self) -> tuple[Profile, WarmUp | None]:
-        return await asyncio.to_thread(self._start)
+        return await in_thread(self._start)
 
     def _start(self) -> tuple[Profile, WarmUp | None]:
         self.pipe.set_progress_bar_config(disable=True)
@@ -76,9 +99,10 @@ class ThreadRunner:
         loop = asyncio.get_running_loop()
 
         def tell(event: Event) -> None:
-            loop.call_soon_threadsafe(emit, event)
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(emit, event)
 
-        return await asyncio.to_thread(self.served.run, tasks, tell)
+        return await in_thread(lambda: self.served.run(tasks, tell))
 
     def cancel(self, job_id: str) -> None:
         self.served.cancel(job_id)
@@ -87,12 +111,42 @@ class ThreadRunner:
         """Nothing: the pipeline is its owner's."""
 
 
+async def in_thread(function: Callable[[], T]) -> T:
+    """A call in a thread that the end of the process does not wait for: a pipeline may hang."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if future.done():  # nobody waits any more
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def work() -> None:
+        result, error = None, None
+        try:
+            result = function()
+        except BaseException as raised:  # handed to the caller
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, daemon=True, name="nexus-rt-pipeline").start()
+    return await future
+
+
 class ProcessRunner:
     """A pipeline in a process of its own: a fault in it takes no server down, and it is begun
     again.
 
     make: called with `argument` in the process; returns the pipeline. Importable there.
     log_level: of the process's log, as JSON lines on standard error; None configures none.
+    load_timeout: seconds of loading and warming up, after which the process is ended.
+
+    Raises:
+        InputError: a load timeout that cannot be.
     """
 
     capacity = 1
@@ -104,55 +158,78 @@ class ProcessRunner:
         preview_every: int = 1,
         warmup: bool = True,
         log_level: str | None = None,
+        load_timeout: float = LOAD_TIMEOUT,
     ) -> None:
+        self.load_timeout = number("load_timeout", load_timeout, 0.1, 1e8)
         self._made_of = (make, argument, preview_every, warmup, log_level)
-        self._process: Any = None
-        self._pipe: Connection | None = None
-        self._messages: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
-        self._sending = threading.Lock()
-        self._cancelled: set[str] = set()  # some perhaps before a new process could be told
+        self._link: Link | None = None
+        self._loading = False
+        self._running: frozenset[str] = frozenset()
+        self._cancelled: set[str] = set()  # some perhaps before a new process has the job
 
     async def start(self) -> tuple[Profile, WarmUp | None]:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        self._process = context.Process(
-            target=work, args=(theirs, *self._made_of), name="nexus-rt-worker", daemon=True
-        )
-        await asyncio.to_thread(_start_quietly, self._process)
-        theirs.close()
-        self._pipe, self._messages = ours, asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        threading.Thread(
-            target=_read, args=(ours, loop, self._messages), daemon=True, name="nexus-rt-reader"
-        ).start()
-        kind, value = await self._messages.get()
+        self._loading = True
+        try:
+            return await self._start()
+        finally:
+            self._loading = False
+
+    async def _start(self) -> tuple[Profile, WarmUp | None]:
+        if self._link is not None:
+            await self._link.end(0.0)
+        link = self._link = Link(self._made_of, asyncio.get_running_loop())
+        try:
+            kind, value = await asyncio.wait_for(link.messages.get(), self.load_timeout)
+        except asyncio.TimeoutError:
+            await link.end(0.0)
+            raise NexusError(
+                f"the models were not loaded within {self.load_timeout:g} s; give them longer"
+                " (--load-timeout), or look at the disk that they are on."
+            ) from None
         if kind == "ready":
             return value
-        await self._stop()
+        await link.end(0.5)
         if kind == "failed":
             raise NexusError(value[1])
-        raise NexusError(
-            f"the worker ended with exit code {self._process.exitcode} while it loaded; its"
-            " messages are above."
-        )
+        if value.for_memory:
+            raise NexusError(
+                f"{value} while it loaded: the machine's memory does not hold the models; free"
+                " some, or load smaller ones."
+            )
+        raise NexusError(f"{value} while it loaded; its messages are above.")
 
-    @property
-    def alive(self) -> bool:
-        return self._process is not None and self._process.is_alive()
+    def unable(self) -> str | None:
+        if self._loading:
+            return "the worker is being started"
+        return "the worker went down" if self._link is None or self._link.ended else None
+
+    async def prepare(self) -> None:
+        if not self._loading and (self._link is None or self._link.ended):
+            await self.start()
 
     async def run(self, tasks: Sequence[Task], emit: Callable[[Event], None]) -> list[Clip]:
-        self._cancelled &= {task.id for task in tasks}
-        if not self.alive:
-            await self._stop()
-            await self.start()
-        if left := [task for task in tasks if task.id not in self._cancelled]:
-            return await self._results(left, emit)
-        raise JobFailed("cancelled", "stopped before it began, as asked.")
+        ids = frozenset(task.id for task in tasks)
+        self._cancelled &= ids
+        try:
+            for task in tasks:
+                emit({"id": task.id, "kind": "waiting"})
+            await self.prepare()
+            if left := [task for task in tasks if task.id not in self._cancelled]:
+                return await self._results(left, emit)
+            raise JobFailed("cancelled", "stopped before it began.")
+        finally:
+            self._running = frozenset()
+            self._cancelled -= ids
 
     async def _results(self, tasks: list[Task], emit: Callable[[Event], None]) -> list[Clip]:
-        self._send(("run", tasks))
+        link = self._link
+        assert link is not None  # it was prepared
+        self._running = frozenset(task.id for task in tasks)
+        link.send(("run", tasks))
+        for task in tasks:
+            emit({"id": task.id, "kind": "begun"})
         while True:
-            kind, value = await self._messages.get()
+            kind, value = await link.messages.get()
             if kind == "event":
                 emit(value)
             elif kind == "clips":
@@ -160,57 +237,26 @@ class ProcessRunner:
             elif kind == "failed":
                 raise JobFailed(*value)
             elif kind == "lost":
-                await self._stop()
-                raise WorkerLost(f"the worker ended with exit code {self._process.exitcode}")
-
-    def _send(self, message: tuple[str, Any]) -> None:
-        with self._sending, contextlib.suppress(OSError, ValueError):  # "lost" comes
-            if self._pipe is not None:
-                self._pipe.send(message)
+                if value.for_memory:
+                    raise JobFailed(
+                        "out_of_memory",
+                        "the worker was ended for want of the machine's memory; ask for a smaller"
+                        " clip.",
+                    )
+                raise WorkerLost(str(value))
 
     def cancel(self, job_id: str) -> None:
+        if job_id in self._cancelled:
+            return
         self._cancelled.add(job_id)
-        self._send(("cancel", job_id))
+        if job_id in self._running and self._link is not None:
+            self._link.send(("cancel", job_id))
+
+    def kill(self, job_id: str) -> None:
+        if job_id in self._running and self._link is not None:
+            self._link.kill()
 
     async def close(self) -> None:
-        self._send(("close", None))
-        await self._stop(patience=5.0)
-
-    async def _stop(self, patience: float = 0.5) -> None:
-        """End the process, gently first."""
-        if self._process is None or self._process.pid is None:
-            return
-        await asyncio.to_thread(self._process.join, patience)
-        if self._process.is_alive():
-            self._process.kill()
-            await asyncio.to_thread(self._process.join, 10.0)
-        if self._pipe is not None:
-            self._pipe.close()
-            self._pipe = None
-
-
-def _start_quietly(process: Any) -> None:
-    """Start a process that a terminal's Ctrl-C does not reach: it inherits this thread's mask."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _read(
-    pipe: Connection, loop: asyncio.AbstractEventLoop, messages: asyncio.Queue[tuple[str, Any]]
-) -> None:
-    """A worker's messages into the event loop, until it is gone."""
-    while True:
-        try:
-            message = pipe.recv()
-        except (EOFError, OSError):
-            message = ("lost", None)
-        except Exception as error:  # a message of a dying process that is not whole
-            log.warning("a worker's message cannot be read: %s", cut(error))
-            message = ("lost", None)
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(messages.put_nowait, message)
-        if message[0] == "lost":
-            return
+        if self._link is not None:
+            self._link.send(("close", None))
+            await self._link.end(5.0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nexus_rt.checks import number, whole
-from nexus_rt.errors import InputError
+from nexus_rt.errors import InputError, cut
 from nexus_rt.memory.residency import parse_bytes
 from nexus_rt.request import MAX_STEPS
 from nexus_rt.size import ClipSize
@@ -40,17 +40,23 @@ class Settings:
         first of which is answered.
     host, port: where it listens; anywhere but loopback wants `api_keys`.
     api_keys: of the clients, each with a queue of its own; none: whoever can connect.
-    max_queue: jobs that wait, above which the next is refused with 429.
+    max_queue: jobs of one key that wait, above which its next is refused with 429.
     deadline: seconds from a job's creation to its end, unless it says less. keep: seconds that a
-        result stays. quota: bytes of all results; jobs that would not fit are refused.
+        result stays. quota: bytes of all results, in equal shares of the keys; jobs that would not
+        fit are refused.
     batch: how many waiting jobs of the same plan, size and steps are denoised together.
     preview_every: steps between previews; 0 makes none.
     fps: of jobs whose request says nothing.
     max_size: the largest clip, by its pixels in all. max_steps: the longest plan.
     grace: seconds that a running job gets to end when the server stops, before it is queued again.
     attempts: how often a job may take its process down before it is given up.
+    step_timeout: seconds of a step after which its worker counts as hung and is begun again; None
+        is a multiple of the step's price (`nexus_rt.serve.watchdog`).
     lora_folder: where the LoRAs lie that requests may name.
     log_prompts: whether prompts are logged. max_body: bytes of a request.
+    max_connections: in all; a quarter is kept for clients with a key. max_connections_per_address:
+        of one IPv4 address or IPv6 /64 network; 0 is without a bound.
+    trusted_proxies: addresses or networks that this bound leaves out.
     warmup: one short clip before the server is ready.
     """
 
@@ -70,10 +76,13 @@ class Settings:
     max_steps: int = 1000
     grace: float = 30.0
     attempts: int = 3
+    step_timeout: float | None = None
     lora_folder: Path | None = None
     log_prompts: bool = False
     max_body: int = 2**20
     max_connections: int = 4096
+    max_connections_per_address: int = 1024
+    trusted_proxies: tuple[str, ...] = ()
     warmup: bool = True
 
     def __post_init__(self) -> None:
@@ -84,11 +93,22 @@ class Settings:
         whole("max_steps", self.max_steps, 1, MAX_STEPS)
         whole("attempts", self.attempts, 1, 100)
         whole("max_connections", self.max_connections, 1, 10**6)
+        whole("max_connections_per_address", self.max_connections_per_address, 0, 10**6)
+        for proxy in self.trusted_proxies:
+            try:
+                ipaddress.ip_network(proxy, strict=False)
+            except ValueError:
+                raise InputError(
+                    f"trusted proxy {cut(repr(proxy), 80)} is no address; expected such as 10.0.0.5"
+                    " or 10.0.0.0/24."
+                ) from None
         number("deadline", self.deadline, 0.1, 1e8)
         number("keep", self.keep, 1, 1e10)
         number("grace", self.grace, 0, 1e6)
+        if self.step_timeout is not None:
+            number("step_timeout", self.step_timeout, 0.1, 1e8)
         frame_rate(self.fps)
-        object.__setattr__(self, "quota", parse_bytes(str(self.quota)))
+        object.__setattr__(self, "quota", parse_bytes(self.quota))
         if not self.models or any(not re.fullmatch(r"[\w./:-]{1,200}", m) for m in self.models):
             raise InputError(
                 f"model names are {self.models!r}; expected letters, digits and ._/:-, such as"
@@ -107,6 +127,11 @@ class Settings:
             )
         if self.lora_folder is not None and not self.lora_folder.is_dir():
             raise InputError(f"lora folder {self.lora_folder} is no folder; make it first.")
+
+    @property
+    def share(self) -> int:
+        """Bytes of one key's results."""
+        return self.quota // max(1, len(self.api_keys))
 
     def owner(self, given: str | None) -> str | None:
         """The name of an API key's queue: "" where the server has no keys, None for a wrong key.

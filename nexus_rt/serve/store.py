@@ -15,7 +15,10 @@ then differs by at most a job of each.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
+import shutil
 import sqlite3
 import threading
 import uuid
@@ -24,42 +27,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.errors import InputError, NexusError
+from nexus_rt.errors import InputError, NexusError, cut
+from nexus_rt.serve.schema import open_tables
 
 STATES = ("queued", "in_progress", "completed", "failed")
 JOB_ID = r"video_[0-9a-f]{32}"
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    owner TEXT NOT NULL,
-    status TEXT NOT NULL,
-    priority INTEGER NOT NULL,
-    cost REAL NOT NULL,
-    room INTEGER NOT NULL,
-    created_at REAL NOT NULL,
-    deadline_at REAL NOT NULL,
-    started_at REAL,
-    completed_at REAL,
-    expires_at REAL,
-    attempts INTEGER NOT NULL DEFAULT 0,
-    losses INTEGER NOT NULL DEFAULT 0,
-    batch_key TEXT NOT NULL,
-    remixed_from TEXT,
-    request TEXT NOT NULL,
-    error_code TEXT,
-    error_message TEXT,
-    bytes INTEGER NOT NULL DEFAULT 0,
-    perf TEXT
-);
-CREATE INDEX IF NOT EXISTS waiting ON jobs (status, priority, owner, seq, cost, room);
-CREATE INDEX IF NOT EXISTS stored ON jobs (bytes) WHERE bytes > 0;
-CREATE INDEX IF NOT EXISTS due ON jobs (deadline_at) WHERE status IN ('queued', 'in_progress');
-CREATE INDEX IF NOT EXISTS over ON jobs (expires_at) WHERE status IN ('completed', 'failed');
-CREATE INDEX IF NOT EXISTS owned ON jobs (owner, seq);
-CREATE TABLE IF NOT EXISTS owners (owner TEXT PRIMARY KEY, finish REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS prices (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-"""
+MIN_FREE = 2**20  # bytes; a disk with less counts as full
+PROBE = ".probe"
 COLUMNS = (
     "seq, id, owner, status, priority, created_at, deadline_at, started_at, completed_at,"
     " expires_at, attempts, losses, remixed_from, request, error_code, error_message, bytes"
@@ -118,7 +92,7 @@ class NewJob:
 
 
 class QueueFull(Exception):
-    """As many jobs wait as may."""
+    """As many jobs of a key wait as may."""
 
 
 class NoRoom(Exception):
@@ -129,25 +103,27 @@ class Store:
     """The jobs of one server; its methods may be called from any thread.
 
     Raises:
-        InputError: the folder cannot be made, or another server works on it.
-        NexusError: the file is no job store, or is damaged.
+        InputError: the folder cannot be made or written, or another server works on it.
+        NexusError: the file is no job store, is damaged, or is of a later version.
     """
 
     def __init__(self, folder: Path) -> None:
         import fcntl
 
         self.folder, self.path = folder, folder / "jobs.sqlite"
+        self.videos = folder / "videos"
         try:
             folder.mkdir(0o700, parents=True, exist_ok=True)
+            self.videos.mkdir(exist_ok=True)
             self._held = open(folder / "server.lock", "w")  # noqa: SIM115 (held while we live)
         except OSError as error:
-            raise InputError(
-                f"{folder} cannot be made ({error.strerror}); choose a place you may write to."
-            ) from error
+            raise _not_writable(folder, error) from error
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             self._held.close()
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise _not_writable(folder, error) from error
             raise InputError(
                 f"another server works on {folder}; stop it, or give this one a --store of its own."
             ) from None
@@ -155,17 +131,51 @@ class Store:
         self._virtual = 0.0
         try:
             self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")  # what was answered with 200 is on disk
-            self._db.executescript(SCHEMA)
-            self._db.execute("DELETE FROM owners")  # virtual time begins anew
-            self._db.execute("SELECT " + COLUMNS + ", perf, batch_key FROM jobs LIMIT 1")
+            try:
+                open_tables(self._db, self.path)
+            except BaseException:
+                self._db.close()
+                raise
+        except sqlite3.OperationalError as error:
+            self._held.close()
+            raise _not_writable(folder, error) from error
         except sqlite3.DatabaseError as error:
             self._held.close()
             raise NexusError(
                 f"{self.path} cannot be read as a job store ({error}); move it away, and the"
                 " server begins with an empty one."
             ) from error
+        except BaseException:
+            self._held.close()
+            raise
+        at = os.stat(self.path)
+        self._file = at.st_dev, at.st_ino
+
+    def trouble(self) -> str | None:
+        """Why jobs cannot be kept on the disk as it is now; None where they can."""
+        probe = self.videos / PROBE
+        try:
+            at = os.stat(self.path)
+            if (at.st_dev, at.st_ino) != self._file:
+                return "the job store was moved away or replaced"
+            with self._order, open(probe, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, MIN_FREE)
+            with self._write():
+                pass
+        except FileNotFoundError:
+            return "the job store is gone"
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return "the job store's disk is full"
+            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+                return "the job store is read-only"
+            return f"the job store cannot be written ({error.strerror})"
+        except sqlite3.Error as error:
+            return f"the job store cannot be written ({cut(error)})"
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink()
+        return None
 
     def close(self) -> None:
         with self._order:
@@ -191,19 +201,27 @@ class Store:
     def _jobs(self, where: str, *values: Any) -> list[Job]:
         return [_job(row) for row in self._rows(f"SELECT {COLUMNS} FROM jobs {where}", *values)]
 
-    def add(self, new: NewJob, max_queue: int, quota: int) -> Job:
+    def add(self, new: NewJob, max_queue: int, quota: int, share: int | None = None) -> Job:
         """Put a job at the end of its key's queue.
+
+        Args:
+            max_queue: of the key's jobs that wait. quota: bytes of all results, and of what waits.
+            share: bytes of the key's; None is the quota.
 
         Raises:
             QueueFull, NoRoom: it is not taken.
         """
         with self._write() as db:
-            waiting, room = db.execute(
-                "SELECT COUNT(*), COALESCE(SUM(room), 0) FROM jobs WHERE status = 'queued'"
+            waiting, room, own = db.execute(
+                "SELECT COALESCE(SUM(owner = ?), 0), COALESCE(SUM(room), 0),"
+                " COALESCE(SUM(room * (owner = ?)), 0) FROM jobs WHERE status = 'queued'",
+                (new.owner, new.owner),
             ).fetchone()
             if waiting >= max_queue:
                 raise QueueFull
             if self.used() + room + new.room > quota:
+                raise NoRoom
+            if share is not None and self.used(new.owner) + own + new.room > share:
                 raise NoRoom
             db.execute(
                 "INSERT INTO jobs (id, owner, status, priority, cost, room, created_at,"
@@ -353,9 +371,12 @@ class Store:
         rows = self._rows("SELECT perf FROM jobs WHERE id = ?", job_id)
         return json.loads(rows[0][0]) if rows and rows[0][0] else None
 
-    def used(self) -> int:
-        """Bytes of all results."""
-        return self._rows("SELECT COALESCE(SUM(bytes), 0) FROM jobs WHERE bytes > 0")[0][0]
+    def used(self, owner: str | None = None) -> int:
+        """Bytes of all results, or of a key's."""
+        own = "" if owner is None else " AND owner = ?"
+        values = () if owner is None else (owner,)
+        sql = "SELECT COALESCE(SUM(bytes), 0) FROM jobs WHERE bytes > 0"
+        return self._rows(sql + own, *values)[0][0]
 
     def counts(self) -> dict[str, int]:
         """Jobs by state."""
@@ -370,13 +391,17 @@ class Store:
             *(job.priority, job.priority, job.seq),
         )[0][0]
 
-    def waiting_cost(self) -> float:
-        """The predicted work of what waits."""
-        return self._rows("SELECT COALESCE(SUM(cost), 0) FROM jobs WHERE status = 'queued'")[0][0]
+    def waiting_cost(self, owner: str) -> float:
+        """The predicted work of what a key has waiting."""
+        sql = "SELECT COALESCE(SUM(cost), 0) FROM jobs WHERE status = 'queued' AND owner = ?"
+        return self._rows(sql, owner)[0][0]
 
-    def next_expiry(self) -> float | None:
-        """When the next result makes room."""
-        return self._rows("SELECT MIN(expires_at) FROM jobs WHERE status = 'completed'")[0][0]
+    def next_expiry(self, owner: str | None = None) -> float | None:
+        """When the next result, or a key's, makes room."""
+        own = "" if owner is None else " AND owner = ?"
+        values = () if owner is None else (owner,)
+        sql = "SELECT MIN(expires_at) FROM jobs WHERE status = 'completed'"
+        return self._rows(sql + own, *values)[0][0]
 
     def note(self, name: str, value: Any) -> None:
         """Keep a value over restarts."""
@@ -390,6 +415,18 @@ class Store:
         """A value that `note` kept, or None."""
         rows = self._rows("SELECT value FROM prices WHERE name = ?", name)
         return json.loads(rows[0][0]) if rows else None
+
+
+def _not_writable(folder: Path, error: Exception) -> InputError:
+    """A store that is whole as far as is known, and cannot be written where it is."""
+    why = getattr(error, "strerror", None) or cut(error)
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(folder).free < MIN_FREE:
+            why = f"{why}; its disk is full"
+    return InputError(
+        f"the job store {folder} cannot be made or written ({why}); free space there, make it"
+        " writable, or choose another --store. What is in it is left as it is."
+    )
 
 
 def _job(row: tuple) -> Job:

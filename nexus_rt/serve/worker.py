@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from nexus_rt.errors import NexusError
+from nexus_rt.serve.exhaustion import HOST, exhausted
 from nexus_rt.serve.generate import Event, ServedPipeline, Task
 from nexus_rt.serve.logs import log_json
 from nexus_rt.serve.problems import JobFailed
@@ -24,6 +26,8 @@ log = logging.getLogger("nexus_rt.serve")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the server's to decide on
 WarmUp = tuple[ClipRequest, dict[str, Any]]
 UNUSABLE = 70  # exit code where only a fresh process helps
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+NO_MEMORY = "the machine's memory does not hold the models; free some, or load smaller ones."
 
 
 def work(
@@ -37,6 +41,7 @@ def work(
     """Load, say "ready" or "failed", then run what comes until the pipe ends."""
     from tqdm import tqdm
 
+    detach()
     if log_level is not None:
         log_json(log_level)
     for number in SIGNALS:
@@ -50,14 +55,29 @@ def work(
         worker.served = ServedPipeline(pipeline, preview_every)
         warmed = worker.served.warm_up() if warmup else None
     except (NexusError, JobFailed) as error:
-        worker.send("failed", ("loading", str(error)))
+        words = NO_MEMORY if exhausted(error) == "host" else str(error)
+        worker.send("failed", ("loading", words))
         return
     except Exception as error:
         log.exception("the models cannot be loaded")
-        worker.send("failed", ("loading", f"{type(error).__name__}: {error}"))
+        known = exhausted(error) == "host"
+        words = NO_MEMORY if known else f"{type(error).__name__}: {error}"
+        worker.send("failed", ("loading", words))
         return
     worker.send("ready", (worker.served.profile, warmed))
     worker.run()
+
+
+def detach() -> None:
+    """Be a process group that ends as a whole, and at once with the server: a worker that hangs
+    does not hear that the server is gone."""
+    with contextlib.suppress(OSError):  # it leads a group already
+        os.setsid()
+    server = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != server:
+        os._exit(0)
 
 
 class Worker:
@@ -84,6 +104,8 @@ class Worker:
                 kind, value = self.pipe.recv()
             except (EOFError, OSError):
                 os._exit(0)
+            except Exception:  # no memory for a message: a worker that does not hear helps nobody
+                os._exit(UNUSABLE)
             with self.arrived:
                 if kind == "run":
                     self.todo.append(value)
@@ -104,6 +126,8 @@ class Worker:
                 self.send("clips", self.served.run(tasks, self.emit))
             except JobFailed as error:
                 self.send("failed", (error.code, error.message))
+            except MemoryError:  # of a message
+                self.send("failed", ("out_of_memory", HOST))
             if not self.answers():
                 os._exit(UNUSABLE)
 
