@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nexus_rt.paths import as_path, user_cache
+
 
 def cache_root() -> Path:
-    """The folder; it need not exist."""
+    """The folder; it need not exist.
+
+    Raises:
+        InputError: `NEXUS_RT_CACHE` is no path, or no folder of the user's own can be named.
+    """
     base = os.environ.get("NEXUS_RT_CACHE")
-    return (
-        Path(base)
-        if base
-        else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nexus_rt"
-    )
+    return as_path("NEXUS_RT_CACHE", base) if base else user_cache() / "nexus_rt"

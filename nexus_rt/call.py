@@ -11,9 +11,10 @@ from nexus_rt.checks import CALLBACK_TENSORS, check_generators, check_latents, c
 from nexus_rt.engines.experts import boundaries, engines_by_name
 from nexus_rt.engines.fused_step import StepEngine
 from nexus_rt.engines.protocol import PublishedNumerics, able
-from nexus_rt.errors import Cancelled, InputError, choose, cut
+from nexus_rt.errors import Cancelled, InputError, choose, shown
 from nexus_rt.memory.residency import Residency
 from nexus_rt.plan import Step
+from nexus_rt.progress import progress_bar
 from nexus_rt.request import CallInputs, GenerationRequest
 from nexus_rt.reuse import ReuseError
 from nexus_rt.rewriting import Rewriting, check_rewrite
@@ -208,13 +209,11 @@ class Call:
 
     def sample(self, noise: Tensor, embeds: Embeds, place: Placement) -> Tensor:
         """Noise to clean latents, with the progress bar and the caller's callback."""
-        from tqdm import tqdm
-
         pipe, request, plan = self.pipe, self.request, self.request.plan
         running = [pipe.engines[name] for name in plan.generators] if request.published else []
         exact = [engine for engine in running if able(engine, PublishedNumerics)]
         options = {"total": len(plan), "desc": plan.name, "unit": "step", **pipe.progress}
-        with tqdm(**options) as bar:
+        with progress_bar(**options) as bar:
 
             def on_step(step: Step, latents: Tensor) -> Change | None:
                 bar.set_postfix_str(step.runs, refresh=False)
@@ -263,15 +262,14 @@ class Call:
             return None
         if not isinstance(answer, dict):
             raise InputError(
-                f"the callback returned {cut(repr(answer), 80)}; expected a dictionary of tensors,"
-                " or None."
+                f"the callback returned {shown(answer)}; expected a dictionary of tensors, or None."
             )
         for name, value in answer.items():
             choose("callback tensor", name, CALLBACK_TENSORS)
             there = known[name]
             if not isinstance(value, Tensor) or there is None or value.shape != there.shape:
                 shape = None if there is None else list(there.shape)
-                returned = list(value.shape) if isinstance(value, Tensor) else cut(repr(value), 80)
+                returned = list(value.shape) if isinstance(value, Tensor) else shown(value)
                 raise InputError(
                     f"the callback returned {name} as {returned}; expected a tensor of shape"
                     f" {shape}."

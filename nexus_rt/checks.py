@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import InputError, choose, cut
+from nexus_rt.errors import InputError, choose, cut, shown
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
 
 MAX_PROMPT = 100_000  # characters
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+T = TypeVar("T")
 
 CALLBACK_TENSORS = (
     "latents",
@@ -33,16 +35,16 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
     """
     try:
         number = None if isinstance(value, (bool, float)) else value.__index__()
-    except (AttributeError, TypeError):
+    except Exception:  # whatever an object's __index__ raises
         number = None
     if number is None:
-        raise InputError(
-            f"{name} is {cut(repr(value), 80)}; expected a whole number of at least {low}."
-        )
+        same = isinstance(value, float) and value.is_integer() and low <= value <= high
+        such = f", such as {int(value)}" if same else f" of at least {low}" if low >= 0 else ""
+        raise InputError(f"{name} is {shown(value)}; expected a whole number{such}.")
     if not low <= number <= high:
-        shown = f"at least {low}" if number < low else f"at most {high}"
-        raise InputError(f"{name} is {cut(number, 80)}; expected a whole number of {shown}.")
-    return number
+        bound = f"at least {low}" if number < low else f"at most {high}"
+        raise InputError(f"{name} is {cut(number, 80)}; expected a whole number of {bound}.")
+    return int(number)
 
 
 def number(name: str, value: Any, low: float, high: float) -> float:
@@ -54,16 +56,97 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     if isinstance(value, bool) or (
         not isinstance(value, (int, float)) and not hasattr(value, "__float__")
     ):
-        raise InputError(f"{name} is {cut(repr(value), 80)}; expected a number.")
+        raise InputError(f"{name} is {shown(value)}; expected a number.")
     try:
         result = float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except Exception:  # whatever an object's __float__ raises
         result = math.nan
     if not low <= result <= high:
-        raise InputError(
-            f"{name} is {cut(repr(value), 80)}; expected a number from {low:g} to {high:g}."
-        )
+        raise InputError(f"{name} is {shown(value)}; expected a number from {low:g} to {high:g}.")
     return result
+
+
+def switch(name: str, value: Any) -> bool:
+    """`value`, which is True or False.
+
+    Raises:
+        InputError: of another type.
+    """
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {shown(value)}; expected True or False.")
+    return value
+
+
+def optional_text(name: str, value: Any) -> str | None:
+    """`value`, which is text or None.
+
+    Raises:
+        InputError: of another type.
+    """
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{name} is {shown(value)}; expected text.")
+    return value
+
+
+def instance(name: str, value: Any, kind: type[T], expected: str) -> T:
+    """`value`, which is of a class.
+
+    Raises:
+        InputError: of another; `expected` is what it should be, in words.
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{name} is {shown(value)}; expected {expected}.")
+    return value
+
+
+def as_device(name: str, value: Any) -> torch.device:
+    """A device that tensors can be on here. No memory of a GPU is touched.
+
+    Raises:
+        InputError: no device's name, or one that this machine or PyTorch does not have.
+    """
+    why = "expected a name such as 'cpu', 'cuda' or 'cuda:1'"
+    if isinstance(value, (str, int, torch.device)) and not isinstance(value, bool):
+        try:
+            device = torch.device(value)
+            why = _no_device(device)
+        except Exception as error:  # torch's backends raise nearly everything
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not why:
+            return torch.device("cpu") if device.type == "cpu" else device
+    raise InputError(
+        f"{name} {shown(value, 60)} cannot be used here ({cut(why, 200)}); `nexus-rt doctor` lists"
+        " what can."
+    )
+
+
+def _no_device(device: torch.device) -> str:
+    """Why tensors cannot be on a device; "" where they can."""
+    if device.type == "meta":
+        return "its tensors have no values"
+    if device.type in ("cpu", "cuda"):
+        there = torch.cuda.device_count() if device.type == "cuda" else 1
+        if not there:
+            return "no CUDA device" if torch.version.cuda else "this PyTorch build has no CUDA"
+        return "" if (device.index or 0) < there else f"there are {there} of this kind"
+    torch.zeros(1, device=device).cpu()
+    return ""
+
+
+def as_dtype(name: str, value: Any) -> torch.dtype:
+    """A dtype that models compute in.
+
+    Raises:
+        InputError: no dtype of torch, or none of those.
+    """
+    if not isinstance(value, torch.dtype) or value not in DTYPES:
+        spelt = str(value).removeprefix("torch.") if isinstance(value, str) else ""
+        close = spelt if spelt in [str(d).removeprefix("torch.") for d in DTYPES] else "bfloat16"
+        raise InputError(
+            f"{name} is {shown(value)}; expected a dtype of torch's, such as torch.{close}"
+            f" ({', '.join(map(str, DTYPES))})."
+        )
+    return value
 
 
 def prompt_lists(prompt: Any, negative: Any) -> tuple[list[str], list[str] | None]:
@@ -95,7 +178,7 @@ def _texts(name: str, value: Any) -> list[str]:
     )
     if texts is None or not all(isinstance(t, str) for t in texts):
         odd = value if texts is None else next(t for t in texts if not isinstance(t, str))
-        raise InputError(f"{name} holds {cut(repr(odd), 80)}; expected text, or a list of texts.")
+        raise InputError(f"{name} holds {shown(odd)}; expected text, or a list of texts.")
     if not texts:
         raise InputError(
             f"the {name.removeprefix('negative_')} list is empty; pass at least one prompt."
@@ -126,7 +209,7 @@ def check_generators(generator: Any, videos: int) -> None:
     for one in several:
         if not isinstance(one, torch.Generator):
             raise InputError(
-                f"generator is {cut(repr(one), 80)}; expected a torch.Generator, such as"
+                f"generator is {shown(one)}; expected a torch.Generator, such as"
                 " torch.Generator().manual_seed(7), or one for each video."
             )
     if isinstance(generator, (list, tuple)) and len(generator) != videos:
@@ -150,13 +233,13 @@ def check_embeddings(given: dict[str, Tensor | None]) -> None:
             or not value.is_floating_point()
             or 0 in value.shape
         ):
-            shown = (
+            words = (
                 f"{list(value.shape)} of {value.dtype}"
                 if isinstance(value, Tensor)
-                else cut(repr(value), 80)
+                else shown(value)
             )
             raise InputError(
-                f"{name} is {shown}; expected a tensor of embeddings [batch, tokens, width]."
+                f"{name} is {words}; expected a tensor of embeddings [batch, tokens, width]."
             )
     for name in ("prompt_embeds", "context_embeds"):
         positive, negative = given.get(name), given.get(f"negative_{name}")
@@ -191,6 +274,10 @@ def check_prompts(
     """
     whole("max_sequence_length", max_sequence_length, 1, MAX_SEQUENCE_LENGTH)
     embeds, negative_embeds = given["prompt_embeds"], given["negative_prompt_embeds"]
+    if negative is not None and not isinstance(negative, (str, list, tuple)):
+        raise InputError(
+            f"negative_prompt holds {shown(negative)}; expected text, or a list of texts."
+        )
     if (prompt is None) == (embeds is None):
         raise InputError("pass either prompt or prompt_embeds, and not both.")
     if negative and negative_embeds is not None:
@@ -227,28 +314,52 @@ def check_seed(name: str, seed: Any) -> int:
     return int.from_bytes(os.urandom(7), "little") if seed == -1 else seed
 
 
-def check_callback(callback: Any, tensors: Any) -> None:
-    """Raise unless the callback can be called and is promised tensors that there are."""
-    if callback is not None and not isinstance(callback, Callable):  # type: ignore[arg-type]
-        raise InputError(f"callback_on_step_end is {cut(repr(callback), 80)}; expected a function.")
-    if isinstance(tensors, str) or not isinstance(tensors, Sequence):
+def callback_tensors(callback: Any, names: Any) -> tuple[str, ...]:
+    """Names of the tensors that a callback is called with.
+
+    An object with `tensor_inputs`, as diffusers' `PipelineCallback` and `MultiPipelineCallbacks`
+    have them, names its own; `names` other than the default are added to them.
+
+    Raises:
+        InputError: it cannot be called, or there are no tensors of such names.
+    """
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback_on_step_end is {shown(callback)}; expected a function.")
+    wanted = _names("callback_on_step_end_tensor_inputs", names)
+    if inspect.getattr_static(callback, "tensor_inputs", None) is None:
+        return wanted
+    kind = type(callback).__name__
+    try:
+        own = callback.tensor_inputs
+    except Exception as error:  # diffusers' base class has a property that raises
         raise InputError(
-            f"callback_on_step_end_tensor_inputs is {cut(repr(tensors), 80)}; expected a list of"
-            " names."
-        )
-    for name in tensors:
-        choose("callback tensor", name, CALLBACK_TENSORS)
+            f"the {kind} has no tensor_inputs that can be read ({cut(error, 120)}); set them to a"
+            " list of names, such as ['latents']."
+        ) from error
+    mine = _names(f"{kind}.tensor_inputs", own)
+    return mine if wanted == ("latents",) else tuple(dict.fromkeys((*mine, *wanted)))
 
 
-def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
-    """Raise unless given latents are finite noise of the call's size."""
+def _names(argument: str, value: Any) -> tuple[str, ...]:
+    """Names of callback tensors, once each."""
+    if not isinstance(value, (list, tuple)):
+        raise InputError(f"{argument} is {shown(value)}; expected a list of names.")
+    return tuple(dict.fromkeys(choose("callback tensor", n, CALLBACK_TENSORS) for n in value))
+
+
+def check_latents(latents: Any, shape: tuple[int | None, ...]) -> None:
+    """Raise unless latents are finite and of a shape, of which None is any number from 1 up."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
-        shown = str(latents.dtype) if isinstance(latents, Tensor) else cut(repr(latents), 80)
-        raise InputError(f"latents are {shown}; expected a floating-point tensor [B, C, T, H, W].")
-    if tuple(latents.shape) != shape:
+        words = str(latents.dtype) if isinstance(latents, Tensor) else shown(latents)
+        raise InputError(f"latents are {words}; expected a floating-point tensor [B, C, T, H, W].")
+    have = tuple(latents.shape)
+    if len(have) != len(shape) or not all(
+        n == wanted or (wanted is None and n) for n, wanted in zip(have, shape, strict=True)
+    ):
+        sides = [c if n is None else n for c, n in zip("BCTHW", shape, strict=True)]
         raise InputError(
-            f"latents have shape {tuple(latents.shape)}; expected {list(shape)}, as the size and"
-            " frames ask."
+            f"latents have shape {have}; expected [{', '.join(map(str, sides))}], as the models,"
+            " the size and the frames ask."
         )
-    if not bool(latents.isfinite().all()):
-        raise InputError("latents hold NaN or infinity; draw the noise again.")
+    if latents.device.type == "meta" or not bool(latents.isfinite().all()):
+        raise InputError("latents hold NaN or infinity, or no values; pass finite ones.")

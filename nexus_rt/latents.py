@@ -7,9 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nexus_rt.checks import instance, whole
 from nexus_rt.devices import send
 from nexus_rt.errors import InputError
 from nexus_rt.size import ClipSize
+
+# one, or one for each video
+Generators = torch.Generator | list[torch.Generator] | tuple[torch.Generator, ...] | None
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,9 @@ class LatentGrid:
 
     def check(self, size: ClipSize) -> None:
         """Raise an `InputError` that names the nearest valid value."""
+        instance("size", size, ClipSize, "a ClipSize(width, height, frames)")
+        for name, value in size._asdict().items():
+            whole(name, value, -(2**31), 2**31)
         for name, value, unit in (
             ("height", size.height, self.space * self.patch[1]),
             ("width", size.width, self.space * self.patch[2]),
@@ -54,16 +61,16 @@ class LatentGrid:
 
 def random_latents(
     shape: tuple[int, ...],
-    generator: torch.Generator | list[torch.Generator] | None,
+    generator: Generators,
     device: torch.device,
 ) -> Tensor:
-    """Noise [B, C, T, H, W], float32, drawn where a generator lives; a list of generators gives
+    """Noise [B, C, T, H, W], float32, drawn where a generator lives; several generators give
     each sample its own.
 
     Raises:
-        InputError: a list of another length than the batch.
+        InputError: more or fewer of them than samples.
     """
-    if isinstance(generator, list):
+    if isinstance(generator, (list, tuple)):
         if len(generator) != shape[0]:
             raise InputError(
                 f"{len(generator)} generators for {shape[0]} videos; pass one for each, or a single"
@@ -75,9 +82,7 @@ def random_latents(
     return send(noise, device)
 
 
-def renoise(
-    latents: Tensor, sigma: float, generator: torch.Generator | list[torch.Generator] | None
-) -> Tensor:
+def renoise(latents: Tensor, sigma: float, generator: Generators) -> Tensor:
     """Clean latents at noise level sigma again: `(1 - sigma) x + sigma eps`, eps drawn as
     `random_latents`."""
     noise = random_latents(tuple(latents.shape), generator, latents.device)

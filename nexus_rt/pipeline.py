@@ -3,6 +3,7 @@ space."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,25 +13,44 @@ import torch
 from torch import Tensor
 
 from nexus_rt.call import Call
-from nexus_rt.checks import prompt_lists
+from nexus_rt.checks import (
+    check_embeddings,
+    check_generators,
+    check_latents,
+    instance,
+    number,
+    prompt_lists,
+    switch,
+    whole,
+)
 from nexus_rt.engines.experts import boundaries, engines_by_name
 from nexus_rt.engines.protocol import Sized, able
-from nexus_rt.errors import ModelError, choose
-from nexus_rt.latents import LatentGrid, random_latents
+from nexus_rt.errors import InputError, ModelError, choose, cut
+from nexus_rt.latents import Generators, LatentGrid, random_latents
 from nexus_rt.memory.residency import (
     STEP,
     MemoryUse,
     ResidencyPlan,
     call_parts,
+    parse_bytes,
     plan_residency,
 )
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
 from nexus_rt.parallel.layout import telling
+from nexus_rt.paths import as_path
+from nexus_rt.pipeline_attributes import named_arguments
 from nexus_rt.pipeline_models import PipelineModels
 from nexus_rt.plan import Plan, Scale
 from nexus_rt.process import computes
 from nexus_rt.renamed import warn_old
-from nexus_rt.request import OUTPUT_TYPES, CallInputs, Schedule, make_plan, make_request
+from nexus_rt.request import (
+    MAX_VIDEOS,
+    OUTPUT_TYPES,
+    CallInputs,
+    Schedule,
+    make_plan,
+    make_request,
+)
 from nexus_rt.reuse import ReuseError
 from nexus_rt.rewriting import (
     TIMEOUT,
@@ -78,7 +98,19 @@ class NexusPipeline(PipelineModels):
     """
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Options for tqdm, such as `disable=True`."""
+        """Options for tqdm, such as `disable=True`.
+
+        Raises:
+            InputError: tqdm has no such option, or does not take the value.
+        """
+        from tqdm import tqdm
+
+        try:
+            tqdm(total=1, **{**options, "disable": False, "file": io.StringIO()}).close()
+        except Exception as error:  # tqdm's own, and what it makes of values of other types
+            raise InputError(
+                f"the progress bar cannot be made ({cut(error, 200)}); expected tqdm's options."
+            ) from error
         self.progress = options
 
     def cancel(self) -> None:
@@ -98,7 +130,12 @@ class NexusPipeline(PipelineModels):
         small_steps: int | None = None,
         large_steps: int | None = None,
     ) -> Plan:
-        """The plan a call with these arguments would walk."""
+        """The plan a call with these arguments would walk.
+
+        Raises:
+            InputError: as a call with them.
+        """
+        switch("as_published", as_published)
         schedule = Schedule(timesteps, small_steps, large_steps)
         made = make_plan(
             self.defaults,
@@ -125,6 +162,10 @@ class NexusPipeline(PipelineModels):
         Raises:
             InputError: the budget holds no mode of the plan; names the smallest that would do.
         """
+        instance("plan", plan, Plan, "a Plan, as `make_plan` makes one")
+        whole("videos", videos, 1, MAX_VIDEOS)
+        switch("guided", guided)
+        vram = None if vram is None else parse_bytes(str(vram))
         return plan_residency(
             plan.with_experts(boundaries(self.engines)),
             self.call_parts(size, videos * (1 + guided)),
@@ -132,7 +173,13 @@ class NexusPipeline(PipelineModels):
         )
 
     def call_parts(self, size: ClipSize, batch: int = 2) -> dict[str, MemoryUse]:
-        """What a call holds in memory; batch: samples of a step, unconditional twins counted."""
+        """What a call holds in memory; batch: samples of a step, unconditional twins counted.
+
+        Raises:
+            InputError: a size that the models do not make.
+        """
+        self.grid.check(size)
+        whole("batch", batch, 1, 2 * MAX_VIDEOS)
         others: dict[str, Any] = {
             "text encoder": self.text,
             "vae": self.vae,
@@ -155,7 +202,14 @@ class NexusPipeline(PipelineModels):
         max_sequence_length: int = MAX_SEQUENCE_LENGTH,
     ) -> tuple[Tensor, Tensor]:
         """Embeddings of prompts and negative prompts, each [B * num_videos_per_prompt, L, D],
-        zero-padded to L."""
+        zero-padded to L.
+
+        Raises:
+            InputError: no text, or numbers outside their range.
+            ModelError: there is no text encoder.
+        """
+        every = whole("num_videos_per_prompt", num_videos_per_prompt, 1, MAX_VIDEOS)
+        whole("max_sequence_length", max_sequence_length, 1, MAX_SEQUENCE_LENGTH)
         if self.text is None:
             raise ModelError(
                 "this pipeline has no text encoder; pass text_encoder= to from_pretrained, or"
@@ -175,7 +229,6 @@ class NexusPipeline(PipelineModels):
             negative = torch.zeros_like(positive)
             rows = stored[:max_sequence_length]
             negative[:, : len(rows)] = rows.to(negative)
-        every = num_videos_per_prompt
         return positive.repeat_interleave(every, 0), negative.repeat_interleave(every, 0)
 
     def rewrites_by(
@@ -204,6 +257,7 @@ class NexusPipeline(PipelineModels):
             return None
         prompts, _ = prompt_lists(prompt, None)
         check_rewrite(rewrite, len(prompts))
+        number("timeout", timeout, 1e-3, 1e6)
         model = self.context.understanding if self.context else None
         return rewrite_prompts(prompts, rewrite, model, self._rewritten, timeout)
 
@@ -216,20 +270,37 @@ class NexusPipeline(PipelineModels):
         num_videos_per_prompt: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """The small generator's contexts and negative contexts, each [B, max_context_len, D], from
-        prompts and what `encode_prompt` made of them."""
+        prompts and what `encode_prompt` made of them.
+
+        Raises:
+            InputError: no text, or embeddings that are not those of the prompts.
+            ModelError: there is no understanding model.
+        """
         if self.context is None:
             raise ModelError(
                 "this pipeline has no understanding model; pass understanding= and connector= to"
                 " from_pretrained."
             )
         prompts, _ = prompt_lists(prompt, None)
-        every = num_videos_per_prompt
+        every = whole("num_videos_per_prompt", num_videos_per_prompt, 1, MAX_VIDEOS)
+        switch("single_frame", single_frame)
+        for name, embeds in (
+            ("prompt_embeds", prompt_embeds),
+            ("negative_prompt_embeds", negative_prompt_embeds),
+        ):
+            instance(name, embeds, Tensor, "a tensor of embeddings [batch, tokens, width]")
+            check_embeddings({name: embeds})
+            if len(embeds) != len(prompts) * every:
+                raise InputError(
+                    f"{name} are for {len(embeds)} videos of {len(prompts) * every}; expected one"
+                    " for each."
+                )
         positive = self.context.encode(prompts, prompt_embeds[::every], single_frame)
         negative = self.context.encode_unconditional(negative_prompt_embeds[::every], single_frame)
         return positive.repeat_interleave(every, 0), negative.repeat_interleave(every, 0)
 
     def encode(self, prompt: str | list[str], single_frame: bool = False) -> dict[str, Prompt]:
-        """What each generator is told, as `denoise` takes it."""
+        """What each generator reads, as `denoise` takes it."""
         embeds = self.encode_prompt(prompt)
         prompts = dict.fromkeys(self.engines, Prompt(*embeds))
         if self.context is not None and "small" in prompts:
@@ -242,14 +313,21 @@ class NexusPipeline(PipelineModels):
         self,
         batch: int,
         size: ClipSize,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         *old: Any,
     ) -> Tensor:
-        """Noise [B, C, T, H, W], float32; a list of generators gives each sample its own."""
+        """Noise [B, C, T, H, W], float32; a list of generators gives each sample its own.
+
+        Raises:
+            InputError: a size that the models do not make, or other numbers of generators.
+        """
         if isinstance(size, int):  # batch, num_frames, height, width, generator: one release more
             frames, height, (width, *rest) = size, generator, old
             warn_old("prepare_latents(batch, num_frames, height, width)", "a ClipSize")
             size, generator = ClipSize(width, height, frames), rest[0] if rest else None
+        whole("batch", batch, 1, MAX_VIDEOS)
+        self.grid.check(size)
+        check_generators(generator, batch)
         shape = (batch, self.channels, *self.grid.latent(size))
         return random_latents(shape, generator, self.device)
 
@@ -286,6 +364,7 @@ class NexusPipeline(PipelineModels):
                 "this pipeline has no VAE; pass vae= to from_pretrained, or output_type='latent'."
             )
 
+    @named_arguments
     @torch.no_grad()
     def __call__(
         self,
@@ -298,7 +377,7 @@ class NexusPipeline(PipelineModels):
         guidance_scale: Scale | None = None,
         guidance_scale_2: Scale | None = None,
         num_videos_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -333,15 +412,17 @@ class NexusPipeline(PipelineModels):
                 experts, for high noise and for low: `guidance_scale_2=(4.0, 3.0)`.
             callback_on_step_end: may return new values of the tensors it was given (latents and any
                 embeddings), used from the next step on; setting `pipe._interrupt = True` in it ends
-                the loop and decodes what there is.
+                the loop and decodes what there is. An object with `tensor_inputs`, such as
+                diffusers' `PipelineCallback`, names its tensors itself.
             context_embeds, negative_context_embeds: the small generator's contexts [B, L, D], as
                 `encode_context` makes them; made from the prompt where they are not given.
             plan: which generator runs when: a `Plan` or what `nexus_rt.plan.parse_plan` reads.
             shift: of the time grid. blend: the frequency split (default: the published one).
                 energy: overrides the plan's rule. gamma_w: exponent of the gate, for the plans that
                     follow it (default: 0.3).
-            solver: "unipc" (default), "euler", or "lcm": Euler to clean latents and noise again at
-                every step, as models distilled for consistency are walked.
+            solver: "unipc" (default, where the folder's scheduler is no other), "euler", or "lcm":
+                Euler to clean latents and noise again at every step, as models distilled for
+                consistency are walked.
             timesteps: the list to walk, before the shift, such as `[1000, 750, 500, 250]`.
                 small_steps, large_steps: of the generators' whole schedules, of which the plan
                 gives each a share.
@@ -409,6 +490,7 @@ class NexusPipeline(PipelineModels):
         with self._calling:  # a second thread waits: a call keeps state on the pipeline
             self._cancel.clear()
             self._interrupt = False
+            self._steps = len(plan)
             computes()
             if self.parallel is not None and generator is None and latents is None:
                 inputs = replace(inputs, generator=self.parallel.generator())
@@ -420,6 +502,12 @@ class NexusPipeline(PipelineModels):
     def cancelled(self) -> bool:
         """Whether `cancel()` was called since the running call began."""
         return self._cancel.is_set()
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the running call's plan, or of the last one's, as diffusers' pipelines have
+        it."""
+        return self._steps
 
     @property
     def interrupt(self) -> bool:
@@ -434,8 +522,17 @@ class NexusPipeline(PipelineModels):
         truncate: bool = False,
     ) -> Any:
         """Latents [B, C, T, H, W] to frames as `output_type` asks; see `VideoDecoder.decode`.
-        truncate: see `save_video`."""
+        truncate: see `save_video`.
+
+        Raises:
+            InputError: no finite latents of this pair's channels, or settings that cannot be.
+            DecodeError: decoding failed.
+        """
         choose("output_type", output_type, OUTPUT_TYPES)
+        switch("truncate", truncate)
+        if rescue is not None:
+            rescue = as_path("rescue", rescue)
+        check_latents(latents, (None, self.channels, None, None, None))
         if output_type == "latent":
             return latents
         if self.vae is None:

@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nexus_rt.attention import ATTENTION_NAMES
+from nexus_rt.block_ops import KERNELS
+from nexus_rt.checks import as_device, as_dtype, instance, number, optional_text, switch
 from nexus_rt.engines.experts import change_loras, engines_by_name
-from nexus_rt.errors import choose
+from nexus_rt.engines.fused_step import StepEngine
+from nexus_rt.errors import InputError, choose, shown
 from nexus_rt.loading.lora import Lora, LoraSource, loras_hash, parse_loras
 from nexus_rt.loading.packing import check_weights, formats_of
 from nexus_rt.loading.pair import Loaded, default_device, default_dtype, load_engines, load_models
-from nexus_rt.loading.pair_folder import MINI, find_pair
+from nexus_rt.loading.pair_folder import MINI, Defaults, find_pair
 from nexus_rt.memory.residency import parse_bytes
+from nexus_rt.models.context import ContextEncoder
+from nexus_rt.models.text import Tokenized
+from nexus_rt.models.vae import Decoder
 from nexus_rt.parallel.layout import Mesh, mesh_of, telling
+from nexus_rt.paths import as_path
+from nexus_rt.pipeline_attributes import Attributes, named_arguments
 from nexus_rt.process import LOADING
 from nexus_rt.recipes import find_recipes, with_recipes
 from nexus_rt.rewriting import Cache
@@ -29,7 +38,47 @@ Generator = str | Path | tuple[str | Path, str | Path]  # a source, or those of 
 GENERATOR_BACKENDS = ("torch",)  # engine backends that can run a generator
 
 
-class PipelineModels:
+def _source(name: str, value: Any) -> None:
+    """Raise unless a model's source is a path or a hub id, or, of a generator, two of them."""
+    pair = name in ("small", "large") and isinstance(value, (tuple, list))
+    for one in value if pair else (value,):
+        if one is not None and not isinstance(one, (str, Path)):
+            raise InputError(f"{name} is {shown(one)}; expected a folder, a file or a hub id.")
+        if isinstance(one, str) and not one.strip():
+            raise InputError(f"{name} is empty; expected a folder, a file or a hub id.")
+
+
+def _settings(
+    device: str | torch.device | None,
+    torch_dtype: torch.dtype | None,
+    keep_encoders: bool,
+    kernels: str,
+    attention: str,
+    vae_tiling: bool | str,
+    vram: str | int | None,
+    cuda_graphs: bool,
+) -> torch.device | None:
+    """The device, if one is named, once all settings that both loaders have are valid.
+
+    Raises:
+        InputError: one of them is not.
+    """
+    if torch_dtype is not None:
+        as_dtype("torch_dtype", torch_dtype)
+    switch("keep_encoders", keep_encoders)
+    switch("cuda_graphs", cuda_graphs)
+    choose("kernels", kernels, KERNELS)
+    choose("attention", attention, ATTENTION_NAMES)
+    if not isinstance(vae_tiling, bool) and not (
+        isinstance(vae_tiling, str) and vae_tiling == "auto"
+    ):
+        raise InputError(f"vae_tiling is {shown(vae_tiling)}; expected True, False or 'auto'.")
+    if vram is not None:
+        parse_bytes(str(vram))
+    return None if device is None else as_device("device", device)
+
+
+class PipelineModels(Attributes):
     """The models of a `NexusPipeline`, which documents them."""
 
     def __init__(
@@ -53,15 +102,59 @@ class PipelineModels:
         )
         self.identity = loaded.identity
         self.device, self.keep_encoders, self.kernels = device, keep_encoders, kernels
-        self.vram = None if vram is None else parse_bytes(str(vram))
+        self.vram = None if vram is None else parse_bytes(vram)
         self.progress: dict[str, Any] = {}
         self._cancel = threading.Event()
         self._interrupt = False
         self._calling = threading.RLock()
         self._rewritten = Cache()
+        self._steps = 0
         self.parallel: Parallel | None = None
+        self._complete = True
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """`value` as the attribute of this name keeps it.
+
+        Raises:
+            InputError: it cannot be one.
+        """
+        ours: dict[str, tuple[type, str]] = {
+            "vae": (Decoder, "a video decoder of this package; pass vae= to from_pretrained"),
+            "text": (Tokenized, "its text encoder; pass text_encoder= to from_pretrained"),
+            "context": (ContextEncoder, "its context encoder; pass connector= to from_pretrained"),
+            "step_engine": (StepEngine, "a fused step's engine"),
+        }
+        if name in ours:
+            kind, expected = ours[name]
+            return None if value is None else instance(name, value, kind, f"None, or {expected}")
+        if name == "vram":
+            return None if value is None else parse_bytes(str(value))
+        if name in ("keep_encoders", "_interrupt"):
+            return switch(name, value)
+        if name == "defaults":
+            return instance(name, value, Defaults, "a nexus_rt.loading.pair_folder.Defaults")
+        if name == "progress":
+            return instance(name, value, dict, "a dictionary of tqdm's options")
+        if name == "engines":
+            usable = isinstance(value, dict) and value.keys() <= {"small", "large"} and value
+            if not usable or not all(
+                callable(getattr(e, m, None))
+                for e in value.values()
+                for m in ("prepare", "velocity")
+            ):
+                raise InputError(
+                    f"engines is {shown(value, 120)}; expected 'small' and/or 'large', each an"
+                    " object with `prepare` and `velocity` (nexus_rt.engines.protocol.Engine)."
+                )
+        if name == "parallel" and not hasattr(value, "mesh"):
+            raise InputError(
+                f"parallel is {shown(value)}, and processes are shared when they load; pass"
+                " parallel= to from_pretrained."
+            )
+        return value
 
     @classmethod
+    @named_arguments
     def from_pretrained(
         cls,
         pretrained: str | Path | None = None,
@@ -145,6 +238,27 @@ class PipelineModels:
         Raises:
             ModelError: a folder is no model, is damaged, or the two are not of one latent space.
         """
+        vram = None if vram is None else parse_bytes(vram)  # before any model is read
+        models: dict[str, Any] = {"pretrained": pretrained, "small": small, "large": large}
+        models |= {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+        models |= {"understanding": understanding, "connector": connector}
+        for name, source in models.items():
+            _source(name, source)
+        device = _settings(
+            device, torch_dtype, keep_encoders, kernels, attention, vae_tiling, vram, cuda_graphs
+        )
+        if boundary_ratio is not None:
+            number("boundary_ratio", boundary_ratio, 0.0, 1.0)
+        for name, value in (
+            ("small_recipe", small_recipe),
+            ("large_recipe", large_recipe),
+            ("revision", revision),
+            ("parallel", parallel),
+        ):
+            optional_text(name, value)
+        switch("local_files_only", local_files_only)
+        if cache_dir is not None:
+            cache_dir = as_path("cache_dir", cache_dir)
         mesh = mesh_of(parallel, device)
         device = default_device(mesh.device if mesh else device)
         with telling(mesh):
@@ -213,10 +327,16 @@ class PipelineModels:
             ModelError: no engine folder, or one that is damaged, wrong, or built for something
                 else; says what rebuilds it.
         """
-        mesh = mesh_of(parallel, device)
+        vram = None if vram is None else parse_bytes(vram)  # before any model is read
+        root = as_path("folder", folder)
+        device = _settings(
+            device, torch_dtype, keep_encoders, kernels, "auto", vae_tiling, vram, cuda_graphs
+        )
+        switch("force", force)
+        mesh = mesh_of(optional_text("parallel", parallel), device)
         device = default_device(mesh.device if mesh else device)
         with telling(mesh):
-            dtype, root = default_dtype(torch_dtype, device), Path(folder).expanduser()
+            dtype = default_dtype(torch_dtype, device)
             with LOADING:
                 loaded = load_engines(root, dtype, device, vae_tiling, force, engine_options)
             return cls(

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from nexus_rt.checks import check_callback, number, whole
+from nexus_rt.checks import callback_tensors, number, switch, whole
 from nexus_rt.errors import InputError, choose, cut
 from nexus_rt.guidance import Guidance
+from nexus_rt.latents import Generators
 from nexus_rt.plan import GAMMA_W, Plan, Scale
 from nexus_rt.plan_text import has_clocks, parse_plan, scaled, with_own_steps, with_shifts
 from nexus_rt.prompts import MAX_FRAMES
@@ -74,7 +74,7 @@ class CallInputs:
     negative_prompt: str | list[str] | None
     embeds: dict[str, Tensor | None]
     latents: Tensor | None
-    generator: torch.Generator | list[torch.Generator] | None
+    generator: Generators
     callback: Callable[..., Any] | None
     tensors: Sequence[str]
     max_sequence_length: int
@@ -83,7 +83,7 @@ class CallInputs:
 
     def __post_init__(self) -> None:
         number("rewrite_timeout", self.rewrite_timeout, 1e-3, 1e6)
-        check_callback(self.callback, self.tensors)
+        object.__setattr__(self, "tensors", callback_tensors(self.callback, self.tensors))
 
 
 # Of the published inference scripts: s = 5.0 of v_c + s (v_c - v_u) is g = 6.0, both generators at
@@ -165,6 +165,12 @@ def make_plan(
         grid = time_grid(steps, scale, float64_timesteps=published)
     made = parse_plan(words, grid, GAMMA_W if gamma_w is None else gamma_w).with_energy(energy)
     return made if published else made.with_solvers(_own(defaults, "solver"))
+
+
+def default_solver(defaults: Any) -> str:
+    """What walks a call's steps where it names no solver: a pair's own, else "unipc"."""
+    own: str | None = defaults.solver
+    return own or str(PUBLISHED["solver"])
 
 
 def for_solver(defaults: Any, solver: str | None) -> Any:
@@ -299,18 +305,19 @@ def make_request(
     own = for_solver(d, solver)
     schedule = Schedule(timesteps, small_steps, large_steps)
     choose("output_type", output_type, OUTPUT_TYPES)
-    solver = choose("solver", "unipc" if solver is None else solver, SOLVERS)
+    if solver is None:
+        solver = PUBLISHED["solver"] if published else default_solver(d)
+    choose("solver", solver, SOLVERS)
     if blend is not None and not isinstance(blend, BlendConfig):
         raise InputError(f"blend is {cut(repr(blend), 80)}; expected a BlendConfig.")
-    if not isinstance(published, bool):
-        raise InputError(f"as_published is {cut(repr(published), 80)}; expected True or False.")
+    switch("as_published", published)
     size = ClipSize(  # which multiples the sides are of, the pair's VAE says
-        whole("width", d.width if width is None else width, -MAX_SIDE, MAX_SIDE),
-        whole("height", d.height if height is None else height, -MAX_SIDE, MAX_SIDE),
+        whole("width", d.width if width is None else width, 1, MAX_SIDE),
+        whole("height", d.height if height is None else height, 1, MAX_SIDE),
         whole(
             "num_frames",
             d.num_frames if num_frames is None else num_frames,
-            -MAX_FRAMES,
+            1,
             MAX_FRAMES,
         ),
     )
@@ -325,5 +332,5 @@ def make_request(
         output_type,
         whole("num_videos_per_prompt", num_videos_per_prompt, 1, MAX_VIDEOS),
         published,
-        bool(reuse_parity),
+        switch("reuse_parity", reuse_parity),
     )

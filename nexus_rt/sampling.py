@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from nexus_rt.block_ops import choose_ops
@@ -12,7 +11,7 @@ from nexus_rt.engines.fused_step import StepEngine
 from nexus_rt.engines.protocol import Engine
 from nexus_rt.errors import Cancelled
 from nexus_rt.guidance import GUIDANCE_SCALE, Guidance
-from nexus_rt.latents import renoise
+from nexus_rt.latents import Generators, renoise
 from nexus_rt.memory.residency import Residency
 from nexus_rt.plan import Plan, Scale, Step
 from nexus_rt.reuse import ReuseError
@@ -35,7 +34,7 @@ def denoise(
     kernels: str = "auto",
     residency: Residency | None = None,
     step_engine: StepEngine | None = None,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: Generators = None,
     reuse_errors: list[ReuseError] | None = None,
     on_step: Callable[[Step, Tensor], Tensor | Change | None] | None = None,
     should_stop: Callable[[], bool] | None = None,

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 from typing import Any
+
+from nexus_rt.errors import UnknownArgument, shown
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,15 @@ class EngineBackend:
 
     def open(self, *args: Any, **options: Any) -> Any:
         """A session's object; the backend's packages are imported now."""
-        return getattr(import_module(self.runtime), self.sessions)(*args, **options)
+        sessions = getattr(import_module(self.runtime), self.sessions)
+        known = list(signature(sessions).parameters)[2:]  # after the folder and the device
+        for name in options:
+            if name not in known:
+                raise UnknownArgument(
+                    f"engines of this backend have no option {shown(name)}; expected"
+                    f" {' or '.join(known) or 'none'}."
+                )
+        return sessions(*args, **options)
 
 
 _TENSORRT = EngineBackend(

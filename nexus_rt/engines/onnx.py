@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nexus_rt.checks import whole
 from nexus_rt.engines.exported_engine import Sessions
-from nexus_rt.errors import InputError
+from nexus_rt.errors import InputError, choose
 
 # onnx.TensorProto's numbers
 ELEMENTS = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
@@ -39,6 +40,26 @@ def why_not() -> str | None:
     )
 
 
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+
+def provider_absent(provider: str) -> str | None:
+    """Why ONNX Runtime here has no such provider of `PROVIDERS`; None where it has."""
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    if PROVIDERS.get(provider) in available:
+        return None
+    return (
+        f"ONNX Runtime here has no provider {provider!r}; it has {', '.join(available)}"
+        " (onnxruntime-gpu brings CUDA's)"
+    )
+
+
 class OnnxSessions(Sessions):
     """A session a graph.
 
@@ -51,24 +72,15 @@ class OnnxSessions(Sessions):
         super().__init__(folder, device)
         if reason := why_not():
             raise InputError(f"ONNX engines cannot run here: {reason}.")
-        import onnxruntime
-
-        names = {
-            "cpu": "CPUExecutionProvider",
-            "cuda": "CUDAExecutionProvider",
-            "tensorrt": "TensorrtExecutionProvider",
-        }
-        provider = provider or device.type
-        if names.get(provider) not in onnxruntime.get_available_providers():
-            available = ", ".join(onnxruntime.get_available_providers())
-            raise InputError(
-                f"ONNX Runtime here has no provider {provider!r}; it has {available}"
-                " (onnxruntime-gpu brings CUDA's)."
-            )
+        provider = choose("provider", provider or device.type, PROVIDERS)
+        if threads is not None:
+            whole("threads", threads, 1, 4096)
+        if reason := provider_absent(provider):
+            raise InputError(f"{reason}.")
         wanted = {"cpu": ["cpu"], "cuda": ["cuda"]}.get(provider, [provider, "cuda"])
         # without a number, a session computes on the first GPU
         number = {} if provider == "cpu" else {"device_id": str(device.index or 0)}
-        self.providers = [(names[p], number) for p in wanted]
+        self.providers = [(PROVIDERS[p], number) for p in wanted]
         self.threads = torch.get_num_threads() if threads is None else threads
         self.sessions: dict[str, Any] = {}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nexus_rt.checks import as_device, as_dtype
 from nexus_rt.engines.cuda_graphs import ReplayedEngine
 from nexus_rt.engines.experts import ExpertsEngine, changed, joined
 from nexus_rt.engines.fused_step import StepEngine
@@ -59,18 +60,26 @@ class Loaded:
 
 
 def default_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, else "cuda" where there is one."""
-    if device:
-        return torch.device(device)
+    """The device of that name, by default "cuda" where there is one.
+
+    Raises:
+        InputError: it cannot be used here.
+    """
+    if device is not None:
+        return as_device("device", device)
     chosen = "cuda" if torch.cuda.is_available() else "cpu"
     chose("device", chosen, "there is a GPU" if chosen == "cuda" else "PyTorch sees no GPU")
     return torch.device(chosen)
 
 
 def default_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for, else bfloat16 on a GPU and float32 on a CPU."""
-    if dtype:
-        return dtype
+    """The dtype, by default bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        InputError: models do not compute in it.
+    """
+    if dtype is not None:
+        return as_dtype("torch_dtype", dtype)
     chosen = torch.float32 if device.type == "cpu" else torch.bfloat16
     chose("dtype of generators and encoders", chosen, f"the device is {device}")
     return chosen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 from datetime import timedelta
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nexus_rt.checks import as_device
 from nexus_rt.errors import InputError, choose
 from nexus_rt.parallel.watch import Watch
 
@@ -56,7 +58,7 @@ def parse_layout(text: str) -> Layout:
         choose("parallel dimension", name, [f.name for f in fields(Layout)])
         if name in given:
             raise InputError(f"parallel {text!r} names {name} twice.")
-        if not number.isdigit() or not 1 <= int(number) <= 1024:
+        if not re.fullmatch("[0-9]{1,4}", number) or not 1 <= int(number) <= 1024:
             raise InputError(
                 f"parallel {text!r}: {name} has {number or 'no number'!r}; expected a whole number,"
                 " such as cfg=2,ulysses=4."
@@ -157,7 +159,8 @@ def mesh_of(parallel: str | None, device: str | torch.device | None) -> Mesh | N
     """The mesh that "cfg=2,ulysses=2" asks for; None where nothing is."""
     if parallel is None:
         return None
-    mesh = make_mesh(parse_layout(parallel), None if device is None else torch.device(device))
+    layout = parse_layout(parallel)
+    mesh = make_mesh(layout, None if device is None else as_device("device", device))
     mesh.watch = Watch.begin(mesh.rank, mesh.layout.size)
     return mesh
 
