@@ -35,6 +35,7 @@ from nexus_rt.export.contract import contract
 from nexus_rt.export.dynamic_shapes import Traced
 from nexus_rt.export.parity import gate
 from nexus_rt.memory.offload import release
+from nexus_rt.paths import check_folder, failed_file
 from nexus_rt.shards import write_json
 from nexus_rt.size import ClipSize
 
@@ -97,11 +98,12 @@ def export_component(
         The folder in the cache; its manifest's "parity" says whether it passed.
 
     Raises:
-        InputError: the target cannot be built here, or the disk has no room for it; raised before
-            any work.
+        InputError: the target cannot be built here, or the cache has no room for it or cannot be
+            written; raised before any work.
         ModelError: the source is no model, the engine failed its parity gate (it is kept aside), or
             the disk filled up.
     """
+    check_folder(engines_root(), "set NEXUS_RT_CACHE to a folder that you may write to")
     name, target = part.name, replace(target, precision=part.precision(target.precision))
     builder = target.builder()
     architecture = part.architecture()
@@ -155,8 +157,10 @@ def export_component(
             _artefacts(part, work, target, builder, say)
             return _compared(part, work, final, manifest, target, builder, say)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise ModelError(
+                    f"{name}: {failed_file(str(error.filename or work), error)}"
+                ) from error
             shutil.rmtree(work, ignore_errors=True)
             raise ModelError(
                 f"the disk under {work.parent} filled up: this engine takes about {need / 1e9:.1f}"
@@ -344,28 +348,29 @@ def export_components(
     """
     for part in parts:
         replace(target, precision=part.precision(target.precision)).builder()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (probe := output / f".probe.{os.getpid()}").touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"{output} cannot be written ({error.strerror}); choose a folder that you may write to."
-        ) from None
+    check_folder(output, "choose a folder that you may write to")
     # one that fails leaves the output as it was
     engines = [export_component(part, target, command, say) for part in parts]
     built = {}
-    with _locked(
-        output / ".export.lock", lambda: say(f"another process writes {output}; waiting for it")
-    ):
-        for part, engine in zip(parts, engines, strict=True):
-            built[part.name] = publish(engine, output / part.name, part.name, command, say, lasting)
-        for name, source in beside.items():
-            if not (output / name).exists():
-                link_tree(source, output / name)
-        if isinstance(index, Path):
-            shutil.copy2(index, output / "model_index.json")
-        elif index is not None:
-            write_json(output / "model_index.json", index)
-    (output / ".export.lock").unlink(missing_ok=True)
+    try:
+        with _locked(
+            output / ".export.lock", lambda: say(f"another process writes {output}; waiting for it")
+        ):
+            for part, engine in zip(parts, engines, strict=True):
+                built[part.name] = publish(
+                    engine, output / part.name, part.name, command, say, lasting
+                )
+            for name, source in beside.items():
+                if not (output / name).exists():
+                    link_tree(source, output / name)
+            if isinstance(index, Path):
+                shutil.copy2(index, output / "model_index.json")
+            elif index is not None:
+                write_json(output / "model_index.json", index)
+        (output / ".export.lock").unlink(missing_ok=True)
+    except OSError as error:
+        raise ModelError(
+            f"{failed_file(str(output), error)} The engines are kept in {engines_root()}: the same"
+            " command goes on."
+        ) from error
     return built

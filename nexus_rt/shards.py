@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import ModelError
+from nexus_rt.errors import ModelError, cut
+from nexus_rt.paths import failed_file
 
 SHARD_BYTES = 2 * 10**9
 
@@ -55,6 +56,7 @@ def write_shards(
 ) -> None:
     """Write tensors as safetensors, in files of at most about `limit` bytes with an index where
     there are several."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +66,10 @@ def write_shards(
 
     def flush() -> None:
         nonlocal shard, size
-        save_file(shard, folder / f"part-{len(names)}.safetensors", {"format": "pt"})
+        try:
+            save_file(shard, folder / f"part-{len(names)}.safetensors", {"format": "pt"})
+        except SafetensorError as error:  # its writer raises this for a full disk too
+            raise ModelError(failed_file(str(folder), OSError(cut(error)))) from error
         names.append(list(shard))
         shard, size = {}, 0
 

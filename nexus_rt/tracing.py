@@ -21,6 +21,9 @@ from typing import Any
 
 import torch
 
+from nexus_rt.errors import InputError
+from nexus_rt.paths import as_path, failed_file
+
 _recording: Trace | None = None
 
 
@@ -73,7 +76,11 @@ class Trace:
         return dict(sorted(ends.items()))
 
     def save(self, path: str | Path) -> Path:
-        """Write Chrome's trace format: complete events, microseconds; one row for the device."""
+        """Write Chrome's trace format: complete events, microseconds; one row for the device.
+
+        Raises:
+            InputError: it cannot be written.
+        """
         events = [
             {
                 "name": name,
@@ -86,8 +93,11 @@ class Trace:
             }
             for name, start, stop, attributes in sorted(self.spans, key=lambda s: s[1])
         ]
-        path = Path(path)
-        path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        path = as_path("path", path)
+        try:
+            path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        except OSError as error:
+            raise InputError(failed_file(str(path), error)) from error
         return path
 
 

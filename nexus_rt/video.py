@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nexus_rt.cpu import instruction_sets
-from nexus_rt.errors import InputError, choose, cut
+from nexus_rt.errors import InputError, NexusError, choose, cut, shown
+from nexus_rt.paths import as_path
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".mp4", ".gif", ".png")
 FPS = 16  # Wan's frame rate
+RATE = re.compile(r"[0-9]{1,12}(?:\.[0-9]{0,20}|/[0-9]{1,12})?|\.[0-9]{1,20}")
 
 
 def check_output(path: str | Path) -> Path:
@@ -31,7 +33,7 @@ def check_output(path: str | Path) -> Path:
     Raises:
         InputError: unknown suffix, missing folder, or a place that cannot be written.
     """
-    path = Path(path)
+    path = as_path("path", path)
     choose("output suffix", path.suffix.lower(), SUFFIXES)
     if path.is_dir():
         raise InputError(f"{path} is a folder; give a file name ending in {', '.join(SUFFIXES)}.")
@@ -75,23 +77,34 @@ def frame_rate(fps: Any, name: str = "fps") -> Fraction:
         InputError: no number, or outside 1/10 to 1000.
     """
     try:
-        rate = Fraction(
-            fps
-            if isinstance(fps, (int, str, Fraction)) and not isinstance(fps, bool)
-            else float(fps)
-        )
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        if isinstance(fps, str):  # of "1e999999999" Fraction makes all the digits
+            rate = Fraction(fps) if RATE.fullmatch(fps.strip(" ")) else Fraction(0)
+        elif isinstance(fps, (int, Fraction)):
+            rate = Fraction(fps)
+        else:
+            rate = Fraction(float(fps))
+    except Exception:  # whatever an object's __float__ raises
         rate = Fraction(0)
     if isinstance(fps, bool) or not Fraction(1, 10) <= rate <= 1000:
-        shown = cut(fps if isinstance(fps, str) else repr(fps), 60)
+        words = cut(fps, 60) if isinstance(fps, str) else shown(fps, 60)
         raise InputError(
-            f"{name} is {shown}; expected frames per second from 0.1 to 1000, such as 16 or"
+            f"{name} is {words}; expected frames per second from 0.1 to 1000, such as 16 or"
             " 30000/1001."
         )
     ntsc = Fraction(round(rate * Fraction(1001, 1000)) * 1000, 1001)
     if rate.denominator != 1 and abs(rate - ntsc) < Fraction(1, 1000):
         return ntsc
     return rate.limit_denominator(10_000)
+
+
+def _array(frames: Any) -> np.ndarray:
+    """Frames as a NumPy array, which has no bfloat16."""
+    if isinstance(frames, (list, tuple)) and frames and hasattr(frames[0], "convert"):
+        return np.stack([np.asarray(image.convert("RGB")) for image in frames])
+    if hasattr(frames, "detach"):
+        frames = frames.detach().cpu()
+        return (frames.float() if frames.is_floating_point() else frames).numpy()
+    return np.asarray(frames)
 
 
 def to_uint8(frames: Any, truncate: bool = False) -> np.ndarray:
@@ -102,14 +115,15 @@ def to_uint8(frames: Any, truncate: bool = False) -> np.ndarray:
     Raises:
         InputError: another shape or type, NaN, or values outside the range.
     """
-    if isinstance(frames, (list, tuple)) and frames and hasattr(frames[0], "convert"):
-        frames = np.stack([np.asarray(image.convert("RGB")) for image in frames])
-    if hasattr(frames, "detach"):
-        frames = frames.detach().cpu()
-        frames = (
-            frames.float() if frames.is_floating_point() else frames
-        ).numpy()  # bfloat16 is no type of numpy's
-    frames = np.asarray(frames)
+    if not isinstance(truncate, bool):
+        raise InputError(f"truncate is {shown(truncate)}; expected True or False.")
+    try:
+        frames = _array(frames)
+    except Exception as error:  # whatever another's array or image raises
+        raise InputError(
+            f"frames are {shown(frames)}, which are no array ({cut(error, 120)}); expected [frames,"
+            " height, width, 3]."
+        ) from error
     if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise InputError(f"frames have shape {frames.shape}; expected [frames, height, width, 3].")
     if frames.dtype == np.uint8:
@@ -151,24 +165,46 @@ def save_video(
 
     Raises:
         InputError: the path cannot be written, frames of another shape or range, a rate that cannot
-            be kept.
+            be kept, or metadata that JSON has no form for.
+        NexusError: they cannot be encoded here.
     """
     path = check_output(path)
-    rate, frames = frame_rate(fps), to_uint8(frames, truncate)
+    rate, frames, comment = frame_rate(fps), to_uint8(frames, truncate), _comment(metadata)
     writers: dict[str, Callable] = {".mp4": _mp4, ".gif": _gif, ".png": _contact_sheet}
     part = _part(path)
     try:
-        writers[path.suffix.lower()](
-            frames, part, rate, json.dumps(metadata, ensure_ascii=False) if metadata else ""
-        )
+        writers[path.suffix.lower()](frames, part, rate, comment)
         os.replace(part, path)
-    except OSError as error:  # av's errors are OSErrors
+    except NexusError:
+        raise
+    except OSError as error:
         raise InputError(
             f"{path} could not be written ({cut(error)}); free some space or write somewhere else."
         ) from error
+    except Exception as error:  # FFmpeg's own have every base
+        raise NexusError(
+            f"{path} could not be encoded ({cut(error)}); install av and pillow again, or write"
+            " another suffix."
+        ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
     return path
+
+
+def _comment(metadata: dict[str, Any] | None) -> str:
+    """Metadata as the file keeps it."""
+    if metadata is not None and not isinstance(metadata, dict):
+        raise InputError(f"metadata is {shown(metadata)}; expected a dictionary.")
+    try:
+        text = json.dumps(metadata, ensure_ascii=False) if metadata else ""
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"metadata holds what JSON has no form for ({cut(error)}); expected text, numbers,"
+            " lists and dictionaries."
+        ) from error
+    return text
 
 
 def made_with(
@@ -341,7 +377,6 @@ def _mp4(frames: np.ndarray, path: Path, rate: Fraction, comment: str) -> None:
                 dst_color_range=ColorRange.MPEG,
                 interpolation="AREA",
             )
-            yuv.color_primaries = yuv.color_trc = 1
             container.mux(stream.encode(yuv))
         container.mux(stream.encode())
 
