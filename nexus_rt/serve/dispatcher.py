@@ -41,7 +41,7 @@ BYTES_PER_PIXEL = 0.25  # of a result's files, before any has been made
 TICK = 0.25  # seconds between looks at deadlines, expiries and workers
 PROBE = 2.0  # seconds between looks at the store's disk
 SILENT_STORE = 30.0  # seconds without a look that ended, after which the disk counts as hung
-INTERNAL = ("waiting", "begun")  # events of a runner that are not a watcher's
+INTERNAL = ("waiting", "begun", "phase")  # events of a runner that are not a watcher's
 HELD = 15.0  # seconds that a request is held while the models are being loaded
 PATIENCE = (1.0, 60.0)  # seconds before a worker that would not load is tried again
 

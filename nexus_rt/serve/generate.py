@@ -255,7 +255,9 @@ class _Call:
         by = pipe.rewrites_by(first.rewrite, self.planned.plan)
         if by is None:
             return None
+        self.tell("phase", phase="rewrite")  # which may ask another machine
         rewriting = pipe.rewrite([t.request.prompt for t in self.tasks], by)
+        self.tell("phase", phase="encode")
         if rewriting is None:
             return None
         for i, task in enumerate(self.tasks):

@@ -22,7 +22,7 @@ class Bounds:
 
     steps, stages: predicted milliseconds of each step, and of encode, decode and write; None where
         no price is known.
-    rewriting: seconds that rewriting the prompts may take, in the encode stage.
+    rewriting: seconds that a rewriter may take for all prompts, in the encode stage.
     step_timeout: of one step, instead of a multiple of its price.
     """
 
@@ -71,8 +71,9 @@ class Call:
     """A call that a worker runs, from its events.
 
     ids: of its jobs. waiting: it has no worker yet, whose loading has a bound of its own. fresh:
-        the worker has not made a clip of this kind. silent: seconds since the last event. ending:
-        seconds since all of its jobs were cancelled. hung: why its worker counts as hung.
+        the worker has not made a clip of this kind. stage: encode, rewrite, denoise, decode or
+        write. silent: seconds since the last event. ending: seconds since all of its jobs were
+        cancelled. hung: why its worker counts as hung.
     """
 
     ids: frozenset[str]
@@ -97,9 +98,11 @@ class Call:
         """Seconds until the next event."""
         if self.stage == "denoise":
             return self.bounds.step(self.done, self.fresh)
+        if self.stage == "rewrite":
+            return self.bounds.stage("encode", self.fresh) + self.bounds.rewriting
         seconds = self.bounds.stage(self.stage, self.fresh)
-        if self.stage == "encode":  # the next event may be the first step's
-            seconds += self.bounds.rewriting + self.bounds.step(0, self.fresh)
+        if self.stage == "encode":  # the next event is the first step's
+            seconds += self.bounds.step(0, self.fresh)
         return seconds
 
     def heard(self, event: dict[str, Any]) -> None:
@@ -107,7 +110,9 @@ class Call:
         self.silent = 0.0
         kind = event["kind"]
         self.waiting = kind == "waiting"
-        if kind == "stage":
+        if kind == "phase":
+            self.stage = event["phase"]
+        elif kind == "stage":
             self.stage = event["stage"]
             self.fresh = event.get("fresh", self.fresh)
         elif kind == "step":
