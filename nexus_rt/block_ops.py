@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nexus_rt.devices import hold
 from nexus_rt.errors import InputError, choose
 from nexus_rt.kernels import formulas
 from nexus_rt.log import chose
@@ -25,7 +26,7 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """`rope_tables` of a grid of (frames, rows, columns) tokens, angles in float64: cos, sin [L, 1,
     head_dim] float32."""
-    return _rope_table(head_dim, grid, device)
+    return hold(_rope_table(head_dim, grid, device))
 
 
 def rope_pairs(
@@ -33,7 +34,7 @@ def rope_pairs(
 ) -> tuple[Tensor, Tensor]:
     """The same angles once per pair, as the Triton kernel reads them: cos, sin [L, head_dim / 2]
     float32."""
-    return _rope_pairs(head_dim, grid, device)
+    return hold(_rope_pairs(head_dim, grid, device))
 
 
 # Cached behind plain functions: PyTorch 2.11's compiler takes a cached function in an `Ops` for a

@@ -1,13 +1,17 @@
-"""What crosses between a host and a GPU without either waiting, and which GPU is the current
-one."""
+"""Tensors that cross between a host and a GPU without either waiting, the current GPU, and the
+objects that a recorded graph reads."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 PLACES = 64  # numbers on their way at a time
 
 
@@ -25,6 +29,36 @@ def synchronize(device: torch.device) -> None:
     """Wait for a GPU; nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+_held: ContextVar[list[Any] | None] = ContextVar("_held", default=None)
+
+
+@contextlib.contextmanager
+def recording(held: list[Any]) -> Iterator[None]:
+    """In this thread a call is recorded as a graph, which holds addresses and no tensors: what
+    `hold` is told of is added to `held`, to live as long as the graph."""
+    token = _held.set(held)
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
+
+def hold(thing: T) -> T:
+    """The same tensor, tensors or object, kept by the graph that is being recorded, if any.
+
+    Whatever a step reads and a cache may drop goes through here.
+    """
+    held = _held.get()
+    if held is not None and not any(kept is thing for kept in held):
+        held.append(thing)
+    return thing
+
+
+def held_by_recording() -> list[Any] | None:
+    """What the graph that this thread records, or warms up, holds; None where there is none."""
+    return _held.get()
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

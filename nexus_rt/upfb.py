@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from nexus_rt.block_ops import choose_ops
-from nexus_rt.devices import send
-from nexus_rt.errors import InputError, choose
+from nexus_rt.devices import hold, send
+from nexus_rt.errors import InputError, choose, cut
 from nexus_rt.kernels.formulas import ENERGIES, EPS, target_energy
 from nexus_rt.velocity import Prediction, Velocity
 
@@ -32,6 +32,8 @@ LOWPASSES = {  # gain at rho / cutoff
     "butterworth": lambda ratio, order: 1 / torch.sqrt(1 + ratio ** (2 * order)),
     "ideal": lambda ratio, order: (ratio <= 1).to(ratio.dtype),
 }
+
+MAX_WIDTH, MAX_ORDER = 1e6, 100  # of sigma_max and rho_max, and of Butterworth's order
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,14 @@ class BlendConfig:
             raise InputError(
                 "sigma_min and rho_min must be positive and not above sigma_max and rho_max."
             )
-        if self.order < 1:
-            raise InputError(f"order is {self.order}; a Butterworth low-pass has order 1 or more.")
+        for name, value in (("sigma_max", self.sigma_max), ("rho_max", self.rho_max)):
+            if value > MAX_WIDTH:
+                raise InputError(f"{name} is {cut(value, 40)}; expected at most {MAX_WIDTH:g}.")
+        if not 1 <= self.order <= MAX_ORDER:
+            raise InputError(
+                f"order is {cut(self.order, 40)}; a Butterworth low-pass has order 1 to"
+                f" {MAX_ORDER} here."
+            )
 
     def sigma(self, w: float) -> float:
         """Standard deviation of the Gaussian at gate w, in latent cells."""
@@ -170,7 +178,10 @@ def _band(size: int, taps: Tensor) -> Tensor:
 
 def _filter_at(w: float, config: BlendConfig, v: Tensor) -> Filter:
     cutoff = config.sigma(w) if config.split == "gaussian" else config.cutoff(w)
-    return split_filter(*v.shape[-2:], config.split, config.lowpass, config.order, cutoff, v.device)
+    size = v.shape[-2:]
+    return hold(
+        split_filter(*size, config.split, config.lowpass, config.order, cutoff, v.device)
+    )
 
 
 def _filtered(v: Tensor, w: float, config: BlendConfig, low: float, keep: float) -> Tensor:

@@ -4,13 +4,17 @@ steps wait for.
 One graph for every shape of latents and context. Contexts are padded to a multiple of 64 tokens, so
 that most prompts share a graph; padding has a bias of minus infinity and counts for nothing. All
 graphs work in one pool of memory, as they never run at once, and a velocity leaves it by a copy.
+
+A graph holds addresses. Whatever it reads is held beside it and ends with it: inputs, weights, and
+what `nexus_rt.devices.hold` is told of while it is recorded, such as RoPE tables out of a cache.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -18,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_rt.devices import on_device
+from nexus_rt.devices import on_device, recording
 from nexus_rt.engines.protocol import Wrapper
 from nexus_rt.engines.tensorrt import TensorRTSessions
 from nexus_rt.engines.torch import TorchEngine
@@ -67,8 +71,7 @@ def capture(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[
         side.wait_stream(torch.cuda.current_stream(device))
         # what a first call decides, compiles and allocates is not recorded
         with torch.cuda.stream(side):
-            for _ in range(2):
-                call()
+            call()
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # on a stream of this device: PyTorch's own is of the device it first recorded on
@@ -115,6 +118,19 @@ def tensors_of(context: Any) -> list[Tensor]:
     return outputs
 
 
+@dataclass
+class Recording:
+    """A graph, the tensors it reads and writes, and the context whose values are in `static`."""
+
+    replay: Callable[[], None]
+    result: Tensor
+    latents: Tensor
+    timestep: Tensor
+    static: Any
+    context: Any
+    held: list[Any]
+
+
 class ReplayedEngine(Wrapper):
     """An engine whose velocities are replayed. What is not a velocity goes to the engine itself.
 
@@ -129,7 +145,7 @@ class ReplayedEngine(Wrapper):
                 raise InputError(f"CUDA graphs cannot be recorded here: {why}.")
         super().__init__(engine)
         self.record = record
-        self.graphs: OrderedDict[tuple, tuple] = OrderedDict()
+        self.graphs: OrderedDict[tuple, Recording] = OrderedDict()
 
     def prepare(self, context: Tensor) -> Any:
         return padded(self.engine.prepare(context))
@@ -157,30 +173,62 @@ class ReplayedEngine(Wrapper):
         if model is not None and model.stream is not None:  # streamed weights have no one address
             return self.engine.velocity(latents, timestep, context)
         self.engine.load()
-        key = (tuple(latents.shape), *(tuple(t.shape) for t in tensors_of(context)))
+        shapes = (tuple(t.shape) for t in tensors_of(context))
+        # LoRAs beside quantised layers are other launches, whoever changed them
+        key = (tuple(latents.shape), *shapes, getattr(self._loaded(), "loras", ()))
         if key not in self.graphs:
-            self.graphs[key] = self._recorded(latents, timestep, context)
+            self.graphs[key], velocity = self._record(latents, timestep, context)
             if len(self.graphs) > KEPT:
                 self.graphs.popitem(last=False)
+            if velocity is not None:
+                return velocity
         self.graphs.move_to_end(key)
-        replay, result, x, t, static, now = self.graphs[key]
-        x.copy_(latents)
-        t.copy_(timestep.reshape(()))
-        if now[0] is not context:
-            for mine, theirs in zip(tensors_of(static), tensors_of(context), strict=True):
+        graph = self.graphs[key]
+        graph.latents.copy_(latents)
+        graph.timestep.copy_(timestep.reshape(()))
+        if graph.context is not context:
+            pairs = zip(tensors_of(graph.static), tensors_of(context), strict=True)
+            for mine, theirs in pairs:
                 mine.copy_(theirs)
-            now[0] = context
-        replay()
-        return result.clone()
+            graph.context = context
+        graph.replay()
+        return graph.result.clone()
 
-    def _recorded(self, latents: Tensor, timestep: Tensor, context: Any) -> tuple:
-        x, t, static = (
-            latents.clone(),
-            timestep.reshape(()).float().clone(),
-            mapped(context, Tensor.clone),
-        )
-        replay, result = self.record(lambda: self.engine.velocity(x, t, static), self.engine.device)
-        return replay, result, x, t, static, [context]
+    def warmup(self, latent: tuple[int, int, int], batch: int = 2, tokens: int = 24) -> None:
+        """The engine's own warm-up, its step recorded."""
+        type(self.wrapped).warmup(self, latent, batch, tokens)
+
+    def _loaded(self) -> Any:
+        return getattr(self.engine, "loaded", None)
+
+    def _record(
+        self, latents: Tensor, timestep: Tensor, context: Any
+    ) -> tuple[Recording, Tensor | None]:
+        """A graph of this step, and the velocity of the call that warmed it up; None where none was
+        computed."""
+        x, t = latents.clone(), timestep.reshape(()).float().clone()
+        static = mapped(context, Tensor.clone)
+        velocities: list[Tensor] = []
+        calls = 0
+
+        def call() -> Tensor:
+            nonlocal calls
+            calls += 1
+            velocity = self.engine.velocity(x, t, static)
+            if calls == 1:  # the graph's own result is never kept: its memory is the pool's
+                velocities.append(velocity)
+            return velocity
+
+        # the storages of today: a parameter that moves points to another
+        held: list[Any] = [w.detach() for w in self._weights()]
+        with recording(held):
+            replay, result = self.record(call, self.engine.device)
+        graph = Recording(replay, result, x, t, static, context, held)
+        return graph, velocities[0] if calls > 1 else None
+
+    def _weights(self) -> Iterator[Tensor]:
+        model = getattr(self.engine, "model", None)
+        return iter(()) if model is None else chain(model.parameters(), model.buffers())
 
 
 def cannot_replay(engine: Any) -> str | None:

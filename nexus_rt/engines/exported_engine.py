@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nexus_rt.engines.protocol import warmup_noise
 from nexus_rt.errors import InputError
 from nexus_rt.models.wan import collapse_padding
 from nexus_rt.size import BuiltSizes, ClipSize
@@ -133,12 +134,10 @@ class ExportedEngine(Exported):
     ) -> None:
         """One step on noise at a latent size (T, H, W; the first it was built for by default), so
         that the first real one is as fast as the rest."""
-        a = self.folder.manifest.architecture
-        context = self.prepare(torch.randn(batch, tokens, a["text_dim"], device=self.device))
-        latents = torch.randn(
-            batch, a["in_channels"], *(latent or self.buckets[0].latent), device=self.device
-        )
-        self.velocity(latents, torch.tensor(500.0, device=self.device), context)
+        a, latent = self.folder.manifest.architecture, latent or self.buckets[0].latent
+        sizes = latent, a["in_channels"], a["text_dim"], batch, tokens
+        latents, embeddings = warmup_noise(*sizes, self.device)
+        self.velocity(latents, torch.tensor(500.0, device=self.device), self.prepare(embeddings))
 
     def published_numerics(self, on: bool) -> None:
         """What a float32 engine computes anyway.

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from nexus_rt.models.text import MAX_SEQUENCE_LENGTH as PROMPT_TOKENS
 from nexus_rt.size import BuiltSizes
 
 
@@ -96,6 +97,29 @@ class Warmable(Protocol):
         """One step on noise at a latent size (T, H, W), so that the first real one is as fast as
         the rest."""
         ...
+
+
+def warmup_noise(
+    latent: tuple[int, int, int],
+    channels: int,
+    text_dim: int,
+    batch: int,
+    tokens: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """What a warm-up step reads, in the shapes of a call's own.
+
+    Args:
+        batch: samples of the step; half of an even number are the unconditional twins.
+        tokens: of the prompt, the rest of its 512 zeros as encoders leave them.
+
+    Returns:
+        Latents [B, C, T, H, W] and embeddings [batch, 512, text_dim], float32.
+    """
+    embeddings = torch.zeros(batch, PROMPT_TOKENS, text_dim, device=device)
+    embeddings[:, :tokens].normal_()
+    samples = batch if batch % 2 else batch // 2
+    return torch.randn(samples, channels, *latent, device=device), embeddings
 
 
 @runtime_checkable

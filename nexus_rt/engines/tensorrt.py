@@ -3,10 +3,15 @@
 A profile a size. All graphs share one block of activation memory, which the engine asks of PyTorch
 and gives back when it is unloaded; launches go to PyTorch's current stream, so a step needs no
 synchronisation and can be captured.
+
+An execution context belongs to one CUDA graph at most: a context that is given another shape or
+profile may change what its earlier graph reads (the developer guide, "CUDA Graphs"). A recording
+makes contexts of its own, a graph and its shapes each, and holds them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from types import ModuleType
@@ -15,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.devices import on_device
+from nexus_rt.devices import held_by_recording, on_device
 from nexus_rt.engines.exported_engine import Sessions
 from nexus_rt.errors import InputError, ModelError
 from nexus_rt.size import ClipSize
@@ -76,6 +81,19 @@ def logger(trt: ModuleType, kept: list[str]) -> Any:
 SAMPLES = 2
 
 
+@dataclass(eq=False)
+class Context:
+    """An execution context on its activation memory. shapes: of its inputs, where it is of one
+    recording alone; profile: the one it is set to."""
+
+    sessions: TensorRTSessions
+    graph: str
+    execution: Any
+    memory: Tensor
+    shapes: tuple | None = None
+    profile: int | None = None
+
+
 class TensorRTSessions(Sessions):
     """Execution contexts of all graphs on one block of activation memory.
 
@@ -102,9 +120,8 @@ class TensorRTSessions(Sessions):
         self.buckets = [ClipSize(*b).latent for b in folder.manifest.buckets]
         self.logger = logger(self.trt, self.errors)
         self.engines: dict[str, Any] = {}
-        self.contexts: dict[str, Any] = {}
+        self.contexts: dict[str, Context] = {}
         self.memory: Tensor | None = None
-        self.profile: dict[str, int] = {}
 
     @property
     def resident(self) -> bool:
@@ -134,12 +151,27 @@ class TensorRTSessions(Sessions):
             self.engines[graph] = engine
         size = max(e.device_memory_size_v2 for e in self.engines.values())
         self.memory = torch.empty(max(1, size), dtype=torch.uint8, device=self.device)
+        self.contexts = {graph: self._context(graph) for graph in self.engines}
+
+    def _context(self, graph: str, shapes: tuple | None = None) -> Context:
+        assert self.memory is not None
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        for graph, engine in self.engines.items():
-            context = engine.create_execution_context(strategy)
-            context.set_device_memory(self.memory.data_ptr(), self.memory.numel())
-            self.contexts[graph] = context
-        self.profile = {}
+        execution = self.engines[graph].create_execution_context(strategy)
+        execution.set_device_memory(self.memory.data_ptr(), self.memory.numel())
+        return Context(self, graph, execution, self.memory, shapes)
+
+    def _context_for(self, graph: str, inputs: dict[str, Tensor]) -> Context:
+        """The context of a run: a recording's own for these shapes, made as it is warmed up."""
+        held = held_by_recording()
+        if held is None:
+            return self.contexts[graph]
+        shapes = tuple(tuple(t.shape) for t in inputs.values())
+        for own in held:
+            mine = isinstance(own, Context) and own.sessions is self
+            if mine and (own.graph, own.shapes) == (graph, shapes):
+                return own
+        held.append(self._context(graph, shapes))
+        return held[-1]
 
     def unload(self) -> None:
         torch.cuda.current_stream(self.device).synchronize()
@@ -162,11 +194,12 @@ class TensorRTSessions(Sessions):
             self._run(graph, inputs, outputs)
 
     def _run(self, graph: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
-        context, stream = self.contexts[graph], torch.cuda.current_stream(self.device).cuda_stream
-        profile = self._profile_of(graph, inputs)
-        if self.profile.get(graph) != profile:
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        own, profile = self._context_for(graph, inputs), self._profile_of(graph, inputs)
+        context = own.execution
+        if own.profile != profile:
             context.set_optimization_profile_async(profile, stream)
-            self.profile[graph] = profile
+            own.profile = profile
         for name, t in inputs.items():
             if not context.set_input_shape(name, tuple(t.shape)):
                 raise InputError(

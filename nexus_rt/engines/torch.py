@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nexus_rt.engines.protocol import warmup_noise
 from nexus_rt.errors import InputError
 from nexus_rt.loading.lora import Lora
 from nexus_rt.loading.swap import LoadedFrom, set_loras
@@ -85,9 +86,9 @@ class TorchEngine:
         """One step on noise at a latent size (T, H, W), so that the first real one is as fast as
         the rest."""
         c = self.model.config
-        context = self.prepare(torch.randn(batch, tokens, c.text_dim, device=self.device))
-        latents = torch.randn(batch, c.in_channels, *latent, device=self.device)
-        self.velocity(latents, torch.tensor(500.0, device=self.device), context)
+        sizes = latent, c.in_channels, c.text_dim, batch, tokens
+        latents, embeddings = warmup_noise(*sizes, self.device)
+        self.velocity(latents, torch.tensor(500.0, device=self.device), self.prepare(embeddings))
 
     def set_loras(self, loras: Sequence[Lora]) -> None:
         """Make these the LoRAs of the model, and no others.
