@@ -25,6 +25,7 @@ from nexus_rt.bench.presets import (
     random_prompt,
 )
 from nexus_rt.bench.scaling import scaling
+from nexus_rt.checks import number, whole
 from nexus_rt.cli.pipeline import find_models, model_options
 from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.engines.experts import changed
@@ -35,11 +36,21 @@ from nexus_rt.loading.pair import default_device, default_dtype
 from nexus_rt.loading.pair_folder import Defaults
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan_text import has_clocks, parse_plan
+from nexus_rt.prompts import MAX_FRAMES
+from nexus_rt.request import MAX_SIDE, MAX_STEPS
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
 
 ENGINES = ("torch", "compiled", *ENGINE_BACKENDS)
 ESTIMATES = ("auto", "never", "always")
+RANGES = (  # of whole numbers: option, least, most
+    ("runs", 1, 10_000),
+    ("warmup", 0, 10_000),
+    ("accuracy", 0, 100_000),
+    ("steps", 1, MAX_STEPS),
+    ("frames", 1, MAX_FRAMES),
+    ("seed", 0, 2**64 - 1),
+)
 RANDOM = (
     "random weights of the true architecture: the latency is valid, the pictures are not;"
     " embeddings are given, no text is read"
@@ -67,10 +78,13 @@ def run(args: argparse.Namespace) -> int:
             )
     if args.plot and Path(args.plot).suffix != ".svg":
         raise InputError(f"--plot is {args.plot}; it draws SVG: expected a name that ends in .svg.")
-    if args.runs < 1 or args.warmup < 0:
-        raise InputError(
-            f"--runs is {args.runs} and --warmup {args.warmup}; expected at least 1 and 0."
-        )
+    for name, least, most in RANGES:
+        if (value := getattr(args, name)) is not None:
+            whole(f"--{name}", value, least, most)
+    for side in args.size or ():
+        whole("--size", side, 1, MAX_SIDE)
+    if args.tflops is not None:
+        number("--tflops", args.tflops, 1e-6, 1e9)
     measured = measure(args)
     measured["rows"] = measured.get("rows", [])
     print(text(measured))

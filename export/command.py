@@ -77,11 +77,12 @@ def run(args: argparse.Namespace) -> int:
     device = default_device(args.device)
     pretrained, pair = find_models(args)
     d = pair.defaults
-    sizes, ends = parse_sizes(args.sizes or f"{d.width}x{d.height}x{d.num_frames}")
+    usual = f"{d.width}x{d.height}x{d.num_frames}"
+    sizes, ends = parse_sizes(usual if args.sizes is None else args.sizes)
     precision = args.precision or ("fp32" if device.type == "cpu" else "bf16")
     if not args.precision:
         chose("precision", precision, f"the device is {device}")
-    sm = capability(args.sm) if args.sm else None
+    sm = None if args.sm is None else capability(args.sm)
     target = Target(
         args.backend,
         precision,
@@ -124,7 +125,7 @@ def capability(text: str) -> str:
     Raises:
         InputError: it is none.
     """
-    match = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)a?", text.strip().lower())
+    match = re.fullmatch(r"(?:sm_?)?([0-9]{1,2})\.?([0-9])a?", text.strip().lower())
     if not match:
         raise InputError(f"--sm is {text!r}; expected a compute capability, such as 8.9.")
     return f"{int(match[1])}.{match[2]}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from nexus_rt import documents
 from nexus_rt.checks import check_seed
-from nexus_rt.errors import InputError, NexusError
+from nexus_rt.errors import InputError, NexusError, shown
 from nexus_rt.models.vae import rescue_latents
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.prompts import Item
@@ -87,11 +88,10 @@ class Job:
 
 def parse_shard(text: str) -> tuple[int, int]:
     """ "I/N"."""
-    try:
-        part, count = (int(p) for p in text.split("/"))
-    except ValueError:
-        raise InputError(f"shard {text!r} is not I/N; expected such as 1/4.") from None
-    return part, count
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text.strip())
+    if not match:
+        raise InputError(f"shard {shown(text)} is not I/N; expected such as 1/4.")
+    return int(match[1]), int(match[2])
 
 
 def common_settings(job: Job, pipe: NexusPipeline) -> dict[str, Any]:

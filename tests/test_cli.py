@@ -1,5 +1,6 @@
 """The command line, in process where that is enough and as a process where it is not."""
 
+import argparse
 import fcntl
 import json
 import os
@@ -13,9 +14,10 @@ import termios
 import time
 
 import pytest
+import torch
 from PIL import Image
 
-from nexus_rt import NexusPipeline
+from nexus_rt import NexusPipeline, cli
 from nexus_rt.cli import main
 
 PROMPT = "a red circle moves left"
@@ -320,9 +322,9 @@ def test_a_fresh_seed_is_printed_and_makes_the_same_clip(tiny_pair, tmp_path, ca
         (("--frames", 0), "--frames has 0"),
         (("--frames", 10**9), "num_frames is"),
         (("--steps", 10**9), "num_inference_steps is"),
-        (("--shift", "nan"), "shift is nan"),
         (("--shift", "1e30"), "shift is"),
-        (("--guidance", "inf"), "guidance_scale is inf"),
+        (("--guidance", "1e30"), "guidance_scale is"),
+        (("--sigma-max", "1e30"), "sigma_max is"),
         (("--fps", "0"), "--fps is 0"),
         (("--fps", "1/0"), "--fps is 1/0"),
         (("--gamma-hf", 2), "gamma_hf is 2"),
@@ -535,3 +537,136 @@ def test_a_process_ends_with_its_code_its_output_and_what_was_registered(tmp_pat
     )
     assert run("generate", " ", "-o", str(tmp_path / "a.mp4")).returncode == 2
     assert run("--version").returncode == 0 and run("generate").returncode == 2
+
+
+ABSURD = [
+    *(
+        "nan",
+        "inf",
+        "Infinity",
+        "1e309",
+        "1e400",
+        "0x10",
+        "1_000",
+        "\u0661\u0662",
+        "\u00b2",
+        "",
+        " ",
+    ),
+    *("1" + "0" * 400, "9" * 5000, "1e-", "1,", "1;2", "1.2.3", "True", "None"),
+]
+NAMED_NUMBERS = {  # options whose text is a number, or holds one, and a command of theirs
+    "--fps": "generate",
+    "--size": "generate",
+    "--vram": "generate",
+    "--guidance": "generate",
+    "--timesteps": "generate",
+    "--shard": "batch",
+    "--costs": "plan",
+    "--rungs": "tune",
+    "--sizes": "export",
+    "--sm": "export",
+    "--quota": "serve",
+    "--max-size": "serve",
+    "--replicas": "serve",
+}
+
+
+def line_of(command, option, value, folder):
+    """A whole command line of a leaf (`COMMAND [ACTION]`) with one option set."""
+    prompts = folder / "p.txt"
+    prompts.write_text(PROMPT)
+    from nexus_rt.models.vae import save_latents
+
+    rest = {
+        "generate": [PROMPT],
+        "batch": [str(prompts), "-o", str(folder / "out")],
+        "vrbench generate": ["example", "-o", str(folder / "out")],
+        "vrbench judge": ["example", str(folder), "--judge-model", "m"],
+        "tune": ["-o", str(folder / "out")],
+        "export": ["-o", str(folder / "out")],
+        "decode": [str(save_latents(torch.zeros(1, 16, 1, 2, 2), folder))],
+    }.get(command, [])
+    return [*command.split(), *rest, f"{option}={value}"]
+
+
+def numeric_options():
+    """(command, option, kind) of every option that is a number."""
+    found = []
+
+    def walk(parser, words):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for name, inner in action.choices.items():
+                    walk(inner, [*words, name])
+            elif action.type in (int, float):
+                found.append((" ".join(words), action.option_strings[-1], action.type))
+
+    walk(cli.parser(), [])
+    return found
+
+
+def ends_in_our_error(words, capsys):
+    """Run a command line that must be refused before any model is read."""
+    try:
+        code = main(words)
+    except SystemExit as ended:  # argparse's own
+        code = ended.code
+    written = capsys.readouterr()
+    assert code == 2, (words, code, written.err[-500:])
+    assert "Traceback" not in written.err and len(written.err.splitlines()[-1]) < 1700
+    return written.err
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    def read(*arguments, **options):
+        raise AssertionError("a model was read")
+
+    monkeypatch.setattr("nexus_rt.pipeline_models.load_models", read)
+    monkeypatch.setattr("nexus_rt.serve.server.run_server", read)
+
+
+def test_a_number_that_is_none_is_refused_in_every_option(tmp_path, no_models, capsys):
+    options = numeric_options()
+    assert len(options) > 90
+    for command, option, kind in options:
+        for value in ABSURD:
+            err = ends_in_our_error(line_of(command, option, value, tmp_path), capsys)
+            assert "number" in err and option in err, err
+        if kind is int:
+            ends_in_our_error(line_of(command, option, "1.5", tmp_path), capsys)
+    for option, command in NAMED_NUMBERS.items():
+        for value in ABSURD:
+            ends_in_our_error(line_of(command, option, value, tmp_path), capsys)
+
+
+def test_a_number_outside_its_range_is_refused_before_a_model_is_read(tmp_path, no_models, capsys):
+    """10^30 and -10^30 are numbers, and none of any option."""
+    needed = {"--workers": ["--ray"], "--tflops": ["--preset", "wan-480p"]}
+    for command, option, _ in numeric_options():
+        if option in ("--order", "--rho-min", "--rho-max"):
+            extra = [
+                "--split",
+                "dct",
+                *(["--lowpass", "butterworth"] if option == "--order" else []),
+            ]
+        else:
+            extra = needed.get(option, [])
+        for value in ("1" + "0" * 30, "-1" + "0" * 30):
+            ends_in_our_error([*line_of(command, option, value, tmp_path), *extra], capsys)
+
+
+@pytest.mark.parametrize("word", ["a\udcff", "\ud800", "a\0b"])
+@pytest.mark.parametrize("option", ["--negative", "--plan", "--device", "--small", "--fps", "-o"])
+def test_an_argument_that_is_no_text_is_refused(option, word, no_models, capsys):
+    assert main(["generate", PROMPT, option, word]) == 2
+    assert "is no text" in capsys.readouterr().err
+    assert main(["generate", word]) == 2
+
+
+def test_bytes_of_another_encoding_are_refused_in_a_process(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "nexus_rt.cli", "generate", b"\xff\xfe"], capture_output=True
+    )
+    assert done.returncode == 2 and b"is no text" in done.stderr and b"Trace" not in done.stderr

@@ -135,7 +135,15 @@ def test_amounts_of_memory(text, wanted):
     assert parse_bytes(text) == wanted
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-3GB", "12XB", "0GB", "1,5GB"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "GB", "-3GB", "12XB", "0GB", "1,5GB", "0.4", "1e9", "1_000", "0x10", "nan", "inf"),
+        *("9" * 400, "9" * 400 + "GB", "99999999999GB", "\u0663GB", "\ud800GB", "1\0"),
+        *(0.4, 0, -1, True, float("nan"), float("inf"), 10**400, -(10**5000), None, [1]),
+    ],
+    ids=range(28),
+)
 def test_what_is_no_amount_of_memory(text):
     with pytest.raises(InputError, match="expected one such as 24GB"):
         parse_bytes(text)

@@ -18,6 +18,7 @@ from nexus_rt.bench.vrbench.protocol import Protocol
 from nexus_rt.bench.vrbench.report import make_report, markdown, shown
 from nexus_rt.bench.vrbench.schema import read_bench, read_taxonomy
 from nexus_rt.bench.vrbench.scoring import summary
+from nexus_rt.checks import whole
 from nexus_rt.errors import InputError
 from nexus_rt.prompts import Item
 
@@ -43,8 +44,7 @@ def judge(args: argparse.Namespace) -> int:
     """Judge a folder of clips; 0 where every prompt has answers, else 1."""
     taxonomy = read_taxonomy(args.taxonomy)
     prompts = read_bench(prompts_path(args.prompts), taxonomy)
-    if args.requests < 1:
-        raise InputError(f"--requests is {args.requests}; expected at least 1.")
+    whole("--requests", args.requests, 1, 1024)
     protocol = Protocol(
         args.protocol, args.frames, args.picture_size, args.max_tokens, args.temperature
     )
@@ -58,11 +58,11 @@ def judge(args: argparse.Namespace) -> int:
     for kind in ("missing", "failed"):
         for name, why in outcome[kind].items():
             say(f"{kind}: {name}: {why}")
-    whole = scores["overall"]
+    overall = scores["overall"]
     where = folder / FILES[protocol.name]
     print(
-        f"{where}: {shown(whole)} over {whole['count']} clips, {whole['unknown']} of"
-        f" {whole['questions']} answers Unknown, {len(outcome['missing'])} clips missing,"
+        f"{where}: {shown(overall)} over {overall['count']} clips, {overall['unknown']} of"
+        f" {overall['questions']} answers Unknown, {len(outcome['missing'])} clips missing,"
         f" {len(outcome['failed'])} not judged"
     )
     return 1 if outcome["missing"] or outcome["failed"] else 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 
-from nexus_rt.errors import InputError
+from nexus_rt.errors import InputError, shown
 from nexus_rt.size import parse_sides
 
 PLAN_HELP = (
@@ -32,6 +34,26 @@ SEED_HELP = (
 FPS_HELP = "frames per second of the file, such as 16, 23.976 or 30000/1001 (default: 16)"
 
 
+WHOLE = re.compile(r"[+-]?[0-9]{1,40}")
+REAL = re.compile(r"[+-]?(?:[0-9]{1,400}\.?[0-9]{0,400}|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,4})?")
+
+
+def whole_number(text: str) -> int:
+    """Decimal digits with a sign; Python's int() takes underscores and other scripts' digits too,
+    and refuses 4,301 digits."""
+    if not WHOLE.fullmatch(text.strip(" ")):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number; expected such as 50")
+    return int(text)
+
+
+def real_number(text: str) -> float:
+    """A finite decimal number; Python's float() takes nan, inf and 1e309 too."""
+    value = float(text) if REAL.fullmatch(text.strip(" ")) else math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no number; expected such as 0.5")
+    return value
+
+
 def frame_size(text: str) -> tuple[int, int]:
     """WIDTHxHEIGHT."""
     try:
@@ -42,15 +64,15 @@ def frame_size(text: str) -> tuple[int, int]:
 
 def guidance(text: str) -> float | tuple[float, float]:
     """A guidance scale, or "HIGH,LOW" of a generator's two experts."""
-    numbers = [float(part) for part in text.split(",")]
+    numbers = [real_number(part) for part in text.split(",", 2)]
     if len(numbers) > 2:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{shown(text)} has a third scale; expected HIGH,LOW")
     return (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
 
 
 def timesteps(text: str) -> list[float]:
     """A list of numbers."""
-    return [float(part) for part in text.split(",")]
+    return [real_number(part) for part in text.split(",")]
 
 
 def models() -> argparse.ArgumentParser:

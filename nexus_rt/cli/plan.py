@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from nexus_rt.cli.arguments import models, running, walk
+from nexus_rt.cli.arguments import models, real_number, running, walk
 from nexus_rt.cli.pipeline import check_device, make_blend, make_pipeline
-from nexus_rt.errors import InputError, choose
+from nexus_rt.errors import InputError, choose, shown
 
 if TYPE_CHECKING:
     from nexus_rt.bench.roofline import Card
@@ -55,10 +55,17 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from nexus_rt.checks import whole
+    from nexus_rt.checks import number, whole
     from nexus_rt.engines.experts import boundaries
     from nexus_rt.loading.pair_folder import Defaults
-    from nexus_rt.request import Schedule, for_solver, make_guidance, make_plan
+    from nexus_rt.request import (
+        MAX_SHIFT,
+        MAX_STEPS,
+        Schedule,
+        for_solver,
+        make_guidance,
+        make_plan,
+    )
     from nexus_rt.size import ClipSize
     from nexus_rt.solver import SOLVERS
     from nexus_rt.upfb import BlendConfig
@@ -67,9 +74,19 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (("--frames", args.frames), *(("--size", side) for side in args.size or ())):
         if value is not None:
             whole(name, value, 1, 16_384)
+    for name, value in (("small_steps", args.small_steps), ("large_steps", args.large_steps)):
+        if value is not None:
+            whole(name, value, 1, MAX_STEPS)
+    if args.steps is not None:
+        whole("num_inference_steps", args.steps, 1, MAX_STEPS)
+    for name, value, most in (("shift", args.shift, MAX_SHIFT), ("gamma_w", args.gamma_w, 100)):
+        if value is not None:
+            number(name, value, 1e-3, most)
     blend = make_blend(args) or BlendConfig()
     check_device(args.device)
     models = args.pair or args.small or args.large or args.engines
+    if args.costs is not None:
+        given_costs(args.costs)  # before any model is read
     if args.gpu and args.costs:
         raise InputError("--gpu predicts the prices that --costs gives; pass one of them.")
     card, layout = _card(args), _layout(args)
@@ -282,9 +299,13 @@ def given_costs(text: str) -> StepCosts:
     from nexus_rt.plan import StepCosts
 
     try:
-        small, large = (float(x) for x in text.split(","))
-    except ValueError:
-        raise InputError(f"--costs is {text!r}; expected two numbers, such as 750,4600.") from None
+        small, large = (real_number(x) for x in text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        small = large = 0.0
+    if not all(1e-6 <= ms <= 1e12 for ms in (small, large)):
+        raise InputError(
+            f"--costs is {shown(text)}; expected two numbers of milliseconds, such as 750,4600."
+        )
     return StepCosts(small / 2, small, large / 2, large)
 
 

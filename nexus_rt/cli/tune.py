@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
 from nexus_rt.cli.arguments import frame_size, models, running
 from nexus_rt.cli.pipeline import check_device, quiet_pipeline
-from nexus_rt.errors import InputError, choose
+from nexus_rt.errors import InputError, choose, shown
 
 if TYPE_CHECKING:
     from nexus_rt.pipeline import NexusPipeline
@@ -79,7 +80,10 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from pathlib import Path
 
-    from nexus_rt.checks import whole
+    from nexus_rt.checks import number, whole
+    from nexus_rt.cli.plan import given_costs
+    from nexus_rt.prompts import MAX_FRAMES
+    from nexus_rt.request import MAX_SIDE
 
     try:
         import optuna  # noqa: F401
@@ -90,11 +94,21 @@ def run(args: argparse.Namespace) -> int:
     from nexus_rt.bench.tune.space import Space
     from nexus_rt.size import ClipSize
 
-    for name, value, most in (("--trials", args.trials, 100_000), ("--batch", args.batch, 256)):
-        whole(name, value, 1, most)
+    for name, value, least, most in (
+        ("--trials", args.trials, 1, 100_000),
+        ("--batch", args.batch, 1, 256),
+        ("--count", args.count, 1, 100_000),
+        ("--frames", args.frames, 1, MAX_FRAMES),
+        ("--seed", args.seed, 0, 2**32 - 1),  # NumPy's generators take no larger one
+        *(("--size", side, 1, MAX_SIDE) for side in args.size or ()),
+    ):
+        if value is not None:
+            whole(name, value, least, most)
     rungs = parse_rungs(args.rungs)
-    if args.budget is not None and not args.budget > 0:
-        raise InputError(f"--budget is {args.budget:g}; expected milliseconds above 0.")
+    if args.budget is not None:
+        number("--budget", args.budget, 1e-3, 1e12)
+    if args.costs:
+        given_costs(args.costs)  # before any model is read
     check_device(args.device)
     mini = not (args.pair or args.small or args.large or args.engines)
     name = choose("judge", args.judge or ("pixels" if mini else "latents"), JUDGES)
@@ -135,11 +149,11 @@ def run(args: argparse.Namespace) -> int:
 def parse_rungs(text: str) -> tuple[int, ...]:
     """Ascending numbers of prompts."""
     words = text.split(",")
-    if not all(w.strip().isdecimal() and len(w) < 7 for w in words):
-        raise InputError(f"--rungs is {text!r}; expected numbers of prompts, such as 6,18,54.")
+    if not all(re.fullmatch(r" *[0-9]{1,6} *", w) for w in words):
+        raise InputError(f"--rungs is {shown(text)}; expected numbers of prompts, such as 6,18,54.")
     rungs = tuple(int(w) for w in words)
     if rungs[0] < 2 or list(rungs) != sorted(set(rungs)):
-        raise InputError(f"--rungs is {text!r}; expected rising numbers of at least 2.")
+        raise InputError(f"--rungs is {shown(text)}; expected rising numbers of at least 2.")
     return rungs
 
 

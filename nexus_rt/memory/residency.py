@@ -27,7 +27,7 @@ import torch
 
 from nexus_rt.devices import on_device
 from nexus_rt.engines.protocol import Reserving, Resident, Streamed, able
-from nexus_rt.errors import InputError
+from nexus_rt.errors import InputError, cut
 from nexus_rt.log import chose
 from nexus_rt.models.quantized import QuantizedLinear
 from nexus_rt.plan import Plan
@@ -112,16 +112,23 @@ class ResidencyPlan:
         )
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str | float) -> int:
     """ "24GB", "22.5GiB", "800MB" or a number of bytes.
 
     Raises:
-        InputError: none of these, or nothing at all.
+        InputError: none of these, less than a byte, or more than any address space.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if not match or match[2].upper() not in UNITS or float(match[1]) == 0:
-        raise InputError(f"memory {text!r} is not an amount; expected one such as 24GB or 22GiB.")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    shown = cut(text, 80)
+    match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)\s*", shown)
+    if not match or match[2].upper() not in UNITS:
+        raise InputError(f"memory {shown!r} is not an amount; expected one such as 24GB or 22GiB.")
+    count = int(float(match[1]) * UNITS[match[2].upper()])
+    if not 1 <= count < 2**63:
+        raise InputError(
+            f"memory {shown!r} is {'less than a byte' if count < 1 else 'beyond 2^63 bytes'};"
+            " expected one such as 24GB or 22GiB."
+        )
+    return count
 
 
 def amount(count: int) -> str:
