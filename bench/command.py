@@ -33,7 +33,7 @@ from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError, ModelError, NexusError, choose
 from nexus_rt.loading.packing import check_dense
 from nexus_rt.loading.pair import default_device, default_dtype
-from nexus_rt.loading.pair_folder import Defaults
+from nexus_rt.loading.pair_folder import Defaults, pair_index
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan_text import has_clocks, parse_plan
 from nexus_rt.prompts import MAX_FRAMES
@@ -315,8 +315,7 @@ def _engine(
         if (sources := getattr(args, f"{n}_lora"))
     }
     parts = chosen_components(parts_found, ",".join(exported), False, loras)
-    index = Path(pretrained) / "model_index.json" if pretrained else None
-    index = index if index is not None and index.is_file() else None
+    index = pair_index(Path(pretrained) if pretrained else None, parts_found.defaults)
     export_components(
         parts,
         folders_beside(parts_found, parts),

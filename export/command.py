@@ -9,9 +9,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -30,7 +28,7 @@ from nexus_rt.loading.experts import ExpertFolders, GeneratorSource, transformer
 from nexus_rt.loading.locate import find_text
 from nexus_rt.loading.lora import Lora, loras_of, parse_loras
 from nexus_rt.loading.pair import default_device
-from nexus_rt.loading.pair_folder import PairFolders
+from nexus_rt.loading.pair_folder import PairFolders, pair_index
 from nexus_rt.log import chose
 from nexus_rt.recipes import find_recipes, with_recipes
 from nexus_rt.size import parse_sizes
@@ -101,14 +99,11 @@ def run(args: argparse.Namespace) -> int:
         if (sources := getattr(args, f"{n}_lora"))
     }
     parts = chosen_components(pair, args.parts, args.fuse_step, loras)
-    own = Path(pretrained) / "model_index.json" if pretrained else None
-    index: Path | dict[str, Any] | None = own if own is not None and own.is_file() else None
     names = {"small": args.small_recipe, "large": args.large_recipe}
     recipes = find_recipes(pair.generators, loras, names)
-    if any(recipes.values()):  # engines are run as what they were made of
-        defaults = asdict(with_recipes(pair.defaults, recipes))
-        kept = {k: v for k, v in defaults.items() if v is not None}
-        index = {"_class_name": "NexusPipeline", "defaults": kept}
+    # engines are run as what they were made of
+    defaults = with_recipes(pair.defaults, recipes)
+    index = pair_index(Path(pretrained) if pretrained else None, defaults)
     output = Path(args.output).expanduser()
     with progress(parts) as say:
         built = export_components(

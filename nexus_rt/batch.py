@@ -109,6 +109,7 @@ def common_settings(job: Job, pipe: NexusPipeline) -> dict[str, Any]:
     return {
         "steps": len(plan),
         "plan": plan.name,
+        **({"solver": pipe.defaults.solver} if pipe.defaults.solver else {}),
         **({"rewrite": str(rewrite)} if rewrite is not None else {}),
         "fps": rate,
         "options": rest,

@@ -173,6 +173,12 @@ def default_solver(defaults: Any) -> str:
     return own or str(PUBLISHED["solver"])
 
 
+def default_solver(defaults: Any) -> str:
+    """What walks a call's steps where it names no solver: a pair's own, else "unipc"."""
+    own: str | None = defaults.solver
+    return own or str(PUBLISHED["solver"])
+
+
 def for_solver(defaults: Any, solver: str | None) -> Any:
     """A pair's `Defaults` where a call names a solver: it goes before what a generator was
     distilled for."""

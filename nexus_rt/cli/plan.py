@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         MAX_SHIFT,
         MAX_STEPS,
         Schedule,
+        default_solver,
         for_solver,
         make_guidance,
         make_plan,
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     from nexus_rt.solver import SOLVERS
     from nexus_rt.upfb import BlendConfig
 
-    solver = choose("solver", args.solver or "unipc", SOLVERS)
+    if args.solver is not None:
+        choose("solver", args.solver, SOLVERS)
     for name, value in (("--frames", args.frames), *(("--size", side) for side in args.size or ())):
         if value is not None:
             whole(name, value, 1, 16_384)
@@ -93,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     # prices that are given or predicted need no models
     pipe = make_pipeline(args) if models or not (args.costs or card) else None
     defaults = pipe.defaults if pipe else Defaults()
+    own = Defaults() if args.as_published else defaults
+    solver = args.solver or default_solver(own)
     plan = make_plan(
         for_solver(defaults, args.solver),
         args.plan,

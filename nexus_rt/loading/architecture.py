@@ -44,9 +44,10 @@ def check_variant(names: Iterable[str], where: Path | str) -> None:
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """How many blocks the names of a pattern with one number count."""
+    """How many blocks the names of a pattern with one number count; a number far beyond them
+    counts as one, so that nothing is built for a name alone."""
     found = {int(m[1]) for name in shapes if (m := re.search(pattern, name))}
-    return 1 + max(found, default=-1)
+    return min(1 + max(found, default=-1), 2 * len(found))
 
 
 def wan_config(shapes: Shapes, where: Path | str, what: str = "a Wan transformer") -> WanConfig:
@@ -80,8 +81,11 @@ def wan_config(shapes: Shapes, where: Path | str, what: str = "a Wan transformer
             f"{where} is not {what}: it lacks {error.args[0]}{family}; expected a text-to-video Wan"
             " checkpoint."
         ) from None
-    except IndexError:
-        raise ModelError(f"{where}: the weights are of no shapes that {what} has.") from None
+    except (IndexError, ZeroDivisionError):
+        raise ModelError(
+            f"{where}: the weights are of no shapes that {what} has, such as a patch embedding of"
+            f" {cut(shapes['patch_embedding.weight'], 80)}; get the file again."
+        ) from None
     if channels == IMAGE_CHANNELS and fields["out_channels"] != channels:
         raise ModelError(
             f"{where} is an image-to-video model: it reads {channels} channels, the image's beside"
@@ -141,7 +145,7 @@ def t5_name(name: str) -> str:
     """A parameter of a UMT5 encoder in transformers' names, given Wan's own, llama.cpp's or
     theirs."""
     name = re.sub(
-        r"^(model\.|text_encoders?\.umt5xxl\.transformer\.|umt5xxl\.transformer\.)", "", name
+        r"^(?:(?:model|text_encoder|(?:text_encoders?\.)?umt5xxl\.transformer)\.)+", "", name
     )
     for pattern, replacement in T5_NAMES:
         name = re.sub(pattern, replacement, name)
@@ -203,7 +207,7 @@ RESIDUALS = 2  # of a stage; the decoder has one more, and then its up-sampler
 
 def vae_name(name: str) -> str:
     """A parameter of Wan 2.1's VAE in diffusers' names, given Wan's own or theirs."""
-    name = re.sub(r"^(vae\.|first_stage_model\.)", "", name)
+    name = re.sub(r"^(?:(?:model|vae|first_stage_model)\.)+", "", name)
     for pattern, replacement in VAE_NAMES:
         name = re.sub(pattern, replacement, name)
     if match := re.match(r"^decoder\.upsamples\.(\d+)\.(.*)", name):

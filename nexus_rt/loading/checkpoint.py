@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from nexus_rt.errors import ModelError, cut
-from nexus_rt.loading.stored import StoredTensor, read_tensors, renamed
+from nexus_rt.loading.names import extra, some, without_spare
+from nexus_rt.loading.stored import StoredTensor, fitted, read_tensors, renamed
 from nexus_rt.models.wan import FUSED, KEEP_FP32
 
 if TYPE_CHECKING:
@@ -44,10 +45,15 @@ ORIGINAL_NAMES = [  # Wan's own names -> diffusers', as diffusers' conversion sc
 ]
 
 
+# What a transformer's names begin with where it was saved as part of something: `diffusion_model`
+# by ComfyUI, `transformer_2` by diffusers, `pipe.dit` by DiffSynth.
+HOLDERS = re.compile(r"^(?:(?:model|diffusion_model|transformer(?:_2)?|pipe|dit)\.)+")
+
+
 def diffusers_name(name: str) -> str:
-    """A parameter's name in diffusers' layout, given either layout's (with or without a `model.`
-    prefix)."""
-    name = re.sub(r"^(model\.diffusion_model\.|diffusion_model\.|model\.|transformer\.)", "", name)
+    """A parameter's name in diffusers' layout, given either layout's, with or without the names of
+    what held the transformer."""
+    name = HOLDERS.sub("", name)
     for pattern, replacement in ORIGINAL_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
@@ -148,21 +154,15 @@ def fill(
 def _checked(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """A checkpoint under diffusers' names, exactly a model's parameters."""
     expected = diffusers_shapes(model)
-    stored = in_diffusers_names(tensors)
-    # some published files carry this unused one
-    stored = {k: v for k, v in stored.items() if "norm_added_q" not in k}
-    missing, unknown = (
-        sorted(expected.keys() - stored.keys()),
-        sorted(stored.keys() - expected.keys()),
-    )
+    stored = fitted(in_diffusers_names(tensors), expected)
+    where = next((t.path.parent for t in tensors.values()), "the file")
+    stored = without_spare(stored, expected, where)
+    missing, unknown = expected.keys() - stored.keys(), stored.keys() - expected.keys()
     if missing or unknown:
-        some = lambda names: (
-            f"{len(names)} ({cut(', '.join(names[:3]))}{', ...' if len(names) > 3 else ''})"
-        )
+        reason = extra(sorted(unknown))
         raise ModelError(
-            f"{next(iter(tensors.values())).path.parent if tensors else 'the file'}: the checkpoint"
-            f" is not this architecture: missing {some(missing)}, unknown {some(unknown)}; check"
-            " config.json against the weights."
+            f"{where}: the checkpoint is not this architecture: missing {some(missing)}, unknown"
+            f" {some(unknown)}; {reason or 'check config.json against the weights'}."
         )
     for name, shape in expected.items():
         got = stored[name].shape
@@ -186,11 +186,11 @@ def compare(stored: Mapping[str, StoredTensor], module: nn.Module, where: Path, 
         sorted(stored.keys() - expected.keys()),
     )
     if missing or unknown:
-        some = lambda names: cut(", ".join(names[:3])) or "none"
+        first = lambda names: cut(", ".join(names[:3])) or "none"
         raise ModelError(
-            f"{where}: the weights are not this {what}'s: {len(missing)} missing ({some(missing)}),"
-            f" {len(unknown)} unknown ({some(unknown)}); check config.json against the weights, or"
-            " download the folder again."
+            f"{where}: the weights are not this {what}'s: {len(missing)} missing"
+            f" ({first(missing)}), {len(unknown)} unknown ({first(unknown)}); check config.json"
+            " against the weights, or download the folder again."
         )
     for name, place in expected.items():
         if stored[name].shape != tuple(place.shape):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from nexus_rt.loading.experts import (
     with_boundary,
 )
 from nexus_rt.loading.locate import find_vae, given_vae, has_text
+from nexus_rt.loading.scheduler import Scheduler, find_scheduler, first_scheduler
 from nexus_rt.loading.source import read_json, resolve
+from nexus_rt.log import chose
 from nexus_rt.models.vae import vae_space
 from nexus_rt.models.wan import WanConfig
 from nexus_rt.request import make_request
@@ -48,7 +51,8 @@ MINI = Path(__file__).resolve().parents[1] / "mini"
 @dataclass(frozen=True)
 class Defaults:
     """What a call uses where it says nothing; a pair's `model_index.json` may set its own under
-    "defaults"."""
+    "defaults", before which a generator's `scheduler/scheduler_config.json` sets shift and
+    solver."""
 
     height: int = 480
     width: int = 832
@@ -57,6 +61,7 @@ class Defaults:
     guidance_scale: float = GUIDANCE_SCALE  # v_u + g (v_c - v_u); the paper's s = 5.0 is g = 6.0
     guidance_scale_2: float | None = None  # of the large generator; None: the same
     shift: float = 5.0
+    solver: str | None = None  # None: "unipc"
     plan: str = "handoff=0.3"
     rewrite: str | None = None  # "auto": the large generator reads the understanding model's answer
     # of a few-step generator (`nexus_rt.recipes`): its own schedule, and what walks it
@@ -145,8 +150,8 @@ def _same_space(folders: Mapping[str, GeneratorSource], vaes: dict[str, Path]) -
         )
 
 
-def _pair_defaults(root: Path) -> Defaults:
-    """What a pair folder's `model_index.json` sets."""
+def _pair_values(root: Path) -> dict[str, Any]:
+    """The defaults that a pair folder's `model_index.json` sets."""
     index = read_json(root / "model_index.json")
     if index.get("_class_name") != "NexusPipeline":
         raise ModelError(
@@ -165,7 +170,13 @@ def _pair_defaults(root: Path) -> Defaults:
             " of Defaults."
         )
     documents.check(values, Defaults, f"{where}'s defaults")
-    defaults = Defaults(**values)
+    return values
+
+
+def _pair_defaults(root: Path, scheduler: Scheduler | None = None) -> Defaults:
+    """What a pair folder's `model_index.json` sets, over what its scheduler does."""
+    where = f"{root}/model_index.json"
+    defaults = replace(_scheduled(scheduler), **_pair_values(root))
     try:
         make_request(
             defaults,
@@ -180,6 +191,44 @@ def _pair_defaults(root: Path) -> Defaults:
     except InputError as error:
         raise ModelError(f"{where} sets a default that no call can use: {error}") from error
     return defaults
+
+
+def _scheduled(scheduler: Scheduler | None) -> Defaults:
+    """Wan's defaults with the shift and the solver of a folder's scheduler."""
+    if scheduler is None:
+        return Defaults()
+    chose("shift", f"{scheduler.shift:.6g}", str(scheduler.where), once=True)
+    chose("solver", scheduler.solver, str(scheduler.where), once=True)
+    return Defaults(shift=scheduler.shift, solver=scheduler.solver)
+
+
+def pair_index(root: Path | None, defaults: Defaults) -> Path | dict[str, Any] | None:
+    """What the `model_index.json` beside exported engines says: the pair's own file where that sets
+    these defaults, else them; None where they are Wan's."""
+    own = None if root is None else root / "model_index.json"
+    if own is not None and own.is_file():
+        if _pair_defaults(own.parent) == defaults:
+            return own
+    elif defaults == Defaults():
+        return None
+    values = {k: v for k, v in asdict(defaults).items() if v is not None}
+    return {"_class_name": "NexusPipeline", "defaults": values}
+
+
+PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline")  # of diffusers, with these transformers
+
+
+def _check_pipeline(folder: Path) -> None:
+    """Warn where a generator's `model_index.json` is of another pipeline than Wan's."""
+    path = folder / "model_index.json"
+    name = read_json(path).get("_class_name") if path.is_file() else None
+    if name is not None and name not in (*PIPELINES, "NexusPipeline"):
+        warnings.warn(
+            f"{path} is of a {cut(str(name), 80)}; its transformer is run as WanPipeline's: a"
+            " few-step model takes its steps and shift from a recipe (small_recipe=,"
+            " large_recipe=).",
+            stacklevel=3,
+        )
 
 
 def _steering(
@@ -238,6 +287,24 @@ def exported_pair(root: Path, engines: dict[str, Any]) -> PairFolders:
     return PairFolders({}, at("vae"), text, at("understanding"), at("connector"), defaults)
 
 
+def _defaults_of(root: Path | None, found: Mapping[str, tuple[Path, ...]]) -> Defaults:
+    """A pair's defaults: its own, over those of its generators' schedulers.
+
+    root: of a pair's folder. found: the generators' folders or files.
+    """
+    for sources in found.values():
+        for source in sources:
+            _check_pipeline(source)
+    large, small = (
+        next((s for f in found.get(n, ()) if (s := find_scheduler(f)) is not None), None)
+        for n in ("large", "small")
+    )
+    own = None if root is None else find_scheduler(root)
+    values = {} if root is None else _pair_values(root)
+    scheduler = first_scheduler((large, own, small), values)
+    return _scheduled(scheduler) if root is None else _pair_defaults(root, scheduler)
+
+
 GENERATOR_FOLDERS = ("transformer", "transformer_2", "high_noise_model", "low_noise_model", "vae")
 
 
@@ -276,10 +343,9 @@ def find_pair(
         for n in ("small", "large")
         if n in given
     }
-    root, defaults, found = None, Defaults(), chosen
+    root, found = None, chosen
     if pretrained is not None:
         root = resolve(pretrained, ("small", "large", "vae", "understanding", "connector"), **hub)
-        defaults = _pair_defaults(root)
         own: dict[str, tuple[Path, ...]] = {
             n: (root / n,) for n in ("small", "large") if (root / n).is_dir()
         }
@@ -290,6 +356,7 @@ def find_pair(
     else:
         names = [n for n in ("large", "small") if n in found]
         sources = [(split_source(given[n])[0], found[n][0]) for n in names]
+    defaults = _defaults_of(root, found)
     folders = {n: _generator(f, boundary) for n, f in found.items()}
     if boundary is not None and not any(isinstance(f, ExpertFolders) for f in folders.values()):
         raise InputError(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import ModelError, cut
+from nexus_rt.loading.names import plain_name
 from nexus_rt.loading.pickle_values import Name, Storage, refuse, whole
 from nexus_rt.loading.unpickling import MOST_NESTED, STORAGES, Interpreter
 
@@ -283,8 +284,8 @@ def _read_old(file: Any, data: memoryview) -> Any:
 
 
 def read_state(path: Path, *wrappers: str) -> dict[str, Tensor]:
-    """A pickled state dict: out of the first of `wrappers` that is there, `module.` prefixes taken
-    off.
+    """A pickled state dict: out of the first of `wrappers` that is there, under plain names
+    (`nexus_rt.loading.names`).
 
     Raises:
         ModelError: as `read_pickle`, or it is no dictionary of tensors.
@@ -302,10 +303,10 @@ def read_state(path: Path, *wrappers: str) -> dict[str, Tensor]:
             f"{path} is no state dict: expected names and"
             f" tensors{' under ' + wrappers[0] if wrappers else ''}."
         )
-    tensors = {k.removeprefix("module."): v for k, v in state.items()}
+    tensors = {plain_name(k): v for k, v in state.items()}
     if len(tensors) < len(state):
         raise ModelError(
-            f"{path} holds a tensor twice, with and without 'module.'; get the file from the"
-            " publisher again."
+            f"{path} holds a tensor twice, with and without a wrapper's name such as 'module.'; get"
+            " the file from the publisher again."
         )
     return tensors

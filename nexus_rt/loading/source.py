@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from nexus_rt.documents import read_object
 from nexus_rt.errors import ModelError, cut
@@ -89,6 +92,17 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise ModelError(f"{path.parent} is not a model folder: it has no {path.name}.")
     return read_object(path)
+
+
+def warn_unread(config: Mapping[str, Any], known: Collection[str], where: Path) -> None:
+    """Warn of a config's fields that are set and that nothing here reads."""
+    strange = [f for f, v in config.items() if not f.startswith("_") and f not in known and v]
+    if strange:
+        warnings.warn(
+            f"{where}: fields that are not read here: {cut(', '.join(strange), 120)}; the model of a"
+            " fork may compute another clip with them.",
+            stacklevel=3,
+        )
 
 
 def weights_of(source: Path) -> list[Path]:

@@ -5,25 +5,39 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nexus_rt.attention import ATTENTION_NAMES
 from nexus_rt.block_ops import choose_ops
-from nexus_rt.errors import ModelError, choose
+from nexus_rt.errors import ModelError, choose, cut
 from nexus_rt.loading.architecture import check_variant, wan_config
 from nexus_rt.loading.checkpoint import diffusers_shapes, fill, in_diffusers_names
 from nexus_rt.loading.locate import transformer_folder
 from nexus_rt.loading.lora import Changes, Lora, add_beside
 from nexus_rt.loading.packing import Packing, check_weights, formats_of
-from nexus_rt.loading.source import read_json, weights_of
+from nexus_rt.loading.source import read_json, warn_unread, weights_of
 from nexus_rt.loading.stored import StoredTensor, find_tensors
 from nexus_rt.loading.swap import LoadedFrom
 from nexus_rt.log import chose
+from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
 from nexus_rt.models.wan import WanConfig, WanTransformer
 
 CLASSES = ("WanTransformer3DModel", "WanModel")
+# fields of Wan's own configs -> the values that are computed here
+FIXED: dict[str, tuple[Any, ...]] = {
+    "window_size": ([-1, -1],),
+    "text_len": (MAX_SEQUENCE_LENGTH,),
+}
+FIELDS = {  # of `config.json`, diffusers' and Wan's own
+    *(f.name for f in fields(WanConfig)),
+    *("qk_norm", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len"),
+    *("model_type", "dim", "num_heads", "in_dim", "out_dim"),
+    *FIXED,
+}
 
 
 def config_file(source: Path) -> Path | None:
@@ -53,7 +67,25 @@ def load_config(source: Path, tensors: Mapping[str, StoredTensor] | None = None)
         raise ModelError(
             f"{source} holds a {name}; expected a WanTransformer3DModel (or Wan's own WanModel)."
         )
+    _check_fields(config, path)
     return WanConfig.from_dict(config)
+
+
+def _check_fields(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse what a config sets beside the architecture and is not computed here; warn of fields
+    that are not known.
+
+    Raises:
+        ModelError: local attention, or another length of texts.
+    """
+    for field, values in FIXED.items():
+        value = config.get(field)
+        if value is not None and value not in values:
+            raise ModelError(
+                f"{path} sets {field}={cut(repr(value), 80)}; only {values[0]!r} is computed here:"
+                " get a checkpoint of Wan's own architecture."
+            )
+    warn_unread(config, FIELDS, path)
 
 
 def stored_dtype(source: Path) -> torch.dtype:
