@@ -74,7 +74,7 @@ def _settings(
     ):
         raise InputError(f"vae_tiling is {shown(vae_tiling)}; expected True, False or 'auto'.")
     if vram is not None:
-        parse_bytes(str(vram))
+        parse_bytes(vram)
     return None if device is None else as_device("device", device)
 
 
@@ -128,7 +128,7 @@ class PipelineModels(Attributes):
             kind, expected = ours[name]
             return None if value is None else instance(name, value, kind, f"None, or {expected}")
         if name == "vram":
-            return None if value is None else parse_bytes(str(value))
+            return None if value is None else parse_bytes(value)
         if name in ("keep_encoders", "_interrupt"):
             return switch(name, value)
         if name == "defaults":
