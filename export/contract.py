@@ -53,11 +53,16 @@ def public(dimension: str) -> str:
     cells = {"rows": "height", "columns": "width"}.get(name or "")
     if cells and factor % 2 == 0:
         return cells if factor == 2 else f"{factor // 2}*{cells}"
-    return "tokens" if dimension == "tokens_small" else dimension
+    return dimension
 
 
 def symbols(traced: Traced) -> dict[str, str]:
-    """The program's own names of dynamic dimensions (`s22`, `2*s5`) -> ours."""
+    """The program's own names of dynamic dimensions (`s22`, `2*s5`) -> ours.
+
+    Raises:
+        ValueError: two lengths would get one name; ONNX Runtime takes axes of one name for equal
+            and gives a smaller tensor's memory to a larger one.
+    """
     texts: dict[str, str] = {}
     placeholders = [n for n in traced.program.graph.nodes if n.op == "placeholder"][
         -len(traced.inputs) :
@@ -67,6 +72,9 @@ def symbols(traced: Traced) -> dict[str, str]:
         for own, ours in zip(getattr(value, "shape", ()), shape, strict=False):
             if not isinstance(own, int) and isinstance(ours, str):
                 texts[str(own)] = public(ours)
+    for name in set(texts.values()):
+        if len(own := sorted(k for k, v in texts.items() if v == name)) > 1:
+            raise ValueError(f"the lengths {', '.join(own)} of a graph would all be named {name}.")
     return texts
 
 

@@ -18,11 +18,16 @@ from nexus_rt.engines import folder as folders
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.engines.registry import engine_of
 from nexus_rt.engines.torch import TorchEngine
-from nexus_rt.export import build, components, graph, parity
+from nexus_rt.export import build, components, contract, graph, parity
 from nexus_rt.export import onnx as onnx_builder
 from nexus_rt.export.build import Target, export_component
 from nexus_rt.export.command import chosen_components
-from nexus_rt.export.components import DecoderComponent, GeneratorComponent, TextComponent
+from nexus_rt.export.components import (
+    DecoderComponent,
+    GeneratorComponent,
+    StepComponent,
+    TextComponent,
+)
 from nexus_rt.loading.pair_folder import find_pair
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models.vae import VideoDecoder
@@ -115,6 +120,32 @@ def test_one_graph_serves_several_sizes_and_holds_no_scatter(tiny_pair):
         InputError, match="size 80x32x1 is none that .* built for: 32x32x1 to 64x48x9"
     ):
         runs.check_size(ClipSize(80, 32, 1))
+
+
+@pytest.mark.parametrize("part", ["generator", "step", "decoder", "text"])
+def test_no_graph_gives_two_lengths_one_name(part, tiny_pair):
+    """ONNX Runtime takes axes of one name for equal; a steered pair's two prompts are not."""
+    made = {
+        "generator": lambda: GeneratorComponent("small", tiny_pair / "small"),
+        "step": lambda: StepComponent({n: tiny_pair / n for n in ("small", "large")}),
+        "decoder": lambda: DecoderComponent(tiny_pair / "vae"),
+        "text": lambda: TextComponent(tiny_pair),
+    }[part]()
+    sizes = [SIZE, ClipSize(48, 64, 9)]
+    for name, traced in made.trace("fp32", sizes, CPU, ("torch", "auto")).items():
+        names = contract.symbols(traced)
+        assert len(set(names.values())) == len(names) > 0, name
+        ours = {axis for shape in traced.shapes.values() for axis in shape if isinstance(axis, str)}
+        assert len(names) == len(ours), name
+
+
+def test_a_graph_with_two_lengths_of_one_name_is_not_written(tiny_pair, monkeypatch):
+    traced = GeneratorComponent("small", tiny_pair / "small").trace(
+        "fp32", [SIZE, ClipSize(48, 64, 9)], CPU, ("torch", "auto")
+    )["velocity"]
+    monkeypatch.setattr(contract, "public", lambda dimension: "tokens")
+    with pytest.raises(ValueError, match="lengths .*s.* of a graph would all be named tokens"):
+        contract.contract(traced)
 
 
 def test_what_an_engine_is_made_of_and_for_is_its_name(quick, tiny_pair, own_pair):
