@@ -2,7 +2,8 @@
 
 An encoding turns stored bytes into float32 on any device, for a whole tensor or for some of its
 rows: rows are stored one after another in all of them. Layouts are those of ggml
-(`ggml-common.h`), ComfyUI (QUANTIZATION.md) and LightX2V.
+(`ggml-common.h`), ComfyUI (QUANTIZATION.md; rotations as comfy-kitchen and ConvRot,
+arXiv:2512.03673, make them) and LightX2V.
 """
 
 from __future__ import annotations
@@ -18,21 +19,43 @@ from torch import Tensor
 class Scaled:
     """8-bit values times scales: one for all, one a row, or one a block.
 
-    name: of the format, for reports. scale: float32, [] or [N, 1], or one for each `block` of rows
-    and columns (the last ones may be cut short).
+    name: of the format, for reports. scale: float32, [] or [N, 1] (a 1 for each further axis of
+    the weight), or one for each `block` of rows and columns (the last ones may be cut short).
+    rotation: columns of a group that is rotated, of `ROTATIONS`.
     """
 
     name: str
     scale: Tensor
     block: tuple[int, int] | None = None
+    rotation: int | None = None
 
     def decode(self, raw: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Stored values to float32 of `shape`, [N, K]."""
+        """Stored values to float32 of `shape`, [N, K] or, without blocks, any."""
         scale = self.scale.to(raw.device)
         if self.block is not None:
             for axis, size in enumerate(self.block):
                 scale = scale.repeat_interleave(size, axis).narrow(axis, 0, shape[axis])
-        return raw.view(shape).float() * scale
+        weight = raw.reshape(shape).float() * scale
+        return weight if self.rotation is None else rotated(weight, self.rotation)
+
+
+# sizes of a group that is rotated: powers of 4
+ROTATIONS = (4, 16, 64, 256, 1024, 4096)
+
+
+def rotated(weight: Tensor, group: int) -> Tensor:
+    """Rows [N, K] times the regular Hadamard matrix in groups of columns: ConvRot's rotation, and
+    its inverse, as the matrix is symmetric and orthogonal.
+
+    The matrix is the Kronecker power of H4 = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1],
+    [-1, 1, 1, 1]] / 2, whose product with x is sum(x) / 2 - reversed(x): one such step for each
+    power, and no matrix.
+    """
+    powers = ROTATIONS.index(group) + 1
+    out = weight.unflatten(-1, (-1, *[4] * powers))
+    for axis in range(-powers, 0):
+        out = out.sum(axis, keepdim=True) / 2 - out.flip(axis)
+    return out.reshape(weight.shape)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,10 @@
 
 The header is read here and not by the `gguf` package, whose reader goes on for as long as a
 damaged length says. Types that `nexus_rt.encodings` does not unpack are named and refused.
+
+ggml counts dimensions from the innermost, has four of them, and knows no difference between a size
+of 1 at the outer end and none: converters that go through it store a table (1, 6, d) as (6, d), and
+a convolution (o, i, t, h, w) as (o * i, t, h, w). Such shapes are whole again here.
 """
 
 from __future__ import annotations
@@ -9,13 +13,15 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from nexus_rt.encodings import GGUF_BLOCKS, Encoding
 from nexus_rt.errors import ModelError, cut
+from nexus_rt.loading.notes import refuse_rotation
 
 PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
 TYPES = {  # ggml's numbers of its types
@@ -63,6 +69,8 @@ SCALARS = {
 }
 STRING, ARRAY = 8, 9
 MOST_TENSORS, MOST_KEYS, MOST_NAME, MOST_DIMENSIONS = 100_000, 100_000, 1024, 8
+MAX_SIDE = 2**48  # elements of a side, which a tensor without any elements may state freely
+TABLES = (".modulation", "scale_shift_table")  # Wan's, of three dimensions: (1, rows, d)
 SHAPE = "comfy.gguf.orig_shape."  # of tensors that ComfyUI-GGUF's converter reshaped
 
 
@@ -106,17 +114,29 @@ class _Cursor:
         length = self.count(len(self.data) if most is None else most, "characters in a name")
         return self.take(length).decode("utf-8", "replace")
 
+    def skip(self, count: int) -> None:
+        if count > len(self.data) - self.at:
+            raise _Damaged(f"it ends at byte {len(self.data)}, inside its header")
+        self.at += count
+
     def value(self, kind: int, depth: int = 0) -> object:
-        """A metadata value; of arrays only those of numbers are kept, strings are walked over."""
+        """A metadata value; of arrays only short ones of numbers are kept, the others are walked
+        over: a vocabulary has as many as a file has room for."""
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind == STRING:
-            return self.text()
+            if not depth:
+                return self.text()
+            self.skip(self.count(len(self.data), "characters in a name"))
+            return None
         if kind != ARRAY or depth > 2:
             raise _Damaged(f"a metadata value is of type {kind}")
         inner, length = int(self.number("I")), self.count(len(self.data), "elements in an array")
         if inner in SCALARS:
             form = SCALARS[inner]
+            if length > MOST_DIMENSIONS:
+                self.skip(length * struct.calcsize(form))
+                return None
             return struct.unpack(f"<{length}{form}", self.take(length * struct.calcsize(form)))
         for _ in range(length):
             self.value(inner, depth + 1)
@@ -159,6 +179,7 @@ def _read(path: Path, cursor: _Cursor, size: int) -> dict[str, GgufTensor]:
         # innermost first there
         shape = tuple(int(cursor.number("Q")) for _ in range(n))[::-1]
         rows.append((name, shape, int(cursor.number("I")), int(cursor.number("Q"))))
+    refuse_rotation(metadata, str(path))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
         raise _Damaged(f"its alignment is {cut(alignment, 40)}")
@@ -167,8 +188,39 @@ def _read(path: Path, cursor: _Cursor, size: int) -> dict[str, GgufTensor]:
     for name, shape, kind, offset in rows:
         if name in found:
             raise _Damaged(f"{cut(name, 120)} is there twice")
+        if offset % alignment:
+            raise _Damaged(f"{cut(name, 120)} begins at {offset}, no multiple of {alignment}")
         found[name] = _tensor(path, name, shape, kind, begin + offset, size, metadata)
-    return found
+    last, end = "", 0
+    for name, stored in sorted(found.items(), key=lambda item: item[1].start):
+        if stored.start < stored.stop:
+            if stored.start < end:
+                raise _Damaged(f"{cut(name, 120)} and {cut(last, 120)} lie in the same bytes")
+            last, end = name, stored.stop
+    stated = {name for name in found if SHAPE + name in metadata}
+    return {
+        name: stored if name in stated else replace(stored, shape=_whole(name, stored.shape, found))
+        for name, stored in found.items()
+    }
+
+
+def _whole(name: str, shape: tuple[int, ...], tensors: Mapping[str, GgufTensor]) -> tuple[int, ...]:
+    """The shape that a tensor had before ggml.
+
+    A convolution's number of outputs is its bias's; the order of the elements is the same in all
+    of these shapes.
+    """
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    if name.endswith(TABLES) and len(shape) == 2:
+        return (1, *shape)
+    if name.endswith(".weight") and (bias := tensors.get(name[:-6] + "bias")):
+        rows = math.prod(bias.shape)
+        if shape and rows and shape[0] != rows and shape[0] % rows == 0:
+            shape = (rows, shape[0] // rows, *shape[1:])
+        if name.endswith("patch_embedding.weight") and len(shape) == 4:
+            return (*shape[:2], 1, *shape[2:])  # a patch is one frame in every Wan
+    return shape
 
 
 def _tensor(
@@ -186,14 +238,17 @@ def _tensor(
             f"{path}: {cut(name, 120)} is of GGUF type {known}, which is not read here; get the"
             f" file in one of {', '.join(GGUF_BLOCKS)}, F16 or BF16."
         )
-    count = math.prod(shape)
-    original = metadata.get(SHAPE + name)
-    if isinstance(original, tuple):
-        if math.prod(original) != count:
-            raise _Damaged(f"{cut(name, 120)} is {shape}, and was {original}")
-        final = tuple(int(n) for n in original)
-    else:
-        final = shape
+    if any(n > MAX_SIDE for n in shape):
+        raise _Damaged(f"{cut(name, 120)} is {shape}")
+    count, final = math.prod(shape), shape
+    if SHAPE + name in metadata:
+        original = metadata[SHAPE + name]
+        sides = original if isinstance(original, tuple) else ()
+        if not all(type(n) is int and 0 <= n <= MAX_SIDE for n in sides) or (
+            not sides or math.prod(sides) != count
+        ):
+            raise _Damaged(f"{cut(name, 120)} is {shape}, and was {cut(original, 80)}")
+        final = sides
     if kind in PLAIN:
         encoding, dtype, length = None, PLAIN[kind], count * PLAIN[kind].itemsize
     else:

@@ -11,7 +11,7 @@ import mmap
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,12 @@ from nexus_rt import documents
 from nexus_rt.documents import parse
 from nexus_rt.encodings import Encoding
 from nexus_rt.errors import ModelError, cut
-from nexus_rt.loading import gguf_file, pickles, scales
+from nexus_rt.loading import gguf_file, names, pickles, scales
+from nexus_rt.loading.scales import Header
 from nexus_rt.loading.source import weights_of
 
+MAX_DIMENSIONS = 16  # torch has 64; no parameter of a model has more than 5
+MAX_SIDE = 2**48  # elements of a side, which a tensor without any elements may state freely
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -42,6 +45,7 @@ INTEGERS = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
+WAN_CLASSES = ("WanTransformer3DModel", "WanModel")  # of a transformer's config.json
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -79,8 +83,8 @@ class StoredTensor:
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """A safetensors file's header, and where its data begins."""
-    if not path.is_file():
-        raise ModelError(f"{path} is missing; download the folder again.")
+    if not is_file(path):
+        raise ModelError(f"{cut(path)} is missing; download the folder again.")
     try:
         # the library's own validation: offsets, overlaps, shapes against bytes, length
         with safe_open(path, "pt"):
@@ -122,8 +126,14 @@ def read_header(path: Path, integers: bool = False) -> dict[str, StoredTensor]:
                 f" {', '.join(known)}."
             )
         start, stop = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        if len(shape) > MAX_DIMENSIONS or any(n > MAX_SIDE for n in shape):
+            raise ModelError(
+                f"{path}: {cut(name, 120)} has shape {cut(shape, 80)}; expected at most"
+                f" {MAX_DIMENSIONS} sides of at most {MAX_SIDE} elements."
+            )
         tensors[name] = StoredTensor(
-            path, begin + start, begin + stop, known[entry["dtype"]], tuple(entry["shape"])
+            path, begin + start, begin + stop, known[entry["dtype"]], shape
         )
     return tensors
 
@@ -218,18 +228,68 @@ def find_tensors(source: Path) -> dict[str, StoredTensor]:
             twice, or a quantisation that is not read; names it.
     """
     file = weight_files(source)[0]
+    if file.suffix == ".gguf":
+        return _unwrapped(
+            {
+                name: StoredTensor(file, t.start, t.stop, t.dtype, t.shape, t.encoding)
+                for name, t in gguf_file.read(file).items()
+            }
+        )
+    files = [] if file.suffix in PICKLES else [file]
     if file.name.endswith(".json"):
-        tensors, metadata = _shards(source, file), {}
-    elif file.suffix == ".gguf":
-        return {
-            name: StoredTensor(file, t.start, t.stop, t.dtype, t.shape, t.encoding)
-            for name, t in gguf_file.read(file).items()
-        }
-    elif file.suffix in PICKLES:
-        return _pickled(file)
+        tensors = _shards(source, file)
+        files = sorted({t.path for t in tensors.values()})
     else:
-        tensors, metadata = read_header(file, integers=True), read_metadata(file)
-    return scales.pair(tensors, metadata, _small)
+        tensors = read_header(file, integers=True) if files else _pickled(file)
+    headers = [Header(str(f), read_metadata(f)) for f in files]
+    return scales.pair(_unwrapped(tensors), [*headers, *_config(source)], _small)
+
+
+def _config(source: Path) -> list[Header]:
+    """The config of a folder, or beside a file where it is a Wan transformer's, which a loader
+    reads too."""
+    path = source / "config.json" if source.is_dir() else source.with_name("config.json")
+    config = documents.read_object(path) if path.is_file() else {}
+    if not source.is_dir() and config.get("_class_name") not in WAN_CLASSES:
+        return []
+    return [Header(str(path), config=config)]
+
+
+def fitted(
+    tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, StoredTensor]:
+    """Tensors of GGUF files in a model's shapes where only sizes of 1 differ, which converters
+    that go through ggml drop or add; all else as it is."""
+    out = dict(tensors)
+    ones = lambda sides: [n for n in sides if n != 1]
+    for name, stored in tensors.items():
+        shape = tuple(shapes.get(name, stored.shape))
+        if stored.path.suffix == ".gguf" and ones(shape) == ones(stored.shape):
+            out[name] = replace(stored, shape=shape)
+    return out
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; a name that no file can have (too long, NUL) is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _unwrapped(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """A checkpoint without the attributes of wrappers in its names, and without the counters of
+    training runs."""
+    counters = [k for k, t in tensors.items() if names.is_counter(k, t.shape)]
+    if counters:
+        path = tensors[counters[0]].path
+        warnings.warn(
+            f"{path}: left out {names.some(counters)}: counters of a training run, which no model"
+            " computes with.",
+            stacklevel=3,
+        )
+    weights = {k: t for k, t in tensors.items() if k not in counters}
+    return renamed(weights, names.plain_name)
 
 
 def renamed(
@@ -284,7 +344,7 @@ def read_tensors(
     path, mapped = None, None
     for name, stored in ordered:
         if stored.value is not None:
-            yield name, stored.value
+            yield name, stored.value if encoded else stored.decoded(stored.value)
             continue
         if stored.path != path or mapped is None:
             path = stored.path

@@ -86,6 +86,8 @@ def _merged(a: Rows, b: Rows) -> Rows | None:
     n = a.encoding.block
     if n is not None and (a.count % n[0] or n != b.encoding.block):
         return None
+    if a.encoding.rotation != b.encoding.rotation:
+        return None
     spread = lambda part: (
         part.encoding.scale
         if part.encoding.scale.ndim
@@ -177,12 +179,13 @@ class QuantizedLinear(nn.Module):
 
     @property
     def by_row(self) -> Rows | None:
-        """All rows, where they are of one format with a scale for each or for all; None
-        elsewhere."""
+        """All rows, where they are of one format with a scale for each or for all, and multiply
+        activations as these are; None elsewhere."""
         if len(self.counts) != 1 or not isinstance(self.encodings[0], Scaled):
             return None
         (part,) = self.parts()
-        return part if self.encodings[0].block is None else None
+        encoding = self.encodings[0]
+        return part if encoding.block is None and encoding.rotation is None else None
 
     @property
     def takes_rows(self) -> bool:

@@ -1,0 +1,428 @@
+"""What a checkpoint says of its own quantisation: ComfyUI's notes (a tensor `.comfy_quant` beside a
+layer, `_quantization_metadata` in the header) and `quantization_config` (config.json, as
+transformers, diffusers and compressed-tensors write it, or the header).
+
+Every field is used, checked, or harmless to the weights (`FIELDS`); any other is refused by its
+name, since a rotation, a zero point or another axis that is passed over gives wrong weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+
+from nexus_rt import documents
+from nexus_rt.encodings import ROTATIONS
+from nexus_rt.errors import ModelError, cut
+from nexus_rt.loading.names import plain_name
+
+NOTE, METADATA, CONFIG = ".comfy_quant", "_quantization_metadata", "quantization_config"
+MAX_NOTE = 2**16  # bytes of a layer's note
+FORMATS = {  # of ComfyUI's notes -> what the weight is stored in
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+    "int8_tensorwise": torch.int8,
+    "int8_blockwise": torch.int8,
+}
+USED, CHECKED, HARMLESS = "used", "checked", "harmless"
+FIELDS = {  # of each kind of note -> what becomes of them
+    "layer": {
+        "format": (USED, "type of the stored numbers"),
+        "group_size": (USED, "side of a block that has one scale"),
+        "convrot": (USED, "the columns are rotated in groups; undone"),
+        "convrot_groupsize": (USED, "columns of a group, 256 where it is not there"),
+        "params": (USED, "an older place of these fields"),
+        "per_row": (CHECKED, "a scale a row"),
+        "orig_shape": (CHECKED, "the weight's shape"),
+        "symmetric": (CHECKED, "no zero points: only true"),
+        "orig_dtype": (HARMLESS, "type before it was quantised"),
+        "full_precision_matrix_mult": (HARMLESS, "how a product is computed"),
+    },
+    METADATA: {
+        "layers": (USED, "notes by layer"),
+        "format_version": (CHECKED, 'only "1.0"'),
+    },
+    "fp8": {
+        "quant_method": (USED, ""),
+        "weight_block_size": (USED, "rows and columns of a block that has one scale"),
+        "fmt": (CHECKED, "type of the stored numbers"),
+        "activation_scheme": (HARMLESS, "how activations are quantised"),
+        "scale_fmt": (HARMLESS, "rounding of the scales, which are read as they are stored"),
+        "modules_to_not_convert": (HARMLESS, "layers without scales"),
+        "ignored_layers": (HARMLESS, "layers without scales"),
+        "dequantize": (HARMLESS, "how transformers loads it"),
+    },
+    "compressed-tensors": {
+        "quant_method": (USED, ""),
+        "config_groups": (USED, "settings of layers"),
+        "format": (CHECKED, "a tensor and its scales, unpacked"),
+        "sparsity_config": (CHECKED, "only a dense one"),
+        "transform_config": (CHECKED, "only none: these are rotations"),
+        "quantization_status": (HARMLESS, ""),
+        "global_compression_ratio": (HARMLESS, ""),
+        "ignore": (HARMLESS, "layers without scales"),
+        "kv_cache_scheme": (HARMLESS, "how keys and values are cached"),
+        "version": (HARMLESS, "of the library"),
+        "provider": (HARMLESS, "the library"),
+    },
+    "config_groups": {
+        "weights": (USED, "settings of the weights"),
+        "targets": (HARMLESS, "names of layers"),
+        "input_activations": (HARMLESS, "how activations are quantised"),
+        "output_activations": (HARMLESS, "how activations are quantised"),
+        "format": (CHECKED, "a tensor and its scales, unpacked"),
+    },
+    "weights": {
+        "type": (USED, "int or float"),
+        "strategy": (USED, "one scale a tensor, channel, group or block"),
+        "group_size": (USED, "columns that have one scale"),
+        "block_structure": (USED, "rows and columns of a block that has one scale"),
+        "num_bits": (CHECKED, "only 8"),
+        "symmetric": (CHECKED, "no zero points: only true"),
+        "dynamic": (CHECKED, "only false"),
+        "actorder": (CHECKED, "only none: columns in another order"),
+        "scale_dtype": (HARMLESS, "the scales' own type is read"),
+        "zp_dtype": (HARMLESS, "of zero points, which are not there"),
+        "observer": (HARMLESS, "how scales were chosen"),
+        "observer_kwargs": (HARMLESS, "how scales were chosen"),
+    },
+}
+# keys of headers that tell of a rotation outside the notes
+ROTATION = re.compile(r"convrot|hadamard|quarot|spinquant|rotat", re.IGNORECASE)
+OFF = ("", "0", "false", "none", "null", "no")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
+FP8 = {torch.float8_e4m3fn: "fp8 e4m3", torch.float8_e5m2: "fp8 e5m2"}
+REMEDY = "get the checkpoint in bf16, fp8, int8 with plain scales, or GGUF"
+UNPACKED = ("int-quantized", "float-quantized", "naive-quantized", "dense", None)
+
+
+class _Layer(msgspec.Struct):
+    """Fields of a layer's note, with their types."""
+
+    format: str
+    group_size: int | None = None
+    convrot: bool | None = None
+    convrot_groupsize: int | None = None
+    per_row: bool | None = None
+    orig_shape: list[int] | None = None
+    symmetric: bool = True
+    orig_dtype: str | None = None
+    full_precision_matrix_mult: bool = False
+
+
+class _Fp8(msgspec.Struct):
+    quant_method: str
+    weight_block_size: list[int] | None = None
+    fmt: str | None = None
+
+
+class _Weights(msgspec.Struct):
+    type: str = "int"
+    strategy: str | None = None
+    group_size: int | None = None
+    block_structure: list[int] | str | None = None
+    num_bits: int = 8
+    symmetric: bool = True
+    dynamic: bool | str = False
+    actorder: bool | str | None = None
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a weight is stored as; None where the note leaves a thing open.
+
+    dtypes: of the stored numbers. blocks: rows and columns that have one scale; the scales' shape
+    decides between several. rows: whether there is a scale a row. rotation: columns of a rotated
+    group. shape: of the weight. where: for errors.
+    """
+
+    where: str
+    dtypes: tuple[torch.dtype, ...]
+    blocks: tuple[tuple[int, int], ...] | None = None
+    rows: bool | None = None
+    rotation: int | None = None
+    shape: tuple[int, ...] | None = None
+
+
+def _known(kind: str, value: Any, where: str) -> dict[str, Any]:
+    """An object whose fields are all of a kind."""
+    if not isinstance(value, dict):
+        raise ModelError(
+            f"{where} is {_kind(value)}; expected an object with fields such as"
+            f" {next(iter(FIELDS[kind]))!r}."
+        )
+    if unknown := [k for k in value if k not in FIELDS[kind]]:
+        raise ModelError(
+            f"{where} sets {cut(unknown[0], 60)!r} ({cut(json.dumps(value[unknown[0]]), 60)}),"
+            f" which is not read here and may change the weights; {REMEDY}."
+        )
+    return value
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(
+        type(value), f"a {type(value).__name__}"
+    )
+
+
+def layer_note(value: Any, where: str) -> dict[str, Any]:
+    """A layer's note as one object: fields of `params` are beside the others.
+
+    Raises:
+        ModelError: a field that is not known, or set to two values.
+    """
+    note = dict(_known("layer", value, where))
+    params = note.pop("params", None)
+    return _united(
+        note, _known("layer", {} if params is None else params, f"{where}'s params"), where
+    )
+
+
+def _united(one: Mapping[str, Any], other: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Two notes of a layer as one.
+
+    Raises:
+        ModelError: a field has two values.
+    """
+    for key in one.keys() & other.keys():
+        if one[key] != other[key]:
+            raise ModelError(
+                f"{where}: {key} is {cut(json.dumps(one[key]), 40)} in one note and"
+                f" {cut(json.dumps(other[key]), 40)} in another; get the file again."
+            )
+    return {**one, **other}
+
+
+def header_notes(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, Any]]:
+    """Notes by layer of a safetensors header.
+
+    Raises:
+        ModelError: no JSON, or a field that is not known.
+    """
+    if METADATA not in metadata:
+        return {}
+    where = f"{where}: {METADATA}"
+    stored = _known(METADATA, documents.parse(metadata[METADATA], where), where)
+    version = stored.get("format_version", "1.0")
+    if version != "1.0":
+        raise ModelError(
+            f"{where} is of format_version {cut(json.dumps(version), 40)}; version 1.0 is read"
+            " here."
+        )
+    layers = stored.get("layers", {})
+    if not isinstance(layers, dict):
+        raise ModelError(f"{where}: the layers are no object but {_kind(layers)}; get it again.")
+    return {k: layer_note(v, f"{where}: {cut(k, 120)}") for k, v in layers.items()}
+
+
+def by_layer(
+    notes: Iterable[tuple[str, str, Mapping[str, Any]]], weights: Iterable[str]
+) -> dict[str, Note]:
+    """Notes by the weight that they are of.
+
+    Args:
+        notes: a layer's name, with or without the file's prefix; where it is, for errors; its
+            fields.
+
+    Raises:
+        ModelError: a layer that is not there, a value that is not read, or two that differ.
+    """
+    weights, united = set(weights), dict[str, tuple[str, dict[str, Any]]]()
+    for layer, where, note in notes:
+        weight = _weight_of(plain_name(f"{layer}.").removesuffix("."), weights)
+        if weight is None:
+            raise ModelError(f"{where} is of a layer that is not there; get the file again.")
+        before = united[weight][1] if weight in united else {}
+        united[weight] = where, _united(before, note, where)
+    return {weight: _read(note, where) for weight, (where, note) in united.items()}
+
+
+def _weight_of(layer: str, weights: set[str]) -> str | None:
+    """The weight of a layer, whose name may lack the file's prefix or have one more."""
+    names = [layer, *(p + layer for p in PREFIXES)]
+    names += [layer.removeprefix(p) for p in PREFIXES if layer.startswith(p)]
+    return next((f"{n}.weight" for n in names if f"{n}.weight" in weights), None)
+
+
+def _read(fields: Mapping[str, Any], where: str) -> Note:
+    """A layer's note with its values checked."""
+    kind = fields.get("format")
+    if not isinstance(kind, str) or kind not in FORMATS:
+        raise ModelError(
+            f"{where} is quantised as {cut(json.dumps(kind), 60)}, which is not read here; expected"
+            f" one of {', '.join(FORMATS)}."
+        )
+    note = documents.check(dict(fields), _Layer, where)
+    if not note.symmetric:
+        raise ModelError(
+            f"{where} sets symmetric to false (zero points), which is not read here; {REMEDY}."
+        )
+    group = note.group_size
+    if group is not None and group < 1:
+        raise ModelError(f"{where} sets group_size to {group}; expected 1 or more.")
+    return Note(
+        where,
+        (FORMATS[kind],),
+        None if group is None else ((group, group), (1, group)),
+        note.per_row,
+        _rotation(note, where),
+        None if note.orig_shape is None else tuple(note.orig_shape),
+    )
+
+
+def _rotation(note: _Layer, where: str) -> int | None:
+    """Columns of a group that is rotated, None where none is."""
+    size = note.convrot_groupsize
+    if note.convrot is None and size is not None:
+        raise ModelError(
+            f"{where} sets convrot_groupsize and not convrot: whether its weights are rotated is"
+            f" not known; {REMEDY}."
+        )
+    if not note.convrot:
+        return None
+    if note.format != "int8_tensorwise":
+        raise ModelError(
+            f"{where} sets convrot for {note.format}, which no publisher defines; {REMEDY}."
+        )
+    size = 256 if size is None else size
+    if size not in ROTATIONS:
+        raise ModelError(
+            f"{where} sets convrot_groupsize to {cut(size, 40)}; expected one of"
+            f" {', '.join(map(str, ROTATIONS))}."
+        )
+    return size
+
+
+def config_note(config: Mapping[str, Any], where: str) -> Note | None:
+    """What `quantization_config` says of all 8-bit weights; None where there is none.
+
+    Raises:
+        ModelError: a method or a field that is not read; names it.
+    """
+    value = config.get(CONFIG)
+    if value is None:
+        return None
+    where = f"{where}: {CONFIG}"
+    method = value.get("quant_method") if isinstance(value, dict) else _kind(value)
+    if method == "fp8":
+        return _of_fp8(value, where)
+    if method == "compressed-tensors":
+        return _of_compressed(value, where)
+    raise ModelError(
+        f"{where} is of quant_method {cut(json.dumps(method), 60)}, which is not read here;"
+        f" expected fp8 or compressed-tensors: {REMEDY}."
+    )
+
+
+def header_config(metadata: Mapping[str, str], where: str) -> Note | None:
+    """The same of a safetensors header."""
+    if CONFIG not in metadata:
+        return None
+    value = documents.parse(metadata[CONFIG], f"{where}: {CONFIG}")
+    return config_note({CONFIG: value}, where)
+
+
+def _of_fp8(value: dict[str, Any], where: str) -> Note:
+    """transformers' FineGrainedFP8Config, and the same form of other publishers."""
+    read = _Fp8.__struct_fields__
+    known = {k: v for k, v in _known("fp8", value, where).items() if k in read}
+    stored = documents.check(known, _Fp8, where)
+    kinds = {None: tuple(FP8), "e4m3": (torch.float8_e4m3fn,), "e5m2": (torch.float8_e5m2,)}
+    if stored.fmt not in kinds:
+        raise ModelError(f"{where} sets fmt to {cut(stored.fmt, 40)!r}; expected e4m3 or e5m2.")
+    block = stored.weight_block_size
+    return Note(where, kinds[stored.fmt], None if block is None else (_sides(block, where),))
+
+
+def _of_compressed(value: dict[str, Any], where: str) -> Note:
+    """compressed-tensors' own: 8-bit weights beside their scales, of one setting."""
+    value = _known("compressed-tensors", value, where)
+    _only(value, "format", UNPACKED, where)
+    sparsity = value.get("sparsity_config") or {}
+    dense = isinstance(sparsity, dict) and sparsity.get("format", "dense") == "dense"
+    rotations = value.get("transform_config") or {}
+    plain = isinstance(rotations, dict) and not rotations.get("config_groups")
+    for name, fine in (("sparsity_config", dense), ("transform_config", plain)):
+        if not fine:
+            raise ModelError(
+                f"{where} sets {name} ({cut(json.dumps(value[name]), 80)}), which is not read here;"
+                f" {REMEDY}."
+            )
+    groups = value.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise ModelError(f"{where} has no config_groups; get the file again.")
+    notes = [_of_group(group, f"{where}: {cut(name, 60)}") for name, group in groups.items()]
+    if any(
+        (n.dtypes, n.blocks, n.rows) != (notes[0].dtypes, notes[0].blocks, notes[0].rows)
+        for n in notes
+    ):
+        raise ModelError(
+            f"{where} has groups of different weights, which are not read here; {REMEDY}."
+        )
+    return notes[0]
+
+
+def _of_group(value: Any, where: str) -> Note:
+    group = _known("config_groups", value, where)
+    _only(group, "format", UNPACKED, where)
+    where = f"{where}: weights"
+    read = _Weights.__struct_fields__
+    weights = _known("weights", group.get("weights"), where)
+    stored = documents.check({k: v for k, v in weights.items() if k in read}, _Weights, where)
+    for name, values in (
+        ("num_bits", (8,)),
+        ("symmetric", (True,)),
+        ("dynamic", (False,)),
+        ("actorder", (None, False)),
+        ("type", ("int", "float")),
+        ("strategy", ("tensor", "channel", "group", "block")),
+    ):
+        _only({name: getattr(stored, name)}, name, values, where)
+    blocks = None
+    if stored.strategy == "block":
+        sides = stored.block_structure
+        if isinstance(sides, str) and re.fullmatch(r"[0-9]{1,6}x[0-9]{1,6}", sides):
+            sides = [int(n) for n in sides.split("x")]
+        blocks = (_sides(sides, where),)
+    elif stored.strategy == "group":
+        blocks = (_sides([1, stored.group_size], where),)
+    kinds = (torch.int8,) if stored.type == "int" else (torch.float8_e4m3fn,)
+    return Note(where, kinds, blocks, {"tensor": False, "channel": True}.get(str(stored.strategy)))
+
+
+def _sides(value: Any, where: str) -> tuple[int, int]:
+    """Rows and columns of a block."""
+    numbers = isinstance(value, list) and len(value) == 2
+    if not numbers or not all(isinstance(n, int) and n > 0 for n in value):
+        raise ModelError(
+            f"{where} has blocks of {cut(json.dumps(value), 60)}; expected two whole numbers from 1"
+            " up, rows and columns."
+        )
+    return value[0], value[1]
+
+
+def _only(value: Mapping[str, Any], name: str, values: tuple[Any, ...], where: str) -> None:
+    """Raise unless a field has one of some values."""
+    stored = value.get(name)
+    if not any(stored is v or (type(stored) is type(v) and stored == v) for v in values):
+        expected = ", ".join(json.dumps(v) for v in values if v is not None)
+        raise ModelError(
+            f"{where} sets {name} to {cut(json.dumps(stored), 60)}, which is not read here;"
+            f" expected {expected}: {REMEDY}."
+        )
+
+
+def refuse_rotation(metadata: Mapping[str, Any], where: str) -> None:
+    """Raise where a header's key tells of rotated weights that no note describes."""
+    for key, value in metadata.items():
+        if ROTATION.search(key) and str(value).strip().lower() not in OFF:
+            raise ModelError(
+                f"{where}: {cut(key, 120)!r} in its header is {cut(value, 60)!r}, and no note says"
+                f" how its weights are rotated; {REMEDY}."
+            )
