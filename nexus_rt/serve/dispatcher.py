@@ -274,6 +274,8 @@ class Dispatcher:
 
     async def delete(self, job: Job) -> None:
         """Forget a job and its files; a running one stops before its next step."""
+        if self.trouble is not None:  # on a full disk the row can go after its files alone
+            await self.call(shutil.rmtree, self.videos / job.id, ignore_errors=True)
         await self.call(self.store.delete, job.id)
         self._stop_running(job.id)
         self.hub.publish(job.id, "deleted", {"id": job.id})

@@ -421,7 +421,7 @@ def _not_writable(folder: Path, error: Exception) -> InputError:
     """A store that is whole as far as is known, and cannot be written where it is."""
     why = getattr(error, "strerror", None) or cut(error)
     with contextlib.suppress(OSError):
-        if shutil.disk_usage(folder).free < MIN_FREE:
+        if "full" not in why and shutil.disk_usage(folder).free < MIN_FREE:
             why = f"{why}; its disk is full"
     return InputError(
         f"the job store {folder} cannot be made or written ({why}); free space there, make it"
