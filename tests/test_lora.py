@@ -271,6 +271,12 @@ def test_a_scale_outside_the_tensors_counts(where, config, scales, halves, tiny_
         ),
         ({"r": RANK, "lora_alpha": "8"}, "Expected `float`, got `str`"),
         ({"r": 0, "lora_alpha": 1}, "sets r below 1"),
+        ({"r": RANK, "lora_alpha": 1, "init_lora_weights": ["pissa"]}, "init_lora_weights"),
+        ({"r": RANK, "lora_alpha": 1, "peft_type": ["LORA"]}, "peft_type"),
+        ({"r": RANK, "lora_alpha": 1, "fan_in_fan_out": True}, "sets fan_in_fan_out"),
+        ({"r": RANK, "lora_alpha": 1, "use_qalora": True}, "sets use_qalora"),
+        ({"r": RANK, "lora_alpha": 1, "layer_replication": [[0, 1]]}, "sets layer_replication"),
+        ({"r": [RANK], "lora_alpha": 1}, "Expected `int`, got `array`"),
         (
             {"r": RANK, "lora_alpha": 8, "alpha_pattern": {"(a+)+$" + "(" * 3: 1}},
             "cannot be matched",
@@ -431,6 +437,60 @@ def test_a_scale_that_is_not_finite_is_refused(scale, halves, tmp_path):
         parse_loras(f"{file}@{scale}")
     with pytest.raises(InputError, match="is not finite"):
         Lora(file, float(scale))
+
+
+NAMES = {
+    "300 characters": "a" * 300,
+    "300 characters of a file": "a" * 300 + ".safetensors",
+    "300 characters and a scale": "a" * 300 + ".safetensors@0.5",
+    "10,000 folders": "a/" * 10_000 + "a.safetensors",
+    "NUL": "a\0b.safetensors",
+    "NUL and a scale": "a\0b.safetensors@0.5",
+    "half a surrogate pair": "a\ud800.safetensors",
+    "nothing": "",
+    "an unknown home": "~nobody-of-that-name/a.safetensors",
+    "a scale alone": "@0.5",
+    "a long scale": "a.safetensors@" + "9" * 400,
+    "no scale": "a.safetensors@x\ud800",
+    "a device": "/dev/zero",
+    "a folder that is a device": "/dev/zero/a.safetensors",
+    "None": None,
+    "a number": 3,
+    "bytes": b"a.safetensors",
+    "a list": [["a.safetensors"]],
+    "a mapping": {"a.safetensors": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_a_name_that_is_no_files_is_one_sentence(name):
+    with pytest.raises(InputError) as error:
+        parse_loras(name)
+    assert len(str(error.value)) < 700 and str(error.value).encode()
+
+
+@pytest.mark.parametrize("scale", ["1", None, True, 10**400, -(10**400), 1e39, [1.0], 1j])
+def test_a_scale_of_another_kind_is_one_sentence(scale, tmp_path):
+    with pytest.raises(InputError, match="is not finite in float32"):
+        Lora(tmp_path / "a.safetensors", scale)
+
+
+def test_other_wrong_types_of_a_lora_are_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="path is 3"):
+        Lora(3)
+    with pytest.raises(InputError, match="unknown expert"):
+        Lora(tmp_path / "a.safetensors", 1.0, "middle")
+    assert Lora("a.safetensors").path == Lora(tmp_path / "a.safetensors").path.relative_to(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["product", "difference"])
+def test_a_scale_that_leaves_float32_is_refused(kind, halves, tiny_pair, tmp_path):
+    tensors = peft(halves) if kind == "product" else {"blocks.0.ffn.0.diff": torch.ones(48, 32) * 9}
+    file = saved(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match=r"times scale 3e\+38 is beyond float32"):
+        weights(tiny_pair, f"{file}@3e38")
+    after = weights(tiny_pair, f"{file}@1e30")
+    assert all(value.isfinite().all() for value in after.values())
 
 
 def test_a_folder_of_several_loras_is_not_guessed(halves, tmp_path):

@@ -487,6 +487,163 @@ def test_comfyuis_text_encoder_carries_its_tokenizer(tiny_pair, tmp_path):
             load_tokenizer(write(damaged or b"\x08\x01"), "tokenizer")
 
 
+def _huge():
+    """A piece whose text is a number: 8 bytes that would allocate a gigabyte and a half."""
+    data = _field(1, _field(1, 1_500_000_000))
+    assert len(data) == 8
+    return data
+
+
+PIECES = {
+    "a length to allocate": _huge(),
+    "the same beside a whole model": spiece_model() + _huge(),
+    "a table's length to allocate": spiece_model() + _field(3, _field(2, 1_500_000_000)),
+    "a message that is a number": spiece_model() + _field(1, 3),
+    "a score that is a number": _field(1, _field(1, b"</s>") + _field(2, 7)),
+    "a short score": _field(1, _field(1, b"</s>") + _field(2, b"ab")),
+    "a score that is no number": _field(1, _field(1, b"</s>") + _field(2, float("nan"))),
+    "one piece": _field(1, _field(1, b"</s>")),
+    "a table that is none": spiece_model() + _field(3, _field(2, b"\xff\xff\xff\x7f")),
+    "a length beyond the end": b"\x0a\xff\xff\xff\xff\x0f",
+    "an endless number": b"\xff" * 30,
+    "a group": b"\x0b\x0c",
+    "nothing": b"\x00" * 8,
+}
+
+
+@pytest.mark.parametrize("data", PIECES.values(), ids=PIECES)
+def test_a_damaged_sentencepiece_model_is_one_sentence_and_takes_no_memory(tmp_path, data):
+    import tracemalloc
+
+    from nexus_rt.models.tokenizer import load_tokenizer
+
+    tensor = torch.tensor(list(data), dtype=torch.uint8)
+    file = published.save({"spiece_model": tensor}, tmp_path / "umt5.safetensors")
+    load = lambda: load_tokenizer(file, "tokenizer")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ModelError, match="the sentencepiece model") as error:
+            load()
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones((), dtype=torch.float32),
+        torch.ones(4),
+        torch.ones(2, dtype=torch.int64),
+        torch.ones(2, 2, dtype=torch.bfloat16),
+    ],
+)
+def test_a_sentencepiece_model_of_another_type_is_named(tmp_path, tensor):
+    from nexus_rt.models.tokenizer import load_tokenizer
+
+    file = published.save({"spiece_model": tensor}, tmp_path / "umt5.safetensors")
+    with pytest.raises(ModelError, match="spiece_model is of type torch.*expected a sentencep"):
+        load_tokenizer(file, "tokenizer")
+    with pytest.raises(ModelError, match="spiece_model is not there"):
+        load_tokenizer(published.save({"a": tensor}, tmp_path / "b.safetensors"), "tokenizer")
+
+
+@pytest.mark.parametrize("shape", [(256, 16, 1, 0, 2), (256, 16, 0, 2, 2), (0, 16, 1, 2, 2)])
+def test_a_patch_of_no_width_is_one_sentence(tmp_path, shape):
+    state = {**published.wan_state(num_layers=1), "patch_embedding.weight": torch.empty(shape)}
+    with pytest.raises(ModelError, match="of no shapes that a Wan|num_attention_heads"):
+        load_transformer(published.save(state, tmp_path / "x.safetensors"))
+
+
+ABSURD = {  # parameters of the parts in one file -> a shape that gives no sizes
+    "patch_embedding.weight": [(), (0,), (4,), (256, 16), (256, 0, 1, 2, 2)],
+    "text_embedding.0.weight": [(), (0,), (256, 0), (0, 32)],
+    "time_embedding.0.weight": [(), (256,), (256, 0), (256, 31)],
+    "blocks.0.ffn.0.weight": [(), (0, 256), (0,)],
+    "head.head.weight": [(), (0, 256), (3, 256)],
+}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_absurd_sizes_of_a_transformer_are_one_sentence(tmp_path, name):
+    for shape in ABSURD[name]:
+        state = {**published.wan_state(num_layers=1), name: torch.empty(shape)}
+        with pytest.raises(ModelError):
+            load_transformer(published.save(state, tmp_path / "x.safetensors"))
+
+
+def test_absurd_sizes_of_a_text_encoder_and_a_vae_are_one_sentence(tiny_pair, tmp_path):
+    own = published.t5_state(tiny_pair)
+    for name in ("token_embedding.weight", "blocks.0.attn.q.weight", "blocks.0.ffn.fc1.weight"):
+        for shape in ((), (0,), (0, 0), (0, 32), (7, 0)):
+            file = published.save({**own, name: torch.empty(shape)}, tmp_path / "t5.safetensors")
+            with pytest.raises(ModelError):
+                TextEncoder(file, torch.float32, "cpu", tiny_pair / "tokenizer").load()
+    state = published.vae_state()
+    for name in ("encoder.conv1.weight", "conv2.weight"):
+        for shape in ((), (0,), (0, 3, 3, 3, 3), (4, 0, 1, 1, 1)):
+            file = published.save({**state, name: torch.empty(shape)}, tmp_path / "v.safetensors")
+            with pytest.raises(ModelError):
+                VideoDecoder(file, torch.float32, "cpu").load()
+
+
+@pytest.mark.parametrize("number", [1000, 999_999, 10**30])
+def test_a_block_of_a_huge_number_builds_nothing(tiny_pair, tmp_path, number):
+    import time
+
+    began = time.perf_counter()
+    own = {**published.t5_state(tiny_pair), f"blocks.{number}.attn.q.weight": torch.ones(1)}
+    with pytest.raises(ModelError):
+        file = published.save(own, tmp_path / "t5.safetensors")
+        TextEncoder(file, torch.float32, "cpu", tiny_pair / "tokenizer").load()
+    state = {**published.wan_state(num_layers=1), f"blocks.{number}.modulation": torch.ones(1)}
+    with pytest.raises(ModelError):
+        load_transformer(published.save(state, tmp_path / "x.safetensors"))
+    assert time.perf_counter() - began < 2
+
+
+def test_absurd_headers_of_safetensors_are_one_sentence(tmp_path):
+    import json
+
+    from nexus_rt.loading.stored import read_header
+
+    file = tmp_path / "x.safetensors"
+    one = lambda **fields: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **fields}
+    for header in (
+        {"a": one(shape=[0, 2**63 - 1], data_offsets=[0, 0])},
+        {"a": one(shape=[2**50, 0], data_offsets=[0, 0])},
+        {"a": one(shape=[1] * 300)},
+        {"a": one(shape=[2**32, 2**32, 2**32])},
+        {"a": one(dtype=["F32"])},
+        {"a": one(dtype="F8_E8M0", data_offsets=[0, 1])},
+        {"a": one(shape={"0": 1})},
+        {"a": one(shape=[1.0])},
+        {"a": one(shape=[-1])},
+        {"a": one(data_offsets=[4, 0])},
+        {"a": [1]},
+        {"a": one(), "__metadata__": ["x"]},
+        {"a": one(), "__metadata__": {"x": 1}},
+        {"\ud800": one()},
+        {"a": one(), "__metadata__": {"x": "\udfff"}},
+        [],
+    ):
+        data = json.dumps(header).encode()
+        file.write_bytes(len(data).to_bytes(8, "little") + data + bytes(4))
+        with pytest.raises(ModelError) as error:
+            read_header(file)
+        assert str(file) in str(error.value) and len(str(error.value)) < 900
+    data = json.dumps({"a\0b\n": one()}).encode()  # odd, and a name
+    file.write_bytes(len(data).to_bytes(8, "little") + data + bytes(4))
+    with pytest.raises(ModelError, match="missing .*unknown 1"):
+        published.save(published.wan_state(num_layers=1), tmp_path / "wan.safetensors")
+        state = load_file(tmp_path / "wan.safetensors")
+        load_transformer(published.save({**state, "a\0b\n": torch.ones(1)}, file))
+    for name in ("a" * 300 + ".safetensors", "a\0.safetensors"):
+        with pytest.raises(ModelError, match="is missing"):
+            read_header(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     "key, kind",
     [

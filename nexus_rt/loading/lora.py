@@ -14,12 +14,13 @@ import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from nexus_rt.errors import InputError, ModelError, choose, cut
+from nexus_rt.errors import InputError, ModelError, choose, cut, shown
 from nexus_rt.loading.checkpoint import diffusers_shapes, fused_place
 from nexus_rt.loading.lora_file import (
     ENDINGS,
@@ -30,7 +31,7 @@ from nexus_rt.loading.lora_file import (
     read_key,
     read_scaling,
 )
-from nexus_rt.loading.stored import read_header, read_tensors
+from nexus_rt.loading.stored import is_file, read_header, read_tensors
 from nexus_rt.models.quantized import Adapter, QuantizedLinear
 from nexus_rt.plan import EXPERTS
 
@@ -63,11 +64,17 @@ class Lora:
     expert: str | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
+        if not isinstance(self.path, (str, Path)):
+            raise InputError(f"a LoRA's path is {shown(self.path)}; expected a file.")
+        object.__setattr__(self, "path", Path(self.path))
+        number = isinstance(self.scale, Real) and not isinstance(self.scale, bool)
+        if not number or not abs(self.scale) <= LARGEST:
             raise InputError(
-                f"LoRA {self.path}: scale {self.scale} is not finite; expected a number, such as"
-                " 0.8."
+                f"LoRA {cut(self.path)}: scale {shown(self.scale)} is not finite in float32;"
+                " expected a number, such as 0.8."
             )
+        if self.expert is not None:
+            choose("expert", self.expert, EXPERTS)
 
     @classmethod
     def parse(cls, text: str | Path) -> Lora:
@@ -78,30 +85,55 @@ class Lora:
             InputError: no such safetensors file, a scale that is no finite number, or an expert
                 that is neither "high" nor "low".
         """
+        if not isinstance(text, (str, Path)):
+            raise InputError(f"a LoRA is {shown(text)}; expected FILE or FILE@SCALE.")
         name, at, scale = str(text).rpartition("@")
-        if not at or Path(text).expanduser().exists():
+        if not at or _is_there(_expanded(str(text))):
             name, scale = str(text), "1"
         scale, colon, expert = scale.partition(":")
         if colon:
             choose("expert", expert, EXPERTS)
         try:
-            lora = cls(Path(name).expanduser(), float(scale), expert or None)
+            lora = cls(_expanded(name), float(scale), expert or None)
         except ValueError as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"LoRA {text}: {cut(repr(scale), 80)} is no scale; expected FILE@SCALE, such as"
+                f"LoRA {cut(text)}: {shown(scale)} is no scale; expected FILE@SCALE, such as"
                 " distill.safetensors@0.8."
             ) from None
         packaged = PACKAGED / f"{lora.path}.safetensors"
-        path = _in_folder(lora.path) if lora.path.is_dir() else lora.path
-        if not path.exists() and lora.path.name == str(lora.path) and packaged.is_file():
+        there = _is_there(lora.path)
+        path = _in_folder(lora.path) if there and lora.path.is_dir() else lora.path
+        if not there and lora.path.name == str(lora.path) and is_file(packaged):
             path = packaged
-        if not path.is_file() or path.suffix != ".safetensors":
+        if not is_file(path) or path.suffix != ".safetensors":
             raise InputError(
-                f"LoRA {path} is not a safetensors file here; expected FILE or FILE@SCALE."
+                f"LoRA {cut(path)} is not a safetensors file here; expected FILE or FILE@SCALE."
             )
         return cls(path, lora.scale, lora.expert)
+
+
+def _expanded(name: str) -> Path:
+    """A path with its `~` replaced.
+
+    Raises:
+        InputError: the home of a user that is not known.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"LoRA {cut(name)}: its home folder is not known ({cut(error)}); write the whole path."
+        ) from None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a path exists; a name that no file can have (too long, NUL) does not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _in_folder(folder: Path) -> Path:
@@ -125,6 +157,10 @@ LoraSource = str | Path | Lora | Sequence[str | Path | Lora]
 def parse_loras(source: LoraSource) -> tuple[Lora, ...]:
     """One LoRA or several, each as `Lora.parse` reads it."""
     several = [source] if isinstance(source, (str, Path, Lora)) else source
+    if not isinstance(several, Sequence):
+        raise InputError(
+            f"loras are {shown(source)}; expected a file, or a list of files or Lora(path, scale)."
+        )
     return tuple(s if isinstance(s, Lora) else Lora.parse(s) for s in several)
 
 
@@ -241,6 +277,11 @@ class Changes:
                 " again."
             )
         for name, part in own:
+            if not _within(part, lora.scale):
+                raise ModelError(
+                    f"{lora.path}: {name} times scale {lora.scale} is beyond float32; pass a"
+                    " smaller scale, such as 0.8."
+                )
             self.parts.setdefault(name, []).append((lora.scale, part))
 
     def _bias(
@@ -388,6 +429,15 @@ def _scale(
             " wrong one."
         )
     return scale
+
+
+def _within(part: Tensor | _Product, strength: float) -> bool:
+    """Whether no element of a difference at a strength is beyond float32."""
+    largest = lambda t: float(t.float().abs().max()) if t.numel() else 0.0
+    if isinstance(part, Tensor):
+        return largest(part) * abs(strength) <= LARGEST
+    rank = 1 if part.down is None else part.down.shape[0] * largest(part.down)
+    return largest(part.up) * rank * abs(part.scale) * abs(strength) <= LARGEST
 
 
 def _nonzero(part: Tensor | _Product) -> bool:

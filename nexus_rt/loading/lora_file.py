@@ -113,9 +113,12 @@ class _Config(msgspec.Struct):
     use_rslora: bool = False
     use_dora: bool = False
     peft_type: str | None = "LORA"
-    init_lora_weights: Any = True
+    init_lora_weights: bool | str | None = True
     modules_to_save: list[str] | None = None
     alora_invocation_tokens: list[int] | None = None
+    fan_in_fan_out: bool = False
+    use_qalora: bool = False
+    layer_replication: list[list[int]] | None = None
 
     def refuse(self, where: str) -> None:
         """Raise where the adapter is no plain LoRA, or its numbers are none."""
@@ -127,6 +130,9 @@ class _Config(msgspec.Struct):
             (self.use_dora, "use_dora"),
             (self.modules_to_save, "modules_to_save"),
             (self.alora_invocation_tokens, "alora_invocation_tokens"),
+            (self.fan_in_fan_out, "fan_in_fan_out"),
+            (self.use_qalora, "use_qalora"),
+            (self.layer_replication, "layer_replication"),
         ):
             if on:
                 raise ModelError(

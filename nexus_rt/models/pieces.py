@@ -7,14 +7,17 @@ types, the unknown piece and the normaliser's table.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from typing import Any
 
-from nexus_rt.errors import ModelError
+from nexus_rt.errors import ModelError, cut
 
-MOST_PIECES = 2_000_000
-UNIGRAM = 1
+MAX_PIECES = 2_000_000
+MAX_BYTES = 64 * 2**20  # of a model: UMT5's has 4.5 million
+UNIGRAM, UNKNOWN = 1, 2
+DAMAGED = "the sentencepiece model is damaged; get the file again."
 
 
 def fields(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -30,7 +33,7 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
         value = shift = 0
         while True:
             if at >= len(data) or shift > 63:
-                raise ModelError("the sentencepiece model is damaged; get the file again.")
+                raise ModelError(DAMAGED)
             byte = data[at]
             at += 1
             value |= (byte & 127) << shift
@@ -46,16 +49,34 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
             continue
         length = varint() if kind == 2 else {1: 8, 5: 4}.get(kind, -1)
         if length < 0 or at + length > len(data):
-            raise ModelError("the sentencepiece model is damaged; get the file again.")
+            raise ModelError(DAMAGED)
         at += length
         yield key >> 3, data[at - length : at]
 
 
 def _message(value: Any) -> dict[int, Any]:
     """A message inside another, by field."""
-    if not isinstance(value, bytes):
-        raise ModelError("the sentencepiece model is damaged; get the file again.")
-    return dict(fields(value))
+    return dict(fields(_bytes(value)))
+
+
+def _bytes(value: Any, size: int | None = None) -> bytes:
+    """A field's bytes, `size` of them: a number there would be a length to allocate.
+
+    Raises:
+        ModelError: it is a number, or of another size.
+    """
+    if not isinstance(value, bytes) or size not in (None, len(value)):
+        raise ModelError(DAMAGED)
+    return value
+
+
+def _piece(value: Any) -> tuple[str, float, bool]:
+    """A piece of the vocabulary: its text, its score, and whether it stands for unknown text."""
+    piece = _message(value)
+    (score,) = struct.unpack("<f", _bytes(piece.get(2, b"\0\0\0\0"), 4))
+    if not math.isfinite(score):
+        raise ModelError(DAMAGED)
+    return _bytes(piece.get(1, b"")).decode("utf-8", "replace"), score, piece.get(3) == UNKNOWN
 
 
 def tokenizer_of(data: bytes) -> Any:
@@ -66,38 +87,43 @@ def tokenizer_of(data: bytes) -> Any:
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+    if len(data) > MAX_BYTES:
+        raise ModelError(
+            f"the sentencepiece model has {len(data)} bytes; expected at most {MAX_BYTES}: it is"
+            " something else."
+        )
     vocabulary: list[tuple[str, float]] = []
-    unknown, charsmap, kind = 0, b"", UNIGRAM
+    unknown, charsmap, kind = None, b"", UNIGRAM
     for number, value in fields(data):
         if number == 1:
-            piece = _message(value)
-            (score,) = struct.unpack("<f", piece[2]) if 2 in piece else (0.0,)
-            vocabulary.append((bytes(piece.get(1, b"")).decode("utf-8", "replace"), score))
-            if piece.get(3) == 2:  # UNKNOWN
+            text, score, is_unknown = _piece(value)
+            vocabulary.append((text, score))
+            if is_unknown:
                 unknown = len(vocabulary) - 1
-            if len(vocabulary) > MOST_PIECES:
+            if len(vocabulary) > MAX_PIECES:
                 raise ModelError("the sentencepiece model has more pieces than any; get it again.")
         elif number == 2:
             kind = _message(value).get(3, UNIGRAM)
         elif number == 3:
-            charsmap = _message(value).get(2, b"")
+            charsmap = _bytes(_message(value).get(2, b""))
     ends = [i for i, (piece, _) in enumerate(vocabulary) if piece == "</s>"]
-    if kind != UNIGRAM or not ends:
+    if kind != UNIGRAM or not ends or unknown is None:
         raise ModelError(
-            "the sentencepiece model is not UMT5's: expected a unigram model with the piece </s>."
+            "the sentencepiece model is not UMT5's: expected a unigram model with the piece </s>"
+            " and one for unknown text."
         )
     try:
         inner = Tokenizer(models.Unigram(vocabulary, unknown))
-        steps: list[Any] = [normalizers.Precompiled(bytes(charsmap))] if charsmap else []
+        steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
         steps += [
             normalizers.Strip(left=False, right=True),
             normalizers.Replace(Regex(" {2,}"), "▁"),
         ]
         inner.normalizer = normalizers.Sequence(steps)
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+        inner.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", ends[0])]
+        )
     except Exception as error:  # the library raises plain exceptions on tables that are none
-        raise ModelError(f"the sentencepiece model cannot be used ({error}).") from error
-    inner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-    inner.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", ends[0])]
-    )
+        raise ModelError(f"the sentencepiece model cannot be used ({cut(error)}).") from error
     return inner

@@ -108,9 +108,19 @@ class PieceTokenizer(PlainTokenizer):
         from nexus_rt.models.pieces import tokenizer_of
 
         self.folder, self.what = file, what
-        stored = read_header(file, integers=True)["spiece_model"]
+        stored = read_header(file, integers=True).get("spiece_model")
+        if stored is None or stored.dtype not in (torch.uint8, torch.int8):
+            kind = "is not there" if stored is None else f"is of type {stored.dtype}"
+            raise ModelError(
+                f"{file}: spiece_model {kind}; expected a sentencepiece model's bytes as uint8. Get"
+                f" the file again, or pass the {what}'s folder."
+            )
         ((_, data),) = read_tensors([("", stored)])
-        self.inner = tokenizer_of(bytes(data.view(torch.uint8).numpy()))
+        try:
+            with whole(file, what):
+                self.inner = tokenizer_of(data.view(torch.uint8).flatten().numpy().tobytes())
+        except ModelError as error:
+            raise ModelError(f"{file}: {error}") from error
         self.pad_id, self.eos_id, self.unk_id = map(self.token_id, ("<pad>", "</s>", "<unk>"))
 
 
