@@ -23,21 +23,29 @@ from torch import Tensor
 
 from nexus_rt import documents
 from nexus_rt.checks import check_seed
+from nexus_rt.engines.experts import boundaries
 from nexus_rt.errors import InputError, NexusError, shown
 from nexus_rt.models.vae import rescue_latents
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.prompts import Item
-from nexus_rt.request import TIMEOUT
+from nexus_rt.request import TIMEOUT, make_request
 from nexus_rt.size import ClipSize, parse_sides
 from nexus_rt.video import SUFFIXES, frame_rate, is_clip, made_with, remove_orphans, save_video
 
-# of a call, as `make_plan` takes them
-PLAN_OPTIONS = (
+# of a call, as `make_request` takes them
+REQUEST_OPTIONS = (
+    "height",
+    "width",
+    "num_frames",
     "plan",
     "num_inference_steps",
     "shift",
     "energy",
     "gamma_w",
+    "guidance_scale",
+    "guidance_scale_2",
+    "blend",
+    "solver",
     "timesteps",
     "small_steps",
     "large_steps",
@@ -95,11 +103,22 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def common_settings(job: Job, pipe: NexusPipeline) -> dict[str, Any]:
-    """What is the same for every clip of a job, as it is written down."""
+    """What is the same for every clip of a job, as it is written down.
+
+    plan: its exact text, for reading. identity: of its steps, which two texts may share; this is
+    what a later run compares.
+    """
     o = job.options
-    plan = pipe.make_plan(
-        **{n: o.get(n) for n in PLAN_OPTIONS}, as_published=o.get("as_published", False)
+    call: dict[str, Any] = {n: o.get(n) for n in REQUEST_OPTIONS}
+    request = make_request(
+        pipe.defaults,
+        **call,
+        output_type="latent",
+        num_videos_per_prompt=1,
+        published=o.get("as_published", False),
     )
+    plan = request.plan.with_experts(boundaries(pipe.engines))
+    guidance = [list(s) if isinstance(s, tuple) else s for s in vars(request.guidance).values()]
     left_out = ("width", "height", "num_frames", "plan")
     rest = {k: str(v) for k, v in o.items() if v not in (None, False) and k not in left_out}
     fps = frame_rate(job.fps)
@@ -108,8 +127,10 @@ def common_settings(job: Job, pipe: NexusPipeline) -> dict[str, Any]:
     rewrite = pipe.rewrites_by(o.get("rewrite"), plan, o.get("as_published", False))
     return {
         "steps": len(plan),
-        "plan": plan.name,
-        **({"solver": pipe.defaults.solver} if pipe.defaults.solver else {}),
+        "plan": plan.text,
+        "identity": plan.identity,
+        "solver": request.solver,
+        "guidance": guidance,
         **({"rewrite": str(rewrite)} if rewrite is not None else {}),
         "fps": rate,
         "options": rest,
@@ -120,8 +141,8 @@ def common_settings(job: Job, pipe: NexusPipeline) -> dict[str, Any]:
 
 def _same(kept: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """Whether two clips' settings make one clip: where the models were read from is no matter, what
-    they are is."""
-    results = ("models", "rewritten", "rewrite_failure")
+    they are is; nor is the plan's text, of which `identity` is what it does."""
+    results = ("models", "rewritten", "rewrite_failure", "plan")
     without = lambda s: {k: v for k, v in s.items() if k not in results}
     return without(kept) == without(wanted)
 

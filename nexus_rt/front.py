@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Annotated, Literal
 
 import msgspec
 
 from nexus_rt import documents
 from nexus_rt.errors import InputError, cut
+from nexus_rt.paths import as_path
+from nexus_rt.plan_text import check_plan
+
+MAX_MS = 1e12  # 31 years
+MAX_SCORE = 1e12
+Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_MS)]
+Score = Annotated[float, msgspec.Meta(ge=-MAX_SCORE, le=MAX_SCORE)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
 class FrontPlan(msgspec.Struct, frozen=True):
@@ -22,25 +31,28 @@ class FrontPlan(msgspec.Struct, frozen=True):
     """
 
     plan: str
-    ms: float
-    score: float
-    low: float
-    high: float
-    rewrite: str = "off"
-    count: int = 0
-    search_score: float | None = None
-    wall_ms: float | None = None
+    ms: Milliseconds
+    score: Score
+    low: Score
+    high: Score
+    rewrite: Literal["auto", "off"] = "off"
+    count: Count = 0
+    search_score: Score | None = None
+    wall_ms: Milliseconds | None = None
+
+    def __post_init__(self) -> None:
+        check_plan(self.plan)
 
 
 class Front(msgspec.Struct, frozen=True):
     """What a search found, cheapest first; `tried`: how many plans it took to find it."""
 
     front: list[FrontPlan]
-    tried: int
+    tried: Count
     judge: str
-    budget_ms: float | None = None
+    budget_ms: Milliseconds | None = None
     default: FrontPlan | None = None
-    costs: dict[str, float] = {}
+    costs: dict[str, Milliseconds] = {}
     settings: dict[str, object] = {}
 
     def save(self, path: Path) -> None:
@@ -52,9 +64,15 @@ def read_front(path: str | Path) -> Front:
     """A front's file.
 
     Raises:
-        InputError: no such file, or none of `nexus-rt tune`.
+        InputError: no such file, one without an end, or none of `nexus-rt tune`.
     """
-    return documents.read(Path(path).expanduser(), Front, InputError, "make it with nexus-rt tune")
+    file = as_path("a front's file", path)
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise InputError(
+            f"{cut(file)} is no file; expected the front.json of nexus-rt tune, as in"
+            " @front.json:900."
+        )
+    return documents.read(file, Front, InputError, "make it with nexus-rt tune")
 
 
 def from_front(text: str) -> FrontPlan:
@@ -63,7 +81,7 @@ def from_front(text: str) -> FrontPlan:
     Raises:
         InputError: not of this form, no front, or nothing that takes so little.
     """
-    match = re.fullmatch(r"@(.+):(\d+(?:\.\d+)?)(?:ms)?", text.strip())
+    match = re.fullmatch(r"@(.+):([0-9]{1,15}(?:\.[0-9]{1,15})?)(?:ms)?", text.strip())
     if not match:
         raise InputError(
             f"plan {cut(text, 80)!r} is not @FILE:MILLISECONDS, such as @front.json:900."
@@ -73,7 +91,7 @@ def from_front(text: str) -> FrontPlan:
     if not within:
         least = min((p.ms for p in front.front), default=None)
         raise InputError(
-            f"{match[1]} holds no plan within {budget:g} ms; its cheapest takes"
+            f"{cut(match[1])} holds no plan within {budget:g} ms; its cheapest takes"
             f" {'nothing' if least is None else f'{least:.0f} ms'}."
         )
     return max(within, key=lambda p: (p.score, -p.ms))

@@ -1,7 +1,8 @@
 """Plans: which generator runs at which step, with what weight, and what that costs.
 
 A plan is made before the first step and does not change. `segments` is the general form; `small`,
-`large` and `handoff` are shorthands of it; `reference` and `auto` follow the gate.
+`large` and `handoff` are shorthands of it; `reference` and `auto` follow the gate. A plan's name is
+its exact text, which `nexus_rt.plan_text` reads.
 """
 
 from __future__ import annotations
@@ -10,16 +11,38 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
-from nexus_rt.errors import InputError, choose
-from nexus_rt.solver import SOLVERS, TRAIN_STEPS, TimeGrid, clock_grid
+from nexus_rt.checks import number, whole
+from nexus_rt.errors import InputError, choose, cut
+from nexus_rt.plan_words import (
+    base_name,
+    exact,
+    has_clocks,
+    schedule_options,
+    split_words,
+    with_options,
+)
+from nexus_rt.solver import (
+    MAX_STEPS,
+    SOLVERS,
+    TRAIN_STEPS,
+    TimeGrid,
+    check_shift,
+    clock_grid,
+)
 from nexus_rt.upfb import ENERGIES
 
 FULL, DIFFERENCE, VELOCITY = "full", "difference", "velocity"
 PLANS = ("reference", "small", "large", "handoff", "auto")
 UNITS = ("timestep", "fraction", "sigma")
 GAMMA_W = 0.3
+MIN_GAMMA_W, MAX_GAMMA_W = 1e-3, 100.0
+TOLERANCE = 0.02  # of `auto`
+MAX_GUIDANCE = 1000.0
+MAX_CHANGE = 10.0  # of a velocity that is reused, relative
+GENERATORS = ("small", "large")
 EXPERTS = ("high", "low")  # of a generator that has two: for high noise, and for low
 Scale = float | tuple[float, float]  # a guidance scale, or one for each expert
 
@@ -36,7 +59,13 @@ def engine_name(generator: str, expert: str | None) -> str:
 
 def gate(timestep: float, gamma_w: float = GAMMA_W) -> float:
     """The small generator's weight `w(t) = (1 + cos(pi (1 - tau)^gamma_w)) / 2`, tau = t/999: 1 at
-    t=999, 0 at t=0."""
+    t=999, 0 at t=0.
+
+    Raises:
+        InputError: no numbers of their ranges.
+    """
+    number("timestep", timestep, -1e9, 1e9)
+    number("gamma_w", gamma_w, 1e-9, 1e9)
     tau = min(max(timestep / (TRAIN_STEPS - 1), 0.0), 1.0)
     return (1 + math.cos(math.pi * (1 - tau) ** gamma_w)) / 2
 
@@ -146,11 +175,30 @@ class StepCosts:
 
 @dataclass(frozen=True)
 class Plan:
-    """A named sequence of steps, one for each entry of its time grid."""
+    """A named sequence of steps, one for each entry of its time grid.
+
+    name: the plan's exact text over a schedule: `parse_plan(plan.name, plan.grid) == plan`.
+    """
 
     name: str
     steps: tuple[Step, ...]
     grid: TimeGrid
+
+    @property
+    def text(self) -> str:
+        """The plan's exact text with its schedule: `parse_plan(plan.text, grid) == plan` for any
+        grid."""
+        schedule = schedule_options(self.grid, has_clocks(self.name))
+        return with_options(self.name, schedule)
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of all that the plan does, whatever its words: every step, and every noise
+        level."""
+        plain = lambda v: float(v) if isinstance(v, (int, float)) else v  # 1000 is 1000.0
+        rows = [[plain(v) for v in vars(step).values()] for step in self.steps]
+        levels = [plain(sigma) for sigma in self.grid.sigmas]
+        return sha256(repr((levels, self.grid.restarts, rows)).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -182,7 +230,10 @@ class Plan:
                 f" leaves one out at step {lone[0].index} ({len(lone)} steps in all); use energy"
                 " 'progressive', or plan 'reference'."
             )
-        return replace(self, steps=tuple(replace(s, energy=energy) for s in self.steps))
+        own = "reference" if base_name(self.name) == "reference" else "progressive"
+        name = with_options(self.name, {"energy": None if energy == own else energy})
+        steps = tuple(replace(s, energy=energy) for s in self.steps)
+        return replace(self, name=name, steps=steps)
 
     @cached_property
     def engines(self) -> tuple[str, ...]:
@@ -196,53 +247,83 @@ class Plan:
 
         Args:
             boundaries: generator -> share of the training timesteps from which up "high" runs.
+
+        Raises:
+            InputError: a share outside 0..1, or another than the plan's text has.
         """
-        if not boundaries:
+        for generator, share in boundaries.items():
+            choose("generator", generator, GENERATORS)
+            number(f"the {generator} generator's boundary", share, 0.0, 1.0)
+        known = split_words(self.name)[1]
+        for generator in GENERATORS:
+            word, wanted = f"{generator}-boundary", boundaries.get(generator)
+            if word in known and (wanted is None or exact(wanted) != known[word]):
+                own = "has no experts" if wanted is None else f"has {exact(wanted)}"
+                raise InputError(
+                    f"plan {cut(self.name, 120)!r} sets {word}={known[word]}, and the {generator}"
+                    f" generator {own}; leave {word} out."
+                )
+        running = {g: b for g, b in boundaries.items() if any(getattr(s, g) for s in self.steps)}
+        if not running:
             return self
         steps = []
         for step in self.steps:
             small, large = (
-                expert_at(step.timestep, boundaries[g])
-                if g in boundaries and getattr(step, g)
-                else None
-                for g in ("small", "large")
+                expert_at(step.timestep, running[g]) if g in running and getattr(step, g) else None
+                for g in GENERATORS
             )
             steps.append(replace(step, expert_small=small, expert_large=large))
-        return replace(self, steps=tuple(steps))
+        words = {f"{g}-boundary": exact(b) for g, b in running.items()}
+        return replace(self, name=with_options(self.name, words), steps=tuple(steps))
 
-    def with_solvers(self, own: Mapping[str, str]) -> Plan:
+    def with_solvers(self, own: Mapping[str, str], rest: str | None = None) -> Plan:
         """The same plan where a generator that runs alone is walked by a solver of its own, unless
-        its segment says another."""
-        for name in own.values():
+        its segment says another, and all other steps by `rest` (None: by the call's).
+
+        Raises:
+            InputError: an unknown solver, or velocities reused between latents that are re-noised.
+        """
+        for name in (*own.values(), *(() if rest is None else (rest,))):
             choose("solver", name, SOLVERS)
-        if not own:
-            return self
-        steps = [replace(s, solver=s.solver or own.get(s.alone or "")) for s in self.steps]
-        return replace(self, steps=tuple(steps))
+        chosen = [s.solver or own.get(s.alone or "") for s in self.steps]
+        alone = {s.alone for s in self.steps if s.solver is None}
+        words = {f"{g}-solver": own[g] for g in GENERATORS if g in own and g in alone}
+        if rest is not None and None in chosen:
+            words["solver"] = rest
+        steps = [replace(s, solver=n or rest) for s, n in zip(self.steps, chosen, strict=True)]
+        plan = replace(self, name=with_options(self.name, words), steps=tuple(steps))
+        return plan._with_restarts(rest) if all(s.solver for s in steps) else plan
 
     def walked_by(self, solver: str) -> Plan:
-        """The same plan with what walks each step said: its own solver, else the call's. Where it
-        is "lcm", the step ends at sigma 0 and the next begins on re-noised latents.
+        """The same plan with the solver of each step: its own, else the call's. Where it is "lcm",
+        the step ends at sigma 0 and the next begins on re-noised latents.
 
         Raises:
             InputError: an unknown solver, or velocities reused between latents that are re-noised.
         """
         choose("solver", solver, SOLVERS)
-        names = [s.solver or solver for s in self.steps]
+        names = {s.solver or solver for s in self.steps}
+        if names == {solver} and (solver != "lcm" or len(self.steps) == 1):
+            return self  # one solver for all, which is the call's
+        return self.with_solvers({}, solver)
+
+    def _with_restarts(self, default: str | None) -> Plan:
+        """A plan whose steps all have solvers, on the grid that these walk. default: the solver
+        that walks where the grid names none."""
+        names = [s.solver or "" for s in self.steps]
         fresh = [i > 0 and names[i - 1] == "lcm" for i in range(len(names))]
         for step, name in zip(self.steps, names, strict=True):
-            if name == "lcm" and any(step.extrapolates(g) for g in ("small", "large")):
+            if name == "lcm" and any(step.extrapolates(g) for g in GENERATORS):
                 raise InputError(
-                    f"plan {self.name!r} reuses velocities at step {step.index}, where solver 'lcm'"
-                    " draws new noise at every step; leave the reuse out, or take 'euler'."
+                    f"plan {cut(self.name, 120)!r} reuses velocities at step {step.index}, where"
+                    " solver 'lcm' draws new noise at every step; leave the reuse out, or take"
+                    " 'euler'."
                 )
-        if not any(fresh) and set(names) == {solver}:
-            return self
-        changes = tuple((i, n) for i, n in enumerate(names) if n != (names[i - 1] if i else solver))
+        before = [default, *names]
+        changes = tuple((i, n) for i, n in enumerate(names) if n != before[i])
         restarts = {*self.grid.restarts, *(i for i, new in enumerate(fresh) if new)}
         steps = [
-            replace(s, solver=n, renoise=s.renoise or new)
-            for s, n, new in zip(self.steps, names, fresh, strict=True)
+            replace(s, renoise=s.renoise or new) for s, new in zip(self.steps, fresh, strict=True)
         ]
         grid = replace(self.grid, restarts=tuple(sorted(restarts)), solvers=changes)
         return replace(self, steps=tuple(steps), grid=grid)
@@ -251,14 +332,48 @@ class Plan:
         """The guidance scale of a generator at a step, given the call's two defaults."""
         return step.scale(generator, small if generator == "small" else large)
 
+    def forwards(self, step: Step, generator: str, default: Scale) -> int:
+        """Forward passes of a generator at a step, `default` the call's guidance scale of it; a
+        step with a threshold counts as computed.
+
+        What is to be reused is computed where there is nothing to reuse yet: at the first guided
+        step of an expert whose other expert runs unguided.
+        """
+        if step.compute(generator) == FULL or step.index not in self._computed(generator, default):
+            return step.forwards(generator, step.scale(generator, default))
+        return 1 if step.scale(generator, default) == 1.0 else 2
+
+    def _computed(self, generator: str, default: Scale) -> frozenset[int]:
+        """Steps that are to reuse, and have nothing to."""
+        known: dict[tuple[str, Scale], frozenset[int]] = self._computed_steps
+        if (generator, default) not in known:
+            indices, velocity, difference = set(), False, False
+            for step in self.steps:
+                if not getattr(step, generator):
+                    velocity = difference = False
+                    continue
+                velocity = velocity and not step.renoise
+                guided, compute = step.scale(generator, default) != 1.0, step.compute(generator)
+                absent = compute == VELOCITY and not velocity
+                absent |= compute == DIFFERENCE and guided and not difference
+                if absent:
+                    indices.add(step.index)
+                velocity = True
+                difference = difference or (guided and (compute == FULL or absent))
+            known[generator, default] = frozenset(indices)
+        return known[generator, default]
+
+    @cached_property
+    def _computed_steps(self) -> dict[tuple[str, Scale], frozenset[int]]:
+        return {}
+
     def evaluations(self, guidance_small: Scale, guidance_large: Scale) -> dict[str, int]:
         """Forward passes of each generator (a guided step has two)."""
-        count = {"small": 0, "large": 0}
-        for step in self.steps:
-            for g in count:
-                scale = self.guidance(step, g, guidance_small, guidance_large)
-                count[g] += step.forwards(g, scale)
-        return count
+        scales = {"small": guidance_small, "large": guidance_large}
+        return {
+            g: sum(self.forwards(step, g, scale) for step in self.steps)
+            for g, scale in scales.items()
+        }
 
     def step_price(
         self, step: Step, costs: StepCosts, guidance_small: Scale, guidance_large: Scale
@@ -278,9 +393,9 @@ class Plan:
         guidance_large: Scale,
     ) -> float:
         """Milliseconds of one generator in one step; 0 where it does not run."""
-        scale = self.guidance(step, generator, guidance_small, guidance_large)
+        scale = guidance_small if generator == "small" else guidance_large
         prices = 0.0, getattr(costs, generator), getattr(costs, f"{generator}_guided")
-        return prices[step.forwards(generator, scale)]
+        return prices[self.forwards(step, generator, scale)]
 
     def price(self, costs: StepCosts, guidance_small: Scale, guidance_large: Scale) -> float:
         """Milliseconds of the whole denoising loop."""
@@ -290,26 +405,35 @@ class Plan:
 def reference(grid: TimeGrid, gamma_w: float = GAMMA_W) -> Plan:
     """Both generators at every step, w from the gate, energy `reference`: the published
     schedule."""
+    name = with_options("reference", _gate_option(gamma_w))
     steps = [
         Step(i, t, s, gate(t, gamma_w), True, True, "reference")
         for i, (t, s) in enumerate(zip(grid.timesteps, grid.sigmas, strict=False))
     ]
-    return Plan("reference", tuple(steps), grid)
+    return Plan(name, tuple(steps), grid)
 
 
-def auto(grid: TimeGrid, tolerance: float = 0.02, gamma_w: float = GAMMA_W) -> Plan:
+def _gate_option(gamma_w: float) -> dict[str, str]:
+    """The option of a plan whose gate is another than the published."""
+    number("gamma_w", gamma_w, MIN_GAMMA_W, MAX_GAMMA_W)
+    return {} if gamma_w == GAMMA_W else {"gamma-w": exact(gamma_w)}
+
+
+def auto(grid: TimeGrid, tolerance: float = TOLERANCE, gamma_w: float = GAMMA_W) -> Plan:
     """w from the gate, snapped to 0 below `tolerance` and to 1 above `1 - tolerance`; what has no
     share does not run."""
+    number("auto's tolerance", tolerance, -MAX_STEPS, MAX_STEPS)
     if not 0 <= tolerance < 0.5:
         raise InputError(
             f"auto's tolerance is {tolerance}; expected a weight from 0 up to (not including) 0.5."
         )
+    name = with_options(f"auto={exact(tolerance)}", _gate_option(gamma_w))
     steps = []
     for i, (t, s) in enumerate(zip(grid.timesteps, grid.sigmas, strict=False)):
         w = gate(t, gamma_w)
         w = 0.0 if w < tolerance else 1.0 if w > 1 - tolerance else w
         steps.append(Step(i, t, s, w, w > 0, w < 1, "progressive", blended=w > 0))
-    return Plan(f"auto={tolerance:g}", tuple(steps), grid)
+    return Plan(name, tuple(steps), grid)
 
 
 @dataclass(frozen=True)
@@ -317,26 +441,48 @@ class Reuse:
     """What of a generator is computed at some steps of a segment and reused between.
 
     every: its velocity, at every k-th step and at the last. guidance_every: its guidance
-    difference, at every k-th of the steps that are computed. threshold: its velocity, while the
-    estimated change stays below; excludes `every`.
+    difference, at every k-th of the guided steps that are computed. threshold: its velocity, while
+    the estimated change stays below; excludes `every`.
     """
 
     every: int = 1
     guidance_every: int = 1
     threshold: float | None = None
 
-    def compute(self, count: int) -> list[tuple[str, float | None]]:
-        """What each step of a segment of `count` computes, and its threshold."""
+    def __post_init__(self) -> None:
+        whole("every", self.every, 1, MAX_STEPS)
+        whole("guidance-every", self.guidance_every, 1, MAX_STEPS)
+        if self.threshold is None:
+            return
+        number("adaptive", self.threshold, -MAX_STEPS, MAX_STEPS)
+        if not 0 < self.threshold <= MAX_CHANGE:
+            raise InputError(
+                f"adaptive is {exact(self.threshold)}; expected the relative change that may be"
+                f" estimated, above 0 and at most {MAX_CHANGE:g}, such as 0.05."
+            )
+        if self.every != 1:
+            raise InputError(
+                "every= fixes which steps are computed and adaptive= finds them; expected one of"
+                " the two."
+            )
+
+    def compute(
+        self, count: int, guided: tuple[int, int] | None = None
+    ) -> list[tuple[str, float | None]]:
+        """What each step of a segment of `count` computes, and its threshold. guided: first and
+        last (exclusive) of the guided steps, None for all."""
         rows: list[tuple[str, float | None]] = []
-        computed = 0
+        computed = 0  # of the guided steps
         for j in range(count):
             if j % self.every and j < count - 1:
                 rows.append((VELOCITY, None))
                 continue
             # An extrapolation needs two velocities, and the last step sets the finish.
             threshold = self.threshold if 2 <= j < count - 1 else None
-            rows.append((DIFFERENCE if computed % self.guidance_every else FULL, threshold))
-            computed += 1
+            inside = guided is None or guided[0] <= j < guided[1]
+            reused = inside and computed % self.guidance_every
+            rows.append((DIFFERENCE if reused else FULL, threshold))
+            computed += inside
         return rows
 
 
@@ -361,11 +507,38 @@ class Segment:
     shift: float | None = None
     solver: str | None = None
 
+    def __post_init__(self) -> None:
+        choose("segment", self.generator, (*GENERATORS, "bridge"))
+        whole("a segment's steps", self.steps, 0, MAX_STEPS)
+        if self.guidance is not None:
+            number("a segment's guidance", self.guidance, -MAX_GUIDANCE, MAX_GUIDANCE)
+        if self.guided is not None:
+            first, end = (whole("a guided step", i, 0, MAX_STEPS) for i in self.guided)
+            if not first < end or first >= self.steps:
+                raise InputError(
+                    f"segment {self.generator}:{self.steps} is guided from step {first} to {end} of"
+                    f" {self.steps}; expected an interval inside, such as [0:40%]."
+                )
+            object.__setattr__(self, "guided", (first, min(end, self.steps)))
+        if self.clock is not None:
+            whole("a clock", self.clock, 1, MAX_STEPS)
+        if self.renoise is not None:
+            number("renoise", self.renoise, -MAX_STEPS, MAX_STEPS)  # its range: `clock_grid`
+        if self.shift is not None:
+            check_shift(self.shift)
+        if self.solver is not None:
+            choose("solver", self.solver, SOLVERS)
+        if self.generator == "bridge" and (self.reuse != Reuse() or self.guided):
+            raise InputError(
+                f"{cut(self, 80)!r}: both generators run in a bridge; guidance intervals and reuse"
+                " go with small and large segments."
+            )
+
     def __str__(self) -> str:
         """As a plan's words have it."""
         text = f"{self.generator}:{self.steps}" + (f"/{self.clock}" if self.clock else "")
         if self.guidance is not None or self.guided:
-            text += "@" + ("" if self.guidance is None else f"{self.guidance:g}")
+            text += "@" + ("" if self.guidance is None else exact(self.guidance))
         text += f"[{self.guided[0]}:{self.guided[1]}]" if self.guided else ""
         for name, value in (
             ("every", self.reuse.every),
@@ -373,10 +546,10 @@ class Segment:
         ):
             text += f"/{name}={value}" if value != 1 else ""
         if self.reuse.threshold is not None:
-            text += f"/adaptive={self.reuse.threshold:g}"
-        text += "" if self.shift is None else f"/shift={self.shift:g}"
+            text += f"/adaptive={exact(self.reuse.threshold)}"
+        text += "" if self.shift is None else f"/shift={exact(self.shift)}"
         text += "" if self.solver is None else f"/solver={self.solver}"
-        return text if self.renoise is None else f"renoise={self.renoise:g} {text}"
+        return text if self.renoise is None else f"renoise={exact(self.renoise)} {text}"
 
     def scale(self, j: int) -> float | None:
         """The guidance scale of its step j, None for the call's."""
@@ -389,9 +562,20 @@ def segments(grid: TimeGrid, parts: Sequence[Segment], name: str | None = None) 
     both running.
 
     Raises:
-        InputError: the segments do not cover the schedule exactly, or a bridge lacks two different
-            neighbours.
+        InputError: the segments do not cover the schedule exactly, a bridge lacks two different
+            neighbours, or a segment has a clock, or a shift or renoise, which go with clocks.
     """
+    for part in parts:
+        if part.shift is not None:
+            raise InputError(
+                f"{str(part)!r} has a shift of its own, and the plan one schedule for all; give"
+                " each generator a clock, such as small:4/10 large:4/shift=3."
+            )
+        if part.clock is not None or part.renoise is not None:
+            raise InputError(
+                f"{str(part)!r} has a clock or begins on re-noised latents, and the plan one"
+                " schedule for all; make it with `clocked`."
+            )
     parts = [p for p in parts if p.steps > 0]
     total = sum(p.steps for p in parts)
     if total != len(grid):
@@ -399,15 +583,7 @@ def segments(grid: TimeGrid, parts: Sequence[Segment], name: str | None = None) 
             f"the segments have {total} steps, the schedule {len(grid)}; make them add up, or let"
             " one take the rest ('large:*')."
         )
-    steps: list[Step] = []
-    for k, part in enumerate(parts):
-        choose("segment", part.generator, ("small", "large", "bridge"))
-        steps += (
-            _bridge(grid, parts, k, len(steps))
-            if part.generator == "bridge"
-            else _lone(grid, part, len(steps))
-        )
-    return Plan(name or " ".join(map(str, parts)), tuple(steps), grid)
+    return _in_turn(grid, parts, name)
 
 
 def clocked(parts: Sequence[Segment], shift: float) -> Plan:
@@ -415,13 +591,28 @@ def clocked(parts: Sequence[Segment], shift: float) -> Plan:
     segment without one walks it to the end."""
     clocks = [(p.steps, p.clock or p.steps) for p in parts]
     renoise = {i: p.renoise for i, p in enumerate(parts) if p.renoise is not None}
-    return segments(clock_grid(clocks, shift, renoise, [p.shift for p in parts]), parts)
+    grid = clock_grid(clocks, shift, renoise, [p.shift for p in parts])
+    one = len(parts) == 1 and parts[0].clock is None
+    return _in_turn(grid, [replace(p, clock=p.steps) for p in parts] if one else parts)
+
+
+def _in_turn(grid: TimeGrid, parts: Sequence[Segment], name: str | None = None) -> Plan:
+    """The plan of segments that cover a grid."""
+    steps: list[Step] = []
+    for k, part in enumerate(parts):
+        steps += (
+            _bridge(grid, parts, k, len(steps))
+            if part.generator == "bridge"
+            else _lone(grid, part, len(steps))
+        )
+    plan = Plan(name or " ".join(map(str, parts)), tuple(steps), grid)
+    return plan.with_solvers({})  # where every segment has one, the plan is walked by them
 
 
 def _lone(grid: TimeGrid, part: Segment, first: int) -> list[Step]:
     """The steps of one generator alone."""
     small, steps = part.generator == "small", []
-    for j, (compute, threshold) in enumerate(part.reuse.compute(part.steps)):
+    for j, (compute, threshold) in enumerate(part.reuse.compute(part.steps, part.guided)):
         i, scale = first + j, part.scale(j)
         computes = (compute, FULL) if small else (FULL, compute)
         steps.append(
@@ -461,7 +652,18 @@ def _bridge(grid: TimeGrid, parts: Sequence[Segment], k: int, first: int) -> lis
         i, own = first + j, part.guidance
         scales = (small, large) if own is None else (own, own)
         steps.append(
-            Step(i, grid.timesteps[i], grid.sigmas[i], w, True, True, "progressive", *scales)
+            Step(
+                i,
+                grid.timesteps[i],
+                grid.sigmas[i],
+                w,
+                True,
+                True,
+                "progressive",
+                *scales,
+                renoise=part.renoise is not None and j == 0,
+                solver=part.solver,
+            )
         )
     return steps
 
@@ -476,6 +678,9 @@ def handoff(grid: TimeGrid, at: float, unit: str = "timestep", bridge: int | Non
     """
     n = len(grid)
     choose("handoff unit", unit, UNITS)
+    number("the handoff", at, -1e9, 1e9)
+    if bridge is not None:
+        whole("bridge", bridge, -MAX_STEPS, MAX_STEPS)
     if unit == "fraction":
         alone, inside = round(at * n), 0 < at < 1
     elif unit == "sigma":
@@ -495,7 +700,7 @@ def handoff(grid: TimeGrid, at: float, unit: str = "timestep", bridge: int | Non
             "timestep": f"above {grid.timesteps[-1]} and up to {grid.timesteps[0]}",
         }
         raise InputError(
-            f"handoff at {unit} {at:g} lies outside the schedule of {n} steps; expected"
+            f"handoff at {unit} {exact(at)} lies outside the schedule of {n} steps; expected"
             f" {spans[unit]}, or plan 'small' or 'large'."
         )
     bridge = max(0, min(max(1, round(n / 10)), n - alone - 1)) if bridge is None else bridge
@@ -506,15 +711,21 @@ def handoff(grid: TimeGrid, at: float, unit: str = "timestep", bridge: int | Non
         )
     if bridge and not alone:
         raise InputError(
-            f"handoff at {unit} {at:g} leaves the small generator no step of its own in {n}; hand"
-            " over later."
+            f"handoff at {unit} {exact(at)} leaves the small generator no step of its own in {n};"
+            " hand over later."
         )
     parts = [
         Segment("small", alone),
         Segment("bridge", bridge),
         Segment("large", n - alone - bridge),
     ]
-    return segments(grid, parts, f"handoff={at:g}" + (f",bridge={bridge}" if bridge else ""))
+    where = exact(at) if unit == default_unit(at) else f"{unit}:{exact(at)}"
+    return segments(grid, parts, f"handoff={where},bridge={bridge}")
+
+
+def default_unit(at: float) -> str:
+    """The unit of a handoff's number where its text has none."""
+    return "fraction" if at < 1 else "timestep"
 
 
 def __getattr__(name: str) -> Any:

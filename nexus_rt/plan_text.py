@@ -4,46 +4,65 @@
 
 Segments stand in order, `GENERATOR:STEPS[/CLOCK][@SCALE[FIRST:END]][/every=K][/guidance-every=K]
 [/adaptive=SHARE][/shift=SHIFT][/solver=NAME]`, with `renoise=SIGMA` between two of them where the
-second begins on re-noised latents.
+second begins on re-noised latents. Options of the whole plan follow, and its schedule
+(`nexus_rt.plan_words`). `Plan.name` and `Plan.text` are written in the same words.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
-from nexus_rt.errors import InputError, choose, cut
+from nexus_rt.checks import instance
+from nexus_rt.errors import InputError, choose, cut, shown
 from nexus_rt.plan import (
     GAMMA_W,
+    GENERATORS,
+    MAX_GAMMA_W,
+    MAX_GUIDANCE,
+    MIN_GAMMA_W,
     PLANS,
+    TOLERANCE,
+    UNITS,
     Plan,
     Reuse,
     Segment,
     auto,
     clocked,
+    default_unit,
     handoff,
     reference,
     segments,
 )
-from nexus_rt.solver import SOLVERS, TimeGrid, check_shift
+from nexus_rt.plan_words import (
+    AMOUNT,
+    NUMBER,
+    OPTIONS,
+    RENOISE,
+    base_name,
+    has_clocks,
+    has_schedule,
+    joined,
+    real,
+    schedule_of,
+    split_words,
+    whole,
+)
+from nexus_rt.solver import MAX_STEPS, SOLVERS, TimeGrid, check_shift
+from nexus_rt.upfb import ENERGIES
 
-AMOUNT = r"\d+(?:\.\d+)?%|\d+"
 SEGMENT = re.compile(
-    rf"(?P<name>[a-z]+):(?P<amount>\*|{AMOUNT})(?:/(?P<clock>\d+))?"
-    rf"(?:@(?P<scale>\d+(?:\.\d+)?)?(?:\[(?P<first>{AMOUNT}):(?P<end>{AMOUNT})\])?)?"
+    rf"(?P<name>[a-z]+):(?P<amount>\*|{AMOUNT})(?:/(?P<clock>[0-9]+))?"
+    rf"(?:@(?P<scale>{NUMBER})?(?:\[(?P<first>{AMOUNT}):(?P<end>{AMOUNT})\])?)?"
     r"(?P<options>(?:/[a-z][^/]*)*)"
 )
-RENOISE = "renoise="
-MOST = 100_000  # steps of a clock
-
-
-def has_clocks(spec: str) -> bool:
-    """Whether a plan's words give each generator a clock of its own."""
-    words = spec.split()
-    return any(re.match(rf"[a-z]+:(?:{AMOUNT})/\d", w) or w.startswith(RENOISE) for w in words)
+SEGMENT_OPTIONS = ("every", "guidance-every", "adaptive", "shift", "solver")
+MAX_SEGMENTS = 1000
+FORM = "expected a Plan, or its words, such as 'handoff=0.3'"
 
 
 def parse_plan(spec: str | Plan, grid: TimeGrid, gamma_w: float = GAMMA_W) -> Plan:
@@ -53,11 +72,12 @@ def parse_plan(spec: str | Plan, grid: TimeGrid, gamma_w: float = GAMMA_W) -> Pl
     as `small:10 bridge:5 large:15@1`. AT is a fraction of the steps when below 1, a timestep when 1
     or more, or explicit: `handoff=sigma:0.9`, `handoff=fraction:0.3`, `handoff=timestep:850`.
     Segments with clocks, such as `small:4/10 large:4`, make their own grid with the shift of
-    `grid`.
+    `grid`. A text with a schedule (`Plan.text`) makes its own grid too.
 
     Raises:
         InputError: words that are no plan, or a plan that does not fit the schedule.
     """
+    instance("grid", grid, TimeGrid, "a TimeGrid, as `time_grid` makes one")
     if isinstance(spec, Plan):
         if spec.grid != grid:
             raise InputError(
@@ -65,30 +85,110 @@ def parse_plan(spec: str | Plan, grid: TimeGrid, gamma_w: float = GAMMA_W) -> Pl
                 " for this one."
             )
         return spec
-    spec = str(spec).strip()
-    if has_clocks(spec):
-        if grid.shift is None:
-            raise InputError(f"plan {cut(spec, 80)!r} has clocks; pass a grid of `time_grid`.")
-        return clocked(_parse_segments(spec, None), grid.shift)
-    if ":" in spec.split("=")[0]:
-        parts = _parse_segments(spec, len(grid))
-        if own := next((p for p in parts if p.shift is not None), None):
+    spec = _text(spec)
+    base, options = split_words(spec)
+    if "gamma-w" in options:
+        own = real(options["gamma-w"], "gamma-w", MIN_GAMMA_W, MAX_GAMMA_W)
+        if gamma_w not in (GAMMA_W, own):
             raise InputError(
-                f"{str(own)!r} has a shift of its own, and the plan one schedule for all; give each"
-                " generator a clock, such as small:4/10 large:4/shift=3."
+                f"gamma_w is {gamma_w}, and plan {cut(spec, 80)!r} sets its own; leave one out."
             )
-        return segments(grid, parts)
-    name, _, value = spec.partition("=")
+        gamma_w = own
+    build = _builder(base)
+    grid = _schedule(spec, options, grid)
+    return _with_options(build(grid, gamma_w), options, spec)
+
+
+def check_plan(spec: str) -> str:
+    """The text, which is a plan's over some schedule.
+
+    Raises:
+        InputError: words that are no plan.
+    """
+    base, options = split_words(_text(spec))
+    _builder(base)
+    for key, low, high in (
+        ("gamma-w", MIN_GAMMA_W, MAX_GAMMA_W),
+        ("small-boundary", 0.0, 1.0),
+        ("large-boundary", 0.0, 1.0),
+    ):
+        if key in options:
+            real(options[key], key, low, high)
+    for key in ("small-solver", "large-solver", "solver"):
+        choose("solver", options.get(key, "euler"), SOLVERS)
+    choose("energy", options.get("energy", "progressive"), ENERGIES)
+    return spec
+
+
+def _text(spec: Any) -> str:
+    if not isinstance(spec, str):
+        raise InputError(f"plan is {shown(spec)}; {FORM}.")
+    if not spec.strip():
+        raise InputError(f"plan is {shown(spec)}; {FORM}.")
+    return spec.strip()
+
+
+def _builder(base: str) -> Callable[[TimeGrid, float], Plan]:
+    """What makes the plan of a text without its options over a schedule, all that does not depend
+    on one checked."""
+    if has_clocks(base):
+        parts = _parse_segments(base, None)
+
+        def clocks(grid: TimeGrid, gamma_w: float) -> Plan:
+            if grid.shift is None:
+                raise InputError(f"plan {cut(base, 80)!r} has clocks; pass a grid of `time_grid`.")
+            return clocked(parts, grid.shift)
+
+        return clocks
+    if ":" in base.split("=")[0]:
+        _parse_segments(base, MAX_STEPS)
+        return lambda grid, gamma_w: segments(grid, _parse_segments(base, len(grid)))
+    name, equals, value = base.partition("=")
     choose("plan", name, PLANS)
-    if name == "reference" and not value:
-        return reference(grid, gamma_w)
-    if name == "auto":
-        return auto(grid, _number(value, "auto's tolerance") if value else 0.02, gamma_w)
     if name == "handoff":
-        return _parse_handoff(value, grid)
-    if value:
-        raise InputError(f"plan {name!r} takes no value; got {cut(spec, 80)!r}.")
-    return segments(grid, [Segment(name, len(grid))], name)
+        where = _parse_handoff(value)
+        return lambda grid, gamma_w: handoff(grid, *where)
+    if name == "auto":
+        tolerance = real(value, "auto's tolerance") if value else TOLERANCE
+        return lambda grid, gamma_w: auto(grid, tolerance, gamma_w)
+    if equals:
+        raise InputError(f"plan {name!r} takes no value; got {cut(base, 80)!r}.")
+    if name == "reference":
+        return reference
+    return lambda grid, gamma_w: segments(grid, [Segment(name, len(grid))], name)
+
+
+def _schedule(spec: str, options: Mapping[str, str], grid: TimeGrid) -> TimeGrid:
+    """The grid of a text, of which clocks take the shift alone."""
+    if has_clocks(spec) and (own := options.keys() & {"steps", "timesteps", "sigmas"}):
+        raise InputError(
+            f"plan {cut(spec, 80)!r} gives each generator a clock, and {min(own)}= is of one"
+            " schedule for all; leave one out."
+        )
+    if has_clocks(spec) and "shift" in options:
+        shift = real(options["shift"], "shift")
+        check_shift(shift)
+        return replace(grid, shift=shift)
+    return schedule_of(options, grid)
+
+
+def _with_options(plan: Plan, options: Mapping[str, str], spec: str) -> Plan:
+    """The plan with a text's options, each of which has a part in it."""
+    own = {g: options[f"{g}-solver"] for g in GENERATORS if f"{g}-solver" in options}
+    shares = {g: options[f"{g}-boundary"] for g in GENERATORS if f"{g}-boundary" in options}
+    plan = plan.with_energy(options.get("energy")).with_solvers(own, options.get("solver"))
+    if shares:
+        plan = plan.with_experts({g: real(v, f"{g}-boundary", 0.0, 1.0) for g, v in shares.items()})
+    written = split_words(plan.name)[1]
+    for key in OPTIONS:
+        # the energy and the gate that the plan has without a word
+        same = key == "energy" or (key == "gamma-w" and base_name(spec) in ("reference", "auto"))
+        if key in options and key not in written and not same:
+            raise InputError(
+                f"{key}={cut(options[key], 80)} has no part in plan {cut(spec, 80)!r}; leave it"
+                " out."
+            )
+    return plan
 
 
 def scaled(spec: str, steps: int) -> str:
@@ -98,53 +198,55 @@ def scaled(spec: str, steps: int) -> str:
     Raises:
         InputError: as `parse_plan`.
     """
-    parts = _parse_segments(spec, None)
+    base, options = split_words(spec)
+    parts = _parse_segments(base, None)
     if any(p.generator == "bridge" for p in parts) and steps < len(parts):
         parts = [p for p in parts if p.generator != "bridge"]
     parts = parts[-steps:] if steps < len(parts) else parts
-    whole = sum(p.steps for p in parts)
-    counts = [max(1, int(p.steps * steps / whole)) for p in parts]
-    while sum(counts) != steps:  # the largest remainder, either way
-        off = [p.steps * steps / whole - n for p, n in zip(parts, counts, strict=True)]
-        if sum(counts) < steps:
+    new = []
+    for i, (p, n) in enumerate(zip(parts, _shares([p.steps for p in parts], steps), strict=True)):
+        ends = i + 1 == len(parts) or parts[i + 1].renoise is not None
+        clock = None if ends else max(n + 1, round(n * (p.clock or p.steps) / p.steps))
+        new.append(replace(_resized(p, n), clock=clock, renoise=p.renoise if i else None))
+    if len(new) == 1:
+        new = [replace(new[0], clock=new[0].steps)]
+    left = {p.generator for p in new}
+    kept = {
+        k: v
+        for k, v in options.items()
+        if k.split("-")[0] not in GENERATORS or k.split("-")[0] in left
+    }
+    return joined(" ".join(map(str, new)), kept)
+
+
+def _shares(sizes: list[int], total: int) -> list[int]:
+    """A total in the proportion of sizes, at least 1 each: the largest remainder, either way."""
+    whole_size = sum(sizes)
+    exact_shares = [size * total / whole_size for size in sizes]
+    counts = [max(1, int(share)) for share in exact_shares]
+    while sum(counts) != total:
+        off = [share - n for share, n in zip(exact_shares, counts, strict=True)]
+        if sum(counts) < total:
             counts[off.index(max(off))] += 1
         else:
             able = [o if n > 1 else math.inf for o, n in zip(off, counts, strict=True)]
             counts[able.index(min(able))] -= 1
-    new = []
-    for i, (p, n) in enumerate(zip(parts, counts, strict=True)):
-        ends = i + 1 == len(parts) or parts[i + 1].renoise is not None
-        clock = None if ends else max(n + 1, round(n * (p.clock or p.steps) / p.steps))
-        guided = p.guided and (
-            round(p.guided[0] * n / p.steps),
-            max(1, round(p.guided[1] * n / p.steps)),
-        )
-        renoise = p.renoise if i else None
-        new.append(replace(p, steps=n, clock=clock, guided=guided, renoise=renoise))
-    if len(new) == 1:
-        new = [replace(new[0], clock=new[0].steps)]
-    return " ".join(map(str, new))
+    return counts
 
 
-def _number(text: str, what: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise InputError(f"{what} is {cut(text, 80)!r}; expected a number.")
-    return value
+def _resized(part: Segment, steps: int) -> Segment:
+    """A segment of another number of steps, guided over the same share of them."""
+    guided = part.guided
+    if guided is not None:
+        first, end = (round(i * steps / part.steps) for i in guided)
+        first = min(first, steps - 1)
+        guided = (first, max(first + 1, end))
+    # in one go: an interval is valid for its steps alone
+    return replace(part, steps=steps, guided=guided)
 
 
-def _whole(text: str, what: str, low: int = 1) -> int:
-    if not re.fullmatch(r"\d{1,6}", text) or not low <= int(text) <= MOST:
-        raise InputError(
-            f"{what} is {cut(text, 80)!r}; expected a whole number from {low} to {MOST}."
-        )
-    return int(text)
-
-
-def _parse_handoff(value: str, grid: TimeGrid) -> Plan:
+def _parse_handoff(value: str) -> tuple[float, str, int | None]:
+    """Where a handoff is, its unit, and the bridge; None for the default."""
     at, *options = value.split(",")
     if not at:
         raise InputError(
@@ -155,13 +257,14 @@ def _parse_handoff(value: str, grid: TimeGrid) -> Plan:
     for option in options:
         key, _, number = option.partition("=")
         choose("handoff option", key.strip(), ("bridge",))
-        steps = _number(number, "bridge")
-        if steps != int(steps):
-            raise InputError(f"bridge is {number!r}; expected a whole number of steps.")
-        bridge = int(steps)
-    unit, _, number = at.rpartition(":")
-    at_value = _number(number, "the handoff")
-    return handoff(grid, at_value, unit or ("fraction" if at_value < 1 else "timestep"), bridge)
+        if bridge is not None:
+            raise InputError(f"handoff={cut(value, 80)} sets bridge twice.")
+        bridge = whole(number.strip(), "bridge", 0)
+    unit, _, number = at.strip().rpartition(":")
+    at_value = real(number, "the handoff")
+    if unit:
+        choose("handoff unit", unit, UNITS)
+    return at_value, unit or default_unit(at_value), bridge
 
 
 def _parse_segments(spec: str, n: int | None) -> list[Segment]:
@@ -174,7 +277,7 @@ def _parse_segments(spec: str, n: int | None) -> list[Segment]:
         if word.startswith(RENOISE):
             if renoise is not None:
                 raise InputError("two renoise= stand side by side; expected a segment between.")
-            renoise = _number(word.removeprefix(RENOISE), "renoise")
+            renoise = real(word.removeprefix(RENOISE), "renoise")
             continue
         match = SEGMENT.fullmatch(word)
         if not match:
@@ -187,6 +290,8 @@ def _parse_segments(spec: str, n: int | None) -> list[Segment]:
         words.append(match)
     if renoise is not None:
         raise InputError("renoise= stands last; expected the segment that begins there.")
+    if len(words) > MAX_SEGMENTS:
+        raise InputError(f"the plan has {len(words)} segments; expected at most {MAX_SEGMENTS}.")
     amounts = [match["amount"] for match in words]
     counts = _counts(amounts, n) if n is not None else [_steps(a) for a in amounts]
     return [
@@ -201,7 +306,7 @@ def _steps(amount: str) -> int:
             f"{amount!r} is a share of one schedule, and this plan gives each generator a clock of"
             " its own; write steps, such as small:4/10 large:4."
         )
-    return _whole(amount, "a segment's steps")
+    return whole(amount, "a segment's steps")
 
 
 def _counts(amounts: list[str], n: int) -> list[int]:
@@ -209,55 +314,50 @@ def _counts(amounts: list[str], n: int) -> list[int]:
     what they add up to."""
     if amounts.count("*") > 1:
         raise InputError("only one segment can take the rest ('*').")
-    counts, exact, given = [], 0.0, 0
+    counts, share, total = [], 0.0, 0
     for amount in amounts:
         if amount.endswith("%"):
-            before = round(exact)
-            exact += n * float(amount[:-1]) / 100
-            counts.append(round(exact) - before)
+            before = round(share)
+            share += n * real(amount[:-1], "a segment's percentage", 0, 100) / 100
+            counts.append(round(share) - before)
         else:
-            counts.append(0 if amount == "*" else int(amount))
-        given += counts[-1]
+            counts.append(0 if amount == "*" else whole(amount, "a segment's steps", 0))
+        total += counts[-1]
     if "*" in amounts:
-        counts[amounts.index("*")] = max(0, n - given)
+        counts[amounts.index("*")] = max(0, n - total)
     return counts
 
 
 def _segment(match: re.Match[str], steps: int, renoise: float | None) -> Segment:
     """A segment of its word."""
-    name = choose("segment", match["name"], ("small", "large", "bridge"))
     values = _options(match["options"], match[0])
-    reuse, (shift, solver) = _reuse(values, match[0]), (values.get("shift"), values.get("solver"))
-    if solver is not None:
-        choose("solver", solver, SOLVERS)
     guided = None
     if match["first"]:
-        first, end = (
-            round(float(x[:-1]) * steps / 100) if x.endswith("%") else int(x)
-            for x in (match["first"], match["end"])
+        first, end = (_guided(match[side], steps) for side in ("first", "end"))
+        guided = (first, end)
+    try:
+        return Segment(
+            match["name"],
+            steps,
+            real(match["scale"], "guidance", -MAX_GUIDANCE, MAX_GUIDANCE)
+            if match["scale"]
+            else None,
+            guided,
+            Reuse(values.get("every", 1), values.get("guidance-every", 1), values.get("adaptive")),
+            whole(match["clock"], "a clock") if match["clock"] else None,
+            renoise,
+            values.get("shift"),
+            values.get("solver"),
         )
-        if not 0 <= first < end or first >= steps:
-            raise InputError(
-                f"{cut(match[0], 80)!r} is guided from step {first} to {end} of {steps}; expected"
-                " an interval inside, such as [0:40%]."
-            )
-        guided = (first, min(end, steps))
-    if name == "bridge" and (reuse != Reuse() or guided or solver):
-        raise InputError(
-            f"{cut(match[0], 80)!r}: both generators run in a bridge; guidance intervals, solvers"
-            " and reuse go with small and large segments."
-        )
-    return Segment(
-        name,
-        steps,
-        float(match["scale"]) if match["scale"] else None,
-        guided,
-        reuse,
-        _whole(match["clock"], "a clock") if match["clock"] else None,
-        renoise,
-        shift,
-        solver,
-    )
+    except InputError as error:
+        raise InputError(f"segment {cut(match[0], 80)!r}: {error}") from None
+
+
+def _guided(amount: str, steps: int) -> int:
+    """A guided step: a number, or a percentage of the segment's."""
+    if amount.endswith("%"):
+        return round(real(amount[:-1], "a guided percentage", 0, 100) * steps / 100)
+    return whole(amount, "a guided step", 0)
 
 
 def _options(text: str, word: str) -> dict[str, Any]:
@@ -265,94 +365,106 @@ def _options(text: str, word: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for option in text.split("/")[1:]:
         key, _, value = option.partition("=")
-        choose(
-            "option of a segment", key, ("every", "guidance-every", "adaptive", "shift", "solver")
-        )
+        choose("option of a segment", key, SEGMENT_OPTIONS)
         if key in values:
             raise InputError(f"{cut(word, 80)!r} sets {key} twice.")
-        if key == "adaptive":
-            values[key] = _number(value, "adaptive")
-            if not 0 < values[key] <= 10:
-                raise InputError(
-                    f"adaptive is {value}; expected the relative change that may be estimated, such"
-                    " as 0.05."
-                )
-        elif key == "shift":
-            values[key] = _number(value, "shift")
-            check_shift(values[key])
+        if key in ("adaptive", "shift"):
+            values[key] = real(value, key)
         else:
-            values[key] = value if key == "solver" else _whole(value, key)
+            values[key] = value if key == "solver" else whole(value, key)
     return values
-
-
-def _reuse(values: dict[str, Any], word: str) -> Reuse:
-    if "every" in values and "adaptive" in values:
-        raise InputError(
-            f"{cut(word, 80)!r}: every= fixes which steps are computed and adaptive= finds them;"
-            " expected one of the two."
-        )
-    return Reuse(
-        int(values.get("every", 1)), int(values.get("guidance-every", 1)), values.get("adaptive")
-    )
 
 
 def with_own_steps(spec: str, grid: TimeGrid, small: int | None, large: int | None) -> str:
     """A plan of one schedule as clocks, each generator's of a number of steps of its own: it walks
-    the share of its schedule that the plan gives it.
+    the share of its schedule that the plan gives it. All else of its segments stays: guidance,
+    intervals over the same share of the steps, reuse, solvers.
 
     Args:
         grid: the schedule of the plan. small, large: steps of the generators' whole schedules;
             None: as many as the grid has.
 
     Raises:
-        InputError: a plan in which both generators run at a step, that has clocks, or that does not
-            run a generator whose steps are asked for.
+        InputError: a plan in which both generators run at a step, that has clocks or a schedule,
+            or that does not run a generator whose steps are set; so few steps that a segment would
+            have none.
     """
-    asked = {"small": small, "large": large}
-    if has_clocks(spec):
+    own = {"small": small, "large": large}
+    base, options = split_words(spec)
+    if has_clocks(base) or has_schedule(spec):
         raise InputError(
             f"plan {cut(spec, 80)!r} says each generator's steps; leave out small_steps and"
             " large_steps, or write them there."
         )
-    name, _, value = spec.strip().partition("=")
+    name, _, value = base.partition("=")
     if name == "handoff" and "bridge" not in value:
-        spec = f"{spec},bridge=0"
-    plan = parse_plan(spec, grid)
-    lone = [step.alone for step in plan.steps]
-    if None in lone or name == "auto":
+        base = f"{base},bridge=0"
+    plan = parse_plan(joined(base, options), grid)
+    if name in ("reference", "auto") or any(step.alone is None for step in plan.steps):
         raise InputError(
             f"plan {cut(spec, 80)!r} runs both generators at a step, where they have one clock;"
             " steps of their own go with handoff, small, large and segments."
         )
-    if idle := [n for n, steps in asked.items() if steps is not None and n not in lone]:
+    if idle := [g for g, n in own.items() if n is not None and g not in plan.generators]:
         raise InputError(
-            f"{idle[0]}_steps is {asked[idle[0]]}, and plan {cut(spec, 80)!r} does not run the"
+            f"{idle[0]}_steps is {own[idle[0]]}, and plan {cut(spec, 80)!r} does not run the"
             f" {idle[0]} generator; leave it out, or pass another plan."
         )
-    words, left = [], 1.0
-    edges = [i for i in range(len(lone)) if i == 0 or lone[i] != lone[i - 1]]
-    for first, end in zip(edges, [*edges[1:], len(lone)], strict=True):
-        generator = lone[first]
-        assert generator is not None
-        whole = asked[generator] or len(grid)
-        count = max(1, round((end - first) / len(lone) * whole))
-        if end == len(lone):
-            words.append(f"{generator}:{max(1, round(left * whole))}")
+    parts = _parse_segments(base, len(grid)) if ":" in base.split("=")[0] else _alone(plan)
+    turns = [list(turn) for _, turn in groupby(_merged(parts), key=lambda p: p.generator)]
+    new: list[Segment] = []
+    left = 1.0
+    for k, turn in enumerate(turns):
+        whole_steps = own[turn[0].generator] or len(grid)
+        if k + 1 == len(turns):
+            count = clock = max(1, round(left * whole_steps))
         else:
+            share = sum(p.steps for p in turn) / len(grid)
+            count = max(1, round(share * whole_steps))
             # steps of its schedule that are left, of which it walks these
-            clock = max(count + 1, round(left * whole))
-            words.append(f"{generator}:{count}/{clock}")
+            clock = max(count + 1, round(left * whole_steps))
             left *= 1 - count / clock
-    if len(words) == 1:
-        words = [f"{words[0]}/{words[0].partition(':')[2]}"]
-    return " ".join(words)
+        if count < len(turn):
+            raise InputError(
+                f"{turn[0].generator}_steps is {whole_steps}, of which plan {cut(spec, 80)!r}"
+                f" walks {count} in {len(turn)} segments, and {str(turn[-1])!r} would have none;"
+                " take more steps, or fewer segments."
+            )
+        for part, n in zip(turn, _shares([p.steps for p in turn], count), strict=True):
+            new.append(replace(_resized(part, n), clock=clock))
+            clock -= n
+    new[-1] = replace(new[-1], clock=None if len(new) > 1 else new[-1].steps)
+    return joined(" ".join(map(str, new)), options)
+
+
+def _alone(plan: Plan) -> list[Segment]:
+    """The segments of a plan that is written as no segments."""
+    return [
+        Segment(generator, len(list(steps)))
+        for generator, steps in groupby(s.alone or "" for s in plan.steps)
+    ]
+
+
+def _merged(parts: list[Segment]) -> list[Segment]:
+    """Segments that have steps, neighbours joined where that changes nothing."""
+    merged: list[Segment] = []
+    for part in parts:
+        last = merged[-1] if merged else None
+        plain = part.guided is None and part.reuse == Reuse()
+        if last is not None and plain and last == replace(part, steps=last.steps):
+            merged[-1] = replace(last, steps=last.steps + part.steps)
+        elif part.steps:
+            merged.append(part)
+    return merged
 
 
 def with_shifts(spec: str, shifts: Mapping[str, float]) -> str:
     """A plan with clocks where generators have shifts of their own, unless their segments say
     others."""
-    parts = _parse_segments(spec, None)
-    return " ".join(
+    base, options = split_words(spec)
+    parts = _parse_segments(base, None)
+    words = [
         str(replace(p, shift=shifts.get(p.generator) if p.shift is None else p.shift))
         for p in parts
-    )
+    ]
+    return joined(" ".join(words), options)

@@ -14,13 +14,17 @@ from typing import Any
 import msgspec
 
 from nexus_rt import documents
-from nexus_rt.errors import InputError, ModelError, choose
+from nexus_rt.checks import number, whole
+from nexus_rt.errors import InputError, ModelError, choose, shown
 from nexus_rt.loading.experts import GeneratorSource, transformers_of
 from nexus_rt.loading.lora import Lora
 from nexus_rt.loading.stored import read_metadata
-from nexus_rt.solver import SOLVERS, listed_grid
+from nexus_rt.plan import MAX_GUIDANCE
+from nexus_rt.plan_text import check_plan
+from nexus_rt.solver import MAX_SHIFT, MIN_SHIFT, SOLVERS, listed_grid
 
 METADATA = "nexus_rt.recipe"
+MAX_STEPS = 1000  # that a generator was distilled for
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,22 +48,35 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ModelError: one is not; names it.
         """
         try:
+            if self.steps is not None:
+                whole("steps", self.steps, 1, MAX_STEPS)
+            if self.shift is not None:
+                number("shift", self.shift, MIN_SHIFT, MAX_SHIFT)
+            if self.guidance_scale is not None:
+                number("guidance_scale", self.guidance_scale, -MAX_GUIDANCE, MAX_GUIDANCE)
             if self.solver is not None:
                 choose("solver", self.solver, SOLVERS)
+            if self.plan is not None:
+                check_plan(self.plan)
             if self.timesteps is not None:
-                listed_grid(self.timesteps, self.shift or 1.0)
-                if self.steps not in (None, len(self.timesteps)):
-                    raise InputError(f"{self.steps} steps of {len(self.timesteps)} timesteps")
-            for name, value, low, high in (
-                ("steps", self.steps, 1, 1000),
-                ("shift", self.shift, 1e-3, 1000),
-                ("guidance_scale", self.guidance_scale, -1000, 1000),
-            ):
-                if value is not None and not low <= value <= high:
-                    raise InputError(f"{name} is {value:g}, expected from {low:g} to {high:g}")
+                self._check_timesteps()
         except InputError as error:
             raise ModelError(f"{where}: its recipe cannot be used: {error}") from error
         return self
+
+    def _check_timesteps(self) -> None:
+        if not isinstance(self.timesteps, (tuple, list)) or len(self.timesteps) > MAX_STEPS:
+            raise InputError(
+                f"timesteps are {shown(self.timesteps)}; expected a list of at most {MAX_STEPS}."
+            )
+        for value in self.timesteps:
+            number("a timestep", value, 0.0, 1000.0)
+        listed_grid(self.timesteps, 1.0 if self.shift is None else self.shift)
+        if self.steps not in (None, len(self.timesteps)):
+            raise InputError(
+                f"steps is {self.steps}, and there are {len(self.timesteps)} timesteps; expected"
+                " as many."
+            )
 
 
 RECIPES = {
@@ -98,6 +115,8 @@ def with_recipes(defaults: Any, recipes: Mapping[str, Recipe | None]) -> Any:
         recipe = recipes.get(generator)
         if recipe is None:
             continue
+        if recipe.steps is None and recipe.timesteps is not None:
+            recipe = msgspec.structs.replace(recipe, steps=len(recipe.timesteps))
         values |= {
             f"{generator}_{name}": getattr(recipe, name)
             for name in ("steps", "timesteps", "shift", "solver")

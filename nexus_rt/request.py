@@ -4,24 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
 
 from nexus_rt.checks import callback_tensors, number, switch, whole
-from nexus_rt.errors import InputError, choose, cut
+from nexus_rt.errors import InputError, choose, cut, shown
 from nexus_rt.guidance import Guidance
 from nexus_rt.latents import Generators
-from nexus_rt.plan import GAMMA_W, Plan, Scale
-from nexus_rt.plan_text import has_clocks, parse_plan, scaled, with_own_steps, with_shifts
+from nexus_rt.plan import (
+    GAMMA_W,
+    GENERATORS,
+    MAX_GAMMA_W,
+    MAX_GUIDANCE,
+    MIN_GAMMA_W,
+    Plan,
+    Scale,
+)
+from nexus_rt.plan_text import parse_plan, scaled, with_own_steps, with_shifts
+from nexus_rt.plan_words import SCHEDULE, base_name, has_clocks, has_schedule, real, split_words
 from nexus_rt.prompts import MAX_FRAMES
 from nexus_rt.size import ClipSize
-from nexus_rt.solver import SOLVERS, TimeGrid, listed_grid, time_grid
+from nexus_rt.solver import (
+    MAX_SHIFT,
+    MAX_STEPS,
+    MIN_SHIFT,
+    SOLVERS,
+    TimeGrid,
+    listed_grid,
+    time_grid,
+)
 from nexus_rt.upfb import BlendConfig
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
-MAX_STEPS, MAX_SHIFT, MAX_GUIDANCE, MAX_VIDEOS = 100_000, 1000.0, 1000.0, 256
-MAX_SIDE = 16_384
+MAX_VIDEOS, MAX_SIDE = 256, 16_384
 TIMEOUT = 60.0  # seconds for rewriting all prompts of a call
 
 
@@ -36,6 +53,21 @@ class Schedule:
     timesteps: Sequence[float] | None = None
     small_steps: int | None = None
     large_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        given = self.timesteps
+        if given is None:
+            return
+        try:
+            listed = None if isinstance(given, (str, bytes)) else [float(t) for t in islice(given, MAX_STEPS + 1)]
+        except Exception:  # no list, or what its items raise
+            listed = None
+        if listed is None:
+            raise InputError(
+                f"timesteps are {shown(given)}; expected a descending list of numbers, such as"
+                " [1000, 750, 500, 250]."
+            )
+        object.__setattr__(self, "timesteps", tuple(listed))
 
 
 @dataclass(frozen=True)
@@ -114,10 +146,11 @@ def make_plan(
 
     Raises:
         InputError: an unknown plan, numbers outside their range, arguments that say different
-            numbers of steps, or gamma_w for a plan without the gate.
+            numbers of steps, gamma_w for a plan without the gate, or an argument that the plan's
+            text sets to another value.
     """
     if energy is not None and not isinstance(energy, str):
-        raise InputError(f"energy is {cut(repr(energy), 80)}; expected a name.")
+        raise InputError(f"energy is {shown(energy)}; expected a name.")
     if isinstance(plan, Plan):
         given = {"num_inference_steps": num_inference_steps, "shift": shift, "gamma_w": gamma_w}
         given |= vars(schedule)
@@ -128,22 +161,23 @@ def make_plan(
         return plan.with_energy(energy)
     if plan is not None and not isinstance(plan, str):
         raise InputError(
-            f"plan is {cut(repr(plan), 80)}; expected a Plan, or its words, such as 'handoff=0.3'."
+            f"plan is {shown(plan)}; expected a Plan, or its words, such as 'handoff=0.3'."
         )
     own = vars(defaults) if not published else {**vars(defaults), **PUBLISHED}
     steps = own["num_inference_steps"] if num_inference_steps is None else num_inference_steps
     steps = whole("num_inference_steps", steps, 1, MAX_STEPS)
     scale = own["shift"] if shift is None else shift
-    number("shift", scale, 1e-3, MAX_SHIFT)
+    number("shift", scale, MIN_SHIFT, MAX_SHIFT)
     words = own["plan"] if plan is None else plan
+    _check_options(words, num_inference_steps, shift, energy, gamma_w)
     if published and words.strip() != "reference":
         raise InputError(
             f"plan {cut(words, 80)!r} is not as published: both generators run at every step there;"
             " leave it out."
         )
     if gamma_w is not None:
-        number("gamma_w", gamma_w, 1e-3, 100.0)
-        if words.strip().partition("=")[0] not in ("reference", "auto"):
+        number("gamma_w", gamma_w, MIN_GAMMA_W, MAX_GAMMA_W)
+        if base_name(words) not in ("reference", "auto"):
             raise InputError(
                 f"gamma_w shapes the gate, and plan {cut(words, 80)!r} has none; use 'reference' or"
                 " 'auto'."
@@ -156,7 +190,8 @@ def make_plan(
         )
     own_schedule = None
     if not published:
-        own_schedule = _few_steps(defaults, words, asked, plan is None, scale, schedule)
+        shifts = _own(defaults, "shift") if shift is None else {}  # the call's goes before them
+        own_schedule = _few_steps(defaults, words, asked, scale, shifts, schedule)
     if own_schedule is not None:
         words, grid = own_schedule
     else:
@@ -167,10 +202,51 @@ def make_plan(
     return made if published else made.with_solvers(_own(defaults, "solver"))
 
 
-def default_solver(defaults: Any) -> str:
-    """What walks a call's steps where it names no solver: a pair's own, else "unipc"."""
-    own: str | None = defaults.solver
-    return own or str(PUBLISHED["solver"])
+def _check_options(
+    words: str,
+    num_inference_steps: int | None,
+    shift: float | None,
+    energy: str | None,
+    gamma_w: float | None,
+) -> None:
+    """Raise where a plan's text sets an option to another value than the call."""
+    options = split_words(words)[1]
+    sigmas = options.get("sigmas", "").count(",")
+    if sigmas and num_inference_steps not in (None, sigmas):
+        raise InputError(
+            f"num_inference_steps is {num_inference_steps}, and plan {cut(words, 80)!r} has"
+            f" {sigmas} steps; leave one of the two out."
+        )
+    for name, key, value in (
+        ("num_inference_steps", "steps", num_inference_steps),
+        ("shift", "shift", shift),
+        ("gamma_w", "gamma-w", gamma_w),
+    ):
+        if value is not None and key in options and real(options[key], key) != value:
+            raise InputError(
+                f"{name} is {cut(value, 40)}, and plan {cut(words, 80)!r} sets {key}="
+                f"{cut(options[key], 40)}; leave one of the two out."
+            )
+    if energy is not None and options.get("energy", energy) != energy:
+        raise InputError(
+            f"energy is {cut(energy, 40)!r}, and plan {cut(words, 80)!r} sets"
+            f" {cut(options['energy'], 40)!r}; leave one of the two out."
+        )
+
+
+def with_solver(plan: Plan, solver: str | None, default: str) -> Plan:
+    """A plan as a call's solver walks it (`Plan.walked_by`), or the default one where the call
+    names none.
+
+    Raises:
+        InputError: as `Plan.walked_by`, or the call names a solver, and each step has another.
+    """
+    if solver is not None and not any(s.solver in (None, solver) for s in plan.steps):
+        raise InputError(
+            f"solver is {solver!r}, and plan {cut(plan.name, 120)!r} sets another at every step;"
+            " leave one of the two out."
+        )
+    return plan.walked_by(default if solver is None else solver)
 
 
 def default_solver(defaults: Any) -> str:
@@ -192,19 +268,27 @@ def _own(defaults: Any, name: str) -> dict[str, Any]:
 
 
 def _few_steps(
-    defaults: Any, words: str, asked: bool, own_plan: bool, shift: float, schedule: Schedule
+    defaults: Any,
+    words: str,
+    asked: bool,
+    shift: float,
+    shifts: dict[str, float],
+    schedule: Schedule,
 ) -> tuple[str, TimeGrid] | None:
     """Words and grid of a plan whose generators have schedules of their own: a list of timesteps,
     or numbers of steps; None where the plan has one schedule for all.
 
     Args:
-        asked: whether a number of steps for all is given. own_plan: whether the plan is the pair's.
+        asked: whether a number of steps for all is given. shifts: of the generators that have one
+            of their own.
     """
+    base, options = split_words(words)
     if schedule.timesteps is not None:
-        if has_clocks(words) or schedule.small_steps or schedule.large_steps:
+        own = schedule.small_steps is not None or schedule.large_steps is not None
+        if has_clocks(words) or own or options.keys() & set(SCHEDULE):
             raise InputError(
-                "timesteps are one schedule for both generators; pass a plan without clocks, and"
-                " neither small_steps nor large_steps."
+                "timesteps are one schedule for both generators; pass a plan without clocks or a"
+                " schedule of its own, and neither small_steps nor large_steps."
             )
         if asked:
             raise InputError(
@@ -220,9 +304,13 @@ def _few_steps(
                     f"num_inference_steps is for both generators and {name}_steps for one; leave"
                     " one of the two out."
                 )
-    shifts, explicit = _own(defaults, "shift"), any(given.values())
-    lone = words.strip() if words.strip() in ("small", "large") else None
-    if lone is not None and not explicit and not asked:
+    explicit = any(given.values())
+    if has_schedule(words) and not explicit:
+        return None
+    if "shift" in options:
+        shift, shifts = real(options["shift"], "shift"), {}
+    lone = base if base in GENERATORS else None
+    if lone is not None and not explicit and not asked and "shift" not in options:
         timesteps = _own(defaults, "timesteps").get(lone)
         if timesteps is not None:
             return words, listed_grid(timesteps, shifts.get(lone, shift))
@@ -308,15 +396,14 @@ def make_request(
         InputError: names the argument, what it was and what is expected.
     """
     d = defaults
+    switch("as_published", published)
     own = for_solver(d, solver)
     schedule = Schedule(timesteps, small_steps, large_steps)
     choose("output_type", output_type, OUTPUT_TYPES)
-    if solver is None:
-        solver = PUBLISHED["solver"] if published else default_solver(d)
-    choose("solver", solver, SOLVERS)
+    default = str(PUBLISHED["solver"]) if published else default_solver(d)
+    choose("solver", default if solver is None else solver, SOLVERS)
     if blend is not None and not isinstance(blend, BlendConfig):
-        raise InputError(f"blend is {cut(repr(blend), 80)}; expected a BlendConfig.")
-    switch("as_published", published)
+        raise InputError(f"blend is {shown(blend)}; expected a BlendConfig.")
     size = ClipSize(  # which multiples the sides are of, the pair's VAE says
         whole("width", d.width if width is None else width, 1, MAX_SIDE),
         whole("height", d.height if height is None else height, 1, MAX_SIDE),
@@ -329,12 +416,14 @@ def make_request(
     )
     return GenerationRequest(
         size,
-        make_plan(
-            own, plan, num_inference_steps, shift, energy, gamma_w, published, schedule
-        ).walked_by(solver),
+        with_solver(
+            make_plan(own, plan, num_inference_steps, shift, energy, gamma_w, published, schedule),
+            solver,
+            default,
+        ),
         make_guidance(d, guidance_scale, guidance_scale_2, published),
         blend if blend is not None else PUBLISHED["blend"] if published else BlendConfig(),
-        solver,
+        default if solver is None else solver,
         output_type,
         whole("num_videos_per_prompt", num_videos_per_prompt, 1, MAX_VIDEOS),
         published,

@@ -44,8 +44,9 @@ def extrapolate(sigma: float, last: tuple[float, Tensor], before: tuple[float, T
 class Reused:
     """A generator at work for one call, with what of its last steps can be reused.
 
-    The state begins anew wherever the generator did not run at the step before, or the latents were
-    re-noised.
+    The state begins anew wherever the generator did not run at the step before. Re-noised latents
+    lie on another path, so that velocities before them are of no use; the guidance difference,
+    which is the prompt's, stays for the steps that the plan says.
 
     Args:
         plan: says whether velocities are extrapolated, and so kept.
@@ -60,11 +61,14 @@ class Reused:
         self.extrapolates = any(step.extrapolates(generator.name) for step in plan.steps)
         self.ran: int | None = None
         self._forget()
+        self._forget_velocities()
 
     def _forget(self) -> None:
-        self.computed: list[tuple[float, Tensor]] = []  # (sigma, guided velocity), newest first
         self.difference: Tensor | None = None
         self.stale = True  # the difference, since the step that was to renew it was skipped
+
+    def _forget_velocities(self) -> None:
+        self.computed: list[tuple[float, Tensor]] = []  # (sigma, guided velocity), newest first
         self.inputs: list[Tensor] = []  # latents of the two last computed steps, newest first
         self.previous: Tensor | None = None
         self.change = 0.0
@@ -72,8 +76,10 @@ class Reused:
     def predict(self, latents: Tensor, step: Step, finite: FiniteCheck) -> Prediction:
         """The generator's prediction at a step, computed or reused."""
         name = self.generator.name
-        if self.ran != step.index - 1 or step.renoise:
+        if self.ran != step.index - 1:
             self._forget()
+        if self.ran != step.index - 1 or step.renoise:
+            self._forget_velocities()
         self.ran = step.index
         compute = self._decide(latents, step)
         self.previous = latents

@@ -15,10 +15,15 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from nexus_rt.errors import InputError, choose
+from nexus_rt.checks import switch
+from nexus_rt.errors import InputError, choose, shown
 from nexus_rt.velocity import Prediction, Velocity
 
 TRAIN_STEPS = 1000
+MAX_STEPS = 100_000
+MIN_SHIFT, MAX_SHIFT = 1e-3, 1000.0
+MIN_TIMESTEP = 1e-3  # of a list: a millionth of the noise
+MIN_RENOISE, MAX_RENOISE = 1e-4, 0.9999  # sigmas
 
 
 @dataclass(frozen=True)
@@ -30,14 +35,15 @@ class TimeGrid:
     shift: what the sigmas were shifted by; None where they come from elsewhere.
     restarts: steps that begin on re-noised latents: the step before ends at sigma 0, and the solver
         begins anew.
-    solvers: steps from which another solver than the call's walks, and its name.
+    solvers: steps from which another solver than the call's walks, and its name; a plan's steps
+        hold the same, so that it has no part in whether two grids are equal.
     """
 
     sigmas: tuple[float, ...]
     timesteps: tuple[float, ...]
     shift: float | None = field(default=None, compare=False)
     restarts: tuple[int, ...] = ()
-    solvers: tuple[tuple[int, str], ...] = ()
+    solvers: tuple[tuple[int, str], ...] = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -65,8 +71,33 @@ FIRST = 1 - 1 / TRAIN_STEPS  # u at the first step: sigma = shift u / (1 + (shif
 
 def check_shift(shift: float) -> None:
     """Raise an `InputError` unless a schedule can be shifted by this."""
-    if not (shift > 0 and math.isfinite(shift)):
-        raise InputError(f"shift is {shift}; expected a positive number, such as 5.0.")
+    try:
+        possible = not isinstance(shift, bool) and bool(MIN_SHIFT <= shift <= MAX_SHIFT)
+    except Exception:  # whatever an object's own comparison raises
+        possible = False
+    if not possible:
+        raise InputError(
+            f"shift is {shown(shift)}; expected a number from {MIN_SHIFT:g} to {MAX_SHIFT:g},"
+            " such as 5.0."
+        )
+
+
+def check_levels(grid: TimeGrid) -> TimeGrid:
+    """The grid, whose noise must fall at every step within a leg: solvers divide by the
+    difference of two levels, in float32.
+
+    Raises:
+        InputError: two levels are the same.
+    """
+    for leg in grid.legs():
+        levels = np.array(leg.sigmas, np.float32)
+        if (same := np.flatnonzero(levels[1:] >= levels[:-1])).size:
+            level = leg.sigmas[same[0]]
+            raise InputError(
+                f"a schedule of {len(grid)} steps has noise level {level:g} twice, as float32 has"
+                " it; take fewer steps, timesteps further apart, or a shift nearer to 1."
+            )
+    return grid
 
 
 def shifted(u: float, shift: float) -> float:
@@ -82,18 +113,26 @@ def listed_grid(timesteps: Sequence[float], shift: float) -> TimeGrid:
     sigma. A list that is shifted already goes with shift 1.
 
     Raises:
-        InputError: not descending numbers above 0 and up to 1000.
+        InputError: not descending numbers above 0 and up to 1000, or two that are one noise level.
     """
     check_shift(shift)
-    values = [float(t) for t in timesteps]
+    try:
+        values = [float(t) for t in timesteps[: MAX_STEPS + 1]]
+    except Exception:  # no list, or what its items raise
+        values = []
+        shown_values = shown(timesteps)
+    else:
+        shown_values = ", ".join(f"{v:g}" for v in values[:8]) or "none"
     falls = all(a > b for a, b in pairwise(values))
-    if not values or not falls or not values[-1] > 0 or not values[0] <= TRAIN_STEPS:
+    inside = values and values[-1] >= MIN_TIMESTEP and values[0] <= TRAIN_STEPS
+    if isinstance(timesteps, str) or not falls or not inside or len(values) > MAX_STEPS:
         raise InputError(
-            f"timesteps are {', '.join(f'{v:g}' for v in values[:8]) or 'none'}; expected a"
-            f" descending list from at most {TRAIN_STEPS} to above 0, such as 1000,750,500,250."
+            f"timesteps are {shown_values}; expected a descending list of at most {MAX_STEPS},"
+            f" from at most {TRAIN_STEPS} to at least {MIN_TIMESTEP:g}, such as 1000,750,500,250."
         )
     sigmas = tuple(shifted(v / TRAIN_STEPS, shift) for v in values)
-    return TimeGrid((*sigmas, 0.0), tuple(TRAIN_STEPS * s for s in sigmas), float(shift))
+    grid = TimeGrid((*sigmas, 0.0), tuple(TRAIN_STEPS * s for s in sigmas), float(shift))
+    return check_levels(grid)
 
 
 def clock_grid(
@@ -117,9 +156,12 @@ def clock_grid(
 
     Raises:
         InputError: a clock that walks more steps than it has, or does not end at 0 where it must; a
-            sigma outside (0, 1).
+            sigma outside (0, 1); a shift outside its range; levels of noise that are the same.
     """
-    check_shift(shift)
+    for own in (shift, *(s for s in shifts if s is not None)):
+        check_shift(own)
+    if (total := sum(walked for walked, _ in clocks)) > MAX_STEPS:
+        raise InputError(f"the clocks walk {total} steps in all; expected at most {MAX_STEPS}.")
     renoise = renoise or {}
     exact: list[float] = []
     sigma, restarts = shifted(FIRST, (shifts[0] if shifts else None) or shift), []
@@ -141,10 +183,10 @@ def clock_grid(
             )
         if i in renoise:
             sigma = renoise[i]
-            if not 0 < sigma < 1 or i == 0:
+            if not MIN_RENOISE <= sigma <= MAX_RENOISE or i == 0:
                 raise InputError(
-                    f"renoise={sigma:g} stands between two segments and is a sigma between 0 and 1,"
-                    " such as renoise=0.75."
+                    f"renoise={sigma:g} stands between two segments and is a sigma between 0 and 1"
+                    f" ({MIN_RENOISE:g} to {MAX_RENOISE:g}), such as renoise=0.75."
                 )
             restarts.append(len(exact))
         u = sigma / (own - (own - 1) * sigma)
@@ -152,7 +194,8 @@ def clock_grid(
         sigma = shifted(u * (1 - walked / steps), own)
     sigmas = np.array(exact).astype(np.float32)
     timesteps = (sigmas * np.float32(TRAIN_STEPS)).astype(np.int64)
-    return TimeGrid((*map(float, sigmas), 0.0), tuple(map(int, timesteps)), shift, tuple(restarts))
+    levels = (*map(float, sigmas), 0.0)
+    return check_levels(TimeGrid(levels, tuple(map(int, timesteps)), shift, tuple(restarts)))
 
 
 def time_grid(steps: int, shift: float = 5.0, float64_timesteps: bool = False) -> TimeGrid:
@@ -169,9 +212,17 @@ def time_grid(steps: int, shift: float = 5.0, float64_timesteps: bool = False) -
             float32(0.999), as the published scheduler computes them: a timestep in a few hundred is
             another.
     """
-    if isinstance(steps, bool) or int(steps) != steps or steps < 1:
-        raise InputError(f"num_inference_steps is {steps}; expected a whole number of at least 1.")
+    try:
+        possible = not isinstance(steps, bool) and 1 <= steps <= MAX_STEPS and int(steps) == steps
+    except Exception:  # whatever an object's own comparison raises
+        possible = False
+    if not possible:
+        raise InputError(
+            f"num_inference_steps is {shown(steps)}; expected a whole number of at least 1 and at"
+            f" most {MAX_STEPS}."
+        )
     check_shift(shift)
+    switch("float64_timesteps", float64_timesteps)
     s = np.linspace(float(np.float32(FIRST)) if float64_timesteps else FIRST, 0, int(steps) + 1)[
         :-1
     ]
@@ -180,7 +231,8 @@ def time_grid(steps: int, shift: float = 5.0, float64_timesteps: bool = False) -
     timesteps = (
         exact * TRAIN_STEPS if float64_timesteps else sigmas * np.float32(TRAIN_STEPS)
     ).astype(np.int64)
-    return TimeGrid((*map(float, sigmas), 0.0), tuple(map(int, timesteps)), float(shift))
+    levels = (*map(float, sigmas), 0.0)
+    return check_levels(TimeGrid(levels, tuple(map(int, timesteps)), float(shift)))
 
 
 @dataclass(frozen=True)

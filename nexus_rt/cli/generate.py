@@ -106,7 +106,7 @@ def _generate(
     if not first:
         return 0
     made = made_with(
-        args.prompt, args.negative, seed, latents.plan.name, options, model_words(args)
+        args.prompt, args.negative, seed, latents.plan.text, options, model_words(args)
     )
     if latents.rewriting is not None:
         made["rewritten"] = latents.rewriting.texts[0]

@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         for_solver,
         make_guidance,
         make_plan,
+        with_solver,
     )
     from nexus_rt.size import ClipSize
     from nexus_rt.solver import SOLVERS
@@ -106,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
         args.gamma_w,
         args.as_published,
         Schedule(args.timesteps, args.small_steps, args.large_steps),
-    ).walked_by(solver)
+    )
+    plan = with_solver(plan, args.solver, solver)
     if pipe is not None:
         plan = plan.with_experts(boundaries(pipe.engines))
     guidance = make_guidance(defaults, args.guidance, args.guidance_2, args.as_published)
@@ -121,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
         costs = given_costs(args.costs)
     else:
         costs = measured_costs(pipe, size, blend, solver)
+    print(f"plan: {plan.text}")
     _print_steps(plan, costs, guidance, blend)
     _print_totals(plan, costs, guidance)
     if memory is not None:
@@ -198,7 +201,7 @@ def _configs(pipe: NexusPipeline | None) -> dict[str, WanConfig]:
     from nexus_rt.models.wan import WanConfig
 
     if pipe is None:
-        from nexus_rt.bench.presets import WAN_1_3B, WAN_14B
+        from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
 
         return {n: WanConfig.from_dict(c) for n, c in (("small", WAN_1_3B), ("large", WAN_14B))}
     configs = {}
@@ -230,8 +233,7 @@ def _print_prediction(
             f"{name}, a guided step: linear {p.linear:.1f} ms, attention {p.attention:.1f},"
             f" memory-bound {p.memory:.1f}"
         )
-    decode = vae_ms(size, card)
-    print("VAE: " + ("not counted without diffusers" if decode is None else f"{decode:.0f} ms"))
+    print(f"VAE: {vae_ms(size, card):.0f} ms")
     print(memory_line(configs, size, card))
     print("\n".join(assumptions(card)))
 
@@ -251,7 +253,8 @@ def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendC
         shown = f"{value:6.3f}" if step.blended else "     -"
         running = [name for name in ("small", "large") if getattr(step, name)]
         scales = "/".join(f"{guidance.at(step, name):g}" for name in running)
-        forwards = "/".join(str(step.forwards(name, guidance.at(step, name))) for name in running)
+        counts = (plan.forwards(step, name, getattr(guidance, name)) for name in running)
+        forwards = "/".join(map(str, counts))
         price = plan.step_price(step, costs, guidance.small, guidance.large)
         print(
             f"{step.index:4d} {step.timestep:8.0f} {step.w:6.3f} {shown}  {step.runs:{width}}"
