@@ -23,10 +23,11 @@ from openai.types import Video
 from nexus_rt.errors import ModelError
 from nexus_rt.latents import LatentGrid
 from nexus_rt.loading.pair_folder import MINI, _pair_defaults
+from nexus_rt.serve.connections import bounded_protocol
 from nexus_rt.serve.generate import Clip
 from nexus_rt.serve.problems import JobFailed, WorkerLost
 from nexus_rt.serve.profile import Profile
-from nexus_rt.serve.server import NexusServer, patient_protocol
+from nexus_rt.serve.server import NexusServer
 
 PROMPT = "a striped red circle moves left on a black background"
 
@@ -148,7 +149,7 @@ def serving(server: NexusServer, app=None):
     """A server in a thread of this process; yields its address."""
     config = uvicorn.Config(
         app or server.alone, host="127.0.0.1", port=0, log_config=None, ws="none",
-        timeout_graceful_shutdown=5, http=patient_protocol(),
+        timeout_graceful_shutdown=5, http=bounded_protocol(server.settings),
     )  # fmt: skip
     http = uvicorn.Server(config)
     thread = threading.Thread(target=http.run, daemon=True)

@@ -20,6 +20,7 @@ from starlette.routing import Route
 from nexus_rt.errors import cut
 from nexus_rt.serve import answers
 from nexus_rt.serve.bodies import read_body
+from nexus_rt.serve.connections import bearer
 from nexus_rt.serve.dispatcher import FILES, Dispatcher
 from nexus_rt.serve.events import sse
 from nexus_rt.serve.problems import Problem, no_video, unknown_parameter, wrong
@@ -155,7 +156,8 @@ class Api:
                 " answers localhost alone.",
             )
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        own = {f"{scheme}://{host}".lower() for scheme in ("http", "https")}
+        if origin is not None and origin.lower() not in own:
             raise Problem(
                 403, "origin_not_allowed", "pages of other sites may not use this server."
             )
@@ -166,8 +168,7 @@ class Api:
         Raises:
             Problem: 401; no key, or a wrong one.
         """
-        kind, _, key = request.headers.get("authorization", "").partition(" ")
-        owner = self.settings.owner(key.strip() if kind.lower() == "bearer" else None)
+        owner = self.settings.owner(bearer(request.headers.get("authorization", "")))
         if owner is None:
             raise Problem(
                 401,
@@ -184,7 +185,7 @@ class Api:
             defaults=profile.defaults,
             temporal=profile.grid.time,
             generators=profile.generators,
-            loras=settings.loras(),
+            loras=await self.of.call(settings.loras) if settings.lora_folder else [],
             fps=settings.fps,
             deadline=settings.deadline,
             max_size=settings.max_size,
@@ -277,7 +278,7 @@ class Api:
                 "variant", f"variant is {cut(repr(variant), 80)}; expected {', '.join(FILES)}."
             )
         path = self.of.file(job, variant)
-        if job.status != "completed" or not path.is_file():
+        if job.status != "completed" or not await self.of.call(path.is_file):
             why = f": {job.error_message}" if job.status == "failed" else "; poll until it is."
             raise Problem(
                 404, "content_not_ready", f"video {job.id} is {job.status}, not completed{why}"
@@ -357,14 +358,13 @@ class Api:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """Jobs are run."""
-        if self.of.ready:
+        """Jobs are taken and run, or the reason why not."""
+        if (why := self.of.unready) is None:
             return JSONResponse({"status": "ready"})
-        why = "stopping" if self.of.stopping else "failed" if self.of.problem else "loading"
-        return JSONResponse({"status": why}, 503, {"Retry-After": "5"})
+        return JSONResponse({"status": why[0], "reason": why[1]}, 503, {"Retry-After": "5"})
 
     async def page(self, request: Request) -> Response:
-        path = PAGE / (request.url.path.rpartition("/")[2] or "index.html")
+        path = PAGE / (request.scope["path"].rpartition("/")[2] or "index.html")
         headers = {"Content-Security-Policy": CSP, "Cache-Control": "no-cache"}
         return FileResponse(path, headers=headers, media_type=PAGE_TYPES[path.suffix])
 
@@ -387,7 +387,8 @@ def make_app(server: NexusServer, alone: bool) -> Starlette:
         assert isinstance(error, HTTPException)
         codes = {404: "not_found", 405: "method_not_allowed"}
         code = codes.get(error.status_code, "invalid_request")
-        words = f"{request.method} {cut(request.url.path, 120)}: {error.detail}"
+        # not request.url, which is parsed from the Host header
+        words = f"{request.method} {cut(request.scope['path'], 120)}: {error.detail}"
         headers = dict(error.headers or {})
         return Problem(error.status_code, code, words, headers=headers).response()
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import resource
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from starlette.routing import Route
 
 from nexus_rt.errors import InputError, NexusError
 from nexus_rt.serve.app import Api, make_app
+from nexus_rt.serve.connections import ACCEPT_BURST, bounded_protocol
 from nexus_rt.serve.dispatcher import Dispatcher
 from nexus_rt.serve.runners import Runner, ThreadRunner
 from nexus_rt.serve.settings import Settings
@@ -25,7 +27,7 @@ from nexus_rt.serve.store import Store
 if TYPE_CHECKING:
     from nexus_rt.pipeline import NexusPipeline
 
-SILENT = 30.0  # seconds in which a new connection has to send a request
+BACKLOG = 2048  # connections that the system keeps until they are accepted
 
 
 class NexusServer:
@@ -123,6 +125,13 @@ def run_server(server: NexusServer) -> None:
                 server._dispatcher.hub.close()  # open streams would be waited for
             super().handle_exit(sig, frame)
 
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            for listener in (sock for made in self.servers for sock in made.sockets):
+                # asyncio takes the backlog for what it accepts at once, too
+                with socket.socket(fileno=os.dup(listener.fileno())) as same:
+                    same.listen(BACKLOG)
+
         async def on_tick(self, counter: int) -> bool:
             of = server.dispatcher
             self.failed = of.profile is None and of.problem is not None
@@ -132,15 +141,15 @@ def run_server(server: NexusServer) -> None:
         server.alone,
         host=settings.host,
         port=settings.port,
-        http=patient_protocol(),
+        http=bounded_protocol(settings),
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=settings.max_connections,
+        proxy_headers=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=max(1, round(settings.grace)),
-        backlog=2048,
+        backlog=ACCEPT_BURST,
     )
     # uvicorn raises the signal again when it is done, and then nothing is left to be ended
     before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -152,25 +161,3 @@ def run_server(server: NexusServer) -> None:
             signal.signal(number, handler)
     if http.failed:
         raise NexusError(server.dispatcher.problem)
-
-
-def patient_protocol() -> type[asyncio.Protocol]:
-    """uvicorn's HTTP, which drops a connection that sends no request for `SILENT` seconds."""
-    from uvicorn.protocols.http.auto import AutoHTTPProtocol
-
-    base: Any = AutoHTTPProtocol
-
-    class Patient(base):
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._silent = asyncio.get_running_loop().call_later(SILENT, self._drop)
-
-        def _drop(self) -> None:
-            if self.cycle is None and not self.transport.is_closing():
-                self.transport.close()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._silent.cancel()
-            super().connection_lost(exc)
-
-    return Patient
