@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from nexus_rt.errors import InputError, ModelError, NexusError, choose
 from nexus_rt.loading.packing import check_dense
 from nexus_rt.loading.pair import default_device, default_dtype
 from nexus_rt.loading.pair_folder import Defaults, pair_index
+from nexus_rt.part_files import scratch_folder
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan_text import has_clocks, parse_plan
 from nexus_rt.prompts import MAX_FRAMES
@@ -181,13 +181,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for name in plans:  # a plan that does not parse is raised before anything is measured
         pipe.make_plan(name, None if has_clocks(name) else steps)
     report |= {"prompt": prompt, "size": list(size), "steps": steps, "seed": args.seed}
-    with tempfile.TemporaryDirectory() as place:
+    with scratch_folder("nexus-rt-bench") as place:
         made, failed = [Engine("torch", pipe, make)], []
         for name in dict.fromkeys(engines):
             if name == "torch":
                 continue
             try:
-                made.append(_engine(name, args, pipe, real, size, device, Path(place), notes))
+                made.append(_engine(name, args, pipe, real, size, device, place, notes))
             except NexusError as error:
                 failed += [
                     {

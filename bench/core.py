@@ -15,7 +15,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 
 from nexus_rt.bench.naive import four_filter_blend
 from nexus_rt.costs import median_ms
+from nexus_rt.part_files import scratch_folder
 from nexus_rt.size import ClipSize
 from nexus_rt.upfb import BlendConfig, blend
 
@@ -171,8 +171,8 @@ def bench_load(runs: int, gigabytes: float = 2.2) -> dict:
         )
     }
     for stored, asked in ((torch.bfloat16, "bfloat16"), (torch.float32, "bfloat16")):
-        with tempfile.TemporaryDirectory() as folder:
-            synthetic_folder(Path(folder), gigabytes, stored)
+        with scratch_folder("nexus-rt-bench") as folder:
+            synthetic_folder(folder, gigabytes, stored)
             out = [
                 subprocess.run(
                     [sys.executable, "-c", LOAD, folder, asked],
@@ -217,7 +217,7 @@ def bench_mini(runs: int) -> dict:
 
     prompt = "a striped red circle moves left on a black background"
     walls = []
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder("nexus-rt-bench") as folder:
         for _ in range(runs):
             start = time.perf_counter()
             command = [

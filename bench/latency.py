@@ -8,7 +8,6 @@ folder again and its first call, in this process: packages are imported by then.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from nexus_rt.costs import measure_step_costs, step_calls
 from nexus_rt.devices import synchronize
 from nexus_rt.errors import Cancelled
 from nexus_rt.guidance import Guidance
+from nexus_rt.part_files import scratch_folder
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan import Plan, StepCosts
 from nexus_rt.plan_text import has_clocks
@@ -232,8 +232,7 @@ def suite(
         against.
     """
     base, rows, all_costs = engines[0].pipe, [], []
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with scratch_folder("nexus-rt-bench") as folder:
         both = len(base.engines) > 1
         baseline = "reference" if both else next(iter(base.engines))
         say(f"the reference clip: {baseline} on {engines[0].name}")

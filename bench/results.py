@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import threading
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
@@ -16,9 +15,10 @@ import torch
 
 from nexus_rt import documents
 from nexus_rt.doctor import versions
-from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.errors import InputError, ModelError, cut, readable
 from nexus_rt.loading.experts import GeneratorSource, transformers_of
 from nexus_rt.loading.source import folder_fingerprint
+from nexus_rt.part_files import part_file
 from nexus_rt.plan import engine_name
 
 SCHEMA, KIND = 1, "nexus-rt bench"
@@ -83,16 +83,14 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
+        with part_file(path) as part:
+            part.write_text(readable(text), encoding="utf-8")
+            part.replace(path)
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
         raise InputError(
             f"{path} could not be written ({error}); free some space or write somewhere else."
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 Milliseconds = Annotated[float, msgspec.Meta(gt=0, le=1e12)]

@@ -34,6 +34,7 @@ from nexus_rt.cache import cache_root
 from nexus_rt.devices import synchronize
 from nexus_rt.errors import InputError, NexusError, choose
 from nexus_rt.log import chose
+from nexus_rt.part_files import part_file
 
 EDGE_ROWS = 16  # first queries, and last, that a candidate is compared with float32 on
 ROWS_BETWEEN = 48  # more queries, evenly between
@@ -475,14 +476,11 @@ def _write_cache(known: dict) -> None:
     """Keep decisions; a cache that cannot be written costs a measurement next time and nothing
     else."""
     path = cache_file()
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(known, indent=1))
-        os.replace(part, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        with part_file(path) as part:
+            part.write_text(json.dumps(known, indent=1))
+            os.replace(part, path)
 
 
 @lru_cache(maxsize=4)

@@ -26,11 +26,12 @@ from nexus_rt.checks import check_seed
 from nexus_rt.engines.experts import boundaries
 from nexus_rt.errors import InputError, NexusError, shown
 from nexus_rt.models.vae import rescue_latents
+from nexus_rt.part_files import remove_orphans
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.prompts import Item
 from nexus_rt.request import TIMEOUT, make_request
 from nexus_rt.size import ClipSize, parse_sides
-from nexus_rt.video import SUFFIXES, frame_rate, is_clip, made_with, remove_orphans, save_video
+from nexus_rt.video import SUFFIXES, frame_rate, is_clip, made_with, save_video
 
 # of a call, as `make_request` takes them
 REQUEST_OPTIONS = (
@@ -248,7 +249,7 @@ def run(
         InputError: the folder cannot be made, or another process works on the shard.
     """
     with open_folder(job):
-        remove_orphans(job.folder, f".*.part{job.suffix}")
+        remove_orphans(job.folder)
         counts = {"made": 0, "kept": 0, "failed": 0}
         mine = job.mine(items)
         for kind, name, ending in work(pipe, mine, job, job.results):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -17,6 +15,7 @@ import numpy as np
 
 from nexus_rt.cpu import instruction_sets
 from nexus_rt.errors import InputError, NexusError, choose, cut, shown
+from nexus_rt.part_files import part_file
 from nexus_rt.paths import as_path
 
 if TYPE_CHECKING:
@@ -41,32 +40,14 @@ def check_output(path: str | Path) -> Path:
         raise InputError(
             f"{path.parent} does not exist; make the folder first, or write somewhere else."
         )
-    part = _part(path)
     try:
-        part.touch()
-        part.unlink()
+        with part_file(path):
+            pass
     except OSError as error:
         raise InputError(
             f"{path} cannot be written ({error.strerror}); choose a place you may write to."
         ) from error
     return path
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-
-
-def remove_orphans(folder: Path, pattern: str) -> int:
-    """Remove what killed processes left half-written (`.NAME.PID.part...`); returns how many."""
-    count = 0
-    for path in folder.glob(pattern) if folder.is_dir() else ():
-        match = re.fullmatch(r"\..+\.(\d+)\.part(\.\w+)?", path.name)
-        if not match or int(match[1]) == os.getpid() or Path(f"/proc/{match[1]}").exists():
-            continue
-        with contextlib.suppress(OSError):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-            count += 1
-    return count
 
 
 def frame_rate(fps: Any, name: str = "fps") -> Fraction:
@@ -171,10 +152,10 @@ def save_video(
     path = check_output(path)
     rate, frames, comment = frame_rate(fps), to_uint8(frames, truncate), _comment(metadata)
     writers: dict[str, Callable] = {".mp4": _mp4, ".gif": _gif, ".png": _contact_sheet}
-    part = _part(path)
     try:
-        writers[path.suffix.lower()](frames, part, rate, comment)
-        os.replace(part, path)
+        with part_file(path) as part:
+            writers[path.suffix.lower()](frames, part, rate, comment)
+            os.replace(part, path)
     except NexusError:
         raise
     except OSError as error:
@@ -186,9 +167,6 @@ def save_video(
             f"{path} could not be encoded ({cut(error)}); install av and pillow again, or write"
             " another suffix."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
     return path
 
 

@@ -22,6 +22,7 @@ from nexus_rt import documents
 from nexus_rt.cache import cache_root
 from nexus_rt.engines.manifest import SCHEMA, Manifest, Stored
 from nexus_rt.errors import ModelError, cut
+from nexus_rt.part_files import part_file, part_folder
 
 MANIFEST = "manifest.json"
 READ_AGAIN = 64 << 20  # bytes hashed in some 40 ms
@@ -230,9 +231,9 @@ def trusted_hash(file: Path) -> str:
     digest = file_hash(file)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        part = note.with_name(f"{key}.{os.getpid()}")
-        part.write_text(digest)
-        os.replace(part, note)
+        with part_file(note) as part:
+            part.write_text(digest)
+            os.replace(part, note)
     except OSError:  # a cache that cannot be written costs a reading next time
         pass
     return digest
@@ -304,16 +305,10 @@ def link_tree(source: Path, target: Path) -> None:
 
     `target` must not exist; it appears only when complete.
     """
-    part = target.with_name(f".{target.name}.part-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with part_folder(target) as part:
         for path, place in places(source, part):
             real = path.resolve()  # a hub cache is symlinks to blobs
             try:
                 os.link(real, place)
             except OSError:
                 shutil.copy2(real, place)
-        os.rename(part, target)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise

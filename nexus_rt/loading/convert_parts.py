@@ -4,8 +4,6 @@ VAE; and the folder that appears only when it is complete."""
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,8 @@ from nexus_rt.loading.architecture import (
 from nexus_rt.loading.stored import StoredTensor, find_tensors, read_tensors, renamed
 from nexus_rt.models.umt5 import SHARED, TIED
 from nexus_rt.models.wan import WanConfig
+from nexus_rt.part_files import part_folder
 from nexus_rt.shards import Report, check_shapes, write_json, write_shards
-from nexus_rt.video import remove_orphans
 
 
 def transformer_config(config: WanConfig) -> dict:
@@ -104,16 +102,11 @@ def made_whole(target: Path) -> Iterator[Path]:
         raise InputError(
             f"{target} exists; name a folder that does not, and the conversion will make it."
         )
-    remove_orphans(target.parent, f".{target.name}.*.part")  # of runs that were killed
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        part.mkdir(parents=True)
-        yield part
-        os.replace(part, target)
+        with part_folder(target) as part:
+            yield part
     except OSError as error:
         raise ModelError(
             f"{target} cannot be written ({error.strerror or error}); free some space or choose"
             " another place."
         ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
