@@ -17,7 +17,7 @@ from nexus_rt.plan import Step
 from nexus_rt.progress import progress_bar
 from nexus_rt.request import CallInputs, GenerationRequest
 from nexus_rt.reuse import ReuseError
-from nexus_rt.rewriting import Rewriting, check_rewrite
+from nexus_rt.rewriting import Rewriting, check_rewrite, is_off
 from nexus_rt.sampling import denoise
 from nexus_rt.step_runners import Change, Prompt
 
@@ -80,7 +80,8 @@ class Call:
             inputs.prompt, inputs.negative_prompt, inputs.embeds, inputs.max_sequence_length
         )
         check_rewrite(inputs.rewrite, None if inputs.prompt is None else count)
-        if inputs.rewrite not in (None, "off") and "large" not in plan.generators:
+        rewrites = inputs.rewrite is not None and not is_off(inputs.rewrite)
+        if rewrites and "large" not in plan.generators:
             raise InputError(
                 f"rewrite is what the large generator reads, and plan {plan.name!r} does not run"
                 " it; leave rewrite out, or pass another plan."

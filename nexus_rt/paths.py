@@ -33,10 +33,10 @@ def as_path(name: str, value: Any) -> Path:
             f"{name} is {shown(str(value), 120)}, and there is no home folder for its '~' here;"
             " write the whole path."
         ) from None
-    except (OSError, ValueError, TypeError) as error:  # too long, NUL, half a surrogate pair
+    except Exception as error:  # too long, NUL, half a surrogate pair, another's __fspath__
         reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{name} is {shown(str(value), 120)}, which cannot be used ({reason}); pass another"
+            f"{name} is {shown(value, 120)}, which cannot be used ({reason}); pass another"
             " path."
         ) from None
     return path

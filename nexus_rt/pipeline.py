@@ -57,6 +57,7 @@ from nexus_rt.rewriting import (
     Rewriter,
     Rewriting,
     check_rewrite,
+    is_off,
     rewrite_prompts,
 )
 from nexus_rt.size import BuiltSizes, ClipSize
@@ -165,7 +166,7 @@ class NexusPipeline(PipelineModels):
         instance("plan", plan, Plan, "a Plan, as `make_plan` makes one")
         whole("videos", videos, 1, MAX_VIDEOS)
         switch("guided", guided)
-        vram = None if vram is None else parse_bytes(str(vram))
+        vram = None if vram is None else parse_bytes(vram)
         return plan_residency(
             plan.with_experts(boundaries(self.engines)),
             self.call_parts(size, videos * (1 + guided)),
@@ -238,11 +239,18 @@ class NexusPipeline(PipelineModels):
         as_published: bool = False,
     ) -> str | list[str] | Rewriter | None:
         """What a call with these arguments rewrites by: what was asked, else the pair's default;
-        None where the large generator reads the prompt, or does not run in the plan."""
+        None where the large generator reads the prompt, or does not run in the plan.
+
+        Raises:
+            InputError: no Plan.
+        """
+        switch("as_published", as_published)
+        if plan is not None:
+            instance("plan", plan, Plan, "a Plan, as `make_plan` makes one")
         if rewrite is None and self.context is not None and not as_published:
             rewrite = self.defaults.rewrite
         runs = plan is None or "large" in plan.generators
-        return rewrite if runs and rewrite != "off" else None
+        return rewrite if runs and not is_off(rewrite) else None
 
     def rewrite(
         self,
@@ -321,7 +329,9 @@ class NexusPipeline(PipelineModels):
         Raises:
             InputError: a size that the models do not make, or other numbers of generators.
         """
-        if isinstance(size, int):  # batch, num_frames, height, width, generator: one release more
+        if (
+            isinstance(size, int) and old
+        ):  # batch, num_frames, height, width, generator: one release more
             frames, height, (width, *rest) = size, generator, old
             warn_old("prepare_latents(batch, num_frames, height, width)", "a ClipSize")
             size, generator = ClipSize(width, height, frames), rest[0] if rest else None
@@ -356,6 +366,7 @@ class NexusPipeline(PipelineModels):
             InputError: the size is no multiple of the models', or engines were built for others.
             ModelError: frames are asked for, and there is no VAE.
         """
+        choose("output_type", output_type, OUTPUT_TYPES)
         self.grid.check(size)
         for built in self.built_sizes:
             built.check(size)

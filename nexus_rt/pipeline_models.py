@@ -46,6 +46,19 @@ def _source(name: str, value: Any) -> None:
             raise InputError(f"{name} is {shown(one)}; expected a folder, a file or a hub id.")
         if isinstance(one, str) and not one.strip():
             raise InputError(f"{name} is empty; expected a folder, a file or a hub id.")
+        for part in str(one).split(",") if one is not None else ():
+            as_path(name, part)
+
+
+def _loras(name: str, source: Any) -> tuple[Lora, ...]:
+    """The LoRAs of one of a call's arguments."""
+    several = source if isinstance(source, (list, tuple)) else (source,)
+    for one in several:
+        if not isinstance(one, (str, Path, Lora)):
+            raise InputError(
+                f"{name} holds {shown(one)}; expected FILE or FILE@SCALE, or a list of them."
+            )
+    return parse_loras(several)
 
 
 def _settings(
@@ -265,9 +278,9 @@ class PipelineModels(Attributes):
             choose("backend", backend, GENERATOR_BACKENDS)
             check_weights(weights)
             loras = {
-                n: parse_loras(sources)
+                n: own
                 for n, sources in (("small", small_lora), ("large", large_lora))
-                if sources
+                if (own := _loras(f"{n}_lora", sources))
             }
             given = {"small": small, "large": large, "vae": vae}
             given |= {"text_encoder": text_encoder, "tokenizer": tokenizer}
@@ -373,9 +386,7 @@ class PipelineModels(Attributes):
                 weights in the artefact.
             ModelError: a LoRA that does not fit; nothing has changed then.
         """
-        asked = {
-            n: parse_loras(s) for n, s in (("small", small), ("large", large)) if s is not None
-        }
+        asked = {n: _loras(n, s) for n, s in (("small", small), ("large", large)) if s is not None}
         with self._calling:
             change_loras(self.engines, asked)
             for name in asked:

@@ -59,10 +59,10 @@ class Schedule:
         if given is None:
             return
         try:
-            listed = None if isinstance(given, (str, bytes)) else [float(t) for t in islice(given, MAX_STEPS + 1)]
+            listed = [float(t) for t in islice(given, MAX_STEPS + 1)]
         except Exception:  # no list, or what its items raise
             listed = None
-        if listed is None:
+        if listed is None or isinstance(given, (str, bytes)):
             raise InputError(
                 f"timesteps are {shown(given)}; expected a descending list of numbers, such as"
                 " [1000, 750, 500, 250]."

@@ -24,7 +24,7 @@ from urllib.request import Request, urlopen
 
 import torch
 
-from nexus_rt.errors import InputError, ModelError, RewriteError, cut
+from nexus_rt.errors import InputError, ModelError, RewriteError, cut, shown
 from nexus_rt.loading.pretrained import check_config, pretrained
 from nexus_rt.loading.source import require_safetensors
 from nexus_rt.log import logger
@@ -53,6 +53,11 @@ class Rewriting:
     ms: float = 0.0
 
 
+def is_off(rewrite: Any) -> bool:
+    """Whether a call's `rewrite` is the word for none."""
+    return isinstance(rewrite, str) and rewrite == "off"
+
+
 def check_rewrite(rewrite: Any, prompts: int | None) -> None:
     """Raise an `InputError` unless `rewrite` is one that a call of this many prompts (None: of
     embeddings) can take."""
@@ -64,10 +69,10 @@ def check_rewrite(rewrite: Any, prompts: int | None) -> None:
     known = rewrite is None or callable(rewrite) or texts is not None
     if not known and not (isinstance(rewrite, str) and rewrite.strip()):
         raise InputError(
-            f"rewrite is {cut(repr(rewrite), 80)}; expected 'auto', 'off', a text for the large"
+            f"rewrite is {shown(rewrite)}; expected 'auto', 'off', a text for the large"
             " generator, or a function of a prompt."
         )
-    if prompts is None and rewrite not in (None, "off"):
+    if prompts is None and rewrite is not None and not is_off(rewrite):
         raise InputError(
             "rewrite goes with prompt; pass prompt_embeds_2, the large generator's, beside"
             " prompt_embeds."
@@ -100,7 +105,7 @@ def rewrite_prompts(
     if not isinstance(rewrite, str) and not callable(rewrite):
         return Rewriting(list(rewrite))
     source: Any = rewrite
-    if rewrite == "auto":
+    if isinstance(rewrite, str):  # "auto"
         if model is None:
             raise InputError(
                 "rewrite='auto' asks the pair's understanding model, and this pair has none; pass"
@@ -134,7 +139,7 @@ def _ask(source: Any, prompt: str, deadline: float) -> str:
         answer = _within(lambda: source(prompt), left)
     text = " ".join(answer.split()) if isinstance(answer, str) else ""
     if not text:
-        raise ModelError(f"the answer is {cut(repr(answer), 80)}; expected a text")
+        raise ModelError(f"the answer is {shown(answer)}; expected a text")
     return text
 
 

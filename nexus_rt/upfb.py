@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from nexus_rt.block_ops import choose_ops
+from nexus_rt.checks import instance, number, whole
 from nexus_rt.devices import hold, send
-from nexus_rt.errors import InputError, choose, cut
+from nexus_rt.errors import InputError, choose
 from nexus_rt.kernels.formulas import ENERGIES, EPS, target_energy
 from nexus_rt.velocity import Prediction, Velocity
 
@@ -61,19 +62,14 @@ class BlendConfig:
     def __post_init__(self) -> None:
         choose("split", self.split, SPLITS)
         choose("lowpass", self.lowpass, LOWPASSES)
+        for name in ("gamma_hf", "sigma_min", "sigma_max", "rho_min", "rho_max"):
+            object.__setattr__(self, name, number(name, getattr(self, name), -MAX_WIDTH, MAX_WIDTH))
+        object.__setattr__(self, "order", whole("order", self.order, 1, MAX_ORDER))
         if not 0 <= self.gamma_hf <= 1:
             raise InputError(f"gamma_hf is {self.gamma_hf}; expected a share between 0 and 1.")
         if not 0 < self.sigma_min <= self.sigma_max or not 0 < self.rho_min <= self.rho_max:
             raise InputError(
                 "sigma_min and rho_min must be positive and not above sigma_max and rho_max."
-            )
-        for name, value in (("sigma_max", self.sigma_max), ("rho_max", self.rho_max)):
-            if value > MAX_WIDTH:
-                raise InputError(f"{name} is {cut(value, 40)}; expected at most {MAX_WIDTH:g}.")
-        if not 1 <= self.order <= MAX_ORDER:
-            raise InputError(
-                f"order is {cut(self.order, 40)}; a Butterworth low-pass has order 1 to"
-                f" {MAX_ORDER} here."
             )
 
     def sigma(self, w: float) -> float:
@@ -386,6 +382,21 @@ def blend(
         InputError: shapes differ, w outside 0..1, an unknown energy, or a generator missing that
             the blend needs.
     """
+    for name, velocity in (("v_small", v_small), ("v_large", v_large)):
+        if velocity is not None:
+            kind = instance(name, velocity, Tensor, "a tensor [B, C, T, H, W], or None").dtype
+            if velocity.ndim != 5 or not kind.is_floating_point:
+                raise InputError(
+                    f"{name} is {list(velocity.shape)} of {kind}; expected a floating-point tensor"
+                    " [B, C, T, H, W]."
+                )
+    if v_small is not None and v_large is not None and v_small.device != v_large.device:
+        raise InputError(
+            f"v_small is on {v_small.device} and v_large on {v_large.device}; expected one device."
+        )
+    number("w", w, -MAX_WIDTH, MAX_WIDTH)
+    instance("config", config, BlendConfig, "a BlendConfig")
+    choose("energy", energy, ENERGIES)
     single = lambda v: v.float() if v.dtype == torch.float64 else v
     small, large = (
         None if v is None else Prediction.of(single(v), 1.0) for v in (v_small, v_large)

@@ -238,7 +238,7 @@ def test_where_there_is_room(tiny_pipe, monkeypatch):
     need = tiny_pipe.vae.working_bytes(ClipSize(48, 32, 5))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 60)
-    monkeypatch.setattr(tiny_pipe, "device", torch.device("cuda"))
+    monkeypatch.setitem(vars(tiny_pipe), "device", torch.device("cuda"))
     # what PyTorch holds and does not use is free too
     for free, wanted in (
         (need - 40, True),

@@ -35,7 +35,8 @@ class Deadly(NexusPipeline):
 def make(said):
     pipe = NexusPipeline.from_pretrained(said["pair"])
     pipe.set_progress_bar_config(disable=True)
-    pipe.__class__, pipe.marker = Deadly, Path(said["marker"])
+    pipe.__class__ = Deadly
+    vars(pipe)["marker"] = Path(said["marker"])
     return pipe
 
 

@@ -317,9 +317,9 @@ def test_a_fresh_seed_is_printed_and_makes_the_same_clip(tiny_pair, tmp_path, ca
     [
         (("--seed", 2**64), "--seed is 18446744073709551616"),
         (("--seed", -2), "--seed is -2"),
-        (("--size", "0x0"), "--size has 0"),
+        (("--size", "0x0"), "width is 0; expected a whole number of at least 1"),
         (("--size", "1000000x1000000"), "width is 1000000"),
-        (("--frames", 0), "--frames has 0"),
+        (("--frames", 0), "num_frames is 0; expected a whole number of at least 1"),
         (("--frames", 10**9), "num_frames is"),
         (("--steps", 10**9), "num_inference_steps is"),
         (("--shift", "1e30"), "shift is"),
