@@ -62,9 +62,7 @@ def parts(draw, steps, clocks=False, generator=GENERATOR):
 
 @st.composite
 def bridges(draw, steps):
-    return Segment(
-        "bridge", steps, draw(NONE | st.floats(0.5, 9.0)), solver=draw(NONE | SOLVER)
-    )
+    return Segment("bridge", steps, draw(NONE | st.floats(0.5, 9.0)), solver=draw(NONE | SOLVER))
 
 
 @st.composite

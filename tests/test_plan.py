@@ -3,15 +3,20 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from nexus_rt import plan as plans
-from nexus_rt.errors import InputError
-from nexus_rt.plan import Segment, StepCosts, gate
-from nexus_rt.plan_text import parse_plan
-from nexus_rt.solver import time_grid
+from nexus_rt.errors import InputError, NexusError
+from nexus_rt.loading.pair_folder import Defaults
+from nexus_rt.plan import Reuse, Segment, StepCosts, gate
+from nexus_rt.plan_text import check_plan, parse_plan
+from nexus_rt.plan_words import exact
+from nexus_rt.request import Schedule, make_plan
+from nexus_rt.solver import make_solver, time_grid
+from tests.plans import all_plans
 
 COSTS = StepCosts(
     small=3.0, small_guided=5.0, large=11.0, large_guided=19.0, blend=0.25, solver=0.125
@@ -241,3 +246,224 @@ def test_a_plan_made_for_another_grid_is_refused():
 def test_short_schedules_still_plan(n):
     for spec in ("reference", "small", "large", "auto=0.02", "handoff=0.7"):
         assert len(parse_plan(spec, time_grid(n))) == n
+
+
+@given(all_plans())
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_plan_has_one_exact_text(plan):
+    assert parse_plan(plan.name, plan.grid) == plan
+    back = parse_plan(plan.text, time_grid(7, 2.0))
+    assert back == plan and back.grid.shift == plan.grid.shift
+    assert (back.text, back.identity) == (plan.text, plan.identity)
+    assert check_plan(plan.text) == plan.text
+    # as a call takes it, whatever the pair's own schedule
+    assert make_plan(Defaults(num_inference_steps=9, shift=3.0), plan.text) == plan
+
+
+@given(all_plans(), all_plans())
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_plans_that_differ_in_a_step_differ_in_text(one, other):
+    same = one.steps == other.steps and one.grid == other.grid
+    assert (one.identity == other.identity) == same
+    assert same or one.text != other.text
+    if one.grid == other.grid:
+        assert same or one.name != other.name
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("handoff=0.3", "handoff=0.3,bridge=0"),
+        ("handoff=sigma:0.9", "handoff=0.9,bridge=4"),
+        ("handoff=850", "handoff=850.5,bridge=0"),
+        ("auto=0.02", "auto=0.0200001"),
+        ("auto=0.02", "auto=0.02 gamma-w=0.3000001"),
+        ("reference", "reference energy=none"),
+        ("small:10 large:40@3.0000001", "small:10 large:40@3"),
+        ("small:10 large:40/adaptive=0.050000001", "small:10 large:40/adaptive=0.05"),
+        ("small:4/10 large:4/shift=3.00000001", "small:4/10 large:4/shift=3"),
+        ("small:4 renoise=0.7500001 large:4", "small:4 renoise=0.75 large:4"),
+        ("large shift=3", "large"),
+        ("large solver=euler", "large"),
+        ("large:50/solver=lcm", "large:50/solver=euler"),
+        ("large large-boundary=0.9", "large large-boundary=0.8"),
+        ("large steps=50 shift=5 timesteps=float64", "large steps=20"),
+        ("large sigmas=0.9,0.5,0", "large sigmas=0.9,0.500001,0"),
+    ],
+)
+def test_two_plans_have_two_texts(one, other):
+    first, second = parse_plan(one, GRID), parse_plan(other, GRID)
+    assert first.text != second.text
+    assert (first.identity == second.identity) == (first.steps == second.steps)
+
+
+def test_a_text_of_another_spelling_is_the_same_plan():
+    for spec, name in (
+        (" handoff=fraction:0.30 ", "handoff=0.3,bridge=5"),
+        ("handoff=9.0e2,bridge=0", "handoff=900,bridge=0"),
+        ("small:20%  bridge:10% large:*@1.50", "small:10 bridge:5 large:35@1.5"),
+        ("auto gamma-w=0.30", "auto=0.02"),
+        ("reference energy=reference", "reference"),
+        ("large:50@2[0:100%]/every=1", "large:50@2[0:50]"),
+    ):
+        assert parse_plan(spec, GRID).name == name
+    assert parse_plan("reference", GRID).text == "reference steps=50 shift=5"
+    assert parse_plan("small:4/10 large:4", GRID).text == "small:4/10 large:4 shift=5"
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_a_numbers_word_is_the_number(value):
+    assert float(exact(value)) == value and not exact(value).endswith(".0")
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("large:*/10", "'\\*' is a share of one schedule"),
+        ("small:10 large:*/4@2", "'\\*' is a share of one schedule"),
+        ("small:30%/10 large:*", "'30%' is a share of one schedule"),
+        ("small:4/10 large:4 steps=8", "steps= is of one schedule for all"),
+        ("large energy=loud", "unknown energy"),
+        ("handoff=0.3 gamma-w=0.5", "gamma-w=0.5 has no part in plan"),
+        ("large small-solver=euler", "small-solver=euler has no part"),
+        ("large:50/solver=lcm solver=euler", "solver=euler has no part"),
+        ("small large-boundary=0.5", "large-boundary=0.5 has no part"),
+        ("large large-boundary=1.5", "expected a number from 0 to 1"),
+        ("large energy=none energy=none", "sets energy twice"),
+        ("handoff=0.3,bridge=1,bridge=2", "sets bridge twice"),
+        ("steps=50 large", "stands after steps="),
+        ("large timesteps=900,500", "expected float64, or sigmas="),
+        ("large sigmas=0.5,0.9,0", "falling noise levels"),
+        ("large sigmas=0.9", "at least two falling"),
+        ("large sigmas=0.9,0.5,0 timesteps=900", "expected 2 from 0"),
+        ("large sigmas=0.9,0.89999999999,0", "noise level 0.9 twice"),
+        ("", "expected a Plan, or its words"),
+    ],
+)
+def test_what_a_text_cannot_say_is_refused_by_name(spec, words):
+    with pytest.raises(InputError, match=words):
+        parse_plan(spec, GRID)
+
+
+ODD = [
+    "9" * 5000,
+    "1e400",
+    "-1",
+    "1e-40",
+    "1e30",
+    "0",
+    "nan",
+    "inf",
+    "1_0",
+    "\u0663",
+    "\ud800",
+    "\x00",
+    "",
+]
+FORMS = [
+    "handoff={}",
+    "handoff=sigma:{}",
+    "handoff=0.3,bridge={}",
+    "auto={}",
+    "auto=0.02 gamma-w={}",
+    "small:{} large:*",
+    "small:{}% large:*",
+    "small:4/{} large:4",
+    "small:4/10 large:4/shift={}",
+    "small:4/10 large:4 shift={}",
+    "small:4 renoise={} large:4",
+    "large:50@{}",
+    "large:50@3[0:{}]",
+    "large:50@3[{}%:100%]",
+    "large:50/every={}",
+    "large:50/guidance-every={}",
+    "large:50/adaptive={}",
+    "large:50/solver={}",
+    "large large-boundary={}",
+    "large steps={}",
+    "large sigmas=0.9,{},0",
+    "large sigmas=0.9,0 timesteps={}",
+    "{}",
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", ODD, ids=range(len(ODD)))
+def test_absurd_values_are_refused_or_finite(form, value):
+    """No value overflows, makes two levels of noise one, or is read as another number."""
+    try:
+        plan = parse_plan(form.format(value), GRID)
+    except NexusError as error:
+        assert len(str(error)) < 800 and str(error).encode()
+        return
+    assert parse_plan(plan.text, GRID) == plan
+    levels = np.array(plan.grid.sigmas, np.float32)
+    assert np.isfinite(levels).all()
+    for leg in plan.grid.legs():
+        assert (np.diff(np.array(leg.sigmas, np.float32)) < 0).all()
+        make_solver("euler", leg)
+        if leg.sigmas[0] < 1:
+            table = make_solver("unipc", leg).table
+            scalars = [x for s in table for x in (*(s.corrector or ()), *s.predictor)]
+            assert np.isfinite(np.array(scalars, np.float32)).all()
+    for step in plan.steps:
+        scales = [step.scale(g, 1.0) for g in ("small", "large")]
+        assert np.isfinite([step.w, step.timestep, *scales]).all() and max(scales) <= 1000
+
+
+@pytest.mark.parametrize("form", ["small:4/10 large:4/shift={}", "large shift={}"])
+@pytest.mark.parametrize("value", ["1e-40", "1e-4", "1e9", "0"])
+def test_a_shift_in_a_plan_has_a_range(form, value):
+    with pytest.raises(InputError, match=r"shift is .*; expected a number from 0.001 to 1000"):
+        parse_plan(form.format(value), GRID)
+
+
+def test_segments_are_checked_where_they_are_made():
+    for wrong, words in (
+        (dict(generator="medium", steps=3), "unknown segment"),
+        (dict(generator="large", steps=2.5), "expected a whole number"),
+        (dict(generator="large", steps=3, guidance=math.nan), "guidance"),
+        (dict(generator="large", steps=3, guidance=1e30), "from -1000 to 1000"),
+        (dict(generator="large", steps=3, guided=(3, 5)), "expected an interval inside"),
+        (dict(generator="large", steps=3, shift=1e-40), "from 0.001 to 1000"),
+        (dict(generator="large", steps=3, solver="heun"), "unknown solver"),
+        (dict(generator="bridge", steps=3, reuse=Reuse(2)), "reuse go with small and large"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Segment(**wrong)
+    for wrong in (dict(every=0), dict(guidance_every=0), dict(threshold=math.nan)):
+        with pytest.raises(InputError):
+            Reuse(**wrong)
+    for part in (Segment("large", 4, clock=9), Segment("large", 4, renoise=0.5)):
+        with pytest.raises(InputError, match="make it with `clocked`"):
+            plans.segments(time_grid(4), [part])
+
+
+def test_a_call_and_a_plans_text_say_one_thing():
+    text = parse_plan("handoff=0.4 energy=none", time_grid(20, 3.0)).text
+    pair = Defaults()
+    assert make_plan(pair, text, 20, 3.0, energy="none").text == text
+    for options, words in (
+        (dict(num_inference_steps=30), "num_inference_steps is 30, and plan"),
+        (dict(shift=5.0), "shift is 5.0, and plan"),
+        (dict(energy="progressive"), "energy is 'progressive', and plan"),
+        (dict(schedule=Schedule([900, 500])), "without clocks or a schedule of its own"),
+        (dict(schedule=Schedule(None, 4)), "says each generator's steps"),
+    ):
+        with pytest.raises(InputError, match=words):
+            make_plan(pair, text, **options)
+    with pytest.raises(InputError, match=r"gamma_w is 0.3, and plan"):
+        make_plan(pair, "auto gamma-w=0.5", gamma_w=0.3)
+    with pytest.raises(InputError, match="num_inference_steps is 5, and plan"):
+        make_plan(pair, "large sigmas=0.9,0.5,0", 5)
+
+
+def test_a_plan_of_one_pairs_experts_is_not_anothers():
+    plan = parse_plan("large", GRID).with_experts({"large": 0.875})
+    assert plan.name == "large large-boundary=0.875" and plan.with_experts({"large": 0.875}) == plan
+    for boundaries, words in (({"large": 0.9}, "has 0.9"), ({}, "has no experts")):
+        with pytest.raises(InputError, match=words):
+            plan.with_experts(boundaries)
+    for share in (-0.1, 1.5, math.nan):
+        with pytest.raises(InputError, match="boundary"):
+            parse_plan("large", GRID).with_experts({"large": share})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from nexus_rt.cli.arguments import models, real_number, running, walk
 from nexus_rt.cli.pipeline import check_device, make_blend, make_pipeline
 from nexus_rt.errors import InputError, choose, shown
+from nexus_rt.plan_words import exact
 
 if TYPE_CHECKING:
     from nexus_rt.bench.roofline import Card
@@ -123,9 +124,9 @@ def run(args: argparse.Namespace) -> int:
         costs = given_costs(args.costs)
     else:
         costs = measured_costs(pipe, size, blend, solver)
-    print(f"plan: {plan.text}")
     _print_steps(plan, costs, guidance, blend)
     _print_totals(plan, costs, guidance)
+    print(f"plan with its schedule: {plan.text}")
     if memory is not None:
         print(memory.table())
     if pipe is not None and (args.weights or args.quantize):
@@ -252,12 +253,12 @@ def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendC
         value = blend.sigma(step.w) if gaussian else blend.cutoff(step.w)
         shown = f"{value:6.3f}" if step.blended else "     -"
         running = [name for name in ("small", "large") if getattr(step, name)]
-        scales = "/".join(f"{guidance.at(step, name):g}" for name in running)
+        scales = "/".join(f"{exact(guidance.at(step, name))}" for name in running)
         counts = (plan.forwards(step, name, getattr(guidance, name)) for name in running)
         forwards = "/".join(map(str, counts))
         price = plan.step_price(step, costs, guidance.small, guidance.large)
         print(
-            f"{step.index:4d} {step.timestep:8.0f} {step.w:6.3f} {shown}  {step.runs:{width}}"
+            f"{step.index:4d} {step.timestep:8.6g} {step.w:6.3f} {shown}  {step.runs:{width}}"
             f" {scales:>11} {price:10.2f}  {', '.join([forwards, *_notes(step)])}"
         )
 
@@ -267,7 +268,7 @@ def _notes(step: Step) -> list[str]:
     notes = ["re-noised"] if step.renoise else []
     notes += [compute for g in ("small", "large") if (compute := step.compute(g)) != "full"]
     if step.threshold is not None:
-        notes.append(f"velocity below {step.threshold:g}")
+        notes.append(f"velocity below {exact(step.threshold)}")
     return notes
 
 
