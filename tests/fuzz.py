@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from nexus_rt import documents
 from nexus_rt.errors import NexusError
+from tests import fuzz_files
 from tests.omnivideo import make_llm
 
 ODD = [
@@ -541,4 +542,5 @@ def make_targets(pair, steered, work):
                 False,
             ),
         ]
-    return targets
+    (work / "files").mkdir()
+    return targets + fuzz_files.make_targets(pair, work / "files", Target, mutated)

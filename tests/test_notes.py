@@ -215,6 +215,20 @@ def test_harmless_fields_change_nothing(tmp_path):
     assert kinds == {notes.USED, notes.CHECKED, notes.HARMLESS}
 
 
+def test_the_documentation_has_every_field():
+    from pathlib import Path
+
+    page = Path(__file__).parents[1] / "docs" / "checkpoints.md"
+    _, _, section = page.read_text().partition("### What a quantised file says of itself")
+    rows = [line.split("|") for line in section.partition("\n## ")[0].splitlines() if "|" in line]
+    table = [row[2:5] for row in rows[2:]]
+    assert len(table) == len(notes.FIELDS)
+    for cells, fields in zip(table, notes.FIELDS.values(), strict=True):
+        for cell, effect in zip(cells, (notes.USED, notes.CHECKED, notes.HARMLESS), strict=True):
+            wanted = [f"`{name}`" for name, (kind, _) in fields.items() if kind == effect]
+            assert sorted(filter(None, cell.strip().split(", "))) == sorted(wanted)
+
+
 @pytest.mark.parametrize("shape, blocks", [((4, 2), (64, 128)), ((256, 2), (1, 128))])
 def test_a_group_size_is_that_of_the_blocks(tmp_path, shape, blocks):
     raw = torch.randint(-100, 100, (256, 256)).to(torch.int8)

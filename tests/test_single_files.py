@@ -450,6 +450,34 @@ def _field(number, value):
     return varint(number << 3) + varint(value)
 
 
+def charsmap(texts):
+    """A normaliser's table that replaces keys by texts, of one block of 256 units a byte."""
+    import struct
+
+    body, starts = b"", {}
+    for key, text in texts.items():
+        starts[key], body = len(body), body + text.encode() + b"\0"
+    prefixes = sorted({key.encode()[:n] for key in texts for n in range(len(key.encode()))})
+    block = {prefix: 256 * i for i, prefix in enumerate(prefixes)}
+    units = [0] * (256 * (len(prefixes) + len(texts)))
+    wide = lambda offset: offset << 10 if offset < 2**21 else (offset >> 8) << 10 | 512
+    last = 256 * len(prefixes)
+    units[0] = wide(0)
+    for path in sorted(
+        {key.encode()[:n] for key in texts for n in range(1, len(key.encode()) + 1)}
+    ):
+        place = block[path[:-1]] ^ path[-1]
+        word = path.decode("utf-8", "replace")
+        leaf = word in starts
+        target = block.get(path)
+        if target is None:
+            target, last = last, last + 256
+        units[place] = wide(place ^ target) | path[-1] | (256 if leaf else 0)
+        if leaf:
+            units[target] = starts[word] | 2**31
+    return struct.pack(f"<I{len(units)}I", 4 * len(units), *units) + body
+
+
 def spiece_model(kind=1):
     """A small unigram model as sentencepiece writes it."""
     pieces = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2)]
@@ -458,7 +486,8 @@ def spiece_model(kind=1):
     body = b"".join(
         _field(1, _field(1, p.encode()) + _field(2, s) + _field(3, t)) for p, s, t in pieces
     )
-    return body + _field(2, _field(3, kind)) + _field(3, _field(1, b"identity"))
+    table = charsmap({"Ａ": "a", "Ｒ": "r", "①": "b"})
+    return body + _field(2, _field(3, kind)) + _field(3, _field(1, b"nfkc") + _field(2, table))
 
 
 def test_comfyuis_text_encoder_carries_its_tokenizer(tiny_pair, tmp_path):
@@ -473,6 +502,7 @@ def test_comfyuis_text_encoder_carries_its_tokenizer(tiny_pair, tmp_path):
     tokenizer = load_tokenizer(file, "tokenizer")
     # the best path by score: "▁red" (-3) beats "▁re" + "d" (-4.9); "z" is unknown
     assert tokenizer.encode("a red") == [3, 5, 1]
+    assert tokenizer.encode("Ａ Ｒed") == [3, 5, 1] and tokenizer.encode("①") == [4, 9, 1]
     assert tokenizer.encode("a  red  ") == [3, 5, 1] and tokenizer.encode("az") == [3, 2, 1]
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2)
     assert tokenizer.encode("a red a", limit=3) == [3, 5, 1]
@@ -503,6 +533,15 @@ PIECES = {
     "a short score": _field(1, _field(1, b"</s>") + _field(2, b"ab")),
     "a score that is no number": _field(1, _field(1, b"</s>") + _field(2, float("nan"))),
     "one piece": _field(1, _field(1, b"</s>")),
+    "an empty table": spiece_model() + _field(3, _field(2, bytes(8))),
+    "a table beyond its units": spiece_model()
+    + _field(
+        3, _field(2, charsmap({"Ａ": "a"})[:4] + b"\xff\xff\xff\x00" + charsmap({"Ａ": "a"})[8:])
+    ),
+    "a table beyond its texts": spiece_model()
+    + _field(3, _field(2, charsmap({"Ａ": "a" * 9, "①": "b"})[:-11])),
+    "a table inside a character": spiece_model()
+    + _field(3, _field(2, charsmap({"Ａ": "x", "①": "b"})[:-4] + "é\0".encode()[1:] + b"b\0")),
     "a table that is none": spiece_model() + _field(3, _field(2, b"\xff\xff\xff\x7f")),
     "a length beyond the end": b"\x0a\xff\xff\xff\xff\x0f",
     "an endless number": b"\xff" * 30,

@@ -12,6 +12,8 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from nexus_rt.errors import ModelError, cut
 
 MAX_PIECES = 2_000_000
@@ -79,6 +81,39 @@ def _piece(value: Any) -> tuple[str, float, bool]:
     return _bytes(piece.get(1, b"")).decode("utf-8", "replace"), score, piece.get(3) == UNKNOWN
 
 
+def check_table(table: bytes) -> None:
+    """Raise where a normaliser's table would be read beyond its end, which ends in the library's
+    panic and a stack trace of its own.
+
+    table: the trie's size in bytes, a darts-clone double array, and its texts, each ended by NUL.
+    """
+    size = int.from_bytes(table[:4], "little")
+    if len(table) < 4 or not size or size % 4 or 4 + size > len(table):
+        raise ModelError(DAMAGED)
+    units = np.frombuffer(table, "<u4", size // 4, 4).astype(np.int64)
+    texts = np.frombuffer(table, np.uint8, offset=4 + size)
+    offsets = (units >> 10) << ((units & 512) >> 6)
+    labels, leaves = units & (2**31 | 255), (units & 256) != 0
+    seen = np.zeros(len(units), dtype=bool)
+    nodes = offsets[:1]
+    while len(nodes):
+        if int(nodes.max()) | 255 >= len(units):
+            raise ModelError(DAMAGED)
+        seen[nodes] = True
+        places = nodes[:, None] ^ np.arange(1, 256)  # of every byte that may come next
+        places = places[labels[places] == np.arange(1, 256)]
+        nodes = places ^ offsets[places]
+        if len(nodes) and int(nodes.max()) >= len(units):
+            raise ModelError(DAMAGED)
+        starts = units[nodes[leaves[places]]] & (2**31 - 1)
+        if len(starts) and int(starts.max()) > len(texts):
+            raise ModelError(DAMAGED)
+        starts = starts[starts < len(texts)]
+        if ((texts[starts] & 0xC0) == 0x80).any():  # inside a character
+            raise ModelError(DAMAGED)
+        nodes = np.unique(nodes[~seen[nodes]])
+
+
 def tokenizer_of(data: bytes) -> Any:
     """A `tokenizers.Tokenizer` of a sentencepiece model, which ends a text with `</s>`.
 
@@ -112,6 +147,8 @@ def tokenizer_of(data: bytes) -> Any:
             "the sentencepiece model is not UMT5's: expected a unigram model with the piece </s>"
             " and one for unknown text."
         )
+    if charsmap:
+        check_table(charsmap)
     try:
         inner = Tokenizer(models.Unigram(vocabulary, unknown))
         steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
