@@ -60,12 +60,16 @@ def rotated(weight: Tensor, group: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Blocks:
-    """GGUF's blocks along a row: `values` weights in `size` bytes."""
+    """GGUF's blocks along a row: `values` weights in `size` bytes.
+
+    halves: bytes at which a block's float16 scales begin; the rest are whole numbers.
+    """
 
     name: str
     values: int
     size: int
     unpack: Callable[[Tensor], Tensor]
+    halves: tuple[int, ...] = (0,)
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row."""
@@ -74,6 +78,11 @@ class Blocks:
     def decode(self, raw: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Stored bytes, uint8, to float32 of `shape`."""
         return self.unpack(raw.reshape(-1, self.size)).view(shape)
+
+    def scales(self, raw: Tensor) -> list[Tensor]:
+        """The float16 scales of all blocks, as float32: the weights are finite where these are."""
+        blocks = raw.reshape(-1, self.size)
+        return [_half(blocks, at) for at in self.halves]
 
 
 Encoding = Scaled | Blocks
@@ -176,13 +185,13 @@ GGUF_BLOCKS = {
     for e in (
         Blocks("Q8_0", 32, 34, _q8_0),
         Blocks("Q4_0", 32, 18, _q4_0),
-        Blocks("Q4_1", 32, 20, _q4_1),
+        Blocks("Q4_1", 32, 20, _q4_1, (0, 2)),
         Blocks("Q5_0", 32, 22, _q5_0),
-        Blocks("Q5_1", 32, 24, _q5_1),
-        Blocks("Q2_K", 256, 84, _q2_k),
-        Blocks("Q3_K", 256, 110, _q3_k),
-        Blocks("Q4_K", 256, 144, _q4_k),
-        Blocks("Q5_K", 256, 176, _q5_k),
-        Blocks("Q6_K", 256, 210, _q6_k),
+        Blocks("Q5_1", 32, 24, _q5_1, (0, 2)),
+        Blocks("Q2_K", 256, 84, _q2_k, (80, 82)),
+        Blocks("Q3_K", 256, 110, _q3_k, (108,)),
+        Blocks("Q4_K", 256, 144, _q4_k, (0, 2)),
+        Blocks("Q5_K", 256, 176, _q5_k, (0, 2)),
+        Blocks("Q6_K", 256, 210, _q6_k, (208,)),
     )
 }

@@ -64,12 +64,8 @@ DAMAGE = {
         r"another shape are 1 .*\(5, 32\) stored, \(32, 32\) in config",
     ),
     "a scale of a weight in float32": (
-        lambda s: s.update({Q[:-6] + "scale_weight": torch.ones(1)}),
-        r"unknown are 1 \(.*scale_weight",
-    ),
-    "a scale_input": (
-        lambda s: s.update({Q[:-6] + "scale_input": torch.ones(1)}),
-        r"unknown are 1 \(.*scale_input",
+        lambda s: s.update({Q[:-6] + "scale_weight": torch.full((1,), 2.0)}),
+        "scale_weight",
     ),
     "no weights": (lambda s: {"x": torch.zeros(1)}, "missing are|asks for|describes"),
 }
@@ -150,7 +146,8 @@ def test_a_language_model_of_other_weights_is_refused_and_its_head_is_spare(llm)
     name = next(k for k in state if "layers.1.mlp.up_proj" in k)
     for change, words in (
         ({k: v for k, v in state.items() if k != name}, "missing are 1"),
-        ({**state, name + "_scale": torch.ones(1)}, "unknown are 1"),
+        ({**state, name + "_scale": torch.full((1,), 2.0)}, "_scale"),
+        ({**state, name + "_extra": torch.ones(1)}, "unknown are 1"),
         ({k.replace("model.layers", "h"): v for k, v in state.items()}, "missing are"),
     ):
         save_file(
@@ -235,9 +232,17 @@ def test_tokenizers_that_are_damaged_are_one_sentence(llm):
 
 
 def test_only_names_that_are_spare_are_spare():
-    assert (
-        module._spare("lm_head.weight")
-        and module._spare("model.rotary_emb.inv_freq")
-        and module._spare("decoder.x.weight")
-    )
-    assert not module._spare("lm_head.weight_scale") and not module._spare("encoder.x.weight")
+    for name in (
+        "lm_head.weight",
+        "model.lm_head.weight",
+        "model.rotary_emb.inv_freq",
+        "decoder.x.weight",
+    ):
+        assert module.is_spare(name), name
+    for name in (
+        "lm_head.weight_scale",
+        "encoder.x.weight",
+        "encoder.block.0.score.weight",
+        "layers.0.decoder.weight",
+    ):
+        assert not module.is_spare(name), name

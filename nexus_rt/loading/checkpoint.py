@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_rt.errors import ModelError, cut
+from nexus_rt.loading.finite import check_finite
 from nexus_rt.loading.names import extra, some, without_spare
 from nexus_rt.loading.stored import StoredTensor, fitted, read_tensors, renamed
 from nexus_rt.models.wan import FUSED, KEEP_FP32
@@ -125,7 +126,7 @@ def fill(
         packing: which matrices stay in fewer bits, and how.
 
     Raises:
-        ModelError: a parameter is missing, unknown, there twice, or of another shape.
+        ModelError: a parameter is missing, unknown, there twice, of another shape, or not finite.
     """
     stored = _checked(model, tensors)
     packed = packing.places(model, stored) if packing is not None else set()
@@ -149,6 +150,7 @@ def fill(
             value = stored[name].decoded(tensor)
             part: Tensor = places[target] if rows is None else places[target][rows]
             part.copy_(value if changes is None else changes(name, value.to(device)))
+            check_finite(name, stored[name], part, value)
 
 
 def _checked(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -212,12 +214,16 @@ def fill_exactly(
 
     Args:
         keep_fp32: parts of names of tensors that stay in float32.
+
+    Raises:
+        ModelError: a tensor holds NaN or infinity.
     """
     for name, tensor in read_tensors(stored.items()):
         owner, leaf = name.rpartition(".")[::2]
         kept = torch.float32 if any(part in name for part in keep_fp32) else dtype
         value = torch.empty(tensor.shape, dtype=kept, device=device)
         value.copy_(tensor)
+        check_finite(name, stored[name], value, tensor)
         place = module.get_submodule(owner)
         if leaf in place._parameters:
             setattr(place, leaf, nn.Parameter(value, requires_grad=False))

@@ -31,6 +31,8 @@ from nexus_rt.loading.convert_parts import (
     write_transformer,
     write_vae,
 )
+from nexus_rt.loading.lora_file import is_image_key
+from nexus_rt.loading.names import refuse_unused
 from nexus_rt.loading.pair_folder import Defaults
 from nexus_rt.loading.pickles import read_pickle, read_state
 from nexus_rt.loading.stored import Index, find_tensors, read_tensors
@@ -121,6 +123,8 @@ class Omnivideo:
             k: tuple(v.shape) for k, v in over.items()
         }
         check_shapes(folder, shapes, wanted)
+        unused = {k for k in (*stored, *over) if k not in wanted and not is_image_key(k)}
+        refuse_unused(unused, self.source / LAYOUT["transformer"], f"{name} generator")
         base = {k: v for k, v in stored.items() if k in wanted and k not in over}
 
         def tensors() -> Iterable[tuple[str, Tensor]]:

@@ -18,6 +18,8 @@ from nexus_rt.loading.architecture import (
     vae_name,
     wan_vae_config,
 )
+from nexus_rt.loading.names import refuse_unused
+from nexus_rt.loading.pretrained import is_spare
 from nexus_rt.loading.stored import StoredTensor, find_tensors, read_tensors, renamed
 from nexus_rt.models.umt5 import SHARED, TIED
 from nexus_rt.models.wan import WanConfig
@@ -66,6 +68,9 @@ def write_text_encoder(target: Path, source: Path, label: str, report: Report) -
         stored[SHARED] = stored.pop(TIED)
         shapes = {k: t.shape for k, t in stored.items()}
     check_shapes(source, shapes, wanted)
+    refuse_unused(
+        (k for k in stored if k not in wanted and not is_spare(k)), source, "text encoder"
+    )
     folder = target / "text_encoder"
     write_shards(folder, "model", plain({k: t for k, t in stored.items() if k in wanted}))
     config.save_pretrained(folder)
@@ -83,6 +88,7 @@ def write_vae(target: Path, source: Path, label: str, report: Report) -> None:
         model: Any = AutoencoderKLWan(base_dim=config["base_dim"], z_dim=config["z_dim"])
     wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     check_shapes(source, shapes, wanted)
+    refuse_unused(stored.keys() - wanted.keys(), source, "VAE")
     folder = target / "vae"
     tensors = plain({k: t for k, t in stored.items() if k in wanted})
     write_shards(folder, "diffusion_pytorch_model", tensors)

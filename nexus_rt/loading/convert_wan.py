@@ -4,9 +4,10 @@
 
 SRC is Wan's own folder (2.1, or 2.2 with `high_noise_model/` and `low_noise_model/`), or a file: a
 transformer, a text encoder or a VAE, in safetensors, GGUF or a pickle, which is read without
-running it. DST holds `transformer/` (and `transformer_2/`), `vae/`, `text_encoder/`, `tokenizer/`,
-as far as SRC has them, all safetensors, `model_index.json`, and `conversion.json`, which accounts
-for every key. Weights of 8 bits and fewer become bfloat16.
+running it; or a folder in diffusers' layout. DST holds `transformer/` (and `transformer_2/`),
+`vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`, as far as SRC has them, all safetensors,
+`model_index.json`, and `conversion.json`, which accounts for every key. Weights of 8 bits and fewer
+become bfloat16.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ from nexus_rt.loading.locate import (
     find_vae,
     has_text,
     is_tokenizer,
+    transformer_folder,
 )
-from nexus_rt.loading.source import READABLE
+from nexus_rt.loading.names import refuse_unused, without_spare
+from nexus_rt.loading.scheduler import find_scheduler
+from nexus_rt.loading.source import READABLE, read_json
 from nexus_rt.loading.stored import find_tensors
 from nexus_rt.loading.transformer import empty_transformer
 from nexus_rt.shards import Report, check_shapes, write_json
@@ -58,10 +62,11 @@ def _transformer(target: Path, source: Path, label: str, report: Report) -> None
     model, tensors = empty_transformer(source)
     stored = in_diffusers_names(tensors)
     wanted = diffusers_shapes(model)
-    check_shapes(source, {k: t.shape for k, t in stored.items()}, wanted)
-    used = {k: t for k, t in stored.items() if k in wanted}
+    used = without_spare(stored, wanted, source)
+    refuse_unused(used.keys() - wanted.keys(), source, "transformer")
+    check_shapes(source, {k: t.shape for k, t in used.items()}, wanted)
     write_transformer(target, model.config, plain(used))
-    report.add(label, len(used), unused=stored.keys() - wanted.keys())
+    report.add(label, len(used), unused=stored.keys() - used.keys())
 
 
 def convert_wan(
@@ -100,9 +105,9 @@ def _convert(source: Path, part: Path, say: Callable[[str], None]) -> Report:
             say(f"{name} ...")
             _transformer(part / name, folder, folder.name, report)
         index["boundary_ratio"] = experts.boundary
-    elif kind == "transformer" or (not file and _holds_transformer(source)):
+    elif kind == "transformer" or (not file and _holds_transformer(transformer_folder(source))):
         say("transformer ...")
-        _transformer(part / "transformer", source, source.name, report)
+        _transformer(part / "transformer", transformer_folder(source), source.name, report)
     vae = source if kind == "vae" else None if file else find_vae(source)
     if vae is not None:
         say("vae ...")
@@ -115,9 +120,22 @@ def _convert(source: Path, part: Path, say: Callable[[str], None]) -> Report:
             f"{source} holds no part of a Wan checkpoint: expected weights at the top,"
             f" high_noise_model/ and low_noise_model/, {VAE_FILES[-1]} or a umt5-xxl encoder."
         )
+    _schedule(part, source, index)
     write_json(part / "model_index.json", index)
     write_json(part / "conversion.json", {"source": "wan", **vars(report)})
     return report
+
+
+def _schedule(part: Path, source: Path, index: dict[str, Any]) -> None:
+    """`scheduler/` and what `model_index.json` says of it, where SRC has one that is computed
+    here."""
+    if find_scheduler(source) is None:
+        return
+    (part / "scheduler").mkdir()
+    shutil.copy2(source / "scheduler" / "scheduler_config.json", part / "scheduler")
+    own = source / "model_index.json"
+    stored = read_json(own) if own.is_file() else {}
+    index |= {k: stored[k] for k in ("scheduler",) if k in stored}
 
 
 def _holds_transformer(folder: Path) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nexus_rt.encodings import Scaled
 from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.loading.checkpoint import fused_parts
+from nexus_rt.loading.finite import check_finite, check_kept
 from nexus_rt.loading.scales import FP8
 from nexus_rt.loading.stored import StoredTensor
 from nexus_rt.models.layers import Linear
@@ -83,6 +84,7 @@ class Packing:
         """Take a stored matrix, as it lies in the file; a layer whose parts are all there gets its
         place."""
         if self.kind == "small":
+            check_kept(name, stored, raw)
             encoding = stored.encoding or Scaled(FP8[stored.dtype], torch.ones(()))
             rows = Rows(
                 raw.view(stored.shape[0], -1).to(device, copy=True), encoding, stored.shape[0]
@@ -90,6 +92,7 @@ class Packing:
         else:
             value = stored.decoded(raw).to(device)
             value = self.changes(name, value) if self.changes is not None else value
+            check_finite(name, stored, value, value)
             rows = quantise(value, quantised_as(self.kind))
         if isinstance(rows.encoding, Scaled):
             scale = rows.encoding.scale.to(device)

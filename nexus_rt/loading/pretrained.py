@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,16 @@ import torch
 from nexus_rt.documents import read_object
 from nexus_rt.errors import ModelError, cut
 from nexus_rt.loading.checkpoint import fill_exactly
-from nexus_rt.loading.stored import StoredTensor, find_tensors, read_header
+from nexus_rt.loading.finite import is_finite
+from nexus_rt.loading.names import WRAPPED, plain_name
+from nexus_rt.loading.stored import StoredTensor, find_tensors, fitted, read_header
 from nexus_rt.process import LOADING
 
-# Stored beside the weights that are used, and rightly left out: vocabulary heads, the decoder of an
-# encoder-decoder, and tables that are computed.
-SPARE = (
-    "lm_head.",
-    "decoder.",
-    "score.",
-    "rotary_emb.inv_freq",
-    "position_ids",
-    "masked_bias",
-    ".attn.bias",
+# Stored beside the weights that are used, and rightly left out: vocabulary heads and the decoder of
+# an encoder-decoder, at the top of the names, and tables that are computed.
+SPARE = re.compile(
+    r"^(?:(?:model|base_model|language_model|text_model|transformer)\.)*(?:lm_head|decoder|score)\."
+    r"|(?:^|\.)(?:rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)$"
 )
 # A layer count or width above these is no model's, and building its modules alone would hang or
 # exhaust the machine.
@@ -74,6 +72,10 @@ def _pretrained(
     if device is not None:
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         _check_size(folder, what)
+        # each pattern replaces once, and a name may have several wrappers
+        wrappers = max((len(WRAPPED.findall(n)) for n in _stored_names(folder)), default=0)
+        if wrappers:
+            options["key_mapping"] = {f"(?:){{{i}}}{WRAPPED.pattern}": "" for i in range(wrappers)}
     loader = getattr(transformers, class_name)
     try:
         with _quiet():
@@ -92,6 +94,12 @@ def _pretrained(
         return loaded
     model, info = loaded
     _check_complete(model, info, folder, what)
+    for name, parameter in model.named_parameters():
+        if not is_finite(parameter.detach()):
+            raise ModelError(
+                f"{folder}: {cut(name, 120)} of the {what} holds NaN or infinity; download it"
+                " again."
+            )
     return model.to(device).eval()
 
 
@@ -195,8 +203,9 @@ def fill_whole(
     except ModelError as error:
         raise ModelError(f"{folder}: the {what} cannot be loaded: {error}") from error
     expected = module.state_dict()
-    unknown = [n for n in stored if n not in expected and not _spare(n)]
-    stored = {n: t for n, t in stored.items() if n in expected}
+    unknown = [n for n in stored if n not in expected and not is_spare(n)]
+    shapes = {n: tuple(t.shape) for n, t in expected.items()}
+    stored = fitted({n: t for n, t in stored.items() if n in expected}, shapes)
     mismatched = [
         _mismatch(n, t.shape, expected[n].shape)
         for n, t in stored.items()
@@ -207,8 +216,9 @@ def fill_whole(
     return module
 
 
-def _spare(name: str) -> bool:
-    return any(name.startswith(s) or f".{s}" in f".{name}" for s in SPARE) and "scale" not in name
+def is_spare(name: str) -> bool:
+    """Whether a stored tensor is beside a text encoder's or language model's used weights."""
+    return SPARE.search(name) is not None and "scale" not in name
 
 
 def _some(names: Iterable[Any]) -> str:
@@ -220,7 +230,7 @@ def _check_complete(model: torch.nn.Module, info: dict[str, Any], folder: Path, 
     """Raise unless every weight of the model is a stored one, and every stored weight is in the
     model or rightly spare."""
     missing = set(info.get("missing_keys", ())) | set(_untied(model, folder))
-    unknown = {n for n in info.get("unexpected_keys", ()) if not _spare(n)}
+    unknown = {n for n in info.get("unexpected_keys", ()) if not is_spare(n)}
     mismatched = {_mismatch(m[0], m[1], m[2]) for m in info.get("mismatched_keys", ())}
     _refuse(
         folder,
@@ -259,12 +269,17 @@ def _refuse(
         )
 
 
+def _stored_names(folder: Path) -> set[str]:
+    """The names of all tensors in a folder's safetensors."""
+    return {n for path in folder.glob("*.safetensors") for n in read_header(path, integers=True)}
+
+
 def _untied(model: Any, folder: Path) -> list[str]:
     """Weights that a class ties to others and the files hold once, where the loaded two differ: one
     of them was left random (transformers 5.0 to 5.2 do so with `tie_word_embeddings: false`)."""
     tied = getattr(type(model), "_tied_weights_keys", None) or {}
     base = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    stored = {n for path in folder.glob("*.safetensors") for n in read_header(path, integers=True)}
+    stored = {plain_name(n) for n in _stored_names(folder)}
     places = dict(model.named_parameters(remove_duplicate=False))
     lost = []
     for name in tied:

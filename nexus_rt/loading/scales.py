@@ -140,7 +140,9 @@ def _notes(
     for header in headers:
         layers = notes.header_notes(header.metadata, header.where)
         where = f"{header.where}: {notes.METADATA}: "
-        stated += [(layer, where + cut(layer, 120), note) for layer, note in layers.items()]
+        stated += [
+            (plain_name(layer), where + cut(layer, 120), note) for layer, note in layers.items()
+        ]
     for name, stored in tensors.items():
         if not name.endswith(NOTE):
             continue

@@ -99,8 +99,8 @@ def warn_unread(config: Mapping[str, Any], known: Collection[str], where: Path) 
     strange = [f for f, v in config.items() if not f.startswith("_") and f not in known and v]
     if strange:
         warnings.warn(
-            f"{where}: fields that are not read here: {cut(', '.join(strange), 120)}; the model of a"
-            " fork may compute another clip with them.",
+            f"{where}: fields that are not read here: {cut(', '.join(strange), 120)}; the model of"
+            " a fork may compute another clip with them.",
             stacklevel=3,
         )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nexus_rt.errors import ModelError
 from nexus_rt.loading.checkpoint import diffusers_shapes, fused_place, in_diffusers_names
+from nexus_rt.loading.finite import check_finite
 from nexus_rt.loading.lora import Changes, Lora, add_beside, quantised_place
 from nexus_rt.loading.packing import quantised_as
 from nexus_rt.loading.stored import find_tensors, read_tensors
@@ -79,11 +80,14 @@ def set_loras(model: WanTransformer, loaded: LoadedFrom, loras: Sequence[Lora]) 
         place = quantised_place(model, name)
         if place is not None:
             value = changes.apply(name, value.to(place[0].bias.device))
+            check_finite(name, stored[name], value, value)
             _requantise(*place, value, loaded)
             continue
         target, rows = fused_place(name, lambda n: tuple(places[n].shape))
         part: Tensor = places[target] if rows is None else places[target][rows]
-        part.copy_(changes.apply(name, value.to(part.device)))
+        changed = changes.apply(name, value.to(part.device)).to(part.dtype)
+        check_finite(name, stored[name], changed, value)
+        part.copy_(changed)
     loaded.loras, loaded.touched = tuple(loras), set(changes.parts)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.loading.checkpoint import compare, fill_exactly
+from nexus_rt.loading.finite import check_finite
 from nexus_rt.loading.source import read_json
 from nexus_rt.loading.stored import find_tensors, read_header, read_tensors
 from nexus_rt.models.layers import Linear
@@ -382,7 +383,8 @@ def load_connector(
 
 
 def _rows(path: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    return {
-        name: tensor.to(device, dtype, copy=True)
-        for name, tensor in read_tensors(read_header(path).items())
-    }
+    stored, rows = read_header(path), {}
+    for name, tensor in read_tensors(stored.items()):
+        rows[name] = tensor.to(device, dtype, copy=True)
+        check_finite(name, stored[name], rows[name], tensor)
+    return rows

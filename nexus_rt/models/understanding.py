@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nexus_rt.documents import read_object
 from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.loading.finite import check_finite
 from nexus_rt.loading.pretrained import check_config, pretrained
 from nexus_rt.loading.source import folder_bytes, require_safetensors
 from nexus_rt.loading.stored import find_tensors, read_tensors
@@ -231,8 +232,10 @@ class UnderstandingModel(Lazy):
                     f"{self.folder} has no lm_head.weight of shape {list(shape)} to answer with;"
                     " use a causal language model's folder, or another rewriter."
                 )
-            for _, tensor in read_tensors(head.items()):
-                self.head = tensor.to(self.device, self.dtype, copy=True)
+            for name, tensor in read_tensors(head.items()):
+                value = tensor.to(self.device, self.dtype, copy=True)
+                check_finite(name, head[name], value, tensor)
+                self.head = value
         assert self.head is not None
         return self.head
 
