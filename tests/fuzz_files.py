@@ -22,6 +22,9 @@ NAMES = (
 )
 
 
+DOCUMENTS = ("_quantization_metadata", "lora_adapter_metadata")  # JSON in headers
+
+
 def mutated_safetensors(data, rng, mutated):
     """A safetensors file whose header, or a document in it, has places changed."""
     size = int.from_bytes(data[:8], "little")
@@ -35,9 +38,9 @@ def mutated_safetensors(data, rng, mutated):
         note = note[:room].ljust(room) if len(note) <= room or rng.random() < 0.2 else None
         if note is not None:
             return data[:8] + data[8 : 8 + size] + body[:start] + note + body[stop:]
-    if "_quantization_metadata" in metadata and rng.random() < 0.7:
-        stored = json.loads(metadata["_quantization_metadata"])
-        metadata["_quantization_metadata"] = json.dumps(mutated(stored, rng))
+    document = next((k for k in DOCUMENTS if k in metadata), None)
+    if document is not None and rng.random() < 0.7:
+        metadata[document] = json.dumps(mutated(json.loads(metadata[document]), rng))
     elif rng.random() < 0.3:
         name = rng.choice([n for n in header if n != "__metadata__"])
         header[rng.choice((*NAMES, name + "_scale", name + "s"))] = header.pop(name)
@@ -156,6 +159,7 @@ def make_targets(pair, work, target, mutated):
     """
     from safetensors.torch import load_file
 
+    from nexus_rt.loading.lora import Changes, Lora
     from nexus_rt.loading.stored import find_tensors, read_tensors
     from nexus_rt.loading.transformer import load_transformer
     from nexus_rt.models.pieces import tokenizer_of
@@ -209,6 +213,18 @@ def make_targets(pair, work, target, mutated):
     save_file(raw, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
     targets.append(target("quantization_config", folder / "config.json", decodes(folder)))
+
+    place = "transformer.blocks.0.attn1.to_q"
+    halves = {"lora_A.weight": torch.ones(2, 32), "lora_B.weight": torch.ones(32, 2)}
+    lora = work / "lora.safetensors"
+    stated = {"transformer.r": 2, "transformer.lora_alpha": 4, "transformer.rank_pattern": {}}
+    save_file(
+        {f"{place}.{k}": v for k, v in halves.items()},
+        lora,
+        {"lora_adapter_metadata": json.dumps({**stated, "transformer.use_rslora": False})},
+    )
+    shapes = {"blocks.0.attn1.to_q.weight": (32, 32)}
+    targets.append(File("LoRA's header", lora, lambda: Changes([Lora(lora)], shapes), header))
 
     theirs = load_file(pair / "text_encoder" / "model.safetensors")
     pieces = torch.tensor(list(spiece_model()), dtype=torch.uint8)

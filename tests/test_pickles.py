@@ -383,3 +383,14 @@ def test_mutations_run_nothing(tmp_path):
 def test_twenty_thousand_mutations_run_nothing(tmp_path):
     for seed in range(1, 5):
         fuzz(seeds(tmp_path), 5000, seed)
+
+
+@pytest.mark.parametrize("name", ["a\ud800", "a\0b", "\u2028" * 9, "x" * 100_000, ""])
+def test_odd_names_of_a_state_are_one_sentence(tmp_path, name):
+    """pickle writes half a surrogate pair as it writes any text."""
+    from nexus_rt.loading.transformer import load_transformer
+
+    torch.save({name: torch.ones(2)}, tmp_path / "wan.pth")
+    with pytest.warns(UserWarning, match="is a pickle"), pytest.raises(ModelError) as error:
+        load_transformer(tmp_path / "wan.pth")
+    assert str(error.value).encode() and len(str(error.value)) < 900
