@@ -86,8 +86,8 @@ class NexusPipeline(PipelineModels):
     """Text to video through one or two generators. Build it with `from_pretrained`.
 
     Pipelines may be loaded and called from several threads; calls of one pipeline run one after the
-    other. A process that was forked from one that had called is refused with an error (start
-    workers with 'spawn').
+    other. A process that was forked from one that had loaded or called is refused with an error
+    (start workers with 'spawn').
 
     Attributes:
         engines: "small" and "large", those that were given, behind the engine protocol;
@@ -209,6 +209,7 @@ class NexusPipeline(PipelineModels):
             InputError: no text, or numbers outside their range.
             ModelError: there is no text encoder.
         """
+        computes()
         every = whole("num_videos_per_prompt", num_videos_per_prompt, 1, MAX_VIDEOS)
         whole("max_sequence_length", max_sequence_length, 1, MAX_SEQUENCE_LENGTH)
         if self.text is None:
@@ -263,6 +264,7 @@ class NexusPipeline(PipelineModels):
         rewrite = self.rewrites_by(rewrite)
         if rewrite is None:
             return None
+        computes()
         prompts, _ = prompt_lists(prompt, None)
         check_rewrite(rewrite, len(prompts))
         number("timeout", timeout, 1e-3, 1e6)
@@ -284,6 +286,7 @@ class NexusPipeline(PipelineModels):
             InputError: no text, or embeddings that are not those of the prompts.
             ModelError: there is no understanding model.
         """
+        computes()
         if self.context is None:
             raise ModelError(
                 "this pipeline has no understanding model; pass understanding= and connector= to"
@@ -329,6 +332,7 @@ class NexusPipeline(PipelineModels):
         Raises:
             InputError: a size that the models do not make, or other numbers of generators.
         """
+        computes()
         if (
             isinstance(size, int) and old
         ):  # batch, num_frames, height, width, generator: one release more
@@ -498,11 +502,11 @@ class NexusPipeline(PipelineModels):
             rewrite,
             rewrite_timeout,
         )
+        computes()
         with self._calling:  # a second thread waits: a call keeps state on the pipeline
             self._cancel.clear()
             self._interrupt = False
             self._steps = len(plan)
-            computes()
             if self.parallel is not None and generator is None and latents is None:
                 inputs = replace(inputs, generator=self.parallel.generator())
             call = Call(self, request, inputs)
@@ -539,6 +543,7 @@ class NexusPipeline(PipelineModels):
             InputError: no finite latents of this pair's channels, or settings that cannot be.
             DecodeError: decoding failed.
         """
+        computes()
         choose("output_type", output_type, OUTPUT_TYPES)
         switch("truncate", truncate)
         if rescue is not None:

@@ -25,7 +25,7 @@ from nexus_rt.models.vae import Decoder
 from nexus_rt.parallel.layout import Mesh, mesh_of, telling
 from nexus_rt.paths import as_path
 from nexus_rt.pipeline_attributes import Attributes, named_arguments
-from nexus_rt.process import LOADING
+from nexus_rt.process import LOADING, computes
 from nexus_rt.recipes import find_recipes, with_recipes
 from nexus_rt.rewriting import Cache
 
@@ -387,6 +387,7 @@ class PipelineModels(Attributes):
             ModelError: a LoRA that does not fit; nothing has changed then.
         """
         asked = {n: _loras(n, s) for n, s in (("small", small), ("large", large)) if s is not None}
+        computes()
         with self._calling:
             change_loras(self.engines, asked)
             for name in asked:

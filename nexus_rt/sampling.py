@@ -14,6 +14,7 @@ from nexus_rt.guidance import GUIDANCE_SCALE, Guidance
 from nexus_rt.latents import Generators, renoise
 from nexus_rt.memory.residency import Residency
 from nexus_rt.plan import Plan, Scale, Step
+from nexus_rt.process import computes
 from nexus_rt.reuse import ReuseError
 from nexus_rt.solver import make_solver
 from nexus_rt.step_runners import Change, FiniteCheck, Prompt, make_runner
@@ -75,6 +76,7 @@ def denoise(
             raised at most two steps later, as nothing waits for it.
         Cancelled: `should_stop` said so.
     """
+    computes()
     plan = plan.walked_by(solver)
     guidance = Guidance.of(guidance_scale, guidance_scale_2)
     fused = choose_ops(kernels, latents.device).name == "triton"

@@ -88,41 +88,104 @@ def test_calls_of_one_pipeline_run_one_after_the_other(tiny_pipe):
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True)) and most == 1
 
 
-def in_child(pair, queue):
+CHILDREN = {  # what a child does with the pair's folder and the parent's pipeline
+    "load and call": "load_and_call(pair)",
+    "load": "NexusPipeline.from_pretrained(pair)",
+    "load a transformer": "load_transformer(pair + '/small', torch.float32)",
+    "call": "pipe('a red circle', num_inference_steps=2, output_type='latent')",
+    "encode": "pipe.encode_prompt('a red circle')",
+    "draw noise": "pipe.prepare_latents(1, ClipSize(48, 32, 5))",
+    "decode": "pipe.decode(torch.zeros(1, 16, 2, 4, 6))",
+    "denoise": "denoise(torch.zeros(1, 16, 2, 4, 6), pipe.make_plan(), pipe.engines, {})",
+    "change LoRAs": "pipe.set_loras(small=())",
+}
+PARENTS = {  # what the parent has done before
+    "loaded": "pipe = NexusPipeline.from_pretrained(pair)",
+    "called": "pipe = NexusPipeline.from_pretrained(pair); load_and_call(pair)",
+    "one thread, then two": (
+        "torch.set_num_threads(1); load_and_call(pair); torch.set_num_threads(2);"
+        " pipe = NexusPipeline.from_pretrained(pair); torch.set_num_threads(1)"
+    ),
+}
+
+
+def outcome(tiny_pair, parent, child, method="fork", threads=2):
+    """The words of a child of a process that has loaded; both are killed when they hang."""
+    code = f"""
+import os, sys, multiprocessing, torch
+sys.path.insert(0, {ROOT!r})
+from tests.test_process import load_and_call
+from nexus_rt import NexusPipeline
+from nexus_rt.loading.transformer import load_transformer
+from nexus_rt.sampling import denoise
+from nexus_rt.size import ClipSize
+pair = {str(tiny_pair)!r}
+
+def in_child(queue):
     try:
-        load_and_call(pair)
+        {child}
         queue.put("right")
     except Exception as error:
-        queue.put(f"{type(error).__name__}: {error}")
+        queue.put(f"{{type(error).__name__}}: {{error}}")
 
-
-@pytest.mark.parametrize("method, words", [("fork", "was forked from process"), ("spawn", "right")])
-def test_a_forked_child_is_told_and_a_spawned_one_works(tiny_pair, method, words):
-    code = f"""
-import sys, multiprocessing, torch
-sys.path.insert(0, {ROOT!r})
-from tests.test_process import in_child, load_and_call
 if __name__ == "__main__":
-    torch.set_num_threads(2)
-    load_and_call({str(tiny_pair)!r})
+    torch.set_num_threads({threads})
+    {parent}
     context = multiprocessing.get_context({method!r})
     queue = context.Queue()
-    child = context.Process(target=in_child, args=({str(tiny_pair)!r}, queue))
-    child.start()
+    process = context.Process(target=in_child, args=(queue,), daemon=True)
+    process.start()
     print(queue.get(timeout=100))
-    child.join(20)
-    assert child.exitcode == 0
+    process.join(20)
+    assert process.exitcode == 0
 """
-    script = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"fork-{os.getpid()}-{method}.py")
+    script = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"fork-{os.getpid()}.py")
     with open(script, "w") as file:
         file.write(code)
     try:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", script], capture_output=True, text=True, timeout=150
+            [sys.executable, "-W", "ignore", script],
+            capture_output=True,
+            text=True,
+            timeout=150,
+            start_new_session=True,
         )
     finally:
         os.unlink(script)
-    assert words in done.stdout, done.stdout + done.stderr[-1500:]
+    return done.stdout + done.stderr[-1500:]
+
+
+REFUSED = "NexusError: this process was forked from process"
+
+
+@pytest.mark.parametrize("child", CHILDREN)
+def test_a_child_forked_after_loading_is_told_at_whatever_it_does_first(tiny_pair, child):
+    assert outcome(tiny_pair, PARENTS["loaded"], CHILDREN[child]).startswith(REFUSED)
+
+
+@pytest.mark.parametrize("parent", ["called", "one thread, then two"])
+def test_a_child_forked_after_a_call_is_told(tiny_pair, parent):
+    assert outcome(tiny_pair, PARENTS[parent], CHILDREN["call"]).startswith(REFUSED)
+
+
+@pytest.mark.parametrize(
+    "parent, method, threads",
+    [
+        (PARENTS["called"], "spawn", 2),
+        ("pass", "fork", 2),  # it has only imported
+        (PARENTS["called"], "fork", 1),  # there are no threads that the child could miss
+        (
+            "from nexus_rt.process import LOADING; import threading, time; threading.Thread(target="
+            "lambda: (LOADING.__enter__(), time.sleep(60)), daemon=True).start(); time.sleep(0.5)",
+            "fork",
+            1,
+        ),
+    ],
+    ids=["spawned", "forked before", "one thread", "while another thread loads"],
+)
+def test_other_children_work(tiny_pair, parent, method, threads):
+    child = CHILDREN["load and call"]
+    assert outcome(tiny_pair, parent, child, method, threads).startswith("right")
 
 
 def state():

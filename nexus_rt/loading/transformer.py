@@ -25,6 +25,7 @@ from nexus_rt.loading.swap import LoadedFrom
 from nexus_rt.log import chose
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
 from nexus_rt.models.wan import WanConfig, WanTransformer
+from nexus_rt.process import computes
 
 CLASSES = ("WanTransformer3DModel", "WanModel")
 # fields of Wan's own configs -> the values that are computed here
@@ -151,6 +152,7 @@ def load_transformer(
         ModelError: not a model folder, another architecture, a missing shard, a damaged file,
             pickles only, a LoRA that does not fit.
     """
+    computes()
     choose_ops(kernels, torch.device(device))
     choose("attention backend", attention, ATTENTION_NAMES)
     check_weights(weights)
