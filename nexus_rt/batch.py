@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from nexus_rt import documents
-from nexus_rt.checks import check_seed
+from nexus_rt.checks import check_seed, prompt_lists
 from nexus_rt.engines.experts import boundaries
-from nexus_rt.errors import InputError, NexusError, shown
+from nexus_rt.errors import InputError, NexusError, readable, shown
 from nexus_rt.models.vae import rescue_latents
 from nexus_rt.part_files import remove_orphans
 from nexus_rt.pipeline import NexusPipeline
-from nexus_rt.prompts import Item
+from nexus_rt.prompts import Item, check_name
 from nexus_rt.request import TIMEOUT, make_request
+from nexus_rt.rewriting import check_rewrite
 from nexus_rt.size import ClipSize, parse_sides
 from nexus_rt.video import SUFFIXES, frame_rate, is_clip, made_with, save_video
 
@@ -92,6 +93,12 @@ class Job:
         return items[part - 1 :: count]
 
     def clip(self, item: Item) -> Path:
+        """Where an item's clip is.
+
+        Raises:
+            InputError: an id that can be no file's name.
+        """
+        check_name(item.id, "item")
         return self.folder / f"{item.id}{self.suffix}"
 
 
@@ -193,7 +200,7 @@ def finished(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     ended: dict[str, dict[str, Any]] = {}
     starts: dict[str, list[float]] = {}
     for path in sorted(folder.glob("results*.jsonl")):
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        for line in _lines(path):
             try:
                 record = documents.parse(line, str(path))
                 row = documents.check(record, Row, str(path))
@@ -209,6 +216,19 @@ def finished(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     }
 
 
+def _lines(path: Path) -> Iterator[str]:
+    """A file's lines, whatever bytes stand in them."""
+    try:
+        with open(path, "rb") as file:
+            while line := file.readline(documents.MAX_BYTES):
+                yield line.decode("utf-8", errors="replace")
+    except OSError as error:  # without it every clip would be made again
+        raise InputError(
+            f"{path} cannot be read ({error.strerror or error}), and it says which clips are there;"
+            " mend its permissions, or move it away to make every clip again."
+        ) from error
+
+
 class Lines:
     """A file that gets a whole line at a time, on disk when `add` returns.
 
@@ -218,23 +238,50 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         self.path, self._order = path, threading.Lock()
-        text = path.read_bytes() if path.exists() else b""
-        if text and not text.endswith(b"\n"):  # a process was killed in the middle of one
-            with open(path, "ab") as file:
+        if not path.exists() or not path.stat().st_size:
+            return
+        with self._written(), open(path, "rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a process was killed in the middle of a line
                 file.write(b"\n")
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        row = _readable(row)
+        with self._written(), self._order, open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return row
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
         try:
-            with self._order, open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            yield
         except OSError as error:
             raise NexusError(
                 f"{self.path} cannot be written ({error}); free some space and run the same"
                 " command: what was finished is kept."
             ) from error
-        return row
+
+
+def _readable(value: Any) -> Any:
+    """A row whose texts a file can hold: half a surrogate pair is spelt out."""
+    if isinstance(value, str):
+        return readable(value)
+    if isinstance(value, dict):
+        return {_readable(k): _readable(v) for k, v in value.items()}
+    return [_readable(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _unusable(item: Item) -> InputError | None:
+    """Why no model can read an item's texts; it fails alone, before the others are encoded."""
+    try:
+        prompt_lists(item.prompt, item.negative)
+        if item.rewrite is not None:
+            check_rewrite(item.rewrite, 1)
+    except InputError as error:
+        return error
+    return None
 
 
 def run(
@@ -306,8 +353,13 @@ def work(
                 if row and isinstance(row.get("settings"), dict)
                 else None
             )
-            own["seed"] = kept if isinstance(kept, int) else check_seed("seed", -1)
-        if (
+            own["seed"] = kept if _is_seed(kept) else check_seed("seed", -1)
+        failed = lambda why, item=item, own=own: _words(
+            lines.add(_failed({"id": item.id, "file": job.clip(item).name, "settings": own}, why))
+        )
+        if (odd := _unusable(item)) is not None:
+            yield failed(odd)
+        elif (
             row
             and row["status"] == "done"
             and _same(row["settings"], own)
@@ -315,12 +367,7 @@ def work(
         ):
             yield "kept", item.id, "was there"
         elif attempts is not None and begun.get(item.id, 0) >= attempts:
-            why = NexusError(f"its process died {begun[item.id]} times")
-            yield _words(
-                lines.add(
-                    _failed({"id": item.id, "file": job.clip(item).name, "settings": own}, why)
-                )
-            )
+            yield failed(NexusError(f"its process died {begun[item.id]} times"))
         else:
             todo.append((item, own))
 
@@ -329,6 +376,11 @@ def work(
             lines.add({"id": item.id, "status": "begun", "when": time.time()})
 
     yield from map(_words, _make(pipe, todo, job, begins, lines.add))
+
+
+def _is_seed(value: Any) -> bool:
+    """Whether a row holds a seed that a generator takes."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
 
 
 def _words(row: dict[str, Any]) -> tuple[str, str, str]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import InputError, choose, cut, shown
+from nexus_rt.errors import InputError, choose, cut, is_text, shown
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
 
 MAX_PROMPT = 100_000  # characters
@@ -179,22 +179,27 @@ def _texts(name: str, value: Any) -> list[str]:
     if texts is None or not all(isinstance(t, str) for t in texts):
         odd = value if texts is None else next(t for t in texts if not isinstance(t, str))
         raise InputError(f"{name} holds {shown(odd)}; expected text, or a list of texts.")
+    each = [name] if isinstance(value, str) else [f"{name}[{i}]" for i in range(len(texts))]
     if not texts:
         raise InputError(
             f"the {name.removeprefix('negative_')} list is empty; pass at least one prompt."
         )
-    if long := [t for t in texts if len(t) > MAX_PROMPT]:
-        raise InputError(
-            f"the {name} has {len(long[0])} characters; expected at most {MAX_PROMPT}."
-        )
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
+    for place, text in zip(each, texts, strict=True):
+        if len(text) > MAX_PROMPT:
             raise InputError(
-                f"the {name} {cut(ascii(text), 80)} holds half a surrogate pair, which is no text."
-            ) from None
+                f"the {place} has {len(text)} characters; expected at most {MAX_PROMPT}."
+            )
+        check_unicode(f"the {place}", text)
     return texts
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Raise an `InputError` unless no model, file or reply can choke on a text's code points."""
+    if not is_text(text):
+        raise InputError(
+            f"{name} is {shown(text)}, which holds half a surrogate pair and is no text; expected"
+            " Unicode: decode it as what it was encoded in."
+        )
 
 
 def check_generators(generator: Any, videos: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_rt import documents
-from nexus_rt.errors import InputError, cut
+from nexus_rt.errors import InputError, cut, shown
 from nexus_rt.size import ClipSize, parse_sides
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
@@ -54,7 +54,8 @@ def read_prompts(path: str | Path) -> list[Item]:
     names them by their place; `.json` is an array of objects (or of strings), or VR-Bench's object
     of categories; `.jsonl` an object a line. A folder is read as all its `.json` files. An object's
     fields are prompt, and if wanted id, seed, size ("832x480"), frames, negative, rewrite (the
-    large generator's text).
+    large generator's text). A text of an item that is no Unicode (half a surrogate pair) is the
+    item's own failure when it is made.
 
     Raises:
         InputError: no such file, one that breaks this (with the place and what was expected), no
@@ -114,8 +115,11 @@ def _file(path: Path) -> list[Item]:
             for n, line in enumerate(text.split("\n"), 1)
             if line.strip()
         ]
-        return [_item(parse_json(line, place), place, i) for i, (line, place) in enumerate(rows)]
-    document = parse_json(text, str(path))
+        return [
+            _item(parse_json(line, place, any_text=True), place, i)
+            for i, (line, place) in enumerate(rows)
+        ]
+    document = parse_json(text, str(path), any_text=True)
     if isinstance(document, list):
         return [_item(row, f"{path}: [{i}]", i) for i, row in enumerate(document)]
     if not isinstance(document, dict):
@@ -130,9 +134,9 @@ def _file(path: Path) -> list[Item]:
     ]
 
 
-def parse_json(text: str, where: str) -> Any:
-    """The value, or an `InputError` that names the place."""
-    return documents.parse(text, where, InputError, "mend it")
+def parse_json(text: str, where: str, any_text: bool = False) -> Any:
+    """The value, or an `InputError` that names the place; any_text: as in `documents.parse`."""
+    return documents.parse(text, where, InputError, "mend it", any_text)
 
 
 def category_prompts(document: Any, where: str) -> list[tuple[dict[str, Any], str]]:
@@ -159,7 +163,7 @@ def category_prompts(document: Any, where: str) -> list[tuple[dict[str, Any], st
                 or not isinstance(value, (str, int))
                 or not str(value).strip()
             ):
-                raise InputError(f"{place}.{field} is {cut(repr(value), 80)}; expected text.")
+                raise InputError(f"{place}.{field} is {shown(value)}; expected text.")
         placed.append((row, place))
     return _mended(placed, where)
 
@@ -214,7 +218,7 @@ def check_name(value: Any, where: str) -> str:
     """An id that can be a file's name."""
     if not NAME.fullmatch(str(value)):
         raise InputError(
-            f"{where}.id is {cut(repr(value), 80)}; expected a file's name: letters, digits, '.',"
+            f"{where}.id is {shown(value)}; expected a file's name: letters, digits, '.',"
             " '_' and '-', at most 120."
         )
     return str(value)
@@ -234,15 +238,15 @@ def _item(row: Any, where: str, index: int) -> Item:
                 if kind is int
                 else "text or a whole number"
             )
-            raise InputError(f"{where}.{field} is {cut(repr(value), 80)}; expected {wanted}.")
+            raise InputError(f"{where}.{field} is {shown(value)}; expected {wanted}.")
     if unknown := sorted(set(row) - set(FIELDS)):
         raise InputError(
-            f"{where} sets an unknown {cut(repr(unknown[0]), 80)}; expected {', '.join(FIELDS)}."
+            f"{where} sets an unknown {shown(unknown[0])}; expected {', '.join(FIELDS)}."
         )
     if row.get("rewrite") is not None and not row["rewrite"].strip():
         raise InputError(f"{where}.rewrite is empty; expected text, or none of it.")
     if not str(row.get("prompt") or "").strip():
-        raise InputError(f"{where}.prompt is {cut(repr(row.get('prompt')), 80)}; expected text.")
+        raise InputError(f"{where}.prompt is {shown(row.get('prompt'))}; expected text.")
     name = check_name(row.get("id", f"{index:04}"), where)
     for field, low, high in (("seed", -1, 2**64 - 1), ("frames", 1, MAX_FRAMES)):
         if row.get(field) is not None and not low <= row[field] <= high:
@@ -255,8 +259,7 @@ def _item(row: Any, where: str, index: int) -> Item:
                 raise InputError("no side")
         except InputError:
             raise InputError(
-                f"{where}.size is {cut(repr(row['size']), 80)}; expected WIDTHxHEIGHT, such as"
-                " 832x480."
+                f"{where}.size is {shown(row['size'])}; expected WIDTHxHEIGHT, such as 832x480."
             ) from None
     return Item(
         name,

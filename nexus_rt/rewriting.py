@@ -24,7 +24,8 @@ from urllib.request import Request, urlopen
 
 import torch
 
-from nexus_rt.errors import InputError, ModelError, RewriteError, cut, shown
+from nexus_rt.checks import check_unicode
+from nexus_rt.errors import InputError, ModelError, RewriteError, cut, is_text, shown
 from nexus_rt.loading.pretrained import check_config, pretrained
 from nexus_rt.loading.source import require_safetensors
 from nexus_rt.log import logger
@@ -64,6 +65,9 @@ def check_rewrite(rewrite: Any, prompts: int | None) -> None:
     texts = rewrite if isinstance(rewrite, (list, tuple)) else None
     if texts is not None and not all(isinstance(t, str) and t.strip() for t in texts):
         raise InputError("rewrite holds something else than texts; expected one for each prompt.")
+    own = [("rewrite", rewrite)] if isinstance(rewrite, str) else []
+    for name, text in own or [(f"rewrite[{i}]", t) for i, t in enumerate(texts or ())]:
+        check_unicode(name, text)
     if texts is not None and prompts is not None and len(texts) != prompts:
         raise InputError(f"rewrite has {len(texts)} texts for {prompts} prompts; expected as many.")
     known = rewrite is None or callable(rewrite) or texts is not None
@@ -138,7 +142,7 @@ def _ask(source: Any, prompt: str, deadline: float) -> str:
     else:
         answer = _within(lambda: source(prompt), left)
     text = " ".join(answer.split()) if isinstance(answer, str) else ""
-    if not text:
+    if not text or not is_text(text):
         raise ModelError(f"the answer is {shown(answer)}; expected a text")
     return text
 
@@ -181,14 +185,24 @@ class Cache:
             if key in self.answers:
                 self.answers.move_to_end(key)
                 return self.answers[key]
-        answer = ask()
+        try:
+            answer = ask()
+        except BaseException:
+            with self.lock:  # a caller's functions that only fail are not kept alive
+                self._forget()
+            raise
         with self.lock:
+            self.sources[id(source)] = source
             self.answers[key] = answer
             while len(self.answers) > CACHED:
                 self.answers.popitem(last=False)
-            used = {owner for owner, _ in self.answers}
-            self.sources = {k: v for k, v in self.sources.items() if k in used}
+            self._forget()
         return answer
+
+    def _forget(self) -> None:
+        """Let go of sources without answers."""
+        used = {owner for owner, _ in self.answers}
+        self.sources = {k: v for k, v in self.sources.items() if k in used}
 
 
 def _messages(system: str, prompt: str) -> list[dict[str, str]]:

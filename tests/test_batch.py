@@ -460,3 +460,121 @@ def test_latents_are_kept_where_a_clip_cannot_be_written(tiny_pipe, tmp_path, mo
     row = batch.finished(tmp_path)[0]["a"]
     assert "The latents are saved in" in row["error"]
     assert read_latents(next(tmp_path.glob("*.safetensors"))).isfinite().all()
+
+
+NO_TEXT = {
+    "prompt": {"prompt": "a \ud800 circle"},
+    "negative": {"prompt": PROMPTS[0], "negative": "\udfff"},
+    "rewrite": {"prompt": PROMPTS[0], "rewrite": "\udc00\ud800"},
+    "too long": {"prompt": "x" * 100_001},
+}
+
+
+@pytest.mark.parametrize("kind", [".json", ".jsonl"])
+def test_an_item_that_is_no_text_fails_alone(tiny_pair, tmp_path, kind, capsys):
+    rows = [{"id": "a", "prompt": PROMPTS[0]}]
+    rows += [{"id": f"bad{i}", **row} for i, row in enumerate(NO_TEXT.values())]
+    rows += [{"id": "z", "prompt": PROMPTS[1]}]
+    content = json.dumps(rows) if kind == ".json" else "\n".join(map(json.dumps, rows))
+    path, out = written(tmp_path, f"p{kind}", content), tmp_path / "out"
+    quick = ["--size", "48x32", "--frames", "5", "--steps", "2", "--plan", "small:1 large:1"]
+    line = ["batch", str(path), "-o", str(out), "--pair", str(tiny_pair), *quick]
+    assert main(line) == 1 and "2 made, 0 kept, 4 failed" in capsys.readouterr().out
+    ended = batch.finished(out)[0]
+    assert {n: r["status"] for n, r in ended.items()} == {
+        "a": "done",
+        "z": "done",
+        **{f"bad{i}": "failed" for i in range(4)},
+    }
+    assert "half a surrogate pair" in ended["bad0"]["error"]
+    assert "negative_prompt" in ended["bad1"]["error"] and "rewrite" in ended["bad2"]["error"]
+    (out / "results.jsonl").read_bytes().decode()  # UTF-8, whole
+    assert main(line) == 1 and "0 made, 2 kept, 4 failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "item",
+    [Item("a", 5), Item("a", None), Item("a", "x", seed=10**30), Item("a", "x", negative=7)],
+    ids=range(4),
+)
+def test_an_item_of_python_that_no_call_takes_fails_alone(tiny_pipe, tmp_path, item):
+    items = [item, Item("b", PROMPTS[0])]
+    assert run(tiny_pipe, items, Job(tmp_path, options=QUICK)) == {
+        "made": 1,
+        "kept": 0,
+        "failed": 1,
+    }
+    with pytest.raises(InputError, match="expected a file's name"):
+        run(tiny_pipe, [Item("../b", PROMPTS[0])], Job(tmp_path / "out", options=QUICK))
+    assert not (tmp_path / "b2.mp4").exists()
+
+
+def test_a_name_that_is_no_text_is_refused_with_its_place(tmp_path):
+    for row in ({"id": "\ud800", "prompt": "x"}, {"prompt": "x", "\udc00": 1}, {"size": "\ud800"}):
+        with pytest.raises(InputError, match=r"p.json: \[0\]") as caught:
+            read_prompts(written(tmp_path, "p.json", [row]))
+        str(caught.value).encode()
+
+
+@pytest.mark.parametrize("name, index", [("prompt", 1), ("negative_prompt", 2)])
+def test_a_call_names_the_prompt_that_is_no_text(tiny_pipe, name, index):
+    texts = ["a", "b", "c"]
+    texts[index] = "\ud83d"
+    inputs = {"prompt": ["a", "b", "c"], name: texts}
+    for call in (tiny_pipe, tiny_pipe.encode_prompt):
+        with pytest.raises(InputError, match=rf"{name}\[{index}\] is .* half a surrogate pair"):
+            call(**inputs)
+
+
+BROKEN_LINES = [
+    b'{"id": "a\\ud800", "status": "done", "when": 1, "settings": {"x": 1}}',
+    b'{"id": "a", "status": "done", "when": 1e999, "settings": {"x": 1}}',
+    b'{"id": "a", "status": "done", "when": NaN, "settings": {"x": 1}}',
+    b'{"id": "a", "status": "done", "when": 1, "settings": {"prompt": "\\udc00"}}',
+    b'{"id": "a", "status": "done", "when": %s, "settings": {"x": 1}}' % (b"9" * 400),
+    b'{"id": ["a"], "status": "done", "when": 1, "settings": {"x": 1}}',
+    b'{"id": "a", "status": "done", "when": 1, "settings": []}',
+    b'{"id": "a", "status": "begun"',
+    b"\xff\xfe\x00\x00",
+    b"[" * 100_000,
+    b"null",
+    b'"\\ud800"',
+    b"\x00" * 50,
+    b'{"id": "a", "id": "b"}',
+]
+
+
+def test_lines_that_are_none_count_for_nothing(tiny_pipe, tmp_path):
+    job, items = Job(tmp_path, options=QUICK), [Item("a", PROMPTS[0]), Item("b", PROMPTS[1])]
+    assert run(tiny_pipe, items, job)["made"] == 2
+    good = job.results.read_bytes().splitlines()
+    mixed = [line for pair in zip(BROKEN_LINES, good * 7, strict=True) for line in pair]
+    job.results.write_bytes(b"\n".join(mixed) + b"\nhalf a li")
+    (tmp_path / "results.other.jsonl").write_bytes(b"\n".join(BROKEN_LINES))
+    assert run(tiny_pipe, items, job) == {"made": 0, "kept": 2, "failed": 0}
+    assert job.results.read_bytes().endswith(b"half a li\n")  # a line of its own for the next row
+
+
+@pytest.mark.parametrize("seed", [-5, 2**64, 10**30, True, "7", None, 0.5])
+def test_a_kept_seed_that_no_generator_takes_is_drawn_again(tiny_pipe, tmp_path, seed):
+    row = {"id": "a", "status": "done", "when": 1.0, "settings": {"seed": seed}}
+    written(tmp_path, "results.jsonl", json.dumps(row) + "\n")
+    job = Job(tmp_path, seed=-1, options=QUICK)
+    assert run(tiny_pipe, [Item("a", PROMPTS[0])], job)["made"] == 1
+    assert 0 <= batch.finished(tmp_path)[0]["a"]["settings"]["seed"] < 2**64
+
+
+def test_results_that_cannot_be_read_or_written_are_our_error(tiny_pipe, tmp_path):
+    (tmp_path / "results.jsonl").mkdir()
+    with pytest.raises(InputError, match="results.jsonl cannot be read"):
+        run(tiny_pipe, [Item("a", PROMPTS[0])], Job(tmp_path, options=QUICK))
+    with pytest.raises(batch.NexusError, match="cannot be written"):
+        batch.Lines(tmp_path / "none" / "results.jsonl").add({"id": "a"})
+
+
+@pytest.mark.parametrize("text", ["", "1", "1/", "a/b", "1/2/3", "0x1/2", "\u0661/\u0662", "1/1_0"])
+def test_a_shard_is_two_numbers(text):
+    with pytest.raises(InputError, match="is not I/N"):
+        batch.parse_shard(text)
+    with pytest.raises(InputError, match="is not I/N"):
+        batch.parse_shard("1/" + "9" * 400)
