@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nexus_rt.bench.presets import Need
 from nexus_rt.costs import median_ms
+from nexus_rt.models.decoder import decode_whole
 from nexus_rt.models.wan import WanConfig, WanTransformer
+from nexus_rt.models.wan_vae import WanVae
 from nexus_rt.plan import Plan, StepCosts
 from nexus_rt.size import ClipSize
 
@@ -42,24 +44,15 @@ def forward_flops(config: dict[str, Any], size: ClipSize, tokens: int = 512) -> 
 
 
 @torch.no_grad()
-def decode_flops(size: ClipSize, config: dict[str, Any] | None = None) -> int | None:
-    """Of Wan's VAE decoding one clip: the first frame and one more are counted, the others are as
-    the second. None without diffusers."""
-    try:
-        from diffusers import AutoencoderKLWan
-    except ImportError:
-        return None
-    t, h, w = size.latent
+def decode_flops(size: ClipSize, config: dict[str, Any] | None = None) -> int:
+    """Multiplications and additions of Wan's VAE decoding one clip; frame by frame they are as
+    many."""
     with torch.device("meta"):
-        vae = AutoencoderKLWan(**(config or {})).eval()
-        z = torch.empty(1, vae.config.z_dim, 1, h, w)
-    cache: list[Any] = [None] * 256
-    counts = []
-    for first in (True, False):
-        with FlopCounterMode(display=False) as counter:
-            vae.decoder(vae.post_quant_conv(z), feat_cache=cache, feat_idx=[0], first_chunk=first)
-        counts.append(counter.get_total_flops())
-    return counts[0] + (t - 1) * counts[1]
+        vae = WanVae(config or {})
+        z = torch.empty(1, vae.config.z_dim, *size.latent)
+    with FlopCounterMode(display=False) as counter:
+        decode_whole(vae, z)
+    return counter.get_total_flops()
 
 
 def estimate(
@@ -93,7 +86,7 @@ def estimate(
         "free_bytes": need.free,
         "tflop": {
             **{f"{n} forward": round(c / 1e12, 4) for n, c in flops.items()},
-            **({"vae": round(vae / 1e12, 4)} if vae else {}),
+            "vae": round(vae / 1e12, 4),
         },
         "rows": [
             {
@@ -103,5 +96,5 @@ def estimate(
             }
             for p in plans
         ],
-        "vae_ms_at_least": round(vae / tflops / 1e9, 1) if vae else None,
+        "vae_ms_at_least": round(vae / tflops / 1e9, 1),
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from nexus_rt.bench import gpu_estimates as estimates
 from nexus_rt.bench.gpu_setting import figure
 from nexus_rt.bench.gpu_units import Unit
 from nexus_rt.bench.presets import random_transformer
@@ -38,7 +39,7 @@ def units(s: Any) -> dict[str, Unit]:
             rows[f"{name}: torch, replayed"] = Unit(partial(_replayed, blocks), 60.0)
         for backend in ENGINE_BACKENDS:
             if not s.dry or backend == "onnx":  # others are compiled and built in their own tests
-                rows[f"{name}: {backend}"] = Unit(partial(_exported, blocks, backend), 150.0)
+                rows[f"{name}: {backend}"] = Unit(partial(_exported, s, blocks, backend), 150.0)
     return rows
 
 
@@ -87,20 +88,19 @@ def _replayed(blocks: Any) -> dict:
     return blocks().row(ReplayedEngine(blocks().eager))
 
 
-def _exported(blocks: Any, backend: str) -> dict:
+def _exported(s: Any, blocks: Any, backend: str) -> dict:
     """Exported as a user would, parity gate and all, from a folder of random weights."""
     from nexus_rt.engines.registry import open_engine
     from nexus_rt.errors import InputError
     from nexus_rt.export.build import Target, export_component
     from nexus_rt.export.components import GeneratorComponent
 
-    own = blocks()
-    s = own.s
-    try:
-        target = Target(backend, "fp32" if s.dry else "bf16", (own.size,), s.device)
+    try:  # before the blocks are made: what is missing here is known without them
+        target = Target(backend, "fp32" if s.dry else "bf16", (s.size,), s.device)
         target.builder()
-    except InputError as error:  # its packages are not here
+    except InputError as error:
         return {"why": str(error)}
+    own = blocks()
     with _cache(own.folder.name):
         start = time.monotonic()
         made = export_component(GeneratorComponent("small", own.source), target, "the GPU suite")
@@ -124,8 +124,21 @@ def _exported(blocks: Any, backend: str) -> dict:
 def swap(s: Any) -> dict[str, Unit]:
     """The step after the handoff against the median of the large one's steps, and peak memory
     against what was planned, in every mode of residency."""
-    pair = cache(partial(Pair, s))
-    return {mode: Unit(partial(_swapped, pair, mode), 60.0) for mode in SWAPS}
+    pair, configs = cache(partial(Pair, s)), list(shortened(s).values())
+    seconds = {
+        "resident": estimates.compile_s(4) + estimates.swap_s(s, configs, 6, 2),
+        "prefetched": estimates.swap_s(s, configs, 6, 1),
+    }
+    return {m: Unit(partial(_swapped, pair, m), 60.0, seconds.get(m, 0.0)) for m in SWAPS}
+
+
+def shortened(s: Any) -> dict[str, dict[str, Any]]:
+    """Architectures of the swap's generators, "small" and "large"."""
+    out = {}
+    for role, name in zip(("small", "large"), s.names, strict=True):
+        config = s.configs[name]
+        out[role] = {**config, "num_layers": min(LAYERS[role], config["num_layers"])}
+    return out
 
 
 class Pair:
@@ -140,9 +153,7 @@ class Pair:
         from nexus_rt.step_runners import Prompt
 
         self.s, self.engines = s, {}
-        for role, name in zip(("small", "large"), s.names, strict=True):
-            layers = min(LAYERS[role], s.configs[name]["num_layers"])
-            config = {**s.configs[name], "num_layers": layers}
+        for role, config in shortened(s).items():
             model = random_transformer(config, s.dtype, s.device).use_kernels(
                 s.kernels, s.attention
             )

@@ -1,13 +1,13 @@
-"""Whole clips at true size in the GPU suite: plans end to end beside their prices, decoding, and
-what users would run instead."""
+"""Whole clips at true size in the GPU suite: plans end to end beside their prices, and what users
+would run instead."""
 
 from __future__ import annotations
 
 from functools import cache, cached_property, partial
-from importlib.util import find_spec
 from typing import Any
 
-from nexus_rt.bench.gpu_units import Unit
+from nexus_rt.bench.gpu_units import NOT_REACHED, Unit
+from nexus_rt.bench.gpu_wheels import absent, present
 
 STEPS, PEER_STEPS = 4, 2
 # the paper's schedule, a handoff, and the large one alone; then the gate snapped, and handoffs
@@ -41,9 +41,8 @@ class Clip:
 
         self.s = s
         configs = dict(zip(("small", "large"), map(s.configs.get, s.names), strict=True))
-        decoder = dict(base_dim=4, num_res_blocks=1) if s.dry else None
         made = random_pipeline(
-            configs, s.dtype, s.device, s.size, s.kernels, s.attention, decoder=decoder
+            configs, s.dtype, s.device, s.size, s.kernels, s.attention, decoder=s.decoder
         )
         self.pipe = latency.quiet(made)
         self.vae, self.pipe.vae = self.pipe.vae, None
@@ -66,13 +65,11 @@ class Clip:
 
 
 def units(s: Any) -> dict[str, Unit]:
-    """A row for what a step costs, every plan, every peer, and one decoding."""
+    """A row for what a step costs, every plan and every peer."""
     made = cache(partial(Clip, s))
     rows = {"costs": Unit(partial(_costs, made), 90.0)}
-    rows |= {plan: Unit(partial(_plan, made, plan), 90.0) for plan in PLANS[:3]}
-    rows["vae"] = Unit(partial(_vae, made), 60.0)
-    rows |= {plan: Unit(partial(_plan, made, plan), 90.0) for plan in PLANS[3:]}
-    peers = PEERS if find_spec("diffusers") else PEER_WITHOUT_DIFFUSERS
+    rows |= {plan: Unit(partial(_plan, made, plan), 90.0) for plan in PLANS}
+    peers = PEERS if present("diffusers") else PEER_WITHOUT_DIFFUSERS
     rows |= {f"peer {name}": Unit(partial(_peer, made, name), 120.0) for name in peers}
     return rows
 
@@ -95,21 +92,11 @@ def _plan(made: Any, plan: str) -> dict:
     return {k: row[k] for k in KEPT} | priced
 
 
-def _vae(made: Any) -> dict:
-    own = made()
-    if own.vae is None:
-        return {"why": "diffusers is not installed here"}
-    own.pipe.vae = own.vae
-    try:
-        latents, peak = own.clip.noise(own.pipe), own.s.peak()
-        return {"ms": own.s.ms(lambda: own.pipe.decode(latents, "pt"), 1, 1), **peak()}
-    finally:
-        own.pipe.vae = None
-
-
 def _peer(made: Any, name: str) -> dict:
     from nexus_rt.bench.peers import Setting, measure_peers
 
+    if name not in PEER_WITHOUT_DIFFUSERS and (why := absent("diffusers")):
+        return {NOT_REACHED: why}
     own = made()
     setting = Setting(own.s.size, PEER_STEPS, 0, None, own.embeds)
     (row,) = measure_peers(own.pipe, (name,), setting, 1, 0)

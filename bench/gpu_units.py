@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
 
-from nexus_rt.bench.measure import failure
-
 START_S = 120.0  # a worker's first sign of life: imports, where the server has none of them
+# seconds from a fork to the first unit: a CUDA context, the setting, the libraries' first calls
+WORKER_S = 4.0
 PRELOADED = ["torch", "triton", "nexus_rt.bench.gpu_setting"]
 NOT_REACHED = "not_reached"
 
@@ -30,12 +30,26 @@ Row = dict[str, Any]
 Note = Callable[[str, Row], None]
 
 
+def failure(error: BaseException, most: int = 300) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:most]}"
+
+
 @dataclass(frozen=True)
 class Unit:
-    """What makes one row, and the seconds after which it counts as hung."""
+    """What makes one row.
+
+    limit: seconds after which it counts as hung. estimate: predicted seconds of a headline row,
+        which is made before all others (`gpu_estimates`); 0 for the others.
+    """
 
     call: Callable[[], Row]
     limit: float = 40.0
+    estimate: float = 0.0
+
+    @property
+    def headline(self) -> bool:
+        return self.estimate > 0
 
 
 @dataclass(frozen=True)
@@ -44,17 +58,25 @@ class Part:
 
     source: "module:function" of `units(setting) -> {label: Unit}`; cheap, and free of the GPU, as
         it is asked for labels too. limit: seconds for all its rows. lanes: processes at a time;
-        more than one where nothing is timed.
+        more than one where nothing is timed. needs: packages without which it has no rows.
     """
 
     source: str
     limit: float
     lanes: int = 1
+    needs: tuple[str, ...] = ("msgspec",)
 
     def units(self, setting: Any) -> dict[str, Unit]:
         """The part's units, in order."""
         module, _, function = self.source.partition(":")
         return getattr(importlib.import_module(module), function)(setting)
+
+    def headline_seconds(self, setting: Any) -> float:
+        """Predicted seconds of its headline rows, the start of its workers included; 0 without
+        any."""
+        estimates = [u.estimate for u in self.units(setting).values() if u.headline]
+        each = max(sum(estimates) / self.lanes, max(estimates, default=0.0))
+        return WORKER_S + each if estimates else 0.0
 
 
 def _work(connection: Any, part: Part, make: Callable[[], Any], environment: dict) -> None:
@@ -73,7 +95,8 @@ def _work(connection: Any, part: Part, make: Callable[[], Any], environment: dic
             row = units[label].call()
             setting.synchronize()  # what a kernel did wrong may show only now
         except Exception as error:
-            row = {"failed": failure(error)}
+            why = setting.lacking(error)
+            row = {NOT_REACHED: why} if why else {"failed": failure(error)}
         alive = setting.works()
         connection.send((row, alive))
         if not alive:
@@ -167,12 +190,14 @@ class _Lanes:
                         worker, why = self._start(left)
                         left = self.deadline - time.monotonic()
                     if worker is None:
-                        row = {"failed": f"no process for it: {why}"}
+                        row, alive = {"failed": f"no process for it: {why}"}, False
                     else:
                         row, alive = worker.run(label, min(self.units[label].limit, left))
                         if not alive:
                             self._drop(worker)
                             worker = None
+                    if not alive and time.monotonic() >= self.deadline:
+                        row = {NOT_REACHED: "the time was over before it had ended"}
                 if self.over:
                     return
                 with self.lock:
@@ -211,16 +236,26 @@ class _Lanes:
 
 
 def run_part(
-    part: Part, setting: Any, make: Callable[[], Any], deadline: float, note: Note, known: set[str]
+    part: Part,
+    setting: Any,
+    make: Callable[[], Any],
+    deadline: float,
+    note: Note,
+    known: set[str],
+    headline: bool = False,
 ) -> None:
     """Make the rows of a part; each is noted as it comes, one that fails with why, one that the
     time does not reach as such.
 
     Args:
         setting: of this process, which is asked for labels. make: makes a worker's own; it travels
-            to the worker. known: labels that are left out.
+            to the worker. known: labels that are left out. headline: the headline rows alone.
     """
-    units = {label: unit for label, unit in part.units(setting).items() if label not in known}
+    units = {
+        label: unit
+        for label, unit in part.units(setting).items()
+        if label not in known and (unit.headline or not headline)
+    }
     lanes = _Lanes(part, make, units, min(deadline, time.monotonic() + part.limit))
     threads = [
         threading.Thread(target=lanes.walk, args=(note,), daemon=True)

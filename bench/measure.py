@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +15,6 @@ import torch
 from nexus_rt.devices import synchronize
 from nexus_rt.process import resident_bytes
 from nexus_rt.tracing import Trace, record
-
-
-def failure(error: BaseException, most: int = 300) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:most]}"
-
-
-@contextlib.contextmanager
-def failure_in(rows: dict, name: str) -> Iterator[None]:
-    """What fails is written down as a row; the next goes on."""
-    try:
-        yield
-    except Exception as error:
-        rows[name] = {"failed": failure(error)}
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -93,6 +93,12 @@ def diffusers_transformer(model: WanTransformer) -> Any:
     return theirs.eval()
 
 
+def diffusers_decoder(decoder: Any) -> Any:
+    """diffusers' VAE of a decoder's weights, in the layout that diffusers reads them in."""
+    decoder.load()
+    return copy.deepcopy(decoder.model).to(memory_format=torch.contiguous_format)
+
+
 class Peers:
     """The others, made of a PyTorch pipeline when they are first asked for."""
 
@@ -116,8 +122,7 @@ class Peers:
 
     def decoder(self) -> Any:
         if self.vae is None and self.pipe.vae is not None:
-            self.pipe.vae.load()
-            self.vae = copy.deepcopy(self.pipe.vae.model).to(memory_format=torch.contiguous_format)
+            self.vae = diffusers_decoder(self.pipe.vae)
         return self.vae
 
     def scheduler(self) -> Any:

@@ -11,23 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import choose
 from nexus_rt.loading.checkpoint import KEEP_FP32
 from nexus_rt.loading.pair import Loaded
 from nexus_rt.loading.pair_folder import Defaults
 from nexus_rt.memory.residency import activation_bytes
-from nexus_rt.models.vae import WAN_VAE, VideoDecoder
+from nexus_rt.models.vae import WAN_VAE, VideoDecoder, in_channels_last
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.size import ClipSize
 
-WAN_1_3B = dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30)
-WAN_14B = dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40)
-# to try with
-DRY = dict(
-    num_attention_heads=2, attention_head_dim=32, ffn_dim=96, num_layers=2, text_dim=48, freq_dim=32
-)
 PROMPT = (
     "the shape that rolls, in the colour of the sky, striped, moves the opposite way of right on a"
     " sand background"
@@ -73,16 +68,21 @@ def random_transformer(
 
 
 class RandomDecoder(VideoDecoder):
-    """Wan's VAE decoder with random weights."""
+    """Wan's VAE decoder with random weights, the same in every dtype, laid out as stored ones."""
 
-    def __init__(self, device: torch.device, config: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        config: dict[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.config, self.tiling = config or {}, "auto"
-        super(VideoDecoder, self).__init__(WAN_VAE, torch.float32, device)
+        super(VideoDecoder, self).__init__(WAN_VAE, dtype, device)
 
     @property
     def nbytes(self) -> int:
         with torch.device("meta"):
-            return sum(p.numel() * 4 for p in self._make().parameters())
+            return sum(p.numel() * self.dtype.itemsize for p in self._make().parameters())
 
     def working_bytes(self, size: ClipSize) -> int:
         return 6 * self.config.get("base_dim", 96) * 4 * size.width * size.height * 4
@@ -93,8 +93,12 @@ class RandomDecoder(VideoDecoder):
         return AutoencoderKLWan(**self.config)
 
     def _read(self) -> nn.Module:
-        with torch.device(self.device):
-            return self._make().eval()
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            with torch.device(self.device):
+                # PyTorch's own cast: diffusers' warns of parts that it keeps, which are none
+                model = nn.Module.to(self._make().eval(), dtype=self.dtype)
+        return in_channels_last(model)
 
 
 def random_pipeline(

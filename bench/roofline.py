@@ -187,16 +187,15 @@ def step_costs(
 
 
 @lru_cache(maxsize=8)
-def _decode_flops(size: ClipSize) -> int | None:
+def _decode_flops(size: ClipSize) -> int:
     from nexus_rt.bench.estimate import decode_flops
 
     return decode_flops(size)
 
 
-def vae_ms(size: ClipSize, card: Card, shares: Shares = SHARES) -> float | None:
-    """Milliseconds of decoding a clip; None without diffusers, whose decoder is counted."""
-    flops = _decode_flops(size)
-    return None if flops is None else 1000 * flops / (card.tf32 * TERA * shares.vae)
+def vae_ms(size: ClipSize, card: Card, shares: Shares = SHARES) -> float:
+    """Milliseconds of decoding a clip."""
+    return 1000 * _decode_flops(size) / (card.tf32 * TERA * shares.vae)
 
 
 def card_of(name: str) -> Card:
@@ -307,7 +306,7 @@ LAYOUTS = ("cfg=1", "cfg=2", "cfg=2,ulysses=2", "cfg=2,ulysses=4", "pair=2,cfg=2
 def scaling_table(key: str = "h200") -> str:
     """Markdown: one clip on one to eight cards, predicted from bytes: a guided step of the 14B, and
     the published schedule, where pair=2 has both generators run at once."""
-    from nexus_rt.bench.presets import WAN_1_3B, WAN_14B
+    from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
     from nexus_rt.guidance import GUIDANCE_SCALE
     from nexus_rt.plan_text import parse_plan
     from nexus_rt.solver import time_grid
@@ -342,7 +341,7 @@ SIZES = {"480p": ClipSize(832, 480, 81), "720p": ClipSize(1280, 720, 81)}
 def predict(card: Card, size: ClipSize, fp8: bool = False) -> dict[str, Any]:
     """Wan's 1.3B and 14B on a card: a guided step of the large one by kind, and the plans' seconds,
     denoising and decoding."""
-    from nexus_rt.bench.presets import WAN_1_3B, WAN_14B
+    from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
     from nexus_rt.guidance import GUIDANCE_SCALE
     from nexus_rt.plan_text import has_clocks, parse_plan
     from nexus_rt.solver import time_grid
@@ -359,7 +358,7 @@ def predict(card: Card, size: ClipSize, fp8: bool = False) -> dict[str, Any]:
     work = forward_work(configs["large"], size, kind, fp8) * 2
     return {
         "large_guided": parts(work, card).row(),
-        "vae_s": None if decode is None else round(decode / 1000, 1),
+        "vae_s": round(decode / 1000, 1),
         "denoise_s": seconds,
     }
 
@@ -387,10 +386,10 @@ def table() -> str:
             plans = "".join(
                 f" {own['denoise_s'][n]:.0f}; {small['denoise_s'][n]:.0f} |" for n in PLANS
             )
-            vae = "" if own["vae_s"] is None else f"{own['vae_s']:.1f}"
             lines.append(
                 f"| {card.name.removeprefix('NVIDIA ')} | {label} x 81 |"
-                f" **{p['total'] / 1000:.2f}**: {split} | {fp8:.2f} |{plans} {vae} |"
+                f" **{p['total'] / 1000:.2f}**: {split} | {fp8:.2f} |{plans}"
+                f" {own['vae_s']:.1f} |"
             )
     return "\n".join(lines)
 

@@ -37,7 +37,7 @@ def cannot_build(target: Target) -> str | None:
         return f"opset is {target.opset}; expected one of {', '.join(map(str, OPSETS))}"
     if target.precision == "bf16" and target.device.type == "cpu":
         return "ONNX Runtime computes no bfloat16 on a CPU; use --precision fp32"
-    return None
+    return backend.provider_absent(target.device.type)
 
 
 def version(target: Target) -> str:

@@ -30,6 +30,28 @@ def slow(setting):
     return {f"row {i}": Unit(lambda: time.sleep(0.4) or {"right": True}) for i in range(20)}
 
 
+def mixed(setting):
+    """One headline row behind another row."""
+    return {
+        "other": Unit(lambda: {"right": True}),
+        "first": Unit(lambda: {"right": True}, estimate=1.0),
+    }
+
+
+def lengthy(setting):
+    """A headline row that outlasts its part's limit."""
+    return {"long": Unit(lambda: time.sleep(9) or {"right": True}, 60.0, estimate=1.0)}
+
+
+def unequipped(setting):
+    def imports():
+        import msgspec  # noqa: F401
+
+        return {"right": True}
+
+    return {"row": Unit(imports)}
+
+
 def unmade(setting):
     """Labels are there in the parent; in a worker, which has an environment of its own, nothing is."""
     if os.environ.get("NEXUS_RT_TEST_PARENT") != str(os.getpid()):

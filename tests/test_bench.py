@@ -18,7 +18,8 @@ from nexus_rt import InputError, ModelError, NexusPipeline
 from nexus_rt.bench import command, estimate, peers, presets, results, scaling, tables
 from nexus_rt.bench.latency import Clip
 from nexus_rt.bench.page import drawing, page
-from nexus_rt.bench.presets import DRY, Preset
+from nexus_rt.bench.architectures import DRY
+from nexus_rt.bench.presets import Preset
 from nexus_rt.cli import main
 from nexus_rt.models.wan import WanConfig
 from nexus_rt.size import ClipSize

@@ -13,12 +13,18 @@ import torch
 
 from nexus_rt.bench import (
     gpu_attention,
+    gpu_clip,
     gpu_correctness,
+    gpu_engines,
+    gpu_estimates,
     gpu_kernels,
     gpu_pipeline,
+    gpu_setting,
     gpu_steps,
     gpu_suite,
     gpu_tables,
+    gpu_wheels,
+    roofline,
     tables,
 )
 from nexus_rt.bench.gpu_setting import Setting
@@ -34,6 +40,10 @@ FAULTY = {
     "slow": Part("tests.faulty:slow", 60),
     "unmade": Part("tests.faulty:unmade", 60),
     "short": Part("tests.faulty:slow", 2.0),
+    "mixed": Part("tests.faulty:mixed", 60),
+    "mixed too": Part("tests.faulty:mixed", 60),
+    "lengthy": Part("tests.faulty:lengthy", 3.0),
+    "unequipped": Part("tests.faulty:unequipped", 60, needs=()),
 }
 
 
@@ -69,7 +79,13 @@ def test_the_whole_suite_runs_dry(tmp_path):
     results = json.loads(file.read_text())
     assert results.keys() == {"run", *gpu_suite.PARTS} and results["run"]["dry"]
     right = results["correctness"].values()
-    assert all(row["right"] for row in right) and len(right) == 14
+    assert all(row["right"] for row in right) and len(right) == 7
+    elsewhere = results["correctness elsewhere"]
+    assert all(row["right"] for row in elsewhere.values())
+    assert {
+        "attention far 32 x2 64 keys, pointers",
+        "attention far 32 x2 64 keys, descriptors",
+    } <= (elsewhere.keys())
     assert not gpu_suite.failures(results)
     assert all(row["ms"] > 0 and row["percent_of_roof"] > 0 for row in results["kernels"].values())
     assert {n.split()[0] for n in results["kernels"]} == {
@@ -99,6 +115,18 @@ def test_the_whole_suite_runs_dry(tmp_path):
     )
     assert {f"peer {p}" for p in ("diffusers", "switch", "naive")} <= results["pipeline"].keys()
     assert all(results["pipeline"][plan]["predicted_ms"] > 0 for plan in gpu_pipeline.PLANS)
+    assert results["vae"].keys() == {"float32", "bfloat16"}
+    assert results["vae"]["float32"]["difference"] == 0
+    assert 1e-5 < results["vae"]["bfloat16"]["difference"] < 0.05
+    for plan in gpu_clip.PLANS:
+        row = results["clip"][plan]
+        assert {"small", "large", "solver", "vae", "to host", "uint8", "mp4"} <= row[
+            "parts_ms"
+        ].keys()
+        assert row["mp4_bytes"] > 500 and 0 < row["denoise_ms"] < row["ms"]
+        assert sum(row["parts_ms"].values()) == pytest.approx(row["ms"], rel=0.5)
+    for name in ("diffusers' step", "diffusers' decoding"):
+        assert results["clip"][name]["difference"] < 1e-5 and results["clip"][name]["ours_ms"] > 0
     assert all(
         results["pipeline"][f"peer {p}"]["latent_error"] < 1e-3
         for p in ("diffusers", "switch", "naive")
@@ -172,7 +200,9 @@ def test_a_wrong_kernel_is_found(monkeypatch):
         modulate, "modulate", lambda *a, **k: tuple(t * 1.001 for t in right(*a, **k))
     )
     rows = gpu_correctness.units(Setting(True))
-    assert not rows["modulate 64"].call()["right"] and rows["solver_step 6x10"].call()["right"]
+    row = rows["modulate tiny"].call()
+    assert not row["right"] and row["wrong"] == ["modulate 64", "modulate stream 64"]
+    assert rows["solver_step 6x10"].call()["right"]
 
 
 def test_a_kernel_that_writes_nan_is_wrong():
@@ -194,6 +224,246 @@ def test_what_the_time_does_not_reach_is_said_and_resumed(tmp_path):
     gpu_suite.run(setting, ["roofs"], time.monotonic() + 60)
     assert setting.results["roofs"]["copy_gbps"] == {"rate": 7.0}  # not measured again
     assert setting.results["roofs"]["matmul_tflops"]["rate"] > 0
+
+
+HEADLINE = [
+    *("correctness", "roofs", "attention", "step large", "vae", "clip", "step small", "kernels"),
+    "swap",
+]
+
+
+def test_the_headline_is_made_in_the_documented_order_and_fits_the_time():
+    """On the GPU's own sizes, without a GPU: labels and estimates alone."""
+    rows = gpu_suite.headline(Setting(False))
+    assert list(rows) == HEADLINE == list(gpu_suite.PARTS)[: len(HEADLINE)]
+    assert 200 < sum(part["all"] for part in rows.values()) < 420
+    for name, part in rows.items():
+        assert all(seconds > 0 for seconds in part.values())
+        assert part["all"] < gpu_suite.PARTS[name].limit
+        units = gpu_suite.PARTS[name].units(Setting(False))
+        assert all(2 * u.estimate <= u.limit or u.limit >= 60 for u in units.values()), name
+    assert len(rows["correctness"]) == 14 + 1 and len(rows["kernels"]) == 14 + 1
+    assert set(rows["attention"]) >= {"self 14B: triton", "self 14B: cudnn"}
+    assert not any("1.3B" in label or "cross" in label for label in rows["attention"])
+    assert list(rows["step large"])[:2] == ["guided", "guided, diffusers"]
+    assert set(rows["vae"]) == {"float32", "bfloat16", "all"}
+    assert set(rows["clip"]) == {*gpu_clip.PLANS, "diffusers' step", "diffusers' decoding", "all"}
+    assert set(rows["step small"]) == {"guided", "guided, diffusers", "all"}
+    assert not any("75600" in label or "90x160" in label for label in rows["kernels"])
+    assert set(rows["swap"]) == {"resident", "prefetched", "all"}
+    assert gpu_suite.LIMIT_S <= 560  # of a command's 600
+
+
+def test_estimates_are_the_roofline_s(monkeypatch):
+    from dataclasses import replace
+
+    s = Setting(False)
+    large = s.configs["14B"]
+    guided = roofline.predict(roofline.CARDS["h200"], roofline.SIZES["480p"])["large_guided"]
+    assert gpu_estimates.forward_s(s, large, 2) == pytest.approx(guided["total"] / 1000, rel=1e-3)
+    assert gpu_estimates.timed_s(5.0) == 10 and gpu_estimates.timed_s(1.0) == 3
+    before = gpu_estimates.step_s(s, large, 0), gpu_estimates.denoise_s(s, 3, 2)
+    card = roofline.CARDS["h200"]
+    twice = replace(card, bf16=2 * card.bf16, bandwidth=2 * card.bandwidth)
+    monkeypatch.setitem(roofline.CARDS, "h200", twice)
+    after = gpu_estimates.step_s(s, large, 0), gpu_estimates.denoise_s(s, 3, 2)
+    assert after == pytest.approx([x / 2 for x in before])
+    from nexus_rt.plan_text import parse_plan
+    from nexus_rt.solver import time_grid
+
+    plan = parse_plan("small:2 bridge:1 large:1", time_grid(gpu_clip.FEW))
+    forwards = sum(s.small for s in plan.steps), sum(s.large for s in plan.steps)
+    assert forwards == gpu_clip.PLANS["small:2 bridge:1 large:1"]
+
+
+def test_headline_rows_of_all_parts_come_before_the_others():
+    order = []
+    note = lambda results: order.append(
+        [f"{part}: {label}" for part, rows in results.items() for label in rows]
+    )
+    rows = run("mixed", "mixed too", done=note)
+    assert rows["mixed"].keys() == {"first", "other"}
+    seen = [
+        next(iter(set(b) - set(a))) for a, b in zip([[], *order], order, strict=False) if a != b
+    ]
+    assert seen == ["mixed: first", "mixed too: first", "mixed: other", "mixed too: other"]
+
+
+def test_a_row_that_the_time_ends_is_not_reached_and_no_failure():
+    """Twice: with the headline, and with the other rows."""
+    rows = run("lengthy")["lengthy"]
+    assert rows == {"long": {"not_reached": "the time was over before it had ended"}}
+    assert not gpu_suite.failures({"lengthy": rows})
+
+
+def test_a_long_run_is_timed_once(monkeypatch):
+    s = Setting(True)
+    s.dry = False  # its runs are counted, on a CPU
+    monkeypatch.setattr(gpu_setting, "LONG_MS", 2.0)
+    calls = []
+    s.ms(lambda: (calls.append(1), time.sleep(0.005)), 10, 0)
+    assert len(calls) == 1
+    s.ms(lambda: calls.append(1), 10, 2)
+    assert len(calls) == 1 + 12
+
+
+def test_scores_far_below_zero_are_compared_in_every_form():
+    """Whole blocks and others, every way to load, fp8: what made NaN of 0 times infinity."""
+    rows = {
+        **gpu_correctness._cases(Setting(False)),
+    }
+    forms = ("auto", "pointers", "descriptors", "specialised", "ahead")
+    for kernel in ("attention", "attention_fp8"):
+        for heads in (40, 12):
+            for keys in (1280, 1311):
+                labels = {f"{kernel} far 128 x{heads} {keys} keys, {how}" for how in forms}
+                assert labels <= rows.keys()
+    launched = gpu_correctness.launched(Setting(False))
+    for row in ("attention 14B self", "attention_fp8 14B", "attention 1.3B"):
+        assert any(" far " in label and "1280" in label for label in launched[row])
+    q, k, *_ = gpu_correctness._qkv(Setting(True), 2, 32, 64, False, far=True)
+    scores = (q.transpose(1, 2) @ k.transpose(1, 2).mT) / 32**0.5
+    assert scores.max() < -128  # in powers of two: above what float32 holds
+
+
+def test_every_case_is_in_one_part():
+    s = Setting(False)
+    first = [name for names in gpu_correctness.launched(s).values() for name in names]
+    rest = gpu_correctness.units_elsewhere(s)
+    cases = gpu_correctness._cases(s)
+    assert set(first) <= cases.keys() and len(set(first)) == len(first)
+    assert set(first) | rest.keys() == cases.keys() and not set(first) & rest.keys()
+
+
+def test_one_wrong_case_makes_its_row_wrong():
+    right = {"error": 0.5, "eager_error": 1.0, "right": True}
+    nan = {"error": float("nan"), "eager_error": 1.0, "right": False}
+    row = gpu_correctness._together({"a": lambda: right, "b": lambda: nan})
+    assert not row["right"] and row["wrong"] == ["b"] and row["cases"] == 2
+    row = gpu_correctness._together({"a": lambda: right, "c": lambda: {**right, "error": 0.7}})
+    assert row == {"error": 0.7, "eager_error": 1.0, "right": True, "cases": 2}
+
+
+def without(tmp_path, *packages):
+    """An environment in which packages are not installed, for every process that is started."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules.update(dict.fromkeys({packages!r}))\n"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), root]),
+        "NEXUS_RT_CACHE": str(tmp_path / "c"),
+    }
+
+
+def suite(env, *options):
+    command = [sys.executable, "-m", "nexus_rt.bench.gpu_suite", *options]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+CARRIED = ("msgspec", "diffusers", "importlib_metadata", "zipp", "av")
+
+
+@interpreted
+@pytest.mark.parametrize("absent", [CARRIED, CARRIED[1:], ("importlib_metadata",)])
+def test_a_machine_without_wheels_runs_dry(tmp_path, absent):
+    """What is not here is named with its wheel; no row fails for it."""
+    parts = ["roofs", "vae", "clip", "kernels", "engines"]
+    done = suite(
+        without(tmp_path, *absent), "--dry", "--out", str(tmp_path / "out"), "--parts", *parts
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    results = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert results["roofs"]["copy_gbps"]["rate"] > 0
+    assert results["kernels"]["modulate tiny 12"]["ms"] > 0
+    wheel = f"{absent[0] if len(absent) > 1 else 'importlib_metadata'}-*"
+    assert wheel in done.stderr
+    if "msgspec" in absent:
+        assert "msgspec-*-cp312-*.whl" in results["clip"]["all"]["not_reached"]
+        return
+    assert wheel in results["vae"]["float32"]["not_reached"]
+    row = results["clip"]["small:2 bridge:1 large:1"]
+    assert row["denoise_ms"] > 0 and wheel in row["vae_why"] and "mp4" not in row["parts_ms"]
+    assert wheel in results["clip"]["diffusers' step"]["not_reached"]
+
+
+def test_without_msgspec_nothing_is_measured_and_a_sentence_says_why(tmp_path):
+    done = suite(without(tmp_path, "msgspec"), "--estimate")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "nothing was measured: msgspec is not installed here; carry msgspec-*-cp312-*.whl" in (
+        done.stderr
+    )
+    done = suite(without(tmp_path, "torch"), "--dry")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "torch is not installed here" in done.stderr
+
+
+def test_a_row_that_lacks_a_package_is_made_when_it_is_carried(monkeypatch):
+    from nexus_rt.bench import gpu_units
+
+    s = Setting(True)
+    error = ModuleNotFoundError("No module named 'msgspec'", name="msgspec")
+    monkeypatch.setattr(gpu_setting, "absent", lambda package: f"{package} is absent")
+    assert s.lacking(error) == "msgspec is absent"
+    assert s.lacking(ModuleNotFoundError("x", name="nothing_known")) is None
+    behind = RuntimeError("the interpreter failed")
+    behind.__cause__ = TypeError(gpu_setting.NO_LOOPS)
+    assert "Triton 3.7" in s.lacking(behind) and Setting(False).lacking(behind) is None
+    assert run("unequipped")["unequipped"] == {"row": {"right": True}}
+    row = {"a": {gpu_units.NOT_REACHED: "msgspec is absent"}}
+    assert not Setting(True, {"correctness": row}).wrong
+
+
+def test_an_absent_package_is_named_with_its_wheel(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert "av is not installed here; carry av-*-cp312-abi3-*.whl" in gpu_wheels.absent("av")
+    assert not gpu_wheels.present("av") and gpu_wheels.present("json")
+    assert gpu_wheels.absent("json") is None
+    assert [line for line in gpu_wheels.shortages() if line.startswith("without the mp4: av")]
+    broken = type(sys)("diffusers")
+    monkeypatch.setitem(sys.modules, "diffusers", broken)  # without what it should hold
+    assert "diffusers cannot be imported here (AttributeError" in gpu_wheels.absent("diffusers")
+
+
+def test_wheels_are_fetched_for_the_other_machine_s_python(tmp_path, monkeypatch):
+    seen = []
+
+    def download(command):
+        seen.append(command)
+        (tmp_path / "msgspec-1-cp312-cp312-x.whl").write_bytes(bytes(1000))
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(gpu_wheels.subprocess, "run", download)
+    code = 0
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--fetch-wheels", str(tmp_path), "pillow"])
+    gpu_suite.main()
+    (command,) = seen
+    assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command
+    assert command[command.index("--python-version") + 1] == "3.12"
+    assert command[-6:] == [*CARRIED[:2], "importlib_metadata", "zipp", "av", "pillow"]
+    monkeypatch.setattr(gpu_wheels, "MAX_BYTES", 999)
+    with pytest.raises(SystemExit, match="expected at most"):
+        gpu_wheels.fetch(tmp_path)
+    code = 1
+    with pytest.raises(SystemExit, match="could not be downloaded"):
+        gpu_wheels.fetch(tmp_path)
+
+
+def test_a_folder_without_wheels_or_with_a_damaged_one_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="holds no wheels"):
+        gpu_wheels.unpack(tmp_path)
+    (tmp_path / "av-1-cp312.whl").write_bytes(b"no archive")
+    with pytest.raises(SystemExit, match="cannot be unpacked"):
+        gpu_wheels.unpack(tmp_path)
+
+
+def test_onnx_asks_for_its_cuda_provider_before_it_traces(monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    made = lambda: pytest.fail("a model was made")
+    row = gpu_engines._exported(Setting(False), made, "onnx")
+    assert "has no provider 'cuda'; it has CPUExecutionProvider" in row["why"]
 
 
 def test_rows_after_the_deadline_are_not_begun():
@@ -256,7 +526,7 @@ def test_wheels_are_unpacked_to_import_from(tmp_path):
 
     with zipfile.ZipFile(tmp_path / "peer-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("peer/__init__.py", "NUMBER = 7\n")
-    folder = gpu_suite.unpack(tmp_path)
+    folder = gpu_wheels.unpack(tmp_path)
     assert (folder / "peer" / "__init__.py").read_text() == "NUMBER = 7\n"
 
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexus_rt import InputError, NexusPipeline
-from nexus_rt.bench.presets import WAN_14B
+from nexus_rt.bench.architectures import WAN_14B
 from nexus_rt.cli import main
 from nexus_rt.models.wan import WanConfig
 from nexus_rt.parallel import watch

@@ -8,8 +8,8 @@ import torch
 
 from nexus_rt import InputError
 from nexus_rt.bench import gpu_tables, roofline
+from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
 from nexus_rt.bench.estimate import forward_flops
-from nexus_rt.bench.presets import WAN_1_3B, WAN_14B
 from nexus_rt.bench.roofline import CARDS, SHARES, SIZES, Shares, card_named, forward_work, parts
 from nexus_rt.cli import main
 from nexus_rt.models.wan import WanConfig
