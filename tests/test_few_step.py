@@ -2,20 +2,26 @@
 and the recipes that say them."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nexus_rt import InputError, ModelError, NexusPipeline
 from nexus_rt.cli import main
 from nexus_rt.loading.pair_folder import Defaults
-from nexus_rt.plan_text import parse_plan, with_own_steps
+from nexus_rt.plan import segments
+from nexus_rt.plan_text import parse_plan, scaled, with_own_steps
 from nexus_rt.recipes import METADATA, RECIPES, Recipe, stored_recipe, with_recipes
 from nexus_rt.request import Schedule, make_plan, make_request
 from nexus_rt.sampling import denoise
 from nexus_rt.solver import clock_grid, listed_grid, make_solver, shifted, time_grid
 from nexus_rt.step_runners import Prompt
 from tests import published
+from tests.plans import grids, in_turn
 
 LIST = (1000, 750, 500, 250)
 CALL = dict(width=48, height=32, num_frames=5, output_type="latent")
@@ -172,6 +178,94 @@ def test_steps_of_a_generators_own():
             words(spec, small, large)
 
 
+def test_steps_of_a_generators_own_keep_all_else():
+    for spec, small, large, name in (
+        ("small:30%@4[0:40%] large:*@3/guidance-every=2", 10, 4, "small:3/10@4[0:1] large:3@3"),
+        ("small:20/every=3 large:30@1/solver=euler", 10, 5, "small:4/10/every=3 large:3@1"),
+        ("large:50@2/adaptive=0.07", None, 8, "large:8/8@2/adaptive=0.07"),
+        ("small:25@3 small:25@5[0:10] large:*", 8, None, "small:"),
+        ("handoff=0.4 energy=none large-solver=euler", 10, 5, "small:4/10 large:3 energy=none"),
+    ):
+        plan = plan_of(plan=spec, small_steps=small, large_steps=large)
+        assert plan.name.startswith(name), plan.name
+    assert plan.name == "small:4/10 large:3 energy=none large-solver=euler"
+    assert {s.energy for s in plan.steps} == {"none"}
+    assert [s.solver for s in plan.steps] == [None] * 4 + ["euler"] * 3
+    both = plan_of(plan="small:10@3 small:15@5[0:6] large:25@1", small_steps=10)
+    assert both.name == "small:2/10@3 small:3/8@5[0:1] large:25@1"
+    # two segments of one generator walk the clock that it would walk in one
+    one = plan_of(plan="small:25 large:25@1", small_steps=10)
+    assert both.grid.sigmas == pytest.approx(one.grid.sigmas, abs=1e-6)
+    with pytest.raises(InputError, match=r"walks 2 in 3 segments, and 'small:5@5' would have none"):
+        plan_of(plan="small:10@3 small:10@4 small:5@5 large:25", small_steps=4)
+
+
+def settings_of(part):
+    """All of a segment but its steps, and how its guided interval lies in them."""
+    return replace(part, steps=1, guided=None, clock=None), part.guided is None
+
+
+@given(grids(), st.data(), st.integers(4, 60), st.integers(4, 60))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_setting_is_lost_between_numbers_of_steps(grid, data, small, large):
+    from nexus_rt.plan_text import _merged, _parse_segments
+
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(grid)), max_size=2)))
+    sizes = [b - a for a, b in zip([0, *cuts], [*cuts, len(grid)], strict=True)]
+    try:
+        plan = segments(grid, data.draw(in_turn(sizes)))
+        runs = plan.generators
+        words = with_own_steps(
+            plan.name, grid, small if "small" in runs else None, large if "large" in runs else None
+        )
+    except InputError as error:
+        known = ("both generators at a step", "would have none", "a small and a large", "draws new")
+        assert any(reason in str(error) for reason in known), error
+        return
+    before, after = _merged(_parse_segments(plan.name, len(grid))), _parse_segments(words, None)
+    assert [settings_of(p) for p in before] == [settings_of(p) for p in after]
+    for old, new in zip(before, after, strict=True):
+        if old.guided:
+            shares = [i / old.steps for i in old.guided]
+            assert all(
+                abs(i / new.steps - share) <= 1.5 / new.steps  # rounded, and never empty
+                for i, share in zip(new.guided, shares, strict=True)
+            )
+    made = parse_plan(words, time_grid(1, 5.0))
+    assert parse_plan(made.name, made.grid) == made
+    for steps in (1, 3, len(made), 40):
+        over = scaled(words, steps)
+        assert len(parse_plan(over, time_grid(1, 5.0))) == steps
+        kept = [settings_of(replace(p, shift=None, renoise=None)) for p in after]
+        assert all(settings_of(p) in kept for p in _parse_segments(over, None))
+
+
+def test_a_recipes_steps_keep_the_plans_settings():
+    pair = replace(Defaults(), plan="small:40%@4[0:50%] large:*@2/guidance-every=3")
+    walked = plan_of(with_recipes(pair, {"large": Recipe(steps=10, solver="euler")}))
+    assert walked.name == "small:20/50@4[0:10] large:6@2/guidance-every=3 large-solver=euler"
+    assert walked.grid.shift == 5.0
+    # a list is as many steps, where the recipe names no number of its own
+    listed = with_recipes(Defaults(), {"large": Recipe(timesteps=LIST)})
+    assert listed.large_steps == 4 and plan_of(listed).name == "small:15/50 large:3"
+    # the call's shift goes before the recipe's
+    shifted_pair = with_recipes(Defaults(), {"large": RECIPES["lightx2v-4step"]})
+    assert make_plan(shifted_pair, "large", shift=3.0).grid.sigmas == listed_grid(LIST, 3.0).sigmas
+    assert "shift" not in make_plan(shifted_pair, shift=3.0).name
+
+
+def test_a_solver_that_no_step_takes_is_refused():
+    call = dict(output_type="latent", num_videos_per_prompt=1, published=False, blend=None)
+    call |= dict(num_inference_steps=None, shift=None, **REST)
+    walk = lambda plan, solver: make_request(Defaults(), plan=plan, solver=solver, **call).plan
+    with pytest.raises(InputError, match="solver is 'lcm', and plan .* sets another at every step"):
+        walk("large:4/4/solver=euler", "lcm")
+    assert {s.solver for s in walk("small:2/4 large:2/solver=euler", "lcm").steps} == {
+        "lcm",
+        "euler",
+    }
+
+
 def test_what_a_call_says_of_steps_is_said_once():
     for schedule, plan, steps, why in (
         (dict(timesteps=LIST), None, 4, "leave num_inference_steps out"),
@@ -264,6 +358,49 @@ def test_a_recipe_is_read_from_a_header(tmp_path):
     ):
         with pytest.raises(ModelError, match=why):
             stored_recipe([write(text)])
+
+
+WRONG = [
+    dict(steps="4"),
+    dict(steps=2.5),
+    dict(steps=True),
+    dict(steps=10**400),
+    dict(steps=-1),
+    dict(timesteps=()),
+    dict(timesteps="1000,500"),
+    dict(timesteps=(1000, "500")),
+    dict(timesteps=(1000, math.nan)),
+    dict(timesteps=(math.inf, 500)),
+    dict(timesteps=(10**400, 500)),
+    dict(timesteps=(1000, 1e-40)),
+    dict(timesteps=(500, 500 - 1e-9)),
+    dict(timesteps=(500, 900)),
+    dict(timesteps=tuple(range(1001, 0, -1))),
+    dict(steps=3, timesteps=LIST),
+    dict(shift=0),
+    dict(shift=1e-40),
+    dict(shift=math.nan),
+    dict(shift="5"),
+    dict(guidance_scale=1e30),
+    dict(guidance_scale=math.inf),
+    dict(guidance_scale=[1.0]),
+    dict(solver="heun"),
+    dict(solver=3),
+    dict(solver="\ud800"),
+    dict(plan="nonsense"),
+    dict(plan="large:4/shift=1e-40"),
+    dict(plan="small:4/10 large:" + "9" * 5000),
+    dict(plan=7),
+    dict(plan="\x00"),
+    dict(plan=""),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=range(len(WRONG)))
+def test_wrong_values_of_a_recipe_are_named(wrong):
+    with pytest.raises(ModelError, match="here: its recipe cannot be used: ") as caught:
+        Recipe(**wrong).checked("here")
+    assert len(str(caught.value)) < 800 and str(caught.value).encode()
 
 
 def test_a_pipeline_walks_by_recipe_and_by_list(tiny_pair):

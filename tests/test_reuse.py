@@ -4,16 +4,21 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nexus_rt.engines.experts import ExpertsEngine
 from nexus_rt.errors import InputError
-from nexus_rt.plan import Reuse
+from nexus_rt.loading.pair_folder import Defaults
+from nexus_rt.plan import Reuse, StepCosts
 from nexus_rt.plan_text import parse_plan
+from nexus_rt.recipes import RECIPES, with_recipes
+from nexus_rt.request import make_guidance, make_plan
 from nexus_rt.reuse import extrapolate
 from nexus_rt.sampling import denoise
-from nexus_rt.solver import time_grid
+from nexus_rt.solver import SOLVERS, time_grid
 from nexus_rt.step_runners import Prompt
+from tests.plans import SOLVER, all_plans
 
 GRID = time_grid(8, 3.0)
 
@@ -232,3 +237,95 @@ def test_guidance_intervals_are_forwards_saved():
     plain = parse_plan("large:8@[2:4]", GRID)
     assert [s.scale("large", 5.0) for s in plain.steps] == [1, 1, 5, 5, 1, 1, 1, 1]
     assert torch.isfinite(out).all() and not math.isnan(float(out.sum()))
+
+
+SCALES = st.sampled_from([1.0, 3.0, (1.0, 4.0), (4.0, 1.0), (2.0, 3.0)])
+UNIT = StepCosts(small=1.0, small_guided=2.0, large=1.0, large_guided=2.0)
+
+
+class Counting(Field):
+    """An engine that notes the forwards of each expert."""
+
+    def velocity(self, latents, timestep, context):
+        self.asked.append(len(context) // len(latents))
+        x = torch.cat([latents] * self.asked[-1])
+        return 0.1 * torch.sin(x) + 0.1 * context.view(-1, 1, 1, 1, 1) * torch.cos(x)
+
+
+def forwards(plan, solver, small, large):
+    """What a walk runs of each generator, two experts each where the plan has them."""
+    engines, counted = {}, {}
+    for name in ("small", "large"):
+        experts = {e: Counting() for e in ("high", "low")}
+        counted[name] = [e.asked for e in experts.values()]
+        of_experts = any(step.expert(name) for step in plan.steps)
+        engines[name] = ExpertsEngine(experts, 0.5) if of_experts else experts["high"]
+    denoise(
+        noise(),
+        plan,
+        engines,
+        dict.fromkeys(engines, prompt()),
+        guidance_scale=small,
+        guidance_scale_2=large,
+        solver=solver,
+        kernels="torch",
+    )
+    return {name: sum(map(sum, asked)) for name, asked in counted.items()}
+
+
+@given(all_plans(), SOLVER, SCALES, SCALES)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_evaluations_are_the_forwards_that_run(plan, solver, small, large):
+    if len(plan) > 40:
+        return
+    try:
+        walked = plan.walked_by(solver)
+        ran = forwards(walked, solver, small, large)
+    except InputError as error:  # refused before a step
+        assert "draws new noise" in str(error) or "UniPC has no log-SNR" in str(error)
+        return
+    priced = walked.evaluations(small, large)
+    assert priced == plan.evaluations(small, large)
+    assert walked.price(UNIT, small, large) == sum(priced.values())
+    if walked.adaptive:
+        assert all(ran[g] <= priced[g] for g in ran)
+    else:
+        assert ran == priced
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    "spec, wanted",
+    [
+        ("large:12/guidance-every=2", 18),
+        ("large:12/guidance-every=5", 15),
+        ("large:12@[3:12]/guidance-every=4", 3 + 9 + 3),
+        ("large:12@[3:7]/guidance-every=3", 8 + 4 + 2),
+        ("large:12@1/guidance-every=2", 12),
+    ],
+)
+def test_a_guidance_difference_is_reused_as_priced(spec, wanted, solver):
+    plan = parse_plan(spec, time_grid(12, 3.0)).walked_by(solver)
+    assert plan.evaluations(5.0, 5.0)["large"] == wanted
+    assert forwards(plan, solver, 5.0, 5.0)["large"] == wanted
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("plan", [None, "large", "small:30% large:*@3/guidance-every=2"])
+def test_evaluations_of_few_step_generators(recipe, plan):
+    pair = with_recipes(Defaults(), {"large": RECIPES[recipe]})
+    guidance = make_guidance(pair, None, None, False)
+    solver = RECIPES[recipe].solver
+    made = make_plan(pair, plan).walked_by(solver)
+    scales = guidance.small, guidance.large
+    assert forwards(made, solver, *scales) == made.evaluations(*scales)
+
+
+def test_an_experts_first_guided_step_has_no_difference_to_reuse():
+    plan = parse_plan("large:8/guidance-every=4", GRID).with_experts({"large": 0.6})
+    high = sum(step.expert("large") == "high" for step in plan.steps)
+    assert 0 < high < 8 and high % 4  # the first low step is to reuse
+    scales = (1.0, 3.0)
+    assert forwards(plan, "euler", 1.0, scales) == plan.evaluations(1.0, scales)
+    later = [i for i in range(high + 1, 8) if i % 4 == 0]
+    assert plan.evaluations(1.0, scales)["large"] == 8 + 1 + len(later)
