@@ -1,7 +1,12 @@
 """Replicas of the mini pair on a Ray of this machine."""
 
+import asyncio
+import contextlib
 import os
 import signal
+import sqlite3
+import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -9,9 +14,9 @@ import pytest
 from nexus_rt.cli import parser
 from nexus_rt.cli.serve import served_pipeline
 from nexus_rt.errors import InputError
-from nexus_rt.serve.ray_runner import RayRunner, parse_replicas
+from nexus_rt.serve.ray_runner import Cancels, RayRunner, parse_replicas
 from nexus_rt.serve.server import NexusServer
-from tests.serving import PROMPT, messages, serving, wait_for
+from tests.serving import PROMPT, ServerProcess, ask, messages, serving, wait_for
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.serve")
@@ -61,3 +66,90 @@ def test_numbers_of_replicas():
     for odd in ("0", "8-1", "many", "-1", "1-"):
         with pytest.raises(InputError, match="--replicas"):
             parse_replicas(odd)
+
+
+def hanging(folder):
+    """A pair whose call hangs in its second step, ignoring cancels, once for a file "hang"."""
+    from nexus_rt.pipeline import NexusPipeline
+
+    pipe = NexusPipeline.from_pretrained()
+    call, file = type(pipe).__call__, Path(folder) / "hang"
+
+    def hang(*arguments, callback_on_step_end=None, **named):
+        def step(pipe, index, timestep, tensors):
+            result = callback_on_step_end(pipe, index, timestep, tensors)
+            with contextlib.suppress(FileNotFoundError):
+                if index == 1:
+                    file.unlink()
+                    time.sleep(600)
+            return result
+
+        return call(*arguments, callback_on_step_end=step, **named)
+
+    type(pipe).__call__ = hang
+    return pipe
+
+
+def test_a_replica_that_hangs_is_killed_and_another_takes_the_next_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        runner = RayRunner(hanging, str(tmp_path), warmup=False)
+        server = NexusServer(runner, tmp_path / "store", step_timeout=2.0)
+        with serving(server) as address:
+            wait_for(lambda: server.dispatcher.ready or server.dispatcher.problem, 90)
+            assert server.dispatcher.problem is None
+            c = openai.OpenAI(base_url=f"{address}/v1", api_key="none-asked", max_retries=0)
+            (tmp_path / "hang").touch()
+            job = c.videos.create(prompt=PROMPT).id
+            wait_for(lambda: not (tmp_path / "hang").exists(), 30)
+            pid = runner.pids[job]
+            assert c.post(f"/videos/{job}/cancel", cast_to=object)["status"] == "failed"
+            done = c.videos.create_and_poll(prompt=PROMPT, poll_interval_ms=50)
+            assert done.status == "completed", done.error
+            assert c.videos.retrieve(job).error.code == "cancelled"
+            assert not Path(f"/proc/{pid}").exists()
+            text = ask(address, "/metrics")[2].decode()
+            assert "nexus_rt_workers_hung_total 1.0" in text
+    finally:
+        ray.shutdown()
+
+
+def test_cancels_reach_those_who_wait_for_them():
+    async def run():
+        cancels = Cancels()
+        waiting = asyncio.create_task(cancels.wait(["a", "b"], set()))
+        await asyncio.sleep(0)
+        await cancels.cancel("elsewhere")
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        await cancels.cancel("b")
+        assert await waiting == {"b"}
+        more = asyncio.create_task(cancels.wait(["a", "b"], {"b"}))
+        await cancels.cancel("a")
+        assert await more == {"a", "b"}
+        await cancels.forget(["a", "b", "elsewhere"])
+        assert not cancels.ids
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("grace", ["0", "60"])
+def test_sigterm_ends_a_server_of_replicas_in_order(tmp_path, grace):
+    """Ray's core has a handler of its own for SIGTERM, which aborts."""
+    env = {"RAY_USAGE_STATS_ENABLED": "0"}
+    arguments = ["--ray", "--no-warmup", "--grace", grace, "--max-steps", "2000"]
+    steps = {"0": 2000, "60": 60}[grace]
+    with ServerProcess(tmp_path / "store", *arguments, env=env) as server:
+        server.ready(120)
+        c = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none-asked", max_retries=0)
+        job = c.videos.create(
+            prompt=PROMPT, extra_body={"plan": "large", "num_inference_steps": steps}
+        )
+        stream = messages(server.address, f"/v1/videos/{job.id}/events")
+        next(e for k, e in stream if k == "step")
+        assert server.end(signal.SIGTERM, 90) == 0, server.log.read_text()[-2000:]
+    assert "SIGTERM" not in server.log.read_text()
+    with contextlib.closing(sqlite3.connect(tmp_path / "store" / "jobs.sqlite")) as db:
+        (row,) = db.execute("SELECT status, losses FROM jobs").fetchall()
+    assert row == ({"0": "queued", "60": "completed"}[grace], 0)

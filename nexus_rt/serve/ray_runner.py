@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from nexus_rt.checks import number
@@ -70,7 +71,7 @@ class Replica:
         return self.served.profile, self.warmed
 
     async def generate(self, tasks: list[Task]) -> AsyncIterator[tuple[str, Any]]:
-        """("begun", (pid, actor, namespace)), ("event", ...) as they come, then ("clips", ...) or
+        """("begun", (pid, actor)), ("event", ...) as they come, then ("clips", ...) or
         ("failed", ...)."""
         import ray
 
@@ -93,7 +94,7 @@ class Replica:
         running = loop.run_in_executor(None, work)
         hearing = asyncio.create_task(self._hear([task.id for task in tasks]))
         try:
-            yield "begun", (os.getpid(), context.get_actor_name(), context.namespace)
+            yield "begun", (os.getpid(), context.get_actor_name())
             while True:
                 message = await messages.get()
                 ended = message[0] != "event"
@@ -172,14 +173,17 @@ class RayRunner:
         self.low, self.high, self.capacity = low, high, high
         self.pids: dict[str, int] = {}  # job -> process of the replica that runs it
         self._streams: dict[str, tuple[set[str], Any]] = {}
-        self._actors: dict[str, tuple[str, str]] = {}  # job -> name and namespace of its replica
+        self._actors: dict[str, str] = {}  # job -> name of its replica's actor
         self._waiting: dict[str, float] = {}  # job -> when it began to wait for a replica
         self._cancelled: set[str] = set()
         self._started = False
         self._cancels: Any = None
+        # a cluster of ours ends with the thread that started it
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="nexus-rt-ray")
 
     async def start(self) -> tuple[Profile, WarmUp | None]:
-        connecting = asyncio.ensure_future(in_thread(self._connect))
+        loop = asyncio.get_running_loop()
+        connecting = loop.run_in_executor(self._thread, self._connect)
         handlers = python_handlers()
         while not connecting.done():
             await asyncio.wait([connecting], timeout=0.05)
@@ -309,9 +313,9 @@ class RayRunner:
                 raise WorkerLost("the replica ended its answer early") from None
             if kind == "begun":
                 timeout = None
-                pid, *actor = value
+                pid, actor = value
                 for job_id in ids:
-                    self.pids[job_id], self._actors[job_id] = pid, tuple(actor)
+                    self.pids[job_id], self._actors[job_id] = pid, actor
                     self._waiting.pop(job_id, None)
                     emit({"id": job_id, "kind": "begun"})
                 log.info("begun", extra={"job": min(ids), "pid": pid})
@@ -336,7 +340,7 @@ class RayRunner:
 
     def kill(self, job_id: str) -> None:
         if (actor := self._actors.get(job_id)) is not None:
-            threading.Thread(target=_kill, args=actor, daemon=True, name="nexus-rt-kill").start()
+            threading.Thread(target=_kill, args=(actor,), daemon=True, name="nexus-rt-kill").start()
 
     async def close(self) -> None:
         await asyncio.to_thread(self._close)
@@ -355,12 +359,15 @@ class RayRunner:
             ray.shutdown()
 
 
-def _kill(name: str, namespace: str) -> None:
+def _kill(actor: str) -> None:
     """End a replica; Ray Serve starts another."""
     import ray
 
     try:
-        ray.kill(ray.get_actor(name, namespace=namespace))
+        # Serve's own namespace, whatever the server's is
+        known = ray.util.list_named_actors(all_namespaces=True)
+        for row in (row for row in known if row["name"] == actor):
+            ray.kill(ray.get_actor(actor, namespace=row["namespace"]))
     except Exception as error:  # it went down by itself
         log.warning("a replica cannot be ended: %s", cut(error))
 
