@@ -47,7 +47,7 @@ def _number(results: dict[str, Any], *keys: str) -> float | None:
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a / b
+    return None if a is None or not b else a / b
 
 
 def _rows(results: dict[str, Any], part: str, start: str) -> list[str]:
@@ -144,7 +144,8 @@ def _attention_targets(results: dict[str, Any], row: Any) -> Iterator[tuple]:
             if n.startswith(f"{case}: ")
         }
         best = min((ms for n, ms in own.items() if n in EXACT_PEERS and ms), default=None)
-        taken = own.get(chosen(rows, case) or "")
+        ran = {n: r for n, r in rows.items() if _number(results, "attention", n, "ms") is not None}
+        taken = own.get(chosen(ran, case) or "")
         yield row(
             f"attention {case}: auto against the best of PyTorch's",
             "at least",

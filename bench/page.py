@@ -7,6 +7,8 @@ import math
 from html import escape
 from typing import Any
 
+from nexus_rt.bench.shown import Report, checked
+
 COLOURS = {
     "small": "#2a9d8f",
     "large": "#264653",
@@ -59,8 +61,17 @@ def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
 def _quality(row: dict[str, Any]) -> list[str]:
     q = row["quality"]
     shown = "identical" if q.get("identical") else figure(q.get("psnr_db"), 1, " dB")
-    accuracy = f"{q['right']}/{q['count']}" if "accuracy" in q else "—"
-    return [shown, figure(q.get("ssim"), 4), f"{q['latent_error']:.1e}", accuracy]
+    accuracy = f"{q['right']}/{q['count']}" if q.get("accuracy") is not None else "—"
+    return [shown, figure(q.get("ssim"), 4), _error(q), accuracy]
+
+
+def _error(q: dict[str, Any]) -> str:
+    return "—" if q.get("latent_error") is None else f"{q['latent_error']:.1e}"
+
+
+def _done(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that did not fail."""
+    return [r for r in rows if r.get("failed") is None]
 
 
 def _megabytes(count: int | None) -> str:
@@ -89,7 +100,7 @@ def rows_table(rows: list[dict[str, Any]]) -> str:
     body = []
     for r in rows:
         name = [escape(r["plan"]), escape(r["engine"])]
-        if "failed" in r:
+        if r.get("failed") is not None:
             body.append(
                 [*name, f'<span class="bad">{escape(r["failed"])}</span>', *[""] * (len(head) - 3)]
             )
@@ -101,14 +112,14 @@ def rows_table(rows: list[dict[str, Any]]) -> str:
                 figure(r["total_duration_ms"]),
                 figure(r["total_p95_ms"]),
                 figure(r["denoise_ms"]),
-                figure(r["components_ms"].get("vae")),
+                figure(r.get("components_ms", {}).get("vae")),
                 figure(r.get("cold_ms"), 0),
                 figure(r.get("first_preview_ms")),
                 figure(r.get("swap_ratio"), 2),
                 "—" if off is None else f"{100 * off:+.1f}%",
                 *_quality(r),
-                _megabytes(r["peak_host_bytes"]),
-                _megabytes(r["peak_device_bytes"]),
+                _megabytes(r.get("peak_host_bytes")),
+                _megabytes(r.get("peak_device_bytes")),
             ]
         )
     return table(head, body, 2)
@@ -127,7 +138,7 @@ def peers_table(rows: list[dict[str, Any]]) -> str:
     ]
     body = []
     for r in rows:
-        if "failed" in r:
+        if r.get("failed") is not None:
             body.append(
                 [escape(r["peer"]), f'<span class="bad">{escape(r["failed"])}</span>', *[""] * 6]
             )
@@ -143,7 +154,7 @@ def peers_table(rows: list[dict[str, Any]]) -> str:
                 f"<b>{r['ratio']:.2f}x</b>",
                 shown,
                 figure(r.get("ssim"), 4),
-                f"{r['latent_error']:.1e}",
+                _error(r),
             ]
         )
     return table(head, body, 2)
@@ -176,16 +187,16 @@ def _bars(
 def timeline(rows: list[dict[str, Any]]) -> str:
     """A bar a row: what comes before the steps, every step in the colour of what it ran, what comes
     after."""
-    rows = [r for r in rows if "failed" not in r]
+    rows = _done(rows)
     left, width, pitch = 230, 900, 26
     longest = max((r["total_duration_ms"] for r in rows), default=1.0)
     scale, out = width / longest, []
     for i, r in enumerate(rows):
-        parts, y = r["components_ms"], 8 + i * pitch
+        parts, y = r.get("components_ms", {}), 8 + i * pitch
         pieces = [(n, parts[n], n) for n in BEFORE if n in parts]
         pieces += [
             (s["runs"], s["duration_ms"], f"step {s['step']} ({s['runs']})")
-            for s in r["denoise_steps_ms"]
+            for s in r.get("denoise_steps_ms", [])
         ]
         pieces += [(n, parts[n], n) for n in AFTER if n in parts]
         label = f"{r['plan']} on {r['engine']}"
@@ -207,12 +218,13 @@ def timeline(rows: list[dict[str, Any]]) -> str:
 def scatter(rows: list[dict[str, Any]]) -> str:
     """Every row's time against its frames' PSNR to the reference, numbered; above CEILING no eye
     tells them apart."""
-    shown = [r for r in rows if "failed" not in r and ("psnr_db" in r["quality"])]
+    known = lambda q: q.get("identical") or q.get("psnr_db") is not None
+    shown = [r for r in _done(rows) if known(r["quality"])]
     if not shown:
         return ""
     left, top, width, height = 60, 24, 620, 300
     heights = [
-        CEILING if r["quality"]["identical"] else min(r["quality"]["psnr_db"], CEILING)
+        CEILING if r["quality"].get("identical") else min(r["quality"]["psnr_db"], CEILING)
         for r in shown
     ]
     low, slowest = min([*heights, 20.0]) - 5, 1.1 * max(r["total_duration_ms"] for r in shown)
@@ -237,7 +249,8 @@ def scatter(rows: list[dict[str, Any]]) -> str:
         y = top + height * (1 - (value - low) / (CEILING - low))
         fill = palette[engines.index(r["engine"]) % len(palette)]
         title = escape(f"{i + 1} {r['plan']} on {r['engine']}")
-        quality = "identical" if r["quality"]["identical"] else f"{r['quality']['psnr_db']:.1f} dB"
+        q = r["quality"]
+        quality = "identical" if q.get("identical") else f"{q['psnr_db']:.1f} dB"
         out.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="{fill}"'
             f' fill-opacity=".85"><title>{title}</title></circle>'
@@ -271,7 +284,7 @@ def lines(points: list[tuple[float, float]], fit: dict[str, Any] | None, x_name:
         return ""
     left, top, width, height = 52, 10, 300, 170
     xs, ys = zip(*points, strict=True)
-    wide, tall = 1.05 * max(xs), 1.1 * max(ys)
+    wide, tall = 1.05 * max(xs), 1.1 * max(ys) or 1.0
     at = lambda x, y: f"{left + width * x / wide:.1f},{top + height * (1 - y / tall):.1f}"
     out = [
         f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#bbb"/>'
@@ -319,7 +332,7 @@ def _scaling(scaling: dict[str, Any]) -> str:
         for name, curve in curves.items():
             x = "steps" if axis == "steps" else "tokens"
             points = [(p[x], p["ms"]) for p in curve["points"]]
-            fit = curve["fit"]
+            fit = curve.get("fit")
             words = "too few points to fit"
             if fit:
                 terms = " + ".join(
@@ -351,12 +364,19 @@ def document(title: str, body: list[str], style: str = "") -> str:
 
 
 def page(results: dict[str, Any]) -> str:
-    """The whole page of a results file."""
+    """The whole page of a results file.
+
+    Raises:
+        ModelError: the results are none.
+    """
+    checked(results, Report, "the results")
     mark, rows = results["fingerprint"], results.get("rows", [])
     hardware = mark["hardware"]
-    machine = f"{hardware.get('gpu') or hardware['processor']}, {hardware['threads']} threads"
+    machine = (
+        f"{hardware.get('gpu') or hardware.get('processor', '')}, {hardware['threads']} threads"
+    )
     body = [
-        f"<h1>Latency: {escape(str(results['preset']))}</h1>",
+        f"<h1>Latency: {escape(str(results.get('preset', '')))}</h1>",
         (
             f'<p class="note">{escape(machine)}; {escape(mark["when"])};'
             f" <code>{escape(mark['command'])}</code></p>"
@@ -365,10 +385,9 @@ def page(results: dict[str, Any]) -> str:
     ]
     if results.get("prompt"):
         body.append(f"<p>Prompt: {escape(results['prompt'])}</p>")
-    if "estimate" in results:
-        e = results["estimate"]
+    if e := results.get("estimate"):
         made = [
-            [escape(r["plan"]), str(r["steps"]), figure(r["denoise_ms_at_least"])]
+            [escape(r["plan"]), str(r["steps"]), figure(r.get("denoise_ms_at_least"))]
             for r in e["rows"]
         ]
         body += [
@@ -395,20 +414,25 @@ def page(results: dict[str, Any]) -> str:
         body += [
             f'<figure><img src="{escape(r["thumbnail"], quote=True)}"'
             f' alt="frames"><figcaption>{escape(r["plan"])} on '
-            f"{escape(r['engine'])}: {figure(r['total_duration_ms'])} ms</figcaption></figure>"
+            f"{escape(r['engine'])}: {figure(r.get('total_duration_ms'))} ms</figcaption></figure>"
             for r in pictures
         ]
         body.append("</div>")
-    kept = ", ".join(f"{k} {v}" for k, v in mark["versions"].items())
+    kept = ", ".join(f"{k} {v}" for k, v in mark.get("versions", {}).items())
     body.append(
-        f'<p class="note">{escape(kept)}; weights {escape(str(mark["weights"] or "random"))}</p>'
+        f'<p class="note">{escape(kept)}; weights {escape(str(mark.get("weights") or "random"))}</p>'
     )
-    return document(f"Latency: {results['preset']}", body)
+    return document(f"Latency: {results.get('preset', '')}", body)
 
 
 def drawing(results: dict[str, Any]) -> str:
-    """Timeline and scatter as one SVG file."""
-    rows = [r for r in results.get("rows", []) if "failed" not in r]
+    """Timeline and scatter as one SVG file.
+
+    Raises:
+        ModelError: the results are none.
+    """
+    checked(results, Report, "the results")
+    rows = _done(results.get("rows", []))
     height = 40 + 26 * len(rows)
     parts = [timeline(rows).replace("<svg ", '<svg x="0" y="0" ', 1)]
     if drawn := scatter(rows):

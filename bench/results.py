@@ -15,7 +15,7 @@ import torch
 
 from nexus_rt import documents
 from nexus_rt.doctor import versions
-from nexus_rt.errors import InputError, ModelError, cut, readable
+from nexus_rt.errors import InputError, ModelError, cut, readable, shown
 from nexus_rt.loading.experts import GeneratorSource, transformers_of
 from nexus_rt.loading.source import folder_fingerprint
 from nexus_rt.part_files import part_file
@@ -93,6 +93,7 @@ def write_text(path: Path, text: str) -> None:
         ) from error
 
 
+MAX_RUNS = 10_000  # of a row: the interval of a ratio draws them 2,000 times
 Milliseconds = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
 
 
@@ -110,7 +111,7 @@ class _Row(msgspec.Struct):
     size: list[int]
     steps: int
     failed: str | None = None
-    total_runs_ms: list[Milliseconds] = []
+    total_runs_ms: Annotated[list[Milliseconds], msgspec.Meta(max_length=MAX_RUNS)] = []
     total_duration_ms: Milliseconds | None = None
     quality: _Quality | None = None
     peak_host_bytes: float | None = None
@@ -167,7 +168,7 @@ def read_as(path: Path, kind: str, schema: int, maker: str, remedy: str) -> dict
         raise ModelError(f"{path} holds no results of {kind}; expected a file that {maker} wrote.")
     if document.get("schema") != schema:
         raise ModelError(
-            f"{path} has schema {document.get('schema')!r}, and this nexus-rt reads {schema};"
+            f"{path} has schema {shown(document.get('schema'))}, and this nexus-rt reads {schema};"
             f" {remedy}, or use the version that wrote it."
         )
     return document
@@ -219,7 +220,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], l
         InputError: no row is in both.
     """
     lines, worse = [], []
-    old = {_key(r): r for r in before["rows"] if "failed" not in r}
+    old = {_key(r): r for r in before["rows"] if r.get("failed") is None}
     shared = [r for r in after["rows"] if _key(r) in old]
     if not shared:
         raise InputError(
@@ -232,7 +233,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], l
     ]
     for row in shared:
         was, title = old[_key(row)], f"{row['plan']} on {row['engine']}"
-        if "failed" in row:
+        if row.get("failed") is not None:
             worse.append(f"{title}: failed ({row['failed']})")
             continue
         ratio, low, high = ratio_interval(was["total_runs_ms"], row["total_runs_ms"])

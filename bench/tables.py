@@ -9,14 +9,16 @@ F, named from the document's folder: what `nexus-rt bench --json` wrote, or the 
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from nexus_rt.bench.gpu_tables import targets_table
-from nexus_rt.bench.results import read
+from nexus_rt.bench.results import read, write_text
+from nexus_rt.bench.shown import Load, Report, Suite, checked
+from nexus_rt.documents import read_object
+from nexus_rt.errors import InputError, ModelError, NexusError
 
 PLACE = re.compile(r"(<!-- (results|headline|serve) (\S+) -->\n).*?(<!-- end -->)", re.S)
 PEERS = {
@@ -37,6 +39,10 @@ def _psnr(q: dict[str, Any]) -> str:
     )
 
 
+def _error(q: dict[str, Any]) -> str:
+    return "-" if q.get("latent_error") is None else f"{q['latent_error']:.1e}"
+
+
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -46,7 +52,7 @@ def _head(*names: str) -> str:
 
 
 def _row(r: dict[str, Any]) -> str:
-    if "failed" in r:
+    if r.get("failed") is not None:
         return _line([r["plan"], r["engine"], r["failed"], *[""] * 8])
     q, off, preview = r["quality"], r.get("prediction_error"), r.get("first_preview_ms")
     return _line(
@@ -55,32 +61,30 @@ def _row(r: dict[str, Any]) -> str:
             r["engine"],
             f"{r['total_duration_ms']:.0f}, {r['total_p95_ms']:.0f}",
             f"{r['denoise_ms']:.0f}",
-            f"{r['components_ms'].get('vae', 0):.0f}",
+            f"{r.get('components_ms', {}).get('vae', 0):.0f}",
             "-" if preview is None else f"{preview:.0f}",
             "-" if off is None else f"{100 * off:+.1f}%",
             _psnr(q),
             "-" if q.get("ssim") is None else f"{q['ssim']:.4f}",
-            f"{q['latent_error']:.1e}",
-            f"{q['right']}/{q['count']}" if "accuracy" in q else "-",
+            _error(q),
+            f"{q['right']}/{q['count']}" if q.get("accuracy") is not None else "-",
         ]
     )
 
 
 def _peer(r: dict[str, Any]) -> str:
-    if "failed" in r:
+    if r.get("failed") is not None:
         return _line([r["peer"], r["failed"], *[""] * 5])
     plan = r["plan"] if r["same_mathematics"] else f"{r['plan']} (another plan)"
     times = f"{r['theirs_ms']['p50']:.0f}", f"{r['ours_ms']['p50']:.0f}"
-    return _line(
-        [r["peer"], plan, *times, f"**{r['ratio']:.2f}x**", _psnr(r), f"{r['latent_error']:.1e}"]
-    )
+    return _line([r["peer"], plan, *times, f"**{r['ratio']:.2f}x**", _psnr(r), _error(r)])
 
 
 def _fits(scaling: dict[str, Any]) -> list[str]:
     lines = []
     for axis, curves in scaling.items():
         for name, curve in curves.items():
-            if fit := curve["fit"]:
+            if fit := curve.get("fit"):
                 n = "steps" if axis == "steps" else "tokens"
                 terms = [
                     f"{c:.3g}" + ("", f" {n}", f" {n}²")[p]
@@ -92,8 +96,16 @@ def _fits(scaling: dict[str, Any]) -> list[str]:
 
 def headline(report: dict[str, Any]) -> str:
     """Our plans against their peers (another clip against the first of them alone), and the engines
-    of the first plan, as markdown."""
-    ours = [r for r in report.get("peers", []) if r["peer"] in PEERS and "failed" not in r]
+    of the first plan, as markdown.
+
+    Raises:
+        ModelError: the report is none, or has no row.
+    """
+    checked(report, Report, "the report")
+    if not report.get("rows"):
+        raise ModelError("the report has no row; measure again.")
+    done = lambda rows: [r for r in rows if r.get("failed") is None]
+    ours = [r for r in done(report.get("peers", [])) if r["peer"] in PEERS]
     ours = [r for r in ours if r["same_mathematics"] or r["peer"] != "naive-ours"]
     out = (
         [_head("ours", "against, in the same run", "ms", "theirs", "ratio", "frames")]
@@ -102,8 +114,8 @@ def headline(report: dict[str, Any]) -> str:
     )
     right = {
         r["plan"]: f", {r['quality']['right']}/{r['quality']['count']} riddles"
-        for r in report["rows"]
-        if "accuracy" in r.get("quality", {})
+        for r in done(report["rows"])
+        if r["quality"].get("accuracy") is not None
     }
     for r in sorted(ours, key=lambda r: (not r["same_mathematics"], list(PEERS).index(r["peer"]))):
         shown = (
@@ -124,31 +136,37 @@ def headline(report: dict[str, Any]) -> str:
                 ]
             )
         )
-    rows = [
-        r for r in report["rows"] if "failed" not in r and r["plan"] == report["rows"][0]["plan"]
-    ]
+    first = report["rows"][0]["plan"]
+    rows = [r for r in done(report["rows"]) if r["plan"] == first]
     out += [
         *[""] * bool(out),
-        _head(f"engine, plan `{rows[0]['plan']}`", "denoising, ms", "VAE", "whole call"),
+        _head(f"engine, plan `{first}`", "denoising, ms", "VAE", "whole call"),
     ]
     for r in rows:
-        times = (r["denoise_ms"], r["components_ms"].get("vae", 0), r["total_duration_ms"])
+        vae = r.get("components_ms", {}).get("vae", 0)
+        times = (r["denoise_ms"], vae, r["total_duration_ms"])
         out.append(_line([r["engine"], *(f"{t:.0f}" for t in times)]))
     return f"{_made(report)}\n\n" + "\n".join(out) + "\n"
 
 
 def _made(report: dict[str, Any]) -> str:
     mark = report["fingerprint"]
-    h, v = mark["hardware"], mark["versions"]
+    h, v = mark["hardware"], mark.get("versions", {})
     made = (
-        f"{h.get('gpu') or h['processor']}, {h['threads']} threads, torch {v['torch']},"
+        f"{h.get('gpu') or h.get('processor', '')}, {h['threads']} threads, torch"
+        f" {v.get('torch', 'unknown')},"
         f" {mark['when'][:10]}"
     )
     return f"{made}; `{mark['command']}`"
 
 
 def tables(report: dict[str, Any]) -> str:
-    """Plans and engines, peers, and scaling, as markdown."""
+    """Plans and engines, peers, and scaling, as markdown.
+
+    Raises:
+        ModelError: the report is none.
+    """
+    checked(report, Report, "the report")
     names = (
         "plan",
         "engine",
@@ -162,7 +180,7 @@ def tables(report: dict[str, Any]) -> str:
         "latent error",
         "riddles",
     )
-    out = [_made(report), "", _head(*names), *(_row(r) for r in report["rows"])]
+    out = [_made(report), "", _head(*names), *(_row(r) for r in report.get("rows", []))]
     if report.get("peers"):
         head = _head(
             "peer", "ours", "theirs, ms", "ours, ms", "ratio", "frames, dB", "latents differ by"
@@ -174,7 +192,12 @@ def tables(report: dict[str, Any]) -> str:
 
 
 def load_table(report: dict[str, Any]) -> str:
-    """What a server did under load (`nexus_rt.bench.serve`)."""
+    """What a server did under load (`nexus_rt.bench.serve`).
+
+    Raises:
+        ModelError: the report is none.
+    """
+    checked(report, Load, "the report")
     churn, held, lost = report["churn"], report["connections"], report["lost"]
     gets = lambda ms: f"{ms['p50']:.2f}, {ms['p95']:.2f}, {ms['p99']:.2f}"
     rows = [
@@ -219,30 +242,42 @@ def fill(text: str, folder: Path) -> str:
     made = {
         "results": made_of,
         "headline": lambda path: headline(read(path)),
-        "serve": lambda path: load_table(json.loads(path.read_text())),
+        "serve": lambda path: load_table(read_object(path)),
     }
     return PLACE.sub(lambda m: m[1] + made[m[2]](folder / m[3]) + m[4], text)
 
 
 def made_of(path: Path) -> str:
-    """The tables of one results file, of either kind."""
-    report = json.loads(path.read_text())
+    """The tables of one results file, of either kind.
+
+    Raises:
+        ModelError: it is none, or damaged.
+    """
+    report = read_object(path)
     if "run" not in report:
         return tables(read(path))
-    run = report["run"]
+    run = checked(report, Suite, str(path))["run"]
+    rows = {part: checked(rows, dict[str, Any], f"{path}: {part}") for part, rows in report.items()}
     made = [
-        run.get("gpu", "CPU, dry: no speed here means anything"),
+        run.get("gpu") or "CPU, dry: no speed here means anything",
         f"torch {run['torch']}",
-        f"triton {run['triton']}",
+        f"triton {run.get('triton')}",
         run["date"][:10],
         f"commit {run['commit']}",
     ]
-    return f"{', '.join(made)}; `{run['command']}`\n\n{targets_table(report)}\n"
+    return f"{', '.join(made)}; `{run['command']}`\n\n{targets_table(rows)}\n"
 
 
 def main() -> None:
     for path in map(Path, sys.argv[1:]):
-        path.write_text(fill(path.read_text(), path.parent))
+        try:
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise InputError(f"{path} cannot be read ({error}); check the path.") from None
+            write_text(path, fill(text, path.parent))
+        except NexusError as error:
+            raise SystemExit(f"nexus-rt: {error}") from None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,6 +12,7 @@ import msgspec
 
 from nexus_rt import documents
 from nexus_rt.errors import InputError, cut
+from nexus_rt.part_files import part_file
 from nexus_rt.paths import as_path
 from nexus_rt.plan_text import check_plan
 
@@ -56,8 +58,10 @@ class Front(msgspec.Struct, frozen=True):
     settings: dict[str, object] = {}
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        path.write_text(json.dumps(msgspec.to_builtins(self), indent=1) + "\n")
+        """Write it as JSON, whole or not at all."""
+        with part_file(path) as part:
+            part.write_text(json.dumps(msgspec.to_builtins(self), indent=1) + "\n")
+            os.replace(part, path)
 
 
 def read_front(path: str | Path) -> Front:

@@ -219,6 +219,24 @@ def run(targets, count, seed, limit_s=2.0, limit_bytes=2**30):
     return counts
 
 
+def shown_targets(put):
+    """Documents that tables and pages are made of."""
+    from nexus_rt.bench import page, tables
+
+    cpu = Path(tables.__file__).parent / "results" / "cpu"
+    report = put("tables.json", json.loads((cpu / "mini.json").read_text()))
+    load = put("serve.json", json.loads((cpu / "serve.json").read_text()))
+
+    def both():
+        made = documents.read_object(report)
+        return tables.tables(made), tables.headline(made), page.page(made), page.drawing(made)
+
+    return [
+        Target("tables and page", report, both),
+        Target("table of a load", load, lambda: tables.load_table(documents.read_object(load))),
+    ]
+
+
 def make_targets(pair, steered, work):
     """Every reader of the runtime on files of a tiny pair.
 
@@ -337,7 +355,7 @@ def make_targets(pair, steered, work):
         command="nexus-rt export",
         opset=23,
         lora=None,
-        options={},
+        options={"range": False, "boundary": 0.875, "instruction_sets": ["avx2"]},
         parity={"passed": True, "rows": {"a": {"relative_error": 0.1}}},
         files={"velocity.onnx": {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}},
         schema=1,
@@ -348,6 +366,9 @@ def make_targets(pair, steered, work):
     def engine():
         folder = EngineFolder.read(work / "engine")
         folder.check_parity(force=True)
+        here = {"type": "cpu", "sm": None, "name": None, "instruction_sets": ["avx2"]}
+        folder.check_here({"onnx": "1"}, here)
+        folder.manifest.identity()
         folder.verify(again=True)
 
     judged = {"q1": {"answer": "Yes", "reason": "", "question": "?", "weight": 1.0, "layer": 0}}
@@ -489,6 +510,7 @@ def make_targets(pair, steered, work):
             lambda: make_report([work / "run"], taxonomy),
         ),
         Target("results", put("bench.json", bench), compare),
+        *shown_targets(put),
         Target("results.jsonl", line, resume),
         Target(
             "prompts",

@@ -21,8 +21,10 @@ from nexus_rt.bench.page import drawing, page
 from nexus_rt.bench.architectures import DRY
 from nexus_rt.bench.presets import Preset
 from nexus_rt.cli import main
+from nexus_rt.errors import NexusError
 from nexus_rt.models.wan import WanConfig
 from nexus_rt.size import ClipSize
+from tests.fuzz import places
 from tests.pages import Tags, dump
 
 ROOT = Path(__file__).parents[1]
@@ -477,3 +479,111 @@ def test_parts_of_an_engine_are_chosen(tiny_pair, tmp_path, capsys):
     assert [r["engine"] for r in failed] == ["onnx"] and "did you mean 'large'" in failed[0][
         "failed"
     ]
+
+
+def shown_documents():
+    """Documents that tables and pages are made of, and what makes them."""
+    cpu = Path(tables.__file__).parent / "results" / "cpu"
+    report = json.loads((cpu / "mini.json").read_text())
+    row = {**report["rows"][0], "thumbnail": "data:image/png;base64,AA"}
+    row["denoise_steps_ms"] = row["denoise_steps_ms"][:1]
+    timed = {"ours_ms": {"p50": 1.0}, "theirs_ms": {"p50": 2.0}, "ratio": 2.0}
+    peer = {"peer": "diffusers", "plan": "large", "same_mathematics": True, **timed}
+    fit = {"coefficients": [1.0, 2.0], "powers": [0, 1], "r2": 0.9}
+    points = [{"tokens": 1, "ms": 1.0}, {"tokens": 2, "ms": 2.0}]
+    report |= {
+        "rows": [row, {"plan": "x", "engine": "torch", "failed": "no"}],
+        "peers": [{**peer, "psnr_db": 3.0, "latent_error": 0.1}, {"peer": "x", "failed": "no"}],
+        "scaling": {"frames": {"large": {"points": points, "fit": fit}}},
+        "estimate": {"rows": [{"plan": "large", "steps": 2, "denoise_ms_at_least": 1.0}]},
+    }
+    serve = json.loads((cpu / "serve.json").read_text())
+    return [
+        (report, tables.tables),
+        (report, tables.headline),
+        (report, page),
+        (report, drawing),
+        (serve, tables.load_table),
+    ]
+
+
+WRONG = [None, True, -1, 0, 1e308, 10**30, "", "x", "\ud800", [], [1], {}, {"a": 1}, [[]], [None]]
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_a_document_of_wrong_inner_types_is_our_error_or_a_table(place):
+    """Every field replaced by every kind of value, and left out."""
+    document, make = shown_documents()[place]
+    assert len(make(document)) > 100
+    tried = refused = 0
+    for *parents, last in [p for p in places(document) if p]:
+        at = document
+        for key in parents:
+            at = at[key]
+        kept = at[last]
+        for wrong in [*WRONG, KeyError]:
+            if wrong is KeyError:
+                del at[last]
+            else:
+                at[last] = wrong
+            try:
+                assert isinstance(make(document), str)
+            except ModelError as error:
+                refused += 1
+                assert len(str(error)) < 1600
+            tried += 1
+            if isinstance(at, list) and wrong is KeyError:
+                at.insert(last, kept)
+            else:
+                at[last] = kept
+    assert tried > 400 and refused > tried / 4
+
+
+def test_a_tables_file_that_is_none_is_one_sentence(tmp_path, monkeypatch, capsys):
+    for name, content in (("a.json", "{"), ("b.json", '{"run": {"torch": 1}}'), ("c.json", "[]")):
+        (tmp_path / name).write_text(content)
+        document = tmp_path / "r.md"
+        document.write_text(f"<!-- results {name} -->\nold\n<!-- end -->")
+        monkeypatch.setattr(sys, "argv", ["tables", str(document)])
+        with pytest.raises(SystemExit, match=name):
+            tables.main()
+        assert "old" in document.read_text()
+    monkeypatch.setattr(sys, "argv", ["tables", str(tmp_path / "none.md")])
+    with pytest.raises(SystemExit, match="none.md cannot be read"):
+        tables.main()
+
+
+SUITE = {
+    "run": {"torch": "2", "triton": "3", "date": "2026-01-01", "commit": "c", "command": "x"},
+    "roofs": {"machine": {"gpu": "H200"}},
+    "kernels": {"band_blend 60x104": {"eager_called_ms": 8.0, "called_ms": 1.0}},
+    "attention": {"self 1: sdpa": {"ms": 1.0, "exact": True}},
+    "swap": {"resident": {"first_over_median": 1.0}},
+}
+
+
+def test_a_suite_of_wrong_inner_types_is_our_error_or_a_table(tmp_path):
+    path = tmp_path / "suite.json"
+    for *parents, last in [p for p in places(SUITE) if len(p) <= 2 and p]:
+        for wrong in [w for w in WRONG if w != "\ud800"]:
+            document = copy.deepcopy(SUITE)
+            at = document
+            for key in parents:
+                at = at[key]
+            at[last] = wrong
+            path.write_text(json.dumps(document))
+            try:
+                assert "wanted" in tables.made_of(path)
+            except NexusError as error:
+                assert str(path) in str(error)
+    path.write_text(json.dumps({**SUITE, "swap": {"resident": {"first_over_median": 0}}}))
+    assert "wanted" in tables.made_of(path)
+
+
+def test_a_row_that_failed_with_null_did_not_fail(measured):
+    report = measured[1]
+    rows = [{**r, "failed": None} for r in report["rows"] if "failed" not in r]
+    assert results.compare({**report, "rows": rows}, report)[1] == []
+    many = [{**rows[0], "total_runs_ms": [1.0] * 10_001}]
+    with pytest.raises(ModelError, match="10000"):
+        results.documents.check({**report, "rows": many}, results.Results, "F")

@@ -282,3 +282,67 @@ def test_a_front_that_is_something_else(tmp_path):
     path.write_text('{"front": 3}')
     with pytest.raises(InputError, match="front"):
         from_front(f"@{path}:9")
+
+
+DAMAGED = [
+    "not json\n",
+    "[]\n",
+    '{"op_code": 99}\n',
+    '{"op_code": 0, "worker_id": "x"}\n',
+    '"\\ud800"\n',
+    "\xff\n",
+    "[" * 5000 + "\n",
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_journal_is_one_sentence(tiny_pipe, tmp_path, line):
+    search = Search(tiny_pipe, FakeJudge("ab"), FakeJudge("cd"), COSTS, tmp_path)
+    search.study()
+    log = tmp_path / "search.log"
+    log.write_text(line + log.read_text())
+    with pytest.raises(InputError, match=r"search.log is damaged .* move it away"):
+        search.study()
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"scores": "x", "plan": "large", "rewrite": "off"},
+        {"scores": [2.0], "plan": "large", "rewrite": "off"},
+        {"scores": [[1]], "plan": "large", "rewrite": "off"},
+        {"scores": [0.5], "rewrite": "off"},
+        {"scores": [0.5], "plan": ["large"], "rewrite": "off"},
+        {"scores": [0.5], "plan": "large", "rewrite": 3},
+        {"scores": [0.5], "plan": "large", "rewrite": "off", "wall_ms": "long"},
+    ],
+    ids=range(7),
+)
+def test_a_trial_of_wrong_types_is_one_sentence(tiny_pipe, tmp_path, attributes):
+    search = Search(tiny_pipe, FakeJudge("ab"), FakeJudge("cd"), COSTS, tmp_path)
+    study = search.study()
+    trial = study.ask()
+    for name, value in attributes.items():
+        trial.set_user_attr(name, value)
+    study.tell(trial, [1.0, 0.5])
+    with pytest.raises(InputError, match=r"search.log: trial 0 .* move the file away"):
+        search.judged(study)
+
+
+def test_settings_of_wrong_types_are_another_search(tiny_pipe, tmp_path):
+    search = Search(tiny_pipe, FakeJudge("ab"), FakeJudge("cd"), COSTS, tmp_path)
+    search.study().set_user_attr("settings", [1])
+    with pytest.raises(InputError, match="holds a search with other"):
+        search.study()
+
+
+class FakeJudge:
+    """Prompts alone."""
+
+    name = "fake"
+
+    def __init__(self, prompts):
+        self.prompts = list(prompts)
+
+
+COSTS = StepCosts(1.0, 2.0, 5.0, 10.0)

@@ -80,7 +80,12 @@ def test_the_published_taxonomy():
             lambda s: questions(s)[2].update(weight="1"),
             r"evaluation_questions\[2\].weight is '1'; expected a number",
         ),
-        (lambda s: questions(s)[2].update(weight=-1), "expected a number from 0 up"),
+        (lambda s: questions(s)[2].update(weight=-1), "expected a number from 0 to 1e"),
+        (lambda s: questions(s)[2].update(weight=1e308), "expected a number from 0 to 1e"),
+        (lambda s: questions(s)[2].update(weight=10**39), "expected a number from 0 to 1e"),
+        (lambda s: questions(s)[2].update(id="q" + "9" * 5000), 'expected "q1"'),
+        (lambda s: questions(s)[2].update(id="q1\u0661"), 'expected "q1"'),
+        (lambda s: questions(s)[2].update(question="a \ud800"), "half a surrogate pair"),
         (lambda s: questions(s)[2].update(importance_score="x"), "importance_score is 'x'"),
         (lambda s: [q.update(weight=0) for q in questions(s)], "the weights sum to zero"),
         (

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from nexus_rt.bench.page import STYLE, table
+from nexus_rt.bench.results import write_text
 from nexus_rt.bench.tune.search import Search
 from nexus_rt.bench.tune.space import Candidate
 from nexus_rt.front import Front, FrontPlan
@@ -71,5 +72,5 @@ def page(front: Front, search: Search, folder: Path, clips: int = 3) -> Path:
         "</html>"
     )
     path = folder / "front.html"
-    path.write_text(html)
+    write_text(path, html)
     return path

@@ -8,14 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 from torch import Tensor
 
+from nexus_rt import documents
 from nexus_rt.bench.tune.judging import ClipJudge, noise
 from nexus_rt.bench.tune.space import Candidate, Space
-from nexus_rt.errors import InputError
+from nexus_rt.errors import InputError, cut
 from nexus_rt.front import Front, FrontPlan
 from nexus_rt.guidance import Guidance
 from nexus_rt.pipeline import NexusPipeline
@@ -25,6 +27,15 @@ from nexus_rt.solver import time_grid
 
 Z = 1.96  # of a 95% interval
 STATE = "search.log"
+
+
+class Judged(msgspec.Struct):
+    """What the journal keeps of a judged plan."""
+
+    plan: str
+    rewrite: Literal["auto", "off"]
+    scores: list[Annotated[float, msgspec.Meta(ge=0, le=1)]]
+    wall_ms: Annotated[float, msgspec.Meta(ge=0, le=1e15)] = 0.0
 
 
 @dataclass
@@ -102,19 +113,31 @@ class Search:
         from optuna.storages.journal import JournalFileBackend
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        storage = JournalStorage(JournalFileBackend(str(self.folder / STATE)))
-        study = optuna.create_study(
-            storage=storage,
-            study_name="tune",
-            directions=["minimize", "maximize"],
-            sampler=optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=12),
-            load_if_exists=True,
-        )
+        state = self.folder / STATE
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            storage = JournalStorage(JournalFileBackend(str(state)))
+            study = optuna.create_study(
+                storage=storage,
+                study_name="tune",
+                directions=["minimize", "maximize"],
+                sampler=optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=12),
+                load_if_exists=True,
+            )
+        except OSError as error:
+            raise InputError(
+                f"{self.folder} cannot be written ({error.strerror or error}); choose a place you"
+                " may write to."
+            ) from error
+        except Exception as error:  # Optuna replays the journal, and checks nothing in it
+            raise InputError(
+                f"{state} is damaged ({cut(error)}); move it away to begin anew."
+            ) from error
         asked = self.settings()
         kept = study.user_attrs.get("settings")
         if kept is not None and kept != asked:
-            changed = sorted(k for k in asked if kept.get(k) != asked[k])
+            same = kept if isinstance(kept, dict) else {}
+            changed = sorted(k for k in asked if same.get(k) != asked[k])
             raise InputError(
                 f"{self.folder} holds a search with other {', '.join(changed)}; use the same, or"
                 " another folder."
@@ -177,14 +200,20 @@ class Search:
         return self._report(rows)
 
     def judged(self, study: Any) -> dict[str, Row]:
-        """The plans that a study has judged, by their words."""
+        """The plans that a study has judged, by their words.
+
+        Raises:
+            InputError: its journal holds a trial that is none of a search.
+        """
         rows: dict[str, Row] = {}
         for trial in study.get_trials(deepcopy=False):
-            scores = trial.user_attrs.get("scores")
-            if scores and trial.values:
-                candidate = Candidate(trial.user_attrs["plan"], trial.user_attrs["rewrite"])
-                wall = trial.user_attrs.get("wall_ms", 0.0)
-                rows[candidate.key] = Row(candidate, trial.values[0], list(scores), wall)
+            if not trial.user_attrs.get("scores") or not trial.values:
+                continue
+            where = f"{self.folder / STATE}: trial {trial.number}"
+            remedy = "move the file away to begin anew"
+            kept = documents.check(trial.user_attrs, Judged, where, InputError, remedy)
+            candidate = Candidate(kept.plan, kept.rewrite)
+            rows[candidate.key] = Row(candidate, trial.values[0], kept.scores, kept.wall_ms)
         return rows
 
     def _climb(self, candidate: Candidate, price: float, rows: dict[str, Row]) -> Row:

@@ -30,7 +30,7 @@ from nexus_rt.bench.vrbench.http_judge import Conversation, JudgeError
 from nexus_rt.bench.vrbench.judges import Judge
 from nexus_rt.bench.vrbench.protocol import AGAIN, FRAMES, Protocol
 from nexus_rt.bench.vrbench.replies import CAUSES, Reply, parse
-from nexus_rt.bench.vrbench.schema import Prompt, Taxonomy
+from nexus_rt.bench.vrbench.schema import MAX_WEIGHT, Prompt, Taxonomy
 from nexus_rt.bench.vrbench.scoring import NO, UNKNOWN, YES, clip_scores
 from nexus_rt.errors import InputError, NexusError
 from nexus_rt.video import read_frames
@@ -121,7 +121,7 @@ class _Answer(msgspec.Struct):
 
 class _Asked(_Answer, kw_only=True):
     question: str
-    weight: Annotated[float, msgspec.Meta(ge=0)]
+    weight: Annotated[float, msgspec.Meta(ge=0, le=MAX_WEIGHT)]
     layer: Annotated[int, msgspec.Meta(ge=0)]
 
 

@@ -10,7 +10,6 @@ question, weight, importance_score}]}}]`. The generation-only variant has no `ev
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import msgspec
 
 from nexus_rt import documents
-from nexus_rt.errors import InputError, cut
+from nexus_rt.errors import InputError, shown
 from nexus_rt.prompts import (
     category_prompts,
     check_ids,
@@ -30,6 +29,7 @@ from nexus_rt.prompts import (
 )
 
 LAYERS = 3
+MAX_WEIGHT = 1e9  # the sum of many stays a number
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
     if isinstance(value, (dict, list)):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise InputError(f"{where}.{name} is {cut(repr(value), 80)}; expected text.")
+        raise InputError(f"{where}.{name} is {shown(value)}; expected text.")
     return str(value).strip()
 
 
@@ -220,8 +220,7 @@ def _prompt(row: dict[str, Any], where: str, category: str, principle: str) -> P
     rows = evaluation.get("evaluation_questions")
     if not isinstance(rows, list) or not rows:
         raise InputError(
-            f"{place}.evaluation_questions is {cut(repr(rows), 80)}; expected an array of"
-            " questions."
+            f"{place}.evaluation_questions is {shown(rows)}; expected an array of questions."
         )
     questions = tuple(
         _question(q, f"{place}.evaluation_questions[{i}]") for i, q in enumerate(rows)
@@ -245,25 +244,26 @@ def _prompt(row: dict[str, Any], where: str, category: str, principle: str) -> P
 
 def _number(value: Any) -> bool:
     return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value >= 0
+        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_WEIGHT
     )
 
 
 def _question(row: Any, where: str) -> Question:
     if not isinstance(row, dict):
         raise InputError(f"{where} is a {type(row).__name__}; expected an object.")
-    if not isinstance(row.get("id"), str) or not re.fullmatch(r"q[1-9]\d*", row["id"]):
-        raise InputError(f'{where}.id is {cut(repr(row.get("id")), 80)}; expected "q1", "q2", ...')
+    if not isinstance(row.get("id"), str) or not re.fullmatch(r"q[1-9][0-9]{0,5}", row["id"]):
+        raise InputError(f'{where}.id is {shown(row.get("id"))}; expected "q1", "q2", ...')
     if not isinstance(row.get("question"), str) or not row["question"].strip():
-        raise InputError(f"{where}.question is {row.get('question')!r}; expected text.")
+        raise InputError(f"{where}.question is {shown(row.get('question'))}; expected text.")
     if not _number(row.get("weight")):
-        raise InputError(f"{where}.weight is {row.get('weight')!r}; expected a number from 0 up.")
+        raise InputError(
+            f"{where}.weight is {shown(row.get('weight'))}; expected a number from 0 to"
+            f" {MAX_WEIGHT:g}."
+        )
     importance = row.get("importance_score")
     if importance is not None and not _number(importance):
         raise InputError(
-            f"{where}.importance_score is {cut(repr(importance), 80)}; expected a number from 0 up."
+            f"{where}.importance_score is {shown(importance)}; expected a number from 0 to"
+            f" {MAX_WEIGHT:g}."
         )
     return Question(row["id"], row["question"].strip(), float(row["weight"]), importance)

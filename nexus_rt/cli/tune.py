@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         import optuna  # noqa: F401
     except ImportError as error:
         raise InputError(f"tune needs Optuna ({error}); pip install 'nexus-rt[tune]'.") from error
+    from nexus_rt.bench.results import write_text
     from nexus_rt.bench.tune import report
     from nexus_rt.bench.tune.search import Search
     from nexus_rt.bench.tune.space import Space
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     front = work.run(args.trials)
     front.save(folder / "front.json")
     text = report.markdown(front)
-    (folder / "front.md").write_text(text + "\n")
+    write_text(folder / "front.md", text + "\n")
     page = report.page(front, work, folder)
     print(text)
     print(f"{folder / 'front.json'}, {page}")

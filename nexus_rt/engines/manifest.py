@@ -86,6 +86,16 @@ class _Parity(msgspec.Struct):
     rows: dict[str, _Row] = {}
 
 
+class _Options(msgspec.Struct):
+    """The options that the runtime reads; a backend keeps others for people."""
+
+    range: bool = False
+    refit: bool = False
+    weight_streaming: bool = False
+    boundary: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    instruction_sets: list[str] | None = None
+
+
 class Stored(msgspec.Struct):
     """A manifest as it may stand in a file."""
 
@@ -136,6 +146,7 @@ class Stored(msgspec.Struct):
         generates = self.part.partition("-")[0] in ("small", "large", "step")
         if generates and not self.buckets:
             raise ModelError(f"{where} lists no sizes; export the engine again.")
+        documents.check(self.options, _Options, f"{where}'s options")
         if self.options.get("range") and len(self.buckets) != 2:
             raise ModelError(
                 f"{where} is of a range and lists {len(self.buckets)} sizes; expected its two ends."
