@@ -129,7 +129,8 @@ def mutated(value, rng):
             )
             at[rng.choice(names)] = at.pop(last)
         elif isinstance(at[last], (int, float)) and not isinstance(at[last], bool):
-            at[last] = at[last] * rng.choice((-1, 0, 2, 1000, 10**9, 0.5))
+            half = 0.5 if abs(at[last]) < 2**1000 else 3  # beyond that it is no float
+            at[last] = at[last] * rng.choice((-1, 0, 2, 1000, 10**9, half))
         else:
             for _ in range(rng.choice((2, 80))):
                 at[last] = [at[last]]
