@@ -20,8 +20,8 @@ from pathlib import Path
 WHEELS = {
     "msgspec": ("msgspec-*-cp312-*.whl", "all rows but the kernels' own"),
     "diffusers": ("diffusers-*.whl", "the VAE and the peers"),
-    "importlib_metadata": ("importlib_metadata-*.whl", "diffusers' import"),
-    "zipp": ("zipp-*.whl", "importlib_metadata's import"),
+    "importlib_metadata": ("importlib_metadata-*.whl", "what diffusers requires"),
+    "zipp": ("zipp-*.whl", "what importlib_metadata requires"),
     "av": ("av-*-cp312-abi3-*.whl", "the mp4"),
 }
 PYTHON = "3.12"

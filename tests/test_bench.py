@@ -16,9 +16,9 @@ import torch
 
 from nexus_rt import InputError, ModelError, NexusPipeline
 from nexus_rt.bench import command, estimate, peers, presets, results, scaling, tables
+from nexus_rt.bench.architectures import DRY
 from nexus_rt.bench.latency import Clip
 from nexus_rt.bench.page import drawing, page
-from nexus_rt.bench.architectures import DRY
 from nexus_rt.bench.presets import Preset
 from nexus_rt.cli import main
 from nexus_rt.errors import NexusError

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 
 from nexus_rt.attention import attend
+from nexus_rt.bench.architectures import WAN_1_3B
 from nexus_rt.bench.naive import four_filter_blend
 from nexus_rt.bench.peers import diffusers_transformer
-from nexus_rt.bench.architectures import WAN_1_3B
 from nexus_rt.bench.presets import random_transformer
 from nexus_rt.loading.pair_folder import MINI
 from nexus_rt.loading.transformer import load_transformer
