@@ -34,6 +34,7 @@ from nexus_rt.loading.packing import check_dense
 from nexus_rt.loading.pair import default_device, default_dtype
 from nexus_rt.loading.pair_folder import Defaults, pair_index
 from nexus_rt.part_files import scratch_folder
+from nexus_rt.paths import as_path, check_parent
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan_text import has_clocks, parse_plan
 from nexus_rt.prompts import MAX_FRAMES
@@ -71,11 +72,8 @@ def run(args: argparse.Namespace) -> int:
             )
         return compare(*args.action[1:])
     for given in (args.json, args.html, args.plot):
-        if given and not Path(given).expanduser().parent.is_dir():
-            raise InputError(
-                f"{Path(given).parent} does not exist; make the folder first, or write somewhere"
-                " else."
-            )
+        if given:
+            check_parent(as_path("output", given))
     if args.plot and Path(args.plot).suffix != ".svg":
         raise InputError(f"--plot is {args.plot}; it draws SVG: expected a name that ends in .svg.")
     for name, least, most in RANGES:
@@ -116,7 +114,7 @@ def write(report: dict[str, Any], args: argparse.Namespace) -> None:
     )
     for path, content in made:
         if path:
-            files.write_text(Path(path).expanduser(), content())
+            files.write_text(as_path("output", path), content())
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -200,7 +198,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     for p in plans
                 ]
         wanted = [e for e in made if e.name in engines]
-        traces = Path(args.trace).expanduser() if args.trace else None
+        traces = as_path("--trace", args.trace) if args.trace else None
         if wanted and wanted[0] is not made[0]:
             wanted.insert(0, made[0])
         report |= suite(wanted or made, plans, clip, args.runs, args.warmup, traces, say)

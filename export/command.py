@@ -11,8 +11,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nexus_rt.cli.pipeline import find_models
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.errors import InputError, choose
@@ -30,6 +28,8 @@ from nexus_rt.loading.lora import Lora, loras_of, parse_loras
 from nexus_rt.loading.pair import default_device
 from nexus_rt.loading.pair_folder import PairFolders, pair_index
 from nexus_rt.log import chose
+from nexus_rt.paths import as_path
+from nexus_rt.progress import progress_bar
 from nexus_rt.recipes import find_recipes, with_recipes
 from nexus_rt.size import parse_sizes
 
@@ -40,12 +40,12 @@ NAMES = ("small", "large", "vae", "text_encoder")
 def progress(parts: list[Component]) -> Iterator[Callable[[str], None]]:
     """Something to call with a line a stage: on a terminal a bar over the stages, whose clock goes
     on while one builds for minutes; elsewhere the lines."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield lambda line: print(line, file=sys.stderr, flush=True)
         return
     stages = sum(3 + len(p.graphs()) for p in parts)  # reading, tracing, each graph, comparing
     over, width = threading.Event(), shutil.get_terminal_size().columns or 80
-    with tqdm(
+    with progress_bar(
         total=stages,
         unit="stage",
         bar_format="{percentage:3.0f}% {elapsed} {desc}",
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     # engines are run as what they were made of
     defaults = with_recipes(pair.defaults, recipes)
     index = pair_index(Path(pretrained) if pretrained else None, defaults)
-    output = Path(args.output).expanduser()
+    output = as_path("--output", args.output)
     with progress(parts) as say:
         built = export_components(
             parts, folders_beside(pair, parts), index, target, output, args.line, say

@@ -76,6 +76,19 @@ def failed_file(what: str, error: OSError) -> str:
     return f"{what} cannot be used ({cut(reason)}); {remedy}."
 
 
+def check_parent(path: Path) -> None:
+    """Find out before any work whether a file can be written.
+
+    Raises:
+        InputError: its folder is not there, or cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise InputError(
+            f"{path.parent} does not exist; make the folder first, or write somewhere else."
+        )
+    check_folder(path.parent, "choose a place you may write to")
+
+
 def check_folder(folder: Path, remedy: str) -> None:
     """Make a folder, and find out before any work whether files can be written to it.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from nexus_rt import documents
 from nexus_rt.errors import InputError, cut, shown
+from nexus_rt.paths import as_path
 from nexus_rt.size import ClipSize, parse_sides
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
@@ -61,7 +62,7 @@ def read_prompts(path: str | Path) -> list[Item]:
         InputError: no such file, one that breaks this (with the place and what was expected), no
             prompts, an id twice.
     """
-    path = Path(path).expanduser()
+    path = as_path("path", path)
     items = [item for file in prompt_files(path) for item in _file(file)]
     check_ids([item.id for item in items], path)
     return items

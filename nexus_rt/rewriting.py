@@ -31,6 +31,7 @@ from nexus_rt.loading.source import require_safetensors
 from nexus_rt.log import logger
 from nexus_rt.memory.offload import release
 from nexus_rt.models.understanding import MAX_ANSWER, REWRITE, UnderstandingModel
+from nexus_rt.paths import as_path
 from nexus_rt.request import TIMEOUT
 from nexus_rt.tracing import span
 
@@ -229,7 +230,7 @@ class ChatRewriter:
         system: str = REWRITE,
         max_new_tokens: int = MAX_ANSWER,
     ) -> None:
-        self.folder, self.system, self.limit = Path(folder).expanduser(), system, max_new_tokens
+        self.folder, self.system, self.limit = as_path("folder", folder), system, max_new_tokens
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self.model: Any = None

@@ -3,6 +3,7 @@ key."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -69,7 +70,8 @@ def write_shards(
         try:
             save_file(shard, folder / f"part-{len(names)}.safetensors", {"format": "pt"})
         except SafetensorError as error:  # its writer raises this for a full disk too
-            raise ModelError(failed_file(str(folder), OSError(cut(error)))) from error
+            full = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
+            raise ModelError(failed_file(str(folder), OSError(full, cut(error)))) from error
         names.append(list(shard))
         shard, size = {}, 0
 

@@ -19,7 +19,7 @@ from nexus_rt.bench.vrbench.report import make_report, markdown, shown
 from nexus_rt.bench.vrbench.schema import read_bench, read_taxonomy
 from nexus_rt.bench.vrbench.scoring import summary
 from nexus_rt.checks import whole
-from nexus_rt.errors import InputError
+from nexus_rt.paths import as_path, check_parent
 from nexus_rt.prompts import Item
 
 EXAMPLE = Path(__file__).with_name("example.json")
@@ -31,7 +31,7 @@ def say(line: str) -> None:
 
 def prompts_path(given: str) -> Path:
     """The prompts' file or folder; "example" is the small file that comes with the package."""
-    path = Path(given).expanduser()
+    path = as_path("path", given)
     return EXAMPLE if given == "example" and not path.exists() else path
 
 
@@ -50,7 +50,7 @@ def judge(args: argparse.Namespace) -> int:
     )
     dtype = getattr(torch, args.dtype) if args.dtype else None
     asked = find_judge(args.judge_url, args.judge_model, args.device, dtype, protocol)
-    folder = Path(args.clips).expanduser()
+    folder = as_path("clips", args.clips)
     outcome = judge_clips(
         prompts, folder, asked, taxonomy, args.requests, say, protocol, args.retry_unknown
     )
@@ -71,13 +71,10 @@ def judge(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     """Print the tables of judged folders, and write them as asked."""
     for given in (args.markdown, args.json, args.html):
-        if given and not Path(given).expanduser().parent.is_dir():
-            raise InputError(
-                f"{Path(given).parent} does not exist; make the folder first, or write somewhere"
-                " else."
-            )
+        if given:
+            check_parent(as_path("output", given))
     taxonomy = read_taxonomy(args.taxonomy)
-    report = make_report([Path(p).expanduser() for p in args.runs], taxonomy)
+    report = make_report([as_path("run", p) for p in args.runs], taxonomy)
     text = markdown(report, taxonomy)
     made: list[tuple[str | None, Callable[[], str]]] = [
         (args.markdown, lambda: text),
@@ -86,6 +83,6 @@ def report(args: argparse.Namespace) -> int:
     ]
     for given, content in made:
         if given:
-            write_text(Path(given).expanduser(), content())
+            write_text(as_path("output", given), content())
     print(text, end="")
     return 0

@@ -28,6 +28,7 @@ from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.loading.pair import default_device, default_dtype
 from nexus_rt.loading.pretrained import pretrained
 from nexus_rt.loading.source import folder_fingerprint, require_safetensors
+from nexus_rt.paths import as_path
 
 __all__ = [
     "KEY",
@@ -74,7 +75,7 @@ class LocalJudge:
         dtype: Any = None,
         protocol: how.Protocol | None = None,
     ) -> None:
-        self.folder, self.protocol = Path(folder).expanduser(), protocol or how.Protocol()
+        self.folder, self.protocol = as_path("folder", folder), protocol or how.Protocol()
         if not (self.folder / "config.json").is_file():
             raise ModelError(
                 f"{folder} holds no config.json; expected a folder with an image-text-to-text"

@@ -19,6 +19,7 @@ import msgspec
 
 from nexus_rt import documents
 from nexus_rt.errors import InputError, shown
+from nexus_rt.paths import as_path
 from nexus_rt.prompts import (
     category_prompts,
     check_ids,
@@ -113,7 +114,7 @@ def read_taxonomy(path: str | Path | None = None) -> Taxonomy:
     Raises:
         InputError: it breaks the form.
     """
-    path = Path(path).expanduser() if path else Path(__file__).with_name("taxonomy.json")
+    path = as_path("path", path) if path else Path(__file__).with_name("taxonomy.json")
     names, layers, groups = {}, {}, {}
     document = parse_json(read_text(path), str(path))
     taxonomy = documents.check(
@@ -144,7 +145,7 @@ def read_bench(path: str | Path, taxonomy: Taxonomy) -> list[Prompt]:
         InputError: a file that breaks the schema (with the field's place and what was expected), an
             id that is there twice, weights that sum to zero.
     """
-    path = Path(path).expanduser()
+    path = as_path("path", path)
     prompts = [prompt for file in prompt_files(path) for prompt in _file(file, taxonomy)]
     check_ids([p.id for p in prompts], path)
     return prompts

@@ -7,6 +7,7 @@ import sys
 
 from nexus_rt.cli.arguments import clips, models, rewriting, running, walk
 from nexus_rt.cli.pipeline import call_options, check_device, model_words, quiet_pipeline
+from nexus_rt.paths import as_path
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -27,7 +28,6 @@ def run(args: argparse.Namespace) -> int:
 
 def run_batch(args: argparse.Namespace, items: list) -> int:
     """Make the clips of a list of `Item`, here or by Ray's workers."""
-    from pathlib import Path
 
     from nexus_rt.batch import Job, parse_shard, run
 
@@ -36,7 +36,7 @@ def run_batch(args: argparse.Namespace, items: list) -> int:
 
     whole("--seed", args.seed, -1, 2**64 - 1)
     models = model_words(args)
-    folder = Path(args.output).expanduser()
+    folder = as_path("--output", args.output)
     job = Job(
         folder,
         args.seed,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from nexus_rt.cli.arguments import PLAN_HELP, models, running
 from nexus_rt.cli.pipeline import check_device, find_models, quiet_pipeline
 from nexus_rt.errors import InputError
+from nexus_rt.paths import as_path
 
 if TYPE_CHECKING:
     from nexus_rt.pipeline import NexusPipeline
@@ -216,7 +217,6 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"{error}: pip install 'nexus-rt[serve]'.") from error
-    from pathlib import Path
 
     from nexus_rt.front import from_front
     from nexus_rt.serve.logs import log_json
@@ -274,10 +274,10 @@ def run(args: argparse.Namespace) -> int:
         preview_every=args.preview_every,
         fps=args.fps,
         grace=args.grace,
-        lora_folder=Path(args.lora_dir).expanduser() if args.lora_dir else None,
+        lora_folder=as_path("--lora-dir", args.lora_dir) if args.lora_dir else None,
         log_prompts=args.log_prompts,
     )
-    log_json(args.log_level or "info")
+    log_json(args.log_level or "info", unhurried=True)
     print(f"nexus-rt: http://{args.host}:{args.port} (store {args.store})", file=sys.stderr)
     run_server(server)
     return 0

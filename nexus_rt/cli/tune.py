@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nexus_rt.cli.arguments import frame_size, models, running
 from nexus_rt.cli.pipeline import check_device, quiet_pipeline
 from nexus_rt.errors import InputError, choose, shown
+from nexus_rt.paths import as_path
 
 if TYPE_CHECKING:
     from nexus_rt.pipeline import NexusPipeline
@@ -78,7 +79,6 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from pathlib import Path
 
     from nexus_rt.checks import number, whole
     from nexus_rt.cli.plan import given_costs
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     size = ClipSize.of_defaults(pipe.defaults, args.size, args.frames)
     pipe.grid.check(size)
     search, told = judges(name, pipe, args, size, rungs[-1])
-    folder = Path(args.output).expanduser()
+    folder = as_path("--output", args.output)
     rewrite = not args.no_rewrite and pipe.context is not None
     work = Search(
         pipe,

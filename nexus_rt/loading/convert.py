@@ -38,6 +38,7 @@ from nexus_rt.loading.pickles import read_pickle, read_state
 from nexus_rt.loading.stored import Index, find_tensors, read_tensors
 from nexus_rt.models.connector import SPECIAL_TOKENS, TEXT_MARKERS, Connector, ConnectorConfig
 from nexus_rt.models.wan import WanConfig, WanTransformer
+from nexus_rt.paths import as_path
 from nexus_rt.shards import Report, check_shapes, write_json, write_shards
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl")
@@ -330,7 +331,7 @@ def convert_omnivideo(
         InputError: SRC is no folder, or DST exists.
         ModelError: a part is missing, damaged, refused or of other shapes; nothing is left behind.
     """
-    source, target = Path(source).expanduser(), Path(target).expanduser()
+    source, target = as_path("source", source), as_path("target", target)
     if not source.is_dir():
         raise InputError(f"{source} is not a folder; expected the published OmniVideo folder.")
     with made_whole(target) as part:

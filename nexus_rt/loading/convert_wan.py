@@ -42,6 +42,7 @@ from nexus_rt.loading.scheduler import find_scheduler
 from nexus_rt.loading.source import READABLE, read_json
 from nexus_rt.loading.stored import find_tensors
 from nexus_rt.loading.transformer import empty_transformer
+from nexus_rt.paths import as_path
 from nexus_rt.shards import Report, check_shapes, write_json
 
 T5, VAE = "encoder.block.0.layer.0.SelfAttention.q.weight", "post_quant_conv.weight"
@@ -82,7 +83,7 @@ def convert_wan(
         ModelError: SRC holds no part of a Wan checkpoint, or one that is damaged or of another
             task; nothing is left behind.
     """
-    source, target = Path(source).expanduser(), Path(target).expanduser()
+    source, target = as_path("source", source), as_path("target", target)
     if not source.exists():
         raise InputError(f"{source} is not here; expected a Wan folder, or a file of weights.")
     if source.is_file() and source.suffix not in READABLE:

@@ -10,6 +10,7 @@ from nexus_rt.checks import number
 from nexus_rt.documents import read_object
 from nexus_rt.errors import InputError, ModelError, cut
 from nexus_rt.loading.locate import transformer_folder
+from nexus_rt.paths import as_path
 from nexus_rt.plan import EXPERTS
 
 BOUNDARY = 0.875  # of Wan2.2-T2V-A14B (wan/configs/wan_t2v_A14B.py; diffusers' boundary_ratio)
@@ -95,7 +96,7 @@ def split_source(source: Any) -> tuple[Any, ...]:
     Raises:
         InputError: a tuple of another length, or an empty half.
     """
-    if isinstance(source, str) and "," in source and not Path(source).expanduser().exists():
+    if isinstance(source, str) and "," in source and not as_path("source", source).exists():
         source = tuple(part.strip() for part in source.split(","))
     if not isinstance(source, (tuple, list)):
         return (source,)

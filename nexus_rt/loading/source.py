@@ -10,6 +10,7 @@ from typing import Any
 
 from nexus_rt.documents import read_object
 from nexus_rt.errors import ModelError, cut
+from nexus_rt.paths import as_path
 
 PLAIN = (".safetensors", ".sft", ".gguf")  # files of weights that are data alone
 READABLE = (*PLAIN, ".bin", ".pt", ".pth", ".ckpt")
@@ -41,7 +42,7 @@ def resolve(
     Raises:
         ModelError: neither a folder, nor a file of weights, nor a repository that can be reached.
     """
-    path = Path(source).expanduser()
+    path = as_path("source", source)
     if path.is_dir():
         return path
     suffix = path.suffix.lower()

@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from nexus_rt.errors import InputError, NexusError
+from nexus_rt.paths import as_path
 from nexus_rt.serve.app import Api, make_app
 from nexus_rt.serve.connections import ACCEPT_BURST, bounded_protocol
 from nexus_rt.serve.dispatcher import Dispatcher
@@ -49,7 +50,7 @@ class NexusServer:
     def __init__(
         self, pipe: NexusPipeline | Runner, store: str | Path = "nexus-rt-jobs", **settings: Any
     ) -> None:
-        self.settings = Settings(folder=Path(store).expanduser(), **settings)
+        self.settings = Settings(folder=as_path("store", store), **settings)
         every, warmup = self.settings.preview_every, self.settings.warmup
         given: Any = pipe
         own = hasattr(pipe, "capacity")
