@@ -364,7 +364,10 @@ class Api:
         return JSONResponse({"status": why[0], "reason": why[1]}, 503, {"Retry-After": "5"})
 
     async def page(self, request: Request) -> Response:
-        path = PAGE / (request.scope["path"].rpartition("/")[2] or "index.html")
+        name = request.scope["path"].rpartition("/")[2] or "index.html"
+        path = PAGE / name
+        if path.suffix not in PAGE_TYPES:  # a route also matches its path with a line break behind
+            raise Problem(404, "not_found", f"no page {cut(repr(name), 80)}.")
         headers = {"Content-Security-Policy": CSP, "Cache-Control": "no-cache"}
         return FileResponse(path, headers=headers, media_type=PAGE_TYPES[path.suffix])
 
