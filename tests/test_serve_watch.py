@@ -1,7 +1,10 @@
 """Workers that hang or do not read, and what the server says meanwhile."""
 
 import asyncio
+import atexit
 import contextlib
+import json
+import logging
 import os
 import signal
 import sys
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 
 from nexus_rt.errors import InputError, NexusError
 from nexus_rt.pipeline import NexusPipeline
+from nexus_rt.serve import logs
 from nexus_rt.serve.generate import Task
 from nexus_rt.serve.prices import Prices
 from nexus_rt.serve.problems import JobFailed, WorkerLost
@@ -546,3 +550,27 @@ def test_a_hung_workers_server_that_is_killed_leaves_no_orphan(tmp_path):
             return True
 
     wait_for(gone)
+
+
+def test_a_log_that_nobody_reads_stops_nobody(monkeypatch):
+    """A pipe is full after 64 KiB; a write to it waits for ever."""
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(logs, "MAX_LINES", 2000)
+        handler = logs.Unhurried()
+        atexit.unregister(handler.drain)
+        handler.setFormatter(logs.JsonLines())
+        began = time.monotonic()
+        for i in range(5000):
+            row = {"name": "x", "msg": f"line {i} {'.' * 100}", "levelname": "INFO"}
+            handler.emit(logging.makeLogRecord(row))
+        assert time.monotonic() - began < 5.0 and handler.dropped > 1000
+        text = b""
+        while b"lines were dropped" not in text:
+            text += os.read(read, 2**16)
+        rows = [json.loads(line) for line in text.decode().splitlines()]
+        assert rows[0]["event"].startswith("line 0 ") and rows[-1]["level"] == "warning"
+        assert int(rows[-1]["event"].split()[0]) + len(rows) - 1 == 5000
+        handler.drain()
+    os.close(read)
