@@ -285,6 +285,8 @@ class Plan:
         """
         for name in (*own.values(), *(() if rest is None else (rest,))):
             choose("solver", name, SOLVERS)
+        if not own and rest is None and any(s.solver is None for s in self.steps):
+            return self
         chosen = [s.solver or own.get(s.alone or "") for s in self.steps]
         alone = {s.alone for s in self.steps if s.solver is None}
         words = {f"{g}-solver": own[g] for g in GENERATORS if g in own and g in alone}
@@ -323,7 +325,8 @@ class Plan:
         changes = tuple((i, n) for i, n in enumerate(names) if n != before[i])
         restarts = {*self.grid.restarts, *(i for i, new in enumerate(fresh) if new)}
         steps = [
-            replace(s, renoise=s.renoise or new) for s, new in zip(self.steps, fresh, strict=True)
+            replace(s, renoise=True) if new and not s.renoise else s
+            for s, new in zip(self.steps, fresh, strict=True)
         ]
         grid = replace(self.grid, restarts=tuple(sorted(restarts)), solvers=changes)
         return replace(self, steps=tuple(steps), grid=grid)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from nexus_rt import documents
 from nexus_rt.errors import NexusError
-from tests import fuzz_files
+from tests import fuzz_files, fuzz_plans
 from tests.omnivideo import make_llm
 
 ODD = [
@@ -565,5 +565,7 @@ def make_targets(pair, steered, work):
                 False,
             ),
         ]
+    (work / "plans").mkdir()
+    targets += fuzz_plans.make_targets(work / "plans", Target)
     (work / "files").mkdir()
     return targets + fuzz_files.make_targets(pair, work / "files", Target, mutated)

@@ -432,6 +432,77 @@ def test_what_makes_a_clip_is_in_its_settings_and_its_path_is_not(
     assert NexusPipeline.from_pretrained(again).identity["vae"] != tiny_pipe.identity["vae"]
 
 
+def test_a_clip_is_kept_by_what_its_plan_does(tiny_pipe, tmp_path):
+    """Plans that differ in a step make it again, whatever they are called; another text of the same
+    steps keeps it."""
+    items = [Item("a", PROMPTS[0])]
+    size = dict(height=32, width=48, num_frames=1, num_inference_steps=4)
+
+    def made(plan, **options):
+        job = Job(tmp_path, suffix=".png", options={**size, "plan": plan, **options})
+        return run(tiny_pipe, items, job)["made"]
+
+    assert made("handoff=0.5") == 1 and made("handoff=0.5") == 0
+    assert made("small:2 bridge:1 large:1") == 0
+    for plan in (
+        "handoff=0.5,bridge=0",
+        "handoff=sigma:0.95,bridge=0",
+        "auto=0.1",
+        "auto=0.3",
+        "auto=0.3 gamma-w=0.3000001",
+        "auto=0.3 energy=none",
+        "large:4@3",
+        "large:4@3.0000001",
+        "large:4/adaptive=0.0500001",
+        "large:4/adaptive=0.05",
+        "large:4/solver=euler",
+        "small:1/4 large:3/shift=3.001",
+        "small:1/4 large:3/shift=3",
+    ):
+        options = {"num_inference_steps": None} if "/4" in plan else {}
+        assert (made(plan, **options), made(plan, **options)) == (1, 0), plan
+    row = batch.finished(tmp_path)[0]["a"]["settings"]
+    assert row["plan"] == "small:1/4 large:3/shift=3 shift=5"
+    walked = tiny_pipe.make_plan(row["plan"])
+    assert walked.identity == row["identity"] and walked.text == row["plan"]
+
+
+def test_what_a_pair_sets_for_its_calls_makes_a_clip_again(tiny_pipe, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    job, items = Job(tmp_path, suffix=".png", options=QUICK), [Item("a", PROMPTS[0])]
+    assert run(tiny_pipe, items, job)["made"] == 1
+    for change in (
+        dict(guidance_scale=4.5),
+        dict(guidance_scale_2=2.5),
+        dict(shift=4.0),
+        dict(large_solver="euler"),
+        dict(small_shift=7.0, large_shift=7.0),
+    ):
+        monkeypatch.setattr(tiny_pipe, "defaults", replace(tiny_pipe.defaults, **change))
+        again = run(tiny_pipe, items, job)["made"]
+        assert again == ("small_shift" not in change), change  # of clocks, which QUICK has none of
+        assert run(tiny_pipe, items, job)["kept"] == 1
+
+
+def test_a_clips_metadata_has_the_exact_plan(tiny_pipe, tmp_path):
+    from nexus_rt.video import read_metadata
+
+    plan = "small:2@3.0000001[0:1] bridge:1 large:1/solver=euler"
+    options = {**QUICK, "num_inference_steps": 4, "plan": plan, "shift": 3.25, "energy": "none"}
+    assert run(tiny_pipe, [Item("a", PROMPTS[0])], Job(tmp_path, options=options))["made"] == 1
+    text = read_metadata(tmp_path / "a.mp4")["plan"]
+    assert text.startswith("small:2@3.0000001[0:1] bridge:1 large:1/solver=euler energy=none")
+    assert text.endswith(" steps=4 shift=3.25")
+    frames = lambda **call: (
+        tiny_pipe(
+            PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="latent", **call
+        ).frames
+    )
+    size = {k: QUICK[k] for k in ("height", "width", "num_frames")}
+    assert torch.equal(frames(**options), frames(plan=text, **size))
+
+
 def test_clips_that_are_none_are_made_again(tiny_pipe, tmp_path):
     job, items = Job(tmp_path, options=QUICK), [Item(n, PROMPTS[0]) for n in "abc"]
     run(tiny_pipe, items, job)

@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from nexus_rt.checks import number, whole
     from nexus_rt.engines.experts import boundaries
+    from nexus_rt.front import from_front
     from nexus_rt.loading.pair_folder import Defaults
     from nexus_rt.request import (
         MAX_SHIFT,
@@ -75,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.solver is not None:
         choose("solver", args.solver, SOLVERS)
+    if args.plan is not None and args.plan.startswith("@"):
+        args.plan = from_front(args.plan).plan
     for name, value in (("--frames", args.frames), *(("--size", side) for side in args.size or ())):
         if value is not None:
             whole(name, value, 1, 16_384)

@@ -54,7 +54,8 @@ def plan(planned: GenerationRequest, prices: Prices) -> dict[str, Any]:
     rows = []
     for step, ms in zip(planned.plan.steps, prices.steps(planned), strict=True):
         forwards = {
-            g: step.forwards(g, planned.guidance.at(step, g)) for g in planned.plan.generators
+            g: planned.plan.forwards(step, g, getattr(planned.guidance, g))
+            for g in planned.plan.generators
         }
         rows.append(
             {
