@@ -20,6 +20,7 @@ from nexus_rt.loading.architecture import (
 )
 from nexus_rt.loading.names import refuse_unused
 from nexus_rt.loading.pretrained import is_spare
+from nexus_rt.loading.source import read_json
 from nexus_rt.loading.stored import StoredTensor, find_tensors, read_tensors, renamed
 from nexus_rt.models.umt5 import SHARED, TIED
 from nexus_rt.models.wan import WanConfig
@@ -55,12 +56,13 @@ def plain(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_text_encoder(target: Path, source: Path, label: str, report: Report) -> None:
-    """`text_encoder/`, of a UMT5 encoder's file in any of its names."""
+    """`text_encoder/`, of a UMT5 encoder's folder, or its file in any of its names."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     stored = renamed(find_tensors(source), t5_name)
     shapes = {k: t.shape for k, t in stored.items()}
-    config = UMT5Config(**umt5_config(shapes, source))
+    own = source / "config.json"
+    config = UMT5Config(**(read_json(own) if own.is_file() else umt5_config(shapes, source)))
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     wanted = {k: tuple(v.shape) for k, v in model.named_parameters()}
@@ -78,14 +80,15 @@ def write_text_encoder(target: Path, source: Path, label: str, report: Report) -
 
 
 def write_vae(target: Path, source: Path, label: str, report: Report) -> None:
-    """`vae/`, of a Wan 2.1 VAE's file in Wan's or diffusers' names."""
+    """`vae/`, of a Wan 2.1 VAE's folder, or its file in Wan's or diffusers' names."""
     from diffusers import AutoencoderKLWan
 
     stored = renamed(find_tensors(source), vae_name)
     shapes = {k: t.shape for k, t in stored.items()}
-    config = wan_vae_config(shapes, source)
+    own = source / "config.json"  # of a folder in diffusers' layout: its statistics are its own
+    config = read_json(own) if own.is_file() else wan_vae_config(shapes, source)
     with torch.device("meta"):
-        model: Any = AutoencoderKLWan(base_dim=config["base_dim"], z_dim=config["z_dim"])
+        model: Any = AutoencoderKLWan.from_config(config)
     wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     check_shapes(source, shapes, wanted)
     refuse_unused(stored.keys() - wanted.keys(), source, "VAE")

@@ -13,7 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from nexus_rt.errors import InputError, ModelError, choose, cut, shown
 from nexus_rt.loading.checkpoint import diffusers_shapes, fused_place
 from nexus_rt.loading.lora_file import (
     ENDINGS,
+    SECOND,
     Key,
     Scaling,
     is_image_key,
@@ -57,11 +58,16 @@ LARGEST = float(torch.finfo(torch.float32).max)
 @dataclass(frozen=True)
 class Lora:
     """A LoRA file, how strongly it is merged, and into which expert of a generator that has two
-    ("high" or "low"; None: into both, or the only one)."""
+    ("high" or "low"; None: into both, or the only one).
+
+    half: the expert that it is being merged into, which `loras_of` sets: a file may hold one LoRA
+        for each.
+    """
 
     path: Path
     scale: float = 1.0
     expert: str | None = None
+    half: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, (str, Path)):
@@ -178,7 +184,10 @@ def loras_of(
                 f"LoRA {lora.path} is for the {lora.expert}-noise expert, and the {generator}"
                 f" generator is one transformer; leave :{lora.expert} out."
             )
-    return {name: [a for a in loras if a.expert in (None, name)] for name in experts}
+    return {
+        name: [replace(a, half=name or None) for a in loras if a.expert in (None, name)]
+        for name in experts
+    }
 
 
 def loras_hash(loras: Mapping[str, Sequence[Lora]]) -> str | None:
@@ -254,13 +263,16 @@ class Changes:
         return total
 
     def _add(self, lora: Lora) -> None:
-        pairs, keys = _read(lora.path)
+        if (read := _read(lora)) is None:
+            return
+        pairs, keys = read
         if strange := sorted(pairs.keys() - self.shapes.keys()):
             raise ModelError(
                 f"{lora.path} changes {len(strange)} parameters that this model has not, such as"
                 f" {cut(strange[0], 120)}; it was made for another architecture."
             )
-        scaling, own = read_scaling(lora.path), []
+        second = any(key.second for key in keys.values())
+        scaling, own = read_scaling(lora.path, second), []
         for name, tensors in pairs.items():
             for part in _parts(
                 tensors, self.shapes[name], keys[name], scaling, f"{lora.path}: {name}"
@@ -305,11 +317,31 @@ class Changes:
         )
 
 
-def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Key]]:
-    """Parameter in diffusers' names -> its tensors by kind, and a key of it."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    keys: dict[str, Key] = {}
-    named: dict[tuple[str, str], str] = {}
+Pairs = tuple[dict[str, dict[str, Tensor]], dict[str, Key]]
+
+
+def _read(lora: Lora) -> Pairs | None:
+    """Parameter in diffusers' names -> its tensors by kind, and a key of it: of the expert that the
+    file is merged into, where it holds a LoRA for each; None where all of it is the other's."""
+    path, second = lora.path, lora.half == EXPERTS[1]
+    first_half, second_half = halves = _halves(path)
+    if first_half[0] and second_half[0]:
+        if lora.half is None:
+            raise ModelError(
+                f"{path} holds two LoRAs, under transformer. and {SECOND}: of a generator's experts"
+                " for high and low noise; this generator is one transformer: pass a file with one."
+            )
+        return halves[second]
+    # the file's only LoRA goes where the user says, by default to the expert that it names
+    if second_half[0] and lora.half == EXPERTS[0] and lora.expert is None:
+        return None
+    return second_half if second_half[0] else first_half
+
+
+def _halves(path: Path) -> tuple[Pairs, Pairs]:
+    """What a file holds, but for `transformer_2`, and for it."""
+    halves: tuple[Pairs, Pairs] = (({}, {}), ({}, {}))
+    named: dict[tuple[bool, str, str], str] = {}
     unknown, image = [], 0
     for name, tensor in read_tensors(read_header(path, integers=True).items()):
         if is_image_key(name):
@@ -318,12 +350,14 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Key]]:
         if (key := read_key(name)) is None:
             unknown.append(name)
             continue
-        if other := named.get((key.parameter, key.kind)):
+        place = key.second, key.parameter, key.kind
+        if other := named.get(place):
             raise ModelError(
                 f"{path}: {cut(other, 120)} and {cut(name, 120)} are one place under two names;"
                 " keep one of them."
             )
-        named[key.parameter, key.kind] = name
+        named[place] = name
+        pairs, keys = halves[key.second]
         if not tensor.is_floating_point() and key.kind != "alpha":
             raise ModelError(
                 f"{path}: {cut(name, 120)} holds whole numbers ({tensor.dtype}); expected a LoRA's"
@@ -356,7 +390,7 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Key]]:
             " a text-to-video model.",
             stacklevel=2,
         )
-    return pairs, keys
+    return halves
 
 
 def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:

@@ -5,7 +5,8 @@ Names read are those that publishers of Wan LoRAs use: diffusers' and PEFT's
 (`transformer.blocks.0.attn1.to_q.lora_A.weight`), Wan's own
 (`diffusion_model.blocks.0.self_attn.q.lora_down.weight`, `.alpha`, `.diff`, `.diff_b`, and
 `.diff_m` of the modulation tables), DiffSynth's (`pipe.dit.blocks...`), and kohya's
-(`lora_unet_blocks_0_self_attn_q.lora_down.weight`).
+(`lora_unet_blocks_0_self_attn_q.lora_down.weight`); each with PEFT's name of the adapter
+(`.lora_A.default.weight`) or without, and with those of wrappers (`nexus_rt.loading.names`).
 
 A product's scale is `alpha / rank` (`alpha / sqrt(rank)` where `use_rslora` is set). alpha is a
 tensor `.alpha`, or is written in the safetensors header (`lora_adapter_metadata`, as diffusers
@@ -25,15 +26,13 @@ import msgspec
 from nexus_rt import documents
 from nexus_rt.errors import ModelError, cut
 from nexus_rt.loading.checkpoint import diffusers_name
+from nexus_rt.loading.names import WRAPPERS, plain_name
 from nexus_rt.loading.stored import read_metadata
 
 ENDINGS = {  # of a key -> what it is, and what is missing of the parameter's name
     ".lora_A.weight": ("down", ".weight"),
-    ".lora_A.default.weight": ("down", ".weight"),
     ".lora_B.weight": ("up", ".weight"),
-    ".lora_B.default.weight": ("up", ".weight"),
     ".lora_B.bias": ("up_bias", ".bias"),
-    ".lora_B.default.bias": ("up_bias", ".bias"),
     ".lora_down.weight": ("down", ".weight"),
     ".lora_up.weight": ("up", ".weight"),
     ".alpha": ("alpha", ".weight"),
@@ -41,12 +40,17 @@ ENDINGS = {  # of a key -> what it is, and what is missing of the parameter's na
     ".diff_b": ("add", ".bias"),
     ".diff_m": ("add", ".modulation"),
 }
+# the name that PEFT gives an adapter, "default" or any other
+ADAPTER = re.compile(r"\.(lora_(?:A|B|down|up))\.[^.]+\.(weight|bias)$")
 PREFIX = re.compile(
-    r"^(base_model\.model\.|pipe\.|dit\.|diffusion_model\.|transformer\.|model\.|module\.|_orig_mod\.)+"
+    r"^(?:(?:base_model\.model|pipe|dit|diffusion_model|transformer(?:_2)?|model)\.)+"
 )
+SECOND = "transformer_2."  # in a prefix: of the expert for low noise
+_LONGEST_FIRST = sorted(WRAPPERS, key=len, reverse=True)
 KOHYA_PREFIX = re.compile(r"^(lora_unet_|lora_transformer_|lora_te0_|lycoris_)")
 KOHYA = (  # underscores that were dots, where names have none of their own
     (KOHYA_PREFIX.pattern, ""),
+    (rf"(?:(?<=_)|^)(?:{'|'.join(_LONGEST_FIRST)})_", ""),
     (r"^_*blocks_(\d+)_", r"blocks.\1."),
     (r"(self_attn|cross_attn)_(norm_[qk]|[qkvo])$", r"\1.\2"),
     (r"(attn[12])_to_out_0$", r"\1.to_out.0"),
@@ -78,22 +82,28 @@ PATTERN_LENGTH = 200
 @dataclass(frozen=True)
 class Key:
     """A stored key: the parameter in diffusers' names, what it is to it ("down", "up", "alpha",
-    "add", "up_bias"), and the module as the file names it."""
+    "add", "up_bias"), the module as the file names it, and whether the file says that it is of
+    `transformer_2`, the expert for low noise."""
 
     parameter: str
     kind: str
     module: str
+    second: bool = False
 
 
 def read_key(key: str) -> Key | None:
-    """What a stored key is; None for one that is none of a LoRA's."""
+    """What a stored key is, with or without an adapter's name and those of wrappers; None for one
+    that is none of a LoRA's."""
+    key = ADAPTER.sub(r".\1.\2", plain_name(key))
     for ending, (kind, rest) in ENDINGS.items():
         if key.endswith(ending):
-            name = PREFIX.sub("", key[: -len(ending)])
+            whole = key[: -len(ending)]
+            name = PREFIX.sub("", whole)
+            second = SECOND in whole.removesuffix(name)
             if KOHYA_PREFIX.match(name):
                 for pattern, replacement in KOHYA:
                     name = re.sub(pattern, replacement, name)
-            return Key(diffusers_name(name + rest), kind, name)
+            return Key(diffusers_name(name + rest), kind, name, second)
     return None
 
 
@@ -214,9 +224,12 @@ class Scaling:
             ) from None
 
 
-def read_scaling(path: Path) -> Scaling | None:
+def read_scaling(path: Path, second: bool = False) -> Scaling | None:
     """What the file's header or the `adapter_config.json` beside it says of scales; None where
     neither does.
+
+    Args:
+        second: of `transformer_2`, where the header tells the two apart.
 
     Raises:
         ModelError: damaged, no plain LoRA, or the two contradict each other.
@@ -230,11 +243,10 @@ def read_scaling(path: Path) -> Scaling | None:
                 f"{where} holds a {type(document).__name__}; expected an object, as diffusers"
                 " writes it."
             )
-        own = {
-            k.removeprefix("transformer."): v
-            for k, v in document.items()
-            if k.startswith("transformer.")
+        under = lambda prefix: {
+            k.removeprefix(prefix): v for k, v in document.items() if k.startswith(prefix)
         }
+        own = (second and under(SECOND)) or under("transformer.") or under(SECOND)
         scales.append((own or {k: v for k, v in document.items() if "." not in k}, where))
     if (beside := path.with_name("adapter_config.json")).is_file():
         scales.append((documents.read_object(beside), str(beside)))
