@@ -95,7 +95,10 @@ def parse_plan(spec: str | Plan, grid: TimeGrid, gamma_w: float = GAMMA_W) -> Pl
             )
         gamma_w = own
     build = _builder(base)
-    grid = _schedule(spec, options, grid)
+    try:
+        grid = _schedule(spec, options, grid)
+    except InputError as error:
+        raise InputError(f"plan {cut(spec, 80)!r}: {error}") from None
     return _with_options(build(grid, gamma_w), options, spec)
 
 

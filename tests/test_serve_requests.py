@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,3 +94,24 @@ def test_any_json_is_a_request_or_a_sentence(body):
 )
 def test_any_form_is_a_request_or_a_sentence(fields):
     check(lambda: read_create(from_form([("prompt", "a star"), *fields]), KNOWN))
+
+
+def test_a_plans_exact_text_is_taken_and_its_steps_are_bounded():
+    """Decimals of a text are no steps; a plan of too many is refused before it is made."""
+    read = lambda plan: PROFILE.check(read_create({"prompt": "a", "plan": plan}, KNOWN)).plan
+    for plan in (
+        "handoff=timestep:850",
+        "large:20@3.1234567",
+        "reference gamma-w=0.300000000000000444",
+        "small:4/10 large:4/shift=2.999999999",
+        "large sigmas=0.9333333333333333,0.5,0",
+    ):
+        made = read(plan)
+        assert read(made.text) == made
+    for plan in ("small:101/999999999 large:4", "large:101", "large steps=101", "small:4/101"):
+        with pytest.raises(Problem, match="this server takes at most 100"):
+            read(plan)
+    for plan in ("small:4/10 large:4/shift=1e-40", "large shift=1e-40", "large:20@1e30"):
+        with pytest.raises(Problem, match="expected a number from") as caught:
+            read(plan)
+        assert caught.value.status == 400 and caught.value.param == "plan"

@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from nexus_rt.checks import number, whole
-from nexus_rt.errors import InputError, cut
+from nexus_rt.errors import InputError, cut, shown
 from nexus_rt.serve.problems import Problem, unknown_parameter, wrong
 from nexus_rt.size import ClipSize, parse_sides
 from nexus_rt.video import frame_rate
@@ -26,8 +26,10 @@ WHOLE = ("num_frames", "seed", "num_inference_steps", "priority")
 NUMBERS = ("guidance_scale", "guidance_scale_2", "shift", "deadline")
 TEXTS = ("prompt", "model", "negative_prompt", "plan", "solver", "rewrite")
 FIELDS = (*TEXTS, *WHOLE, *NUMBERS, "seconds", "size", "fps", "lora")
+STEPS = re.compile(r"(?:\b(?:small|large|bridge):|/|\bsteps=)([0-9]{1,9})")  # in a plan's text
 CALL = ("plan", "num_inference_steps", "guidance_scale", "guidance_scale_2", "shift", "solver")
 INPUTS = ("input_reference", "image", "image_url", "video", "input_image", "characters")
+SECONDS = re.compile(r"\s*[0-9]{1,9}(\.[0-9]{1,9})?\s*")
 LORA = re.compile(r"(?:(small|large):)?([\w.-]{1,200}?)(?:@(-?\d{1,3}(?:\.\d{1,6})?))?")
 
 
@@ -90,15 +92,18 @@ def from_form(fields: list[tuple[str, Any]]) -> dict[str, Any]:
         Problem: a file, or a field that comes twice.
     """
     body: dict[str, Any] = {}
-    for name, value in fields:
-        key = re.sub(r"\[\d*\]$", "", name)
+    for field, value in fields:
+        key = re.sub(r"\[\d*\]$", "", field)
+        name = cut(key, 80)
         if not isinstance(value, str):
-            raise no_input(key) if key in INPUTS else wrong(key, f"{key} is a file; expected text.")
+            if key in INPUTS:
+                raise no_input(key)
+            raise wrong(name, f"{name} is a file; expected text.")
         if key == "lora":
             body.setdefault("lora", []).append(value)
             continue
         if key in body:
-            raise wrong(key, f"{key} was sent twice; send it once.")
+            raise wrong(name, f"{name} was sent twice; send it once.")
         body[key] = _typed(key, value)
     return body
 
@@ -153,7 +158,7 @@ def check_prompt(value: Any, name: str = "prompt") -> str:
             name, f"{name} is missing; say what the video should show.", "missing_parameter"
         )
     if not isinstance(value, str):
-        raise wrong(name, f"{name} is {cut(repr(value), 80)}; expected text.")
+        raise wrong(name, f"{name} is {shown(value)}; expected text.")
     if not value.strip():
         raise wrong(name, f"{name} is empty; say what the video should show.")
     if len(value) > MAX_PROMPT:
@@ -181,7 +186,7 @@ def _text(body: dict[str, Any], name: str) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str) or len(value) > MAX_PROMPT:
-        raise wrong(name, f"{name} is {cut(repr(value), 80)}; expected text.")
+        raise wrong(name, f"{name} is {shown(value)}; expected text.")
     return _unicode(name, value)
 
 
@@ -195,12 +200,13 @@ def _checked(name: str, check: Any, *arguments: Any) -> Any:
 
 def _seconds(value: Any, rate: Fraction, temporal: int) -> tuple[str, int]:
     """`seconds` as it is answered, and the frames that last nearest to it, `temporal` k + 1."""
-    try:
-        seconds = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        seconds = math.nan
+    seconds = math.nan
+    if isinstance(value, str):
+        seconds = float(value) if SECONDS.fullmatch(value) else math.nan
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        seconds = float(min(value, 1e9))
     if not 0 < seconds <= 3600:
-        raise wrong("seconds", f"seconds is {cut(repr(value), 80)}; expected a number such as '5'.")
+        raise wrong("seconds", f"seconds is {shown(value)}; expected a number such as '5'.")
     frames = float(seconds * rate)
     count = max(0, round((frames - 1) / temporal)) * temporal + 1
     return (value.strip() if isinstance(value, str) else f"{seconds:g}"), count
@@ -210,7 +216,7 @@ def _loras(value: Any, known: list[str], generators: tuple[str, ...]) -> tuple[s
     """`lora`: names of the configured folder, "NAME", "NAME@SCALE" or "small:NAME@SCALE"."""
     several = [value] if isinstance(value, str) else value
     if not isinstance(several, list) or len(several) > 16:
-        raise wrong("lora", f"lora is {cut(repr(value), 80)}; expected a name, or a list of names.")
+        raise wrong("lora", f"lora is {shown(value)}; expected a name, or a list of names.")
     made = []
     for one in several:
         match = LORA.fullmatch(one) if isinstance(one, str) else None
@@ -218,15 +224,20 @@ def _loras(value: Any, known: list[str], generators: tuple[str, ...]) -> tuple[s
             names = ", ".join(known[:20]) or "none: the server has no --lora-dir"
             raise wrong(
                 "lora",
-                f"lora {cut(repr(one), 80)} is none of this server's; expected NAME or NAME@SCALE"
+                f"lora {shown(one)} is none of this server's; expected NAME or NAME@SCALE"
                 f" of {names}.",
                 "lora_not_found",
             )
         generator = match[1] or ("large" if "large" in generators else generators[0])
         if generator not in generators:
             raise wrong("lora", f"lora {one!r} is of a generator that is not loaded.")
-        made.append(f"{generator}:{match[2]}@{float(match[3] or 1):g}")
+        made.append(f"{generator}:{match[2]}@{_plain(float(match[3] or 1))}")
     return tuple(made)
+
+
+def _plain(scale: float) -> str:
+    """All digits that a LoRA's scale may have, without an exponent."""
+    return f"{scale:.6f}".rstrip("0").rstrip(".")
 
 
 @dataclass(frozen=True)
@@ -263,7 +274,7 @@ def read_create(body: Any, known: Known) -> ClipRequest:
         raise Problem(
             404,
             "model_not_found",
-            f"model {cut(repr(model), 80)} is not served here; expected {', '.join(known.models)},"
+            f"model {shown(model)} is not served here; expected {', '.join(known.models)},"
             " or leave it out.",
             "model",
         )
@@ -278,7 +289,8 @@ def read_create(body: Any, known: Known) -> ClipRequest:
             body[name] = _checked(name, number, name, body[name], -1e9, 1e9)
     plan = _text(body, "plan")
     counts = [("num_inference_steps", body.get("num_inference_steps", 0))]
-    counts += [("plan", int(digits)) for digits in re.findall(r"\d{1,9}", plan or "")]
+    counts += [("plan", int(digits)) for digits in STEPS.findall(plan or "")]
+    counts += [("plan", (plan or "").count(","))]  # of listed noise levels
     for name, count in counts:  # before a plan of so many steps is made
         if count > known.max_steps:
             raise wrong(
@@ -298,9 +310,7 @@ def read_create(body: Any, known: Known) -> ClipRequest:
     width, height = known.defaults.width, known.defaults.height
     if "size" in body:
         if not isinstance(body["size"], str):
-            raise wrong(
-                "size", f"size is {cut(repr(body['size']), 80)}; expected such as '832x480'."
-            )
+            raise wrong("size", f"size is {shown(body['size'])}; expected such as '832x480'.")
         width, height = _checked("size", parse_sides, body["size"])
     if width * height * max(1, frames) > math.prod(known.max_size):
         raise wrong(
