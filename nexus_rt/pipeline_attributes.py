@@ -41,7 +41,6 @@ DEVICE = "pass device= and torch_dtype= to from_pretrained: weights stay where t
 WEIGHTS = "pass weights= or torch_dtype= to from_pretrained"
 NO_IMAGES = "text-to-video models run here, which read no image"
 NO_CHECKER = "there is none: what is generated is not checked"
-STEPS = "`NexusOutput.plan` and `make_plan` have a call's steps"
 REUSE = "a plan reuses computations, as in plan='large:*/every=2'"
 FOLDERS = "`nexus-rt convert` makes model folders, and `nexus-rt export` engines"
 CALLBACK = "pass callback_on_step_end="
@@ -70,7 +69,7 @@ OTHERS: dict[str, str] = {
         ("guidance_scale", "guidance_scale_2", "do_classifier_free_guidance", "guider"), GUIDANCE
     ),
     "guidance_rescale": "no rescaling of guidance is computed here",
-    **dict.fromkeys(("current_timestep",), CALLBACK + ": it is called with the timestep"),
+    "current_timestep": f"{CALLBACK}: it is called with the timestep",
     **dict.fromkeys(("attention_kwargs", "cross_attention_kwargs"), ATTENTION),
     "clip_skip": "the text encoder has no CLIP layers to skip",
     **dict.fromkeys(("to", "cuda", "cpu", "half", "float", "dtype", "hf_device_map"), DEVICE),
@@ -140,6 +139,7 @@ OTHERS: dict[str, str] = {
         ("from_single_file", "from_ckpt"), "pass the file as small= or large= of from_pretrained"
     ),
     **dict.fromkeys(("from_pipe", "from_config", "download"), "use from_pretrained"),
+    "expand_timesteps": "a step has one timestep for all of a clip",
     "progress_bar": "`set_progress_bar_config` has its options",
     "load_textual_inversion": ONE_PROMPT,
     "compile": "`warmup` of an engine readies it; engines are compiled by `nexus-rt export`",
@@ -166,7 +166,7 @@ ARGUMENTS: dict[str, str] = OTHERS | {
     "trust_remote_code": "no code of a repository is run; leave it out",
     **dict.fromkeys(("device_map", "max_memory", "offload_folder", "low_cpu_mem_usage"), BUDGET),
     **dict.fromkeys(("token", "use_auth_token"), "set HF_TOKEN, or run `hf auth login`"),
-    **dict.fromkeys(("subfolder",), "pass the folder itself"),
+    "subfolder": "pass the folder itself",
     **dict.fromkeys(
         ("force_download", "proxies"), "fetch the folder by `hf download`, and pass it"
     ),

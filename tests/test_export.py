@@ -4,6 +4,7 @@ half-made has a name."""
 import errno
 import json
 import multiprocessing
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -32,6 +33,7 @@ from nexus_rt.loading.pair_folder import find_pair
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models.vae import VideoDecoder
 from nexus_rt.size import ClipSize
+from tests.bad_values import parameters, raw_errors
 from tests.conftest import SIZES
 
 CPU = torch.device("cpu")
@@ -248,6 +250,52 @@ def test_an_interrupted_build_goes_on_after_what_it_finished(
     assert built == ["context", "velocity", "velocity"] and engine.manifest.parity["passed"]
     assert [p.name for p in cache.iterdir() if p.is_dir()] == [engine.path.name]
     assert not list(engine.path.glob(".*"))
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EIO, errno.EACCES])
+def test_a_disk_that_fails_while_building_is_named(quick, tiny_pair, monkeypatch, code):
+    def fail(*args):
+        raise OSError(code, os.strerror(code), "velocity.onnx")
+
+    monkeypatch.setattr(onnx_builder, "build", fail)
+    with pytest.raises(ModelError, match=rf"velocity.onnx cannot be used \({os.strerror(code)}\)"):
+        export_small(tiny_pair)
+
+
+def test_loading_engines_with_values_that_are_no_arguments(tiny_engines):
+    load = NexusPipeline.from_engines
+    names = [*parameters(load), "provider", "threads", "variant"]
+    assert raw_errors(load, {"folder": tiny_engines}, names) == {}
+    for option in ("variant", "return_dict"):
+        with pytest.raises(InputError, match=f"no option '{option}'; expected provider or threads"):
+            load(tiny_engines, **{option: 1})
+
+
+def test_a_cache_or_an_output_that_cannot_be_written(tiny_pair, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = ["export", "--pair", str(tiny_pair), "--parts", "small", "-o"]
+    assert cli.main([*line, str(tmp_path / "file")]) == 2
+    assert "file cannot be written" in capsys.readouterr().err
+    monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(onnx_builder, "build", lambda *a: pytest.fail("it was built first"))
+    assert cli.main([*line, str(tmp_path / "out")]) == 2
+    assert "set NEXUS_RT_CACHE to a folder" in capsys.readouterr().err
+
+
+def test_an_output_that_fills_up_leaves_the_engines_in_the_cache(
+    quick, tiny_pair, monkeypatch, tmp_path, cache, capsys
+):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    line = ["export", "--pair", str(tiny_pair), "--parts", "small", "--sizes", "32x32x5", "-o"]
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "link_tree", full)
+        assert cli.main([*line, str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device); free some space" in said and str(cache) in said
+    assert cli.main([*line, str(tmp_path / "out")]) == 0
+    assert "found in the cache" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_nothing_and_says_how_much(quick, tiny_pair, monkeypatch, cache):
