@@ -82,7 +82,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 RECIPES = {
     # LightX2V's configs/distill: denoising_step_list, sample_shift, no guidance, Euler
     "lightx2v-4step": Recipe(4, (1000, 750, 500, 250), 5.0, 1.0, "euler"),
-    # FastVideo's FastWan: dmd_denoising_steps, which are sigmas of 1000, noise drawn anew
+    # FastVideo's FastWan: dmd_denoising_steps, which are sigmas of 1000, noise drawn anew. Of LoRAs
+    # and of checkpoints without the gates of its sparse attention, which are refused.
     "fastwan-3step": Recipe(3, (1000, 757, 522), 1.0, 1.0, "lcm"),
 }
 

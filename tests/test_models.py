@@ -192,8 +192,8 @@ VAE_DAMAGE = {
     ),
     "a weight more": (lambda s, c: s.update(extra=torch.zeros(1)), r"1 unknown \(extra\)"),
     "scaled fp8": (
-        lambda s, c: s.update({"decoder.conv_in.scale_weight": torch.ones(1)}),
-        "1 unknown .*scale_weight",
+        lambda s, c: s.update({"decoder.conv_in.scale_weight": torch.full((1,), 2.0)}),
+        "decoder.conv_in.scale_weight scales a weight that is stored as float32",
     ),
     "another shape": (
         lambda s, c: s.update({"decoder.conv_out.bias": torch.zeros(4)}),

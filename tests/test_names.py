@@ -153,7 +153,7 @@ def test_a_vae_in_wans_own_names(tmp_path):
     from tests.published import vae_model
 
     state = vae_model().state_dict()
-    own = {f"model.module.{k}": v for k, v in original_vae_names(state).items()}
+    own = {f"vae.module.{k}": v for k, v in original_vae_names(state).items()}
     vae = VideoDecoder(save(own, tmp_path / "Wan2.1_VAE.safetensors"), torch.float32, "cpu")
     vae.load()
     assert same(dict(vae.model.state_dict()), state)
@@ -455,3 +455,14 @@ def test_a_text_encoders_and_a_vaes_extras_are_refused_by_a_conversion(own_pair,
         file = save({k: v.clone() for k, v in extra.items()}, tmp_path / f"{part}.safetensors")
         with pytest.raises(ModelError, match=r"encoder.extra.weight.* belong to no"):
             convert_wan(file, tmp_path / "out")
+
+
+def test_fields_of_a_forks_vae_are_said(own_pair):
+    path = own_pair / "vae" / "config.json"
+    load = lambda: VideoDecoder(own_pair / "vae", torch.float32, "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_3d_rope": True}))
+    with pytest.warns(UserWarning, match="not read here: use_3d_rope;"):
+        load()

@@ -2,6 +2,7 @@
 transformers'."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -102,3 +103,22 @@ def test_the_mini_pair_generates_without_transformers_diffusers_or_the_compiler(
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (tmp_path / "a.mp4").stat().st_size and done.stdout.splitlines()[-1] == "[]"
+
+
+def test_special_tokens_of_earlier_folders(tiny_pair, tmp_path):
+    """In `special_tokens_map.json` alone; the config goes before."""
+    folder = shutil.copytree(tiny_pair / "tokenizer", tmp_path / "tokenizer")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    wanted = load_tokenizer(folder, "tokenizer")
+    special = {n: config.pop(n) for n in ("pad_token", "eos_token", "unk_token")}
+    path.write_text(json.dumps(config))
+    assert load_tokenizer(folder, "tokenizer").eos_id is None
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({**special, "eos_token": {"content": special["eos_token"]}})
+    )
+    read = load_tokenizer(folder, "tokenizer")
+    ids = lambda t: (t.pad_id, t.eos_id, t.unk_id)
+    assert ids(read) == ids(wanted) and None not in ids(read)
+    path.write_text(json.dumps({**config, "eos_token": special["unk_token"]}))
+    assert load_tokenizer(folder, "tokenizer").eos_id == wanted.unk_id

@@ -207,7 +207,7 @@ RESIDUALS = 2  # of a stage; the decoder has one more, and then its up-sampler
 
 def vae_name(name: str) -> str:
     """A parameter of Wan 2.1's VAE in diffusers' names, given Wan's own or theirs."""
-    name = re.sub(r"^(?:(?:model|vae|first_stage_model)\.)+", "", name)
+    name = re.sub(r"^(?:(?:vae|first_stage_model)\.)+", "", name)
     for pattern, replacement in VAE_NAMES:
         name = re.sub(pattern, replacement, name)
     if match := re.match(r"^decoder\.upsamples\.(\d+)\.(.*)", name):

@@ -162,6 +162,9 @@ def load_tokenizer(folder: Path, what: str) -> Tokenizer:
         return PieceTokenizer(folder, what)
     path = folder / "tokenizer_config.json"
     config = read_object(path) if path.is_file() else {}
+    # of earlier folders, where the special tokens are not in the config
+    special = folder / "special_tokens_map.json"
+    config = {**(read_object(special) if special.is_file() else {}), **config}
     with LOADING:
         if config.get("tokenizer_class") in PLAIN and (folder / "tokenizer.json").is_file():
             return PlainTokenizer(folder, config, what)

@@ -18,7 +18,7 @@ from nexus_rt.errors import DecodeError, ModelError, cut
 from nexus_rt.loading.architecture import vae_name, wan_vae_config
 from nexus_rt.loading.checkpoint import compare, fill_exactly
 from nexus_rt.loading.pretrained import check_config
-from nexus_rt.loading.source import folder_bytes, read_json, weights_of
+from nexus_rt.loading.source import folder_bytes, read_json, warn_unread, weights_of
 from nexus_rt.loading.stored import (
     StoredTensor,
     find_tensors,
@@ -114,6 +114,13 @@ class _Blocks(msgspec.Struct):
     temperal_downsample: Annotated[list[bool], msgspec.Meta(max_length=8)] = msgspec.field(
         default_factory=list
     )
+
+
+FIELDS = {  # of AutoencoderKLWan's config
+    *_Blocks.__struct_fields__,
+    *LATENT_FIELDS,
+    *("in_channels", "out_channels", "is_residual", "patch_size", "dropout"),
+}
 
 
 class _Space(msgspec.Struct):
@@ -271,6 +278,7 @@ class VideoDecoder(Lazy, Decoder):
         if self.folder.is_dir():
             check_config(self.folder, "VAE")
         config = vae_config(self.folder)
+        warn_unread(config, FIELDS, self.folder / "config.json")
         known = {k: v for k, v in config.items() if k in _Blocks.__struct_fields__}
         documents.check(
             known,
