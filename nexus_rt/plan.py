@@ -331,10 +331,6 @@ class Plan:
         grid = replace(self.grid, restarts=tuple(sorted(restarts)), solvers=changes)
         return replace(self, steps=tuple(steps), grid=grid)
 
-    def guidance(self, step: Step, generator: str, small: Scale, large: Scale) -> float:
-        """The guidance scale of a generator at a step, given the call's two defaults."""
-        return step.scale(generator, small if generator == "small" else large)
-
     def forwards(self, step: Step, generator: str, default: Scale) -> int:
         """Forward passes of a generator at a step, `default` the call's guidance scale of it; a
         step with a threshold counts as computed.
