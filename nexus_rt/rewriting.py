@@ -16,16 +16,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from urllib.request import Request, urlopen
 
 import torch
 
 from nexus_rt.checks import check_unicode
 from nexus_rt.errors import InputError, ModelError, RewriteError, cut, is_text, shown
+from nexus_rt.loading.pair import default_device, default_dtype
 from nexus_rt.loading.pretrained import check_config, pretrained
 from nexus_rt.loading.source import require_safetensors
 from nexus_rt.log import logger
@@ -40,6 +41,16 @@ MAX_REPLY = 1 << 20  # bytes
 KEY = "NEXUS_RT_REWRITER_KEY"
 
 Rewriter = Callable[[str], str]
+
+
+def split_url(url: str) -> SplitResult | None:
+    """The parts of an http or https URL; None where it is none."""
+    try:
+        parts = urlsplit(url.strip())
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        return parts if fits and is_text(url) and url.strip().isprintable() else None
+    except (ValueError, AttributeError):  # of brackets, of the port; no text at all
+        return None
 
 
 @dataclass
@@ -231,8 +242,8 @@ class ChatRewriter:
         max_new_tokens: int = MAX_ANSWER,
     ) -> None:
         self.folder, self.system, self.limit = as_path("folder", folder), system, max_new_tokens
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        self.device = default_device(device)
+        self.dtype = default_dtype(dtype, self.device)
         self.model: Any = None
         self.tokenizer: Any = None
         if not (self.folder / "config.json").is_file():
@@ -296,10 +307,10 @@ class EndpointRewriter:
         timeout: float = TIMEOUT,
         system: str = REWRITE,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"rewriter URL {cut(url, 80)!r}: expected http://HOST[:PORT]/v1.")
-        base = url.rstrip("/")
+        if (parts := split_url(url)) is None:
+            raise InputError(f"rewriter URL {shown(url)}: expected http://HOST[:PORT]/v1.")
+        self.host = parts.netloc.rpartition("@")[2]  # without secrets
+        base = url.strip().rstrip("/")
         self.url = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
         self.model, self.timeout, self.system = model, timeout, system
         self.key = os.environ.get(KEY) if api_key is None else api_key
@@ -320,8 +331,15 @@ class EndpointRewriter:
             if len(data) > MAX_REPLY:
                 raise ValueError(f"an answer of more than {MAX_REPLY} bytes")
             text = json.loads(data)["choices"][0]["message"]["content"]
-        except (URLError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise RewriteError(f"{urlsplit(self.url).netloc}: {cut(error)}") from error
+        except (
+            HTTPException,
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            RecursionError,
+        ) as error:
+            raise RewriteError(f"{self.host}: {cut(error)}") from error
         if not isinstance(text, str):
-            raise RewriteError(f"{urlsplit(self.url).netloc}: an answer without text")
+            raise RewriteError(f"{self.host}: an answer without text")
         return text

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from nexus_rt import documents
 from nexus_rt.errors import NexusError
-from tests import fuzz_files, fuzz_plans
+from tests import fuzz_files, fuzz_plans, fuzz_serve
 from tests.omnivideo import make_llm
 
 ODD = [
@@ -567,5 +567,7 @@ def make_targets(pair, steered, work):
         ]
     (work / "plans").mkdir()
     targets += fuzz_plans.make_targets(work / "plans", Target)
+    (work / "serve").mkdir()
+    targets += fuzz_serve.make_targets(work / "serve", Target)
     (work / "files").mkdir()
     return targets + fuzz_files.make_targets(pair, work / "files", Target, mutated)

@@ -1,6 +1,7 @@
 """One conformance test over every backend that runs here, and what an engine folder refuses."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -174,6 +175,64 @@ def test_a_flipped_byte_is_found(own):
     file.write_bytes(data)
     with pytest.raises(ModelError, match="is damaged: its sha256 is not the manifest's"):
         open_engine(own, CPU)
+
+
+def linked(source, folder, layout):
+    """A copy of an engine folder made of links, as caches lay them out."""
+    target = folder / "hub" / "models--x" / "snapshots" / "0a1b" / "engines" / "small"
+    blobs = folder / "hub" / "models--x" / "blobs"
+    target.mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate(sorted(source.iterdir())):
+        large = file.name.endswith((".data", ".pt2"))
+        place = blobs / f"{i:064x}"
+        if layout == "each apart" or (layout == "large ones shared" and large):
+            place = folder / "shared" / f"{i:02x}" / f"{i:064x}"
+            place.parent.mkdir(parents=True)
+        if layout == "large ones alone" and not large:
+            place = target / file.name
+        shutil.copyfile(file, place)
+        if layout == "large ones shared" and large:  # the hub's blob is a link as well
+            (blobs / f"{i:064x}").symlink_to(place)
+            place = blobs / f"{i:064x}"
+        if place.parent != target:
+            (target / file.name).symlink_to(os.path.relpath(place, target))
+    if layout == "a link to it":
+        (folder / "small").symlink_to(target)
+        return folder / "small"
+    return target
+
+
+@pytest.mark.parametrize("backend", ["onnx", "aoti"])
+@pytest.mark.parametrize(
+    "layout",
+    ["a hub's cache", "large ones shared", "each apart", "large ones alone", "a link to it"],
+)
+def test_folders_made_of_links_run(make, tmp_path, backend, layout):
+    plain = make(backend)
+    engine = open_engine(linked(plain.folder.path, tmp_path, layout), CPU)
+    g = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 16, *SIZE.latent, generator=g)
+    embeds = torch.randn(1, 9, 32, generator=g)
+    t = torch.tensor(500.0)
+    made, expected = (e.velocity(latents, t, e.prepare(embeds)) for e in (engine, plain))
+    assert torch.equal(made, expected) and expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("layout", ["a hub's cache", "large ones shared", "each apart"])
+def test_a_link_to_another_file_is_found(make, tmp_path, layout):
+    target = linked(make("onnx").folder.path, tmp_path, layout)
+    file = target / "velocity.onnx.data"
+    other = file.resolve().read_bytes()[:-1] + b"x"
+    (tmp_path / "other").write_bytes(other)
+    file.unlink()
+    file.symlink_to(tmp_path / "other")
+    with pytest.raises(ModelError, match="is damaged: its sha256 is not the manifest's"):
+        open_engine(target, CPU)
+    file.unlink()
+    file.symlink_to(tmp_path / "absent")
+    with pytest.raises(ModelError, match="is missing"):
+        open_engine(target, CPU)
 
 
 def test_compiled_code_is_bound_to_its_version(make, tmp_path):

@@ -3,6 +3,7 @@ fails."""
 
 import json
 import re
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -237,6 +238,43 @@ def test_an_endpoints_failures_are_one_error(endpoint, status, reply):
     kind.status, kind.reply = status, reply
     with pytest.raises(RewriteError, match=r"127\.0\.0\.1"):
         EndpointRewriter(url, "chat")("a riddle")
+
+
+def test_a_server_that_speaks_no_http_is_one_error():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        def speak():
+            for words in (b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx"):
+                one, _ = listener.accept()
+                with one:
+                    one.recv(65_536)
+                    one.sendall(words)
+
+        threading.Thread(target=speak, daemon=True).start()
+        url = f"http://user:secret@127.0.0.1:{listener.getsockname()[1]}/v1"
+        for _ in range(2):
+            with pytest.raises(RewriteError, match=r"127\.0\.0\.1") as refused:
+                EndpointRewriter(url.replace("user:secret@", ""), "chat")("a riddle")
+            assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "gopher://x", "http://["])
+def test_a_proxy_that_cannot_be_used_is_one_error(proxy, monkeypatch):
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(RewriteError, match="judge.example"):
+        EndpointRewriter("http://user:secret@judge.example/v1", "chat")("a riddle")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[", "http://[::1/v1", "http://a:99999", "http://", "\ud800", "", "http://a\nb"]
+)
+def test_an_endpoint_that_cannot_be_parsed(url):
+    with pytest.raises(InputError, match="expected http://HOST"):
+        EndpointRewriter(url, "chat")
 
 
 def test_an_endpoint_that_is_none():

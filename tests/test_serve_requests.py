@@ -71,6 +71,51 @@ def check(read, *arguments):
     return made
 
 
+HALF, NUL = "odd \ud800 text", "odd \0 text"
+
+
+@pytest.mark.parametrize(
+    "value", [HALF, NUL, "\udfff", "\0", "x" * 10**6, 10**39, -(10**39), 10**400]
+)
+@pytest.mark.parametrize("name", FIELDS)
+def test_no_field_takes_what_is_no_text_or_no_number(name, value):
+    """Alone, in a list and in an object."""
+    for odd in (value, [value], {"a": value}, {str(value)[:50]: 1}, [[value]]):
+        with pytest.raises(Problem) as refused:
+            read_create({"prompt": "x", name: odd}, KNOWN)
+        problem = refused.value
+        assert problem.status in (400, 404) and problem.param == name, (odd, problem)
+        assert len(problem.message) < 2000 and problem.response().body
+
+
+@pytest.mark.parametrize("name", [HALF, NUL, "", "x" * 10**6, "seed[0]", "__class__"])
+def test_names_that_are_no_fields(name):
+    for fields in ([(name, "1")] * 2, [(name, "x")], [(name, b"file")]):
+        with pytest.raises(Problem) as refused:
+            read_create(from_form([("prompt", "x"), *fields]), KNOWN)
+        assert refused.value.status == 400 and len(refused.value.param) <= 500
+        assert refused.value.response().body
+    if name != "seed[0]":
+        with pytest.raises(Problem, match="unknown parameter"):
+            read_create({"prompt": "x", name: 1}, KNOWN)
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    ["1_0", "\u0661", "1e0", "inf", "nan", "0" * 40 + "1", "1" * 400, "1\0", 10**400, True],
+)
+def test_seconds_are_plain_digits(seconds):
+    with pytest.raises(Problem) as refused:
+        read_create({"prompt": "x", "seconds": seconds}, KNOWN)
+    assert refused.value.param == "seconds"
+
+
+@pytest.mark.parametrize("scale", ["0.5", "123.123456", "0.000001", "-2", "999", "100"])
+def test_a_loras_scale_keeps_its_digits(scale):
+    made = read_create({"prompt": "x", "lora": f"ink@{scale}"}, KNOWN)
+    assert made.loras == (f"large:ink@{scale}",)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(BODIES, ODD))
 def test_any_json_is_a_request_or_a_sentence(body):

@@ -5,22 +5,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlunsplit
 
 import numpy as np
 
 from nexus_rt.bench.pictures import data_url
 from nexus_rt.bench.vrbench.protocol import TOKENS, Protocol
 from nexus_rt.bench.vrbench.replies import Reply, of_choice
-from nexus_rt.errors import InputError, ModelError, NexusError, cut
+from nexus_rt.errors import InputError, ModelError, NexusError, cut, shown
+from nexus_rt.rewriting import split_url
 
 KEY = "OPENAI_API_KEY"
+# parameters that some servers refuse -> what they want instead; None: nothing
+RENAMED = {"max_tokens": "max_completion_tokens", "temperature": None, "response_format": None}
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # what another try may mend
 TRIES, FIRST_WAIT, LONGEST_WAIT, TIMEOUT = 6, 1.0, 60.0, 300.0
 MOST_PICTURES, MOST_REPLY = 3_800_000, 8 * 2**20  # bytes of a request's pictures, and of a reply
@@ -65,10 +69,10 @@ class HttpJudge:
         wait: Callable[[float], Any] | None = None,
         protocol: Protocol | None = None,
     ) -> None:
-        parts = urlsplit(url.strip())
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        parts = split_url(url)
+        if parts is None:
             raise InputError(
-                f"--judge-url is {cut(repr(url), 120)}; expected http:// or https://, such as"
+                f"--judge-url is {shown(url, 120)}; expected http:// or https://, such as"
                 " http://localhost:8000/v1."
             )
         path = parts.path.rstrip("/")
@@ -116,7 +120,18 @@ class HttpJudge:
             headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
             if self._key and self.azure:
                 headers["api-key"] = self._key
-            self._local.client = httpx2.Client(headers=headers, follow_redirects=False)
+            try:
+                self._local.client = httpx2.Client(headers=headers, follow_redirects=False)
+            except ImportError as error:
+                raise ModelError(
+                    "a SOCKS proxy (ALL_PROXY, HTTP_PROXY, HTTPS_PROXY) needs socksio; pip install"
+                    " socksio, or unset the proxy."
+                ) from error
+            except Exception as error:  # each part of a URL has an exception of its own
+                raise InputError(
+                    "the proxy of ALL_PROXY, HTTP_PROXY or HTTPS_PROXY cannot be used"
+                    f" ({self._said(error)}); expected such as http://proxy:3128."
+                ) from error
             with self._lock:
                 self._clients.append(self._local.client)
         return self._local.client
@@ -162,18 +177,13 @@ class HttpJudge:
         names = {k: self._renamed.get(k, k) for k in body}
         return {names[k]: v for k, v in body.items() if names[k] is not None}
 
-    def _learn(self, text: str) -> bool:
-        """Whether a refusal names a parameter that has another name or can be left out; each is
-        tried once."""
-        for name, other in (
-            ("max_tokens", "max_completion_tokens"),
-            ("temperature", None),
-            ("response_format", None),
-        ):
-            if name in text and name not in self._renamed:
-                self._renamed[name] = other
-                return True
-        return False
+    def _learn(self, text: str, sent: dict[str, Any]) -> bool:
+        """Whether a refusal names a parameter of the request that has another name or can be left
+        out: the request is then sent again without it. Requests on their way when the first refusal
+        came are refused as well, so what counts is what each was sent with."""
+        refused = [name for name in RENAMED if name in sent and name in text]
+        self._renamed.update({name: RENAMED[name] for name in refused[:1]})
+        return bool(refused)
 
     def _post(self, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of one request within the time limit.
@@ -223,8 +233,9 @@ class HttpJudge:
             if self._stopped.is_set():
                 raise JudgeError("stopped")
             turn, asked = turn + 1, None
+            sent = self._adapted(body)
             try:
-                status, headers, data = self._post(self._adapted(body))
+                status, headers, data = self._post(sent)
             except TimeoutError:
                 why, reached = f"no answer within {self.timeout:g} s", True
                 continue
@@ -244,7 +255,7 @@ class HttpJudge:
             if status in PASSING:
                 why, asked = f"status {status}", headers.get("retry-after")
                 continue
-            if status in (400, 422) and self._learn(text):
+            if status in (400, 422) and self._learn(text, sent):
                 turn -= 1
                 continue
             if not 200 <= status < 300:
@@ -265,6 +276,9 @@ def _pause(turn: int, asked: str | None) -> float:
     """Seconds before a try: what the server asked for, else doubling, a random half of it so that
     threads spread out."""
     try:
-        return min(max(float(asked or ""), 0.0), LONGEST_WAIT)
+        seconds = float(asked or "")
+        if math.isnan(seconds):
+            raise ValueError(asked)
+        return min(max(seconds, 0.0), LONGEST_WAIT)
     except ValueError:
         return min(FIRST_WAIT * 2 ** (turn - 1), LONGEST_WAIT) * random.uniform(0.5, 1.0)

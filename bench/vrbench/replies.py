@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nexus_rt.bench.vrbench.scoring import NO, YES
+from nexus_rt.errors import readable
 
 # of a reply: characters read, places tried for a JSON object
 MOST_TEXT, MOST_OBJECTS = (
@@ -64,7 +65,7 @@ def of_choice(choice: dict[str, Any]) -> Reply:
     if not content and isinstance(refusal, str) and refusal:
         content = refusal
     return Reply(
-        content if isinstance(content, str) else "",
+        readable(content) if isinstance(content, str) else "",
         finish if isinstance(finish, str) else None,
         reasoned,
     )
@@ -123,5 +124,5 @@ def _answer(value: Any) -> dict[str, str] | None:
     reason = row.get("reason")
     return {
         "answer": YES if plain == "yes" else NO,
-        "reason": reason.strip() if isinstance(reason, str) else "",
+        "reason": readable(reason).strip() if isinstance(reason, str) else "",
     }

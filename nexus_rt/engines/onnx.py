@@ -6,8 +6,10 @@ needs no numpy.
 
 from __future__ import annotations
 
+import mmap
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +62,12 @@ def provider_absent(provider: str) -> str | None:
     )
 
 
+def _mapped(file: Path) -> mmap.mmap:
+    """A file's bytes, read when they are used."""
+    with open(file, "rb") as opened:
+        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 class OnnxSessions(Sessions):
     """A session a graph.
 
@@ -72,7 +80,7 @@ class OnnxSessions(Sessions):
         super().__init__(folder, device)
         if reason := why_not():
             raise InputError(f"ONNX engines cannot run here: {reason}.")
-        provider = choose("provider", provider or device.type, PROVIDERS)
+        provider = choose("provider", device.type if provider is None else provider, PROVIDERS)
         if threads is not None:
             whole("threads", threads, 1, 4096)
         if reason := provider_absent(provider):
@@ -94,6 +102,14 @@ class OnnxSessions(Sessions):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
+        # ONNX Runtime opens no weights behind a link that leads out of the model's folder
+        linked = [n for n in self.folder.manifest.files if n.endswith(".data")]
+        linked = [n for n in linked if self.folder.artefact(n).is_symlink()]
+        weights = [_mapped(self.folder.artefact(n)) for n in linked]
+        if linked:
+            options.add_external_initializers_from_files_in_memory(
+                linked, weights, [len(w) for w in weights]
+            )
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
         # threads that spin between calls take the processor from PyTorch's: on two cores whole

@@ -61,7 +61,8 @@ async def read_body(request: Request, most: int) -> Any:
         raise Problem(413, "body_too_large", f"the body has more than {most} bytes; send less.")
     if kind == "application/json":
         try:
-            return documents.parse(data, "the body", InputError, "send a JSON object")
+            # half a surrogate pair is left to the checks, which name its field
+            return documents.parse(data, "the body", InputError, "send a JSON object", True)
         except InputError as error:
             raise Problem(400, "invalid_json", str(error)) from error
     request._body = data  # what was read is what the form is parsed from
