@@ -103,7 +103,6 @@ def export_component(
         ModelError: the source is no model, the engine failed its parity gate (it is kept aside), or
             the disk filled up.
     """
-    check_folder(engines_root(), "set NEXUS_RT_CACHE to a folder that you may write to")
     name, target = part.name, replace(target, precision=part.precision(target.precision))
     builder = target.builder()
     architecture = part.architecture()
@@ -133,6 +132,7 @@ def export_component(
             **getattr(builder, "options", lambda target: {})(target),
         },
     )
+    check_folder(engines_root(), "set NEXUS_RT_CACHE to a folder that you may write to")
     final = engines_root() / manifest.identity()
     with _locked(
         final.with_suffix(".lock"),

@@ -50,6 +50,8 @@ def hold(thing: T) -> T:
 
     Whatever a step reads and a cache may drop goes through here.
     """
+    if torch.compiler.is_compiling():  # a compiler does not trace context variables
+        return thing
     held = _held.get()
     if held is not None and not any(kept is thing for kept in held):
         held.append(thing)

@@ -86,6 +86,7 @@ def test_graphs_are_whole_named_and_tell_nothing_of_this_machine(tiny_engines, e
         assert {a.rpartition("*")[2] for a in axes} <= {
             "batch",
             "tokens",
+            "tokens_small",
             "words",
             "frames",
             "height",

@@ -38,7 +38,11 @@ def test_every_choice_and_its_reason(tiny_pair, caplog):
     assert sum(line.startswith("residency: resident (its peak is ") for line in lines) == 2
 
 
-def test_a_program_that_asks_for_nothing_reads_nothing(tiny_pair, capfd):
+def test_a_program_that_asks_for_nothing_reads_nothing(tiny_pair, capfd, monkeypatch):
+    logger = logging.getLogger("nexus_rt")
+    monkeypatch.setattr(logger, "handlers", [logging.NullHandler()])  # commands before left theirs
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    logger.manager._clear_cache()
     pipe = NexusPipeline.from_pretrained(tiny_pair)
     pipe.set_progress_bar_config(disable=True)
     pipe("a red circle", num_inference_steps=2)

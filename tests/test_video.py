@@ -90,10 +90,10 @@ def test_bad_paths_and_frames(tmp_path):
 
 
 def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
-    def refuse(self, *args, **kwargs):
+    def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.touch", refuse)
+    monkeypatch.setattr("nexus_rt.video.part_file", refuse)
     with pytest.raises(InputError, match="cannot be written .Permission denied."):
         check_output(tmp_path / "a.mp4")
 
