@@ -627,6 +627,7 @@ def no_models(monkeypatch):
     monkeypatch.setattr("nexus_rt.serve.server.run_server", read)
 
 
+@pytest.mark.slow
 def test_a_number_that_is_none_is_refused_in_every_option(tmp_path, no_models, capsys):
     options = numeric_options()
     assert len(options) > 90
@@ -641,6 +642,7 @@ def test_a_number_that_is_none_is_refused_in_every_option(tmp_path, no_models, c
             ends_in_our_error(line_of(command, option, value, tmp_path), capsys)
 
 
+@pytest.mark.slow
 def test_a_number_outside_its_range_is_refused_before_a_model_is_read(tmp_path, no_models, capsys):
     """10^30 and -10^30 are numbers, and none of any option."""
     needed = {"--workers": ["--ray"], "--tflops": ["--preset", "wan-480p"]}

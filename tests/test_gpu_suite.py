@@ -59,6 +59,7 @@ def run(*parts, results=None, seconds=120, done=lambda results: None):
 
 
 @interpreted
+@pytest.mark.slow
 def test_the_whole_suite_runs_dry(tmp_path):
     command = [
         sys.executable,
@@ -367,6 +368,7 @@ CARRIED = ("msgspec", "diffusers", "importlib_metadata", "zipp", "av")
 
 @interpreted
 @pytest.mark.parametrize("absent", [CARRIED, CARRIED[1:], ("requests",)])
+@pytest.mark.slow
 def test_a_machine_without_wheels_runs_dry(tmp_path, absent):
     """What is not here is named with its wheel; no row fails for it."""
     parts = ["roofs", "vae", "clip", "kernels", "engines"]

@@ -168,6 +168,7 @@ def test_files_and_scales_are_checked_before_anything_is_read(tiny_pair, tmp_pat
     assert Lora.parse(odd) == Lora(odd) and Lora.parse(f"{odd}@2") == Lora(odd, 2.0)
 
 
+@pytest.mark.slow
 def test_an_engine_of_a_merged_model_is_another_engine_and_says_so(
     halves, tiny_pair, tmp_path, monkeypatch
 ):

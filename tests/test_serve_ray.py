@@ -90,6 +90,7 @@ def hanging(folder):
     return pipe
 
 
+@pytest.mark.slow
 def test_a_replica_that_hangs_is_killed_and_another_takes_the_next_job(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -135,6 +136,7 @@ def test_cancels_reach_those_who_wait_for_them():
 
 
 @pytest.mark.parametrize("grace", ["0", "60"])
+@pytest.mark.slow
 def test_sigterm_ends_a_server_of_replicas_in_order(tmp_path, grace):
     """Ray's core has a handler of its own for SIGTERM, which aborts."""
     env = {"RAY_USAGE_STATS_ENABLED": "0"}

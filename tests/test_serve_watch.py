@@ -291,6 +291,7 @@ def test_ready_is_503_with_the_reason_while_no_worker_can_take_a_job(tmp_path, m
         assert ask(address, "/ready")[0] == 200
 
 
+@pytest.mark.slow
 def test_a_hung_thread_is_said_and_holds_no_exit_up(tmp_path):
     """A pipeline of this process cannot be ended: the application is told to restart."""
     hold = threading.Event()

@@ -162,6 +162,7 @@ def test_a_profile_a_size_and_both_kinds_of_step():
 
 
 @no_gpu
+@pytest.mark.slow
 def test_a_fused_step_is_built(tiny_pair, cache):
     part = StepComponent({n: tiny_pair / n for n in ("small", "large")})
     engine = export_component(part, target(buckets=(ClipSize(32, 32, 5),)), "x")
