@@ -3,7 +3,6 @@ space."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from nexus_rt.checks import (
 )
 from nexus_rt.engines.experts import boundaries, engines_by_name
 from nexus_rt.engines.protocol import Sized, able
-from nexus_rt.errors import InputError, ModelError, choose, cut
+from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.latents import Generators, LatentGrid, random_latents
 from nexus_rt.memory.residency import (
     STEP,
@@ -42,6 +41,7 @@ from nexus_rt.pipeline_attributes import named_arguments
 from nexus_rt.pipeline_models import PipelineModels
 from nexus_rt.plan import Plan, Scale
 from nexus_rt.process import computes
+from nexus_rt.progress import check_options
 from nexus_rt.renamed import warn_old
 from nexus_rt.request import (
     MAX_VIDEOS,
@@ -104,14 +104,7 @@ class NexusPipeline(PipelineModels):
         Raises:
             InputError: tqdm has no such option, or does not take the value.
         """
-        from tqdm import tqdm
-
-        try:
-            tqdm(total=1, **{**options, "disable": False, "file": io.StringIO()}).close()
-        except Exception as error:  # tqdm's own, and what it makes of values of other types
-            raise InputError(
-                f"the progress bar cannot be made ({cut(error, 200)}); expected tqdm's options."
-            ) from error
+        check_options(options)
         self.progress = options
 
     def cancel(self) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
+import threading
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from nexus_rt.errors import InputError, cut
 
 
 class Lenient:
@@ -37,3 +41,25 @@ def progress_bar(**options: Any) -> tqdm:
     if stream is None or getattr(stream, "closed", False):
         return tqdm(**{**options, "disable": True})
     return tqdm(file=Lenient(stream), **options)
+
+
+class _Trial(tqdm):
+    """A bar that nobody sees, with a lock of its own: a bar whose display raises keeps tqdm's, and
+    every bar of another thread would wait for it."""
+
+    monitor_interval = 0  # no thread
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise unless tqdm makes a bar of these options.
+
+    Raises:
+        InputError: tqdm has no such option, or does not take the value.
+    """
+    _Trial.set_lock(threading.RLock())
+    try:
+        _Trial(total=1, **{**options, "disable": False, "file": io.StringIO()}).close()
+    except Exception as error:  # tqdm's own, and what it makes of values of other types
+        raise InputError(
+            f"the progress bar cannot be made ({cut(error, 200)}); expected tqdm's options."
+        ) from error

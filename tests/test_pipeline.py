@@ -1,5 +1,6 @@
 """NexusPipeline on a tiny random pair: arguments, reproducibility, control, bad input."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -394,3 +395,25 @@ def test_triton_kernels_make_the_same_latents(tiny_pair, tiny_pipe):
     )
     assert fused.kernels == "triton" and fused.engines["small"].model.ops.name == "triton"
     assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def test_a_wrong_bar_holds_no_other_threads_bar_up(tiny_pipe):
+    """tqdm keeps its lock where drawing a bar raises."""
+    import threading
+
+    from tqdm import tqdm
+
+    for options in ({"bar_format": "{nothing}"}, {"unit_scale": object()}, {"ncols": "wide"}):
+        with contextlib.suppress(InputError):
+            tiny_pipe.set_progress_bar_config(**options)
+    made = threading.Event()
+
+    def bar():
+        tqdm(total=1, disable=True).close()
+        made.set()
+
+    threading.Thread(target=bar, daemon=True).start()
+    assert made.wait(10)
+    with pytest.raises(InputError, match="progress bar cannot be made"):
+        tiny_pipe.set_progress_bar_config(bar_format="{nothing}")
+    tiny_pipe.set_progress_bar_config(disable=True)
