@@ -60,6 +60,7 @@ def cluster():
         ray.shutdown()
 
 
+@pytest.mark.slow
 def test_the_example_is_a_program(tiny_pair, tmp_path, quiet_ray, monkeypatch):
     examples = Path(__file__).resolve().parent.parent / "examples"
     monkeypatch.setenv("PYTHONPATH", str(examples))

@@ -284,6 +284,7 @@ def test_halves_of_a_generator_are_refused(a14b, tmp_path, tiny_pair):
     assert find_experts(a14b) == ExpertFolders(a14b / "transformer", a14b / "transformer_2", 0.875)
 
 
+@pytest.mark.slow
 def test_experts_are_exported_an_engine_each(a14b, tiny_pair, pipe, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))

@@ -500,6 +500,7 @@ def test_a_decoder_that_forgets_fails_the_gate(tiny_pair):
     assert not result["passed"] and result["why"].startswith("frames 32x32x9: cosine")
 
 
+@pytest.mark.slow
 def test_int8_engines_multiply_in_int8_and_are_compared(tiny_pair, tmp_path, monkeypatch):
     """The blocks' matrices and what runs at every step; embeddings, the head and the context stay
     as they are."""

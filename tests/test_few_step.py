@@ -444,6 +444,7 @@ def test_the_command_line(tiny_pair, tmp_path, capsys):
     assert main([*command, "-o", str(tmp_path / "a.png")]) == 0
 
 
+@pytest.mark.slow
 def test_engines_keep_the_recipe(tiny_pair, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))

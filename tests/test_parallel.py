@@ -44,7 +44,10 @@ def torchrun(count, *words):
     "layouts",
     [
         ("cfg=2", "ulysses=2", "pair=2"),
-        ("ulysses=4", "cfg=2,ulysses=2", "pair=2,cfg=2", "pair=2,ulysses=2"),
+        pytest.param(
+            ("ulysses=4", "cfg=2,ulysses=2", "pair=2,cfg=2", "pair=2,ulysses=2"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["2 processes", "4 processes"],
 )

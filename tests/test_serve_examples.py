@@ -108,6 +108,7 @@ def test_the_files_that_start_it_pass_options_that_there_are():
     assert grace < float(service["stop_grace_period"].removesuffix("s"))
 
 
+@pytest.mark.slow
 def test_the_load_test_counts_what_it_sends(tmp_path, capsys):
     import json
 
