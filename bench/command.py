@@ -34,7 +34,7 @@ from nexus_rt.loading.packing import check_dense
 from nexus_rt.loading.pair import default_device, default_dtype
 from nexus_rt.loading.pair_folder import Defaults, pair_index
 from nexus_rt.part_files import scratch_folder
-from nexus_rt.paths import as_path, check_parent
+from nexus_rt.paths import as_path, check_outputs
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan_text import has_clocks, parse_plan
 from nexus_rt.prompts import MAX_FRAMES
@@ -71,9 +71,7 @@ def run(args: argparse.Namespace) -> int:
                 " A.json B.json`, or options."
             )
         return compare(*args.action[1:])
-    for given in (args.json, args.html, args.plot):
-        if given:
-            check_parent(as_path("output", given))
+    check_outputs(args.json, args.html, args.plot)
     if args.plot and Path(args.plot).suffix != ".svg":
         raise InputError(f"--plot is {args.plot}; it draws SVG: expected a name that ends in .svg.")
     for name, least, most in RANGES:

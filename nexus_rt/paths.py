@@ -36,8 +36,7 @@ def as_path(name: str, value: Any) -> Path:
     except Exception as error:  # too long, NUL, half a surrogate pair, another's __fspath__
         reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{name} is {shown(value, 120)}, which cannot be used ({reason}); pass another"
-            " path."
+            f"{name} is {shown(value, 120)}, which cannot be used ({reason}); pass another path."
         ) from None
     return path
 
@@ -76,17 +75,18 @@ def failed_file(what: str, error: OSError) -> str:
     return f"{what} cannot be used ({cut(reason)}); {remedy}."
 
 
-def check_parent(path: Path) -> None:
-    """Find out before any work whether a file can be written.
+def check_outputs(*names: str | None) -> None:
+    """Find out before any work whether files can be written; None is a file nobody wants.
 
     Raises:
-        InputError: its folder is not there, or cannot be written.
+        InputError: a name that can be no path, or a folder that is not there or not writable.
     """
-    if not path.parent.is_dir():
-        raise InputError(
-            f"{path.parent} does not exist; make the folder first, or write somewhere else."
-        )
-    check_folder(path.parent, "choose a place you may write to")
+    for path in (as_path("output", name) for name in names if name):
+        if not path.parent.is_dir():
+            raise InputError(
+                f"{path.parent} does not exist; make the folder first, or write somewhere else."
+            )
+        check_folder(path.parent, "choose a place you may write to")
 
 
 def check_folder(folder: Path, remedy: str) -> None:

@@ -55,16 +55,16 @@ class Schedule:
     large_steps: int | None = None
 
     def __post_init__(self) -> None:
-        given = self.timesteps
-        if given is None:
+        timesteps = self.timesteps
+        if timesteps is None:
             return
         try:
-            listed = [float(t) for t in islice(given, MAX_STEPS + 1)]
+            listed = [float(t) for t in islice(timesteps, MAX_STEPS + 1)]
         except Exception:  # no list, or what its items raise
             listed = None
-        if listed is None or isinstance(given, (str, bytes)):
+        if listed is None or isinstance(timesteps, (str, bytes)):
             raise InputError(
-                f"timesteps are {shown(given)}; expected a descending list of numbers, such as"
+                f"timesteps are {shown(timesteps)}; expected a descending list of numbers, such as"
                 " [1000, 750, 500, 250]."
             )
         object.__setattr__(self, "timesteps", tuple(listed))

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nexus_rt.errors import InputError, cut
+from nexus_rt.errors import InputError, cut, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +115,7 @@ def parse_sides(text: str) -> tuple[int, int]:
     match _numbers(text, 2):
         case (width, height):
             return width, height
-    raise InputError(f"{cut(repr(text), 80)} is not WIDTHxHEIGHT, such as 832x480.")
+    raise InputError(f"{shown(text)} is not WIDTHxHEIGHT, such as 832x480.")
 
 
 def parse_sizes(text: str) -> tuple[tuple[ClipSize, ...], bool]:

@@ -19,7 +19,7 @@ from nexus_rt.cache import cache_root
 from nexus_rt.checks import as_device, as_dtype, number, whole
 from nexus_rt.cli import COMMANDS, main
 from nexus_rt.cli.streams import console
-from nexus_rt.paths import as_path, check_folder, check_parent, failed_file
+from nexus_rt.paths import as_path, check_folder, check_outputs, failed_file
 from nexus_rt.progress import progress_bar
 from nexus_rt.shards import write_shards
 from nexus_rt.tracing import record
@@ -310,7 +310,7 @@ def test_folders_are_tried_before_any_work(tmp_path):
     check_folder(tmp_path / "new" / "folder", "choose another")
     assert os.listdir(tmp_path / "new" / "folder") == []
     with pytest.raises(InputError, match="does not exist"):
-        check_parent(tmp_path / "none" / "a.json")
+        check_outputs(str(tmp_path / "none" / "a.json"))
 
 
 def full(*arguments, **options):

@@ -177,3 +177,21 @@ def test_the_public_names_are_there():
     assert set(nexus_rt.__all__) <= set(dir(nexus_rt))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = nexus_rt.nothing
+
+
+@pytest.mark.parametrize(
+    "command", ["generate", "plan", "batch", "serve", "bench", "export", "tune"]
+)
+def test_a_help_text_imports_no_framework(command):
+    """It comes at once; PyTorch alone takes a second."""
+    program = f"""
+import sys
+from nexus_rt import cli
+try:
+    cli.main(["{command}", "--help"])
+except SystemExit as end:
+    heavy = ("torch", "numpy", "transformers", "diffusers")
+    print(end.code, [m for m in heavy if m in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.strip() == "0 []", done.stderr

@@ -19,7 +19,7 @@ from nexus_rt.bench.vrbench.report import make_report, markdown, shown
 from nexus_rt.bench.vrbench.schema import read_bench, read_taxonomy
 from nexus_rt.bench.vrbench.scoring import summary
 from nexus_rt.checks import whole
-from nexus_rt.paths import as_path, check_parent
+from nexus_rt.paths import as_path, check_outputs
 from nexus_rt.prompts import Item
 
 EXAMPLE = Path(__file__).with_name("example.json")
@@ -70,9 +70,7 @@ def judge(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """Print the tables of judged folders, and write them as asked."""
-    for given in (args.markdown, args.json, args.html):
-        if given:
-            check_parent(as_path("output", given))
+    check_outputs(args.markdown, args.json, args.html)
     taxonomy = read_taxonomy(args.taxonomy)
     report = make_report([as_path("run", p) for p in args.runs], taxonomy)
     text = markdown(report, taxonomy)
@@ -81,8 +79,8 @@ def report(args: argparse.Namespace) -> int:
         (args.html, lambda: page(report, taxonomy)),
         (args.json, lambda: json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
     ]
-    for given, content in made:
-        if given:
-            write_text(as_path("output", given), content())
+    for name, content in made:
+        if name:
+            write_text(as_path("output", name), content())
     print(text, end="")
     return 0

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from nexus_rt.cli.arguments import models, real_number, running, walk
 from nexus_rt.cli.pipeline import check_device, make_blend, make_pipeline
 from nexus_rt.errors import InputError, choose, shown
-from nexus_rt.plan_words import exact
 
 if TYPE_CHECKING:
     from nexus_rt.bench.roofline import Card
@@ -245,6 +244,8 @@ def _print_prediction(
 def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendConfig) -> None:
     """A row a step: timestep, gate, cutoff, generators, their guidance, price, their forwards, and
     what is reused."""
+    from nexus_rt.plan_words import exact
+
     gaussian = blend.split == "gaussian"
     cutoff = "sigma" if gaussian else "cutoff"
     width = max(5, *(len(step.runs) for step in plan.steps))
@@ -256,7 +257,7 @@ def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendC
         value = blend.sigma(step.w) if gaussian else blend.cutoff(step.w)
         shown = f"{value:6.3f}" if step.blended else "     -"
         running = [name for name in ("small", "large") if getattr(step, name)]
-        scales = "/".join(f"{exact(guidance.at(step, name))}" for name in running)
+        scales = "/".join(exact(guidance.at(step, name)) for name in running)
         counts = (plan.forwards(step, name, getattr(guidance, name)) for name in running)
         forwards = "/".join(map(str, counts))
         price = plan.step_price(step, costs, guidance.small, guidance.large)
@@ -271,6 +272,8 @@ def _notes(step: Step) -> list[str]:
     notes = ["re-noised"] if step.renoise else []
     notes += [compute for g in ("small", "large") if (compute := step.compute(g)) != "full"]
     if step.threshold is not None:
+        from nexus_rt.plan_words import exact
+
         notes.append(f"velocity below {exact(step.threshold)}")
     return notes
 

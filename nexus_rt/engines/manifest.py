@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from nexus_rt import documents
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shown
 
 SCHEMA = 1
 Side = Annotated[int, msgspec.Meta(ge=1, le=65536)]
@@ -139,7 +139,7 @@ class Stored(msgspec.Struct):
                 or any(p in ("", ".", "..") for p in pieces)
             ):
                 raise ModelError(
-                    f"{where} lists {cut(repr(name), 120)}; expected names of files in its folder."
+                    f"{where} lists {shown(name, 120)}; expected names of files in its folder."
                 )
         if not self.graphs or not self.files:
             raise ModelError(f"{where} lists no graphs or no files; export the engine again.")

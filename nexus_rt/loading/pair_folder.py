@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_rt import documents
-from nexus_rt.errors import InputError, ModelError, choose, cut
+from nexus_rt.errors import InputError, ModelError, choose, cut, shown
 from nexus_rt.guidance import GUIDANCE_SCALE
 from nexus_rt.latents import LatentGrid
 from nexus_rt.loading import transformer
@@ -166,7 +166,7 @@ def _pair_values(root: Path) -> dict[str, Any]:
         )
     if unknown := values.keys() - {f.name for f in fields(Defaults)}:
         raise ModelError(
-            f"{where} sets an unknown default {cut(repr(sorted(unknown)[0]), 80)}; expected fields"
+            f"{where} sets an unknown default {shown(sorted(unknown)[0])}; expected fields"
             " of Defaults."
         )
     documents.check(values, Defaults, f"{where}'s defaults")

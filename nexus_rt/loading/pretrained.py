@@ -23,7 +23,7 @@ from nexus_rt.documents import read_object
 from nexus_rt.errors import ModelError, cut
 from nexus_rt.loading.checkpoint import fill_exactly
 from nexus_rt.loading.finite import is_finite
-from nexus_rt.loading.names import WRAPPED, plain_name
+from nexus_rt.loading.names import WRAPPED, plain_name, some
 from nexus_rt.loading.stored import StoredTensor, find_tensors, fitted, read_header
 from nexus_rt.process import LOADING
 
@@ -221,11 +221,6 @@ def is_spare(name: str) -> bool:
     return SPARE.search(name) is not None and "scale" not in name
 
 
-def _some(names: Iterable[Any]) -> str:
-    names = sorted(map(str, names))
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-
-
 def _check_complete(model: torch.nn.Module, info: dict[str, Any], folder: Path, what: str) -> None:
     """Raise unless every weight of the model is a stored one, and every stored weight is in the
     model or rightly spare."""
@@ -260,7 +255,7 @@ def _refuse(
         ("unknown are", list(unknown)),
         ("of another shape are", list(mismatched)),
     )
-    problems = [f"{words} {_some(names)}" for words, names in kinds if names] + list(errors)
+    problems = [f"{words} {some(names)}" for words, names in kinds if names] + list(errors)
     if problems:
         raise ModelError(
             f"{folder}: the weights are not this {what}'s: {'; '.join(problems)}. Loaded so, it"

@@ -17,7 +17,7 @@ from typing import Any
 
 from nexus_rt.checks import number
 from nexus_rt.documents import parse, read_bytes, read_object
-from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.errors import InputError, ModelError, cut, shown
 from nexus_rt.loading.source import warn_unread
 from nexus_rt.solver import TRAIN_STEPS
 
@@ -153,7 +153,7 @@ def read_scheduler(config: Mapping[str, Any], class_name: str | None, where: Pat
         value = config.get(field, wanted)
         if value != wanted and (value or wanted):
             raise ModelError(
-                f"{where} sets {field}={cut(repr(value), 80)}; only {wanted!r} is computed here."
+                f"{where} sets {field}={shown(value)}; only {wanted!r} is computed here."
                 f" {out}"
             )
     shift = config.get(name, 1.0)  # as the classes have it
@@ -166,7 +166,7 @@ def read_scheduler(config: Mapping[str, Any], class_name: str | None, where: Pat
         differs.append(f"its class is {kind}")
     elif solver == "unipc":
         differs = [
-            f"{field} is {cut(repr(config[field]), 80)}"
+            f"{field} is {shown(config[field])}"
             for field, ours in WALK.items()
             if config.get(field, ours) != ours
         ]

@@ -13,7 +13,7 @@ import torch
 
 from nexus_rt.attention import ATTENTION_NAMES
 from nexus_rt.block_ops import choose_ops
-from nexus_rt.errors import ModelError, choose, cut
+from nexus_rt.errors import ModelError, choose, shown
 from nexus_rt.loading.architecture import check_variant, wan_config
 from nexus_rt.loading.checkpoint import diffusers_shapes, fill, in_diffusers_names
 from nexus_rt.loading.locate import transformer_folder
@@ -83,7 +83,7 @@ def _check_fields(config: Mapping[str, Any], path: Path) -> None:
         value = config.get(field)
         if value is not None and value not in values:
             raise ModelError(
-                f"{path} sets {field}={cut(repr(value), 80)}; only {values[0]!r} is computed here:"
+                f"{path} sets {field}={shown(value)}; only {values[0]!r} is computed here:"
                 " get a checkpoint of Wan's own architecture."
             )
     warn_unread(config, FIELDS, path)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.errors import InputError, ModelError, shown
 from nexus_rt.loading.checkpoint import compare, fill_exactly
 from nexus_rt.loading.finite import check_finite
 from nexus_rt.loading.source import read_json
@@ -72,16 +72,15 @@ class ConnectorConfig:
         unknown = sorted(values.keys() - known)
         if unknown:
             raise ModelError(
-                f"the connector's config.json sets an unknown {cut(repr(unknown[0]), 80)}; expected"
+                f"the connector's config.json sets an unknown {shown(unknown[0])}; expected"
                 f" {', '.join(sorted(known))}."
             )
         template = Template.from_dict(values.pop("template", {}))
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                shown = cut(repr(value), 80)
                 raise ModelError(
-                    f"the connector's config.json sets {name}={shown}; expected a positive whole"
-                    " number."
+                    f"the connector's config.json sets {name}={shown(value)}; expected a"
+                    " positive whole number."
                 )
             if value > LARGEST[name]:
                 raise ModelError(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shown
 from nexus_rt.loading.source import folder_bytes, read_json
 from nexus_rt.memory.offload import Lazy
 from nexus_rt.models.connector import Connector, ConnectorConfig, load_connector
@@ -42,7 +42,7 @@ class ContextEncoder(Lazy):
         width = {**config, **(inner if isinstance(inner, dict) else {})}.get("hidden_size")
         if width != self.config.llm_hidden_size:
             raise ModelError(
-                f"the understanding model's hidden size is {cut(repr(width), 40)} and the connector"
+                f"the understanding model's hidden size is {shown(width, 40)} and the connector"
                 f" reads {self.config.llm_hidden_size}; pair the two that were trained together."
             )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import InputError, cut
+from nexus_rt.errors import InputError, shown
 from nexus_rt.loading.locate import find_text
 from nexus_rt.loading.source import folder_bytes
 from nexus_rt.memory.offload import Lazy
@@ -90,13 +90,13 @@ class Tokenized:
         words = self.tokenizer.decode(ids[max(0, limit - 1) :])
         return (
             f"has {len(ids)} tokens and {limit} are read; what comes after is lost:"
-            f" {cut(repr(words), 120)}."
+            f" {shown(words, 120)}."
         )
 
     def _warn_of_cut(self, texts: list[str], limit: int) -> None:
         for text in texts:
             if (lost := self.lost(text, limit)) is not None:
-                warnings.warn(f"the prompt {cut(repr(text), 60)} {lost}", stacklevel=4)
+                warnings.warn(f"the prompt {shown(text, 60)} {lost}", stacklevel=4)
 
 
 class TextEncoder(Lazy, Tokenized):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.documents import read_object
-from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.errors import InputError, ModelError, cut, shown
 from nexus_rt.loading.finite import check_finite
 from nexus_rt.loading.pretrained import check_config, pretrained
 from nexus_rt.loading.source import folder_bytes, require_safetensors
@@ -92,7 +92,7 @@ class Template:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ModelError(
-                f"the template sets an unknown {cut(repr(unknown[0]), 80)}; expected video, image,"
+                f"the template sets an unknown {shown(unknown[0])}; expected video, image,"
                 " their markers and chat."
             )
         return cls(**values)

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from nexus_rt.errors import cut
+from nexus_rt.errors import cut, shown
 from nexus_rt.serve import answers
 from nexus_rt.serve.bodies import read_body
 from nexus_rt.serve.connections import bearer
@@ -152,7 +152,7 @@ class Api:
             raise Problem(
                 403,
                 "host_not_allowed",
-                f"host {cut(repr(host), 80)} is not this machine's; without API keys the server"
+                f"host {shown(host)} is not this machine's; without API keys the server"
                 " answers localhost alone.",
             )
         origin = request.headers.get("origin")
@@ -246,10 +246,10 @@ class Api:
         text, order = query.get("limit", "20"), query.get("order", "desc")
         if not re.fullmatch(r"[0-9]{1,3}", text) or int(text) > 100:
             raise wrong(
-                "limit", f"limit is {cut(repr(text), 80)}; expected a number from 0 to 100."
+                "limit", f"limit is {shown(text)}; expected a number from 0 to 100."
             )
         if order not in ("asc", "desc"):
-            raise wrong("order", f"order is {cut(repr(order), 80)}; expected asc or desc.")
+            raise wrong("order", f"order is {shown(order)}; expected asc or desc.")
         after, owner, limit = None, request.state.owner, int(text)
         if (last := query.get("after")) is not None:
             after = await self.of.call(self.of.store.get, last[:80], owner)
@@ -275,7 +275,7 @@ class Api:
         variant = request.query_params.get("variant", "video")
         if variant not in FILES:
             raise wrong(
-                "variant", f"variant is {cut(repr(variant), 80)}; expected {', '.join(FILES)}."
+                "variant", f"variant is {shown(variant)}; expected {', '.join(FILES)}."
             )
         path = self.of.file(job, variant)
         if job.status != "completed" or not await self.of.call(path.is_file):
@@ -337,7 +337,7 @@ class Api:
     async def model(self, request: Request) -> Response:
         name = request.path_params["model"]
         if name not in self.settings.models:
-            raise Problem(404, "model_not_found", f"no model {cut(repr(name), 80)}.", "model")
+            raise Problem(404, "model_not_found", f"no model {shown(name)}.", "model")
         return JSONResponse(answers.model(name, self.server.created))
 
     async def no_input(self, request: Request) -> Response:
@@ -367,7 +367,7 @@ class Api:
         name = request.scope["path"].rpartition("/")[2] or "index.html"
         path = PAGE / name
         if path.suffix not in PAGE_TYPES:  # a route also matches its path with a line break behind
-            raise Problem(404, "not_found", f"no page {cut(repr(name), 80)}.")
+            raise Problem(404, "not_found", f"no page {shown(name)}.")
         headers = {"Content-Security-Policy": CSP, "Cache-Control": "no-cache"}
         return FileResponse(path, headers=headers, media_type=PAGE_TYPES[path.suffix])
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from nexus_rt.errors import MOST, cut
+from nexus_rt.errors import MOST, cut, shown
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -77,7 +77,7 @@ def unknown_parameter(name: str, known: str) -> Problem:
     """400 for a field that there is not; known: those that there are, in words."""
     return wrong(
         cut(name, 80),
-        f"unknown parameter {cut(repr(name), 80)}; expected {known}.",
+        f"unknown parameter {shown(name)}; expected {known}.",
         "unknown_parameter",
     )
 

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from nexus_rt.checks import number
-from nexus_rt.errors import InputError, NexusError, cut
+from nexus_rt.errors import InputError, NexusError, cut, shown
 from nexus_rt.serve.generate import Clip, Event, ServedPipeline, Task
 from nexus_rt.serve.problems import JobFailed, WorkerLost
 from nexus_rt.serve.profile import Profile
@@ -42,7 +42,7 @@ def parse_replicas(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text.strip())
     low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= low <= high:
-        raise InputError(f"--replicas is {cut(repr(text), 40)}; expected N or MIN-MAX, from 1 up.")
+        raise InputError(f"--replicas is {shown(text, 40)}; expected N or MIN-MAX, from 1 up.")
     return low, high
 
 

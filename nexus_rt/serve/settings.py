@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nexus_rt.checks import number, whole
-from nexus_rt.errors import InputError, cut
+from nexus_rt.errors import InputError, shown
 from nexus_rt.memory.residency import parse_bytes
 from nexus_rt.request import MAX_STEPS
 from nexus_rt.size import ClipSize
@@ -99,7 +99,7 @@ class Settings:
                 ipaddress.ip_network(proxy, strict=False)
             except ValueError:
                 raise InputError(
-                    f"trusted proxy {cut(repr(proxy), 80)} is no address; expected such as 10.0.0.5"
+                    f"trusted proxy {shown(proxy)} is no address; expected such as 10.0.0.5"
                     " or 10.0.0.0/24."
                 ) from None
         number("deadline", self.deadline, 0.1, 1e8)
