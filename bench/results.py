@@ -15,7 +15,7 @@ import torch
 
 from nexus_rt import documents
 from nexus_rt.doctor import versions
-from nexus_rt.errors import InputError, ModelError, cut, readable, shown
+from nexus_rt.errors import InputError, ModelError, readable, shorten, shown
 from nexus_rt.loading.experts import GeneratorSource, transformers_of
 from nexus_rt.loading.source import folder_fingerprint
 from nexus_rt.part_files import part_file
@@ -158,7 +158,7 @@ def read_as(path: Path, kind: str, schema: int, maker: str, remedy: str) -> dict
         data = documents.read_bytes(path, InputError)
     except InputError as error:
         raise InputError(
-            f"{path} cannot be read ({cut(error)}); expected a file that {maker} wrote."
+            f"{path} cannot be read ({shorten(error)}); expected a file that {maker} wrote."
         ) from None
     try:
         document = documents.parse(data, str(path), InputError, remedy)
@@ -202,7 +202,8 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
             if a.get(name) != b.get(name):
                 kind = "weights of " if group == "weights" else ""
                 differences.append(
-                    f"{kind}{name} differs ({cut(a.get(name), 60)} and {cut(b.get(name), 60)})"
+                    f"{kind}{name} differs ({shorten(a.get(name), 60)} and"
+                    f" {shorten(b.get(name), 60)})"
                 )
     if before.get("device") != after.get("device"):
         differences.append(f"device differs ({before.get('device')} and {after.get('device')})")

@@ -10,7 +10,7 @@ from torch import Tensor
 from nexus_rt.checks import CALLBACK_TENSORS, check_generators, check_latents, check_prompts
 from nexus_rt.engines.experts import boundaries, engines_by_name
 from nexus_rt.engines.fused_step import StepEngine
-from nexus_rt.engines.protocol import PublishedNumerics, able
+from nexus_rt.engines.protocol import PublishedNumerics, supports
 from nexus_rt.errors import Cancelled, InputError, choose, shown
 from nexus_rt.memory.residency import Residency
 from nexus_rt.plan import Step
@@ -19,7 +19,7 @@ from nexus_rt.request import CallInputs, GenerationRequest
 from nexus_rt.reuse import ReuseError
 from nexus_rt.rewriting import Rewriting, check_rewrite, is_off
 from nexus_rt.sampling import denoise
-from nexus_rt.step_runners import Change, Prompt
+from nexus_rt.step_runners import CallbackResult, Prompt
 
 if TYPE_CHECKING:
     from nexus_rt.pipeline import NexusPipeline
@@ -212,11 +212,11 @@ class Call:
         """Noise to clean latents, with the progress bar and the caller's callback."""
         pipe, request, plan = self.pipe, self.request, self.request.plan
         running = [pipe.engines[name] for name in plan.generators] if request.published else []
-        exact = [engine for engine in running if able(engine, PublishedNumerics)]
+        exact = [engine for engine in running if supports(engine, PublishedNumerics)]
         options = {"total": len(plan), "desc": plan.name, "unit": "step", **pipe.progress}
         with progress_bar(**options) as bar:
 
-            def on_step(step: Step, latents: Tensor) -> Change | None:
+            def on_step(step: Step, latents: Tensor) -> CallbackResult | None:
                 bar.set_postfix_str(step.runs, refresh=False)
                 bar.update()
                 return self.callback(step, latents, embeds)
@@ -248,7 +248,7 @@ class Call:
                 if place.residency is not None:
                     place.residency.close()
 
-    def callback(self, step: Step, latents: Tensor, embeds: Embeds) -> Change | None:
+    def callback(self, step: Step, latents: Tensor, embeds: Embeds) -> CallbackResult | None:
         """Ask the caller's callback; new embeddings are put into `embeds`.
 
         Raises:
@@ -277,7 +277,7 @@ class Call:
                 )
         new = {n: v for n, v in answer.items() if n != "latents" and v is not known[n]}
         embeds.update(new)
-        return Change(answer.get("latents"), self.prompts(embeds) if new else None)
+        return CallbackResult(answer.get("latents"), self.prompts(embeds) if new else None)
 
     def decode(self, latents: Tensor, place: Placement) -> Any:
         """Frames; under a tight budget the engines leave the memory to the decoder, which leaves it

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import InputError, choose, cut, is_text, shown
+from nexus_rt.errors import InputError, choose, is_text, shorten, shown
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
 
 MAX_PROMPT = 100_000  # characters
@@ -43,7 +43,7 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
         raise InputError(f"{name} is {shown(value)}; expected a whole number{such}.")
     if not low <= number <= high:
         bound = f"at least {low}" if number < low else f"at most {high}"
-        raise InputError(f"{name} is {cut(number, 80)}; expected a whole number of {bound}.")
+        raise InputError(f"{name} is {shorten(number, 80)}; expected a whole number of {bound}.")
     return int(number)
 
 
@@ -115,7 +115,8 @@ def as_device(name: str, value: Any) -> torch.device:
         if not why:
             return torch.device("cpu") if device.type == "cpu" else device
     raise InputError(
-        f"{name} {shown(value, 60)} cannot be used here ({cut(why, 200)}); `nexus-rt doctor` lists"
+        f"{name} {shown(value, 60)} cannot be used here ({shorten(why, 200)}); `nexus-rt doctor`"
+        f" lists"
         " what can."
     )
 
@@ -338,7 +339,8 @@ def callback_tensors(callback: Any, names: Any) -> tuple[str, ...]:
         own = callback.tensor_inputs
     except Exception as error:  # diffusers' base class has a property that raises
         raise InputError(
-            f"the {kind} has no tensor_inputs that can be read ({cut(error, 120)}); set them to a"
+            f"the {kind} has no tensor_inputs that can be read ({shorten(error, 120)}); set them"
+            f" to a"
             " list of names, such as ['latents']."
         ) from error
     mine = _names(f"{kind}.tensor_inputs", own)

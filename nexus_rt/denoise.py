@@ -5,10 +5,10 @@ import warnings
 
 from nexus_rt.guidance import GUIDANCE_SCALE
 from nexus_rt.sampling import denoise
-from nexus_rt.step_runners import Change, Generator, Prompt
+from nexus_rt.step_runners import CallbackResult, Generator, Prompt
 from nexus_rt.step_runners import FiniteCheck as Watch
 
-__all__ = ["GUIDANCE_SCALE", "Change", "Generator", "Prompt", "Watch", "denoise"]
+__all__ = ["GUIDANCE_SCALE", "CallbackResult", "Generator", "Prompt", "Watch", "denoise"]
 
 warnings.warn(
     "nexus_rt.denoise is now nexus_rt.sampling (denoise) and nexus_rt.step_runners (Prompt,"

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from nexus_rt.errors import ModelError, NexusError, cut, is_text, shown
+from nexus_rt.errors import ModelError, NexusError, is_text, shorten, shown
 
 T = TypeVar("T")
 MAX_BYTES = 64 * 2**20  # tokenizers of 30 MB exist
@@ -41,9 +41,9 @@ def read_bytes(path: Path, error: type[NexusError] = ModelError, limit: int = MA
         with open(path, "rb") as file:
             data = file.read(limit + 1)  # a file may grow, and a pipe has no size
     except (OSError, ValueError) as problem:  # ValueError: NUL, or half a surrogate pair
-        reason = cut(getattr(problem, "strerror", None) or problem)
+        reason = shorten(getattr(problem, "strerror", None) or problem)
         raise error(
-            f"{cut(path)} cannot be read ({reason}); check the path, or get the file again."
+            f"{shorten(path)} cannot be read ({reason}); check the path, or get the file again."
         ) from None
     if len(data) > limit:
         raise error(
@@ -78,7 +78,9 @@ def parse(
             object_pairs_hook=_once,
         )
     except (ValueError, RecursionError) as problem:
-        reason = "it is nested too deeply" if isinstance(problem, RecursionError) else cut(problem)
+        reason = (
+            "it is nested too deeply" if isinstance(problem, RecursionError) else shorten(problem)
+        )
         words = "cannot be read as" if error is ModelError else "is not"
         raise error(f"{where} {words} JSON ({reason}); {remedy}.") from None
     if _deeper(value, MAX_DEPTH):
@@ -106,12 +108,12 @@ def check(
     try:
         return msgspec.convert(value, kind, strict=True)
     except NexusError as problem:  # a schema's own check
-        raise error(f"{where}: {cut(problem)}") from None
+        raise error(f"{where}: {shorten(problem)}") from None
     # a schema's own check computes with what it is given
     except (ValueError, TypeError, ArithmeticError, RecursionError) as problem:
         reason = "it is nested too deeply" if isinstance(problem, RecursionError) else str(problem)
         reason = reason.replace("`$.", "`").replace("- at `$`", "").strip()
-        raise error(f"{where} is not as expected: {cut(reason)}; {remedy}.") from None
+        raise error(f"{where} is not as expected: {shorten(reason)}; {remedy}.") from None
 
 
 def read(
@@ -151,7 +153,7 @@ def _real(text: str) -> float:
         raise ValueError(f"{text[:12]}... has {len(text)} characters")
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"{cut(text, 40)} is beyond float64")
+        raise ValueError(f"{shorten(text, 40)} is beyond float64")
     return value
 
 

@@ -7,53 +7,120 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-MOST = 1500  # characters of a message
+MAX_MESSAGE_CHARS = 1500  # characters of a message
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class NexusError(Exception):
-    """Base of every error raised on purpose. Its message is cut where it quotes more of a hostile
-    file than a person reads, and can be encoded: half a surrogate pair is spelt out."""
+# What programs branch on: stable, whatever the words of a message become.
+CODES = {
+    "cancelled": "the caller stopped the work",
+    "conflict": "two arguments, options or fields exclude each other",
+    "damaged": "a file is cut short or holds other bytes than it declares",
+    "decode_failed": "decoding failed after denoising",
+    "duplicate": "a name that must be unique comes twice",
+    "failed": "an error without a code of its own",
+    "in_use": "another process or thread holds what is needed",
+    "invalid_model": "a model folder, checkpoint or pair cannot be used",
+    "invalid_type": "a value of another type than expected",
+    "invalid_value": "a value of the right type that is not accepted",
+    "mismatch": "shapes, counts, widths or identities that must agree do not",
+    "missing": "an argument, part or tensor that is needed is absent",
+    "missing_package": "an optional package is not installed, or has another version",
+    "not_finite": "a value is NaN or infinite",
+    "not_found": "a file, folder or device does not exist",
+    "not_writable": "a file or folder cannot be written",
+    "out_of_memory": "a budget or a memory does not hold what is needed",
+    "out_of_range": "a number outside its range",
+    "parity": "an engine's outputs differ from the model's",
+    "rewrite_failed": "a rewriter gave no answer",
+    "timeout": "an answer did not come in time",
+    "too_large": "a text, file, list or size above its limit",
+    "unknown_argument": "an argument that a call does not have",
+    "unknown_attribute": "an attribute that an object does not have, or that cannot be set",
+    "unknown_name": "a name that is none of the accepted ones",
+    "unreachable": "another machine or process does not answer, or refuses",
+    "unreadable": "a file or text that cannot be read or parsed",
+    "unsafe": "a file that asks for code to be run, or for a place outside its folder",
+    "unsupported": "a valid request that this model, device, file format or build cannot serve",
+}
 
-    def __init__(self, *arguments: object) -> None:
+
+class NexusError(Exception):
+    """Base of every error raised on purpose.
+
+    Its message is shortened where it quotes more of a hostile file than a person reads, and can be
+    encoded: half a surrogate pair is spelt out.
+
+    Attributes:
+        code: one of `CODES`, for programs; the message is for people and may change.
+        param: the argument, option or field at fault, where there is one.
+    """
+
+    code = "failed"
+    param: str | None = None
+
+    def __init__(
+        self, *arguments: object, code: str | None = None, param: str | None = None
+    ) -> None:
+        limit = MAX_MESSAGE_CHARS
         super().__init__(
             *(
-                readable(a[:MOST] + " ..." if len(a) > MOST else a) if isinstance(a, str) else a
+                readable(a[:limit] + " ..." if len(a) > limit else a) if isinstance(a, str) else a
                 for a in arguments
             )
         )
+        if code is not None:
+            self.code = code
+        if param is not None:
+            self.param = param
 
 
 class InputError(NexusError, ValueError):
     """An argument is outside what the call accepts."""
 
+    code = "invalid_value"
+
 
 class UnknownAttribute(InputError, AttributeError):
     """An attribute that an object of ours does not have, or that cannot be set."""
+
+    code = "unknown_attribute"
 
 
 class UnknownArgument(InputError, TypeError):
     """An argument that a call does not have."""
 
+    code = "unknown_argument"
+
 
 class ModelError(NexusError):
     """A model folder, checkpoint or pair of models cannot be used."""
+
+    code = "invalid_model"
 
 
 class NumericsError(NexusError, ArithmeticError):
     """A generator produced a value that is not finite."""
 
+    code = "not_finite"
+
 
 class RewriteError(NexusError):
     """A rewriter gave no answer."""
+
+    code = "rewrite_failed"
 
 
 class Cancelled(NexusError):
     """The caller asked the denoising loop to stop."""
 
+    code = "cancelled"
+
 
 class DecodeError(NexusError):
     """Decoding failed after denoising; `latents_path` names the saved latents."""
+
+    code = "decode_failed"
 
     def __init__(self, message: str, latents_path: Path | None) -> None:
         super().__init__(message)
@@ -71,7 +138,7 @@ def readable(text: str) -> str:
     return text if is_text(text) else text.encode("utf-8", "backslashreplace").decode()
 
 
-def cut(text: object, limit: int = 300) -> str:
+def shorten(text: object, limit: int = 300) -> str:
     """Somebody else's words on one line, at most `limit` characters: what an error quotes."""
     line = " ".join(_words(text, str).split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
@@ -79,7 +146,7 @@ def cut(text: object, limit: int = 300) -> str:
 
 def shown(value: object, limit: int = 80) -> str:
     """A value's `repr` as an error quotes it, whatever the value."""
-    return cut(_words(value, repr), limit)
+    return shorten(_words(value, repr), limit)
 
 
 def _words(value: object, form: Callable[[object], str]) -> str:
@@ -99,6 +166,10 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
     known = list(known)
     if isinstance(name, str) and name in known:
         return name
-    near = difflib.get_close_matches(cut(name, 80), known, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(shorten(name, 80), known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise InputError(f"unknown {kind} {shown(name, 120)}: expected one of {', '.join(known)}{hint}")
+    raise InputError(
+        f"unknown {kind} {shown(name, 120)}: expected one of {', '.join(known)}{hint}",
+        code="unknown_name",
+        param=kind,
+    )

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from nexus_rt import documents
-from nexus_rt.errors import InputError, cut
+from nexus_rt.errors import InputError, shorten
 from nexus_rt.part_files import part_file
 from nexus_rt.paths import as_path
 from nexus_rt.plan_text import check_plan
@@ -73,7 +73,7 @@ def read_front(path: str | Path) -> Front:
     file = as_path("a front's file", path)
     if file.exists() and not file.is_file():  # a pipe would be waited for
         raise InputError(
-            f"{cut(file)} is no file; expected the front.json of nexus-rt tune, as in"
+            f"{shorten(file)} is no file; expected the front.json of nexus-rt tune, as in"
             " @front.json:900."
         )
     return documents.read(file, Front, InputError, "make it with nexus-rt tune")
@@ -88,14 +88,14 @@ def from_front(text: str) -> FrontPlan:
     match = re.fullmatch(r"@(.+):([0-9]{1,15}(?:\.[0-9]{1,15})?)(?:ms)?", text.strip())
     if not match:
         raise InputError(
-            f"plan {cut(text, 80)!r} is not @FILE:MILLISECONDS, such as @front.json:900."
+            f"plan {shorten(text, 80)!r} is not @FILE:MILLISECONDS, such as @front.json:900."
         )
     front, budget = read_front(match[1]), float(match[2])
     within = [p for p in front.front if p.ms <= budget]
     if not within:
         least = min((p.ms for p in front.front), default=None)
         raise InputError(
-            f"{cut(match[1])} holds no plan within {budget:g} ms; its cheapest takes"
+            f"{shorten(match[1])} holds no plan within {budget:g} ms; its cheapest takes"
             f" {'nothing' if least is None else f'{least:.0f} ms'}."
         )
     return max(within, key=lambda p: (p.score, -p.ms))

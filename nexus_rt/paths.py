@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.errors import InputError, cut, shown
+from nexus_rt.errors import InputError, shorten, shown
 
 
 def as_path(name: str, value: Any) -> Path:
@@ -72,7 +72,7 @@ def failed_file(what: str, error: OSError) -> str:
         else "check the path and its permissions, or choose another"
     )
     reason = error.strerror or str(error) or type(error).__name__
-    return f"{what} cannot be used ({cut(reason)}); {remedy}."
+    return f"{what} cannot be used ({shorten(reason)}); {remedy}."
 
 
 def check_outputs(*names: str | None) -> None:
@@ -101,4 +101,4 @@ def check_folder(folder: Path, remedy: str) -> None:
             probe.write(b"\0")
     except OSError as error:
         reason = error.strerror or str(error)
-        raise InputError(f"{folder} cannot be written ({cut(reason)}); {remedy}.") from None
+        raise InputError(f"{folder} cannot be written ({shorten(reason)}); {remedy}.") from None

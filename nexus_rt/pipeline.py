@@ -23,7 +23,7 @@ from nexus_rt.checks import (
     whole,
 )
 from nexus_rt.engines.experts import boundaries, engines_by_name
-from nexus_rt.engines.protocol import Sized, able
+from nexus_rt.engines.protocol import Sized, supports
 from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.latents import Generators, LatentGrid, random_latents
 from nexus_rt.memory.residency import (
@@ -35,7 +35,7 @@ from nexus_rt.memory.residency import (
     plan_residency,
 )
 from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
-from nexus_rt.parallel.layout import telling
+from nexus_rt.parallel.layout import broadcast_failure
 from nexus_rt.paths import as_path
 from nexus_rt.pipeline_attributes import named_arguments
 from nexus_rt.pipeline_models import PipelineModels
@@ -354,7 +354,7 @@ class NexusPipeline(PipelineModels):
     def built_sizes(self) -> tuple[BuiltSizes, ...]:
         """The sizes that exported engines were built for; () where there are none."""
         engines = (*self.engines.values(), self.vae, self.step_engine)
-        return tuple(sizes for e in engines if able(e, Sized) for sizes in e.built_sizes)
+        return tuple(sizes for e in engines if supports(e, Sized) for sizes in e.built_sizes)
 
     def check_size(self, size: ClipSize, output_type: str) -> None:
         """Raise unless the models make clips of a size, as `output_type` asks for them.
@@ -503,7 +503,7 @@ class NexusPipeline(PipelineModels):
             if self.parallel is not None and generator is None and latents is None:
                 inputs = replace(inputs, generator=self.parallel.generator())
             call = Call(self, request, inputs)
-            with telling(self.parallel.mesh if self.parallel else None):
+            with broadcast_failure(self.parallel.mesh if self.parallel else None):
                 return NexusOutput(call.run(), request.plan, call.reuse_errors, call.rewriting)
 
     @property

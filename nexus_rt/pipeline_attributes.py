@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from nexus_rt.errors import UnknownArgument, UnknownAttribute, cut, shown
+from nexus_rt.errors import UnknownArgument, UnknownAttribute, shorten, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -187,7 +187,7 @@ def unknown_attribute(name: str, known: Any) -> UnknownAttribute:
     """The error for an attribute that a pipeline does not have, with what to use instead."""
     hint = OTHERS.get(name.lstrip("_"))
     if hint is None:
-        near = difflib.get_close_matches(cut(name, 80), known, n=1, cutoff=0.7)
+        near = difflib.get_close_matches(shorten(name, 80), known, n=1, cutoff=0.7)
         hint = f"did you mean {near[0]!r}?" if near else "see the attributes of NexusPipeline"
     return UnknownAttribute(
         f"NexusPipeline has no attribute {shown(name, 80)}: {hint.rstrip('.?')}"
@@ -262,7 +262,7 @@ def named_arguments(call: Callable[P, R]) -> Callable[P, R]:
             )
         for name in kwargs:
             if name not in known:
-                near = difflib.get_close_matches(cut(name, 80), known, n=1, cutoff=0.7)
+                near = difflib.get_close_matches(shorten(name, 80), known, n=1, cutoff=0.7)
                 hint = ARGUMENTS.get(name) or (
                     f"did you mean {near[0]!r}" if near else "see its documentation"
                 )

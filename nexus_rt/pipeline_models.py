@@ -22,7 +22,7 @@ from nexus_rt.memory.residency import parse_bytes
 from nexus_rt.models.context import ContextEncoder
 from nexus_rt.models.text import Tokenized
 from nexus_rt.models.vae import Decoder
-from nexus_rt.parallel.layout import Mesh, mesh_of, telling
+from nexus_rt.parallel.layout import Mesh, broadcast_failure, mesh_of
 from nexus_rt.paths import as_path
 from nexus_rt.pipeline_attributes import Attributes, named_arguments
 from nexus_rt.process import LOADING, computes
@@ -274,7 +274,7 @@ class PipelineModels(Attributes):
             cache_dir = as_path("cache_dir", cache_dir)
         mesh = mesh_of(parallel, device)
         device = default_device(mesh.device if mesh else device)
-        with telling(mesh):
+        with broadcast_failure(mesh):
             choose("backend", backend, GENERATOR_BACKENDS)
             check_weights(weights)
             loras = {
@@ -348,7 +348,7 @@ class PipelineModels(Attributes):
         switch("force", force)
         mesh = mesh_of(optional_text("parallel", parallel), device)
         device = default_device(mesh.device if mesh else device)
-        with telling(mesh):
+        with broadcast_failure(mesh):
             dtype = default_dtype(torch_dtype, device)
             with LOADING:
                 loaded = load_engines(root, dtype, device, vae_tiling, force, engine_options)

@@ -15,7 +15,7 @@ from hashlib import sha256
 from typing import Any
 
 from nexus_rt.checks import number, whole
-from nexus_rt.errors import InputError, choose, cut
+from nexus_rt.errors import InputError, choose, shorten
 from nexus_rt.plan_words import (
     base_name,
     exact,
@@ -260,7 +260,8 @@ class Plan:
             if word in known and (wanted is None or exact(wanted) != known[word]):
                 own = "has no experts" if wanted is None else f"has {exact(wanted)}"
                 raise InputError(
-                    f"plan {cut(self.name, 120)!r} sets {word}={known[word]}, and the {generator}"
+                    f"plan {shorten(self.name, 120)!r} sets {word}={known[word]}, and the"
+                    f" {generator}"
                     f" generator {own}; leave {word} out."
                 )
         running = {g: b for g, b in boundaries.items() if any(getattr(s, g) for s in self.steps)}
@@ -317,7 +318,8 @@ class Plan:
         for step, name in zip(self.steps, names, strict=True):
             if name == "lcm" and any(step.extrapolates(g) for g in GENERATORS):
                 raise InputError(
-                    f"plan {cut(self.name, 120)!r} reuses velocities at step {step.index}, where"
+                    f"plan {shorten(self.name, 120)!r} reuses velocities at step {step.index},"
+                    f" where"
                     " solver 'lcm' draws new noise at every step; leave the reuse out, or take"
                     " 'euler'."
                 )
@@ -529,7 +531,8 @@ class Segment:
             choose("solver", self.solver, SOLVERS)
         if self.generator == "bridge" and (self.reuse != Reuse() or self.guided):
             raise InputError(
-                f"{cut(self, 80)!r}: both generators run in a bridge; guidance intervals and reuse"
+                f"{shorten(self, 80)!r}: both generators run in a bridge; guidance intervals and"
+                f" reuse"
                 " go with small and large segments."
             )
 

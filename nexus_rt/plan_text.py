@@ -18,7 +18,7 @@ from itertools import groupby
 from typing import Any
 
 from nexus_rt.checks import instance
-from nexus_rt.errors import InputError, choose, cut, shown
+from nexus_rt.errors import InputError, choose, shorten, shown
 from nexus_rt.plan import (
     GAMMA_W,
     GENERATORS,
@@ -91,14 +91,14 @@ def parse_plan(spec: str | Plan, grid: TimeGrid, gamma_w: float = GAMMA_W) -> Pl
         own = real(options["gamma-w"], "gamma-w", MIN_GAMMA_W, MAX_GAMMA_W)
         if gamma_w not in (GAMMA_W, own):
             raise InputError(
-                f"gamma_w is {gamma_w}, and plan {cut(spec, 80)!r} sets its own; leave one out."
+                f"gamma_w is {gamma_w}, and plan {shorten(spec, 80)!r} sets its own; leave one out."
             )
         gamma_w = own
     build = _builder(base)
     try:
         grid = _schedule(spec, options, grid)
     except InputError as error:
-        raise InputError(f"plan {cut(spec, 80)!r}: {error}") from None
+        raise InputError(f"plan {shorten(spec, 80)!r}: {error}") from None
     return _with_options(build(grid, gamma_w), options, spec)
 
 
@@ -139,7 +139,9 @@ def _builder(base: str) -> Callable[[TimeGrid, float], Plan]:
 
         def clocks(grid: TimeGrid, gamma_w: float) -> Plan:
             if grid.shift is None:
-                raise InputError(f"plan {cut(base, 80)!r} has clocks; pass a grid of `time_grid`.")
+                raise InputError(
+                    f"plan {shorten(base, 80)!r} has clocks; pass a grid of `time_grid`."
+                )
             return clocked(parts, grid.shift)
 
         return clocks
@@ -155,7 +157,7 @@ def _builder(base: str) -> Callable[[TimeGrid, float], Plan]:
         tolerance = real(value, "auto's tolerance") if value else TOLERANCE
         return lambda grid, gamma_w: auto(grid, tolerance, gamma_w)
     if equals:
-        raise InputError(f"plan {name!r} takes no value; got {cut(base, 80)!r}.")
+        raise InputError(f"plan {name!r} takes no value; got {shorten(base, 80)!r}.")
     if name == "reference":
         return reference
     return lambda grid, gamma_w: segments(grid, [Segment(name, len(grid))], name)
@@ -165,7 +167,7 @@ def _schedule(spec: str, options: Mapping[str, str], grid: TimeGrid) -> TimeGrid
     """The grid of a text, of which clocks take the shift alone."""
     if has_clocks(spec) and (own := options.keys() & {"steps", "timesteps", "sigmas"}):
         raise InputError(
-            f"plan {cut(spec, 80)!r} gives each generator a clock, and {min(own)}= is of one"
+            f"plan {shorten(spec, 80)!r} gives each generator a clock, and {min(own)}= is of one"
             " schedule for all; leave one out."
         )
     if has_clocks(spec) and "shift" in options:
@@ -188,7 +190,8 @@ def _with_options(plan: Plan, options: Mapping[str, str], spec: str) -> Plan:
         same = key == "energy" or (key == "gamma-w" and base_name(spec) in ("reference", "auto"))
         if key in options and key not in written and not same:
             raise InputError(
-                f"{key}={cut(options[key], 80)} has no part in plan {cut(spec, 80)!r}; leave it"
+                f"{key}={shorten(options[key], 80)} has no part in plan {shorten(spec, 80)!r};"
+                f" leave it"
                 " out."
             )
     return plan
@@ -261,7 +264,7 @@ def _parse_handoff(value: str) -> tuple[float, str, int | None]:
         key, _, number = option.partition("=")
         choose("handoff option", key.strip(), ("bridge",))
         if bridge is not None:
-            raise InputError(f"handoff={cut(value, 80)} sets bridge twice.")
+            raise InputError(f"handoff={shorten(value, 80)} sets bridge twice.")
         bridge = whole(number.strip(), "bridge", 0)
     unit, _, number = at.strip().rpartition(":")
     at_value = real(number, "the handoff")
@@ -285,7 +288,7 @@ def _parse_segments(spec: str, n: int | None) -> list[Segment]:
         match = SEGMENT.fullmatch(word)
         if not match:
             raise InputError(
-                f"segment {cut(word, 80)!r} is not of the form name:steps, name:30%, name:*,"
+                f"segment {shorten(word, 80)!r} is not of the form name:steps, name:30%, name:*,"
                 " name:steps/clock or name:steps@guidance, followed by /every=K and the like."
             )
         if renoise is not None:
@@ -353,7 +356,7 @@ def _segment(match: re.Match[str], steps: int, renoise: float | None) -> Segment
             values.get("solver"),
         )
     except InputError as error:
-        raise InputError(f"segment {cut(match[0], 80)!r}: {error}") from None
+        raise InputError(f"segment {shorten(match[0], 80)!r}: {error}") from None
 
 
 def _guided(amount: str, steps: int) -> int:
@@ -370,7 +373,7 @@ def _options(text: str, word: str) -> dict[str, Any]:
         key, _, value = option.partition("=")
         choose("option of a segment", key, SEGMENT_OPTIONS)
         if key in values:
-            raise InputError(f"{cut(word, 80)!r} sets {key} twice.")
+            raise InputError(f"{shorten(word, 80)!r} sets {key} twice.")
         if key in ("adaptive", "shift"):
             values[key] = real(value, key)
         else:
@@ -396,7 +399,7 @@ def with_own_steps(spec: str, grid: TimeGrid, small: int | None, large: int | No
     base, options = split_words(spec)
     if has_clocks(base) or has_schedule(spec):
         raise InputError(
-            f"plan {cut(spec, 80)!r} says each generator's steps; leave out small_steps and"
+            f"plan {shorten(spec, 80)!r} says each generator's steps; leave out small_steps and"
             " large_steps, or write them there."
         )
     name, _, value = base.partition("=")
@@ -405,12 +408,12 @@ def with_own_steps(spec: str, grid: TimeGrid, small: int | None, large: int | No
     plan = parse_plan(joined(base, options), grid)
     if name in ("reference", "auto") or any(step.alone is None for step in plan.steps):
         raise InputError(
-            f"plan {cut(spec, 80)!r} runs both generators at a step, where they have one clock;"
+            f"plan {shorten(spec, 80)!r} runs both generators at a step, where they have one clock;"
             " steps of their own go with handoff, small, large and segments."
         )
     if idle := [g for g, n in own.items() if n is not None and g not in plan.generators]:
         raise InputError(
-            f"{idle[0]}_steps is {own[idle[0]]}, and plan {cut(spec, 80)!r} does not run the"
+            f"{idle[0]}_steps is {own[idle[0]]}, and plan {shorten(spec, 80)!r} does not run the"
             f" {idle[0]} generator; leave it out, or pass another plan."
         )
     parts = _parse_segments(base, len(grid)) if ":" in base.split("=")[0] else _alone(plan)
@@ -429,7 +432,7 @@ def with_own_steps(spec: str, grid: TimeGrid, small: int | None, large: int | No
             left *= 1 - count / clock
         if count < len(turn):
             raise InputError(
-                f"{turn[0].generator}_steps is {whole_steps}, of which plan {cut(spec, 80)!r}"
+                f"{turn[0].generator}_steps is {whole_steps}, of which plan {shorten(spec, 80)!r}"
                 f" walks {count} in {len(turn)} segments, and {str(turn[-1])!r} would have none;"
                 " take more steps, or fewer segments."
             )

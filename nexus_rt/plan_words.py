@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
-from nexus_rt.errors import InputError, cut, shown
+from nexus_rt.errors import InputError, shorten, shown
 from nexus_rt.solver import MAX_STEPS, TRAIN_STEPS, TimeGrid, check_levels, time_grid
 
 NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?"
@@ -50,7 +50,9 @@ def real(text: str, what: str, low: float = -math.inf, high: float = math.inf) -
     if not math.isfinite(value):
         raise InputError(f"{what} is {shown(text)}; expected a number.")
     if not low <= value <= high:
-        raise InputError(f"{what} is {cut(text, 80)}; expected a number from {low:g} to {high:g}.")
+        raise InputError(
+            f"{what} is {shorten(text, 80)}; expected a number from {low:g} to {high:g}."
+        )
     return value
 
 
@@ -76,7 +78,7 @@ def split_words(spec: str) -> tuple[str, dict[str, str]]:
     if len(spec) > MAX_TEXT:
         raise InputError(
             f"the plan has {len(spec)} characters; expected at most {MAX_TEXT}: plan"
-            f" {cut(spec, 80)!r}."
+            f" {shorten(spec, 80)!r}."
         )
     base: list[str] = []
     options: dict[str, str] = {}
@@ -84,12 +86,12 @@ def split_words(spec: str) -> tuple[str, dict[str, str]]:
         key, equals, value = word.partition("=")
         if equals and key in KEYS:
             if key in options:
-                raise InputError(f"plan {cut(spec, 80)!r} sets {key} twice.")
+                raise InputError(f"plan {shorten(spec, 80)!r} sets {key} twice.")
             options[key] = value
         elif options:
             raise InputError(
                 f"{shown(word)} stands after {next(reversed(options))}= in plan"
-                f" {cut(spec, 80)!r}; expected what runs first, and options of the plan"
+                f" {shorten(spec, 80)!r}; expected what runs first, and options of the plan"
                 f" ({', '.join(KEYS)}) last."
             )
         else:
@@ -157,7 +159,7 @@ def schedule_of(options: Mapping[str, str], grid: TimeGrid) -> TimeGrid:
         return _levels(options)
     if "timesteps" in options and options["timesteps"] != FLOAT64:
         raise InputError(
-            f"a plan's timesteps are {cut(options['timesteps'], 80)!r}; expected {FLOAT64}, or"
+            f"a plan's timesteps are {shorten(options['timesteps'], 80)!r}; expected {FLOAT64}, or"
             " sigmas= with them."
         )
     if not options.keys() & set(SCHEDULE):
@@ -179,7 +181,8 @@ def _levels(options: Mapping[str, str]) -> TimeGrid:
     falls = all(a > b for a, b in pairwise(sigmas))
     if len(sigmas) < 2 or not falls or sigmas[0] > 1 or sigmas[-1] < 0:
         raise InputError(
-            f"sigmas are {cut(options['sigmas'], 80)}; expected at least two falling noise levels"
+            f"sigmas are {shorten(options['sigmas'], 80)}; expected at least two falling noise"
+            f" levels"
             " from at most 1 to at least 0, such as 0.9,0.5,0."
         )
     timesteps = tuple(TRAIN_STEPS * s for s in sigmas[:-1])
@@ -188,7 +191,8 @@ def _levels(options: Mapping[str, str]) -> TimeGrid:
         inside = all(0 <= t <= TRAIN_STEPS for t in timesteps)
         if len(timesteps) != len(sigmas) - 1 or not inside:
             raise InputError(
-                f"timesteps are {cut(options['timesteps'], 80)}; expected {len(sigmas) - 1} from 0"
+                f"timesteps are {shorten(options['timesteps'], 80)}; expected {len(sigmas) - 1}"
+                f" from 0"
                 f" to {TRAIN_STEPS}, one for each noise level but the last."
             )
     shift = real(options["shift"], "shift") if "shift" in options else None

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from nexus_rt.errors import InputError, cut
+from nexus_rt.errors import InputError, shorten
 
 
 class Lenient:
@@ -61,5 +61,5 @@ def check_options(options: dict[str, Any]) -> None:
         _Trial(total=1, **{**options, "disable": False, "file": io.StringIO()}).close()
     except Exception as error:  # tqdm's own, and what it makes of values of other types
         raise InputError(
-            f"the progress bar cannot be made ({cut(error, 200)}); expected tqdm's options."
+            f"the progress bar cannot be made ({shorten(error, 200)}); expected tqdm's options."
         ) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_rt import documents
-from nexus_rt.errors import InputError, cut, shown
+from nexus_rt.errors import InputError, shorten, shown
 from nexus_rt.paths import as_path
 from nexus_rt.size import ClipSize, parse_sides
 
@@ -93,7 +93,7 @@ def read_text(path: Path) -> str:
         return documents.read_bytes(path, InputError).decode("utf-8-sig")
     except (InputError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path} cannot be read ({cut(error)}); expected a .txt, .json or .jsonl list of"
+            f"{path} cannot be read ({shorten(error)}); expected a .txt, .json or .jsonl list of"
             " prompts."
         ) from None
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from nexus_rt.checks import callback_tensors, number, switch, whole
-from nexus_rt.errors import InputError, choose, cut, shown
+from nexus_rt.errors import InputError, choose, shorten, shown
 from nexus_rt.guidance import Guidance
 from nexus_rt.latents import Generators
 from nexus_rt.plan import (
@@ -172,14 +172,16 @@ def make_plan(
     _check_options(words, num_inference_steps, shift, energy, gamma_w)
     if published and words.strip() != "reference":
         raise InputError(
-            f"plan {cut(words, 80)!r} is not as published: both generators run at every step there;"
+            f"plan {shorten(words, 80)!r} is not as published: both generators run at every step"
+            f" there;"
             " leave it out."
         )
     if gamma_w is not None:
         number("gamma_w", gamma_w, MIN_GAMMA_W, MAX_GAMMA_W)
         if base_name(words) not in ("reference", "auto"):
             raise InputError(
-                f"gamma_w shapes the gate, and plan {cut(words, 80)!r} has none; use 'reference' or"
+                f"gamma_w shapes the gate, and plan {shorten(words, 80)!r} has none; use"
+                f" 'reference' or"
                 " 'auto'."
             )
     asked = num_inference_steps is not None
@@ -214,7 +216,7 @@ def _check_options(
     sigmas = options.get("sigmas", "").count(",")
     if sigmas and num_inference_steps not in (None, sigmas):
         raise InputError(
-            f"num_inference_steps is {num_inference_steps}, and plan {cut(words, 80)!r} has"
+            f"num_inference_steps is {num_inference_steps}, and plan {shorten(words, 80)!r} has"
             f" {sigmas} steps; leave one of the two out."
         )
     for name, key, value in (
@@ -224,13 +226,13 @@ def _check_options(
     ):
         if value is not None and key in options and real(options[key], key) != value:
             raise InputError(
-                f"{name} is {cut(value, 40)}, and plan {cut(words, 80)!r} sets {key}="
-                f"{cut(options[key], 40)}; leave one of the two out."
+                f"{name} is {shorten(value, 40)}, and plan {shorten(words, 80)!r} sets {key}="
+                f"{shorten(options[key], 40)}; leave one of the two out."
             )
     if energy is not None and options.get("energy", energy) != energy:
         raise InputError(
-            f"energy is {cut(energy, 40)!r}, and plan {cut(words, 80)!r} sets"
-            f" {cut(options['energy'], 40)!r}; leave one of the two out."
+            f"energy is {shorten(energy, 40)!r}, and plan {shorten(words, 80)!r} sets"
+            f" {shorten(options['energy'], 40)!r}; leave one of the two out."
         )
 
 
@@ -243,7 +245,8 @@ def with_solver(plan: Plan, solver: str | None, default: str) -> Plan:
     """
     if solver is not None and not any(s.solver in (None, solver) for s in plan.steps):
         raise InputError(
-            f"solver is {solver!r}, and plan {cut(plan.name, 120)!r} sets another at every step;"
+            f"solver is {solver!r}, and plan {shorten(plan.name, 120)!r} sets another at every"
+            f" step;"
             " leave one of the two out."
         )
     return plan.walked_by(default if solver is None else solver)
@@ -338,7 +341,7 @@ def _with_steps(words: str, steps: int, own_plan: bool) -> str:
     total = len(parse_plan(words, time_grid(1)))
     if total != steps:
         raise InputError(
-            f"num_inference_steps is {steps}, and plan {cut(words, 80)!r} says each generator's"
+            f"num_inference_steps is {steps}, and plan {shorten(words, 80)!r} says each generator's"
             f" steps, {total} in all; leave one of the two out."
         )
     return words

@@ -25,7 +25,7 @@ from urllib.request import Request, urlopen
 import torch
 
 from nexus_rt.checks import check_unicode
-from nexus_rt.errors import InputError, ModelError, RewriteError, cut, is_text, shown
+from nexus_rt.errors import InputError, ModelError, RewriteError, is_text, shorten, shown
 from nexus_rt.loading.pair import default_device, default_dtype
 from nexus_rt.loading.pretrained import check_config, pretrained
 from nexus_rt.loading.source import require_safetensors
@@ -135,7 +135,7 @@ def rewrite_prompts(
             try:
                 out.texts[i] = cache.get(source, prompt, partial(_ask, source, prompt, deadline))
             except Exception as error:  # whatever a caller's function raises
-                reason = cut(error if str(error) else type(error).__name__)
+                reason = shorten(error if str(error) else type(error).__name__)
                 out.failures[i] = reason
                 logger.warning(
                     "rewriting failed (%s); the large generator reads the prompt as it is", reason
@@ -339,7 +339,7 @@ class EndpointRewriter:
             TypeError,
             RecursionError,
         ) as error:
-            raise RewriteError(f"{self.host}: {cut(error)}") from error
+            raise RewriteError(f"{self.host}: {shorten(error)}") from error
         if not isinstance(text, str):
             raise RewriteError(f"{self.host}: an answer without text")
         return text

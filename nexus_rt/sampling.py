@@ -17,7 +17,7 @@ from nexus_rt.plan import Plan, Scale, Step
 from nexus_rt.process import computes
 from nexus_rt.reuse import ReuseError
 from nexus_rt.solver import make_solver
-from nexus_rt.step_runners import Change, FiniteCheck, Prompt, make_runner
+from nexus_rt.step_runners import CallbackResult, FiniteCheck, Prompt, make_runner
 from nexus_rt.tracing import span
 from nexus_rt.upfb import BlendConfig
 
@@ -37,7 +37,7 @@ def denoise(
     step_engine: StepEngine | None = None,
     generator: Generators = None,
     reuse_errors: list[ReuseError] | None = None,
-    on_step: Callable[[Step, Tensor], Tensor | Change | None] | None = None,
+    on_step: Callable[[Step, Tensor], Tensor | CallbackResult | None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     should_finish: Callable[[], bool] | None = None,
 ) -> Tensor:
@@ -62,7 +62,7 @@ def denoise(
         reuse_errors: gets the error of every step at which a generator is reused, which is then
             computed as well (`nexus_rt.reuse`).
         on_step: called after every step with it and the new latents; may return latents to go on
-            with, or a `Change`.
+            with, or a `CallbackResult`.
         should_stop, should_finish: asked before every step; the first ends in `Cancelled`, the
             second in the latents as they are.
 
@@ -102,7 +102,7 @@ def denoise(
             latents = solve.step(step.index, latents, velocity)
         finite.settle(step.index + 1)
         if on_step is not None and (change := on_step(step, latents)) is not None:
-            change = change if isinstance(change, Change) else Change(change)
+            change = change if isinstance(change, CallbackResult) else CallbackResult(change)
             latents = latents if change.latents is None else change.latents.float()
             runner.change_prompts(change.prompts or {})
     finite.settle(len(plan), wait=True)

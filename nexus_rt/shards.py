@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shorten
 from nexus_rt.paths import failed_file
 
 SHARD_BYTES = 2 * 10**9
@@ -71,7 +71,7 @@ def write_shards(
             save_file(shard, folder / f"part-{len(names)}.safetensors", {"format": "pt"})
         except SafetensorError as error:  # its writer raises this for a full disk too
             full = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
-            raise ModelError(failed_file(str(folder), OSError(full, cut(error)))) from error
+            raise ModelError(failed_file(str(folder), OSError(full, shorten(error)))) from error
         names.append(list(shard))
         shard, size = {}, 0
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nexus_rt.errors import InputError, cut, shown
+from nexus_rt.errors import InputError, shorten, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ class ClipSize(NamedTuple):
         numbers = _numbers(text, 3)
         if not numbers:
             raise InputError(
-                f"size {cut(text, 80)!r} is not WIDTHxHEIGHTxFRAMES, such as 832x480x81."
+                f"size {shorten(text, 80)!r} is not WIDTHxHEIGHTxFRAMES, such as 832x480x81."
             )
         size = cls(*numbers)
         if min(size) < 1 or size.width % 16 or size.height % 16 or size.frames % 4 != 1:

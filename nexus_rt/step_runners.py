@@ -15,7 +15,7 @@ from torch import Tensor
 from nexus_rt.devices import Reading, Readings, send
 from nexus_rt.engines.experts import ExpertsEngine
 from nexus_rt.engines.fused_step import StepEngine
-from nexus_rt.engines.protocol import Diagnosable, Engine, Sharing, able
+from nexus_rt.engines.protocol import Diagnosable, Engine, Sharing, supports
 from nexus_rt.errors import InputError, NumericsError
 from nexus_rt.guidance import Guidance
 from nexus_rt.plan import DIFFERENCE, VELOCITY, Plan, Step
@@ -47,14 +47,14 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Change:
+class CallbackResult:
     """What a callback goes on with: latents, and/or prompts by generator; None keeps what is."""
 
     latents: Tensor | None = None
     prompts: Mapping[str, Prompt] | None = None
 
 
-LATE = 2  # steps that may be enqueued on a GPU before one is known to be finite
+FINITE_CHECK_LAG = 2  # steps that may be enqueued on a GPU before one is known to be finite
 
 
 class FiniteCheck:
@@ -72,7 +72,7 @@ class FiniteCheck:
 
     def settle(self, before: int, wait: bool = False) -> None:
         """Check the steps before an index: those whose sums are there, and in any case those that
-        would be more than `LATE` steps late.
+        would be more than `FINITE_CHECK_LAG` steps late.
 
         wait: check all of them.
 
@@ -82,7 +82,7 @@ class FiniteCheck:
         """
         while self.sums and self.sums[0][2].index < before:
             total, name, step = self.sums[0]
-            if not (wait or total.ready or step.index < before - LATE):
+            if not (wait or total.ready or step.index < before - FINITE_CHECK_LAG):
                 return
             self.sums.popleft()
             if not math.isfinite(total.value()):
@@ -91,7 +91,7 @@ class FiniteCheck:
     def _refuse(self, name: str, step: Step) -> None:
         engine = self.generators[name].engine
         wider = "try a wider dtype (bfloat16 or float32) or a smaller guidance_scale."
-        if not able(engine, Diagnosable):  # exported, or another process's
+        if not supports(engine, Diagnosable):  # exported, or another process's
             cause = f"its weights cannot be looked at here: check the checkpoint, or {wider}"
         elif bad := engine.not_finite():
             names = ", ".join(bad[:3])

@@ -175,9 +175,7 @@ def _band(size: int, taps: Tensor) -> Tensor:
 def _filter_at(w: float, config: BlendConfig, v: Tensor) -> Filter:
     cutoff = config.sigma(w) if config.split == "gaussian" else config.cutoff(w)
     size = v.shape[-2:]
-    return hold(
-        split_filter(*size, config.split, config.lowpass, config.order, cutoff, v.device)
-    )
+    return hold(split_filter(*size, config.split, config.lowpass, config.order, cutoff, v.device))
 
 
 def _filtered(v: Tensor, w: float, config: BlendConfig, low: float, keep: float) -> Tensor:

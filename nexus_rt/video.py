@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nexus_rt.cpu import instruction_sets
-from nexus_rt.errors import InputError, NexusError, choose, cut, shown
+from nexus_rt.errors import InputError, NexusError, choose, shorten, shown
 from nexus_rt.part_files import part_file
 from nexus_rt.paths import as_path
 
@@ -67,7 +67,7 @@ def frame_rate(fps: Any, name: str = "fps") -> Fraction:
     except Exception:  # whatever an object's __float__ raises
         rate = Fraction(0)
     if isinstance(fps, bool) or not Fraction(1, 10) <= rate <= 1000:
-        words = cut(fps, 60) if isinstance(fps, str) else shown(fps, 60)
+        words = shorten(fps, 60) if isinstance(fps, str) else shown(fps, 60)
         raise InputError(
             f"{name} is {words}; expected frames per second from 0.1 to 1000, such as 16 or"
             " 30000/1001."
@@ -102,7 +102,8 @@ def to_uint8(frames: Any, truncate: bool = False) -> np.ndarray:
         frames = _array(frames)
     except Exception as error:  # whatever another's array or image raises
         raise InputError(
-            f"frames are {shown(frames)}, which are no array ({cut(error, 120)}); expected [frames,"
+            f"frames are {shown(frames)}, which are no array ({shorten(error, 120)}); expected"
+            f" [frames,"
             " height, width, 3]."
         ) from error
     if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
@@ -160,11 +161,12 @@ def save_video(
         raise
     except OSError as error:
         raise InputError(
-            f"{path} could not be written ({cut(error)}); free some space or write somewhere else."
+            f"{path} could not be written ({shorten(error)}); free some space or write somewhere"
+            f" else."
         ) from error
     except Exception as error:  # FFmpeg's own have every base
         raise NexusError(
-            f"{path} could not be encoded ({cut(error)}); install av and pillow again, or write"
+            f"{path} could not be encoded ({shorten(error)}); install av and pillow again, or write"
             " another suffix."
         ) from error
     return path
@@ -179,7 +181,7 @@ def _comment(metadata: dict[str, Any] | None) -> str:
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
-            f"metadata holds what JSON has no form for ({cut(error)}); expected text, numbers,"
+            f"metadata holds what JSON has no form for ({shorten(error)}); expected text, numbers,"
             " lists and dictionaries."
         ) from error
     return text
@@ -234,7 +236,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
             text = container.metadata.get("comment", "")
     except (OSError, av.FFmpegError) as error:
         raise InputError(
-            f"{path} cannot be read as a video ({cut(error)}); make the clip again."
+            f"{path} cannot be read as a video ({shorten(error)}); make the clip again."
         ) from error
     try:
         value = json.loads(text) if text else {}
@@ -274,7 +276,7 @@ def read_frames(path: str | Path) -> np.ndarray:
             frames = [_rgb(frame) for frame in container.decode(video=0)]
     except (OSError, av.FFmpegError, IndexError, ValueError, MemoryError) as error:
         raise InputError(
-            f"{path} cannot be read as a video ({cut(error)}); make the clip again."
+            f"{path} cannot be read as a video ({shorten(error)}); make the clip again."
         ) from error
     if not frames:
         raise InputError(f"{path} holds no frames; make the clip again.")

@@ -16,7 +16,7 @@ from nexus_rt import NumericsError, devices
 from nexus_rt.devices import Readings, on_device, send
 from nexus_rt.engines import cuda_graphs, onnx
 from nexus_rt.engines.cuda_graphs import ReplayedEngine
-from nexus_rt.engines.protocol import Changeable, Diagnosable, Reserving, Streamed, able
+from nexus_rt.engines.protocol import Changeable, Diagnosable, Reserving, Streamed, supports
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.memory.offload import Moved
 from nexus_rt.memory.residency import Residency, call_parts, plan_residency
@@ -485,9 +485,9 @@ def test_an_engine_that_wraps_another_can_do_what_that_can(tiny_pipe):
     inner = TorchEngine(tiny_pipe.engines["large"].model)
     replayed = ReplayedEngine(inner, lambda call, device: (lambda: None, call()))
     for protocol in (Streamed, Diagnosable, Reserving, Changeable):
-        assert able(inner, protocol) and able(replayed, protocol)
+        assert supports(inner, protocol) and supports(replayed, protocol)
     exported = ReplayedEngine(Flat(), lambda call, device: (lambda: None, call()))
-    assert not any(able(exported, p) for p in (Streamed, Diagnosable, Reserving, Changeable))
+    assert not any(supports(exported, p) for p in (Streamed, Diagnosable, Reserving, Changeable))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from nexus_rt import documents
-from nexus_rt.errors import InputError, ModelError, NexusError, choose, cut, shown
+from nexus_rt.errors import InputError, ModelError, NexusError, choose, shorten, shown
 
 
 class Shape(msgspec.Struct):
@@ -131,7 +131,7 @@ class Unspeakable:
 
 
 def test_an_error_can_quote_anything():
-    assert "19932 bits" in cut(10**6000) and "cannot be shown" in shown(Unspeakable())
+    assert "19932 bits" in shorten(10**6000) and "cannot be shown" in shown(Unspeakable())
     assert str(NexusError("a\ud800\udfffb é")) == "a\\ud800\\udfffb é"
     with pytest.raises(InputError, match="unknown colour"):
         choose("colour", Unspeakable(), ["red"])

@@ -21,7 +21,7 @@ from nexus_rt.bench.architectures import WAN_14B
 from nexus_rt.cli import main
 from nexus_rt.models.wan import WanConfig
 from nexus_rt.parallel import watch
-from nexus_rt.parallel.layout import Layout, Mesh, make_mesh, parse_layout, pieces
+from nexus_rt.parallel.layout import Layout, Mesh, make_mesh, parse_layout, split_range
 from nexus_rt.parallel.sequence import Sequence
 from nexus_rt.parallel.sharing import share
 from nexus_rt.parallel.volume import Volume, step_volume
@@ -235,7 +235,7 @@ def test_what_a_pipeline_cannot_share_is_said(tiny_pair):
 
 @given(st.integers(1, 5000), st.integers(1, 16))
 def test_shares_are_all_there_is_and_differ_by_one(count, among):
-    shares = list(pieces(count, among))
+    shares = list(split_range(count, among))
     assert shares[0][0] == 0 and shares[-1][1] == count
     assert all(a[1] == b[0] for a, b in pairwise(shares))
     sizes = [b - a for a, b in shares]

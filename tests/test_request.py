@@ -228,10 +228,10 @@ def test_a_callback_replaces_embeddings_from_the_next_step_on(tiny_pipe):
     told = iter([embeds, embeds, other])
 
     def change(step, latents):
-        from nexus_rt.step_runners import Change
+        from nexus_rt.step_runners import CallbackResult
 
         next(told)
-        return Change(prompts={"large": Prompt(other, none)}) if step.index == 1 else None
+        return CallbackResult(prompts={"large": Prompt(other, none)}) if step.index == 1 else None
 
     plan = tiny_pipe.make_plan("large", 3)
     wanted = denoise(

@@ -239,7 +239,7 @@ def test_the_old_module_still_works_and_says_so():
     with pytest.warns(DeprecationWarning, match=r"now nexus_rt\.sampling"):
         module = importlib.import_module("nexus_rt.denoise")
     assert module.denoise is denoise and module.Watch is FiniteCheck
-    assert module.Prompt and module.Change
+    assert module.Prompt and module.CallbackResult
 
 
 def test_the_filter_is_still_found_where_it_was():

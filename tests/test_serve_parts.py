@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nexus_rt.errors import InputError
 from nexus_rt.pipeline import NexusPipeline
-from nexus_rt.serve.events import Hub, sse
+from nexus_rt.serve.events import EventBroker, sse
 from nexus_rt.serve.generate import ServedPipeline, Task
 from nexus_rt.serve.preview import LatentRGB, clean, fit, picture, shipped
 from nexus_rt.serve.prices import Prices, step_kind, units
@@ -151,7 +151,7 @@ def test_ten_thousand_waiting_jobs_are_claimed_quickly(tmp_path):
 
 def test_a_watcher_that_does_not_read_costs_the_newest_of_each_kind():
     async def run():
-        hub, got = Hub(), []
+        hub, got = EventBroker(), []
         stream = hub.watch("a", ("state", {"n": -1}))
         assert (await anext(stream))[0] == "state"
         for i in range(10_000):

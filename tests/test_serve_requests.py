@@ -7,12 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexus_rt.serve.problems import Problem
-from nexus_rt.serve.requests import FIELDS, ClipRequest, Known, from_form, read_create, read_remix
+from nexus_rt.serve.requests import (
+    FIELDS,
+    ClipRequest,
+    RequestLimits,
+    from_form,
+    read_create,
+    read_remix,
+)
 from nexus_rt.size import ClipSize
 from tests.serving import mini_profile
 
 PROFILE = mini_profile()
-KNOWN = Known(
+KNOWN = RequestLimits(
     models=("nexus-rt",),
     defaults=PROFILE.defaults,
     temporal=4,

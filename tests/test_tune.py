@@ -127,14 +127,14 @@ def test_what_is_surely_worse_is_given_up_early(pipe, tmp_path):
     search = a_search(pipe, tmp_path)
     asked = []
 
-    class Known:
+    class RequestLimits:
         name, prompts = "known", [str(i) for i in range(60)]
 
         def scores(self, places, latents, frames):
             asked.extend(places)
             return [0.05] * len(places)
 
-    search.search, search.rungs = Known(), (6, 18, 54)
+    search.search, search.rungs = RequestLimits(), (6, 18, 54)
     good = Row(Candidate("good"), 10.0, [0.9] * 54, 0.0)
     search._climb(Candidate("small:2/4 large:1"), 20.0, {"good": good})
     assert len(asked) == 6

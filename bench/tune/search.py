@@ -17,7 +17,7 @@ from torch import Tensor
 from nexus_rt import documents
 from nexus_rt.bench.tune.judging import ClipJudge, noise
 from nexus_rt.bench.tune.space import Candidate, Space
-from nexus_rt.errors import InputError, cut
+from nexus_rt.errors import InputError, shorten
 from nexus_rt.front import Front, FrontPlan
 from nexus_rt.guidance import Guidance
 from nexus_rt.pipeline import NexusPipeline
@@ -131,7 +131,7 @@ class Search:
             ) from error
         except Exception as error:  # Optuna replays the journal, and checks nothing in it
             raise InputError(
-                f"{state} is damaged ({cut(error)}); move it away to begin anew."
+                f"{state} is damaged ({shorten(error)}); move it away to begin anew."
             ) from error
         asked = self.settings()
         kept = study.user_attrs.get("settings")

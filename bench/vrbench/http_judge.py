@@ -19,7 +19,7 @@ import numpy as np
 from nexus_rt.bench.pictures import data_url
 from nexus_rt.bench.vrbench.protocol import TOKENS, Protocol
 from nexus_rt.bench.vrbench.replies import Reply, of_choice
-from nexus_rt.errors import InputError, ModelError, NexusError, cut, shown
+from nexus_rt.errors import InputError, ModelError, NexusError, shorten, shown
 from nexus_rt.rewriting import split_url
 
 KEY = "OPENAI_API_KEY"
@@ -214,7 +214,7 @@ class HttpJudge:
     def _said(self, text: object) -> str:
         """Somebody's words without the key."""
         words = str(text)
-        return cut(words.replace(self._key, "***") if self._key else words, 200)
+        return shorten(words.replace(self._key, "***") if self._key else words, 200)
 
     def reply(self, talk: Conversation, frames: Sequence[np.ndarray]) -> Reply:
         """The next message of a conversation; frames: [H, W, 3] uint8 for its image parts.

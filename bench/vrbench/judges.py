@@ -24,7 +24,7 @@ from nexus_rt.bench.vrbench.http_judge import (
     JudgeUnusable,
 )
 from nexus_rt.bench.vrbench.replies import Reply
-from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.errors import InputError, ModelError, shorten
 from nexus_rt.loading.pair import default_device, default_dtype
 from nexus_rt.loading.pretrained import pretrained
 from nexus_rt.loading.source import folder_fingerprint, require_safetensors
@@ -155,7 +155,7 @@ class LocalJudge:
             ValueError,
             IndexError,
         ) as error:  # out of memory, a clip longer than the model reads
-            raise JudgeError(f"the judge failed: {cut(error)}") from error
+            raise JudgeError(f"the judge failed: {shorten(error)}") from error
         new = made[:, inputs["input_ids"].shape[1] :]
         text = self._processor.batch_decode(new, skip_special_tokens=True)[0]
         return Reply(text, "length" if new.shape[1] >= most else "stop")

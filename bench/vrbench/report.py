@@ -12,7 +12,7 @@ from nexus_rt.bench.vrbench.judging import judgments, read_judgment
 from nexus_rt.bench.vrbench.protocol import Protocol
 from nexus_rt.bench.vrbench.schema import Taxonomy
 from nexus_rt.bench.vrbench.scoring import clip_scores, mean_interval, paired, summary
-from nexus_rt.errors import InputError, cut
+from nexus_rt.errors import InputError, shorten
 
 
 def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def made_with(folder: Path) -> str:
     words = lambda s: "{plan}, {steps} steps, {size}x{frames} {models}".format_map(
         collections.defaultdict(str, s)
     )
-    texts = {cut(words(s), 200) for s in rows}
+    texts = {shorten(words(s), 200) for s in rows}
     return "; ".join(sorted(texts)[:3]) + ("; ..." if len(texts) > 3 else "")
 
 

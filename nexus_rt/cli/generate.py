@@ -72,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
     pipe = make_pipeline(args)
     if pipe.parallel is None:
         return _generate(args, pipe, seed, output, options)
-    from nexus_rt.parallel.layout import telling
+    from nexus_rt.parallel.layout import broadcast_failure
 
-    with telling(pipe.parallel.mesh):
+    with broadcast_failure(pipe.parallel.mesh):
         code = _generate(args, pipe, pipe.parallel.mesh.same(seed), output, options)
     pipe.parallel.close()
     return code

@@ -19,7 +19,7 @@ from nexus_rt.engines.protocol import (
     PublishedNumerics,
     Sized,
     Warmable,
-    able,
+    supports,
 )
 from nexus_rt.errors import InputError, NexusError
 from nexus_rt.loading.lora import Lora, loras_of
@@ -108,19 +108,19 @@ class ExpertsEngine:
     @property
     def built_sizes(self) -> tuple[BuiltSizes, ...]:
         """What both were built for."""
-        sized = [e.built_sizes for e in self.experts.values() if able(e, Sized)]
+        sized = [e.built_sizes for e in self.experts.values() if supports(e, Sized)]
         return tuple(sizes for one in sized for sizes in one)
 
     def warmup(self, latent: tuple[int, int, int]) -> None:
         """One step of each on noise."""
         for engine in self.experts.values():
-            if able(engine, Warmable):
+            if supports(engine, Warmable):
                 engine.warmup(latent)
 
     def published_numerics(self, on: bool) -> None:
         """Float32 where the published code has it, or not."""
         for engine in self.experts.values():
-            if able(engine, PublishedNumerics):
+            if supports(engine, PublishedNumerics):
                 engine.published_numerics(on)
 
     def not_finite(self) -> list[str]:
@@ -128,7 +128,7 @@ class ExpertsEngine:
         return [
             f"{name}:{parameter}"
             for name, engine in self.experts.items()
-            if able(engine, Diagnosable)
+            if supports(engine, Diagnosable)
             for parameter in engine.not_finite()
         ]
 
@@ -183,7 +183,7 @@ def change_loras(engines: Mapping[str, Any], asked: Mapping[str, Sequence[Lora]]
         engine = engines[name]
         experts = engine.experts if isinstance(engine, ExpertsEngine) else {"": engine}
         for one in experts.values():
-            if not able(one, Changeable):
+            if not supports(one, Changeable):
                 raise InputError(
                     f"the {name} generator is an exported engine, whose weights are inside its"
                     f" artefact; export it again with --{name}-lora, or run the generator in"

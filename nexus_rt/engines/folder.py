@@ -21,7 +21,7 @@ from typing import Any
 from nexus_rt import documents
 from nexus_rt.cache import cache_root
 from nexus_rt.engines.manifest import SCHEMA, Manifest, Stored
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shorten
 from nexus_rt.part_files import part_file, part_folder
 
 MANIFEST = "manifest.json"
@@ -80,7 +80,7 @@ class EngineFolder:
             raise ModelError(
                 f"{path} has a manifest of schema {schema}, and this nexus-rt reads up to {SCHEMA};"
                 " upgrade nexus-rt, or export again:"
-                f" {cut(document.get('command', 'nexus-rt export'))}"
+                f" {shorten(document.get('command', 'nexus-rt export'))}"
             )
         known = {f.name for f in fields(Manifest)}
         missing = known - document.keys() - {"contract"}

@@ -170,7 +170,7 @@ class Changeable(Protocol):
 Ability = TypeVar("Ability")
 
 
-def able(engine: Any, protocol: type[Ability]) -> TypeGuard[Ability]:
+def supports(engine: Any, protocol: type[Ability]) -> TypeGuard[Ability]:
     """Whether an engine has what a protocol asks; one that wraps another, whether that has.
 
     Since Python 3.12 `isinstance` does not see attributes that `__getattr__` hands on.

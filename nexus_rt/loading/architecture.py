@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shorten
 from nexus_rt.models.wan import IMAGE_CHANNELS, WanConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -38,7 +38,8 @@ def check_variant(names: Iterable[str], where: Path | str) -> None:
         for pattern, kind in VARIANTS:
             if re.search(pattern, name):
                 raise ModelError(
-                    f"{where} is {kind}: it holds {cut(name, 120)}; text-to-video Wan models run"
+                    f"{where} is {kind}: it holds {shorten(name, 120)}; text-to-video Wan models"
+                    f" run"
                     " here, such as Wan2.1-T2V or Wan2.2-T2V-A14B."
                 )
 
@@ -84,7 +85,7 @@ def wan_config(shapes: Shapes, where: Path | str, what: str = "a Wan transformer
     except (IndexError, ZeroDivisionError):
         raise ModelError(
             f"{where}: the weights are of no shapes that {what} has, such as a patch embedding of"
-            f" {cut(shapes['patch_embedding.weight'], 80)}; get the file again."
+            f" {shorten(shapes['patch_embedding.weight'], 80)}; get the file again."
         ) from None
     if channels == IMAGE_CHANNELS and fields["out_channels"] != channels:
         raise ModelError(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shorten
 from nexus_rt.loading.finite import check_finite
 from nexus_rt.loading.names import extra, some, without_spare
 from nexus_rt.loading.stored import StoredTensor, fitted, read_tensors, renamed
@@ -188,7 +188,7 @@ def compare(stored: Mapping[str, StoredTensor], module: nn.Module, where: Path, 
         sorted(stored.keys() - expected.keys()),
     )
     if missing or unknown:
-        first = lambda names: cut(", ".join(names[:3])) or "none"
+        first = lambda names: shorten(", ".join(names[:3])) or "none"
         raise ModelError(
             f"{where}: the weights are not this {what}'s: {len(missing)} missing"
             f" ({first(missing)}), {len(unknown)} unknown ({first(unknown)}); check config.json"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt import documents
-from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.errors import InputError, ModelError, shorten
 from nexus_rt.loading import transformer
 from nexus_rt.loading.architecture import wan_config
 from nexus_rt.loading.checkpoint import diffusers_name, diffusers_shapes, in_diffusers_names
@@ -275,7 +275,7 @@ class Omnivideo:
             named = documents.read(index, Index).weight_map.values()
             if odd := [n for n in named if not re.fullmatch(r"[\w.-]+\.bin", n)]:
                 raise ModelError(
-                    f"{index} names {cut(odd[0], 120)!r}; expected names of .bin files in its"
+                    f"{index} names {shorten(odd[0], 120)!r}; expected names of .bin files in its"
                     " folder."
                 )
             files = sorted({folder / n for n in named})

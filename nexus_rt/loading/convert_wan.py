@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.errors import InputError, ModelError, shorten
 from nexus_rt.loading.architecture import t5_name, vae_name
 from nexus_rt.loading.checkpoint import diffusers_shapes, in_diffusers_names
 from nexus_rt.loading.convert_parts import (
@@ -88,7 +88,7 @@ def convert_wan(
         raise InputError(f"{source} is not here; expected a Wan folder, or a file of weights.")
     if source.is_file() and source.suffix not in READABLE:
         raise InputError(
-            f"{source} ends in {cut(source.suffix, 20) or 'nothing'}; expected one of"
+            f"{source} ends in {shorten(source.suffix, 20) or 'nothing'}; expected one of"
             f" {', '.join(READABLE)}, or a folder."
         )
     with made_whole(target) as part:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nexus_rt.checks import number
 from nexus_rt.documents import read_object
-from nexus_rt.errors import InputError, ModelError, cut
+from nexus_rt.errors import InputError, ModelError, shorten
 from nexus_rt.loading.locate import transformer_folder
 from nexus_rt.paths import as_path
 from nexus_rt.plan import EXPERTS
@@ -102,7 +102,8 @@ def split_source(source: Any) -> tuple[Any, ...]:
         return (source,)
     if len(source) != 2 or not all(source):
         raise InputError(
-            f"a generator of {len(source)} parts ({cut(source, 120)}); expected one folder or file,"
+            f"a generator of {len(source)} parts ({shorten(source, 120)}); expected one folder"
+            f" or file,"
             " or two: the expert for high noise, then the one for low."
         )
     return tuple(source)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.encodings import Blocks, Scaled
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shorten
 from nexus_rt.loading.stored import StoredTensor
 
 # bytes without their sign from which on an 8-bit float is infinite or NaN
@@ -42,7 +42,7 @@ def check_finite(name: str, stored: StoredTensor, value: Tensor, source: Tensor)
     """
     if is_finite(value):
         return
-    where = f"{stored.path}: {cut(name, 120)}"
+    where = f"{stored.path}: {shorten(name, 120)}"
     if is_finite(source):
         raise ModelError(
             f"{where} holds numbers beyond {str(value.dtype).removeprefix('torch.')}; pass"
@@ -71,7 +71,7 @@ def check_kept(name: str, stored: StoredTensor, raw: Tensor) -> None:
         whole = is_finite(stored.decoded(raw))
     if not whole:
         raise ModelError(
-            f"{stored.path}: {cut(name, 120)} holds NaN or infinity; get the file again."
+            f"{stored.path}: {shorten(name, 120)} holds NaN or infinity; get the file again."
         )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from nexus_rt.encodings import GGUF_BLOCKS, Encoding
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shorten
 from nexus_rt.loading.notes import refuse_rotation
 
 PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
@@ -157,7 +157,7 @@ def read(path: Path) -> dict[str, GgufTensor]:
                 return _read(path, _Cursor(data), size)
     except (_Damaged, OSError, struct.error) as error:
         raise ModelError(
-            f"{path} is not a whole GGUF file ({cut(error)}); download it again."
+            f"{path} is not a whole GGUF file ({shorten(error)}); download it again."
         ) from error
 
 
@@ -175,27 +175,29 @@ def _read(path: Path, cursor: _Cursor, size: int) -> dict[str, GgufTensor]:
     for _ in range(tensors):
         name = cursor.text(MOST_NAME)
         if (n := int(cursor.number("I"))) > MOST_DIMENSIONS:
-            raise _Damaged(f"{cut(name, 80)} has {n} dimensions")
+            raise _Damaged(f"{shorten(name, 80)} has {n} dimensions")
         # innermost first there
         shape = tuple(int(cursor.number("Q")) for _ in range(n))[::-1]
         rows.append((name, shape, int(cursor.number("I")), int(cursor.number("Q"))))
     refuse_rotation(metadata, str(path))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
-        raise _Damaged(f"its alignment is {cut(alignment, 40)}")
+        raise _Damaged(f"its alignment is {shorten(alignment, 40)}")
     begin = -(-cursor.at // alignment) * alignment
     found: dict[str, GgufTensor] = {}
     for name, shape, kind, offset in rows:
         if name in found:
-            raise _Damaged(f"{cut(name, 120)} is there twice")
+            raise _Damaged(f"{shorten(name, 120)} is there twice")
         if offset % alignment:
-            raise _Damaged(f"{cut(name, 120)} begins at {offset}, no multiple of {alignment}")
+            raise _Damaged(f"{shorten(name, 120)} begins at {offset}, no multiple of {alignment}")
         found[name] = _tensor(path, name, shape, kind, begin + offset, size, metadata)
     last, end = "", 0
     for name, stored in sorted(found.items(), key=lambda item: item[1].start):
         if stored.start < stored.stop:
             if stored.start < end:
-                raise _Damaged(f"{cut(name, 120)} and {cut(last, 120)} lie in the same bytes")
+                raise _Damaged(
+                    f"{shorten(name, 120)} and {shorten(last, 120)} lie in the same bytes"
+                )
             last, end = name, stored.stop
     stated = {name for name in found if SHAPE + name in metadata}
     return {
@@ -235,11 +237,11 @@ def _tensor(
     known = TYPES.get(kind, f"number {kind}")
     if kind not in PLAIN and known not in GGUF_BLOCKS:
         raise ModelError(
-            f"{path}: {cut(name, 120)} is of GGUF type {known}, which is not read here; get the"
+            f"{path}: {shorten(name, 120)} is of GGUF type {known}, which is not read here; get the"
             f" file in one of {', '.join(GGUF_BLOCKS)}, F16 or BF16."
         )
     if any(n > MAX_SIDE for n in shape):
-        raise _Damaged(f"{cut(name, 120)} is {shape}")
+        raise _Damaged(f"{shorten(name, 120)} is {shape}")
     count, final = math.prod(shape), shape
     if SHAPE + name in metadata:
         original = metadata[SHAPE + name]
@@ -247,15 +249,15 @@ def _tensor(
         if not all(type(n) is int and 0 <= n <= MAX_SIDE for n in sides) or (
             not sides or math.prod(sides) != count
         ):
-            raise _Damaged(f"{cut(name, 120)} is {shape}, and was {cut(original, 80)}")
+            raise _Damaged(f"{shorten(name, 120)} is {shape}, and was {shorten(original, 80)}")
         final = sides
     if kind in PLAIN:
         encoding, dtype, length = None, PLAIN[kind], count * PLAIN[kind].itemsize
     else:
         encoding, dtype = GGUF_BLOCKS[known], torch.uint8
         if not shape or shape[-1] % encoding.values:
-            raise _Damaged(f"{cut(name, 120)} is {shape}, rows that {known} cannot hold")
+            raise _Damaged(f"{shorten(name, 120)} is {shape}, rows that {known} cannot hold")
         length = count // encoding.values * encoding.size
     if start + length > size:
-        raise _Damaged(f"{cut(name, 120)} reaches beyond its end")
+        raise _Damaged(f"{shorten(name, 120)} reaches beyond its end")
     return GgufTensor(start, start + length, dtype, final, encoding)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nexus_rt.errors import InputError, ModelError, choose, cut, shown
+from nexus_rt.errors import InputError, ModelError, choose, shorten, shown
 from nexus_rt.loading.checkpoint import diffusers_shapes, fused_place
 from nexus_rt.loading.lora_file import (
     ENDINGS,
@@ -76,7 +76,7 @@ class Lora:
         number = isinstance(self.scale, Real) and not isinstance(self.scale, bool)
         if not number or not abs(self.scale) <= LARGEST:
             raise InputError(
-                f"LoRA {cut(self.path)}: scale {shown(self.scale)} is not finite in float32;"
+                f"LoRA {shorten(self.path)}: scale {shown(self.scale)} is not finite in float32;"
                 " expected a number, such as 0.8."
             )
         if self.expert is not None:
@@ -105,7 +105,7 @@ class Lora:
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"LoRA {cut(text)}: {shown(scale)} is no scale; expected FILE@SCALE, such as"
+                f"LoRA {shorten(text)}: {shown(scale)} is no scale; expected FILE@SCALE, such as"
                 " distill.safetensors@0.8."
             ) from None
         packaged = PACKAGED / f"{lora.path}.safetensors"
@@ -115,7 +115,7 @@ class Lora:
             path = packaged
         if not is_file(path) or path.suffix != ".safetensors":
             raise InputError(
-                f"LoRA {cut(path)} is not a safetensors file here; expected FILE or FILE@SCALE."
+                f"LoRA {shorten(path)} is not a safetensors file here; expected FILE or FILE@SCALE."
             )
         return cls(path, lora.scale, lora.expert)
 
@@ -130,7 +130,8 @@ def _expanded(name: str) -> Path:
         return Path(name).expanduser()
     except RuntimeError as error:
         raise InputError(
-            f"LoRA {cut(name)}: its home folder is not known ({cut(error)}); write the whole path."
+            f"LoRA {shorten(name)}: its home folder is not known ({shorten(error)}); write the"
+            f" whole path."
         ) from None
 
 
@@ -269,7 +270,7 @@ class Changes:
         if strange := sorted(pairs.keys() - self.shapes.keys()):
             raise ModelError(
                 f"{lora.path} changes {len(strange)} parameters that this model has not, such as"
-                f" {cut(strange[0], 120)}; it was made for another architecture."
+                f" {shorten(strange[0], 120)}; it was made for another architecture."
             )
         second = any(key.second for key in keys.values())
         scaling, own = read_scaling(lora.path, second), []
@@ -353,19 +354,21 @@ def _halves(path: Path) -> tuple[Pairs, Pairs]:
         place = key.second, key.parameter, key.kind
         if other := named.get(place):
             raise ModelError(
-                f"{path}: {cut(other, 120)} and {cut(name, 120)} are one place under two names;"
+                f"{path}: {shorten(other, 120)} and {shorten(name, 120)} are one place under two"
+                f" names;"
                 " keep one of them."
             )
         named[place] = name
         pairs, keys = halves[key.second]
         if not tensor.is_floating_point() and key.kind != "alpha":
             raise ModelError(
-                f"{path}: {cut(name, 120)} holds whole numbers ({tensor.dtype}); expected a LoRA's"
+                f"{path}: {shorten(name, 120)} holds whole numbers ({tensor.dtype}); expected a"
+                f" LoRA's"
                 " floats."
             )
         if not bool(tensor.float().isfinite().all()):
             raise ModelError(
-                f"{path}: {cut(name, 120)} holds NaN or infinity; download the file again."
+                f"{path}: {shorten(name, 120)} holds NaN or infinity; download the file again."
             )
         pairs.setdefault(key.parameter, {})[key.kind] = tensor.clone()
         keys.setdefault(key.parameter, key)
@@ -376,7 +379,8 @@ def _halves(path: Path) -> tuple[Pairs, Pairs]:
                 name = other
                 break
         raise ModelError(
-            f"{path}: {len(unknown)} of its keys are none of a LoRA's, such as {cut(name, 120)};"
+            f"{path}: {len(unknown)} of its keys are none of a LoRA's, such as"
+            f" {shorten(name, 120)};"
             + (
                 f" it is of a {kind} adapter, which is more than a low-rank sum: merge it into the"
                 " weights where it was made, and pass those."

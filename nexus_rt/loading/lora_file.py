@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 
 from nexus_rt import documents
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shorten
 from nexus_rt.loading.checkpoint import diffusers_name
 from nexus_rt.loading.names import WRAPPERS, plain_name
 from nexus_rt.loading.stored import read_metadata
@@ -134,7 +134,7 @@ class _Config(msgspec.Struct):
         """Raise where the adapter is no plain LoRA, or its numbers are none."""
         if (self.peft_type or "LORA").upper() != "LORA":
             raise ModelError(
-                f"{where} is a {cut(self.peft_type, 40)} adapter; only LORA is merged here."
+                f"{where} is a {shorten(self.peft_type, 40)} adapter; only LORA is merged here."
             )
         for on, name in (
             (self.use_dora, "use_dora"),
@@ -152,7 +152,8 @@ class _Config(msgspec.Struct):
         made = self.init_lora_weights
         if isinstance(made, str) and made.lower().startswith(CHANGES_BASE):
             raise ModelError(
-                f"{where} sets init_lora_weights={cut(made, 40)!r}, whose base weights are not the"
+                f"{where} sets init_lora_weights={shorten(made, 40)!r}, whose base weights are"
+                f" not the"
                 " published ones; convert the adapter with PEFT's"
                 " path_initial_model_for_weight_conversion first."
             )
@@ -220,7 +221,8 @@ class Scaling:
             return regex.match(rf"(.*\.)?({pattern})$", name, timeout=0.5) is not None
         except (regex.error, TimeoutError) as error:
             raise ModelError(
-                f"{self.where}: pattern {cut(pattern, 80)!r} cannot be matched ({cut(error, 120)})."
+                f"{self.where}: pattern {shorten(pattern, 80)!r} cannot be matched"
+                f" ({shorten(error, 120)})."
             ) from None
 
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shorten
 
 T = TypeVar("T")
 WRAPPERS = (
@@ -100,12 +100,12 @@ def extra(names: Iterable[str]) -> str:
     for name in names:
         for pattern, kind in TRAINED:
             if re.search(pattern, name):
-                return f"{cut(name, 120)} is of {kind}"
+                return f"{shorten(name, 120)} is of {kind}"
     return ""
 
 
 def some(names: Iterable[Any]) -> str:
     """How many names, and the first three."""
     listed = sorted(map(str, names))
-    first = cut(", ".join(listed[:3]))
+    first = shorten(", ".join(listed[:3]))
     return f"{len(listed)} ({first}{', ...' if len(listed) > 3 else ''})"

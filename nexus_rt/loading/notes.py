@@ -19,7 +19,7 @@ import torch
 
 from nexus_rt import documents
 from nexus_rt.encodings import ROTATIONS
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shorten
 from nexus_rt.loading.names import plain_name
 
 NOTE, METADATA, CONFIG = ".comfy_quant", "_quantization_metadata", "quantization_config"
@@ -159,7 +159,8 @@ def _known(kind: str, value: Any, where: str) -> dict[str, Any]:
         )
     if unknown := [k for k in value if k not in FIELDS[kind]]:
         raise ModelError(
-            f"{where} sets {cut(unknown[0], 60)!r} ({cut(json.dumps(value[unknown[0]]), 60)}),"
+            f"{where} sets {shorten(unknown[0], 60)!r}"
+            f" ({shorten(json.dumps(value[unknown[0]]), 60)}),"
             f" which is not read here and may change the weights; {REMEDY}."
         )
     return value
@@ -193,8 +194,8 @@ def _united(one: Mapping[str, Any], other: Mapping[str, Any], where: str) -> dic
     for key in one.keys() & other.keys():
         if one[key] != other[key]:
             raise ModelError(
-                f"{where}: {key} is {cut(json.dumps(one[key]), 40)} in one note and"
-                f" {cut(json.dumps(other[key]), 40)} in another; get the file again."
+                f"{where}: {key} is {shorten(json.dumps(one[key]), 40)} in one note and"
+                f" {shorten(json.dumps(other[key]), 40)} in another; get the file again."
             )
     return {**one, **other}
 
@@ -212,13 +213,13 @@ def header_notes(metadata: Mapping[str, str], where: str) -> dict[str, dict[str,
     version = stored.get("format_version", "1.0")
     if version != "1.0":
         raise ModelError(
-            f"{where} is of format_version {cut(json.dumps(version), 40)}; version 1.0 is read"
+            f"{where} is of format_version {shorten(json.dumps(version), 40)}; version 1.0 is read"
             " here."
         )
     layers = stored.get("layers", {})
     if not isinstance(layers, dict):
         raise ModelError(f"{where}: the layers are no object but {_kind(layers)}; get it again.")
-    return {k: layer_note(v, f"{where}: {cut(k, 120)}") for k, v in layers.items()}
+    return {k: layer_note(v, f"{where}: {shorten(k, 120)}") for k, v in layers.items()}
 
 
 def by_layer(
@@ -255,7 +256,8 @@ def _read(fields: Mapping[str, Any], where: str) -> Note:
     kind = fields.get("format")
     if not isinstance(kind, str) or kind not in FORMATS:
         raise ModelError(
-            f"{where} is quantised as {cut(json.dumps(kind), 60)}, which is not read here; expected"
+            f"{where} is quantised as {shorten(json.dumps(kind), 60)}, which is not read here;"
+            f" expected"
             f" one of {', '.join(FORMATS)}."
         )
     note = documents.check(dict(fields), _Layer, where)
@@ -293,7 +295,7 @@ def _rotation(note: _Layer, where: str) -> int | None:
     size = 256 if size is None else size
     if size not in ROTATIONS:
         raise ModelError(
-            f"{where} sets convrot_groupsize to {cut(size, 40)}; expected one of"
+            f"{where} sets convrot_groupsize to {shorten(size, 40)}; expected one of"
             f" {', '.join(map(str, ROTATIONS))}."
         )
     return size
@@ -315,7 +317,7 @@ def config_note(config: Mapping[str, Any], where: str) -> Note | None:
     if method == "compressed-tensors":
         return _of_compressed(value, where)
     raise ModelError(
-        f"{where} is of quant_method {cut(json.dumps(method), 60)}, which is not read here;"
+        f"{where} is of quant_method {shorten(json.dumps(method), 60)}, which is not read here;"
         f" expected fp8 or compressed-tensors: {REMEDY}."
     )
 
@@ -335,7 +337,7 @@ def _of_fp8(value: dict[str, Any], where: str) -> Note:
     stored = documents.check(known, _Fp8, where)
     kinds = {None: tuple(FP8), "e4m3": (torch.float8_e4m3fn,), "e5m2": (torch.float8_e5m2,)}
     if stored.fmt not in kinds:
-        raise ModelError(f"{where} sets fmt to {cut(stored.fmt, 40)!r}; expected e4m3 or e5m2.")
+        raise ModelError(f"{where} sets fmt to {shorten(stored.fmt, 40)!r}; expected e4m3 or e5m2.")
     block = stored.weight_block_size
     return Note(where, kinds[stored.fmt], None if block is None else (_sides(block, where),))
 
@@ -351,13 +353,14 @@ def _of_compressed(value: dict[str, Any], where: str) -> Note:
     for name, fine in (("sparsity_config", dense), ("transform_config", plain)):
         if not fine:
             raise ModelError(
-                f"{where} sets {name} ({cut(json.dumps(value[name]), 80)}), which is not read here;"
+                f"{where} sets {name} ({shorten(json.dumps(value[name]), 80)}), which is not"
+                f" read here;"
                 f" {REMEDY}."
             )
     groups = value.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise ModelError(f"{where} has no config_groups; get the file again.")
-    notes = [_of_group(group, f"{where}: {cut(name, 60)}") for name, group in groups.items()]
+    notes = [_of_group(group, f"{where}: {shorten(name, 60)}") for name, group in groups.items()]
     if any(
         (n.dtypes, n.blocks, n.rows) != (notes[0].dtypes, notes[0].blocks, notes[0].rows)
         for n in notes
@@ -401,7 +404,8 @@ def _sides(value: Any, where: str) -> tuple[int, int]:
     numbers = isinstance(value, list) and len(value) == 2
     if not numbers or not all(isinstance(n, int) and n > 0 for n in value):
         raise ModelError(
-            f"{where} has blocks of {cut(json.dumps(value), 60)}; expected two whole numbers from 1"
+            f"{where} has blocks of {shorten(json.dumps(value), 60)}; expected two whole numbers"
+            f" from 1"
             " up, rows and columns."
         )
     return value[0], value[1]
@@ -413,7 +417,7 @@ def _only(value: Mapping[str, Any], name: str, values: tuple[Any, ...], where: s
     if not any(stored is v or (type(stored) is type(v) and stored == v) for v in values):
         expected = ", ".join(json.dumps(v) for v in values if v is not None)
         raise ModelError(
-            f"{where} sets {name} to {cut(json.dumps(stored), 60)}, which is not read here;"
+            f"{where} sets {name} to {shorten(json.dumps(stored), 60)}, which is not read here;"
             f" expected {expected}: {REMEDY}."
         )
 
@@ -423,6 +427,7 @@ def refuse_rotation(metadata: Mapping[str, Any], where: str) -> None:
     for key, value in metadata.items():
         if ROTATION.search(key) and str(value).strip().lower() not in OFF:
             raise ModelError(
-                f"{where}: {cut(key, 120)!r} in its header is {cut(value, 60)!r}, and no note says"
+                f"{where}: {shorten(key, 120)!r} in its header is {shorten(value, 60)!r}, and no"
+                f" note says"
                 f" how its weights are rotated; {REMEDY}."
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_rt import documents
-from nexus_rt.errors import InputError, ModelError, choose, cut, shown
+from nexus_rt.errors import InputError, ModelError, choose, shorten, shown
 from nexus_rt.guidance import GUIDANCE_SCALE
 from nexus_rt.latents import LatentGrid
 from nexus_rt.loading import transformer
@@ -224,7 +224,7 @@ def _check_pipeline(folder: Path) -> None:
     name = read_json(path).get("_class_name") if path.is_file() else None
     if name is not None and name not in (*PIPELINES, "NexusPipeline"):
         warnings.warn(
-            f"{path} is of a {cut(str(name), 80)}; its transformer is run as WanPipeline's: a"
+            f"{path} is of a {shorten(str(name), 80)}; its transformer is run as WanPipeline's: a"
             " few-step model takes its steps and shift from a recipe (small_recipe=,"
             " large_recipe=).",
             stacklevel=3,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shorten
 from nexus_rt.loading.names import plain_name
 from nexus_rt.loading.pickle_values import Name, Storage, refuse, whole
 from nexus_rt.loading.unpickling import MOST_NESTED, STORAGES, Interpreter
@@ -62,7 +62,7 @@ def read_pickle(path: Path) -> Any:
         TypeError,
         struct.error,
     ) as error:
-        reason = cut(error).rstrip(".") or type(error).__name__
+        reason = shorten(error).rstrip(".") or type(error).__name__
         raise ModelError(
             f"{path} is refused: {reason}. Only tensors and containers are read; get the file from"
             " the publisher again."

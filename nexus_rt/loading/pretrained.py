@@ -20,7 +20,7 @@ import msgspec
 import torch
 
 from nexus_rt.documents import read_object
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shorten
 from nexus_rt.loading.checkpoint import fill_exactly
 from nexus_rt.loading.finite import is_finite
 from nexus_rt.loading.names import WRAPPED, plain_name, some
@@ -88,7 +88,7 @@ def _pretrained(
         Exception
     ) as error:  # transformers, tokenizers and safetensors raise nearly everything on damaged files
         raise ModelError(
-            f"{folder}: the {what} cannot be loaded ({cut(error)}); download it again."
+            f"{folder}: the {what} cannot be loaded ({shorten(error)}); download it again."
         ) from error
     if device is None:
         return loaded
@@ -97,7 +97,7 @@ def _pretrained(
     for name, parameter in model.named_parameters():
         if not is_finite(parameter.detach()):
             raise ModelError(
-                f"{folder}: {cut(name, 120)} of the {what} holds NaN or infinity; download it"
+                f"{folder}: {shorten(name, 120)} of the {what} holds NaN or infinity; download it"
                 " again."
             )
     return model.to(device).eval()
@@ -120,7 +120,8 @@ def check_config(folder: Path, what: str) -> dict[str, Any]:
             and not value.replace("_", "").replace("|", "").isalnum()
         ):
             raise ModelError(
-                f"{path} sets {where}={cut(value, 80)!r}, code from elsewhere; this runtime runs"
+                f"{path} sets {where}={shorten(value, 80)!r}, code from elsewhere; this runtime"
+                f" runs"
                 " none: remove the field."
             )
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -233,7 +234,7 @@ def _check_complete(model: torch.nn.Module, info: dict[str, Any], folder: Path, 
         missing,
         unknown,
         mismatched,
-        [cut(m) for m in list(info.get("error_msgs") or ())[:2]],
+        [shorten(m) for m in list(info.get("error_msgs") or ())[:2]],
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nexus_rt.documents import parse
 from nexus_rt.encodings import Scaled
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shorten
 from nexus_rt.loading import notes
 from nexus_rt.loading.names import plain_name
 from nexus_rt.loading.notes import FP8, MAX_NOTE, NOTE, Note
@@ -95,7 +95,8 @@ def pair(
         weight = name.removesuffix(ending) + ".weight"
         if weight not in tensors:
             raise ModelError(
-                f"{stored.path}: {cut(name, 120)} scales {cut(weight, 120)}, which is not there;"
+                f"{stored.path}: {shorten(name, 120)} scales {shorten(weight, 120)}, which is"
+                f" not there;"
                 " get the file again."
             )
         if ending == ZEROS:
@@ -103,8 +104,9 @@ def pair(
         elif ending in SCALES and _is_quantised(tensors[weight], layers.get(weight)):
             if weight in scaled:
                 raise ModelError(
-                    f"{stored.path}: {cut(weight, 120)} has two scales, {cut(scaled[weight], 120)}"
-                    f" and {cut(name, 120)}; keep one of them."
+                    f"{stored.path}: {shorten(weight, 120)} has two scales,"
+                    f" {shorten(scaled[weight], 120)}"
+                    f" and {shorten(name, 120)}; keep one of them."
                 )
             scaled[weight] = name
         elif ending in SCALES:
@@ -126,7 +128,8 @@ def refuse_unread(names: Mapping[str, Any]) -> None:
             if match := re.search(pattern, name):
                 where = getattr(names[name], "path", "the file")
                 raise ModelError(
-                    f"{where}: {cut(name, 120)} is of {kind.format(*match.groups())} quantisation,"
+                    f"{where}: {shorten(name, 120)} is of {kind.format(*match.groups())}"
+                    f" quantisation,"
                     " which is not read here; get the checkpoint in bf16, fp8 (plain or scaled),"
                     " int8 with scales, or GGUF."
                 )
@@ -141,12 +144,12 @@ def _notes(
         layers = notes.header_notes(header.metadata, header.where)
         where = f"{header.where}: {notes.METADATA}: "
         stated += [
-            (plain_name(layer), where + cut(layer, 120), note) for layer, note in layers.items()
+            (plain_name(layer), where + shorten(layer, 120), note) for layer, note in layers.items()
         ]
     for name, stored in tensors.items():
         if not name.endswith(NOTE):
             continue
-        where = f"{stored.path}: {cut(name, 120)}"
+        where = f"{stored.path}: {shorten(name, 120)}"
         if stored.dtype != torch.uint8 or stored.stop - stored.start > MAX_NOTE:
             raise ModelError(
                 f"{where} is {stored.shape} of {_kind(stored.dtype)}; expected JSON as at most"
@@ -184,7 +187,7 @@ def _kind(dtype: torch.dtype) -> str:
 
 def _scale(name: str, stored: StoredTensor, read: Read) -> Tensor:
     """A scale in float32."""
-    where = f"{stored.path}: {cut(name, 120)}"
+    where = f"{stored.path}: {shorten(name, 120)}"
     if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
         raise ModelError(
             f"{where} holds scales as {_kind(stored.dtype)}, which are not read here; expected"
@@ -200,7 +203,8 @@ def _refuse_zeros(name: str, stored: StoredTensor, read: Read) -> None:
     """Raise where zero points are not all zero."""
     if bool(read(stored).any()):
         raise ModelError(
-            f"{stored.path}: {cut(name, 120)} is of an asymmetric (with zero points) quantisation,"
+            f"{stored.path}: {shorten(name, 120)} is of an asymmetric (with zero points)"
+            f" quantisation,"
             f" which is not read here; {notes.REMEDY}."
         )
 
@@ -209,7 +213,7 @@ def _refuse_factor(name: str, stored: StoredTensor, weight: StoredTensor, read: 
     """Raise where a weight that is not quantised has a scale that changes it."""
     if bool((_scale(name, stored, read) != 1).any()):
         raise ModelError(
-            f"{stored.path}: {cut(name, 120)} scales a weight that is stored as"
+            f"{stored.path}: {shorten(name, 120)} scales a weight that is stored as"
             f" {_kind(weight.dtype)}; expected one of 8 bits, or no scale: get the file again."
         )
 
@@ -218,7 +222,8 @@ def _as_noted(name: str, stored: StoredTensor, note: Note) -> StoredTensor:
     """A weight that a note gives a format: bytes are numbers of it."""
     if note.shape is not None and note.shape != stored.shape:
         raise ModelError(
-            f"{note.where} sets orig_shape to {note.shape}, and {cut(name, 120)} is {stored.shape};"
+            f"{note.where} sets orig_shape to {note.shape}, and {shorten(name, 120)} is"
+            f" {stored.shape};"
             " get the file again."
         )
     (wanted,) = note.dtypes
@@ -232,7 +237,7 @@ def _check_type(name: str, stored: StoredTensor, note: Note) -> None:
     if stored.dtype not in note.dtypes:
         kinds = " or ".join(str(d).removeprefix("torch.") for d in note.dtypes)
         raise ModelError(
-            f"{stored.path}: {cut(name, 120)} is stored as"
+            f"{stored.path}: {shorten(name, 120)} is stored as"
             f" {str(stored.dtype).removeprefix('torch.')}, and its note says {kinds}; get the file"
             " again."
         )
@@ -249,7 +254,7 @@ def _scaled(name: str, stored: StoredTensor, scale: Tensor, note: Note | None) -
         if len(stored.shape) != 2 or stored.shape[1] % rotation:
             raise ModelError(
                 f"{note.where if note else stored.path} rotates groups of {rotation} columns, and"
-                f" {cut(name, 120)} is {stored.shape}; get the file again."
+                f" {shorten(name, 120)} is {stored.shape}; get the file again."
             )
         form += f", rotated in {rotation}"
     encoding = Scaled(f"{_kind(stored.dtype)} scaled{form}", scale, sizes, rotation)
@@ -282,7 +287,7 @@ def _placed(
         expected = "one a row" if rows else "one number"
     says = "" if note is None or (blocks is None and rows is None) else f", as {note.where} says"
     raise ModelError(
-        f"{stored.path}: the scale of {cut(name, 120)} is {shapes}, and the weight {shape};"
+        f"{stored.path}: the scale of {shorten(name, 120)} is {shapes}, and the weight {shape};"
         f" expected {expected}{says}."
     )
 
@@ -296,13 +301,13 @@ def _reason(
     """Why 8-bit weights of a file have scales; None where nothing says that they do."""
     marker = next((n for n in tensors if n.rpartition(".")[2] == MARKER), None)
     if marker is not None:
-        return f"{cut(marker, 120)} marks the file as scaled"
+        return f"{shorten(marker, 120)} marks the file as scaled"
     if layers:
         return f"{next(iter(layers.values())).where} says that the file is scaled"
     if whole is not None:
         return f"{whole.where} says that the file is scaled"
     if scaled:
-        return f"others have one, such as {cut(next(iter(scaled.values())), 120)}"
+        return f"others have one, such as {shorten(next(iter(scaled.values())), 120)}"
     return None
 
 
@@ -313,11 +318,12 @@ def _refuse_missing(weights: Mapping[str, StoredTensor], reason: str | None) -> 
             continue
         if not stored.dtype.is_floating_point:
             raise ModelError(
-                f"{stored.path}: {cut(name, 120)} has type {_kind(stored.dtype)} and no scale;"
+                f"{stored.path}: {shorten(name, 120)} has type {_kind(stored.dtype)} and no scale;"
                 " expected a weight in floating point, or 8 bits beside their scale."
             )
         if reason is not None and stored.dtype in FP8 and name.endswith(".weight"):
             raise ModelError(
-                f"{stored.path}: {cut(name, 120)} is {_kind(stored.dtype)} and has no scale, and"
+                f"{stored.path}: {shorten(name, 120)} is {_kind(stored.dtype)} and has no scale,"
+                f" and"
                 f" {reason}; get the file again."
             )

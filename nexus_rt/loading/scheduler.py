@@ -17,7 +17,7 @@ from typing import Any
 
 from nexus_rt.checks import number
 from nexus_rt.documents import parse, read_bytes, read_object
-from nexus_rt.errors import InputError, ModelError, cut, shown
+from nexus_rt.errors import InputError, ModelError, shorten, shown
 from nexus_rt.loading.source import warn_unread
 from nexus_rt.solver import TRAIN_STEPS
 
@@ -146,15 +146,14 @@ def read_scheduler(config: Mapping[str, Any], class_name: str | None, where: Pat
     )
     if not isinstance(kind, str) or kind not in CLASSES:
         raise ModelError(
-            f"{where} is of a {cut(str(kind), 80)}; expected one of {', '.join(CLASSES)}. {out}"
+            f"{where} is of a {shorten(str(kind), 80)}; expected one of {', '.join(CLASSES)}. {out}"
         )
     name, solver = CLASSES[kind]
     for field, wanted in FIXED.items():
         value = config.get(field, wanted)
         if value != wanted and (value or wanted):
             raise ModelError(
-                f"{where} sets {field}={shown(value)}; only {wanted!r} is computed here."
-                f" {out}"
+                f"{where} sets {field}={shown(value)}; only {wanted!r} is computed here. {out}"
             )
     shift = config.get(name, 1.0)  # as the classes have it
     try:

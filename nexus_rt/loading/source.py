@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_rt.documents import read_object
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shorten
 from nexus_rt.paths import as_path
 
 PLAIN = (".safetensors", ".sft", ".gguf")  # files of weights that are data alone
@@ -48,7 +48,7 @@ def resolve(
     suffix = path.suffix.lower()
     if path.is_file():
         if suffix not in READABLE:
-            what = OTHERS.get(suffix, f"a file that ends in {cut(suffix, 20) or 'nothing'}")
+            what = OTHERS.get(suffix, f"a file that ends in {shorten(suffix, 20) or 'nothing'}")
             raise ModelError(
                 f"{source} is {what}; expected weights ({', '.join(READABLE)}) or a folder of them."
             )
@@ -100,7 +100,8 @@ def warn_unread(config: Mapping[str, Any], known: Collection[str], where: Path) 
     strange = [f for f, v in config.items() if not f.startswith("_") and f not in known and v]
     if strange:
         warnings.warn(
-            f"{where}: fields that are not read here: {cut(', '.join(strange), 120)}; the model of"
+            f"{where}: fields that are not read here: {shorten(', '.join(strange), 120)}; the"
+            f" model of"
             " a fork may compute another clip with them.",
             stacklevel=3,
         )

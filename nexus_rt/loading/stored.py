@@ -23,7 +23,7 @@ from torch import Tensor
 from nexus_rt import documents
 from nexus_rt.documents import parse
 from nexus_rt.encodings import Encoding
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shorten
 from nexus_rt.loading import gguf_file, names, pickles, scales
 from nexus_rt.loading.scales import Header
 from nexus_rt.loading.source import weights_of
@@ -84,14 +84,15 @@ class StoredTensor:
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """A safetensors file's header, and where its data begins."""
     if not is_file(path):
-        raise ModelError(f"{cut(path)} is missing; download the folder again.")
+        raise ModelError(f"{shorten(path)} is missing; download the folder again.")
     try:
         # the library's own validation: offsets, overlaps, shapes against bytes, length
         with safe_open(path, "pt"):
             pass
     except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
         raise ModelError(
-            f"{path} is not a whole safetensors file ({cut(error)}); it is truncated, corrupted or"
+            f"{path} is not a whole safetensors file ({shorten(error)}); it is truncated,"
+            f" corrupted or"
             " of another format: download or convert it again."
         ) from error
     with path.open("rb") as file:
@@ -122,14 +123,14 @@ def read_header(path: Path, integers: bool = False) -> dict[str, StoredTensor]:
             continue
         if entry["dtype"] not in known:
             raise ModelError(
-                f"{path}: {cut(name, 120)} has type {entry['dtype']}; expected one of"
+                f"{path}: {shorten(name, 120)} has type {entry['dtype']}; expected one of"
                 f" {', '.join(known)}."
             )
         start, stop = entry["data_offsets"]
         shape = tuple(entry["shape"])
         if len(shape) > MAX_DIMENSIONS or any(n > MAX_SIDE for n in shape):
             raise ModelError(
-                f"{path}: {cut(name, 120)} has shape {cut(shape, 80)}; expected at most"
+                f"{path}: {shorten(name, 120)} has shape {shorten(shape, 80)}; expected at most"
                 f" {MAX_DIMENSIONS} sides of at most {MAX_SIDE} elements."
             )
         tensors[name] = StoredTensor(
@@ -157,13 +158,14 @@ def _shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
         raise ModelError(f"{index} names no tensor; {remedy}.")
     if outside := [s for s in where.values() if not re.fullmatch(r"[^/\\\0]+\.safetensors", s)]:
         raise ModelError(
-            f"{index} names {cut(outside[0], 120)!r}; expected names of safetensors files in its"
+            f"{index} names {shorten(outside[0], 120)!r}; expected names of safetensors files in"
+            f" its"
             " folder."
         )
     shards = sorted(set(where.values()))
     if lost := [s for s in shards if not (folder / s).is_file()]:
         raise ModelError(
-            f"{folder}: {index.name} names {len(shards)} shards, but {cut(', '.join(lost))} is"
+            f"{folder}: {index.name} names {len(shards)} shards, but {shorten(', '.join(lost))} is"
             " missing."
         )
     tensors: dict[str, StoredTensor] = {}
@@ -171,14 +173,15 @@ def _shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
         for name, stored in read_header(folder / shard, integers=True).items():
             if name in tensors:
                 raise ModelError(
-                    f"{folder}: {cut(name, 120)} is in {tensors[name].path.name} and in {shard};"
+                    f"{folder}: {shorten(name, 120)} is in {tensors[name].path.name} and in"
+                    f" {shard};"
                     f" {remedy}."
                 )
             tensors[name] = stored
     for name, shard in where.items():
         if name not in tensors or tensors[name].path.name != shard:
             raise ModelError(
-                f"{folder}: {shard} lacks {cut(name, 120)}, which {index.name} says it holds;"
+                f"{folder}: {shard} lacks {shorten(name, 120)}, which {index.name} says it holds;"
                 f" {remedy}."
             )
     return tensors
@@ -203,7 +206,8 @@ def weight_files(source: Path) -> list[Path]:
     if len(several) > 1:
         raise ModelError(
             f"{source} holds {len(several)} files of weights"
-            f" ({cut(', '.join(p.name for p in several[:3]))}, ...) and no index; name the one to"
+            f" ({shorten(', '.join(p.name for p in several[:3]))}, ...) and no index; name the"
+            f" one to"
             f" read: {several[0]}."
         )
     if several:
@@ -305,7 +309,8 @@ def renamed(
     for key, stored in tensors.items():
         if (new := name(key)) in out:
             raise ModelError(
-                f"{stored.path}: {cut(keys[new], 120)} and {cut(key, 120)} are one parameter,"
+                f"{stored.path}: {shorten(keys[new], 120)} and {shorten(key, 120)} are one"
+                f" parameter,"
                 " stored twice; save the checkpoint again with one of them."
             )
         out[new], keys[new] = stored, key

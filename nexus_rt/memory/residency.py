@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from nexus_rt.devices import on_device
-from nexus_rt.engines.protocol import Reserving, Resident, Streamed, able
-from nexus_rt.errors import InputError, cut
+from nexus_rt.engines.protocol import Reserving, Resident, Streamed, supports
+from nexus_rt.errors import InputError, shorten
 from nexus_rt.log import chose
 from nexus_rt.models.quantized import QuantizedLinear
 from nexus_rt.plan import Plan
@@ -118,7 +118,7 @@ def parse_bytes(text: str | float) -> int:
     Raises:
         InputError: none of these, less than a byte, or more than any address space.
     """
-    shown = cut(text, 80)
+    shown = shorten(text, 80)
     match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)\s*", shown)
     if not match or match[2].upper() not in UNITS:
         raise InputError(f"memory {shown!r} is not an amount; expected one such as 24GB or 22GiB.")
@@ -330,7 +330,7 @@ class Residency:
         for name in (n for n in phase.present if n in self.engines):
             self._wait(name)
             engine = self.engines[name]
-            if self.plan.mode == "streamed" and able(engine, Streamed):
+            if self.plan.mode == "streamed" and supports(engine, Streamed):
                 engine.load(streamed=True)
             else:
                 engine.load()
@@ -344,7 +344,7 @@ class Residency:
     def _reserve(self, name: str) -> None:
         """Allocate an engine's places here, and note when what is queued has left them."""
         engine = self.engines[name]
-        if able(engine, Reserving):
+        if supports(engine, Reserving):
             engine.reserve()
         device = getattr(engine, "device", None)
         if device is not None and device.type == "cuda":

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nexus_rt.errors import ModelError, cut
+from nexus_rt.errors import ModelError, shorten
 
 MAX_PIECES = 2_000_000
 MAX_BYTES = 64 * 2**20  # of a model: UMT5's has 4.5 million
@@ -162,5 +162,5 @@ def tokenizer_of(data: bytes) -> Any:
             single="$A </s>", special_tokens=[("</s>", ends[0])]
         )
     except Exception as error:  # the library raises plain exceptions on tables that are none
-        raise ModelError(f"the sentencepiece model cannot be used ({cut(error)}).") from error
+        raise ModelError(f"the sentencepiece model cannot be used ({shorten(error)}).") from error
     return inner

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nexus_rt.documents import MAX_BYTES, read_bytes, read_object
-from nexus_rt.errors import ModelError, NexusError, cut
+from nexus_rt.errors import ModelError, NexusError, shorten
 from nexus_rt.loading.pretrained import pretrained
 from nexus_rt.process import LOADING
 
@@ -59,7 +59,7 @@ def whole(folder: Path, what: str) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise ModelError(
-                f"{folder}: the {what} cannot be loaded ({cut(error)}); download it again."
+                f"{folder}: the {what} cannot be loaded ({shorten(error)}); download it again."
             ) from error
         raise
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.documents import read_object
-from nexus_rt.errors import InputError, ModelError, cut, shown
+from nexus_rt.errors import InputError, ModelError, shorten, shown
 from nexus_rt.loading.finite import check_finite
 from nexus_rt.loading.pretrained import check_config, pretrained
 from nexus_rt.loading.source import folder_bytes, require_safetensors
@@ -79,7 +79,8 @@ class Template:
                 )
             if marker is not None and (not marker or marker not in text):
                 raise ModelError(
-                    f"the {name} template lacks its marker {cut(marker, 80)}; it must end in it."
+                    f"the {name} template lacks its marker {shorten(marker, 80)}; it must end in"
+                    f" it."
                 )
 
     @classmethod

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt import documents
-from nexus_rt.errors import DecodeError, ModelError, cut
+from nexus_rt.errors import DecodeError, ModelError, shorten
 from nexus_rt.loading.architecture import vae_name, wan_vae_config
 from nexus_rt.loading.checkpoint import compare, fill_exactly
 from nexus_rt.loading.pretrained import check_config
@@ -288,7 +288,7 @@ class VideoDecoder(Lazy, Decoder):
         )
         if config.get("_class_name", "AutoencoderKLWan") != "AutoencoderKLWan":
             raise ModelError(
-                f"{self.folder} holds a {cut(config['_class_name'], 80)}; expected an"
+                f"{self.folder} holds a {shorten(config['_class_name'], 80)}; expected an"
                 " AutoencoderKLWan."
             )
         try:
@@ -296,7 +296,8 @@ class VideoDecoder(Lazy, Decoder):
                 model = WanVae(config) if is_plain(config) else _diffusers_vae(config)
         except Exception as error:  # diffusers checks no value of a config
             raise ModelError(
-                f"{self.folder}/config.json is no AutoencoderKLWan's ({cut(error)}); get it again."
+                f"{self.folder}/config.json is no AutoencoderKLWan's ({shorten(error)}); get it"
+                f" again."
             ) from error
         try:
             stored = renamed(find_tensors(self.folder), vae_name)
@@ -423,7 +424,7 @@ def read_latents(path: str | Path) -> Tensor:
             raise ModelError("its latents hold NaN or infinity")
     except ModelError as error:
         raise ModelError(
-            f"{path} holds no latents ({cut(error)}); expected a safetensors file with a tensor"
+            f"{path} holds no latents ({shorten(error)}); expected a safetensors file with a tensor"
             " 'latents', as a failed decoding leaves it."
         ) from error
     return latents

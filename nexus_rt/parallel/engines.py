@@ -13,7 +13,7 @@ from nexus_rt.parallel.layout import Mesh
 
 
 @dataclass
-class Halves:
+class SplitPrompt:
     """Text embeddings [N, L, D], and what each use of them was prepared to: "whole", or "half" of
     them."""
 
@@ -33,18 +33,18 @@ class GuidanceParallel(Wrapper):
         super().__init__(engine)
         self.mesh = mesh
 
-    def prepare(self, context: Tensor) -> Halves:
+    def prepare(self, context: Tensor) -> SplitPrompt:
         """Prepared when it is known whether the step is guided."""
-        return Halves(context)
+        return SplitPrompt(context)
 
-    def velocity(self, latents: Tensor, timestep: Tensor, context: Halves) -> Tensor:
+    def velocity(self, latents: Tensor, timestep: Tensor, context: SplitPrompt) -> Tensor:
         """[N, ...], the same in both processes; N = 2 B where it is guided."""
         if context.batch != 2 * latents.shape[0]:
             return self.engine.velocity(latents, timestep, self._prepared(context, "whole"))
         own = self.engine.velocity(latents, timestep, self._prepared(context, "half"))
         return torch.cat(self.mesh.gathered(own, "cfg"))
 
-    def _prepared(self, context: Halves, use: str) -> Any:
+    def _prepared(self, context: SplitPrompt, use: str) -> Any:
         if use not in context.prepared:
             rows = context.embeddings
             if use == "half":
@@ -80,7 +80,7 @@ class SharedGenerator(Wrapper):
         return self.mesh.broadcast(velocity, self.owner, "pair")
 
 
-class Absent:
+class RemoteEngine:
     """A generator that another process has: nothing of it is here."""
 
     nbytes, host_bytes, resident = 0, 0, True

@@ -166,7 +166,7 @@ def mesh_of(parallel: str | None, device: str | torch.device | None) -> Mesh | N
 
 
 @contextlib.contextmanager
-def telling(mesh: Mesh | None) -> Iterator[None]:
+def broadcast_failure(mesh: Mesh | None) -> Iterator[None]:
     """What is raised here is told to the other processes; one that waits in vain for another raises
     why that is gone."""
     try:
@@ -177,7 +177,7 @@ def telling(mesh: Mesh | None) -> Iterator[None]:
         raise mesh.watch.failed(error) from error
 
 
-def pieces(count: int, among: int) -> Iterator[tuple[int, int]]:
+def split_range(count: int, among: int) -> Iterator[tuple[int, int]]:
     """First and last of every share of `count` things, which differ by one at most."""
     for i in range(among):
         yield i * count // among, (i + 1) * count // among

@@ -16,7 +16,7 @@ from nexus_rt.errors import InputError
 from nexus_rt.log import chose
 from nexus_rt.memory.offload import release
 from nexus_rt.models.vae import VideoDecoder
-from nexus_rt.parallel.engines import Absent, GuidanceParallel, SharedGenerator
+from nexus_rt.parallel.engines import GuidanceParallel, RemoteEngine, SharedGenerator
 from nexus_rt.parallel.layout import Mesh
 from nexus_rt.parallel.sequence import Sequence
 from nexus_rt.parallel.strips import Strips
@@ -119,5 +119,5 @@ def _check_pair(pipe: PipelineModels) -> None:
 def _shared(engine: Any, owner: int, mesh: Mesh, pipe: PipelineModels) -> SharedGenerator:
     """A generator where it is had; elsewhere its place, its weights freed."""
     if mesh.places["pair"] != owner:
-        engine = Absent(engine.device)
+        engine = RemoteEngine(engine.device)
     return SharedGenerator(engine, owner, mesh, pipe.channels)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_rt.parallel.layout import Mesh, pieces
+from nexus_rt.parallel.layout import Mesh, split_range
 
 
 class Strips:
@@ -43,12 +43,12 @@ class Strips:
 
     def own(self, x: Tensor) -> Tensor:
         """This process's rows of [..., H, W]."""
-        first, last = list(pieces(x.shape[-2], self.count))[self.place]
+        first, last = list(split_range(x.shape[-2], self.count))[self.place]
         return x[..., first:last, :].contiguous()
 
     def heights(self, x: Tensor) -> list[int]:
         """Rows of every process, of the height of its own."""
-        shares = [last - first for first, last in pieces(self.rows, self.count)]
+        shares = [last - first for first, last in split_range(self.rows, self.count)]
         return [share * x.shape[-2] // shares[self.place] for share in shares]
 
     def whole(self, x: Tensor) -> Tensor:

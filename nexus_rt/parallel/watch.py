@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nexus_rt.errors import NexusError, cut
+from nexus_rt.errors import NexusError, shorten
 
 BEAT_S, SILENT_S, GRACE_S = 0.5, 5.0, 1.0
 DONE = "done"
@@ -40,7 +40,7 @@ class Watch:
         self.rank, self.world, self.store, self.leave = rank, world, store, leave
         self.seen = {r: ("", time.monotonic()) for r in range(world) if r != rank}
         self.over = threading.Event()
-        self.telling = threading.Event()  # this process is ending by itself
+        self.ending = threading.Event()  # this process is ending by itself
         self.found: str | None = None  # why another has gone
         store.set(f"beat/{rank}", "0")
         self.thread = threading.Thread(target=self._walk, daemon=True)
@@ -61,14 +61,14 @@ class Watch:
     def failed(self, error: BaseException) -> BaseException:
         """Tell the others why this process ends; what to raise: where the error is that another
         does not answer, why that does not."""
-        self.telling.set()
+        self.ending.set()
         if isinstance(error, RuntimeError) and any(w in str(error) for w in COLLECTIVE):
             end = time.monotonic() + SILENT_S + 4 * BEAT_S
             while self.found is None and time.monotonic() < end:
                 time.sleep(BEAT_S / 5)
             if self.found is not None:
                 error = NexusError(f"{self.found}; this process was waiting for it.")
-        reason = f"{type(error).__name__}: {cut(error)}"
+        reason = f"{type(error).__name__}: {shorten(error)}"
         try:
             self.store.set(f"end/{self.rank}", reason)
             if self.rank == 0:
@@ -100,10 +100,10 @@ class Watch:
                 self.store.set(f"beat/{self.rank}", str(beat))
                 self.found = self.found or self._gone()
             except (RuntimeError, OSError) as error:
-                self.found = self.found or FIRST_GONE.format(cut(error, 100))
-            if self.found and not self.telling.is_set():
+                self.found = self.found or FIRST_GONE.format(shorten(error, 100))
+            if self.found and not self.ending.is_set():
                 # this process may be about to say it itself
-                if self.telling.wait(GRACE_S) or self.over.is_set():
+                if self.ending.wait(GRACE_S) or self.over.is_set():
                     continue
                 self.leave(self.found)
                 return

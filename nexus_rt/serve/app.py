@@ -17,14 +17,14 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from nexus_rt.errors import cut, shown
+from nexus_rt.errors import shorten, shown
 from nexus_rt.serve import answers
 from nexus_rt.serve.bodies import read_body
 from nexus_rt.serve.connections import bearer
 from nexus_rt.serve.dispatcher import FILES, Dispatcher
 from nexus_rt.serve.events import sse
 from nexus_rt.serve.problems import Problem, no_video, unknown_parameter, wrong
-from nexus_rt.serve.requests import ClipRequest, Known, from_form, read_create, read_remix
+from nexus_rt.serve.requests import ClipRequest, RequestLimits, from_form, read_create, read_remix
 from nexus_rt.serve.settings import is_loopback
 from nexus_rt.serve.store import JOB_ID, Job
 
@@ -178,9 +178,9 @@ class Api:
             )
         return owner
 
-    async def _known(self) -> Known:
+    async def _known(self) -> RequestLimits:
         profile, settings = await self.of.loaded(), self.settings
-        return Known(
+        return RequestLimits(
             models=settings.models,
             defaults=profile.defaults,
             temporal=profile.grid.time,
@@ -245,9 +245,7 @@ class Api:
                 raise unknown_parameter(name, "after, limit or order")
         text, order = query.get("limit", "20"), query.get("order", "desc")
         if not re.fullmatch(r"[0-9]{1,3}", text) or int(text) > 100:
-            raise wrong(
-                "limit", f"limit is {shown(text)}; expected a number from 0 to 100."
-            )
+            raise wrong("limit", f"limit is {shown(text)}; expected a number from 0 to 100.")
         if order not in ("asc", "desc"):
             raise wrong("order", f"order is {shown(order)}; expected asc or desc.")
         after, owner, limit = None, request.state.owner, int(text)
@@ -274,9 +272,7 @@ class Api:
         job = await self._job(request)
         variant = request.query_params.get("variant", "video")
         if variant not in FILES:
-            raise wrong(
-                "variant", f"variant is {shown(variant)}; expected {', '.join(FILES)}."
-            )
+            raise wrong("variant", f"variant is {shown(variant)}; expected {', '.join(FILES)}.")
         path = self.of.file(job, variant)
         if job.status != "completed" or not await self.of.call(path.is_file):
             why = f": {job.error_message}" if job.status == "failed" else "; poll until it is."
@@ -391,7 +387,7 @@ def make_app(server: NexusServer, alone: bool) -> Starlette:
         codes = {404: "not_found", 405: "method_not_allowed"}
         code = codes.get(error.status_code, "invalid_request")
         # not request.url, which is parsed from the Host header
-        words = f"{request.method} {cut(request.scope['path'], 120)}: {error.detail}"
+        words = f"{request.method} {shorten(request.scope['path'], 120)}: {error.detail}"
         headers = dict(error.headers or {})
         return Problem(error.status_code, code, words, headers=headers).response()
 

@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nexus_rt.errors import NexusError, cut
+from nexus_rt.errors import NexusError, shorten
 from nexus_rt.request import GenerationRequest
 from nexus_rt.serve import answers
 from nexus_rt.serve.clips import FILES, write_clip
-from nexus_rt.serve.events import Hub
+from nexus_rt.serve.events import EventBroker
 from nexus_rt.serve.generate import Clip, Event, Task
 from nexus_rt.serve.metrics import Metrics
 from nexus_rt.serve.prices import Prices, step_kind, units
@@ -47,7 +47,7 @@ PATIENCE = (1.0, 60.0)  # seconds before a worker that would not load is tried a
 
 
 @dataclass
-class Live:
+class RunningJob:
     """A running job.
 
     left: milliseconds that the cost model gives it after 0, 1, ... steps; None where it has no
@@ -97,7 +97,7 @@ class Dispatcher:
         self._prepare = getattr(runner, "prepare", None)
         self._unable = getattr(runner, "unable", None)
         self._kill = getattr(runner, "kill", None)
-        self.hub = Hub()
+        self.hub = EventBroker()
         self.metrics = Metrics(store.counts, store.used)
         self.metrics.ready.set_function(lambda: float(self.ready))
         self.prices = Prices()
@@ -106,7 +106,7 @@ class Dispatcher:
         self.trouble: str | None = None  # why the store cannot be written
         self._probed = time.monotonic()  # when the store was last looked at
         self._loaded = asyncio.Event()  # the one or the other
-        self.live: dict[str, Live] = {}
+        self.live: dict[str, RunningJob] = {}
         self.stopping = False
         self._adrift: list[Job] = []  # claimed, and their end is not written down yet
         self._wake = asyncio.Event()
@@ -321,9 +321,9 @@ class Dispatcher:
             except Exception as error:
                 # a worker that does not load, a store that cannot be written: neither is a job's
                 if isinstance(error, NexusError):
-                    self.problem = cut(error)
+                    self.problem = shorten(error)
                 expected = isinstance(error, (NexusError, sqlite3.Error, OSError))
-                log.error("jobs cannot be run: %s", cut(error), exc_info=not expected)
+                log.error("jobs cannot be run: %s", shorten(error), exc_info=not expected)
                 self._adrift += jobs
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, PATIENCE[1])
@@ -346,7 +346,7 @@ class Dispatcher:
             bounds = Bounds.of(self.prices, runs[0][1], len(runs), self.settings.step_timeout)
             call = Call(frozenset(job.id for job, _ in runs), bounds)
         for job, planned in runs:  # before anything is waited for: a cancel finds them
-            self.live[job.id] = Live(job, planned, self.prices.left(planned), call)
+            self.live[job.id] = RunningJob(job, planned, self.prices.left(planned), call)
             self.metrics.wait.observe(max(0.0, began - job.created_at))
             self.hub.publish(job.id, "started", {"id": job.id, "attempt": job.attempts})
         for job, code, why in refused:
@@ -426,7 +426,10 @@ class Dispatcher:
             size = await self.call(self._keep, job, clip)
         except OSError as error:
             await self._failed(
-                job, "storage_full", f"the result cannot be written ({cut(error)}).", job.attempts
+                job,
+                "storage_full",
+                f"the result cannot be written ({shorten(error)}).",
+                job.attempts,
             )
             return
         now = time.time()
@@ -487,7 +490,7 @@ class Dispatcher:
                     await self.delete(job)
             except Exception as error:
                 expected = isinstance(error, (sqlite3.Error, OSError))
-                log.error("the clock failed: %s", cut(error), exc_info=not expected)
+                log.error("the clock failed: %s", shorten(error), exc_info=not expected)
             await asyncio.sleep(TICK)
 
     async def _watch_store(self) -> None:
@@ -496,7 +499,7 @@ class Dispatcher:
             try:
                 trouble = await self.call(self.store.trouble)
             except Exception as error:
-                trouble = f"the job store cannot be looked at ({cut(error)})"
+                trouble = f"the job store cannot be looked at ({shorten(error)})"
             if trouble != self.trouble:
                 log.log(
                     logging.ERROR if trouble else logging.INFO, "%s", trouble or "store is back"

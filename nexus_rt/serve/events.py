@@ -33,7 +33,7 @@ class Watcher:
         return events
 
 
-class Hub:
+class EventBroker:
     """The watchers of all jobs, and what a late one is told first."""
 
     def __init__(self) -> None:

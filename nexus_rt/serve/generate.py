@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.devices import Arrival, fetch
-from nexus_rt.errors import Cancelled, DecodeError, NexusError, NumericsError, cut
+from nexus_rt.errors import Cancelled, DecodeError, NexusError, NumericsError, shorten
 from nexus_rt.models.text import clean_prompt
 from nexus_rt.process import resident_bytes
 from nexus_rt.serve.exhaustion import HOST, exhausted
@@ -136,7 +136,7 @@ class ServedPipeline:
         """An error of a call as its clients read it."""
         memory = exhausted(error)
         if memory is not None:
-            log.error("out of memory of the %s: %s", memory, cut(error), extra={"job": task.id})
+            log.error("out of memory of the %s: %s", memory, shorten(error), extra={"job": task.id})
         if memory == "device":
             if self.pipe.device.type == "cuda":
                 torch.cuda.empty_cache()

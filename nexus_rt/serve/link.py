@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nexus_rt.errors import cut
+from nexus_rt.errors import shorten
 from nexus_rt.serve.exhaustion import killed_for_memory, oom_kills
 from nexus_rt.serve.worker import SIGNALS, work
 
@@ -107,7 +107,7 @@ class Link:
             theirs.close()
             self._process = process
         except Exception as error:  # no process, no descriptor, an argument that is not pickled
-            words = f"no worker can be started ({cut(error)})"
+            words = f"no worker can be started ({shorten(error)})"
             self._tell(self.messages.put_nowait, ("failed", ("loading", words)))
             self._tell(self._lost, Exit(None))
             return
@@ -139,7 +139,7 @@ class Link:
             except (EOFError, OSError):
                 return
             except Exception as error:  # a message of a dying process that is not whole
-                log.warning("a worker's message cannot be read: %s", cut(error))
+                log.warning("a worker's message cannot be read: %s", shorten(error))
                 return
             self._tell(self.messages.put_nowait, message)
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from nexus_rt.errors import MOST, cut, shown
+from nexus_rt.errors import MAX_MESSAGE_CHARS, shorten, shown
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 def printable(text: str) -> str:
     """A message that UTF-8 can carry, and no longer than one."""
-    return text[:MOST].encode("utf-8", "backslashreplace").decode()
+    return text[:MAX_MESSAGE_CHARS].encode("utf-8", "backslashreplace").decode()
 
 
 class Problem(Exception):
@@ -76,7 +76,7 @@ def wrong(param: str | None, message: str, code: str = "invalid_value") -> Probl
 def unknown_parameter(name: str, known: str) -> Problem:
     """400 for a field that there is not; known: those that there are, in words."""
     return wrong(
-        cut(name, 80),
+        shorten(name, 80),
         f"unknown parameter {shown(name)}; expected {known}.",
         "unknown_parameter",
     )

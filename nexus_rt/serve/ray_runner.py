@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from nexus_rt.checks import number
-from nexus_rt.errors import InputError, NexusError, cut, shown
+from nexus_rt.errors import InputError, NexusError, shorten, shown
 from nexus_rt.serve.generate import Clip, Event, ServedPipeline, Task
 from nexus_rt.serve.problems import JobFailed, WorkerLost
 from nexus_rt.serve.profile import Profile
@@ -211,7 +211,7 @@ class RayRunner:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR)
                 self._started = True
         except Exception as error:
-            raise NexusError(f"Ray does not start ({cut(error)}).") from error
+            raise NexusError(f"Ray does not start ({shorten(error)}).") from error
         if self._started:
             for name in ("ray", "ray.serve"):  # a line or more a replica, in a format of its own
                 logging.getLogger(name).setLevel(logging.WARNING)
@@ -254,7 +254,9 @@ class RayRunner:
         except NexusError:
             raise
         except Exception as error:
-            raise NexusError(f"Ray Serve does not start the replicas ({cut(error)}).") from error
+            raise NexusError(
+                f"Ray Serve does not start the replicas ({shorten(error)})."
+            ) from error
 
     def unable(self) -> str | None:
         if self._actors or not self._waiting:
@@ -293,7 +295,7 @@ class RayRunner:
                     "the replica was ended for want of its machine's memory; ask for a smaller"
                     " clip.",
                 ) from error
-            raise WorkerLost(f"the replica is gone ({cut(error)})") from error
+            raise WorkerLost(f"the replica is gone ({shorten(error)})") from error
         finally:
             for job_id in ids:
                 for known in (self._streams, self._waiting, self._actors, self.pids):
@@ -369,7 +371,7 @@ def _kill(actor: str) -> None:
         for row in (row for row in known if row["name"] == actor):
             ray.kill(ray.get_actor(actor, namespace=row["namespace"]))
     except Exception as error:  # it went down by itself
-        log.warning("a replica cannot be ended: %s", cut(error))
+        log.warning("a replica cannot be ended: %s", shorten(error))
 
 
 def python_handlers() -> dict[int, Any]:

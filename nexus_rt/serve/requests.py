@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from nexus_rt.checks import number, whole
-from nexus_rt.errors import InputError, cut, shown
+from nexus_rt.errors import InputError, shorten, shown
 from nexus_rt.serve.problems import Problem, unknown_parameter, wrong
 from nexus_rt.size import ClipSize, parse_sides
 from nexus_rt.video import frame_rate
@@ -94,7 +94,7 @@ def from_form(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     body: dict[str, Any] = {}
     for field, value in fields:
         key = re.sub(r"\[\d*\]$", "", field)
-        name = cut(key, 80)
+        name = shorten(key, 80)
         if not isinstance(value, str):
             if key in INPUTS:
                 raise no_input(key)
@@ -241,7 +241,7 @@ def _plain(scale: float) -> str:
 
 
 @dataclass(frozen=True)
-class Known:
+class RequestLimits:
     """What a request is read against, of the server and of its pair.
 
     models: names that may be asked for. defaults: the pair's `Defaults`. temporal: frames a latent
@@ -260,7 +260,7 @@ class Known:
     max_steps: int
 
 
-def read_create(body: Any, known: Known) -> ClipRequest:
+def read_create(body: Any, known: RequestLimits) -> ClipRequest:
     """The request of a `POST /v1/videos` body; whether the models make such a clip is asked of
     `Profile.check`.
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.errors import InputError, NexusError, cut
+from nexus_rt.errors import InputError, NexusError, shorten
 from nexus_rt.serve.schema import open_tables
 
 STATES = ("queued", "in_progress", "completed", "failed")
@@ -171,7 +171,7 @@ class Store:
                 return "the job store is read-only"
             return f"the job store cannot be written ({error.strerror})"
         except sqlite3.Error as error:
-            return f"the job store cannot be written ({cut(error)})"
+            return f"the job store cannot be written ({shorten(error)})"
         finally:
             with contextlib.suppress(OSError):
                 probe.unlink()
@@ -419,7 +419,7 @@ class Store:
 
 def _not_writable(folder: Path, error: Exception) -> InputError:
     """A store that is whole as far as is known, and cannot be written where it is."""
-    why = getattr(error, "strerror", None) or cut(error)
+    why = getattr(error, "strerror", None) or shorten(error)
     with contextlib.suppress(OSError):
         if "full" not in why and shutil.disk_usage(folder).free < MIN_FREE:
             why = f"{why}; its disk is full"
