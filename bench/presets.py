@@ -126,7 +126,7 @@ def random_pipeline(
     defaults = Defaults(height=size.height, width=size.width, num_frames=size.frames)
     engines = {name: TorchEngine(model) for name, model in models.items()}
     loaded = Loaded(
-        engines, None, vae, None, None, defaults, (config.in_channels, config.patch_size)
+        engines, None, vae, None, defaults, (config.in_channels, config.patch_size)
     )
     return NexusPipeline(loaded, device, kernels=kernels)
 

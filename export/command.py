@@ -19,7 +19,6 @@ from nexus_rt.export.components import (
     Component,
     DecoderComponent,
     GeneratorComponent,
-    StepComponent,
     TextComponent,
 )
 from nexus_rt.loading.experts import ExpertFolders, GeneratorSource, transformers_of
@@ -98,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         for n in ("small", "large")
         if (sources := getattr(args, f"{n}_lora"))
     }
-    parts = chosen_components(pair, args.parts, args.fuse_step, loras)
+    parts = chosen_components(pair, args.parts, loras)
     names = {"small": args.small_recipe, "large": args.large_recipe}
     recipes = find_recipes(pair.generators, loras, names)
     # engines are run as what they were made of
@@ -129,15 +128,13 @@ def capability(text: str) -> str:
 def chosen_components(
     pair: PairFolders,
     names: str | None,
-    fuse_step: bool = False,
     loras: Mapping[str, tuple[Lora, ...]] | None = None,
 ) -> list[Component]:
     """Components of a pair to export: those named, or its generators, with what is merged into
     them.
 
     Raises:
-        InputError: an unknown part, or one that the pair has not; a fused step without both
-            generators.
+        InputError: an unknown part, or one that the pair has not.
     """
     chosen = [n.strip() for n in names.split(",")] if names else list(pair.generators)
     parts: list[Component] = []
@@ -154,18 +151,6 @@ def chosen_components(
             parts.append(TextComponent(folder, pair.tokenizer))
         else:
             parts += _generators(name, folder, (loras or {}).get(name, ()))
-    if fuse_step:
-        if len(pair.generators) < 2:
-            raise InputError(
-                "--fuse-step puts both generators in one graph; pass --small and --large."
-            )
-        sources = {n: f for n, f in pair.generators.items() if isinstance(f, Path)}
-        if len(sources) < 2:
-            raise InputError(
-                "--fuse-step puts two transformers in one graph, and a generator here has two"
-                " experts; leave it out."
-            )
-        parts.append(StepComponent(sources, dict(loras or {})))
     return parts
 
 

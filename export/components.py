@@ -1,4 +1,4 @@
-"""What can be exported: a generator, both in one step, the VAE's decoder, the text encoder.
+"""What can be exported: a generator, the VAE's decoder, the text encoder.
 
 A part says what identifies its engine, traces its graphs, and answers the parity gate's questions
 by PyTorch in float32 or by an engine.
@@ -9,19 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from nexus_rt.engines.exported_engine import DTYPES, GRAPHS, VELOCITY
+from nexus_rt.engines.exported_engine import DTYPES, GRAPHS
 from nexus_rt.engines.folder import trusted_hash
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError, ModelError
 from nexus_rt.export import parity
 from nexus_rt.export.dynamic_shapes import Traced
-from nexus_rt.export.fused_step import NAMES, trace_step
 from nexus_rt.export.graph import trace
 from nexus_rt.export.text_vae import decoder_states, trace_decoder, trace_text
 from nexus_rt.loading import transformer
@@ -170,62 +169,6 @@ class GeneratorComponent:
     def answers(self, engine: Any, buckets: list[ClipSize], device: torch.device) -> parity.Answers:
         by = engine or TorchEngine(_reference(self.folders[0], device, self.loras))
         return parity.generator_answers(by, self.architecture(), buckets, device)
-
-
-@dataclass(frozen=True)
-class StepComponent:
-    """Both generators, guidance and blend in one graph; sources, and LoRAs, under "small" and
-    "large"."""
-
-    sources: dict[str, Path]
-    loras: dict[str, tuple[Lora, ...]] = field(default_factory=dict)
-    name = "step"
-    sized = True
-
-    @property
-    def folders(self) -> list[Path]:
-        return [transformer.transformer_folder(self.sources[n]) for n in NAMES]
-
-    def architecture(self) -> dict[str, Any]:
-        return {n: _architecture(f) for n, f in zip(NAMES, self.folders, strict=True)}
-
-    def graphs(self) -> dict[str, list[str]]:
-        contexts = [f"{k}_{n}" for n in NAMES for k in VELOCITY[2:]]
-        step = [*VELOCITY[:2], *contexts, "scalars", "left", "right"]
-        return {**{f"context_{n}": list(GRAPHS["context"]) for n in NAMES}, "step": step}
-
-    def options(self) -> dict[str, Any]:
-        return {}
-
-    def merged(self) -> str | None:
-        return loras_hash(self.loras)
-
-    def precision(self, asked: str) -> str:
-        return asked
-
-    def trace(
-        self,
-        precision: str,
-        buckets: list[ClipSize],
-        device: torch.device,
-        kernels: tuple[str, str],
-    ) -> dict[str, Traced]:
-        models = {
-            n: transformer.load_transformer(
-                f, DTYPES[precision], device, *kernels, self.loras.get(n, ())
-            )
-            for n, f in zip(NAMES, self.folders, strict=True)
-        }
-        return trace_step(models, buckets)
-
-    def answers(self, engine: Any, buckets: list[ClipSize], device: torch.device) -> parity.Answers:
-        engines = {}
-        if engine is None:
-            pairs = zip(NAMES, self.folders, strict=True)
-            engines = {
-                n: TorchEngine(_reference(f, device, self.loras.get(n, ()))) for n, f in pairs
-            }
-        return parity.step_answers(engines, engine, self.architecture(), buckets, device)
 
 
 @dataclass(frozen=True)

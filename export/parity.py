@@ -1,9 +1,8 @@
 """The parity gate: an exported engine against PyTorch in float32, before anybody may load it.
 
 Both are asked the same questions, one after the other so that only one is in memory: a generator
-for velocities at three timesteps and at most two sizes and the final latents of a short guided run;
-a fused step for blends and a run of the reference plan; a decoder for frames, a text encoder for
-embeddings. Two numbers each: the cosine, and the norm of the difference over the norm of the
+for velocities at three timesteps and at most two sizes and the final latents of a short guided run,
+a decoder for frames, a text encoder for embeddings. Two numbers each: the cosine, and the norm of the difference over the norm of the
 reference. The thresholds are what rounding weights and activations to a precision costs, with room:
 float32 engines differ in the order of sums alone.
 """
@@ -22,7 +21,6 @@ from nexus_rt.sampling import denoise
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
 from nexus_rt.step_runners import Prompt
-from nexus_rt.upfb import BlendConfig
 
 TIMESTEPS = (967.0, 500.0, 50.0)
 STEPS = 4
@@ -90,41 +88,6 @@ def generator_answers(
     plan = parse_plan("large", time_grid(STEPS))
     run = lambda: denoise(latents, plan, {"large": engine}, {"large": prompt}, guidance_scale=3.0)
     return answers | _after_steps(run, channels, bucket)
-
-
-def step_answers(
-    engines: dict[str, Engine],
-    step: Any,
-    architecture: dict[str, Any],
-    buckets: list[ClipSize],
-    device: torch.device,
-) -> Answers:
-    """Latents of runs that blend at every step, each split and energy once; by a fused step where
-    one is given."""
-    prompts = {
-        n: prompt_like(architecture[n]["text_dim"], device, 24 + 8 * i)
-        for i, n in enumerate(("small", "large"))
-    }
-    channels, answers = architecture["small"]["in_channels"], {}
-    for bucket in two_of(buckets):
-        latents = noise(channels, bucket, device)
-        for energy, split in (("reference", "gaussian"), ("progressive", "dct"), ("none", "fft")):
-            plan = parse_plan("reference", time_grid(STEPS)).with_energy(energy)
-            run = lambda p=plan, s=split, x=latents: denoise(
-                x,
-                p,
-                engines,
-                prompts,
-                guidance_scale=3.0,
-                guidance_scale_2=2.0,
-                blend_config=BlendConfig(split=s),
-                kernels="torch",
-                step_engine=step,
-            )
-            answers |= {
-                f"{k}, {split}, {energy}": v for k, v in _after_steps(run, channels, bucket).items()
-            }
-    return answers
 
 
 def decoder_answers(decoder: Any, buckets: list[ClipSize]) -> Answers:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from nexus_rt.checks import CALLBACK_TENSORS, check_generators, check_latents, check_prompts
 from nexus_rt.engines.experts import boundaries, engines_by_name
-from nexus_rt.engines.fused_step import StepEngine
 from nexus_rt.engines.protocol import PublishedNumerics, supports
 from nexus_rt.errors import Cancelled, InputError, choose, shown
 from nexus_rt.memory.residency import Residency
@@ -32,11 +31,9 @@ class Placement:
     """Where a call's weights are.
 
     residency: moves the engines between memories; None where nothing moves.
-    step_engine: the fused step, where it may be used.
     """
 
     residency: Residency | None
-    step_engine: StepEngine | None
 
     @property
     def tight(self) -> bool:
@@ -120,16 +117,14 @@ class Call:
     def place(self, videos: int) -> Placement:
         """Decide where the weights are; under a memory budget, clear the device first."""
         pipe, request = self.pipe, self.request
-        step_engine = None if request.published else pipe.step_engine
         if pipe.vram is None:
-            return Placement(None, step_engine)
+            return Placement(None)
         plan = pipe.plan_residency(request.plan, request.size, videos)
         residency = Residency(plan, engines_by_name(pipe.engines))
-        if plan.mode == "resident":
-            return Placement(residency, step_engine)
-        for engine in (*pipe.engines.values(), *((pipe.step_engine,) if pipe.step_engine else ())):
-            engine.unload()
-        return Placement(residency, None)
+        if plan.mode != "resident":
+            for engine in pipe.engines.values():
+                engine.unload()
+        return Placement(residency)
 
     def encode(self) -> Embeds:
         """Embeddings and contexts, one for each video: those given, the rest made of the prompt.
@@ -235,7 +230,6 @@ class Call:
                     solver=request.solver,
                     kernels=pipe.kernels,
                     residency=place.residency,
-                    step_engine=place.step_engine,
                     generator=self.inputs.generator,
                     reuse_errors=self.reuse_errors,
                     on_step=on_step,

@@ -27,7 +27,6 @@ from nexus_rt.engines.protocol import Sized, supports
 from nexus_rt.errors import InputError, ModelError, choose
 from nexus_rt.latents import Generators, LatentGrid, random_latents
 from nexus_rt.memory.residency import (
-    STEP,
     MemoryUse,
     ResidencyPlan,
     call_parts,
@@ -90,8 +89,7 @@ class NexusPipeline(PipelineModels):
     (start workers with 'spawn').
 
     Attributes:
-        engines: "small" and "large", those that were given, behind the engine protocol;
-            step_engine: both in one graph.
+        engines: "small" and "large", those that were given, behind the engine protocol.
         text, vae: the text encoder and the video decoder, loaded on first use; `drop()` frees
             either.
         context: understanding model and connector, which make the small generator's context; None
@@ -174,11 +172,7 @@ class NexusPipeline(PipelineModels):
         """
         self.grid.check(size)
         whole("batch", batch, 1, 2 * MAX_VIDEOS)
-        others: dict[str, Any] = {
-            "text encoder": self.text,
-            "vae": self.vae,
-            STEP: self.step_engine,
-        }
+        others: dict[str, Any] = {"text encoder": self.text, "vae": self.vae}
         if self.context:
             others |= {"understanding": self.context.understanding, "connector": self.context}
         return call_parts(
@@ -353,7 +347,7 @@ class NexusPipeline(PipelineModels):
     @property
     def built_sizes(self) -> tuple[BuiltSizes, ...]:
         """The sizes that exported engines were built for; () where there are none."""
-        engines = (*self.engines.values(), self.vae, self.step_engine)
+        engines = (*self.engines.values(), self.vae)
         return tuple(sizes for e in engines if supports(e, Sized) for sizes in e.built_sizes)
 
     def check_size(self, size: ClipSize, output_type: str) -> None:

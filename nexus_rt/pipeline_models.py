@@ -12,7 +12,6 @@ from nexus_rt.attention import ATTENTION_NAMES
 from nexus_rt.block_ops import KERNELS
 from nexus_rt.checks import as_device, as_dtype, instance, number, optional_text, switch
 from nexus_rt.engines.experts import change_loras, engines_by_name
-from nexus_rt.engines.fused_step import StepEngine
 from nexus_rt.errors import InputError, choose, shown
 from nexus_rt.loading.lora import Lora, LoraSource, loras_hash, parse_loras
 from nexus_rt.loading.packing import check_weights, formats_of
@@ -108,11 +107,7 @@ class PipelineModels(Attributes):
             loaded.vae,
             loaded.context,
         )
-        self.step_engine, self.defaults, (self.channels, self.patch) = (
-            loaded.step,
-            loaded.defaults,
-            loaded.space,
-        )
+        self.defaults, (self.channels, self.patch) = loaded.defaults, loaded.space
         self.identity = loaded.identity
         self.device, self.keep_encoders, self.kernels = device, keep_encoders, kernels
         self.vram = None if vram is None else parse_bytes(vram)
@@ -135,7 +130,6 @@ class PipelineModels(Attributes):
             "vae": (Decoder, "a video decoder of this package; pass vae= to from_pretrained"),
             "text": (Tokenized, "its text encoder; pass text_encoder= to from_pretrained"),
             "context": (ContextEncoder, "its context encoder; pass connector= to from_pretrained"),
-            "step_engine": (StepEngine, "a fused step's engine"),
         }
         if name in ours:
             kind, expected = ours[name]

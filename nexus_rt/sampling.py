@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from nexus_rt.block_ops import choose_ops
-from nexus_rt.engines.fused_step import StepEngine
 from nexus_rt.engines.protocol import Engine
 from nexus_rt.errors import Cancelled
 from nexus_rt.guidance import GUIDANCE_SCALE, Guidance
@@ -34,7 +33,6 @@ def denoise(
     solver: str = "unipc",
     kernels: str = "auto",
     residency: Residency | None = None,
-    step_engine: StepEngine | None = None,
     generator: Generators = None,
     reuse_errors: list[ReuseError] | None = None,
     on_step: Callable[[Step, Tensor], Tensor | CallbackResult | None] | None = None,
@@ -55,8 +53,6 @@ def denoise(
             run it).
         residency: moves the engines between memories as the plan goes on; None: they are where they
             run, or load first.
-        step_engine: both generators, guidance and blend in one graph, for the steps it can take
-            (`FusedStep`).
         solver: "unipc", "euler", or "lcm" (consistency sampling, new noise at every step).
         generator: draws the noise of a plan that re-noises.
         reuse_errors: gets the error of every step at which a generator is reused, which is then
@@ -81,7 +77,7 @@ def denoise(
     guidance = Guidance.of(guidance_scale, guidance_scale_2)
     fused = choose_ops(kernels, latents.device).name == "triton"
     runner = make_runner(
-        plan, engines, prompts, guidance, blend_config, latents, fused, step_engine, reuse_errors
+        plan, engines, prompts, guidance, blend_config, latents, fused, reuse_errors
     )
     solve, finite = make_solver(solver, plan.grid, fused), FiniteCheck(runner.generators)
     latents = latents.float()

@@ -1,5 +1,5 @@
-"""What runs a step: each generator by itself and the blend, or both in one fused graph; and the
-check that all is finite."""
+"""What runs a step: each generator by itself, then the blend; and the check that all is
+finite."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from torch import Tensor
 
 from nexus_rt.devices import Reading, Readings, send
 from nexus_rt.engines.experts import ExpertsEngine
-from nexus_rt.engines.fused_step import StepEngine
 from nexus_rt.engines.protocol import Diagnosable, Engine, Sharing, supports
 from nexus_rt.errors import InputError, NumericsError
 from nexus_rt.guidance import Guidance
 from nexus_rt.plan import DIFFERENCE, VELOCITY, Plan, Step
 from nexus_rt.reuse import Reused, ReuseError
 from nexus_rt.tracing import span
-from nexus_rt.upfb import BlendConfig, combine, is_separable, step_inputs
+from nexus_rt.upfb import BlendConfig, combine
 from nexus_rt.velocity import Prediction, Velocity
 
 
@@ -207,86 +206,26 @@ class SeparateGenerators:
             return combine(small, large, step.w, self.config, step.energy, self.fused)
 
 
-class FusedStep:
-    """An engine that holds both generators, guidance and blend in one graph."""
-
-    def __init__(
-        self,
-        engine: StepEngine,
-        generators: Mapping[str, Generator],
-        config: BlendConfig,
-        latents: Tensor,
-    ) -> None:
-        self.engine, self.generators, self.config, self.latents = (
-            engine,
-            generators,
-            config,
-            latents,
-        )
-        self.separable: dict[float, bool] = {}
-        self.contexts: dict[str, Any] = {}
-
-    def takes(self, step: Step) -> bool:
-        """Steps at which both generators run guided, and the split's filter is separable."""
-        if not (step.blended and step.small and step.large) or any(
-            g.scale(step) == 1.0 for g in self.generators.values()
-        ):
-            return False
-        if step.w not in self.separable:
-            self.separable[step.w] = is_separable(step.w, self.config, self.latents)
-        return self.separable[step.w]
-
-    def prepare(self, step: Step) -> None:
-        """Prepare both prompts, once."""
-        for name, generator in self.generators.items() if not self.contexts else ():
-            with span("prepare", generator=name):
-                self.contexts[name] = self.engine.prepare(name, generator.prompt.batch(guided=True))
-
-    def velocity(self, latents: Tensor, step: Step, finite: FiniteCheck) -> Velocity:
-        """A step's blended velocity."""
-        self.prepare(step)
-        timestep = self.generators["small"].timesteps[step.index]
-        scales = self.generators["small"].scale(step), self.generators["large"].scale(step)
-        inputs = step_inputs(step.w, self.config, step.energy, scales, latents)
-        with span("fused step", step=step.index):
-            velocity, sizes = self.engine.step(latents, timestep, self.contexts, inputs)
-        for raw, name in zip(sizes, ("small", "large"), strict=True):
-            finite.add(raw, name, step)
-        return Velocity(Prediction(velocity))
-
-
 class Runner:
-    """A plan's steps, each by the fused engine where it takes the step, else by the generators
-    themselves."""
+    """A plan's steps."""
 
-    def __init__(self, plan: Plan, separate: SeparateGenerators, fused: FusedStep | None) -> None:
-        self.plan, self.separate, self.fused, self.generators = (
-            plan,
-            separate,
-            fused,
-            separate.generators,
-        )
-
-    def of(self, step: Step) -> SeparateGenerators | FusedStep:
-        """What runs a step."""
-        return self.fused if self.fused is not None and self.fused.takes(step) else self.separate
+    def __init__(self, plan: Plan, separate: SeparateGenerators) -> None:
+        self.plan, self.separate, self.generators = plan, separate, separate.generators
 
     def prepare(self) -> None:
         """Prepare every prompt that the plan will need."""
         for step in self.plan.steps:
-            self.of(step).prepare(step)
+            self.separate.prepare(step)
 
     def velocity(self, latents: Tensor, step: Step, finite: FiniteCheck) -> Velocity:
         """A step's velocity, its predictions noted for the check."""
-        return self.of(step).velocity(latents, step, finite)
+        return self.separate.velocity(latents, step, finite)
 
     def change_prompts(self, prompts: Mapping[str, Prompt]) -> None:
         """Other prompts from the next step on."""
         for name in prompts.keys() & self.generators.keys():
             self.generators[name].prompt = prompts[name]
             self.generators[name].contexts = {}
-            if self.fused is not None:
-                self.fused.contexts = {}
 
 
 def make_runner(
@@ -297,7 +236,6 @@ def make_runner(
     config: BlendConfig,
     latents: Tensor,
     fused: bool,
-    step_engine: StepEngine | None,
     errors: list[ReuseError] | None = None,
 ) -> Runner:
     """What runs a plan's steps. errors: where those of reused steps are added, by computing them as
@@ -320,14 +258,11 @@ def make_runner(
                 " has no negative prompt embeddings; pass them, or a guidance_scale of 1."
             )
     separate = SeparateGenerators(plan, generators, config, fused, errors)
-    whole = None if step_engine is None else FusedStep(step_engine, generators, config, latents)
-    runner = Runner(plan, separate, whole)
     for step in plan.steps:
-        if runner.of(step) is separate:
-            for generator in separate.running(step):
-                if generator.engine is None:
-                    raise _absent(plan, generator.name)
-    return runner
+        for generator in separate.running(step):
+            if generator.engine is None:
+                raise _absent(plan, generator.name)
+    return Runner(plan, separate)
 
 
 def _absent(plan: Plan, name: str) -> InputError:

@@ -191,64 +191,6 @@ def _filtered(v: Tensor, w: float, config: BlendConfig, low: float, keep: float)
     return torch.baddbmm(planes, left, y, beta=keep, alpha=low).view_as(v)
 
 
-# what a step in one graph is told besides its filter's matrices, in order; x = v_S - minus_large
-# v_L
-STEP_SCALARS = (
-    "guidance_small",
-    "guidance_large",
-    "minus_large",
-    "large",
-    "keep",
-    "low",
-    "rms_reference",
-    "rms_small",
-    "rms_large",
-    "as_is",
-)
-
-
-def is_separable(w: float, config: BlendConfig, latents: Tensor) -> bool:
-    """Whether the split's filter at gate w is one matrix on each side of a plane of the latents."""
-    return _filter_at(w, config, latents).gain is None
-
-
-def step_inputs(
-    w: float, config: BlendConfig, energy: str, guidance: tuple[float, float], latents: Tensor
-) -> dict[str, Tensor]:
-    """A blended step for engines that hold guidance and blend: scalars [10], left [H, H], right [W,
-    W], float32.
-
-    `u = large v_L + keep x + low (left x right)`, scaled to
-    `rms_reference R_ref + rms_small rms(v_S) + rms_large rms(v_L)` unless `as_is`.
-
-    Raises:
-        InputError: the filter is not separable (`is_separable`).
-    """
-    f = _filter_at(w, config, latents)
-    if f.gain is not None:
-        raise InputError(
-            f"a {config.lowpass} low-pass is not separable, and a fused step has one matrix a side;"
-            " use lowpass 'gaussian'."
-        )
-    gaussian, g = config.split == "gaussian", config.gamma_hf
-    share = {"reference": (1, 0, 0, 0), "progressive": (0, w, 1 - w, 0), "none": (0, 0, 0, 1)}[
-        energy
-    ]
-    scalars = (
-        *guidance,
-        0 if gaussian else 1,
-        1 - w if gaussian else 1,
-        w * g,
-        w * (1 - g),
-        *share,
-    )
-    return {
-        "scalars": send(torch.tensor(scalars, dtype=torch.float32), latents.device),
-        "left": f.left,
-        "right": f.right,
-    }
-
-
 def low_frequencies(v: Tensor, w: float, config: BlendConfig) -> Tensor:
     """The low band LF(v) of the split at gate w: [..., H, W] to the same shape, float32."""
     return _filtered(v.float().contiguous(), w, config, 1.0, 0.0)

@@ -30,11 +30,6 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="parts to export: small, large, vae, text_encoder (default: small,large)",
     )
     export.add_argument(
-        "--fuse-step",
-        action="store_true",
-        help="also both generators, guidance and blend in one graph",
-    )
-    export.add_argument(
         "--sizes",
         metavar="WxHxF,...",
         help=(

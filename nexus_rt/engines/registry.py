@@ -13,13 +13,12 @@ from nexus_rt.engines import aoti
 from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.engines.exported_engine import ExportedEngine, Sessions
 from nexus_rt.engines.folder import MANIFEST, EngineFolder
-from nexus_rt.engines.fused_step import StepEngine
 from nexus_rt.engines.text_vae import EngineDecoder, EngineTextEncoder
 from nexus_rt.errors import ModelError, choose
 from nexus_rt.plan import EXPERTS
 
 GENERATORS = ("small", "small-high", "small-low", "large", "large-high", "large-low")
-PARTS = (*GENERATORS, "step", "vae", "text_encoder")
+PARTS = (*GENERATORS, "vae", "text_encoder")
 
 
 def here(device: torch.device) -> dict[str, Any]:
@@ -46,11 +45,9 @@ def sessions_of(folder: EngineFolder, device: torch.device, **options: Any) -> S
 
 
 def engine_of(folder: EngineFolder, device: torch.device, **options: Any) -> Any:
-    """The engine of a folder, as its part asks: a generator, a step, a decoder or a text encoder;
+    """The engine of a folder, as its part asks: a generator, a decoder or a text encoder;
     unchecked."""
     sessions = sessions_of(folder, device, **options)
-    if folder.manifest.part == "step":
-        return StepEngine(sessions)
     if folder.manifest.part == "vae":
         return EngineDecoder(sessions)
     if folder.manifest.part == "text_encoder":

@@ -13,7 +13,6 @@ import torch
 from nexus_rt.checks import as_device, as_dtype
 from nexus_rt.engines.cuda_graphs import ReplayedEngine
 from nexus_rt.engines.experts import ExpertsEngine, changed, joined
-from nexus_rt.engines.fused_step import StepEngine
 from nexus_rt.engines.registry import GENERATORS, open_engines
 from nexus_rt.engines.text_vae import EngineDecoder, EngineTextEncoder
 from nexus_rt.engines.torch import TorchEngine
@@ -42,7 +41,6 @@ class Loaded:
     text: TextEncoder | EngineTextEncoder | None
     vae: VideoDecoder | EngineDecoder | None
     context: ContextEncoder | None
-    step: StepEngine | None
     defaults: Defaults
     space: tuple[int, tuple[int, int, int]]
     identity: dict[str, str] = field(default_factory=dict)
@@ -155,7 +153,6 @@ def load_models(
         text,
         vae,
         context,
-        None,
         parts.defaults,
         space,
         identity | _coder_identity(parts, dtype),
@@ -213,8 +210,7 @@ def load_engines(
         experts = [n for n in engines if n.startswith(f"{name}-")]
         if experts:
             identity[name] = " ".join(identity.pop(n) for n in experts)
-    step = opened.get("step")
-    return Loaded(generators, text, vae, context, step, parts.defaults, space, identity)
+    return Loaded(generators, text, vae, context, parts.defaults, space, identity)
 
 
 def _artefacts(engine: Any) -> str:

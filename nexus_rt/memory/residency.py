@@ -35,7 +35,6 @@ from nexus_rt.size import ClipSize
 from nexus_rt.tracing import span
 
 MODES = ("resident", "freed", "prefetched", "swapped", "streamed")
-STEP = "fused step"
 UNITS = {
     "": 1,
     "B": 1,
@@ -214,7 +213,7 @@ def _stretches(plan: Plan) -> list[tuple[int, int, tuple[str, ...]]]:
 
 def _phases(plan: Plan, parts: Mapping[str, MemoryUse], mode: str) -> tuple[Phase, ...]:
     """The phases of a mode; parts are the engines, and any encoders and "vae"."""
-    encoders = tuple(n for n in parts if not is_engine(n) and n not in ("vae", STEP))
+    encoders = tuple(n for n in parts if not is_engine(n) and n != "vae")
     engines = plan.engines
     vae = ("vae",) if "vae" in parts else ()
     stretches = _stretches(plan)
@@ -230,7 +229,7 @@ def _phases(plan: Plan, parts: Mapping[str, MemoryUse], mode: str) -> tuple[Phas
         )
         return Phase(name, first, last, runs, present, arriving, weights + working)
 
-    everything = (*encoders, *engines, *vae, *((STEP,) if STEP in parts else ()))
+    everything = (*encoders, *engines, *vae)
     phases = (
         [phase("encode", -1, -1, encoders, everything if mode == "resident" else encoders)]
         if encoders
@@ -261,7 +260,7 @@ def plan_residency(
 
     Args:
         parts: the engines that the plan runs ("small", "large", or experts as in "large:high"), and
-            any of the encoders, "vae", and a fused step, which only "resident" uses.
+            any of the encoders and "vae".
         budget: bytes; None takes "resident". mode: this one, if it fits.
 
     Raises:

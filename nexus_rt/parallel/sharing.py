@@ -71,9 +71,6 @@ def share(pipe: PipelineModels, mesh: Mesh) -> None:
             _split_tokens(name, engine, mesh)
     if layout.pair > 1:
         _check_pair(pipe)
-    if pipe.step_engine is not None and (layout.cfg > 1 or layout.pair > 1):
-        chose("fused step", "off", f"its work cannot be shared as {layout}")
-        pipe.step_engine = None
     for name, engine in pipe.engines.items():
         if layout.cfg > 1:
             engine = changed(engine, partial(GuidanceParallel, mesh=mesh))
