@@ -2,9 +2,9 @@
 
 Both are asked the same questions, one after the other so that only one is in memory: a generator
 for velocities at three timesteps and at most two sizes and the final latents of a short guided run,
-a decoder for frames, a text encoder for embeddings. Two numbers each: the cosine, and the norm of the difference over the norm of the
-reference. The thresholds are what rounding weights and activations to a precision costs, with room:
-float32 engines differ in the order of sums alone.
+a decoder for frames, a text encoder for embeddings. Two numbers each: the cosine, and the norm of
+the difference over the norm of the reference. The thresholds are what rounding weights and
+activations to a precision costs, with room: float32 engines differ in the order of sums alone.
 """
 
 from __future__ import annotations

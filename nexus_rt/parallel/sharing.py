@@ -13,7 +13,6 @@ from nexus_rt.engines.cuda_graphs import ReplayedEngine
 from nexus_rt.engines.experts import changed, engines_by_name
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError
-from nexus_rt.log import chose
 from nexus_rt.memory.offload import release
 from nexus_rt.models.vae import VideoDecoder
 from nexus_rt.parallel.engines import GuidanceParallel, RemoteEngine, SharedGenerator
