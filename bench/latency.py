@@ -50,7 +50,6 @@ COMPONENTS = (
     "prepare",
     "small",
     "large",
-    "fused step",
     "blend",
     "solver",
     "swap",

@@ -13,7 +13,6 @@ COLOURS = {
     "small": "#2a9d8f",
     "large": "#264653",
     "both": "#e9c46a",
-    "fused step": "#f4a261",
     "text": "#8ab17d",
     "understanding": "#b5838d",
     "connector": "#6d6875",

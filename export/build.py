@@ -106,7 +106,7 @@ def export_component(
     name, target = part.name, replace(target, precision=part.precision(target.precision))
     builder = target.builder()
     architecture = part.architecture()
-    say(f"{name}: reading {', '.join(map(str, part.folders))}")
+    say(f"{name}: reading {part.folder}")
     options = (
         {k: True for k in ("weight_streaming", "refit", "range") if getattr(target, k)}
         if part.sized
@@ -118,7 +118,7 @@ def export_component(
         backend_version=builder.version(target),
         precision=target.precision,
         architecture=architecture,
-        weights=weights_hash(part.folders),
+        weights=weights_hash(part.folder),
         buckets=[list(b) for b in target.ordered()] if part.sized else [],
         graphs=part.graphs(),
         device=builder.built_for(target),
@@ -149,7 +149,7 @@ def export_component(
         work = final.with_suffix(".part")
         work.mkdir(parents=True, exist_ok=True)
         # stored in half?
-        need = int(weights_bytes(part.folders) * (2 if target.precision == "fp32" else 1.1)) + (
+        need = int(weights_bytes(part.folder) * (2 if target.precision == "fp32" else 1.1)) + (
             1 << 20
         )
         try:

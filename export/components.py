@@ -39,7 +39,7 @@ WEIGHTS = (".safetensors", ".sft", ".gguf", ".bin", ".pth", ".pt")
 class Component(Protocol):
     """Something that becomes an engine.
 
-    name: as in `Manifest.part`. folders: of its weights. sized: whether an engine is for certain
+    name: as in `Manifest.part`. folder: of its weights. sized: whether an engine is for certain
         sizes.
     """
 
@@ -47,7 +47,7 @@ class Component(Protocol):
     sized: bool
 
     @property
-    def folders(self) -> list[Path]: ...
+    def folder(self) -> Path: ...
 
     def architecture(self) -> dict[str, Any]: ...
 
@@ -85,22 +85,21 @@ def _weights(source: Path) -> list[Path]:
     return [source] if source.is_file() else [p for p in source.iterdir() if p.suffix in WEIGHTS]
 
 
-def weights_hash(sources: list[Path]) -> str:
-    """One hash of the weights of folders and files, by name and content."""
+def weights_hash(source: Path) -> str:
+    """One hash of the weights of a folder or file, by name and content."""
     digest = hashlib.sha256()
-    for where in sources:
-        files = sorted(_weights(where))
-        if not files:
-            raise ModelError(
-                f"{where} holds no weights ({', '.join(WEIGHTS)}); expected a model's folder."
-            )
-        for path in files:
-            digest.update(f"{path.name} {trusted_hash(path)}\n".encode())
+    files = sorted(_weights(source))
+    if not files:
+        raise ModelError(
+            f"{source} holds no weights ({', '.join(WEIGHTS)}); expected a model's folder."
+        )
+    for path in files:
+        digest.update(f"{path.name} {trusted_hash(path)}\n".encode())
     return digest.hexdigest()
 
 
-def weights_bytes(sources: list[Path]) -> int:
-    return sum(p.stat().st_size for s in sources for p in _weights(s))
+def weights_bytes(source: Path) -> int:
+    return sum(p.stat().st_size for p in _weights(source))
 
 
 def _architecture(folder: Path) -> dict[str, Any]:
@@ -134,11 +133,11 @@ class GeneratorComponent:
     sized = True
 
     @property
-    def folders(self) -> list[Path]:
-        return [transformer.transformer_folder(self.source)]
+    def folder(self) -> Path:
+        return transformer.transformer_folder(self.source)
 
     def architecture(self) -> dict[str, Any]:
-        return _architecture(self.folders[0])
+        return _architecture(self.folder)
 
     def graphs(self) -> dict[str, list[str]]:
         return {graph: list(inputs) for graph, inputs in GRAPHS.items()}
@@ -161,13 +160,13 @@ class GeneratorComponent:
     ) -> dict[str, Traced]:
         return trace(
             transformer.load_transformer(
-                self.folders[0], DTYPES[precision], device, *kernels, self.loras
+                self.folder, DTYPES[precision], device, *kernels, self.loras
             ),
             buckets,
         )
 
     def answers(self, engine: Any, buckets: list[ClipSize], device: torch.device) -> parity.Answers:
-        by = engine or TorchEngine(_reference(self.folders[0], device, self.loras))
+        by = engine or TorchEngine(_reference(self.folder, device, self.loras))
         return parity.generator_answers(by, self.architecture(), buckets, device)
 
 
@@ -181,8 +180,8 @@ class DecoderComponent:
     sized = True
 
     @property
-    def folders(self) -> list[Path]:
-        return [self.source]
+    def folder(self) -> Path:
+        return self.source
 
     def architecture(self) -> dict[str, Any]:
         return vae_space(self.source)
@@ -233,11 +232,11 @@ class TextComponent:
     sized = False
 
     @property
-    def folders(self) -> list[Path]:
-        return [find_text(self.source, self.tokenizer)[0]]
+    def folder(self) -> Path:
+        return find_text(self.source, self.tokenizer)[0]
 
     def architecture(self) -> dict[str, Any]:
-        config = umt5_settings(self.folders[0])
+        config = umt5_settings(self.folder)
         return {
             k: config[k]
             for k in ("model_type", "d_model", "vocab_size", "num_layers")

@@ -37,13 +37,6 @@ MEANING = {
     "video": (
         "frames in [-1, 1]: one of the first latent frame, scale_factor_temporal of every other"
     ),
-    "scalars": (
-        "guidance_small, guidance_large, minus_large, large, keep, low, rms_reference, rms_small,"
-        " rms_large, as_is"
-    ),
-    "left": "the low-pass on rows, [height, height]",
-    "right": "the low-pass on columns, [width, width]",
-    "rms": "root mean squares of both guided velocities, small then large",
 }
 
 
@@ -93,7 +86,7 @@ def rename(dimension: str, names: dict[str, str]) -> str:
 
 def _entry(name: str, value: Any, names: dict[str, str]) -> dict[str, Any]:
     shape = [int(d) if isinstance(d, int) else rename(str(d), names) for d in value.shape]
-    root = re.sub(r"(_small|_large)$|^new_|_\d+$", "", name)
+    root = re.sub(r"^new_|_\d+$", "", name)
     root = "state" if root.startswith("state") and root != "states" else root
     words = (
         MEANING.get(root)

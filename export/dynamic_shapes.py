@@ -18,8 +18,8 @@ from nexus_rt.size import ClipSize
 Shape = tuple[int | str, ...]
 
 # what the rest range over: samples of a step, tokens of a context, of a prompt
-LIMITS = {"batch": (1, 64), "tokens": (2, 4096), "tokens_small": (2, 4096), "words": (2, 512)}
-EXAMPLE = {"batch": 2, "tokens": 24, "tokens_small": 30, "words": 9}
+LIMITS = {"batch": (1, 64), "tokens": (2, 4096), "words": (2, 512)}
+EXAMPLE = {"batch": 2, "tokens": 24, "words": 9}
 
 
 @dataclass(frozen=True)

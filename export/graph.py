@@ -70,17 +70,16 @@ def context_shapes(model: WanTransformer) -> dict[str, Shape]:
     return {"embeds": ("batch", "tokens", model.config.text_dim)}
 
 
-def velocity_shapes(model: WanTransformer, samples: str = "batch") -> dict[str, Shape]:
-    """Inputs of "velocity"; `samples` is the batch of contexts where it is not that of the
-    latents."""
+def velocity_shapes(model: WanTransformer) -> dict[str, Shape]:
+    """Inputs of "velocity"."""
     c = model.config
-    stacked = (c.num_layers, samples, "tokens", c.num_attention_heads, c.attention_head_dim)
+    stacked = (c.num_layers, "batch", "tokens", c.num_attention_heads, c.attention_head_dim)
     return {
         "latents": ("batch", c.in_channels, "frames", "2*rows", "2*columns"),
         "timestep": (),
         "keys": stacked,
         "values": stacked,
-        "bias": (samples, "tokens"),
+        "bias": ("batch", "tokens"),
     }
 
 
@@ -134,17 +133,15 @@ def traced(
 
 
 @contextlib.contextmanager
-def rope_in_graphs(*models: WanTransformer) -> Iterator[None]:
-    """Let models whose kernels are PyTorch's compute RoPE in the graph while they are traced."""
-    own = [model.ops for model in models]
-    for model in models:
-        if model.ops.name == TORCH.name:
-            _use(model, replace(model.ops, rope=rope_in_graph))
+def rope_in_graphs(model: WanTransformer) -> Iterator[None]:
+    """Let a model whose kernels are PyTorch's compute RoPE in the graph while it is traced."""
+    own = model.ops
+    if own.name == TORCH.name:
+        _use(model, replace(own, rope=rope_in_graph))
     try:
         yield
     finally:
-        for model, ops in zip(models, own, strict=True):
-            _use(model, ops)
+        _use(model, own)
 
 
 def _use(model: WanTransformer, ops) -> None:

@@ -57,7 +57,7 @@ def can_run() -> bool:
 def build(graph: str, traced: Traced, folder: Path, target: Target) -> None:
     """Write `graph`.onnx into a folder and check it; errors as `write`."""
     write(graph, traced, folder, target.opset)
-    if target.precision == "int8" and graph in ("velocity", "step"):  # what runs at every step
+    if target.precision == "int8" and graph == "velocity":  # what runs at every step
         quantise(folder / f"{graph}.onnx")
 
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 RANGES = {
     "batch": (1, 2, backend.SAMPLES),
     "tokens": (2, 128, 2560),
-    "tokens_small": (2, 128, 2560),
     "words": (2, 32, 512),
 }
 

@@ -134,21 +134,13 @@ def engines_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_engines(tiny_pair, engines_cache):
-    """The output folder of `nexus-rt export`: every part of the tiny pair, and the fused step, for
-    ONNX Runtime."""
+    """The output folder of `nexus-rt export`: every part of the tiny pair, for ONNX Runtime."""
     pytest.importorskip("onnxruntime")
     from nexus_rt.cli import main
 
     out = engines_cache.parent / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEXUS_RT_CACHE", str(engines_cache))
-        line = [
-            "export",
-            "--pair",
-            str(tiny_pair),
-            "--parts",
-            "small,large,vae,text_encoder",
-            "--fuse-step",
-        ]
+        line = ["export", "--pair", str(tiny_pair), "--parts", "small,large,vae,text_encoder"]
         assert main([*line, "--sizes", ",".join(SIZES), "-o", str(out)]) == 0
     return out

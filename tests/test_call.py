@@ -7,7 +7,7 @@ from nexus_rt import Cancelled, InputError, NexusPipeline
 from nexus_rt.call import Call, Placement
 from nexus_rt.request import CallInputs, make_request
 
-NOWHERE = Placement(None, None)
+NOWHERE = Placement(None)
 
 
 def a_call(pipe, prompt="a red circle", **change):

@@ -264,10 +264,10 @@ def test_force_loads_what_failed(own):
     assert open_engine(own, CPU, force=True).nbytes > 0
 
 
-def export_whole(pair, target, output, names="small,large,vae,text_encoder", fuse_step=True):
+def export_whole(pair, target, output, names="small,large,vae,text_encoder"):
     """Every part of a pair as an engine."""
     found = find_pair(pair, {}, {})
-    parts = chosen_components(found, names, fuse_step)
+    parts = chosen_components(found, names)
     export_components(
         parts,
         folders_beside(found, parts),
@@ -330,73 +330,11 @@ def test_the_mini_pair_draws_the_same_frames(backend, cache, tmp_path):
     assert 10 * np.log10(1 / ((frames[0] - frames[1]) ** 2).mean()) >= 45
 
 
-def test_a_step_in_one_graph_is_plain_products_and_compared(exported):
-    manifest = EngineFolder.read(exported / "step").manifest
-    ways = ("gaussian, reference", "dct, progressive", "fft, none")
-    assert set(manifest.parity["rows"]) == {
-        f"latents {size} after 4 steps, {how}" for size in SIZES for how in ways
-    }
-    model = onnx.load(str(exported / "step" / "step.onnx"), load_external_data=False)
-    assert [i.name for i in model.graph.input] == manifest.graphs["step"]
-    assert [o.name for o in model.graph.output] == ["velocity", "rms"]
-    kinds = {n.op_type for n in model.graph.node}
-    assert "MatMul" in kinds and not {"ScatterND", "DFT", "Loop", "If"} & kinds
-
-
-def calls_of(engine, monkeypatch):
-    """Graphs that an engine's sessions ran, as they run."""
-    ran, right = [], engine.sessions.run
-    monkeypatch.setattr(
-        engine.sessions, "run", lambda graph, *args: (ran.append(graph), right(graph, *args))
-    )
-    return ran
-
-
-def test_a_fused_step_is_one_session_run_and_the_same_video(exported, tiny_pipe, monkeypatch):
-    pipe = NexusPipeline.from_engines(exported)
-    pipe.set_progress_bar_config(disable=True)
-    ran = {
-        n: calls_of(e, monkeypatch) for n, e in {**pipe.engines, "step": pipe.step_engine}.items()
-    }
-    make = lambda p, **o: (
-        p(
-            "a red circle",
-            height=32,
-            width=48,
-            num_frames=5,
-            num_inference_steps=3,
-            guidance_scale_2=2.0,
-            generator=torch.Generator().manual_seed(0),
-            output_type="latent",
-            **o,
-        ).frames
-    )
-    for options in (
-        dict(plan="reference"),
-        dict(plan="reference", blend=BlendConfig("dct"), energy="progressive"),
-    ):
-        assert distance(make(pipe, **options), make(tiny_pipe, **options))["relative_error"] < 1e-4
-    assert ran == {
-        "small": [],
-        "large": [],
-        "step": ["context_small", "context_large", *["step"] * 3] * 2,
-    }
-    assert not pipe.engines["small"].resident  # what it does not need is not loaded
-    # not separable: the generators' own engines
-    options = dict(plan="reference", blend=BlendConfig("fft", "butterworth"))
-    assert distance(make(pipe, **options), make(tiny_pipe, **options))["relative_error"] < 1e-4
-    assert ran["small"] == ["context", *["velocity"] * 3] == ran["large"]
-    ran["step"].clear()
-    make(pipe, plan="small:1 bridge:1 large:1@1")
-    assert not ran["step"] and len(ran["large"]) == 4 + 3  # one of the two is not guided
-
-
-@pytest.mark.parametrize("plan", ["reference", "small:1 large:2"])
-def test_more_samples_than_a_run_takes_are_run_in_turn(exported, monkeypatch, plan):
+def test_more_samples_than_a_run_takes_are_run_in_turn(exported, monkeypatch):
     def make():
         pipe = NexusPipeline.from_engines(exported)
         pipe.set_progress_bar_config(disable=True)
-        for part in (*pipe.engines.values(), pipe.step_engine, pipe.text):
+        for part in (*pipe.engines.values(), pipe.text):
             for_part = part.sessions.run
             monkeypatch.setattr(
                 part.sessions,
@@ -410,7 +348,7 @@ def test_more_samples_than_a_run_takes_are_run_in_turn(exported, monkeypatch, pl
             width=48,
             num_frames=5,
             num_inference_steps=3,
-            plan=plan,
+            plan="small:1 bridge:1 large:1",
             guidance_scale_2=2.0,
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
@@ -423,17 +361,13 @@ def test_more_samples_than_a_run_takes_are_run_in_turn(exported, monkeypatch, pl
     monkeypatch.setattr(Sessions, "most", 2)
     got = make()
     assert distance(got, wanted)["relative_error"] < 1e-5
-    fused = [g for g, _ in sizes if g == "step"]
-    assert bool(fused) == (plan == "reference")
     for graph, inputs in sizes:
         assert all(len(t) <= 2 for n, t in inputs.items() if n in ("latents", "embeds", "ids")), (
             graph
         )
-        if graph == "step":
-            assert inputs["keys_small"].shape[1] == 2 * len(inputs["latents"])
 
 
-def test_a_fused_step_that_is_not_finite_names_the_generator(exported):
+def test_an_engine_that_is_not_finite_names_the_generator(exported):
     pipe = NexusPipeline.from_engines(exported)
     pipe.set_progress_bar_config(disable=True)
     embeds = torch.zeros(1, 4, 32)

@@ -302,12 +302,6 @@ def test_experts_are_exported_an_engine_each(a14b, tiny_pair, pipe, tmp_path, mo
     exact.set_progress_bar_config(disable=True)
     want = exact("a red circle", plan="large", generator=seeded(), **options).frames
     torch.testing.assert_close(got.frames, want, atol=1e-3, rtol=1e-3)
-    with pytest.raises(InputError, match="two experts; leave it out"):
-        from nexus_rt.export.command import chosen_components
-        from nexus_rt.loading.pair_folder import find_pair
-
-        pair = find_pair(None, {"small": tiny_pair / "small", "large": a14b}, {})
-        chosen_components(pair, None, fuse_step=True)
     shutil.rmtree(out / "large-low")
     with pytest.raises(ModelError, match="not large-low/, the other expert"):
         NexusPipeline.from_engines(out)

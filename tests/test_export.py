@@ -26,7 +26,6 @@ from nexus_rt.export.command import chosen_components
 from nexus_rt.export.components import (
     DecoderComponent,
     GeneratorComponent,
-    StepComponent,
     TextComponent,
 )
 from nexus_rt.loading.pair_folder import find_pair
@@ -124,12 +123,11 @@ def test_one_graph_serves_several_sizes_and_holds_no_scatter(tiny_pair):
         runs.check_size(ClipSize(80, 32, 1))
 
 
-@pytest.mark.parametrize("part", ["generator", "step", "decoder", "text"])
+@pytest.mark.parametrize("part", ["generator", "decoder", "text"])
 def test_no_graph_gives_two_lengths_one_name(part, tiny_pair):
-    """ONNX Runtime takes axes of one name for equal; a steered pair's two prompts are not."""
+    """ONNX Runtime takes axes of one name for equal."""
     made = {
         "generator": lambda: GeneratorComponent("small", tiny_pair / "small"),
-        "step": lambda: StepComponent({n: tiny_pair / n for n in ("small", "large")}),
         "decoder": lambda: DecoderComponent(tiny_pair / "vae"),
         "text": lambda: TextComponent(tiny_pair),
     }[part]()
@@ -455,11 +453,7 @@ def test_links_cost_no_second_copy_and_appear_whole(tmp_path, monkeypatch):
 def test_parts_are_named_or_the_generators(tiny_pair):
     found = find_pair(tiny_pair, {}, {})
     names = lambda *args: [p.name for p in chosen_components(found, *args)]
-    assert names(None) == ["small", "large"] and names("vae, small,vae", True) == [
-        "vae",
-        "small",
-        "step",
-    ]
+    assert names(None) == ["small", "large"] and names("vae, small,vae") == ["vae", "small"]
     with pytest.raises(InputError, match="unknown part 'vea'.*did you mean 'vae'"):
         names("vea")
     alone = find_pair(None, {"small": tiny_pair / "small"}, {})
@@ -467,8 +461,6 @@ def test_parts_are_named_or_the_generators(tiny_pair):
         InputError, match="there is no text_encoder here to export; pass --text-encoder"
     ):
         chosen_components(alone, "text_encoder")
-    with pytest.raises(InputError, match="--fuse-step puts both generators in one graph"):
-        chosen_components(alone, None, True)
 
 
 def test_a_decoder_keeps_colours_where_the_generators_are_bfloat16(tiny_pair):

@@ -14,7 +14,6 @@ from nexus_rt import InputError, NexusPipeline
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.memory.residency import (
     MODES,
-    STEP,
     MemoryUse,
     Residency,
     activation_bytes,
@@ -119,12 +118,6 @@ def test_a_plan_walks_while_both_generators_are_streamed(tiny_pipe):
         and seen == [[True, False]] * 2 + [[True, True]] + [[False, True]] * 2
     )
     engines["large"].unload()
-
-
-def test_a_fused_step_counts_only_where_it_is_used():
-    parts = {**PARTS, STEP: MemoryUse(31 * GB)}
-    assert plan_residency(BRIDGED, parts).peak == (42.5 + 31 + 5) * GB
-    assert plan_residency(BRIDGED, parts, 40 * GB).mode == "freed"
 
 
 @pytest.mark.parametrize(

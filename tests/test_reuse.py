@@ -201,7 +201,7 @@ def test_a_constant_field_is_reused_without_error():
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc"])
-def test_fused_steps_and_bridges_run_beside_reuse(solver):
+def test_bridges_run_beside_reuse(solver):
     out, engine = run("small:3/every=2 bridge:2 large:3/guidance-every=2", Field(), solver=solver)
     assert torch.isfinite(out).all()
     assert sum(b for _, b in engine.asked) == 2 * 2 + 2 * 4 + (2 + 1 + 2)

@@ -15,7 +15,6 @@ from nexus_rt.export.build import Target, export_component
 from nexus_rt.export.components import (
     DecoderComponent,
     GeneratorComponent,
-    StepComponent,
     TextComponent,
 )
 from nexus_rt.export.dynamic_shapes import Traced
@@ -159,18 +158,6 @@ def test_a_profile_a_size_and_both_kinds_of_step():
     ]
     (span,) = builder.profiles(Traced(None, {}, shapes, ()), target(range=True))
     assert span["latents"] == [[1, 16, 2, 4, 4], [2, 16, 2, 4, 6], [2, 16, 2, 4, 6]]
-
-
-@no_gpu
-@pytest.mark.slow
-def test_a_fused_step_is_built(tiny_pair, cache):
-    part = StepComponent({n: tiny_pair / n for n in ("small", "large")})
-    engine = export_component(part, target(buckets=(ClipSize(32, 32, 5),)), "x")
-    assert set(engine.manifest.files) == {
-        f"{g}.{k}" for g in part.graphs() for k in ("engine", "json")
-    }
-    # one block and two
-    assert json.loads((engine.path / "step.json").read_text())["attention_operators"] == 2 + 4
 
 
 @no_gpu

@@ -152,10 +152,33 @@ class ExportedEngine(Exported):
                 " it; export with --precision fp32, or use PyTorch."
             )
 
+    @torch.no_grad()
     def prepare(self, context: Tensor) -> EngineContext:
+        width = self.folder.manifest.architecture["text_dim"]
+        if context.ndim != 3 or context.shape[-1] != width:
+            raise InputError(
+                f"context has shape {tuple(context.shape)}; expected [batch, tokens, {width}]."
+            )
         self.load()
-        runs = [[*range(len(context))][r] for r in self.together(len(context))]
-        return run_context(self, "context", self.folder.manifest.architecture, context, runs)
+        parts = [self._prepare(context[run]) for run in self.together(len(context))]
+        return parts[0] if len(parts) == 1 else EngineContext(None, None, None, parts)
+
+    def _prepare(self, embeds: Tensor) -> EngineContext:
+        """The samples of one run: [N, L, text_dim], their zero padding counted once."""
+        a = self.folder.manifest.architecture
+        embeds, bias = collapse_padding(embeds.to(self.device, self.dtype), at_least=2)
+        bias = (
+            torch.zeros(embeds.shape[:2], device=self.device)
+            if bias is None
+            else bias.float().contiguous()
+        )
+        heads = a["num_attention_heads"], a["attention_head_dim"]
+        shape = (a["num_layers"], *embeds.shape[:2], *heads)
+        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        self.sessions.run(
+            "context", {"embeds": embeds.contiguous()}, {"keys": keys, "values": values}
+        )
+        return EngineContext(keys, values, bias)
 
     @torch.no_grad()
     def velocity(self, latents: Tensor, timestep: Tensor, context: EngineContext) -> Tensor:
@@ -182,47 +205,6 @@ class ExportedEngine(Exported):
             }
             self.sessions.run("velocity", inputs, {"velocity": velocity})
         return out
-
-
-@torch.no_grad()
-def run_context(
-    engine: Exported, graph: str, architecture: dict, embeds: Tensor, runs: list[list[int]]
-) -> EngineContext:
-    """A generator's prompt through a graph of an engine: embeddings [N, L, text_dim], their zero
-    padding counted once.
-
-    Args:
-        runs: which of the N samples each later run of the engine takes.
-    """
-    a = architecture
-    if embeds.ndim != 3 or embeds.shape[-1] != a["text_dim"]:
-        raise InputError(
-            f"context has shape {tuple(embeds.shape)}; expected [batch, tokens, {a['text_dim']}]."
-        )
-    if len(runs) > 1:
-        return EngineContext(
-            None, None, None, [run_context(engine, graph, a, embeds[r], [r]) for r in runs]
-        )
-    embeds = embeds.to(engine.device, engine.dtype)
-    embeds, bias = collapse_padding(embeds, at_least=2)
-    bias = (
-        torch.zeros(embeds.shape[:2], device=engine.device)
-        if bias is None
-        else bias.float().contiguous()
-    )
-    shape = (a["num_layers"], *embeds.shape[:2], a["num_attention_heads"], a["attention_head_dim"])
-    keys, values = (torch.empty(shape, dtype=engine.dtype, device=engine.device) for _ in range(2))
-    # a fused step's run has twice the samples of the context's own
-    whole = engine.together(len(embeds))
-    if len(whole) == 1:
-        engine.sessions.run(
-            graph, {"embeds": embeds.contiguous()}, {"keys": keys, "values": values}
-        )
-    for r in whole if len(whole) > 1 else ():
-        made = {"keys": torch.empty_like(keys[:, r]), "values": torch.empty_like(values[:, r])}
-        engine.sessions.run(graph, {"embeds": embeds[r].contiguous()}, made)
-        keys[:, r], values[:, r] = made["keys"], made["values"]
-    return EngineContext(keys, values, bias)
 
 
 def __getattr__(

@@ -21,10 +21,8 @@ class Manifest:
     """What an engine folder says of itself.
 
     part: "small", "large", an expert of either such as "large-high" (options["boundary"] says
-        where they change over), "step" (both in one graph), "vae" or "text_encoder". graphs: name
-        -> inputs, in order.
-    architecture: WanConfig's fields; of a step, those of both under "small" and "large"; else the
-        part's own config.
+        where they change over), "vae" or "text_encoder". graphs: name -> inputs, in order.
+    architecture: WanConfig's fields of a generator, else the part's own config.
     weights: sha256 of the source's weight files. buckets: [width, height, frames]; with
         options["range"], its two ends.
     device: {"type": "cpu" | "cuda", "sm": "9.0" or None, "name"}. parity: see
@@ -106,7 +104,6 @@ class Stored(msgspec.Struct):
         "large",
         "large-high",
         "large-low",
-        "step",
         "vae",
         "text_encoder",
     ]
@@ -143,7 +140,7 @@ class Stored(msgspec.Struct):
                 )
         if not self.graphs or not self.files:
             raise ModelError(f"{where} lists no graphs or no files; export the engine again.")
-        generates = self.part.partition("-")[0] in ("small", "large", "step")
+        generates = self.part.partition("-")[0] in ("small", "large")
         if generates and not self.buckets:
             raise ModelError(f"{where} lists no sizes; export the engine again.")
         documents.check(self.options, _Options, f"{where}'s options")
@@ -160,18 +157,10 @@ class Stored(msgspec.Struct):
                 where,
             )
             check_space(self.architecture, where)
-        architectures = (
-            [self.architecture.get(n) for n in ("small", "large")]
-            if self.part == "step"
-            else [self.architecture]
-        )
         if generates:
             from nexus_rt.models.wan import WanConfig
 
-            for values in architectures:
-                if not isinstance(values, dict):
-                    raise ModelError(f"{where} lacks an architecture; export the engine again.")
-                try:
-                    WanConfig.from_dict(values)
-                except ModelError as error:
-                    raise ModelError(f"{where}: its architecture is none: {error}") from error
+            try:
+                WanConfig.from_dict(self.architecture)
+            except ModelError as error:
+                raise ModelError(f"{where}: its architecture is none: {error}") from error
