@@ -125,9 +125,7 @@ def random_pipeline(
         vae = RandomDecoder(device, decoder)
     defaults = Defaults(height=size.height, width=size.width, num_frames=size.frames)
     engines = {name: TorchEngine(model) for name, model in models.items()}
-    loaded = Loaded(
-        engines, None, vae, None, defaults, (config.in_channels, config.patch_size)
-    )
+    loaded = Loaded(engines, None, vae, None, defaults, (config.in_channels, config.patch_size))
     return NexusPipeline(loaded, device, kernels=kernels)
 
 

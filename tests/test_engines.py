@@ -5,7 +5,6 @@ import os
 import shutil
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
@@ -24,7 +23,6 @@ from nexus_rt.export.parity import distance
 from nexus_rt.loading.pair_folder import MINI, find_pair
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.size import ClipSize, parse_sizes
-from nexus_rt.upfb import BlendConfig
 from tests.conftest import SIZES
 
 CPU = torch.device("cpu")
