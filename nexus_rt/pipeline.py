@@ -41,7 +41,6 @@ from nexus_rt.pipeline_models import PipelineModels
 from nexus_rt.plan import Plan, Scale
 from nexus_rt.process import computes
 from nexus_rt.progress import check_options
-from nexus_rt.renamed import warn_old
 from nexus_rt.request import (
     MAX_VIDEOS,
     OUTPUT_TYPES,
@@ -308,11 +307,7 @@ class NexusPipeline(PipelineModels):
         return prompts
 
     def prepare_latents(
-        self,
-        batch: int,
-        size: ClipSize,
-        generator: Generators = None,
-        *old: Any,
+        self, batch: int, size: ClipSize, generator: Generators = None
     ) -> Tensor:
         """Noise [B, C, T, H, W], float32; a list of generators gives each sample its own.
 
@@ -320,12 +315,6 @@ class NexusPipeline(PipelineModels):
             InputError: a size that the models do not make, or other numbers of generators.
         """
         computes()
-        if (
-            isinstance(size, int) and old
-        ):  # batch, num_frames, height, width, generator: one release more
-            frames, height, (width, *rest) = size, generator, old
-            warn_old("prepare_latents(batch, num_frames, height, width)", "a ClipSize")
-            size, generator = ClipSize(width, height, frames), rest[0] if rest else None
         whole("batch", batch, 1, MAX_VIDEOS)
         self.grid.check(size)
         check_generators(generator, batch)
@@ -337,12 +326,6 @@ class NexusPipeline(PipelineModels):
         """From pixels and frames to latent cells."""
         space, time = (self.vae.spatial, self.vae.temporal) if self.vae else (8, 4)
         return LatentGrid(space, time, self.patch)
-
-    def check_inputs(self, height: int, width: int, num_frames: int, output_type: str) -> None:
-        """The old form of `grid.check`; it goes with the next release."""
-        warn_old("check_inputs(height, width, num_frames)", "grid.check of a ClipSize")
-        choose("output_type", output_type, OUTPUT_TYPES)
-        self.check_size(ClipSize(width, height, num_frames), output_type)
 
     @property
     def built_sizes(self) -> tuple[BuiltSizes, ...]:

@@ -127,7 +127,7 @@ def test_every_public_name_is_tried():
     ours = [n for n in vars(NexusPipeline) if not n.startswith("_")]
     ours += [n for n in dir(NexusPipeline) if not n.startswith("_")]
     methods = {n for n in ours if callable(getattr(NexusPipeline, n))}
-    without = {"cancel", "formats", "shared", "check_inputs", "mro"}
+    without = {"cancel", "formats", "shared", "mro"}
     tried = {*METHODS, "encode_context", "from_pretrained", "from_engines"}
     assert methods - without == tried | {"set_progress_bar_config"}
 

@@ -17,7 +17,6 @@ SHARED = {  # names that both have, with one meaning
     "from_pretrained",
     "encode_prompt",
     "prepare_latents",
-    "check_inputs",
     "set_progress_bar_config",
     "device",
     "interrupt",
