@@ -343,18 +343,3 @@ def band_blend(
     return _band_blend(
         small, small_u, large, large_u, *map(float, (*scales, share_large, keep, low, side))
     )
-
-
-def __getattr__(name: str):
-    """`band_filter` and its reference were in this file; the names go with the next release."""
-    if name not in ("band_filter", "band_filter_ref"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-    import warnings
-
-    warnings.warn(
-        f"{name} is in nexus_rt.kernels.band_filter; import it from there.",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return getattr(importlib.import_module("nexus_rt.kernels.band_filter"), name)

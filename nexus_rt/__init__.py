@@ -5,11 +5,8 @@ Nothing heavy is imported here: the public names load their modules when first u
 
 from __future__ import annotations
 
-import sys as _sys
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING
-
-from nexus_rt.renamed import MovedModules as _MovedModules
 
 __version__ = "0.1.0"
 
@@ -42,8 +39,6 @@ __all__ = [*_EXPORTS, "__version__"]
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():
     __path__.insert(0, str(_root))
-
-_sys.meta_path.append(_MovedModules())  # old names of modules, for one release
 
 if TYPE_CHECKING:
     from nexus_rt.errors import (

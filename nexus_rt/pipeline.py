@@ -401,7 +401,7 @@ class NexusPipeline(PipelineModels):
                 diffusers' `PipelineCallback`, names its tensors itself.
             context_embeds, negative_context_embeds: the small generator's contexts [B, L, D], as
                 `encode_context` makes them; made from the prompt where they are not given.
-            plan: which generator runs when: a `Plan` or what `nexus_rt.plan.parse_plan` reads.
+            plan: which generator runs when: a `Plan` or what `nexus_rt.plan_text.parse_plan` reads.
             shift: of the time grid. blend: the frequency split (default: the published one).
                 energy: overrides the plan's rule. gamma_w: exponent of the gate, for the plans that
                     follow it (default: 0.3).

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
-from typing import Any
 
 from nexus_rt.checks import number, whole
 from nexus_rt.errors import InputError, choose, shorten
@@ -728,13 +727,3 @@ def handoff(grid: TimeGrid, at: float, unit: str = "timestep", bridge: int | Non
 def default_unit(at: float) -> str:
     """The unit of a handoff's number where its text has none."""
     return "fraction" if at < 1 else "timestep"
-
-
-def __getattr__(name: str) -> Any:
-    if name != "parse_plan":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from nexus_rt import plan_text
-    from nexus_rt.renamed import warn_old
-
-    warn_old("nexus_rt.plan.parse_plan", "nexus_rt.plan_text.parse_plan")
-    return plan_text.parse_plan

@@ -41,7 +41,7 @@ def test_the_documentation_builds(tmp_path):
         "NexusPipeline.from_pretrained",
         "sampling.denoise",
         "engines.protocol.Engine",
-        "plan.parse_plan",
+        "plan_text.parse_plan",
     ):
         assert f"nexus_rt.{name}" in api or name in api
     assert "Walk a plan from noise to clean latents" in api

@@ -229,23 +229,3 @@ def test_checks_are_settled_in_order_up_to_a_step():
     assert [s.index for _, _, s in watch.sums] == [1, 2]
     with pytest.raises(NumericsError, match="step 1"):
         watch.settle(3)
-
-
-def test_the_old_module_still_works_and_says_so():
-    import importlib
-    import sys
-
-    sys.modules.pop("nexus_rt.denoise", None)
-    with pytest.warns(DeprecationWarning, match=r"now nexus_rt\.sampling"):
-        module = importlib.import_module("nexus_rt.denoise")
-    assert module.denoise is denoise and module.Watch is FiniteCheck
-    assert module.Prompt and module.CallbackResult
-
-
-def test_the_filter_is_still_found_where_it_was():
-    from nexus_rt.kernels import band_blend, band_filter
-
-    with pytest.warns(DeprecationWarning, match="is in nexus_rt.kernels.band_filter"):
-        assert band_blend.band_filter is band_filter.band_filter
-    with pytest.raises(AttributeError):
-        band_blend.nothing  # noqa: B018

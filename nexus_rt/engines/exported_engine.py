@@ -8,7 +8,7 @@ graphs mean, the backend how to run them. `nexus_rt.engines.registry` puts the t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -205,21 +205,3 @@ class ExportedEngine(Exported):
             }
             self.sessions.run("velocity", inputs, {"velocity": velocity})
         return out
-
-
-def __getattr__(
-    name: str,
-) -> Any:  # names of one release before, when a clip's size was an engine's
-    if name in ("Bucket", "parse_sizes"):
-        import warnings
-
-        from nexus_rt import size
-
-        new = {"Bucket": "ClipSize"}.get(name, name)
-        warnings.warn(
-            f"nexus_rt.engines.exported_engine.{name} is nexus_rt.size.{new}",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return getattr(size, new)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

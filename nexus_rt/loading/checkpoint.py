@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -229,13 +229,3 @@ def fill_exactly(
             setattr(place, leaf, nn.Parameter(value, requires_grad=False))
         else:
             place._buffers[leaf] = value
-
-
-def __getattr__(name: str) -> Any:
-    if name not in ("find_tensors", "read_header", "read_metadata", "Index"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from nexus_rt.loading import stored
-    from nexus_rt.renamed import warn_old
-
-    warn_old(f"nexus_rt.loading.checkpoint.{name}", f"nexus_rt.loading.stored.{name}")
-    return getattr(stored, name)

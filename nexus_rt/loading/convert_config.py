@@ -84,16 +84,3 @@ def connector_config(weights: dict[str, Tensor], source: Path) -> ConnectorConfi
         num_layers=len(layers),
         template=Template(),
     )
-
-
-def __getattr__(name: str) -> Any:
-    homes = {"t5_name": "architecture", "transformer_config": "convert_parts"}
-    if name not in homes:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    from nexus_rt.renamed import warn_old
-
-    home = f"nexus_rt.loading.{homes[name]}"
-    warn_old(f"nexus_rt.loading.convert_config.{name}", f"{home}.{name}")
-    return getattr(import_module(home), name)
