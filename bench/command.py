@@ -310,7 +310,7 @@ def _engine(
         for n in ("small", "large")
         if (sources := getattr(args, f"{n}_lora"))
     }
-    parts = chosen_components(parts_found, ",".join(exported), False, loras)
+    parts = chosen_components(parts_found, ",".join(exported), loras)
     index = pair_index(Path(pretrained) if pretrained else None, parts_found.defaults)
     export_components(
         parts,
