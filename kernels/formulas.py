@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-6  # beside an RMS that is divided by
-ENERGIES = ("none", "reference", "progressive")  # the kernels know a rule by its place
 
 Size = TypeVar("Size", Tensor, float)
 

@@ -23,8 +23,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nexus_rt.kernels.formulas import ENERGIES, EPS, guide, target_energy
+from nexus_rt.kernels.formulas import EPS, guide, target_energy
 from nexus_rt.kernels.triton_op import DTYPES, Variant, check_tensor, kernel_op, launch, tl, triton
+from nexus_rt.limits import ENERGIES
 
 if triton is not None:
     _EPS = tl.constexpr(EPS)

@@ -13,14 +13,14 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "NexusPipeline": "pipeline",
     "NexusOutput": "pipeline",
-    "Prompt": "step_runners",
+    "Prompt": "method.generator",
     "Plan": "plan",
     "Step": "plan",
     "StepCosts": "plan",
     "parse_plan": "plan_text",
-    "gate": "plan",
-    "BlendConfig": "upfb",
-    "blend": "upfb",
+    "gate": "method.upfb",
+    "BlendConfig": "method.blend_config",
+    "blend": "method.upfb",
     "TimeGrid": "solver",
     "time_grid": "solver",
     "save_video": "video",
@@ -49,12 +49,13 @@ if TYPE_CHECKING:
         NexusError,
         NumericsError,
     )
+    from nexus_rt.method.blend_config import BlendConfig
+    from nexus_rt.method.generator import Prompt
+    from nexus_rt.method.upfb import blend, gate
     from nexus_rt.pipeline import NexusOutput, NexusPipeline
-    from nexus_rt.plan import Plan, Step, StepCosts, gate
+    from nexus_rt.plan import Plan, Step, StepCosts
     from nexus_rt.plan_text import parse_plan
     from nexus_rt.solver import TimeGrid, time_grid
-    from nexus_rt.step_runners import Prompt
-    from nexus_rt.upfb import BlendConfig, blend
     from nexus_rt.video import save_video
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from nexus_rt.block_ops import choose_ops
 from nexus_rt.devices import synchronize
 from nexus_rt.engines.protocol import Engine
+from nexus_rt.method.blend_config import BlendConfig
+from nexus_rt.method.generator import Prompt
+from nexus_rt.method.upfb import combine
 from nexus_rt.plan import StepCosts
 from nexus_rt.solver import make_solver, time_grid
-from nexus_rt.step_runners import Prompt
-from nexus_rt.upfb import BlendConfig, combine
 from nexus_rt.velocity import Prediction
 
 
@@ -65,9 +66,9 @@ def step_calls(
 ) -> dict[str, Callable[[], object]]:
     """What `StepCosts` prices, each as a call: one guided and one plain step of each engine, the
     blend and the solver, on latents [B, C, T, H, W]."""
-    fused = choose_ops(kernels, latents.device).name == "triton"
-    # fused, guidance is the blend's or the solver's
-    finish = (lambda p: p) if fused else Prediction.tensor
+    use_triton = choose_ops(kernels, latents.device).name == "triton"
+    # by Triton, guidance is the blend's or the solver's
+    finish = (lambda p: p) if use_triton else Prediction.tensor
     timestep = torch.tensor(500.0, device=latents.device)
     calls: dict[str, Callable[[], object]] = {}
     for name, engine in engines.items():
@@ -79,8 +80,8 @@ def step_calls(
             guided = partial(engine.velocity, latents, timestep, both)
             calls[f"{name}_guided"] = lambda call=guided: finish(Prediction.of(call(), 5.0))  # type: ignore[misc]
     pair = Prediction(latents), Prediction(latents)
-    calls["blend"] = lambda: combine(*pair, 0.5, blend_config, fused=fused)
-    solve = make_solver(solver, time_grid(50), fused)
+    calls["blend"] = lambda: combine(*pair, 0.5, blend_config, use_triton=use_triton)
+    solve = make_solver(solver, time_grid(50), use_triton)
     for i in range(2):  # fill its history
         solve.step(i, latents, latents)
     calls["solver"] = lambda: solve.step(2, latents, latents)

@@ -3,7 +3,8 @@ space."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,57 +12,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.call import Call
-from nexus_rt.checks import (
-    check_embeddings,
-    check_generators,
-    check_latents,
-    instance,
-    number,
-    prompt_lists,
-    switch,
-    whole,
+from nexus_rt.call import (
+    Components,
+    decode,
+    decode_latents,
+    denoise,
+    draw_noise,
+    no_vae,
 )
-from nexus_rt.engines.experts import boundaries, engines_by_name
-from nexus_rt.engines.protocol import Sized, supports
-from nexus_rt.errors import InputError, ModelError, choose
-from nexus_rt.latents import Generators, LatentGrid, random_latents
-from nexus_rt.memory.residency import (
-    MemoryUse,
-    ResidencyPlan,
-    call_parts,
-    parse_bytes,
-    plan_residency,
+from nexus_rt.checks import instance, prompt_lists, switch, whole
+from nexus_rt.encode import (
+    EMBEDS,
+    Conditioning,
+    Prompts,
+    callback_tensors,
+    encode,
+    encode_contexts,
+    encode_texts,
+    rewrite,
+    rewriter_of,
+    steers,
 )
-from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
+from nexus_rt.engines.experts import boundaries
+from nexus_rt.errors import Cancelled, InputError, choose, shown
+from nexus_rt.latents import Generators, LatentGrid
+from nexus_rt.limits import (
+    MAX_SEQUENCE_LENGTH,
+    MAX_VIDEOS,
+    OUTPUT_TYPES,
+    REWRITE_TIMEOUT,
+    Scale,
+)
+from nexus_rt.memory.residency import MemoryUse, ResidencyPlan, parse_bytes
+from nexus_rt.method.blend_config import BlendConfig
+from nexus_rt.method.generator import Prompt
+from nexus_rt.method.hooks import CallbackResult, Hooks
 from nexus_rt.parallel.layout import broadcast_failure
 from nexus_rt.paths import as_path
 from nexus_rt.pipeline_attributes import named_arguments
 from nexus_rt.pipeline_models import PipelineModels
-from nexus_rt.plan import Plan, Scale
+from nexus_rt.plan import Plan, Step
 from nexus_rt.process import computes
 from nexus_rt.progress import check_options
-from nexus_rt.request import (
-    MAX_VIDEOS,
-    OUTPUT_TYPES,
-    CallInputs,
-    Schedule,
-    make_plan,
-    make_request,
-)
-from nexus_rt.reuse import ReuseError
-from nexus_rt.rewriting import (
-    TIMEOUT,
-    Rewriter,
-    Rewriting,
-    check_rewrite,
-    is_off,
-    rewrite_prompts,
-)
+from nexus_rt.request import GenerationRequest, check_request, check_size, make_plan, make_request
+from nexus_rt.reuse import ReuseDeviation
+from nexus_rt.rewriting import Rewriter, Rewriting
+from nexus_rt.settings import CallSettings
 from nexus_rt.size import BuiltSizes, ClipSize
-from nexus_rt.step_runners import Prompt
-from nexus_rt.upfb import BlendConfig
-from nexus_rt.video import as_output
+from nexus_rt.tensor_checks import check_embeddings, check_generators, check_latents
+
+WHEN = {  # a stage of `encode`, as `Cancelled` names it
+    "encoded": "after the prompt was encoded",
+    "rewritten": "after the prompt was rewritten",
+    "understood": "after the prompt was understood",
+}
 
 
 @dataclass
@@ -70,13 +74,13 @@ class NexusOutput:
 
     frames: as `output_type` asks: np [B, F, H, W, 3] in [0, 1], pt [B, F, 3, H, W], pil lists, or
         latents.
-    plan: what was walked. rewriting: what the large generator read instead of the prompt, None
-        where it read the prompt. reuse_errors: with `reuse_parity`, of every reused step.
+    plan: the plan that ran. rewriting: what the large generator read instead of the prompt, None
+        where it read the prompt. reuse_deviations: with `reuse_parity`, of every reused step.
     """
 
     frames: Any
     plan: Plan
-    reuse_errors: list[ReuseError] | None = None
+    reuse_deviations: list[ReuseDeviation] | None = None
     rewriting: Rewriting | None = None
 
 
@@ -109,36 +113,53 @@ class NexusPipeline(PipelineModels):
         `Cancelled`."""
         self._cancel.set()
 
+    @property
+    def components(self) -> Components:
+        """What a call runs on, as it is now."""
+        return Components(
+            self.engines,
+            self.text,
+            self.context,
+            self.vae,
+            self.defaults,
+            self.grid,
+            self.channels,
+            self.device,
+            self.kernels,
+            self.keep_encoders,
+            self.vram,
+            self.parallel,
+            self._rewritten,
+            self.progress,
+        )
+
     def make_plan(
         self,
         plan: str | Plan | None = None,
         num_inference_steps: int | None = None,
-        shift: float | None = None,
-        energy: str | None = None,
-        gamma_w: float | None = None,
-        as_published: bool = False,
-        timesteps: Sequence[float] | None = None,
-        small_steps: int | None = None,
-        large_steps: int | None = None,
+        **settings: Any,
     ) -> Plan:
-        """The plan a call with these arguments would walk.
+        """The plan a call with these settings would walk.
 
         Raises:
             InputError: as a call with them.
         """
-        switch("as_published", as_published)
-        schedule = Schedule(timesteps, small_steps, large_steps)
-        made = make_plan(
-            self.defaults,
-            plan,
-            num_inference_steps,
-            shift,
-            energy,
-            gamma_w,
-            as_published,
-            schedule,
-        )
+        every = {**settings, "plan": plan, "num_inference_steps": num_inference_steps}
+        made = make_plan(CallSettings.named("make_plan", every), self.defaults)
         return made.with_experts(boundaries(self.engines))
+
+    def request(self, settings: CallSettings) -> GenerationRequest:
+        """A call's settings against the pair's own, checked against its models.
+
+        Raises:
+            InputError: names the setting at fault.
+            ModelError: frames are asked for, and there is no VAE.
+        """
+        made = make_request(settings, self.defaults, boundaries(self.engines))
+        check_request(made, self.components.profile)
+        if settings.output_type != "latent" and self.vae is None:
+            raise no_vae()
+        return made
 
     def plan_residency(
         self,
@@ -154,14 +175,12 @@ class NexusPipeline(PipelineModels):
             InputError: the budget holds no mode of the plan; names the smallest that would do.
         """
         instance("plan", plan, Plan, "a Plan, as `make_plan` makes one")
+        self.grid.check(size)
         whole("videos", videos, 1, MAX_VIDEOS)
         switch("guided", guided)
         vram = None if vram is None else parse_bytes(vram)
-        return plan_residency(
-            plan.with_experts(boundaries(self.engines)),
-            self.call_parts(size, videos * (1 + guided)),
-            self.vram if vram is None else vram,
-        )
+        plan = plan.with_experts(boundaries(self.engines))
+        return self.components.residency(plan, size, videos, guided, vram)
 
     def call_parts(self, size: ClipSize, batch: int = 2) -> dict[str, MemoryUse]:
         """What a call holds in memory; batch: samples of a step, unconditional twins counted.
@@ -171,15 +190,7 @@ class NexusPipeline(PipelineModels):
         """
         self.grid.check(size)
         whole("batch", batch, 1, 2 * MAX_VIDEOS)
-        others: dict[str, Any] = {"text encoder": self.text, "vae": self.vae}
-        if self.context:
-            others |= {"understanding": self.context.understanding, "connector": self.context}
-        return call_parts(
-            engines_by_name(self.engines),
-            {name: other for name, other in others.items() if other is not None},
-            size,
-            batch,
-        )
+        return self.components.memory(size, batch)
 
     def encode_prompt(
         self,
@@ -198,64 +209,26 @@ class NexusPipeline(PipelineModels):
         computes()
         every = whole("num_videos_per_prompt", num_videos_per_prompt, 1, MAX_VIDEOS)
         whole("max_sequence_length", max_sequence_length, 1, MAX_SEQUENCE_LENGTH)
-        if self.text is None:
-            raise ModelError(
-                "this pipeline has no text encoder; pass text_encoder= to from_pretrained, or"
-                " prompt_embeds."
-            )
-        prompts, negatives = prompt_lists(prompt, negative_prompt)
-        # Encoded one by one where they differ in length the results differ by rounding; together
-        # they are reproducible.
-        stored = self.context.unconditional_text() if self.context and negatives is None else None
-        if stored is None:
-            embeds = self.text.encode(
-                [*prompts, *(negatives or [""] * len(prompts))], max_sequence_length
-            )
-            positive, negative = embeds.chunk(2)
-        else:  # the checkpoint's own embedding of no prompt
-            positive = self.text.encode(prompts, max_sequence_length)
-            negative = torch.zeros_like(positive)
-            rows = stored[:max_sequence_length]
-            negative[:, : len(rows)] = rows.to(negative)
-        return positive.repeat_interleave(every, 0), negative.repeat_interleave(every, 0)
-
-    def rewrites_by(
-        self,
-        rewrite: str | list[str] | Rewriter | None,
-        plan: Plan | None = None,
-        as_published: bool = False,
-    ) -> str | list[str] | Rewriter | None:
-        """What a call with these arguments rewrites by: what was asked, else the pair's default;
-        None where the large generator reads the prompt, or does not run in the plan.
-
-        Raises:
-            InputError: no Plan.
-        """
-        switch("as_published", as_published)
-        if plan is not None:
-            instance("plan", plan, Plan, "a Plan, as `make_plan` makes one")
-        if rewrite is None and self.context is not None and not as_published:
-            rewrite = self.defaults.rewrite
-        runs = plan is None or "large" in plan.generators
-        return rewrite if runs and not is_off(rewrite) else None
+        texts, negatives = prompt_lists(prompt, negative_prompt)
+        both = encode_texts(self.components, texts, negatives, max_sequence_length)
+        return both[0].repeat_interleave(every, 0), both[1].repeat_interleave(every, 0)
 
     def rewrite(
         self,
         prompt: str | list[str],
-        rewrite: str | list[str] | Rewriter | None = None,
-        timeout: float = TIMEOUT,
+        rewrite_by: str | list[str] | Rewriter | None = None,
+        timeout: float = REWRITE_TIMEOUT,
     ) -> Rewriting | None:
         """What the large generator reads instead of prompts, as the call's `rewrite` asks; None
         where it reads them as they are. Answers are kept by prompt."""
-        rewrite = self.rewrites_by(rewrite)
-        if rewrite is None:
+        settings = CallSettings(plan="large", rewrite=rewrite_by, rewrite_timeout=timeout)
+        request = make_request(settings, self.defaults)
+        texts = Prompts.of(prompt, None, settings).texts
+        source = rewriter_of(self.components, request)
+        if source is None or texts is None:
             return None
         computes()
-        prompts, _ = prompt_lists(prompt, None)
-        check_rewrite(rewrite, len(prompts))
-        number("timeout", timeout, 1e-3, 1e6)
-        model = self.context.understanding if self.context else None
-        return rewrite_prompts(prompts, rewrite, model, self._rewritten, timeout)
+        return rewrite(self.components, request, texts, source)
 
     def encode_context(
         self,
@@ -273,12 +246,7 @@ class NexusPipeline(PipelineModels):
             ModelError: there is no understanding model.
         """
         computes()
-        if self.context is None:
-            raise ModelError(
-                "this pipeline has no understanding model; pass understanding= and connector= to"
-                " from_pretrained."
-            )
-        prompts, _ = prompt_lists(prompt, None)
+        texts, _ = prompt_lists(prompt, None)
         every = whole("num_videos_per_prompt", num_videos_per_prompt, 1, MAX_VIDEOS)
         switch("single_frame", single_frame)
         for name, embeds in (
@@ -287,28 +255,32 @@ class NexusPipeline(PipelineModels):
         ):
             instance(name, embeds, Tensor, "a tensor of embeddings [batch, tokens, width]")
             check_embeddings({name: embeds})
-            if len(embeds) != len(prompts) * every:
+            if len(embeds) != len(texts) * every:
                 raise InputError(
-                    f"{name} are for {len(embeds)} videos of {len(prompts) * every}; expected one"
-                    " for each."
+                    f"{name} are for {len(embeds)} videos of {len(texts) * every}; expected one"
+                    " for each.",
+                    code="mismatch",
+                    param=name,
                 )
-        positive = self.context.encode(prompts, prompt_embeds[::every], single_frame)
-        negative = self.context.encode_unconditional(negative_prompt_embeds[::every], single_frame)
+        positive, negative = encode_contexts(
+            self.components,
+            texts,
+            prompt_embeds[::every],
+            negative_prompt_embeds[::every],
+            single_frame,
+        )
         return positive.repeat_interleave(every, 0), negative.repeat_interleave(every, 0)
 
     def encode(self, prompt: str | list[str], single_frame: bool = False) -> dict[str, Prompt]:
-        """What each generator reads, as `denoise` takes it."""
+        """What each generator reads, as `nexus_rt.method.loop.sample` takes it."""
         embeds = self.encode_prompt(prompt)
         prompts = dict.fromkeys(self.engines, Prompt(*embeds))
         if self.context is not None and "small" in prompts:
-            prompts["small"] = Prompt(
-                *self.encode_context(prompt, *embeds, single_frame=single_frame)
-            )
+            contexts = self.encode_context(prompt, *embeds, single_frame=single_frame)
+            prompts["small"] = Prompt(*contexts)
         return prompts
 
-    def prepare_latents(
-        self, batch: int, size: ClipSize, generator: Generators = None
-    ) -> Tensor:
+    def prepare_latents(self, batch: int, size: ClipSize, generator: Generators = None) -> Tensor:
         """Noise [B, C, T, H, W], float32; a list of generators gives each sample its own.
 
         Raises:
@@ -318,8 +290,7 @@ class NexusPipeline(PipelineModels):
         whole("batch", batch, 1, MAX_VIDEOS)
         self.grid.check(size)
         check_generators(generator, batch)
-        shape = (batch, self.channels, *self.grid.latent(size))
-        return random_latents(shape, generator, self.device)
+        return draw_noise(self.components, size, batch, generator)
 
     @property
     def grid(self) -> LatentGrid:
@@ -330,8 +301,7 @@ class NexusPipeline(PipelineModels):
     @property
     def built_sizes(self) -> tuple[BuiltSizes, ...]:
         """The sizes that exported engines were built for; () where there are none."""
-        engines = (*self.engines.values(), self.vae)
-        return tuple(sizes for e in engines if supports(e, Sized) for sizes in e.built_sizes)
+        return self.components.profile.built_sizes
 
     def check_size(self, size: ClipSize, output_type: str) -> None:
         """Raise unless the models make clips of a size, as `output_type` asks for them.
@@ -341,13 +311,9 @@ class NexusPipeline(PipelineModels):
             ModelError: frames are asked for, and there is no VAE.
         """
         choose("output_type", output_type, OUTPUT_TYPES)
-        self.grid.check(size)
-        for built in self.built_sizes:
-            built.check(size)
+        check_size(size, self.components.profile)
         if output_type != "latent" and self.vae is None:
-            raise ModelError(
-                "this pipeline has no VAE; pass vae= to from_pretrained, or output_type='latent'."
-            )
+            raise no_vae()
 
     @named_arguments
     @torch.no_grad()
@@ -382,7 +348,7 @@ class NexusPipeline(PipelineModels):
         as_published: bool = False,
         prompt_embeds_2: Tensor | None = None,
         rewrite: str | list[str] | Rewriter | None = None,
-        rewrite_timeout: float = TIMEOUT,
+        rewrite_timeout: float = REWRITE_TIMEOUT,
         reuse_parity: bool = False,
         timesteps: Sequence[float] | None = None,
         small_steps: int | None = None,
@@ -429,59 +395,53 @@ class NexusPipeline(PipelineModels):
             Cancelled: `cancel()` was called.
             DecodeError: decoding failed; its `latents_path` names the saved latents.
         """
-        request = make_request(
-            self.defaults,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            plan=plan,
-            shift=shift,
-            energy=energy,
-            num_inference_steps=num_inference_steps,
-            gamma_w=gamma_w,
-            guidance_scale=guidance_scale,
-            blend=blend,
-            guidance_scale_2=guidance_scale_2,
-            solver=solver,
-            output_type=output_type,
-            published=as_published,
-            num_videos_per_prompt=num_videos_per_prompt,
-            reuse_parity=reuse_parity,
-            timesteps=timesteps,
-            small_steps=small_steps,
-            large_steps=large_steps,
-        )
-        plan = request.plan.with_experts(boundaries(self.engines))
-        request = replace(request, plan=plan)
-        given = {
-            "prompt_embeds": prompt_embeds,
-            "prompt_embeds_2": prompt_embeds_2,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "context_embeds": context_embeds,
-            "negative_context_embeds": negative_context_embeds,
-        }
-        inputs = CallInputs(
-            prompt,
-            negative_prompt,
-            given,
-            latents,
-            generator,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            max_sequence_length,
-            rewrite,
-            rewrite_timeout,
-        )
+        arguments = locals()
+        settings = CallSettings.of(arguments)
+        embeds = {name: arguments[name] for name in EMBEDS}
+        tensors = callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        request = self.request(settings)
+        prompts = Prompts.of(prompt, negative_prompt, settings, embeds)
+        steers(self.components, request, prompts)
+        videos = len(prompts) * settings.num_videos_per_prompt
+        check_generators(generator, videos)
+        if latents is not None:
+            check_latents(latents, (videos, self.channels, *self.grid.latent(request.size)))
         computes()
-        with self._calling:  # a second thread waits: a call keeps state on the pipeline
+        with self.exclusive(request.plan) as hooks:
+            if self.parallel is not None and generator is None and latents is None:
+                generator = self.parallel.generator()
+            deviations: list[ReuseDeviation] | None = [] if reuse_parity else None
+            told = encode(self.components, request, prompts, self._check_cancelled)
+            noise = latents
+            if noise is None:
+                noise = draw_noise(self.components, request.size, videos, generator)
+            on_step = None
+            if callback_on_step_end is not None:
+                on_step = _Callback(self, callback_on_step_end, tensors, told)
+            hooks = replace(
+                hooks, on_step=on_step, noise_rng=generator, reuse_deviations=deviations
+            )
+            clean = denoise(self.components, request, told, noise, hooks)
+            frames = decode(self.components, request, clean)
+        return NexusOutput(frames, request.plan, deviations, told.rewriting)
+
+    @contextlib.contextmanager
+    def exclusive(self, plan: Plan) -> Iterator[Hooks]:
+        """The pipeline for one call of a plan: a second thread waits. Gives the hooks by which
+        `cancel()` and `_interrupt` end the loop; a failure is told to the other processes of a
+        shared call."""
+        with self._calling:  # a call keeps state on the pipeline
             self._cancel.clear()
             self._interrupt = False
             self._steps = len(plan)
-            if self.parallel is not None and generator is None and latents is None:
-                inputs = replace(inputs, generator=self.parallel.generator())
-            call = Call(self, request, inputs)
             with broadcast_failure(self.parallel.mesh if self.parallel else None):
-                return NexusOutput(call.run(), request.plan, call.reuse_errors, call.rewriting)
+                yield Hooks(
+                    should_stop=lambda: self.cancelled, should_finish=lambda: self.interrupt
+                )
+
+    def _check_cancelled(self, stage: str, rewriting: Rewriting | None) -> None:
+        if stage in WHEN and self.cancelled:
+            raise Cancelled(f"stopped {WHEN[stage]}, as asked.")
 
     @property
     def cancelled(self) -> bool:
@@ -516,13 +476,47 @@ class NexusPipeline(PipelineModels):
         computes()
         choose("output_type", output_type, OUTPUT_TYPES)
         switch("truncate", truncate)
-        if rescue is not None:
-            rescue = as_path("rescue", rescue)
-        check_latents(latents, (None, self.channels, None, None, None))
-        if output_type == "latent":
-            return latents
-        if self.vae is None:
-            raise ModelError(
-                "this pipeline has no VAE; pass vae= to from_pretrained, or output_type='latent'."
-            )
-        return as_output(self.vae.decode(latents, rescue), output_type, truncate)
+        place = None if rescue is None else as_path("rescue", rescue)
+        return decode_latents(self.components, latents, output_type, place, truncate)
+
+
+class _Callback:
+    """A caller's `callback_on_step_end` as a hook of the loop."""
+
+    def __init__(
+        self,
+        pipe: NexusPipeline,
+        callback: Callable[[NexusPipeline, int, int, dict], dict | None],
+        tensors: Sequence[str],
+        told: Conditioning,
+    ) -> None:
+        self.pipe, self.callback, self.tensors, self.told = pipe, callback, tensors, told
+
+    def __call__(self, step: Step, latents: Tensor) -> CallbackResult | None:
+        """Ask it; new embeddings are read from the next step on.
+
+        Raises:
+            InputError: it returned anything but a dictionary of tensors like those there are.
+        """
+        known = {"latents": latents, **self.told.embeds}
+        tensors = {name: known[name] for name in self.tensors}
+        result = self.callback(self.pipe, step.index, step.timestep, tensors)  # type: ignore[arg-type]
+        if result is None:
+            return None
+        instance("the callback's result", result, dict, "a dictionary of tensors, or None")
+        for name, value in result.items():
+            choose("callback tensor", name, known)
+            there = known[name]
+            if not isinstance(value, Tensor) or there is None or value.shape != there.shape:
+                shape = None if there is None else list(there.shape)
+                returned = list(value.shape) if isinstance(value, Tensor) else shown(value)
+                raise InputError(
+                    f"the callback returned {name} as {returned}; expected a tensor of shape"
+                    f" {shape}.",
+                    code="mismatch",
+                    param=name,
+                )
+        new = {n: v for n, v in result.items() if n != "latents" and v is not known[n]}
+        self.told = self.told.changed(new)
+        prompts = self.told.prompts(self.pipe.engines) if new else None
+        return CallbackResult(result.get("latents"), prompts)

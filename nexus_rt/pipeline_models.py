@@ -10,7 +10,7 @@ import torch
 
 from nexus_rt.attention import ATTENTION_NAMES
 from nexus_rt.block_ops import KERNELS
-from nexus_rt.checks import as_device, as_dtype, instance, number, optional_text, switch
+from nexus_rt.checks import instance, number, optional_text, switch
 from nexus_rt.engines.experts import change_loras, engines_by_name
 from nexus_rt.errors import InputError, choose, shown
 from nexus_rt.loading.lora import Lora, LoraSource, loras_hash, parse_loras
@@ -27,6 +27,7 @@ from nexus_rt.pipeline_attributes import Attributes, named_arguments
 from nexus_rt.process import LOADING, computes
 from nexus_rt.recipes import find_recipes, with_recipes
 from nexus_rt.rewriting import Cache
+from nexus_rt.tensor_checks import as_device, as_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self

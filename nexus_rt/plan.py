@@ -15,6 +15,19 @@ from hashlib import sha256
 
 from nexus_rt.checks import number, whole
 from nexus_rt.errors import InputError, choose, shorten
+from nexus_rt.limits import (
+    ENERGIES,
+    GAMMA_W,
+    GENERATORS,
+    MAX_GAMMA_W,
+    MAX_GUIDANCE,
+    MAX_STEPS,
+    MIN_GAMMA_W,
+    SOLVERS,
+    TRAIN_STEPS,
+    Scale,
+)
+from nexus_rt.method.upfb import gate
 from nexus_rt.plan_words import (
     base_name,
     exact,
@@ -24,26 +37,17 @@ from nexus_rt.plan_words import (
     with_options,
 )
 from nexus_rt.solver import (
-    MAX_STEPS,
-    SOLVERS,
-    TRAIN_STEPS,
     TimeGrid,
     check_shift,
     clock_grid,
 )
-from nexus_rt.upfb import ENERGIES
 
 FULL, DIFFERENCE, VELOCITY = "full", "difference", "velocity"
 PLANS = ("reference", "small", "large", "handoff", "auto")
 UNITS = ("timestep", "fraction", "sigma")
-GAMMA_W = 0.3
-MIN_GAMMA_W, MAX_GAMMA_W = 1e-3, 100.0
 TOLERANCE = 0.02  # of `auto`
-MAX_GUIDANCE = 1000.0
 MAX_CHANGE = 10.0  # of a velocity that is reused, relative
-GENERATORS = ("small", "large")
 EXPERTS = ("high", "low")  # of a generator that has two: for high noise, and for low
-Scale = float | tuple[float, float]  # a guidance scale, or one for each expert
 
 
 def expert_at(timestep: float, boundary: float) -> str:
@@ -54,19 +58,6 @@ def expert_at(timestep: float, boundary: float) -> str:
 def engine_name(generator: str, expert: str | None) -> str:
     """The name of the engine that runs a generator's expert, such as "large:high"."""
     return f"{generator}:{expert}" if expert else generator
-
-
-def gate(timestep: float, gamma_w: float = GAMMA_W) -> float:
-    """The small generator's weight `w(t) = (1 + cos(pi (1 - tau)^gamma_w)) / 2`, tau = t/999: 1 at
-    t=999, 0 at t=0.
-
-    Raises:
-        InputError: no numbers of their ranges.
-    """
-    number("timestep", timestep, -1e9, 1e9)
-    number("gamma_w", gamma_w, 1e-9, 1e9)
-    tau = min(max(timestep / (TRAIN_STEPS - 1), 0.0), 1.0)
-    return (1 + math.cos(math.pi * (1 - tau) ** gamma_w)) / 2
 
 
 @dataclass(frozen=True)
@@ -227,7 +218,9 @@ class Plan:
             raise InputError(
                 f"energy 'reference' needs both generators at every step, but plan {self.name!r}"
                 f" leaves one out at step {lone[0].index} ({len(lone)} steps in all); use energy"
-                " 'progressive', or plan 'reference'."
+                " 'progressive', or plan 'reference'.",
+                code="conflict",
+                param="energy",
             )
         own = "reference" if base_name(self.name) == "reference" else "progressive"
         name = with_options(self.name, {"energy": None if energy == own else energy})
@@ -261,7 +254,9 @@ class Plan:
                 raise InputError(
                     f"plan {shorten(self.name, 120)!r} sets {word}={known[word]}, and the"
                     f" {generator}"
-                    f" generator {own}; leave {word} out."
+                    f" generator {own}; leave {word} out.",
+                    code="unsupported" if wanted is None else "mismatch",
+                    param=word,
                 )
         running = {g: b for g, b in boundaries.items() if any(getattr(s, g) for s in self.steps)}
         if not running:
@@ -320,7 +315,9 @@ class Plan:
                     f"plan {shorten(self.name, 120)!r} reuses velocities at step {step.index},"
                     f" where"
                     " solver 'lcm' draws new noise at every step; leave the reuse out, or take"
-                    " 'euler'."
+                    " 'euler'.",
+                    code="conflict",
+                    param="solver",
                 )
         before = [default, *names]
         changes = tuple((i, n) for i, n in enumerate(names) if n != before[i])
@@ -422,10 +419,12 @@ def _gate_option(gamma_w: float) -> dict[str, str]:
 def auto(grid: TimeGrid, tolerance: float = TOLERANCE, gamma_w: float = GAMMA_W) -> Plan:
     """w from the gate, snapped to 0 below `tolerance` and to 1 above `1 - tolerance`; what has no
     share does not run."""
-    number("auto's tolerance", tolerance, -MAX_STEPS, MAX_STEPS)
+    number("tolerance", tolerance, -MAX_STEPS, MAX_STEPS)
     if not 0 <= tolerance < 0.5:
         raise InputError(
-            f"auto's tolerance is {tolerance}; expected a weight from 0 up to (not including) 0.5."
+            f"auto's tolerance is {tolerance}; expected a weight from 0 up to (not including) 0.5.",
+            code="out_of_range",
+            param="tolerance",
         )
     name = with_options(f"auto={exact(tolerance)}", _gate_option(gamma_w))
     steps = []
@@ -458,12 +457,16 @@ class Reuse:
         if not 0 < self.threshold <= MAX_CHANGE:
             raise InputError(
                 f"adaptive is {exact(self.threshold)}; expected the relative change that may be"
-                f" estimated, above 0 and at most {MAX_CHANGE:g}, such as 0.05."
+                f" estimated, above 0 and at most {MAX_CHANGE:g}, such as 0.05.",
+                code="out_of_range",
+                param="adaptive",
             )
         if self.every != 1:
             raise InputError(
                 "every= fixes which steps are computed and adaptive= finds them; expected one of"
-                " the two."
+                " the two.",
+                code="conflict",
+                param="adaptive",
             )
 
     def compute(
@@ -517,7 +520,9 @@ class Segment:
             if not first < end or first >= self.steps:
                 raise InputError(
                     f"segment {self.generator}:{self.steps} is guided from step {first} to {end} of"
-                    f" {self.steps}; expected an interval inside, such as [0:40%]."
+                    f" {self.steps}; expected an interval inside, such as [0:40%].",
+                    code="out_of_range",
+                    param="guided",
                 )
             object.__setattr__(self, "guided", (first, min(end, self.steps)))
         if self.clock is not None:
@@ -532,7 +537,9 @@ class Segment:
             raise InputError(
                 f"{shorten(self, 80)!r}: both generators run in a bridge; guidance intervals and"
                 f" reuse"
-                " go with small and large segments."
+                " go with small and large segments.",
+                code="conflict",
+                param="guided" if self.guided else "reuse",
             )
 
     def __str__(self) -> str:
@@ -570,19 +577,25 @@ def segments(grid: TimeGrid, parts: Sequence[Segment], name: str | None = None) 
         if part.shift is not None:
             raise InputError(
                 f"{str(part)!r} has a shift of its own, and the plan one schedule for all; give"
-                " each generator a clock, such as small:4/10 large:4/shift=3."
+                " each generator a clock, such as small:4/10 large:4/shift=3.",
+                code="conflict",
+                param="shift",
             )
         if part.clock is not None or part.renoise is not None:
             raise InputError(
                 f"{str(part)!r} has a clock or begins on re-noised latents, and the plan one"
-                " schedule for all; make it with `clocked`."
+                " schedule for all; make it with `clocked`.",
+                code="conflict",
+                param="renoise" if part.clock is None else "clock",
             )
     parts = [p for p in parts if p.steps > 0]
     total = sum(p.steps for p in parts)
     if total != len(grid):
         raise InputError(
             f"the segments have {total} steps, the schedule {len(grid)}; make them add up, or let"
-            " one take the rest ('large:*')."
+            " one take the rest ('large:*').",
+            code="mismatch",
+            param="steps",
         )
     return _in_turn(grid, parts, name)
 
@@ -643,7 +656,10 @@ def _bridge(grid: TimeGrid, parts: Sequence[Segment], k: int, first: int) -> lis
     part = parts[k]
     sides = [parts[j].generator if 0 <= j < len(parts) else None for j in (k - 1, k + 1)]
     if sorted(map(str, sides)) != ["large", "small"]:
-        raise InputError("a bridge stands between a small and a large segment, one on each side.")
+        raise InputError(
+            "a bridge stands between a small and a large segment, one on each side.",
+            param="bridge",
+        )
     before, after = parts[k - 1].scale(parts[k - 1].steps - 1), parts[k + 1].scale(0)
     small, large = (before, after) if sides[0] == "small" else (after, before)
     steps = []
@@ -679,7 +695,7 @@ def handoff(grid: TimeGrid, at: float, unit: str = "timestep", bridge: int | Non
     """
     n = len(grid)
     choose("handoff unit", unit, UNITS)
-    number("the handoff", at, -1e9, 1e9)
+    number("handoff", at, -1e9, 1e9)
     if bridge is not None:
         whole("bridge", bridge, -MAX_STEPS, MAX_STEPS)
     if unit == "fraction":
@@ -702,18 +718,23 @@ def handoff(grid: TimeGrid, at: float, unit: str = "timestep", bridge: int | Non
         }
         raise InputError(
             f"handoff at {unit} {exact(at)} lies outside the schedule of {n} steps; expected"
-            f" {spans[unit]}, or plan 'small' or 'large'."
+            f" {spans[unit]}, or plan 'small' or 'large'.",
+            code="out_of_range",
+            param="handoff",
         )
     bridge = max(0, min(max(1, round(n / 10)), n - alone - 1)) if bridge is None else bridge
     if bridge < 0 or alone + bridge > n - (bridge > 0):
         raise InputError(
             f"a bridge of {bridge} steps after {alone} small ones leaves none of the {n} for the"
-            " large one."
+            " large one.",
+            code="out_of_range",
+            param="bridge",
         )
     if bridge and not alone:
         raise InputError(
             f"handoff at {unit} {exact(at)} leaves the small generator no step of its own in {n};"
-            " hand over later."
+            " hand over later.",
+            param="handoff",
         )
     parts = [
         Segment("small", alone),

@@ -19,12 +19,17 @@ from typing import Any
 
 from nexus_rt.checks import instance
 from nexus_rt.errors import InputError, choose, shorten, shown
-from nexus_rt.plan import (
+from nexus_rt.limits import (
+    ENERGIES,
     GAMMA_W,
     GENERATORS,
     MAX_GAMMA_W,
     MAX_GUIDANCE,
+    MAX_STEPS,
     MIN_GAMMA_W,
+    SOLVERS,
+)
+from nexus_rt.plan import (
     PLANS,
     TOLERANCE,
     UNITS,
@@ -52,8 +57,7 @@ from nexus_rt.plan_words import (
     split_words,
     whole,
 )
-from nexus_rt.solver import MAX_STEPS, SOLVERS, TimeGrid, check_shift
-from nexus_rt.upfb import ENERGIES
+from nexus_rt.solver import TimeGrid, check_shift
 
 SEGMENT = re.compile(
     rf"(?P<name>[a-z]+):(?P<amount>\*|{AMOUNT})(?:/(?P<clock>[0-9]+))?"
@@ -82,7 +86,9 @@ def parse_plan(spec: str | Plan, grid: TimeGrid, gamma_w: float = GAMMA_W) -> Pl
         if spec.grid != grid:
             raise InputError(
                 f"plan {spec.name!r} was made for another time grid of {len(spec)} steps; make it"
-                " for this one."
+                " for this one.",
+                code="mismatch",
+                param="plan",
             )
         return spec
     spec = _text(spec)
@@ -91,14 +97,19 @@ def parse_plan(spec: str | Plan, grid: TimeGrid, gamma_w: float = GAMMA_W) -> Pl
         own = real(options["gamma-w"], "gamma-w", MIN_GAMMA_W, MAX_GAMMA_W)
         if gamma_w not in (GAMMA_W, own):
             raise InputError(
-                f"gamma_w is {gamma_w}, and plan {shorten(spec, 80)!r} sets its own; leave one out."
+                f"gamma_w is {gamma_w}, and plan {shorten(spec, 80)!r} sets its own; leave one"
+                " out.",
+                code="conflict",
+                param="gamma_w",
             )
         gamma_w = own
     build = _builder(base)
     try:
         grid = _schedule(spec, options, grid)
     except InputError as error:
-        raise InputError(f"plan {shorten(spec, 80)!r}: {error}") from None
+        raise InputError(
+            f"plan {shorten(spec, 80)!r}: {error}", code=error.code, param=error.param
+        ) from None
     return _with_options(build(grid, gamma_w), options, spec)
 
 
@@ -125,9 +136,9 @@ def check_plan(spec: str) -> str:
 
 def _text(spec: Any) -> str:
     if not isinstance(spec, str):
-        raise InputError(f"plan is {shown(spec)}; {FORM}.")
+        raise InputError(f"plan is {shown(spec)}; {FORM}.", code="invalid_type", param="plan")
     if not spec.strip():
-        raise InputError(f"plan is {shown(spec)}; {FORM}.")
+        raise InputError(f"plan is {shown(spec)}; {FORM}.", code="missing", param="plan")
     return spec.strip()
 
 
@@ -140,7 +151,9 @@ def _builder(base: str) -> Callable[[TimeGrid, float], Plan]:
         def clocks(grid: TimeGrid, gamma_w: float) -> Plan:
             if grid.shift is None:
                 raise InputError(
-                    f"plan {shorten(base, 80)!r} has clocks; pass a grid of `time_grid`."
+                    f"plan {shorten(base, 80)!r} has clocks; pass a grid of `time_grid`.",
+                    code="missing",
+                    param="shift",
                 )
             return clocked(parts, grid.shift)
 
@@ -154,10 +167,10 @@ def _builder(base: str) -> Callable[[TimeGrid, float], Plan]:
         where = _parse_handoff(value)
         return lambda grid, gamma_w: handoff(grid, *where)
     if name == "auto":
-        tolerance = real(value, "auto's tolerance") if value else TOLERANCE
+        tolerance = real(value, "tolerance") if value else TOLERANCE
         return lambda grid, gamma_w: auto(grid, tolerance, gamma_w)
     if equals:
-        raise InputError(f"plan {name!r} takes no value; got {shorten(base, 80)!r}.")
+        raise InputError(f"plan {name!r} takes no value; got {shorten(base, 80)!r}.", param="plan")
     if name == "reference":
         return reference
     return lambda grid, gamma_w: segments(grid, [Segment(name, len(grid))], name)
@@ -168,7 +181,9 @@ def _schedule(spec: str, options: Mapping[str, str], grid: TimeGrid) -> TimeGrid
     if has_clocks(spec) and (own := options.keys() & {"steps", "timesteps", "sigmas"}):
         raise InputError(
             f"plan {shorten(spec, 80)!r} gives each generator a clock, and {min(own)}= is of one"
-            " schedule for all; leave one out."
+            " schedule for all; leave one out.",
+            code="conflict",
+            param=min(own),
         )
     if has_clocks(spec) and "shift" in options:
         shift = real(options["shift"], "shift")
@@ -192,7 +207,9 @@ def _with_options(plan: Plan, options: Mapping[str, str], spec: str) -> Plan:
             raise InputError(
                 f"{key}={shorten(options[key], 80)} has no part in plan {shorten(spec, 80)!r};"
                 f" leave it"
-                " out."
+                " out.",
+                code="conflict",
+                param=key,
             )
     return plan
 
@@ -257,17 +274,21 @@ def _parse_handoff(value: str) -> tuple[float, str, int | None]:
     if not at:
         raise InputError(
             "handoff needs where: handoff=0.3 (fraction of steps), handoff=850 (timestep),"
-            " handoff=sigma:0.9."
+            " handoff=sigma:0.9.",
+            code="missing",
+            param="handoff",
         )
     bridge: int | None = None
     for option in options:
         key, _, number = option.partition("=")
         choose("handoff option", key.strip(), ("bridge",))
         if bridge is not None:
-            raise InputError(f"handoff={shorten(value, 80)} sets bridge twice.")
+            raise InputError(
+                f"handoff={shorten(value, 80)} sets bridge twice.", code="duplicate", param="bridge"
+            )
         bridge = whole(number.strip(), "bridge", 0)
     unit, _, number = at.strip().rpartition(":")
-    at_value = real(number, "the handoff")
+    at_value = real(number, "handoff")
     if unit:
         choose("handoff unit", unit, UNITS)
     return at_value, unit or default_unit(at_value), bridge
@@ -282,22 +303,36 @@ def _parse_segments(spec: str, n: int | None) -> list[Segment]:
     for word in spec.split():
         if word.startswith(RENOISE):
             if renoise is not None:
-                raise InputError("two renoise= stand side by side; expected a segment between.")
+                raise InputError(
+                    "two renoise= stand side by side; expected a segment between.",
+                    code="duplicate",
+                    param="renoise",
+                )
             renoise = real(word.removeprefix(RENOISE), "renoise")
             continue
         match = SEGMENT.fullmatch(word)
         if not match:
             raise InputError(
                 f"segment {shorten(word, 80)!r} is not of the form name:steps, name:30%, name:*,"
-                " name:steps/clock or name:steps@guidance, followed by /every=K and the like."
+                " name:steps/clock or name:steps@guidance, followed by /every=K and the like.",
+                code="unreadable",
+                param="segment",
             )
         if renoise is not None:
             starts[len(words)], renoise = renoise, None
         words.append(match)
     if renoise is not None:
-        raise InputError("renoise= stands last; expected the segment that begins there.")
+        raise InputError(
+            "renoise= stands last; expected the segment that begins there.",
+            code="missing",
+            param="renoise",
+        )
     if len(words) > MAX_SEGMENTS:
-        raise InputError(f"the plan has {len(words)} segments; expected at most {MAX_SEGMENTS}.")
+        raise InputError(
+            f"the plan has {len(words)} segments; expected at most {MAX_SEGMENTS}.",
+            code="too_large",
+            param="plan",
+        )
     amounts = [match["amount"] for match in words]
     counts = _counts(amounts, n) if n is not None else [_steps(a) for a in amounts]
     return [
@@ -310,7 +345,9 @@ def _steps(amount: str) -> int:
     if not amount.isdecimal():
         raise InputError(
             f"{amount!r} is a share of one schedule, and this plan gives each generator a clock of"
-            " its own; write steps, such as small:4/10 large:4."
+            " its own; write steps, such as small:4/10 large:4.",
+            code="conflict",
+            param="steps",
         )
     return whole(amount, "a segment's steps")
 
@@ -319,7 +356,9 @@ def _counts(amounts: list[str], n: int) -> list[int]:
     """Steps of each segment; percentages are rounded at their running total, so that they cover
     what they add up to."""
     if amounts.count("*") > 1:
-        raise InputError("only one segment can take the rest ('*').")
+        raise InputError(
+            "only one segment can take the rest ('*').", code="duplicate", param="steps"
+        )
     counts, share, total = [], 0.0, 0
     for amount in amounts:
         if amount.endswith("%"):
@@ -356,7 +395,9 @@ def _segment(match: re.Match[str], steps: int, renoise: float | None) -> Segment
             values.get("solver"),
         )
     except InputError as error:
-        raise InputError(f"segment {shorten(match[0], 80)!r}: {error}") from None
+        raise InputError(
+            f"segment {shorten(match[0], 80)!r}: {error}", code=error.code, param=error.param
+        ) from None
 
 
 def _guided(amount: str, steps: int) -> int:
@@ -373,7 +414,9 @@ def _options(text: str, word: str) -> dict[str, Any]:
         key, _, value = option.partition("=")
         choose("option of a segment", key, SEGMENT_OPTIONS)
         if key in values:
-            raise InputError(f"{shorten(word, 80)!r} sets {key} twice.")
+            raise InputError(
+                f"{shorten(word, 80)!r} sets {key} twice.", code="duplicate", param=key
+            )
         if key in ("adaptive", "shift"):
             values[key] = real(value, key)
         else:
@@ -400,7 +443,9 @@ def with_own_steps(spec: str, grid: TimeGrid, small: int | None, large: int | No
     if has_clocks(base) or has_schedule(spec):
         raise InputError(
             f"plan {shorten(spec, 80)!r} says each generator's steps; leave out small_steps and"
-            " large_steps, or write them there."
+            " large_steps, or write them there.",
+            code="conflict",
+            param="plan",
         )
     name, _, value = base.partition("=")
     if name == "handoff" and "bridge" not in value:
@@ -409,12 +454,16 @@ def with_own_steps(spec: str, grid: TimeGrid, small: int | None, large: int | No
     if name in ("reference", "auto") or any(step.alone is None for step in plan.steps):
         raise InputError(
             f"plan {shorten(spec, 80)!r} runs both generators at a step, where they have one clock;"
-            " steps of their own go with handoff, small, large and segments."
+            " steps of their own go with handoff, small, large and segments.",
+            code="unsupported",
+            param="plan",
         )
     if idle := [g for g, n in own.items() if n is not None and g not in plan.generators]:
         raise InputError(
             f"{idle[0]}_steps is {own[idle[0]]}, and plan {shorten(spec, 80)!r} does not run the"
-            f" {idle[0]} generator; leave it out, or pass another plan."
+            f" {idle[0]} generator; leave it out, or pass another plan.",
+            code="conflict",
+            param=f"{idle[0]}_steps",
         )
     parts = _parse_segments(base, len(grid)) if ":" in base.split("=")[0] else _alone(plan)
     turns = [list(turn) for _, turn in groupby(_merged(parts), key=lambda p: p.generator)]
@@ -434,7 +483,9 @@ def with_own_steps(spec: str, grid: TimeGrid, small: int | None, large: int | No
             raise InputError(
                 f"{turn[0].generator}_steps is {whole_steps}, of which plan {shorten(spec, 80)!r}"
                 f" walks {count} in {len(turn)} segments, and {str(turn[-1])!r} would have none;"
-                " take more steps, or fewer segments."
+                " take more steps, or fewer segments.",
+                code="out_of_range",
+                param=f"{turn[0].generator}_steps",
             )
         for part, n in zip(turn, _shares([p.steps for p in turn], count), strict=True):
             new.append(replace(_resized(part, n), clock=clock))

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 from nexus_rt.errors import InputError, shorten, shown
-from nexus_rt.solver import MAX_STEPS, TRAIN_STEPS, TimeGrid, check_levels, time_grid
+from nexus_rt.limits import MAX_STEPS, TRAIN_STEPS
+from nexus_rt.solver import TimeGrid, check_levels, time_grid
 
 NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?"
 AMOUNT = r"[0-9]+(?:\.[0-9]+)?%|[0-9]+"
@@ -48,10 +49,14 @@ def real(text: str, what: str, low: float = -math.inf, high: float = math.inf) -
     """
     value = float(text) if re.fullmatch(NUMBER, text) else math.nan
     if not math.isfinite(value):
-        raise InputError(f"{what} is {shown(text)}; expected a number.")
+        raise InputError(
+            f"{what} is {shown(text)}; expected a number.", code="invalid_type", param=what
+        )
     if not low <= value <= high:
         raise InputError(
-            f"{what} is {shorten(text, 80)}; expected a number from {low:g} to {high:g}."
+            f"{what} is {shorten(text, 80)}; expected a number from {low:g} to {high:g}.",
+            code="out_of_range",
+            param=what,
         )
     return value
 
@@ -64,7 +69,9 @@ def whole(text: str, what: str, low: int = 1) -> int:
     """
     if not re.fullmatch(r"0*[0-9]{1,6}", text) or not low <= int(text[-6:]) <= MAX_STEPS:
         raise InputError(
-            f"{what} is {shown(text)}; expected a whole number from {low} to {MAX_STEPS}."
+            f"{what} is {shown(text)}; expected a whole number from {low} to {MAX_STEPS}.",
+            code="out_of_range" if re.fullmatch(r"[0-9]+", text) else "invalid_type",
+            param=what,
         )
     return int(text[-6:])
 
@@ -78,7 +85,9 @@ def split_words(spec: str) -> tuple[str, dict[str, str]]:
     if len(spec) > MAX_TEXT:
         raise InputError(
             f"the plan has {len(spec)} characters; expected at most {MAX_TEXT}: plan"
-            f" {shorten(spec, 80)!r}."
+            f" {shorten(spec, 80)!r}.",
+            code="too_large",
+            param="plan",
         )
     base: list[str] = []
     options: dict[str, str] = {}
@@ -86,13 +95,16 @@ def split_words(spec: str) -> tuple[str, dict[str, str]]:
         key, equals, value = word.partition("=")
         if equals and key in KEYS:
             if key in options:
-                raise InputError(f"plan {shorten(spec, 80)!r} sets {key} twice.")
+                raise InputError(
+                    f"plan {shorten(spec, 80)!r} sets {key} twice.", code="duplicate", param=key
+                )
             options[key] = value
         elif options:
             raise InputError(
                 f"{shown(word)} stands after {next(reversed(options))}= in plan"
                 f" {shorten(spec, 80)!r}; expected what runs first, and options of the plan"
-                f" ({', '.join(KEYS)}) last."
+                f" ({', '.join(KEYS)}) last.",
+                param="plan",
             )
         else:
             base.append(word)
@@ -160,7 +172,8 @@ def schedule_of(options: Mapping[str, str], grid: TimeGrid) -> TimeGrid:
     if "timesteps" in options and options["timesteps"] != FLOAT64:
         raise InputError(
             f"a plan's timesteps are {shorten(options['timesteps'], 80)!r}; expected {FLOAT64}, or"
-            " sigmas= with them."
+            " sigmas= with them.",
+            param="timesteps",
         )
     if not options.keys() & set(SCHEDULE):
         return grid
@@ -168,7 +181,9 @@ def schedule_of(options: Mapping[str, str], grid: TimeGrid) -> TimeGrid:
     shift = real(options["shift"], "shift") if "shift" in options else grid.shift
     if shift is None:
         raise InputError(
-            "a plan with steps needs a shift, and its grid has none; write such as shift=5."
+            "a plan with steps needs a shift, and its grid has none; write such as shift=5.",
+            code="missing",
+            param="shift",
         )
     return time_grid(steps, shift, "timesteps" in options)
 
@@ -176,14 +191,17 @@ def schedule_of(options: Mapping[str, str], grid: TimeGrid) -> TimeGrid:
 def _levels(options: Mapping[str, str]) -> TimeGrid:
     """A grid of the noise levels in `sigmas`, one more than timesteps."""
     if "steps" in options:
-        raise InputError("sigmas are a whole schedule; leave steps= out.")
+        raise InputError(
+            "sigmas are a whole schedule; leave steps= out.", code="conflict", param="steps"
+        )
     sigmas = _numbers(options["sigmas"], "sigmas")
     falls = all(a > b for a, b in pairwise(sigmas))
     if len(sigmas) < 2 or not falls or sigmas[0] > 1 or sigmas[-1] < 0:
         raise InputError(
             f"sigmas are {shorten(options['sigmas'], 80)}; expected at least two falling noise"
             f" levels"
-            " from at most 1 to at least 0, such as 0.9,0.5,0."
+            " from at most 1 to at least 0, such as 0.9,0.5,0.",
+            param="sigmas",
         )
     timesteps = tuple(TRAIN_STEPS * s for s in sigmas[:-1])
     if "timesteps" in options:
@@ -193,7 +211,9 @@ def _levels(options: Mapping[str, str]) -> TimeGrid:
             raise InputError(
                 f"timesteps are {shorten(options['timesteps'], 80)}; expected {len(sigmas) - 1}"
                 f" from 0"
-                f" to {TRAIN_STEPS}, one for each noise level but the last."
+                f" to {TRAIN_STEPS}, one for each noise level but the last.",
+                code="mismatch" if inside else "out_of_range",
+                param="timesteps",
             )
     shift = real(options["shift"], "shift") if "shift" in options else None
     return check_levels(TimeGrid(sigmas, timesteps, shift))

@@ -13,11 +13,11 @@ from typing import Any
 
 from nexus_rt import documents
 from nexus_rt.errors import InputError, shorten, shown
+from nexus_rt.limits import MAX_FRAMES
 from nexus_rt.paths import as_path
 from nexus_rt.size import ClipSize, parse_sides
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
-MAX_FRAMES = 10_001
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "prompt": str,
     "id": (str, int),

@@ -7,7 +7,6 @@ safetensors header (of a generator's single file, or of a LoRA), a JSON object o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ import msgspec
 from nexus_rt import documents
 from nexus_rt.checks import number, whole
 from nexus_rt.errors import InputError, ModelError, choose, shown
+from nexus_rt.limits import MAX_GUIDANCE, MAX_SHIFT, MIN_SHIFT, SOLVERS
 from nexus_rt.loading.experts import GeneratorSource, transformers_of
 from nexus_rt.loading.lora import Lora
 from nexus_rt.loading.stored import read_metadata
-from nexus_rt.plan import MAX_GUIDANCE
 from nexus_rt.plan_text import check_plan
-from nexus_rt.solver import MAX_SHIFT, MIN_SHIFT, SOLVERS, listed_grid
+from nexus_rt.settings import GUIDANCE_SETTINGS, Defaults
+from nexus_rt.solver import listed_grid
 
 METADATA = "nexus_rt.recipe"
 MAX_STEPS = 1000  # that a generator was distilled for
@@ -109,7 +109,7 @@ def stored_recipe(files: Sequence[Path]) -> Recipe | None:
     return None
 
 
-def with_recipes(defaults: Any, recipes: Mapping[str, Recipe | None]) -> Any:
+def with_recipes(defaults: Defaults, recipes: Mapping[str, Recipe | None]) -> Defaults:
     """A pair's `Defaults` where its generators "small" and "large" have recipes."""
     values: dict[str, Any] = {}
     for generator in ("small", "large"):
@@ -124,16 +124,14 @@ def with_recipes(defaults: Any, recipes: Mapping[str, Recipe | None]) -> Any:
             if getattr(recipe, name) is not None
         }
         if recipe.guidance_scale is not None:
-            values["guidance_scale" if generator == "small" else "guidance_scale_2"] = (
-                recipe.guidance_scale
-            )
+            values[GUIDANCE_SETTINGS[generator]] = recipe.guidance_scale
         if recipe.plan is not None and generator == "large":
             values["plan"] = recipe.plan
-    if "guidance_scale" in values and "guidance_scale_2" not in values:
-        # a small generator's recipe is not the large one's
-        own = defaults.guidance_scale_2
-        values["guidance_scale_2"] = defaults.guidance_scale if own is None else own
-    return replace(defaults, **values)
+    small, large = GUIDANCE_SETTINGS.values()
+    if small in values and large not in values:  # a small generator's recipe is not the large one's
+        own = getattr(defaults, large)
+        values[large] = getattr(defaults, small) if own is None else own
+    return defaults.replace(**values)
 
 
 def find_recipes(

@@ -13,26 +13,23 @@ velocity is reused while its estimated relative change since it was last compute
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from nexus_rt.method.generator import Generator, Pending
 from nexus_rt.plan import DIFFERENCE, FULL, VELOCITY, Plan, Step
 from nexus_rt.velocity import Prediction
 
-if TYPE_CHECKING:
-    from nexus_rt.step_runners import FiniteCheck, Generator
-
 
 @dataclass(frozen=True)
-class ReuseError:
-    """What reuse cost at a step: the relative L2 error of the generator's guided velocity."""
+class ReuseDeviation:
+    """How far a reused velocity lies from the computed one: relative L2 of the guided velocity."""
 
     step: int
     generator: str
     reused: str
-    error: float
+    deviation: float
 
 
 def extrapolate(sigma: float, last: tuple[float, Tensor], before: tuple[float, Tensor]) -> Tensor:
@@ -42,7 +39,7 @@ def extrapolate(sigma: float, last: tuple[float, Tensor], before: tuple[float, T
 
 
 class Reused:
-    """A generator at work for one call, with what of its last steps can be reused.
+    """A generator during one call, caching its last velocities for reuse.
 
     The state begins anew wherever the generator did not run at the step before. Re-noised latents
     lie on another path, so that velocities before them are of no use; the guidance difference,
@@ -50,14 +47,14 @@ class Reused:
 
     Args:
         plan: says whether velocities are extrapolated, and so kept.
-        errors: where parity is measured; every reused step is then computed as well, and the error
-            added. The latents go on from the reused velocity.
+        deviations: if given, each reused prediction is also computed, and the difference appended.
+            The latents go on from the reused one.
     """
 
     def __init__(
-        self, generator: Generator, plan: Plan, errors: list[ReuseError] | None = None
+        self, generator: Generator, plan: Plan, deviations: list[ReuseDeviation] | None = None
     ) -> None:
-        self.generator, self.errors = generator, errors
+        self.generator, self.deviations = generator, deviations
         self.extrapolates = any(step.extrapolates(generator.name) for step in plan.steps)
         self.ran: int | None = None
         self._forget()
@@ -73,9 +70,8 @@ class Reused:
         self.previous: Tensor | None = None
         self.change = 0.0
 
-    def predict(self, latents: Tensor, step: Step, finite: FiniteCheck) -> Prediction:
-        """The generator's prediction at a step, computed or reused."""
-        name = self.generator.name
+    def __call__(self, latents: Tensor, step: Step) -> Pending:
+        """Begin the generator's prediction at a step, computed or reused."""
         if self.ran != step.index - 1:
             self._forget()
         if self.ran != step.index - 1 or step.renoise:
@@ -83,26 +79,33 @@ class Reused:
         self.ran = step.index
         compute = self._decide(latents, step)
         self.previous = latents
-        if compute == VELOCITY:
+        raw = None
+        if compute != VELOCITY:
+            guided = self.generator.guided(step) and compute != DIFFERENCE
+            raw = self.generator.compute(latents, step, guided)
+        return Pending(lambda: self._finish(latents, step, compute, raw))
+
+    def _finish(self, latents: Tensor, step: Step, compute: str, raw: Tensor | None) -> Prediction:
+        """The prediction; what later steps reuse of it is kept."""
+        generator, scale = self.generator, self.generator.scale(step)
+        if raw is None:
             v = self.computed[0][1]
             if len(self.computed) > 1:
                 v = extrapolate(step.sigma, *self.computed)
             prediction = Prediction(v)
         elif compute == DIFFERENCE:
-            raw = self.generator.predict(latents, step, guided=False)
-            finite.add(raw, name, step)
             assert self.difference is not None
-            v_c = raw.float().contiguous()
-            prediction = Prediction(v_c, v_c - self.difference, self.generator.scale(step))
+            v_c = generator.gather(raw, step).float().contiguous()
+            prediction = Prediction(v_c, v_c - self.difference, scale)
         else:
-            prediction = self._full(latents, step, finite)
+            prediction = Prediction.of(generator.gather(raw, step), scale)
             if prediction.unconditional is not None:
                 self.difference = prediction.conditional.float() - prediction.unconditional.float()
                 self.stale = False
-        if self.errors is not None and compute != FULL:
-            exact = self._full(latents, step, finite).tensor()
-            error = float((prediction.tensor() - exact).norm() / exact.norm())
-            self.errors.append(ReuseError(step.index, name, compute, error))
+        if self.deviations is not None and compute != FULL:
+            exact = generator(latents, step).result().tensor()
+            deviation = float((prediction.tensor() - exact).norm() / exact.norm())
+            self.deviations.append(ReuseDeviation(step.index, generator.name, compute, deviation))
         if self.extrapolates and compute != VELOCITY:
             # An engine may write its next prediction where this one lies: keep a copy.
             own = prediction.tensor()
@@ -112,15 +115,10 @@ class Reused:
             self.change = 0.0
         return prediction
 
-    def _full(self, latents: Tensor, step: Step, finite: FiniteCheck) -> Prediction:
-        raw = self.generator.predict(latents, step)
-        finite.add(raw, self.generator.name, step)
-        return Prediction.of(raw, self.generator.scale(step))
-
     def _decide(self, latents: Tensor, step: Step) -> str:
         """What to compute: the plan's word, unless what it would reuse is not there or has changed
         too much."""
-        compute, guided = step.compute(self.generator.name), self.generator.scale(step) != 1.0
+        compute, guided = step.compute(self.generator.name), self.generator.guided(step)
         if step.threshold is not None and len(self.computed) > 1:
             assert self.previous is not None
             (_, v_1), (_, v_0) = self.computed

@@ -26,6 +26,7 @@ import torch
 
 from nexus_rt.checks import check_unicode
 from nexus_rt.errors import InputError, ModelError, RewriteError, is_text, shorten, shown
+from nexus_rt.limits import REWRITE_TIMEOUT
 from nexus_rt.loading.pair import default_device, default_dtype
 from nexus_rt.loading.pretrained import check_config, pretrained
 from nexus_rt.loading.source import require_safetensors
@@ -33,7 +34,6 @@ from nexus_rt.log import logger
 from nexus_rt.memory.offload import release
 from nexus_rt.models.understanding import MAX_ANSWER, REWRITE, UnderstandingModel
 from nexus_rt.paths import as_path
-from nexus_rt.request import TIMEOUT
 from nexus_rt.tracing import span
 
 CACHED = 1024
@@ -100,7 +100,7 @@ def rewrite_prompts(
     rewrite: str | Sequence[str] | Rewriter,
     model: UnderstandingModel | None,
     cache: Cache,
-    timeout: float = TIMEOUT,
+    timeout: float = REWRITE_TIMEOUT,
 ) -> Rewriting:
     """What the large generator reads.
 
@@ -304,7 +304,7 @@ class EndpointRewriter:
         url: str,
         model: str,
         api_key: str | None = None,
-        timeout: float = TIMEOUT,
+        timeout: float = REWRITE_TIMEOUT,
         system: str = REWRITE,
     ) -> None:
         if (parts := split_url(url)) is None:

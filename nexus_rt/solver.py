@@ -11,17 +11,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from numbers import Integral
 
 import numpy as np
 from torch import Tensor
 
 from nexus_rt.checks import switch
 from nexus_rt.errors import InputError, choose, shown
+from nexus_rt.limits import MAX_SHIFT, MAX_STEPS, MIN_SHIFT, SOLVERS, TRAIN_STEPS
 from nexus_rt.velocity import Prediction, Velocity
 
-TRAIN_STEPS = 1000
-MAX_STEPS = 100_000
-MIN_SHIFT, MAX_SHIFT = 1e-3, 1000.0
 MIN_TIMESTEP = 1e-3  # of a list: a millionth of the noise
 MIN_RENOISE, MAX_RENOISE = 1e-4, 0.9999  # sigmas
 
@@ -78,7 +77,11 @@ def check_shift(shift: float) -> None:
     if not possible:
         raise InputError(
             f"shift is {shown(shift)}; expected a number from {MIN_SHIFT:g} to {MAX_SHIFT:g},"
-            " such as 5.0."
+            " such as 5.0.",
+            code="out_of_range"
+            if isinstance(shift, float) or type(shift) is int
+            else "invalid_type",
+            param="shift",
         )
 
 
@@ -128,7 +131,8 @@ def listed_grid(timesteps: Sequence[float], shift: float) -> TimeGrid:
     if isinstance(timesteps, str) or not falls or not inside or len(values) > MAX_STEPS:
         raise InputError(
             f"timesteps are {shown_values}; expected a descending list of at most {MAX_STEPS},"
-            f" from at most {TRAIN_STEPS} to at least {MIN_TIMESTEP:g}, such as 1000,750,500,250."
+            f" from at most {TRAIN_STEPS} to at least {MIN_TIMESTEP:g}, such as 1000,750,500,250.",
+            param="timesteps",
         )
     sigmas = tuple(shifted(v / TRAIN_STEPS, shift) for v in values)
     grid = TimeGrid((*sigmas, 0.0), tuple(TRAIN_STEPS * s for s in sigmas), float(shift))
@@ -161,32 +165,45 @@ def clock_grid(
     for own in (shift, *(s for s in shifts if s is not None)):
         check_shift(own)
     if (total := sum(walked for walked, _ in clocks)) > MAX_STEPS:
-        raise InputError(f"the clocks walk {total} steps in all; expected at most {MAX_STEPS}.")
+        raise InputError(
+            f"the clocks walk {total} steps in all; expected at most {MAX_STEPS}.",
+            code="out_of_range",
+            param="steps",
+        )
     renoise = renoise or {}
     exact: list[float] = []
     sigma, restarts = shifted(FIRST, (shifts[0] if shifts else None) or shift), []
     for i, (walked, steps) in enumerate(clocks):
         own = (shifts[i] if shifts else None) or shift
         if not 1 <= walked <= steps:
-            raise InputError(f"a clock of {steps} steps cannot walk {walked} of them.")
+            raise InputError(
+                f"a clock of {steps} steps cannot walk {walked} of them.",
+                code="out_of_range",
+                param="clock",
+            )
         last = i + 1 == len(clocks) or i + 1 in renoise
         if last and walked < steps:
             raise InputError(
                 f"the last segment walks {walked} of the {steps} steps of its clock, which leaves"
-                f" noise in the clip; let it walk all of them, as in large:{steps}."
+                f" noise in the clip; let it walk all of them, as in large:{steps}.",
+                code="mismatch",
+                param="clock",
             )
         if not last and walked == steps:
             raise InputError(
                 f"a clock of {steps} steps that walks all of them leaves no noise for the next"
                 " generator; write how many it has in all, as in small:4/10, or re-noise between"
-                " (renoise=0.75)."
+                " (renoise=0.75).",
+                param="clock",
             )
         if i in renoise:
             sigma = renoise[i]
             if not MIN_RENOISE <= sigma <= MAX_RENOISE or i == 0:
                 raise InputError(
                     f"renoise={sigma:g} stands between two segments and is a sigma between 0 and 1"
-                    f" ({MIN_RENOISE:g} to {MAX_RENOISE:g}), such as renoise=0.75."
+                    f" ({MIN_RENOISE:g} to {MAX_RENOISE:g}), such as renoise=0.75.",
+                    code="out_of_range" if i else "invalid_value",
+                    param="renoise",
                 )
             restarts.append(len(exact))
         u = sigma / (own - (own - 1) * sigma)
@@ -219,7 +236,9 @@ def time_grid(steps: int, shift: float = 5.0, float64_timesteps: bool = False) -
     if not possible:
         raise InputError(
             f"num_inference_steps is {shown(steps)}; expected a whole number of at least 1 and at"
-            f" most {MAX_STEPS}."
+            f" most {MAX_STEPS}.",
+            code="out_of_range" if isinstance(steps, Integral) else "invalid_type",
+            param="num_inference_steps",
         )
     check_shift(shift)
     switch("float64_timesteps", float64_timesteps)
@@ -280,7 +299,9 @@ def unipc_table(grid: TimeGrid) -> list[SolverStep]:
     if sigmas[0] >= 1:
         raise InputError(
             f"the schedule begins at timestep {grid.timesteps[0]:g}, pure noise, where UniPC has no"
-            " log-SNR; pass solver 'euler' or 'lcm', or begin at 999."
+            " log-SNR; pass solver 'euler' or 'lcm', or begin at 999.",
+            code="conflict",
+            param="solver",
         )
     lam = [_log_snr(s) for s in sigmas]
     order = [min(2, i + 1, n - i) for i in range(n)]
@@ -319,18 +340,18 @@ def euler_table(grid: TimeGrid) -> list[SolverStep]:
 
 
 # "lcm" is Euler to sigma 0 at every step, and noise again (arXiv 2310.04378's multistep sampling)
-SOLVERS = {"unipc": unipc_table, "euler": euler_table, "lcm": euler_table}
+TABLES = {"unipc": unipc_table, "euler": euler_table, "lcm": euler_table}
 
 
 class Solver:
     """Walks a table, with what of the last steps it needs: call `step` for index 0, 1, ... in
     order.
 
-    fused: a step is one Triton launch, guidance and energy factor included; else PyTorch.
+    use_triton: a step is one Triton launch, guidance and energy factor included; else PyTorch.
     """
 
-    def __init__(self, table: list[SolverStep], fused: bool = False) -> None:
-        self.table, self.fused = table, fused
+    def __init__(self, table: list[SolverStep], use_triton: bool = False) -> None:
+        self.table, self.use_triton = table, use_triton
         self.history: list[
             Tensor
         ] = []  # the corrected latents of the step before, then clean predictions, newest first
@@ -339,7 +360,7 @@ class Solver:
         """The latents at step index+1, float32; `velocity` is the blended one at step `index`."""
         later = self.table[index + 1] if index + 1 < len(self.table) else None
         keep = later is not None and (later.corrector is not None or len(later.predictor) > 2)
-        step = self._triton if self.fused else self._torch
+        step = self._triton if self.use_triton else self._torch
         latents, last, clean = step(self.table[index], latents, velocity, keep)
         self.history = [last, clean, *self.history[1:2]] if keep else []
         return latents
@@ -384,11 +405,11 @@ class Solver:
         )
 
 
-def make_solver(name: str, grid: TimeGrid, fused: bool = False) -> Solver:
+def make_solver(name: str, grid: TimeGrid, use_triton: bool = False) -> Solver:
     """A fresh solver for one generation: "unipc", "euler", or "lcm" on a grid that re-noises (see
     `Plan.walked_by`)."""
     choose("solver", name, SOLVERS)
     table: list[SolverStep] = []
     for leg in grid.legs():
-        table += SOLVERS[grid.solver_at(len(table), name)](leg)
-    return Solver(table, fused)
+        table += TABLES[grid.solver_at(len(table), name)](leg)
+    return Solver(table, use_triton)

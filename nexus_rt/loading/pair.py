@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from nexus_rt.checks import as_device, as_dtype
 from nexus_rt.engines.cuda_graphs import ReplayedEngine
 from nexus_rt.engines.experts import ExpertsEngine, changed, joined
 from nexus_rt.engines.registry import GENERATORS, open_engines
@@ -26,6 +25,7 @@ from nexus_rt.log import chose
 from nexus_rt.models.context import ContextEncoder
 from nexus_rt.models.text import TextEncoder
 from nexus_rt.models.vae import VideoDecoder
+from nexus_rt.tensor_checks import as_device, as_dtype
 
 
 @dataclass
@@ -120,7 +120,9 @@ def load_models(
     if lost := [n for n in loras if n not in parts.generators]:
         raise InputError(
             f"a LoRA is given for the {lost[0]} generator, which is not loaded; pass {lost[0]}="
-            " too."
+            " too.",
+            code="missing",
+            param=lost[0],
         )
 
     def engine(generator: str, source: GeneratorSource) -> TorchEngine | ExpertsEngine:

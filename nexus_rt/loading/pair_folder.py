@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nexus_rt import documents
 from nexus_rt.errors import InputError, ModelError, choose, shorten, shown
-from nexus_rt.guidance import GUIDANCE_SCALE
 from nexus_rt.latents import LatentGrid
 from nexus_rt.loading import transformer
 from nexus_rt.loading.experts import (
@@ -29,50 +27,10 @@ from nexus_rt.log import chose
 from nexus_rt.models.vae import vae_space
 from nexus_rt.models.wan import WanConfig
 from nexus_rt.request import make_request
+from nexus_rt.settings import CallSettings, Defaults
 from nexus_rt.size import ClipSize
 
-CALL = (
-    "height",
-    "width",
-    "num_frames",
-    "plan",
-    "num_inference_steps",
-    "shift",
-    "energy",
-    "gamma_w",
-    "guidance_scale",
-    "guidance_scale_2",
-    "blend",
-    "solver",
-)
 MINI = Path(__file__).resolve().parents[1] / "mini"
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a call uses where it says nothing; a pair's `model_index.json` may set its own under
-    "defaults", before which a generator's `scheduler/scheduler_config.json` sets shift and
-    solver."""
-
-    height: int = 480
-    width: int = 832
-    num_frames: int = 81
-    num_inference_steps: int = 50
-    guidance_scale: float = GUIDANCE_SCALE  # v_u + g (v_c - v_u); the paper's s = 5.0 is g = 6.0
-    guidance_scale_2: float | None = None  # of the large generator; None: the same
-    shift: float = 5.0
-    solver: str | None = None  # None: "unipc"
-    plan: str = "handoff=0.3"
-    rewrite: str | None = None  # "auto": the large generator reads the understanding model's answer
-    # of a few-step generator (`nexus_rt.recipes`): its own schedule, and what walks it
-    small_steps: int | None = None
-    large_steps: int | None = None
-    small_shift: float | None = None
-    large_shift: float | None = None
-    small_timesteps: tuple[float, ...] | None = None
-    large_timesteps: tuple[float, ...] | None = None
-    small_solver: str | None = None
-    large_solver: str | None = None
 
 
 @dataclass(frozen=True)
@@ -164,28 +122,27 @@ def _pair_values(root: Path) -> dict[str, Any]:
         raise ModelError(
             f"{where} has defaults that are a {type(values).__name__}; expected an object."
         )
-    if unknown := values.keys() - {f.name for f in fields(Defaults)}:
+    if unknown := values.keys() - set(Defaults.names()):
         raise ModelError(
-            f"{where} sets an unknown default {shown(sorted(unknown)[0])}; expected fields"
-            " of Defaults."
+            f"{where} sets an unknown default {shown(sorted(unknown)[0])}; expected some of"
+            f" {', '.join(Defaults.names())}.",
+            code="unknown_name",
         )
-    documents.check(values, Defaults, f"{where}'s defaults")
-    return values
+    try:
+        made = Defaults(**values)
+    except InputError as error:
+        raise ModelError(
+            f"{where} sets a default that no call can use: {error}", code=error.code
+        ) from error
+    return {name: getattr(made, name) for name in values}
 
 
 def _pair_defaults(root: Path, scheduler: Scheduler | None = None) -> Defaults:
     """What a pair folder's `model_index.json` sets, over what its scheduler does."""
     where = f"{root}/model_index.json"
-    defaults = replace(_scheduled(scheduler), **_pair_values(root))
+    defaults = _scheduled(scheduler).replace(**_pair_values(root))
     try:
-        make_request(
-            defaults,
-            **dict.fromkeys(CALL),
-            output_type="np",
-            num_videos_per_prompt=1,
-            published=False,
-            reuse_parity=False,
-        )
+        make_request(CallSettings(), defaults)
         choose("rewrite", defaults.rewrite or "off", ("auto", "off"))
         LatentGrid(1, 1, (1, 1, 1)).check(ClipSize.of_defaults(defaults))
     except InputError as error:
@@ -211,7 +168,7 @@ def pair_index(root: Path | None, defaults: Defaults) -> Path | dict[str, Any] |
             return own
     elif defaults == Defaults():
         return None
-    values = {k: v for k, v in asdict(defaults).items() if v is not None}
+    values = {n: v for n in Defaults.names() if (v := getattr(defaults, n)) is not None}
     return {"_class_name": "NexusPipeline", "defaults": values}
 
 
@@ -280,9 +237,7 @@ def exported_pair(root: Path, engines: dict[str, Any]) -> PairFolders:
             " --sizes."
         )
     if (defaults.width, defaults.height, defaults.num_frames) not in sizes:
-        defaults = replace(
-            defaults, width=sizes[0].width, height=sizes[0].height, num_frames=sizes[0].frames
-        )
+        defaults = defaults.replace(**sizes[0].options)
     text = root if at("text_encoder") else None
     return PairFolders({}, at("vae"), text, at("understanding"), at("connector"), defaults)
 

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from nexus_rt.errors import InputError, shown
+from nexus_rt.limits import MAX_SEQUENCE_LENGTH
 from nexus_rt.loading.locate import find_text
 from nexus_rt.loading.source import folder_bytes
 from nexus_rt.memory.offload import Lazy
 from nexus_rt.models.tokenizer import Tokenizer, load_tokenizer
 from nexus_rt.models.umt5 import load_umt5
 from nexus_rt.tracing import span
-
-MAX_SEQUENCE_LENGTH = 512  # Wan's: the transformer attends to the zero padding too
 
 
 def clean_prompt(text: str) -> str:
@@ -64,9 +63,17 @@ class Tokenized:
         which the attention mask makes equal to padding it to the full length.
         """
         if not prompts:
-            raise InputError("the prompt list is empty; pass at least one prompt.")
+            raise InputError(
+                "the prompt list is empty; pass at least one prompt.",
+                code="missing",
+                param="prompt",
+            )
         if max_sequence_length < 1:
-            raise InputError(f"max_sequence_length is {max_sequence_length}; expected 1 to 512.")
+            raise InputError(
+                f"max_sequence_length is {max_sequence_length}; expected 1 to 512.",
+                code="out_of_range",
+                param="max_sequence_length",
+            )
         self.load()
         texts = [clean_prompt(p) for p in prompts]
         self._warn_of_cut(texts, max_sequence_length)

@@ -1,0 +1,1 @@
+"""The method, readable without the rest: the loop, the blend, guidance."""
