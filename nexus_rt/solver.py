@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 from torch import Tensor
@@ -68,6 +68,11 @@ class TimeGrid:
 FIRST = 1 - 1 / TRAIN_STEPS  # u at the first step: sigma = shift u / (1 + (shift-1) u)
 
 
+def _is(value: object, kind: type) -> bool:
+    """Whether a value is a number of a kind, which a bool is not."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def check_shift(shift: float) -> None:
     """Raise an `InputError` unless a schedule can be shifted by this."""
     try:
@@ -78,9 +83,7 @@ def check_shift(shift: float) -> None:
         raise InputError(
             f"shift is {shown(shift)}; expected a number from {MIN_SHIFT:g} to {MAX_SHIFT:g},"
             " such as 5.0.",
-            code="out_of_range"
-            if isinstance(shift, float) or type(shift) is int
-            else "invalid_type",
+            code="out_of_range" if _is(shift, Real) else "invalid_type",
             param="shift",
         )
 
@@ -237,7 +240,7 @@ def time_grid(steps: int, shift: float = 5.0, float64_timesteps: bool = False) -
         raise InputError(
             f"num_inference_steps is {shown(steps)}; expected a whole number of at least 1 and at"
             f" most {MAX_STEPS}.",
-            code="out_of_range" if isinstance(steps, Integral) else "invalid_type",
+            code="out_of_range" if _is(steps, Integral) else "invalid_type",
             param="num_inference_steps",
         )
     check_shift(shift)
