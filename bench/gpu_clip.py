@@ -22,7 +22,6 @@ FEW = 4  # steps of a plan without clocks
 # plan -> forwards of the small and of the large generator; few-step models run without guidance
 PLANS = {"small:2 bridge:1 large:1": (3, 2), "small:4/10 large:4": (4, 4)}
 CHUNKS = 3  # latent frames that decoding has kernels of its own for: first, second and the rest
-PARTS = ("to host", "uint8", "mp4")
 
 
 class Decoders:

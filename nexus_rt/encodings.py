@@ -71,10 +71,6 @@ class Blocks:
     unpack: Callable[[Tensor], Tensor]
     halves: tuple[int, ...] = (0,)
 
-    def row_bytes(self, columns: int) -> int:
-        """Bytes of a row."""
-        return columns // self.values * self.size
-
     def decode(self, raw: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Stored bytes, uint8, to float32 of `shape`."""
         return self.unpack(raw.reshape(-1, self.size)).view(shape)

@@ -249,7 +249,8 @@ def make_targets(pair, steered, work):
     from nexus_rt.bench.vrbench import judging, schema
     from nexus_rt.bench.vrbench.command import EXAMPLE
     from nexus_rt.engines.folder import EngineFolder
-    from nexus_rt.loading.lora import Lora, merge
+    from nexus_rt.engines.torch import TorchEngine
+    from nexus_rt.loading.lora import Lora
     from nexus_rt.loading.pair_folder import find_pair
     from nexus_rt.loading.source import read_json
     from nexus_rt.loading.stored import find_tensors, read_header
@@ -290,7 +291,7 @@ def make_targets(pair, steered, work):
     put("shards/diffusion_pytorch_model.safetensors.index.json", index)
 
     model = load_transformer(root / "small", torch.float32)
-    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    engine, kept = TorchEngine(model), {k: v.clone() for k, v in model.state_dict().items()}
     place = "transformer.blocks.0.attn1.to_q"
     save_file(
         {
@@ -318,14 +319,14 @@ def make_targets(pair, steered, work):
 
     def merge_one(path):
         try:
-            merge(model, Lora(path))
+            engine.set_loras([Lora(path)])
         except NexusError:
             assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items()), (
                 "changed, then refused"
             )
             raise
         assert all(v.isfinite().all() for v in model.state_dict().values()), "NaN was merged"
-        model.load_state_dict(kept)
+        engine.set_loras([])
 
     latents = save_latents(torch.randn(1, 16, 2, 4, 6), work)
     wan = dict(

@@ -57,7 +57,9 @@ def make(cache, tiny_pair):
     def build(name):
         if name.startswith("torch"):
             model = load_transformer(tiny_pair / generator(name), torch.float32)
-            return TorchEngine(model, compiled="compiled" in name)
+            for block in model.blocks if "compiled" in name else ():
+                block.compile()
+            return TorchEngine(model)
         backend, *rest = name.split()
         sizes = tuple(ClipSize.parse(s) for s in SIZES)
         target = Target(

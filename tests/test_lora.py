@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nexus_rt import InputError, ModelError, NexusPipeline
+from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.loading.checkpoint import to_diffusers
 from nexus_rt.loading.lora import Lora, loras_hash, parse_loras
 from nexus_rt.loading.transformer import load_transformer
@@ -421,13 +422,11 @@ ODD = {
 
 @pytest.mark.parametrize("make, words", ODD.values(), ids=ODD)
 def test_odd_loras_are_refused_and_nothing_is_changed(make, words, halves, tiny_pair, tmp_path):
-    from nexus_rt.loading.lora import merge
-
     file = saved(make(halves), tmp_path / "a.safetensors")
     model = load_transformer(tiny_pair / "small", torch.float32)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(ModelError, match=words):
-        merge(model, Lora(file))
+        TorchEngine(model).set_loras([Lora(file)])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

@@ -100,7 +100,7 @@ class EngineFolder:
     def rebuild(self) -> str:
         return f"rebuild it: {self.manifest.command}"
 
-    def verify(self, hashes: bool = True, again: bool = False) -> None:
+    def verify(self, again: bool = False) -> None:
         """Compare the files with the manifest.
 
         Args:
@@ -121,7 +121,7 @@ class EngineFolder:
                 )
             # small files are read again: it costs less than the question
             whole = again or size <= READ_AGAIN
-            if hashes and (file_hash if whole else trusted_hash)(file) != known["sha256"]:
+            if (file_hash if whole else trusted_hash)(file) != known["sha256"]:
                 raise ModelError(
                     f"{file} is damaged: its sha256 is not the manifest's; {self.rebuild()}"
                 )

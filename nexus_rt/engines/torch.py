@@ -1,5 +1,4 @@
-"""The PyTorch backend: a Wan transformer, eager with our kernels, or each of its blocks
-compiled."""
+"""The PyTorch backend: a Wan transformer, eager with our kernels."""
 
 from __future__ import annotations
 
@@ -21,19 +20,12 @@ from nexus_rt.models.wan import WanContext, WanTransformer
 class TorchEngine:
     """A Wan transformer behind the engine protocol.
 
-    compiled: compile each block (one compilation serves them all); the first step at a size pays
-        for it, or `warmup`.
     device: where it runs, if not where the model is: `load` brings it there.
     """
 
-    def __init__(
-        self, model: WanTransformer, compiled: bool = False, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, model: WanTransformer, device: torch.device | None = None) -> None:
         self.model, self.device = model, device or model.device
         self.weights = Moved(model, self.device)
-        if compiled:
-            for block in model.blocks:
-                block.compile()
 
     @property
     def nbytes(self) -> int:

@@ -51,7 +51,7 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return min(1 + max(found, default=-1), 2 * len(found))
 
 
-def wan_config(shapes: Shapes, where: Path | str, what: str = "a Wan transformer") -> WanConfig:
+def wan_config(shapes: Shapes, where: Path | str) -> WanConfig:
     """The architecture of a whole Wan transformer, given its shapes in diffusers' names.
 
     Heads are 128 wide, as in every published one.
@@ -79,13 +79,13 @@ def wan_config(shapes: Shapes, where: Path | str, what: str = "a Wan transformer
     except KeyError as error:
         family = _family(shapes)
         raise ModelError(
-            f"{where} is not {what}: it lacks {error.args[0]}{family}; expected a text-to-video Wan"
+            f"{where} is not a Wan transformer: it lacks {error.args[0]}{family}; expected a text-to-video Wan"
             " checkpoint."
         ) from None
     except (IndexError, ZeroDivisionError):
         raise ModelError(
-            f"{where}: the weights are of no shapes that {what} has, such as a patch embedding of"
-            f" {shorten(shapes['patch_embedding.weight'], 80)}; get the file again."
+            f"{where}: the weights are of no shapes that a Wan transformer has, such as a patch"
+            f" embedding of {shorten(shapes['patch_embedding.weight'], 80)}; get the file again."
         ) from None
     if channels == IMAGE_CHANNELS and fields["out_channels"] != channels:
         raise ModelError(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_rt.errors import InputError, ModelError, choose, shorten, shown
-from nexus_rt.loading.checkpoint import diffusers_shapes, fused_place
+from nexus_rt.loading.checkpoint import fused_place
 from nexus_rt.loading.lora_file import (
     ENDINGS,
     SECOND,
@@ -523,22 +523,3 @@ def add_beside(model: nn.Module, changes: Changes) -> None:
             layer.adapters.append(
                 Adapter(first, last, there(part.down), there(part.up), strength * part.scale)
             )
-
-
-@torch.no_grad()
-def merge(model: nn.Module, lora: Lora) -> int:
-    """Add a LoRA to a Wan transformer in memory, in float32 a parameter at a time; returns how many
-    it changed.
-
-    Rounding to the weights' own dtype comes after the sum; where several are merged into weights
-    that are being loaded, `load_transformer(loras=...)` rounds once for all of them.
-
-    Raises:
-        ModelError: as `Changes`; nothing has been changed then.
-    """
-    changes, places = Changes([lora], diffusers_shapes(model)), dict(model.named_parameters())
-    for name in changes.parts:
-        target, rows = fused_place(name, lambda n: tuple(places[n].shape))
-        place = places[target] if rows is None else places[target][rows]
-        place.copy_(changes.apply(name, place))
-    return len(changes.parts)

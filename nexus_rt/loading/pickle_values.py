@@ -64,11 +64,6 @@ class PendingArray:
     value: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class Hooks:
-    """An empty OrderedDict stands for a tensor's hooks."""
-
-
 def whole(value: Any, what: str, low: int = 0, high: int = 2**62) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise refuse(f"{what} is no whole number from {low} up")

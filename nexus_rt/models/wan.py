@@ -468,16 +468,12 @@ class WanTransformer(nn.Module):
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
 
-    def prepare_context(
-        self, context: Tensor, collapse: bool = True, at_least: int = 1
-    ) -> WanContext:
+    def prepare_context(self, context: Tensor, collapse: bool = True) -> WanContext:
         """Keys and values of every block for text embeddings [N, L, text_dim]; once per prompt.
 
         Args:
             collapse: count the zero padding at the end once (module docstring); False keeps every
                 padded token.
-            at_least: tokens to keep when collapsing, for contexts of one length whatever the
-                prompt.
 
         Raises:
             InputError: the embeddings are not three-dimensional or of another width.
@@ -489,7 +485,7 @@ class WanTransformer(nn.Module):
             )
         context = context.to(self.device, self.dtype)
         collapse = collapse and takes_bias(cast(Block, self.blocks[0]).attn2.backend, self.device)
-        context, bias = collapse_padding(context, at_least) if collapse else (context, None)
+        context, bias = collapse_padding(context) if collapse else (context, None)
         embedded = self.condition_embedder.text(context)
         pairs = [block.attn2.keys_values(embedded) for block in self._in_turn()]
         return WanContext([k for k, _ in pairs], [v for _, v in pairs], bias)

@@ -9,6 +9,8 @@ from nexus_rt.models.wan import WanConfig
 from nexus_rt.parallel.layout import Layout
 from nexus_rt.size import ClipSize
 
+ELEMENT = 2  # bytes of bfloat16
+
 
 @dataclass(frozen=True)
 class Volume:
@@ -27,18 +29,11 @@ class Volume:
         return self.tokens + self.guidance + self.velocity
 
 
-def step_volume(
-    layout: Layout,
-    config: WanConfig,
-    size: ClipSize,
-    guided: bool,
-    element: int = 2,
-    batch: int = 1,
-) -> Volume:
-    """What a step of `batch` samples costs, elements of so many bytes."""
-    n, samples = layout.ulysses, batch * (2 if guided else 1)
+def step_volume(layout: Layout, config: WanConfig, size: ClipSize, guided: bool) -> Volume:
+    """Volume of a step of one sample."""
+    n, samples = layout.ulysses, 2 if guided else 1
     halved = layout.cfg == 2 and guided
-    own = batch if halved else samples  # samples that a process computes
+    own = 1 if halved else samples  # samples that a process computes
     sides = zip(size.latent, config.patch_size, strict=True)
     share = -(-math.prod(side // p for side, p in sides) // n)  # tokens of a process
     elsewhere = (n - 1) / n
@@ -46,7 +41,7 @@ def step_volume(
     head = share * config.out_channels * math.prod(config.patch_size) * (n - 1)
     plane = config.out_channels * math.prod(size.latent)
     return Volume(
-        int(own * element * (attention + head)) if n > 1 else 0,
-        batch * plane * element if halved else 0,
+        int(own * ELEMENT * (attention + head)) if n > 1 else 0,
+        plane * ELEMENT if halved else 0,
         4 * samples * plane if layout.pair == 2 else 0,  # float32
     )
