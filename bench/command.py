@@ -68,12 +68,16 @@ def run(args: argparse.Namespace) -> int:
         if args.action[0] != "compare" or len(args.action) != 3:
             raise InputError(
                 f"{' '.join(args.action)!r} is nothing to do; expected `nexus-rt bench compare"
-                " A.json B.json`, or options."
+                " A.json B.json`, or options.",
+                code="unknown_name",
+                param="action",
             )
         return compare(*args.action[1:])
     check_outputs(args.json, args.html, args.plot)
     if args.plot and Path(args.plot).suffix != ".svg":
-        raise InputError(f"--plot is {args.plot}; it draws SVG: expected a name that ends in .svg.")
+        raise InputError(
+            f"--plot is {args.plot}; it draws SVG: expected a name that ends in .svg.", param="plot"
+        )
     for name, least, most in RANGES:
         if (value := getattr(args, name)) is not None:
             whole(f"--{name}", value, least, most)
@@ -145,7 +149,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if args.estimate == "always" or need.short:
             sentence = need.sentence(preset.name, device)
             if need.short and args.estimate == "never":
-                raise ModelError(f"{sentence}.")
+                raise ModelError(f"{sentence}.", code="out_of_memory", param="estimate")
             notes.append(
                 f"{sentence}. Estimated on the meta device instead."
                 if need.short
@@ -290,7 +294,11 @@ def _engine(
         twin.engines = {n: changed(e, compiled) for n, e in pipe.engines.items()}
         return Engine(name, twin)
     if not real:
-        raise InputError("engines are exported of folders of weights; pass --small and --large")
+        raise InputError(
+            "engines are exported of folders of weights; pass --small and --large",
+            code="missing",
+            param="engines",
+        )
     from nexus_rt.export.build import Target, export_components
     from nexus_rt.export.command import chosen_components, folders_beside
     from nexus_rt.loading.lora import parse_loras

@@ -113,9 +113,15 @@ class Peers:
 
     def transformer(self, name: str) -> Any:
         if name not in self.pipe.engines:
-            raise InputError(f"it runs the {name} generator, which is not loaded")
+            raise InputError(
+                f"it runs the {name} generator, which is not loaded", code="missing", param=name
+            )
         if isinstance(self.pipe.engines[name], ExpertsEngine):
-            raise InputError(f"the {name} generator has two experts; one transformer is compared")
+            raise InputError(
+                f"the {name} generator has two experts; one transformer is compared",
+                code="unsupported",
+                param=name,
+            )
         if name not in self.models:
             self.models[name] = diffusers_transformer(self.pipe.engines[name].model)
         return self.models[name]

@@ -89,7 +89,8 @@ def write_text(path: Path, text: str) -> None:
             part.replace(path)
     except (OSError, ValueError) as error:  # ValueError: NUL in the name
         raise InputError(
-            f"{path} could not be written ({error}); free some space or write somewhere else."
+            f"{path} could not be written ({error}); free some space or write somewhere else.",
+            code="not_writable",
         ) from error
 
 
@@ -158,18 +159,23 @@ def read_as(path: Path, kind: str, schema: int, maker: str, remedy: str) -> dict
         data = documents.read_bytes(path, InputError)
     except InputError as error:
         raise InputError(
-            f"{path} cannot be read ({shorten(error)}); expected a file that {maker} wrote."
+            f"{path} cannot be read ({shorten(error)}); expected a file that {maker} wrote.",
+            code=error.code,
         ) from None
     try:
         document = documents.parse(data, str(path), InputError, remedy)
     except InputError as error:  # it is a file, and a damaged one
-        raise ModelError(str(error)) from None
+        raise ModelError(str(error), code=error.code, param=error.param) from None
     if not isinstance(document, dict) or document.get("kind") != kind:
-        raise ModelError(f"{path} holds no results of {kind}; expected a file that {maker} wrote.")
+        raise ModelError(
+            f"{path} holds no results of {kind}; expected a file that {maker} wrote.", param="kind"
+        )
     if document.get("schema") != schema:
         raise ModelError(
             f"{path} has schema {shown(document.get('schema'))}, and this nexus-rt reads {schema};"
-            f" {remedy}, or use the version that wrote it."
+            f" {remedy}, or use the version that wrote it.",
+            code="unsupported",
+            param="schema",
         )
     return document
 
@@ -226,7 +232,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], l
     if not shared:
         raise InputError(
             "the two files have no plan and engine in common at one size and number of steps;"
-            " nothing to compare."
+            " nothing to compare.",
+            code="mismatch",
         )
     lines += [
         f"note: {d}; what follows compares that as well"

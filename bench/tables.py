@@ -103,7 +103,7 @@ def headline(report: dict[str, Any]) -> str:
     """
     checked(report, Report, "the report")
     if not report.get("rows"):
-        raise ModelError("the report has no row; measure again.")
+        raise ModelError("the report has no row; measure again.", code="missing", param="rows")
     done = lambda rows: [r for r in rows if r.get("failed") is None]
     ours = [r for r in done(report.get("peers", [])) if r["peer"] in PEERS]
     ours = [r for r in ours if r["same_mathematics"] or r["peer"] != "naive-ours"]
@@ -274,7 +274,9 @@ def main() -> None:
             try:
                 text = path.read_text(encoding="utf-8")
             except (OSError, ValueError) as error:
-                raise InputError(f"{path} cannot be read ({error}); check the path.") from None
+                raise InputError(
+                    f"{path} cannot be read ({error}); check the path.", code="unreadable"
+                ) from None
             write_text(path, fill(text, path.parent))
         except NexusError as error:
             raise SystemExit(f"nexus-rt: {error}") from None

@@ -35,17 +35,23 @@ def check_output(path: str | Path) -> Path:
     path = as_path("path", path)
     choose("output suffix", path.suffix.lower(), SUFFIXES)
     if path.is_dir():
-        raise InputError(f"{path} is a folder; give a file name ending in {', '.join(SUFFIXES)}.")
+        raise InputError(
+            f"{path} is a folder; give a file name ending in {', '.join(SUFFIXES)}.", param="path"
+        )
     if not path.parent.is_dir():
         raise InputError(
-            f"{path.parent} does not exist; make the folder first, or write somewhere else."
+            f"{path.parent} does not exist; make the folder first, or write somewhere else.",
+            code="not_found",
+            param="path",
         )
     try:
         with part_file(path):
             pass
     except OSError as error:
         raise InputError(
-            f"{path} cannot be written ({error.strerror}); choose a place you may write to."
+            f"{path} cannot be written ({error.strerror}); choose a place you may write to.",
+            code="not_writable",
+            param="path",
         ) from error
     return path
 
@@ -70,7 +76,9 @@ def frame_rate(fps: Any, name: str = "fps") -> Fraction:
         words = shorten(fps, 60) if isinstance(fps, str) else shown(fps, 60)
         raise InputError(
             f"{name} is {words}; expected frames per second from 0.1 to 1000, such as 16 or"
-            " 30000/1001."
+            " 30000/1001.",
+            code="out_of_range",
+            param=name,
         )
     ntsc = Fraction(round(rate * Fraction(1001, 1000)) * 1000, 1001)
     if rate.denominator != 1 and abs(rate - ntsc) < Fraction(1, 1000):
@@ -97,32 +105,54 @@ def to_uint8(frames: Any, truncate: bool = False) -> np.ndarray:
         InputError: another shape or type, NaN, or values outside the range.
     """
     if not isinstance(truncate, bool):
-        raise InputError(f"truncate is {shown(truncate)}; expected True or False.")
+        raise InputError(
+            f"truncate is {shown(truncate)}; expected True or False.",
+            code="invalid_type",
+            param="truncate",
+        )
     try:
         frames = _array(frames)
     except Exception as error:  # whatever another's array or image raises
         raise InputError(
             f"frames are {shown(frames)}, which are no array ({shorten(error, 120)}); expected"
             f" [frames,"
-            " height, width, 3]."
+            " height, width, 3].",
+            code="invalid_type",
+            param="frames",
         ) from error
     if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-        raise InputError(f"frames have shape {frames.shape}; expected [frames, height, width, 3].")
+        raise InputError(
+            f"frames have shape {frames.shape}; expected [frames, height, width, 3].",
+            code="mismatch",
+            param="frames",
+        )
     if frames.dtype == np.uint8:
         return frames
     expected = "expected uint8, whole numbers from 0 to 255, or floats from 0 to 1"
     low, high = frames.min(), frames.max()
     if frames.dtype.kind == "i" or frames.dtype in (np.uint32, np.uint64):
         if low < 0 or high > 255:
-            raise InputError(f"frames are {frames.dtype} from {low} to {high}; {expected}.")
+            raise InputError(
+                f"frames are {frames.dtype} from {low} to {high}; {expected}.",
+                code="out_of_range",
+                param="frames",
+            )
         return frames.astype(np.uint8)
     if frames.dtype.kind != "f":
-        raise InputError(f"frames are {frames.dtype}; {expected}: scale them first.")
+        raise InputError(
+            f"frames are {frames.dtype}; {expected}: scale them first.",
+            code="invalid_type",
+            param="frames",
+        )
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise InputError(f"frames hold NaN or infinity; {expected}.")
+        raise InputError(
+            f"frames hold NaN or infinity; {expected}.", code="not_finite", param="frames"
+        )
     if low < -0.5 or high > 1.5:
         raise InputError(
-            f"frames are {frames.dtype} from {low:g} to {high:g}; {expected}: divide by 255 first."
+            f"frames are {frames.dtype} from {low:g} to {high:g}; {expected}: divide by 255 first.",
+            code="out_of_range",
+            param="frames",
         )
     scaled = np.clip(frames.astype(np.float32, copy=False), 0, 1) * 255
     return (scaled if truncate else scaled.round()).astype(np.uint8)
@@ -162,7 +192,9 @@ def save_video(
     except OSError as error:
         raise InputError(
             f"{path} could not be written ({shorten(error)}); free some space or write somewhere"
-            f" else."
+            f" else.",
+            code="not_writable",
+            param="path",
         ) from error
     except Exception as error:  # FFmpeg's own have every base
         raise NexusError(
@@ -175,14 +207,19 @@ def save_video(
 def _comment(metadata: dict[str, Any] | None) -> str:
     """Metadata as the file keeps it."""
     if metadata is not None and not isinstance(metadata, dict):
-        raise InputError(f"metadata is {shown(metadata)}; expected a dictionary.")
+        raise InputError(
+            f"metadata is {shown(metadata)}; expected a dictionary.",
+            code="invalid_type",
+            param="metadata",
+        )
     try:
         text = json.dumps(metadata, ensure_ascii=False) if metadata else ""
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"metadata holds what JSON has no form for ({shorten(error)}); expected text, numbers,"
-            " lists and dictionaries."
+            " lists and dictionaries.",
+            param="metadata",
         ) from error
     return text
 
@@ -236,7 +273,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
             text = container.metadata.get("comment", "")
     except (OSError, av.FFmpegError) as error:
         raise InputError(
-            f"{path} cannot be read as a video ({shorten(error)}); make the clip again."
+            f"{path} cannot be read as a video ({shorten(error)}); make the clip again.",
+            code="not_found" if isinstance(error, FileNotFoundError) else "unreadable",
+            param="path",
         ) from error
     try:
         value = json.loads(text) if text else {}
@@ -276,10 +315,14 @@ def read_frames(path: str | Path) -> np.ndarray:
             frames = [_rgb(frame) for frame in container.decode(video=0)]
     except (OSError, av.FFmpegError, IndexError, ValueError, MemoryError) as error:
         raise InputError(
-            f"{path} cannot be read as a video ({shorten(error)}); make the clip again."
+            f"{path} cannot be read as a video ({shorten(error)}); make the clip again.",
+            code="not_found" if isinstance(error, FileNotFoundError) else "unreadable",
+            param="path",
         ) from error
     if not frames:
-        raise InputError(f"{path} holds no frames; make the clip again.")
+        raise InputError(
+            f"{path} holds no frames; make the clip again.", code="unreadable", param="path"
+        )
     return np.stack(frames)
 
 

@@ -145,7 +145,11 @@ class VlmJudge:
 
     def __init__(self, judge: Any, prompts: Sequence[Any]) -> None:
         if lost := next((p.id for p in prompts if not p.questions), None):
-            raise InputError(f"prompt {lost} has no questions; expected VR-Bench's files.")
+            raise InputError(
+                f"prompt {lost} has no questions; expected VR-Bench's files.",
+                code="missing",
+                param="questions",
+            )
         self.name, self.judge, self.items = f"VLM {judge.name}", judge, list(prompts)
         self.prompts = [p.text for p in prompts]
 

@@ -68,7 +68,9 @@ class Search:
         if shared:
             raise InputError(
                 f"{len(shared)} prompts are of the search and of the report, such as"
-                f" {min(shared)[:80]!r}; expected disjoint lists."
+                f" {min(shared)[:80]!r}; expected disjoint lists.",
+                code="conflict",
+                param="report",
             )
         most = len(self.search.prompts)
         self.rungs = tuple(sorted({min(r, most) for r in self.rungs}))
@@ -127,11 +129,13 @@ class Search:
         except OSError as error:
             raise InputError(
                 f"{self.folder} cannot be written ({error.strerror or error}); choose a place you"
-                " may write to."
+                " may write to.",
+                code="not_writable",
             ) from error
         except Exception as error:  # Optuna replays the journal, and checks nothing in it
             raise InputError(
-                f"{state} is damaged ({shorten(error)}); move it away to begin anew."
+                f"{state} is damaged ({shorten(error)}); move it away to begin anew.",
+                code="damaged",
             ) from error
         asked = self.settings()
         kept = study.user_attrs.get("settings")
@@ -140,7 +144,8 @@ class Search:
             changed = sorted(k for k in asked if same.get(k) != asked[k])
             raise InputError(
                 f"{self.folder} holds a search with other {', '.join(changed)}; use the same, or"
-                " another folder."
+                " another folder.",
+                code="mismatch",
             )
         study.set_user_attr("settings", asked)
         for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
@@ -195,7 +200,9 @@ class Search:
             )
         if not rows:
             raise InputError(
-                f"no plan of the space takes at most {self.budget_ms:g} ms; raise the budget."
+                f"no plan of the space takes at most {self.budget_ms:g} ms; raise the budget.",
+                code="out_of_range",
+                param="budget",
             )
         return self._report(rows)
 

@@ -35,9 +35,13 @@ Conversation = list[dict[str, Any]]
 class JudgeError(NexusError):
     """The judge gave no reply for one clip; another run may mend it."""
 
+    code = "unreachable"
+
 
 class JudgeUnusable(NexusError):
     """No clip can be judged: the judge cannot be reached, or refuses us."""
+
+    code = "unreachable"
 
 
 class HttpJudge:
@@ -73,7 +77,8 @@ class HttpJudge:
         if parts is None:
             raise InputError(
                 f"--judge-url is {shown(url, 120)}; expected http:// or https://, such as"
-                " http://localhost:8000/v1."
+                " http://localhost:8000/v1.",
+                param="judge_url",
             )
         path = parts.path.rstrip("/")
         path += "" if path.endswith("/chat/completions") else "/chat/completions"
@@ -93,7 +98,8 @@ class HttpJudge:
         self._key = (os.environ.get(KEY) or "").strip()
         if self._key and not (self._key.isascii() and self._key.isprintable()):
             raise InputError(
-                f"the key in {KEY} holds characters that no header can carry; set it again."
+                f"the key in {KEY} holds characters that no header can carry; set it again.",
+                param=KEY,
             )
         self._renamed: dict[
             str, str | None
@@ -114,7 +120,9 @@ class HttpJudge:
             import httpx2
         except ImportError as error:
             raise ModelError(
-                "a judge behind --judge-url needs httpx2; pip install 'nexus-rt[vrbench]'."
+                "a judge behind --judge-url needs httpx2; pip install 'nexus-rt[vrbench]'.",
+                code="missing_package",
+                param="judge_url",
             ) from error
         if not hasattr(self._local, "client"):
             headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
@@ -125,12 +133,14 @@ class HttpJudge:
             except ImportError as error:
                 raise ModelError(
                     "a SOCKS proxy (ALL_PROXY, HTTP_PROXY, HTTPS_PROXY) needs socksio; pip install"
-                    " socksio, or unset the proxy."
+                    " socksio, or unset the proxy.",
+                    code="missing_package",
                 ) from error
             except Exception as error:  # each part of a URL has an exception of its own
                 raise InputError(
                     "the proxy of ALL_PROXY, HTTP_PROXY or HTTPS_PROXY cannot be used"
-                    f" ({self._said(error)}); expected such as http://proxy:3128."
+                    f" ({self._said(error)}); expected such as http://proxy:3128.",
+                    param="proxy",
                 ) from error
             with self._lock:
                 self._clients.append(self._local.client)
@@ -205,7 +215,8 @@ class HttpJudge:
                         raise TimeoutError
                     if len(data) > MOST_REPLY:
                         raise JudgeError(
-                            f"a reply above {MOST_REPLY >> 20} MiB, which is no judge's"
+                            f"a reply above {MOST_REPLY >> 20} MiB, which is no judge's",
+                            code="too_large",
                         )
                 return answer.status_code, dict(answer.headers), bytes(data)
         except httpx2.TimeoutException:
@@ -231,7 +242,7 @@ class HttpJudge:
             if turn:
                 self._wait(_pause(turn, asked))
             if self._stopped.is_set():
-                raise JudgeError("stopped")
+                raise JudgeError("stopped", code="cancelled")
             turn, asked = turn + 1, None
             sent = self._adapted(body)
             try:
@@ -243,7 +254,7 @@ class HttpJudge:
                 raise
             except Exception as error:  # the client's own errors, and what a closed one raises
                 if self._stopped.is_set():
-                    raise JudgeError("stopped") from None
+                    raise JudgeError("stopped", code="cancelled") from None
                 why = f"{type(error).__name__}: {self._said(error)}"
                 continue
             reached, text = True, data.decode("utf-8", "replace")

@@ -79,7 +79,9 @@ class LocalJudge:
         if not (self.folder / "config.json").is_file():
             raise ModelError(
                 f"{folder} holds no config.json; expected a folder with an image-text-to-text"
-                " model, or pass --judge-url too."
+                " model, or pass --judge-url too.",
+                code="not_found",
+                param="judge_model",
             )
         require_safetensors(self.folder)
         self.device = default_device(device)
@@ -113,7 +115,8 @@ class LocalJudge:
             )
             raise ModelError(
                 f"{self.folder}: the judge needs a package that is not installed here"
-                f" ({first[:300]}); Qwen-VL's processors need torchvision."
+                f" ({first[:300]}); Qwen-VL's processors need torchvision.",
+                code="missing_package",
             ) from error
 
     def reply(self, talk: Conversation, frames: Sequence[np.ndarray]) -> Reply:
@@ -155,7 +158,7 @@ class LocalJudge:
             ValueError,
             IndexError,
         ) as error:  # out of memory, a clip longer than the model reads
-            raise JudgeError(f"the judge failed: {shorten(error)}") from error
+            raise JudgeError(f"the judge failed: {shorten(error)}", code="failed") from error
         new = made[:, inputs["input_ids"].shape[1] :]
         text = self._processor.batch_decode(new, skip_special_tokens=True)[0]
         return Reply(text, "length" if new.shape[1] >= most else "stop")
@@ -181,11 +184,15 @@ def find_judge(
     if not model:
         raise InputError(
             "no judge: pass --judge-model, a model's folder, or what the server at --judge-url"
-            " calls it."
+            " calls it.",
+            code="missing",
+            param="judge_model",
         )
     if url and (device or dtype):
         raise InputError(
-            "--device and --dtype are of a judge that runs here; leave them out with --judge-url."
+            "--device and --dtype are of a judge that runs here; leave them out with --judge-url.",
+            code="conflict",
+            param="judge_url",
         )
     return (
         HttpJudge(url, model, protocol=protocol)

@@ -148,6 +148,8 @@ class Judgment(msgspec.Struct):
 class Unreadable(NexusError):
     """A clip that is no video."""
 
+    code = "unreadable"
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -181,7 +183,8 @@ def find_clips(
     """The clips of a folder (`clip_path`), and why the others have none."""
     if not folder.is_dir():
         raise InputError(
-            f"{folder} is not a folder; expected one that holds a clip for every prompt's id."
+            f"{folder} is not a folder; expected one that holds a clip for every prompt's id.",
+            code="not_found",
         )
     clips, missing = [], {}
     for prompt in prompts:
@@ -243,7 +246,9 @@ def judge_clips(
     if silent := [p.id for p in prompts if not p.questions]:
         raise InputError(
             f"{silent[0]} has no evaluation_questions ({len(silent)} such prompts): the"
-            " generation-only variant cannot be judged; pass the files with evaluation."
+            " generation-only variant cannot be judged; pass the files with evaluation.",
+            code="missing",
+            param="evaluation_questions",
         )
     clips, missing = find_clips(prompts, folder, judge.name, protocol)
     store = folder / "judged"
@@ -251,7 +256,8 @@ def judge_clips(
         store.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"{store} cannot be made ({error.strerror}); judge a folder that you may write to."
+            f"{store} cannot be made ({error.strerror}); judge a folder that you may write to.",
+            code="not_writable",
         ) from None
     answers = {
         c.prompt.id: kept

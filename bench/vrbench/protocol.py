@@ -68,9 +68,17 @@ class Protocol:
             ("max-tokens", self.max_tokens, 1_000_000),
         ):
             if value is not None and not 1 <= value <= high:
-                raise InputError(f"--{name} is {value}; expected 1 to {high}.")
+                raise InputError(
+                    f"--{name} is {value}; expected 1 to {high}.",
+                    code="out_of_range",
+                    param=name.replace("-", "_"),
+                )
         if not 0 <= self.temperature <= 2:
-            raise InputError(f"--temperature is {self.temperature}; expected 0 to 2.")
+            raise InputError(
+                f"--temperature is {self.temperature}; expected 0 to 2.",
+                code="out_of_range",
+                param="temperature",
+            )
 
     @property
     def counts_unanswered(self) -> bool:

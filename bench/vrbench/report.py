@@ -53,7 +53,9 @@ def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
                 }
             )
     if not any(run["clips"] for run in report["runs"]):
-        raise InputError("no run holds a judged clip; nothing to report.")
+        raise InputError(
+            "no run holds a judged clip; nothing to report.", code="missing", param="runs"
+        )
     first = report["runs"][0]
     for run in report["runs"][1:]:
         if run["protocol"] != first["protocol"]:

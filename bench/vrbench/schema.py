@@ -126,13 +126,17 @@ def read_taxonomy(path: str | Path | None = None) -> Taxonomy:
         if len(layers[code]) not in (0, LAYERS):
             raise InputError(
                 f"{path}: categories.{code}.layers has {len(layers[code])} names; expected"
-                f" {LAYERS}."
+                f" {LAYERS}.",
+                code="mismatch",
+                param=f"categories.{code}.layers",
             )
     for group, codes in taxonomy.groups.items():
         if unknown := [c for c in codes if c not in names]:
             raise InputError(
                 f"{path}: groups.{group} holds {unknown[0]!r}; expected categories, of"
-                f" {', '.join(names)}."
+                f" {', '.join(names)}.",
+                code="unknown_name",
+                param=f"groups.{group}",
             )
         groups[group] = tuple(codes)
     return Taxonomy(names, layers, groups)
@@ -157,7 +161,8 @@ def _file(path: Path, taxonomy: Taxonomy) -> list[Prompt]:
         kind = "nothing" if document == {} else f"a {type(document).__name__}"
         raise InputError(
             f"{path} holds {kind}; expected an object keyed by category name, as VR-Bench's files"
-            " are."
+            " are.",
+            code="invalid_type",
         )
     prompts = []
     for name, category in document.items():
@@ -200,7 +205,9 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
     if isinstance(value, (dict, list)):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise InputError(f"{where}.{name} is {shown(value)}; expected text.")
+        raise InputError(
+            f"{where}.{name} is {shown(value)}; expected text.", code="invalid_type", param=name
+        )
     return str(value).strip()
 
 
@@ -217,11 +224,17 @@ def _prompt(row: dict[str, Any], where: str, category: str, principle: str) -> P
         return prompt
     evaluation, place = row["evaluation"], f"{where}.evaluation"
     if not isinstance(evaluation, dict):
-        raise InputError(f"{place} is a {type(evaluation).__name__}; expected an object.")
+        raise InputError(
+            f"{place} is a {type(evaluation).__name__}; expected an object.",
+            code="invalid_type",
+            param="evaluation",
+        )
     rows = evaluation.get("evaluation_questions")
     if not isinstance(rows, list) or not rows:
         raise InputError(
-            f"{place}.evaluation_questions is {shown(rows)}; expected an array of questions."
+            f"{place}.evaluation_questions is {shown(rows)}; expected an array of questions.",
+            code="invalid_type",
+            param="evaluation_questions",
         )
     questions = tuple(
         _question(q, f"{place}.evaluation_questions[{i}]") for i, q in enumerate(rows)
@@ -230,12 +243,16 @@ def _prompt(row: dict[str, Any], where: str, category: str, principle: str) -> P
     if len(set(ids)) < len(ids):
         raise InputError(
             f"{place}.evaluation_questions: id {max(ids, key=ids.count)!r} is there twice; expected"
-            " each once."
+            " each once.",
+            code="duplicate",
+            param="id",
         )
     if sum(q.weight for q in questions) <= 0:
         raise InputError(
             f"{place}.evaluation_questions: the weights sum to zero; expected one above zero at"
-            " least."
+            " least.",
+            code="out_of_range",
+            param="weight",
         )
     instruction, behaviour = (
         _text(evaluation, name, place) for name in ("overall_instruction", "evaluation_description")
@@ -251,20 +268,34 @@ def _number(value: Any) -> bool:
 
 def _question(row: Any, where: str) -> Question:
     if not isinstance(row, dict):
-        raise InputError(f"{where} is a {type(row).__name__}; expected an object.")
+        raise InputError(
+            f"{where} is a {type(row).__name__}; expected an object.",
+            code="invalid_type",
+            param="evaluation_questions",
+        )
     if not isinstance(row.get("id"), str) or not re.fullmatch(r"q[1-9][0-9]{0,5}", row["id"]):
-        raise InputError(f'{where}.id is {shown(row.get("id"))}; expected "q1", "q2", ...')
+        raise InputError(
+            f'{where}.id is {shown(row.get("id"))}; expected "q1", "q2", ...', param="id"
+        )
     if not isinstance(row.get("question"), str) or not row["question"].strip():
-        raise InputError(f"{where}.question is {shown(row.get('question'))}; expected text.")
+        raise InputError(
+            f"{where}.question is {shown(row.get('question'))}; expected text.",
+            code="invalid_type",
+            param="question",
+        )
     if not _number(row.get("weight")):
         raise InputError(
             f"{where}.weight is {shown(row.get('weight'))}; expected a number from 0 to"
-            f" {MAX_WEIGHT:g}."
+            f" {MAX_WEIGHT:g}.",
+            code="out_of_range",
+            param="weight",
         )
     importance = row.get("importance_score")
     if importance is not None and not _number(importance):
         raise InputError(
             f"{where}.importance_score is {shown(importance)}; expected a number from 0 to"
-            f" {MAX_WEIGHT:g}."
+            f" {MAX_WEIGHT:g}.",
+            code="out_of_range",
+            param="importance_score",
         )
     return Question(row["id"], row["question"].strip(), float(row["weight"]), importance)
