@@ -291,7 +291,8 @@ def make_targets(pair, steered, work):
     put("shards/diffusion_pytorch_model.safetensors.index.json", index)
 
     model = load_transformer(root / "small", torch.float32)
-    engine, kept = TorchEngine(model), {k: v.clone() for k, v in model.state_dict().items()}
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    merging = TorchEngine(model)
     place = "transformer.blocks.0.attn1.to_q"
     save_file(
         {
@@ -319,14 +320,14 @@ def make_targets(pair, steered, work):
 
     def merge_one(path):
         try:
-            engine.set_loras([Lora(path)])
+            merging.set_loras([Lora(path)])
         except NexusError:
             assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items()), (
                 "changed, then refused"
             )
             raise
         assert all(v.isfinite().all() for v in model.state_dict().values()), "NaN was merged"
-        engine.set_loras([])
+        merging.set_loras([])
 
     latents = save_latents(torch.randn(1, 16, 2, 4, 6), work)
     wan = dict(

@@ -79,8 +79,8 @@ def wan_config(shapes: Shapes, where: Path | str) -> WanConfig:
     except KeyError as error:
         family = _family(shapes)
         raise ModelError(
-            f"{where} is not a Wan transformer: it lacks {error.args[0]}{family}; expected a text-to-video Wan"
-            " checkpoint."
+            f"{where} is not a Wan transformer: it lacks {error.args[0]}{family}; expected a"
+            " text-to-video Wan checkpoint."
         ) from None
     except (IndexError, ZeroDivisionError):
         raise ModelError(
