@@ -17,7 +17,7 @@ CODES = {
     "conflict": "two arguments, options or fields exclude each other",
     "damaged": "a file is cut short or holds other bytes than it declares",
     "decode_failed": "decoding failed after denoising",
-    "duplicate": "a name that must be unique comes twice",
+    "duplicate": "a name or value that must be unique comes twice",
     "failed": "an error without a code of its own",
     "in_use": "another process or thread holds what is needed",
     "invalid_model": "a model folder, checkpoint or pair cannot be used",

@@ -526,7 +526,7 @@ class Segment:
                 )
             object.__setattr__(self, "guided", (first, min(end, self.steps)))
         if self.clock is not None:
-            whole("a clock", self.clock, 1, MAX_STEPS)
+            whole("clock", self.clock, 1, MAX_STEPS)
         if self.renoise is not None:
             number("renoise", self.renoise, -MAX_STEPS, MAX_STEPS)  # its range: `clock_grid`
         if self.shift is not None:

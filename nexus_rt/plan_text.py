@@ -389,7 +389,7 @@ def _segment(match: re.Match[str], steps: int, renoise: float | None) -> Segment
             else None,
             guided,
             Reuse(values.get("every", 1), values.get("guidance-every", 1), values.get("adaptive")),
-            whole(match["clock"], "a clock") if match["clock"] else None,
+            whole(match["clock"], "clock") if match["clock"] else None,
             renoise,
             values.get("shift"),
             values.get("solver"),

@@ -101,7 +101,9 @@ def check_levels(grid: TimeGrid) -> TimeGrid:
             level = leg.sigmas[same[0]]
             raise InputError(
                 f"a schedule of {len(grid)} steps has noise level {level:g} twice, as float32 has"
-                " it; take fewer steps, timesteps further apart, or a shift nearer to 1."
+                " it; take fewer steps, timesteps further apart, or a shift nearer to 1.",
+                code="duplicate",
+                param="sigmas",
             )
     return grid
 

@@ -11,6 +11,7 @@ from diffusers import UniPCMultistepScheduler
 
 from nexus_rt import solver
 from nexus_rt.errors import InputError
+from tests.refusals import refuses
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -37,15 +38,32 @@ def test_grid_of_the_published_schedule():
     )
 
 
-@pytest.mark.parametrize("steps", [0, -3, 2.5, True])
-def test_steps_must_be_a_positive_whole_number(steps):
-    with pytest.raises(InputError, match="whole number of at least 1"):
+@pytest.mark.parametrize(
+    "steps, code",
+    [
+        (0, "out_of_range"),
+        (-3, "out_of_range"),
+        (np.int64(0), "out_of_range"),
+        (2.5, "invalid_type"),
+        (True, "invalid_type"),
+        ("5", "invalid_type"),
+    ],
+)
+def test_steps_must_be_a_positive_whole_number(steps, code):
+    with refuses(code, "num_inference_steps", InputError):
         solver.time_grid(steps)
 
 
-@pytest.mark.parametrize("shift", [0.0, -1.0, math.inf, math.nan])
-def test_shift_must_be_positive(shift):
-    with pytest.raises(InputError, match="shift"):
+@pytest.mark.parametrize(
+    "shift, code",
+    [
+        *((shift, "out_of_range") for shift in (0.0, -1.0, math.inf, math.nan, np.float32(-1))),
+        ("5", "invalid_type"),
+        (True, "invalid_type"),
+    ],
+)
+def test_shift_must_be_positive(shift, code):
+    with refuses(code, "shift", InputError):
         solver.time_grid(10, shift)
 
 
