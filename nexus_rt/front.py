@@ -74,7 +74,9 @@ def read_front(path: str | Path) -> Front:
     if file.exists() and not file.is_file():  # a pipe would be waited for
         raise InputError(
             f"{shorten(file)} is no file; expected the front.json of nexus-rt tune, as in"
-            " @front.json:900."
+            " @front.json:900.",
+            code="unreadable",
+            param="plan",
         )
     return documents.read(file, Front, InputError, "make it with nexus-rt tune")
 
@@ -88,7 +90,8 @@ def from_front(text: str) -> FrontPlan:
     match = re.fullmatch(r"@(.+):([0-9]{1,15}(?:\.[0-9]{1,15})?)(?:ms)?", text.strip())
     if not match:
         raise InputError(
-            f"plan {shorten(text, 80)!r} is not @FILE:MILLISECONDS, such as @front.json:900."
+            f"plan {shorten(text, 80)!r} is not @FILE:MILLISECONDS, such as @front.json:900.",
+            param="plan",
         )
     front, budget = read_front(match[1]), float(match[2])
     within = [p for p in front.front if p.ms <= budget]
@@ -96,6 +99,8 @@ def from_front(text: str) -> FrontPlan:
         least = min((p.ms for p in front.front), default=None)
         raise InputError(
             f"{shorten(match[1])} holds no plan within {budget:g} ms; its cheapest takes"
-            f" {'nothing' if least is None else f'{least:.0f} ms'}."
+            f" {'nothing' if least is None else f'{least:.0f} ms'}.",
+            code="out_of_range",
+            param="plan",
         )
     return max(within, key=lambda p: (p.score, -p.ms))

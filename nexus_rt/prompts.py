@@ -72,18 +72,22 @@ def prompt_files(path: Path) -> list[Path]:
     """The file, or a folder's `.json` files in order of name."""
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
-        raise InputError(f"{path} holds no .json files; expected prompt lists.")
+        raise InputError(f"{path} holds no .json files; expected prompt lists.", code="missing")
     return files
 
 
 def check_ids(ids: list[str], path: Path) -> None:
     """Raise unless there are ids, each once."""
     if not ids:
-        raise InputError(f"{path} holds no prompts; expected at least one.")
+        raise InputError(
+            f"{path} holds no prompts; expected at least one.", code="missing", param="prompt"
+        )
     twice = next((name for name, count in Counter(ids).items() if count > 1), None)
     if twice is not None:
         raise InputError(
-            f"{path}: id {twice!r} is there twice; every clip needs a name of its own."
+            f"{path}: id {twice!r} is there twice; every clip needs a name of its own.",
+            code="duplicate",
+            param="id",
         )
 
 
@@ -94,7 +98,8 @@ def read_text(path: Path) -> str:
     except (InputError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} cannot be read ({shorten(error)}); expected a .txt, .json or .jsonl list of"
-            " prompts."
+            " prompts.",
+            code=error.code if isinstance(error, InputError) else "unreadable",
         ) from None
 
 
@@ -108,7 +113,8 @@ def _file(path: Path) -> list[Item]:
         return [Item(f"{i:04}", line) for i, line in enumerate(lines)]
     if path.suffix not in (".json", ".jsonl"):
         raise InputError(
-            f"{path} ends in {path.suffix or 'nothing'}; expected .txt, .json or .jsonl."
+            f"{path} ends in {path.suffix or 'nothing'}; expected .txt, .json or .jsonl.",
+            code="unsupported",
         )
     if path.suffix == ".jsonl":
         rows = [
@@ -126,7 +132,8 @@ def _file(path: Path) -> list[Item]:
     if not isinstance(document, dict):
         raise InputError(
             f"{path} holds a {type(document).__name__}; expected an array of prompts, or VR-Bench's"
-            " categories."
+            " categories.",
+            code="invalid_type",
         )
     return [
         _item({"id": row["id"], "prompt": row["prompt_en"]}, place, i)
@@ -150,13 +157,17 @@ def category_prompts(document: Any, where: str) -> list[tuple[dict[str, Any], st
     rows = document.get("prompts") if isinstance(document, dict) else None
     if not isinstance(rows, list):
         raise InputError(
-            f"{where}.prompts is {type(rows).__name__}; expected an array, as in VR-Bench's files."
+            f"{where}.prompts is {type(rows).__name__}; expected an array, as in VR-Bench's files.",
+            code="invalid_type",
+            param="prompts",
         )
     placed = []
     for i, row in enumerate(rows):
         place = f"{where}.prompts[{i}]"
         if not isinstance(row, dict):
-            raise InputError(f"{place} is a {type(row).__name__}; expected an object.")
+            raise InputError(
+                f"{place} is a {type(row).__name__}; expected an object.", code="invalid_type"
+            )
         for field in ("id", "prompt_en"):
             value = row.get(field)
             if (
@@ -164,7 +175,11 @@ def category_prompts(document: Any, where: str) -> list[tuple[dict[str, Any], st
                 or not isinstance(value, (str, int))
                 or not str(value).strip()
             ):
-                raise InputError(f"{place}.{field} is {shown(value)}; expected text.")
+                raise InputError(
+                    f"{place}.{field} is {shown(value)}; expected text.",
+                    code="missing" if value is None or isinstance(value, str) else "invalid_type",
+                    param=field,
+                )
         placed.append((row, place))
     return _mended(placed, where)
 
@@ -185,7 +200,9 @@ def _mended(rows: list[tuple[dict[str, Any], str]], where: str) -> list[tuple[di
         texts = {str(rows[i][0]["prompt_en"]) for i in places}
         if count != 2 or len(choices) != 1 or len(texts) != 2:
             raise InputError(
-                f"{where}: id {name!r} is there twice; every clip needs a name of its own."
+                f"{where}: id {name!r} is there twice; every clip needs a name of its own.",
+                code="duplicate",
+                param="id",
             )
         i, new = choices[0]
         message = (
@@ -220,7 +237,8 @@ def check_name(value: Any, where: str) -> str:
     if not NAME.fullmatch(str(value)):
         raise InputError(
             f"{where}.id is {shown(value)}; expected a file's name: letters, digits, '.',"
-            " '_' and '-', at most 120."
+            " '_' and '-', at most 120.",
+            param="id",
         )
     return str(value)
 
@@ -228,7 +246,10 @@ def check_name(value: Any, where: str) -> str:
 def _item(row: Any, where: str, index: int) -> Item:
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, dict):
-        raise InputError(f"{where} is a {type(row).__name__}; expected an object with a prompt.")
+        raise InputError(
+            f"{where} is a {type(row).__name__}; expected an object with a prompt.",
+            code="invalid_type",
+        )
     for field, kind in FIELDS.items():
         value = row.get(field)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
@@ -239,19 +260,37 @@ def _item(row: Any, where: str, index: int) -> Item:
                 if kind is int
                 else "text or a whole number"
             )
-            raise InputError(f"{where}.{field} is {shown(value)}; expected {wanted}.")
+            raise InputError(
+                f"{where}.{field} is {shown(value)}; expected {wanted}.",
+                code="invalid_type",
+                param=field,
+            )
     if unknown := sorted(set(row) - set(FIELDS)):
         raise InputError(
-            f"{where} sets an unknown {shown(unknown[0])}; expected {', '.join(FIELDS)}."
+            f"{where} sets an unknown {shown(unknown[0])}; expected {', '.join(FIELDS)}.",
+            code="unknown_name",
+            param=shorten(unknown[0], 80),
         )
     if row.get("rewrite") is not None and not row["rewrite"].strip():
-        raise InputError(f"{where}.rewrite is empty; expected text, or none of it.")
+        raise InputError(
+            f"{where}.rewrite is empty; expected text, or none of it.",
+            code="missing",
+            param="rewrite",
+        )
     if not str(row.get("prompt") or "").strip():
-        raise InputError(f"{where}.prompt is {shown(row.get('prompt'))}; expected text.")
+        raise InputError(
+            f"{where}.prompt is {shown(row.get('prompt'))}; expected text.",
+            code="missing",
+            param="prompt",
+        )
     name = check_name(row.get("id", f"{index:04}"), where)
     for field, low, high in (("seed", -1, 2**64 - 1), ("frames", 1, MAX_FRAMES)):
         if row.get(field) is not None and not low <= row[field] <= high:
-            raise InputError(f"{where}.{field} is {row[field]}; expected {low} to {high}.")
+            raise InputError(
+                f"{where}.{field} is {row[field]}; expected {low} to {high}.",
+                code="out_of_range",
+                param=field,
+            )
     size = None
     if row.get("size") is not None:
         try:
@@ -260,7 +299,8 @@ def _item(row: Any, where: str, index: int) -> Item:
                 raise InputError("no side")
         except InputError:
             raise InputError(
-                f"{where}.size is {shown(row['size'])}; expected WIDTHxHEIGHT, such as 832x480."
+                f"{where}.size is {shown(row['size'])}; expected WIDTHxHEIGHT, such as 832x480.",
+                param="size",
             ) from None
     return Item(
         name,

@@ -61,13 +61,17 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if self.timesteps is not None:
                 self._check_timesteps()
         except InputError as error:
-            raise ModelError(f"{where}: its recipe cannot be used: {error}") from error
+            raise ModelError(
+                f"{where}: its recipe cannot be used: {error}", code=error.code, param=error.param
+            ) from error
         return self
 
     def _check_timesteps(self) -> None:
         if not isinstance(self.timesteps, (tuple, list)) or len(self.timesteps) > MAX_STEPS:
             raise InputError(
-                f"timesteps are {shown(self.timesteps)}; expected a list of at most {MAX_STEPS}."
+                f"timesteps are {shown(self.timesteps)}; expected a list of at most {MAX_STEPS}.",
+                code="too_large" if isinstance(self.timesteps, (tuple, list)) else "invalid_type",
+                param="timesteps",
             )
         for value in self.timesteps:
             number("a timestep", value, 0.0, 1000.0)
@@ -75,7 +79,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.steps not in (None, len(self.timesteps)):
             raise InputError(
                 f"steps is {self.steps}, and there are {len(self.timesteps)} timesteps; expected"
-                " as many."
+                " as many.",
+                code="mismatch",
+                param="steps",
             )
 
 
@@ -150,7 +156,9 @@ def find_recipes(
         if name is not None and generator not in generators:
             raise InputError(
                 f"{generator}_recipe is {name!r}, and no {generator} generator is loaded; pass"
-                f" {generator}= too."
+                f" {generator}= too.",
+                code="missing",
+                param=generator,
             )
         if name is not None:
             found[generator] = named_recipe(name)

@@ -76,22 +76,34 @@ def check_rewrite(rewrite: Any, prompts: int | None) -> None:
     embeddings) can take."""
     texts = rewrite if isinstance(rewrite, (list, tuple)) else None
     if texts is not None and not all(isinstance(t, str) and t.strip() for t in texts):
-        raise InputError("rewrite holds something else than texts; expected one for each prompt.")
+        raise InputError(
+            "rewrite holds something else than texts; expected one for each prompt.",
+            code="invalid_type",
+            param="rewrite",
+        )
     own = [("rewrite", rewrite)] if isinstance(rewrite, str) else []
     for name, text in own or [(f"rewrite[{i}]", t) for i, t in enumerate(texts or ())]:
-        check_unicode(name, text)
+        check_unicode(name, text, "rewrite")
     if texts is not None and prompts is not None and len(texts) != prompts:
-        raise InputError(f"rewrite has {len(texts)} texts for {prompts} prompts; expected as many.")
+        raise InputError(
+            f"rewrite has {len(texts)} texts for {prompts} prompts; expected as many.",
+            code="mismatch",
+            param="rewrite",
+        )
     known = rewrite is None or callable(rewrite) or texts is not None
     if not known and not (isinstance(rewrite, str) and rewrite.strip()):
         raise InputError(
             f"rewrite is {shown(rewrite)}; expected 'auto', 'off', a text for the large"
-            " generator, or a function of a prompt."
+            " generator, or a function of a prompt.",
+            code="missing" if isinstance(rewrite, str) else "invalid_type",
+            param="rewrite",
         )
     if prompts is None and rewrite is not None and not is_off(rewrite):
         raise InputError(
             "rewrite goes with prompt; pass prompt_embeds_2, the large generator's, beside"
-            " prompt_embeds."
+            " prompt_embeds.",
+            code="conflict",
+            param="rewrite",
         )
 
 
@@ -125,7 +137,9 @@ def rewrite_prompts(
         if model is None:
             raise InputError(
                 "rewrite='auto' asks the pair's understanding model, and this pair has none; pass"
-                " understanding= and connector=, a text, or a function such as ChatRewriter."
+                " understanding= and connector=, a text, or a function such as ChatRewriter.",
+                code="missing",
+                param="understanding",
             )
         source = model
     begun = time.perf_counter()
@@ -155,7 +169,7 @@ def _ask(source: Any, prompt: str, deadline: float) -> str:
         answer = _within(lambda: source(prompt), left)
     text = " ".join(answer.split()) if isinstance(answer, str) else ""
     if not text or not is_text(text):
-        raise ModelError(f"the answer is {shown(answer)}; expected a text")
+        raise ModelError(f"the answer is {shown(answer)}; expected a text", code="rewrite_failed")
     return text
 
 
@@ -247,7 +261,9 @@ class ChatRewriter:
         self.model: Any = None
         self.tokenizer: Any = None
         if not (self.folder / "config.json").is_file():
-            raise ModelError(f"{folder} is no chat model: it has no config.json.")
+            raise ModelError(
+                f"{folder} is no chat model: it has no config.json.", code="missing", param="folder"
+            )
 
     def __repr__(self) -> str:
         return f"ChatRewriter({str(self.folder)!r})"
@@ -261,7 +277,11 @@ class ChatRewriter:
         config = check_config(self.folder, what)
         tokenizer = pretrained("AutoTokenizer", self.folder, what)
         if not getattr(tokenizer, "chat_template", None):
-            raise ModelError(f"{self.folder} has no chat template; expected a chat model's folder.")
+            raise ModelError(
+                f"{self.folder} has no chat template; expected a chat model's folder.",
+                code="missing",
+                param="chat_template",
+            )
         kind = (
             "AutoModelForImageTextToText" if "vision_config" in config else "AutoModelForCausalLM"
         )
@@ -308,7 +328,9 @@ class EndpointRewriter:
         system: str = REWRITE,
     ) -> None:
         if (parts := split_url(url)) is None:
-            raise InputError(f"rewriter URL {shown(url)}: expected http://HOST[:PORT]/v1.")
+            raise InputError(
+                f"rewriter URL {shown(url)}: expected http://HOST[:PORT]/v1.", param="url"
+            )
         self.host = parts.netloc.rpartition("@")[2]  # without secrets
         base = url.strip().rstrip("/")
         self.url = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
