@@ -22,7 +22,9 @@ def as_path(name: str, value: Any) -> Path:
             known here, or a place that may not be looked at.
     """
     if not isinstance(value, (str, os.PathLike)):
-        raise InputError(f"{name} is {shown(value, 80)}; expected a path.")
+        raise InputError(
+            f"{name} is {shown(value, 80)}; expected a path.", code="invalid_type", param=name
+        )
     try:
         path = Path(value).expanduser()
         os.stat(path)
@@ -31,12 +33,15 @@ def as_path(name: str, value: Any) -> Path:
     except RuntimeError:
         raise InputError(
             f"{name} is {shown(str(value), 120)}, and there is no home folder for its '~' here;"
-            " write the whole path."
+            " write the whole path.",
+            code="not_found",
+            param=name,
         ) from None
     except Exception as error:  # too long, NUL, half a surrogate pair, another's __fspath__
         reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{name} is {shown(value, 120)}, which cannot be used ({reason}); pass another path."
+            f"{name} is {shown(value, 120)}, which cannot be used ({reason}); pass another path.",
+            param=name,
         ) from None
     return path
 
@@ -58,7 +63,8 @@ def user_cache() -> Path:
     if folder.is_symlink() or (folder.exists() and folder.stat().st_uid != os.getuid()):
         raise InputError(
             f"there is no home folder, and {folder} is somebody else's; set NEXUS_RT_CACHE to a"
-            " folder of your own."
+            " folder of your own.",
+            code="not_writable",
         )
     return folder
 
@@ -84,7 +90,9 @@ def check_outputs(*names: str | None) -> None:
     for path in (as_path("output", name) for name in names if name):
         if not path.parent.is_dir():
             raise InputError(
-                f"{path.parent} does not exist; make the folder first, or write somewhere else."
+                f"{path.parent} does not exist; make the folder first, or write somewhere else.",
+                code="not_found",
+                param="output",
             )
         check_folder(path.parent, "choose a place you may write to")
 
@@ -101,4 +109,6 @@ def check_folder(folder: Path, remedy: str) -> None:
             probe.write(b"\0")
     except OSError as error:
         reason = error.strerror or str(error)
-        raise InputError(f"{folder} cannot be written ({shorten(reason)}); {remedy}.") from None
+        raise InputError(
+            f"{folder} cannot be written ({shorten(reason)}); {remedy}.", code="not_writable"
+        ) from None

@@ -71,7 +71,9 @@ def write_shards(
             save_file(shard, folder / f"part-{len(names)}.safetensors", {"format": "pt"})
         except SafetensorError as error:  # its writer raises this for a full disk too
             full = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
-            raise ModelError(failed_file(str(folder), OSError(full, shorten(error)))) from error
+            raise ModelError(
+                failed_file(str(folder), OSError(full, shorten(error))), code="not_writable"
+            ) from error
         names.append(list(shard))
         shard, size = {}, 0
 
@@ -105,11 +107,14 @@ def check_shapes(
         absent = "" if source.exists() else " is missing, and what is there"
         raise ModelError(
             f"{source}{absent} lacks {len(lost)} tensors ({', '.join(lost[:3])}); get the published"
-            " files again."
+            " files again.",
+            code="missing",
         )
     for name, shape in wanted.items():
         if got[name] != tuple(shape):
-            raise ModelError(f"{source}: {name} has shape {got[name]}; expected {tuple(shape)}.")
+            raise ModelError(
+                f"{source}: {name} has shape {got[name]}; expected {tuple(shape)}.", code="mismatch"
+            )
 
 
 def write_json(path: Path, value: dict) -> None:

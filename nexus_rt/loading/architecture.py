@@ -40,7 +40,8 @@ def check_variant(names: Iterable[str], where: Path | str) -> None:
                 raise ModelError(
                     f"{where} is {kind}: it holds {shorten(name, 120)}; text-to-video Wan models"
                     f" run"
-                    " here, such as Wan2.1-T2V or Wan2.2-T2V-A14B."
+                    " here, such as Wan2.1-T2V or Wan2.2-T2V-A14B.",
+                    code="unsupported",
                 )
 
 
@@ -85,12 +86,14 @@ def wan_config(shapes: Shapes, where: Path | str) -> WanConfig:
     except (IndexError, ZeroDivisionError):
         raise ModelError(
             f"{where}: the weights are of no shapes that a Wan transformer has, such as a patch"
-            f" embedding of {shorten(shapes['patch_embedding.weight'], 80)}; get the file again."
+            f" embedding of {shorten(shapes['patch_embedding.weight'], 80)}; get the file again.",
+            code="mismatch",
         ) from None
     if channels == IMAGE_CHANNELS and fields["out_channels"] != channels:
         raise ModelError(
             f"{where} is an image-to-video model: it reads {channels} channels, the image's beside"
-            " the noise's; text-to-video Wan models run here."
+            " the noise's; text-to-video Wan models run here.",
+            code="unsupported",
         )
     head = HEAD if dim % HEAD == 0 else dim
     return WanConfig.from_dict(
@@ -227,7 +230,8 @@ def wan_vae_config(shapes: Shapes, where: Path | str) -> dict[str, Any]:
     if any(re.search(r"\.(avg_shortcut|upsamples\.\d+\.upsamples)\.", name) for name in shapes):
         raise ModelError(
             f"{where} is Wan 2.2's VAE (48 channels, of the TI2V-5B model); Wan 2.1 and"
-            " Wan2.2-T2V-A14B draw in Wan 2.1's latent space: expected Wan2.1_VAE."
+            " Wan2.2-T2V-A14B draw in Wan 2.1's latent space: expected Wan2.1_VAE.",
+            code="unsupported",
         )
     try:
         base, latent = shapes["encoder.conv_in.weight"], shapes["post_quant_conv.weight"]

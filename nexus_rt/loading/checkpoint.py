@@ -164,13 +164,15 @@ def _checked(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> dict[str,
         reason = extra(sorted(unknown))
         raise ModelError(
             f"{where}: the checkpoint is not this architecture: missing {some(missing)}, unknown"
-            f" {some(unknown)}; {reason or 'check config.json against the weights'}."
+            f" {some(unknown)}; {reason or 'check config.json against the weights'}.",
+            code="mismatch",
         )
     for name, shape in expected.items():
         got = stored[name].shape
         if got != shape:
             raise ModelError(
-                f"{stored[name].path}: {name} has shape {got}; config.json asks for {shape}."
+                f"{stored[name].path}: {name} has shape {got}; config.json asks for {shape}.",
+                code="mismatch",
             )
     return stored
 
@@ -192,13 +194,15 @@ def compare(stored: Mapping[str, StoredTensor], module: nn.Module, where: Path, 
         raise ModelError(
             f"{where}: the weights are not this {what}'s: {len(missing)} missing"
             f" ({first(missing)}), {len(unknown)} unknown ({first(unknown)}); check config.json"
-            " against the weights, or download the folder again."
+            " against the weights, or download the folder again.",
+            code="mismatch",
         )
     for name, place in expected.items():
         if stored[name].shape != tuple(place.shape):
             raise ModelError(
                 f"{where}: {name} has shape {stored[name].shape}; config.json asks for"
-                f" {tuple(place.shape)}."
+                f" {tuple(place.shape)}.",
+                code="mismatch",
             )
 
 

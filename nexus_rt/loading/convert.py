@@ -70,7 +70,8 @@ class Omnivideo:
         path = self.source / LAYOUT[name]
         if not path.exists():
             raise ModelError(
-                f"{path} is missing; expected the OmniVideo folder as it was published."
+                f"{path} is missing; expected the OmniVideo folder as it was published.",
+                code="not_found",
             )
         return path
 
@@ -105,7 +106,8 @@ class Omnivideo:
             if diffusers_name(key) in over:
                 raise ModelError(
                     f"{self.source / LAYOUT['transformer']} holds {prefix}{key} twice, under two"
-                    " names."
+                    " names.",
+                    code="duplicate",
                 )
             over[diffusers_name(key)] = value
         if folder.is_dir():
@@ -147,7 +149,8 @@ class Omnivideo:
         except ModelError as error:
             raise ModelError(
                 f"{folder} is missing, and the mixed model lacks part of that generator ({error});"
-                " put Wan's folder there: what is tuned goes over its weights."
+                " put Wan's folder there: what is tuned goes over its weights.",
+                code="not_found",
             ) from None
 
     def connector(self) -> None:
@@ -196,7 +199,8 @@ class Omnivideo:
         )
         if lost:
             raise ModelError(
-                f"{path} lacks the special tokens {', '.join(lost)}; get the published file again."
+                f"{path} lacks the special tokens {', '.join(lost)}; get the published file again.",
+                code="missing",
             )
         known = [t for t in SPECIAL_TOKENS if t in tokens]
         if absent := [t for t in SPECIAL_TOKENS if t not in tokens]:
@@ -223,7 +227,8 @@ class Omnivideo:
         )
         if lost:
             raise ModelError(
-                f"{path} lacks {' and '.join(lost)}; expected a dictionary that holds both."
+                f"{path} lacks {' and '.join(lost)}; expected a dictionary that holds both.",
+                code="missing",
             )
         rows, forms = {}, []
         for name, (key, width) in keys.items():
@@ -276,7 +281,8 @@ class Omnivideo:
             if odd := [n for n in named if not re.fullmatch(r"[\w.-]+\.bin", n)]:
                 raise ModelError(
                     f"{index} names {shorten(odd[0], 120)!r}; expected names of .bin files in its"
-                    " folder."
+                    " folder.",
+                    code="unsafe",
                 )
             files = sorted({folder / n for n in named})
         if not files or (lost := [f.name for f in files if not f.is_file()]):
@@ -285,7 +291,7 @@ class Omnivideo:
                 if files
                 else "holds neither safetensors nor pytorch_model*.bin"
             )
-            raise ModelError(f"{folder} {what}; get the published files again.")
+            raise ModelError(f"{folder} {what}; get the published files again.", code="not_found")
         seen: dict[str, str] = {}
 
         def tensors() -> Iterable[tuple[str, Tensor]]:
@@ -294,7 +300,8 @@ class Omnivideo:
                     if name in seen:
                         raise ModelError(
                             f"{folder}: {name} is in {seen[name]} and in {file.name}; get the files"
-                            " again."
+                            " again.",
+                            code="duplicate",
                         )
                     seen[name] = file.name
                     yield name, tensor
@@ -333,7 +340,11 @@ def convert_omnivideo(
     """
     source, target = as_path("source", source), as_path("target", target)
     if not source.is_dir():
-        raise InputError(f"{source} is not a folder; expected the published OmniVideo folder.")
+        raise InputError(
+            f"{source} is not a folder; expected the published OmniVideo folder.",
+            code="not_found",
+            param="source",
+        )
     with made_whole(target) as part:
         job = Omnivideo(source, part)
         for step in (

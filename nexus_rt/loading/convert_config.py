@@ -28,12 +28,16 @@ def unconditional_rows(value: Any, width: int, where: str) -> tuple[Tensor, str]
         if not isinstance(value, (list, tuple)):
             break
         if not value:
-            raise ModelError(f"{where} is an empty {type(value).__name__}; {expected}.")
+            raise ModelError(
+                f"{where} is an empty {type(value).__name__}; {expected}.", code="missing"
+            )
         form, value = f"a {type(value).__name__} of {len(value)}", value[0]
     try:
         rows = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
-        raise ModelError(f"{where} is a {type(value).__name__}; {expected}.") from None
+        raise ModelError(
+            f"{where} is a {type(value).__name__}; {expected}.", code="invalid_type"
+        ) from None
     form += f" {list(rows.shape)}"
     if rows.ndim == 3 and rows.shape[0] > 1:
         form += ", the first is used"
@@ -43,9 +47,14 @@ def unconditional_rows(value: Any, width: int, where: str) -> tuple[Tensor, str]
         rows = rows[None]
     if rows.ndim != 2 or rows.shape[-1] != width or not len(rows) or not rows.is_floating_point():
         kind = str(rows.dtype).removeprefix("torch.")
-        raise ModelError(f"{where} does not fit the connector: it is {form} of {kind}; {expected}.")
+        raise ModelError(
+            f"{where} does not fit the connector: it is {form} of {kind}; {expected}.",
+            code="mismatch",
+        )
     if not bool(rows.isfinite().all()):
-        raise ModelError(f"{where} holds NaN or infinity; get the published file again.")
+        raise ModelError(
+            f"{where} holds NaN or infinity; get the published file again.", code="not_finite"
+        )
     return rows, form
 
 
@@ -57,7 +66,8 @@ def check_inside(file: Path, root: Path) -> None:
     if not real.is_relative_to(home) and not real.is_relative_to(cache / "blobs"):
         raise ModelError(
             f"{file} is a link to {real}, outside {root}; copy the file there, if it is meant to be"
-            " converted."
+            " converted.",
+            code="unsafe",
         )
 
 
@@ -70,7 +80,8 @@ def connector_config(weights: dict[str, Tensor], source: Path) -> ConnectorConfi
     except KeyError as error:
         raise ModelError(
             f"{source}: the vision head or the adapter lacks {error}; get the published files"
-            " again."
+            " again.",
+            code="missing",
         ) from error
     layers = {
         int(k.split(".")[4]) for k in weights if k.startswith("adapter.adapter.encoder.layers.")

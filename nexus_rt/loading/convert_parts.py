@@ -109,7 +109,8 @@ def made_whole(target: Path) -> Iterator[Path]:
     """
     if target.exists():
         raise InputError(
-            f"{target} exists; name a folder that does not, and the conversion will make it."
+            f"{target} exists; name a folder that does not, and the conversion will make it.",
+            param="target",
         )
     try:
         with part_folder(target) as part:
@@ -117,5 +118,7 @@ def made_whole(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise ModelError(
             f"{target} cannot be written ({error.strerror or error}); free some space or choose"
-            " another place."
+            " another place.",
+            code="not_writable",
+            param="target",
         ) from error

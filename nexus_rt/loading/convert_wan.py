@@ -85,11 +85,17 @@ def convert_wan(
     """
     source, target = as_path("source", source), as_path("target", target)
     if not source.exists():
-        raise InputError(f"{source} is not here; expected a Wan folder, or a file of weights.")
+        raise InputError(
+            f"{source} is not here; expected a Wan folder, or a file of weights.",
+            code="not_found",
+            param="source",
+        )
     if source.is_file() and source.suffix not in READABLE:
         raise InputError(
             f"{source} ends in {shorten(source.suffix, 20) or 'nothing'}; expected one of"
-            f" {', '.join(READABLE)}, or a folder."
+            f" {', '.join(READABLE)}, or a folder.",
+            code="unsupported",
+            param="source",
         )
     with made_whole(target) as part:
         return _convert(source, part, say)

@@ -8,7 +8,7 @@ from typing import Any
 
 from nexus_rt.checks import number
 from nexus_rt.documents import read_object
-from nexus_rt.errors import InputError, ModelError, shorten
+from nexus_rt.errors import InputError, ModelError, NexusError, shorten
 from nexus_rt.loading.locate import transformer_folder
 from nexus_rt.paths import as_path
 from nexus_rt.plan import EXPERTS
@@ -51,7 +51,8 @@ def find_experts(folder: Path) -> ExpertFolders | None:
             lost = second if first.is_dir() else first
             raise ModelError(
                 f"{folder} lacks {lost.name}/, the other expert; download the folder again, or name"
-                " the one expert's folder to run it alone."
+                " the one expert's folder to run it alone.",
+                code="missing",
             )
         return ExpertFolders(first, second)
     if not (folder / "transformer_2").is_dir():
@@ -61,7 +62,9 @@ def find_experts(folder: Path) -> ExpertFolders | None:
     if boundary is None:
         raise ModelError(
             f"{folder} holds transformer_2/ and its model_index.json no boundary_ratio; expected"
-            f" the timestep where it takes over, such as {BOUNDARY}."
+            f" the timestep where it takes over, such as {BOUNDARY}.",
+            code="missing",
+            param="boundary_ratio",
         )
     return ExpertFolders(
         folder / "transformer",
@@ -74,7 +77,7 @@ def _indexed(folder: Path) -> bool:
     return (folder / "model_index.json").is_file()
 
 
-def check_boundary(value: Any, name: str, error: type[Exception] = InputError) -> float:
+def check_boundary(value: Any, name: str, error: type[NexusError] = InputError) -> float:
     """A boundary between 0 and 1.
 
     Raises:
@@ -83,9 +86,13 @@ def check_boundary(value: Any, name: str, error: type[Exception] = InputError) -
     try:
         number(name, value, 0.0, 1.0)
     except InputError as problem:
-        raise error(str(problem)) from None
+        raise error(str(problem), code=problem.code, param="boundary_ratio") from None
     if not 0 < value < 1:
-        raise error(f"{name} is {value}; expected a share between 0 and 1, such as {BOUNDARY}.")
+        raise error(
+            f"{name} is {value}; expected a share between 0 and 1, such as {BOUNDARY}.",
+            code="out_of_range",
+            param="boundary_ratio",
+        )
     return float(value)
 
 
@@ -104,7 +111,8 @@ def split_source(source: Any) -> tuple[Any, ...]:
         raise InputError(
             f"a generator of {len(source)} parts ({shorten(source, 120)}); expected one folder"
             f" or file,"
-            " or two: the expert for high noise, then the one for low."
+            " or two: the expert for high noise, then the one for low.",
+            code="mismatch",
         )
     return tuple(source)
 

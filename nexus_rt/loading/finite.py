@@ -46,9 +46,11 @@ def check_finite(name: str, stored: StoredTensor, value: Tensor, source: Tensor)
     if is_finite(source):
         raise ModelError(
             f"{where} holds numbers beyond {str(value.dtype).removeprefix('torch.')}; pass"
-            " torch_dtype bfloat16 or float32."
+            " torch_dtype bfloat16 or float32.",
+            code="out_of_range",
+            param="torch_dtype",
         )
-    raise ModelError(f"{where} holds NaN or infinity; get the file again.")
+    raise ModelError(f"{where} holds NaN or infinity; get the file again.", code="not_finite")
 
 
 def check_kept(name: str, stored: StoredTensor, raw: Tensor) -> None:
@@ -71,7 +73,8 @@ def check_kept(name: str, stored: StoredTensor, raw: Tensor) -> None:
         whole = is_finite(stored.decoded(raw))
     if not whole:
         raise ModelError(
-            f"{stored.path}: {shorten(name, 120)} holds NaN or infinity; get the file again."
+            f"{stored.path}: {shorten(name, 120)} holds NaN or infinity; get the file again.",
+            code="not_finite",
         )
 
 

@@ -88,6 +88,10 @@ class GgufTensor:
 class _Damaged(Exception):
     """What is wrong with a file."""
 
+    def __init__(self, words: str, code: str = "damaged") -> None:
+        super().__init__(words)
+        self.code = code
+
 
 class _Cursor:
     """Numbers and strings of a mapped file in order, never past its end."""
@@ -157,7 +161,8 @@ def read(path: Path) -> dict[str, GgufTensor]:
                 return _read(path, _Cursor(data), size)
     except (_Damaged, OSError, struct.error) as error:
         raise ModelError(
-            f"{path} is not a whole GGUF file ({shorten(error)}); download it again."
+            f"{path} is not a whole GGUF file ({shorten(error)}); download it again.",
+            code=getattr(error, "code", "unreadable"),
         ) from error
 
 
@@ -165,7 +170,7 @@ def _read(path: Path, cursor: _Cursor, size: int) -> dict[str, GgufTensor]:
     if cursor.take(4) != b"GGUF":
         raise _Damaged("it does not begin with GGUF")
     if (version := cursor.number("I")) not in (2, 3):
-        raise _Damaged(f"it is of version {version}; versions 2 and 3 are read")
+        raise _Damaged(f"it is of version {version}; versions 2 and 3 are read", "unsupported")
     tensors = cursor.count(MOST_TENSORS, "tensors")
     metadata: dict[str, object] = {}
     for _ in range(cursor.count(MOST_KEYS, "metadata keys")):
@@ -238,7 +243,8 @@ def _tensor(
     if kind not in PLAIN and known not in GGUF_BLOCKS:
         raise ModelError(
             f"{path}: {shorten(name, 120)} is of GGUF type {known}, which is not read here; get the"
-            f" file in one of {', '.join(GGUF_BLOCKS)}, F16 or BF16."
+            f" file in one of {', '.join(GGUF_BLOCKS)}, F16 or BF16.",
+            code="unsupported",
         )
     if any(n > MAX_SIDE for n in shape):
         raise _Damaged(f"{shorten(name, 120)} is {shape}")

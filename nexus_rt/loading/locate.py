@@ -81,7 +81,9 @@ def find_text(source: Path, tokenizer: Path | None = None) -> tuple[Path, Path]:
     if weights is None or (weights.is_dir() and not _holds_model(weights)):
         raise ModelError(
             f"{source} has no text_encoder/config.json; expected a folder with text_encoder/ and"
-            f" tokenizer/, or a file such as {TEXT_FILES[0]}."
+            f" tokenizer/, or a file such as {TEXT_FILES[0]}.",
+            code="missing",
+            param="text_encoder",
         )
     if tokenizer is not None:
         inner = tokenizer / "tokenizer"
@@ -89,7 +91,8 @@ def find_text(source: Path, tokenizer: Path | None = None) -> tuple[Path, Path]:
         if found.is_dir() and not is_tokenizer(found):
             raise ModelError(
                 f"{tokenizer} is no tokenizer's folder: it has neither tokenizer_config.json nor"
-                " tokenizer.json."
+                " tokenizer.json.",
+                param="tokenizer",
             )
         return weights, found
     home = source if source.is_dir() else source.parent
@@ -101,11 +104,15 @@ def find_text(source: Path, tokenizer: Path | None = None) -> tuple[Path, Path]:
     if source.is_dir() and (source / "text_encoder").is_dir():
         raise ModelError(
             f"{source} has no tokenizer/tokenizer_config.json; expected a folder with text_encoder/"
-            " and tokenizer/, or the tokenizer's folder as tokenizer=."
+            " and tokenizer/, or the tokenizer's folder as tokenizer=.",
+            code="missing",
+            param="tokenizer",
         )
     raise ModelError(
         f"no tokenizer is beside {weights} (looked for {', '.join(TOKENIZERS)}); pass the folder of"
-        " umt5-xxl's as tokenizer= (--tokenizer)."
+        " umt5-xxl's as tokenizer= (--tokenizer).",
+        code="missing",
+        param="tokenizer",
     )
 
 

@@ -71,13 +71,19 @@ class Lora:
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, (str, Path)):
-            raise InputError(f"a LoRA's path is {shown(self.path)}; expected a file.")
+            raise InputError(
+                f"a LoRA's path is {shown(self.path)}; expected a file.",
+                code="invalid_type",
+                param="path",
+            )
         object.__setattr__(self, "path", Path(self.path))
         number = isinstance(self.scale, Real) and not isinstance(self.scale, bool)
         if not number or not abs(self.scale) <= LARGEST:
             raise InputError(
                 f"LoRA {shorten(self.path)}: scale {shown(self.scale)} is not finite in float32;"
-                " expected a number, such as 0.8."
+                " expected a number, such as 0.8.",
+                code="not_finite" if number else "invalid_type",
+                param="scale",
             )
         if self.expert is not None:
             choose("expert", self.expert, EXPERTS)
@@ -92,7 +98,9 @@ class Lora:
                 that is neither "high" nor "low".
         """
         if not isinstance(text, (str, Path)):
-            raise InputError(f"a LoRA is {shown(text)}; expected FILE or FILE@SCALE.")
+            raise InputError(
+                f"a LoRA is {shown(text)}; expected FILE or FILE@SCALE.", code="invalid_type"
+            )
         name, at, scale = str(text).rpartition("@")
         if not at or _is_there(_expanded(str(text))):
             name, scale = str(text), "1"
@@ -106,7 +114,8 @@ class Lora:
                 raise
             raise InputError(
                 f"LoRA {shorten(text)}: {shown(scale)} is no scale; expected FILE@SCALE, such as"
-                " distill.safetensors@0.8."
+                " distill.safetensors@0.8.",
+                param="scale",
             ) from None
         packaged = PACKAGED / f"{lora.path}.safetensors"
         there = _is_there(lora.path)
@@ -115,7 +124,10 @@ class Lora:
             path = packaged
         if not is_file(path) or path.suffix != ".safetensors":
             raise InputError(
-                f"LoRA {shorten(path)} is not a safetensors file here; expected FILE or FILE@SCALE."
+                f"LoRA {shorten(path)} is not a safetensors file here; expected FILE or"
+                " FILE@SCALE.",
+                code="not_found",
+                param="path",
             )
         return cls(path, lora.scale, lora.expert)
 
@@ -131,7 +143,9 @@ def _expanded(name: str) -> Path:
     except RuntimeError as error:
         raise InputError(
             f"LoRA {shorten(name)}: its home folder is not known ({shorten(error)}); write the"
-            f" whole path."
+            f" whole path.",
+            code="not_found",
+            param="path",
         ) from None
 
 
@@ -153,7 +167,8 @@ def _in_folder(folder: Path) -> Path:
         several = ", ".join(f.name for f in files[:3]) or "none"
         raise InputError(
             f"LoRA {folder} is a folder with {len(files)} safetensors files ({several}); name the"
-            " one to merge."
+            " one to merge.",
+            param="path",
         )
     return files[0]
 
@@ -166,7 +181,8 @@ def parse_loras(source: LoraSource) -> tuple[Lora, ...]:
     several = [source] if isinstance(source, (str, Path, Lora)) else source
     if not isinstance(several, Sequence):
         raise InputError(
-            f"loras are {shown(source)}; expected a file, or a list of files or Lora(path, scale)."
+            f"loras are {shown(source)}; expected a file, or a list of files or Lora(path, scale).",
+            code="invalid_type",
         )
     return tuple(s if isinstance(s, Lora) else Lora.parse(s) for s in several)
 
@@ -183,7 +199,9 @@ def loras_of(
         if lora.expert is not None and lora.expert not in experts:
             raise InputError(
                 f"LoRA {lora.path} is for the {lora.expert}-noise expert, and the {generator}"
-                f" generator is one transformer; leave :{lora.expert} out."
+                f" generator is one transformer; leave :{lora.expert} out.",
+                code="unsupported",
+                param="expert",
             )
     return {
         name: [replace(a, half=name or None) for a in loras if a.expert in (None, name)]
@@ -270,7 +288,8 @@ class Changes:
         if strange := sorted(pairs.keys() - self.shapes.keys()):
             raise ModelError(
                 f"{lora.path} changes {len(strange)} parameters that this model has not, such as"
-                f" {shorten(strange[0], 120)}; it was made for another architecture."
+                f" {shorten(strange[0], 120)}; it was made for another architecture.",
+                code="mismatch",
             )
         second = any(key.second for key in keys.values())
         scaling, own = read_scaling(lora.path, second), []
@@ -293,7 +312,9 @@ class Changes:
             if not _within(part, lora.scale):
                 raise ModelError(
                     f"{lora.path}: {name} times scale {lora.scale} is beyond float32; pass a"
-                    " smaller scale, such as 0.8."
+                    " smaller scale, such as 0.8.",
+                    code="out_of_range",
+                    param="scale",
                 )
             self.parts.setdefault(name, []).append((lora.scale, part))
 
@@ -304,11 +325,13 @@ class Changes:
         if not {"down", "up"} <= pairs.get(weight, {}).keys():
             raise ModelError(
                 f"{path}: {name} has a bias of a product that is not there; download the file"
-                " again."
+                " again.",
+                code="missing",
             )
         if bias.numel() != math.prod(self.shapes[name]):
             raise ModelError(
-                f"{path}: {name} is {tuple(bias.shape)}, and the model's {self.shapes[name]}."
+                f"{path}: {name} is {tuple(bias.shape)}, and the model's {self.shapes[name]}.",
+                code="mismatch",
             )
         tensors = pairs[weight]
         return _Product(
@@ -330,7 +353,8 @@ def _read(lora: Lora) -> Pairs | None:
         if lora.half is None:
             raise ModelError(
                 f"{path} holds two LoRAs, under transformer. and {SECOND}: of a generator's experts"
-                " for high and low noise; this generator is one transformer: pass a file with one."
+                " for high and low noise; this generator is one transformer: pass a file with one.",
+                code="unsupported",
             )
         return halves[second]
     # the file's only LoRA goes where the user says, by default to the expert that it names
@@ -356,7 +380,8 @@ def _halves(path: Path) -> tuple[Pairs, Pairs]:
             raise ModelError(
                 f"{path}: {shorten(other, 120)} and {shorten(name, 120)} are one place under two"
                 f" names;"
-                " keep one of them."
+                " keep one of them.",
+                code="duplicate",
             )
         named[place] = name
         pairs, keys = halves[key.second]
@@ -364,11 +389,13 @@ def _halves(path: Path) -> tuple[Pairs, Pairs]:
             raise ModelError(
                 f"{path}: {shorten(name, 120)} holds whole numbers ({tensor.dtype}); expected a"
                 f" LoRA's"
-                " floats."
+                " floats.",
+                code="invalid_type",
             )
         if not bool(tensor.float().isfinite().all()):
             raise ModelError(
-                f"{path}: {shorten(name, 120)} holds NaN or infinity; download the file again."
+                f"{path}: {shorten(name, 120)} holds NaN or infinity; download the file again.",
+                code="not_finite",
             )
         pairs.setdefault(key.parameter, {})[key.kind] = tensor.clone()
         keys.setdefault(key.parameter, key)
@@ -386,7 +413,8 @@ def _halves(path: Path) -> tuple[Pairs, Pairs]:
                 " weights where it was made, and pass those."
                 if kind
                 else f" expected names that end in {', '.join(ENDINGS)}."
-            )
+            ),
+            code="unsupported" if kind else "unknown_name",
         )
     if image:
         warnings.warn(
@@ -412,17 +440,22 @@ def _parts(
     parts: list[Tensor | _Product] = []
     if "add" in tensors:
         if _squeezed(tensors["add"].shape) != _squeezed(shape):
-            raise ModelError(f"{where} is {tuple(tensors['add'].shape)}, and the model's {shape}.")
+            raise ModelError(
+                f"{where} is {tuple(tensors['add'].shape)}, and the model's {shape}.",
+                code="mismatch",
+            )
         parts.append(tensors["add"])
     if tensors.keys() & {"down", "up"}:
         if not {"down", "up"} <= tensors.keys():
             raise ModelError(
-                f"{where}: only one half of its product is there; download the file again."
+                f"{where}: only one half of its product is there; download the file again.",
+                code="missing",
             )
         down, up = tensors["down"], tensors["up"]
         if down.ndim < 2 or up.ndim < 2:
             raise ModelError(
-                f"{where} is {tuple(up.shape)} times {tuple(down.shape)}; expected two matrices."
+                f"{where} is {tuple(up.shape)} times {tuple(down.shape)}; expected two matrices.",
+                code="mismatch",
             )
         down, up = down.flatten(1), up.flatten(1)
         rank = down.shape[0]
@@ -432,7 +465,8 @@ def _parts(
             or (up.shape[0], down.shape[1]) != (shape[0], math.prod(shape[1:]))
         ):
             raise ModelError(
-                f"{where} is {tuple(up.shape)} times {tuple(down.shape)}, and the model's {shape}."
+                f"{where} is {tuple(up.shape)} times {tuple(down.shape)}, and the model's {shape}.",
+                code="mismatch",
             )
         scale = _scale(tensors, key, scaling, rank, where)
         if (
@@ -440,7 +474,8 @@ def _parts(
             > LARGEST
         ):
             raise ModelError(
-                f"{where}: the product of its halves is beyond float32; download the file again."
+                f"{where}: the product of its halves is beyond float32; download the file again.",
+                code="out_of_range",
             )
         parts.append(_Product(up, down, scale))
     return parts
@@ -455,7 +490,9 @@ def _scale(
     if "alpha" in tensors:
         if tensors["alpha"].numel() != 1:
             raise ModelError(
-                f"{where}: its alpha is {tuple(tensors['alpha'].shape)}; expected one number."
+                f"{where}: its alpha is {tuple(tensors['alpha'].shape)}; expected one number.",
+                code="mismatch",
+                param="alpha",
             )
         stored = float(tensors["alpha"]) / rank
     if scaling is None:
@@ -464,7 +501,9 @@ def _scale(
     if stored is not None and not math.isclose(stored, scale, rel_tol=1e-3):
         raise ModelError(
             f"{where}: its alpha scales by {stored:g}, and {scaling.where} by {scale:g}; remove the"
-            " wrong one."
+            " wrong one.",
+            code="conflict",
+            param="alpha",
         )
     return scale
 
@@ -517,7 +556,9 @@ def add_beside(model: nn.Module, changes: Changes) -> None:
                 raise ModelError(
                     f"a LoRA adds a whole matrix to {name}, which is kept in {layer.formats[0]};"
                     " only low-rank products go beside it: pass weights 'dense', 'int8' or 'fp8',"
-                    " which are merged before they are quantised."
+                    " which are merged before they are quantised.",
+                    code="unsupported",
+                    param="weights",
                 )
             there = lambda t, to=layer.bias: t.to(to.device, to.dtype)
             layer.adapters.append(

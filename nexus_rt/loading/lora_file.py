@@ -134,7 +134,9 @@ class _Config(msgspec.Struct):
         """Raise where the adapter is no plain LoRA, or its numbers are none."""
         if (self.peft_type or "LORA").upper() != "LORA":
             raise ModelError(
-                f"{where} is a {shorten(self.peft_type, 40)} adapter; only LORA is merged here."
+                f"{where} is a {shorten(self.peft_type, 40)} adapter; only LORA is merged here.",
+                code="unsupported",
+                param="peft_type",
             )
         for on, name in (
             (self.use_dora, "use_dora"),
@@ -147,7 +149,9 @@ class _Config(msgspec.Struct):
             if on:
                 raise ModelError(
                     f"{where} sets {name}, which a merge of plain LoRA would leave out; merge it"
-                    " with PEFT first."
+                    " with PEFT first.",
+                    code="unsupported",
+                    param=name,
                 )
         made = self.init_lora_weights
         if isinstance(made, str) and made.lower().startswith(CHANGES_BASE):
@@ -155,17 +159,27 @@ class _Config(msgspec.Struct):
                 f"{where} sets init_lora_weights={shorten(made, 40)!r}, whose base weights are"
                 f" not the"
                 " published ones; convert the adapter with PEFT's"
-                " path_initial_model_for_weight_conversion first."
+                " path_initial_model_for_weight_conversion first.",
+                code="unsupported",
+                param="init_lora_weights",
             )
         for name, ranks in (("r", [self.r]), ("rank_pattern", (self.rank_pattern or {}).values())):
             if any(r < 1 for r in ranks):
-                raise ModelError(f"{where} sets {name} below 1; expected a LoRA's rank.")
+                raise ModelError(
+                    f"{where} sets {name} below 1; expected a LoRA's rank.",
+                    code="out_of_range",
+                    param=name,
+                )
         for name, alphas in (
             ("lora_alpha", [self.lora_alpha]),
             ("alpha_pattern", (self.alpha_pattern or {}).values()),
         ):
             if not all(math.isfinite(a) for a in alphas):
-                raise ModelError(f"{where} sets {name} to a number that is not finite.")
+                raise ModelError(
+                    f"{where} sets {name} to a number that is not finite.",
+                    code="not_finite",
+                    param=name,
+                )
 
 
 @dataclass(frozen=True)
@@ -191,7 +205,8 @@ class Scaling:
         if (stored := self.rank(*modules)) != rank:
             raise ModelError(
                 f"{self.where} says rank {stored} of {modules[0]}, and its tensors have rank"
-                f" {rank}."
+                f" {rank}.",
+                code="mismatch",
             )
         return self.alpha(*modules) / (math.sqrt(rank) if self.config.use_rslora else rank)
 
@@ -215,14 +230,16 @@ class Scaling:
         if len(pattern) > PATTERN_LENGTH:
             raise ModelError(
                 f"{self.where}: a pattern has {len(pattern)} characters; expected at most"
-                f" {PATTERN_LENGTH}."
+                f" {PATTERN_LENGTH}.",
+                code="too_large",
             )
         try:
             return regex.match(rf"(.*\.)?({pattern})$", name, timeout=0.5) is not None
         except (regex.error, TimeoutError) as error:
             raise ModelError(
                 f"{self.where}: pattern {shorten(pattern, 80)!r} cannot be matched"
-                f" ({shorten(error, 120)})."
+                f" ({shorten(error, 120)}).",
+                code="unreadable",
             ) from None
 
 
@@ -243,7 +260,8 @@ def read_scaling(path: Path, second: bool = False) -> Scaling | None:
         if not isinstance(document, dict):
             raise ModelError(
                 f"{where} holds a {type(document).__name__}; expected an object, as diffusers"
-                " writes it."
+                " writes it.",
+                code="invalid_type",
             )
         under = lambda prefix: {
             k.removeprefix(prefix): v for k, v in document.items() if k.startswith(prefix)
@@ -267,7 +285,8 @@ def read_scaling(path: Path, second: bool = False) -> Scaling | None:
     ):
         raise ModelError(
             f"{scalings[0].where} and {scalings[1].where} contradict each other; remove the wrong"
-            " one."
+            " one.",
+            code="conflict",
         )
     return scalings[0] if scalings else None
 

@@ -91,7 +91,8 @@ def refuse_unused(names: Iterable[str], where: Path | str, what: str) -> None:
         reason = extra(unused) or f"{some(unused)} belong to no {what} of this architecture"
         raise ModelError(
             f"{where}: {reason}; left out, they would change what the {what} computes: get a"
-            " checkpoint of this architecture."
+            " checkpoint of this architecture.",
+            code="mismatch",
         )
 
 

@@ -155,13 +155,16 @@ def _known(kind: str, value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(
             f"{where} is {_kind(value)}; expected an object with fields such as"
-            f" {next(iter(FIELDS[kind]))!r}."
+            f" {next(iter(FIELDS[kind]))!r}.",
+            code="invalid_type",
         )
     if unknown := [k for k in value if k not in FIELDS[kind]]:
         raise ModelError(
             f"{where} sets {shorten(unknown[0], 60)!r}"
             f" ({shorten(json.dumps(value[unknown[0]]), 60)}),"
-            f" which is not read here and may change the weights; {REMEDY}."
+            f" which is not read here and may change the weights; {REMEDY}.",
+            code="unsupported",
+            param=shorten(unknown[0], 60),
         )
     return value
 
@@ -195,7 +198,9 @@ def _united(one: Mapping[str, Any], other: Mapping[str, Any], where: str) -> dic
         if one[key] != other[key]:
             raise ModelError(
                 f"{where}: {key} is {shorten(json.dumps(one[key]), 40)} in one note and"
-                f" {shorten(json.dumps(other[key]), 40)} in another; get the file again."
+                f" {shorten(json.dumps(other[key]), 40)} in another; get the file again.",
+                code="conflict",
+                param=key,
             )
     return {**one, **other}
 
@@ -214,11 +219,17 @@ def header_notes(metadata: Mapping[str, str], where: str) -> dict[str, dict[str,
     if version != "1.0":
         raise ModelError(
             f"{where} is of format_version {shorten(json.dumps(version), 40)}; version 1.0 is read"
-            " here."
+            " here.",
+            code="unsupported",
+            param="format_version",
         )
     layers = stored.get("layers", {})
     if not isinstance(layers, dict):
-        raise ModelError(f"{where}: the layers are no object but {_kind(layers)}; get it again.")
+        raise ModelError(
+            f"{where}: the layers are no object but {_kind(layers)}; get it again.",
+            code="invalid_type",
+            param="layers",
+        )
     return {k: layer_note(v, f"{where}: {shorten(k, 120)}") for k, v in layers.items()}
 
 
@@ -238,7 +249,9 @@ def by_layer(
     for layer, where, note in notes:
         weight = _weight_of(plain_name(f"{layer}.").removesuffix("."), weights)
         if weight is None:
-            raise ModelError(f"{where} is of a layer that is not there; get the file again.")
+            raise ModelError(
+                f"{where} is of a layer that is not there; get the file again.", code="missing"
+            )
         before = united[weight][1] if weight in united else {}
         united[weight] = where, _united(before, note, where)
     return {weight: _read(note, where) for weight, (where, note) in united.items()}
@@ -258,16 +271,24 @@ def _read(fields: Mapping[str, Any], where: str) -> Note:
         raise ModelError(
             f"{where} is quantised as {shorten(json.dumps(kind), 60)}, which is not read here;"
             f" expected"
-            f" one of {', '.join(FORMATS)}."
+            f" one of {', '.join(FORMATS)}.",
+            code="unsupported",
+            param="format",
         )
     note = documents.check(dict(fields), _Layer, where)
     if not note.symmetric:
         raise ModelError(
-            f"{where} sets symmetric to false (zero points), which is not read here; {REMEDY}."
+            f"{where} sets symmetric to false (zero points), which is not read here; {REMEDY}.",
+            code="unsupported",
+            param="symmetric",
         )
     group = note.group_size
     if group is not None and group < 1:
-        raise ModelError(f"{where} sets group_size to {group}; expected 1 or more.")
+        raise ModelError(
+            f"{where} sets group_size to {group}; expected 1 or more.",
+            code="out_of_range",
+            param="group_size",
+        )
     return Note(
         where,
         (FORMATS[kind],),
@@ -284,19 +305,25 @@ def _rotation(note: _Layer, where: str) -> int | None:
     if note.convrot is None and size is not None:
         raise ModelError(
             f"{where} sets convrot_groupsize and not convrot: whether its weights are rotated is"
-            f" not known; {REMEDY}."
+            f" not known; {REMEDY}.",
+            code="missing",
+            param="convrot",
         )
     if not note.convrot:
         return None
     if note.format != "int8_tensorwise":
         raise ModelError(
-            f"{where} sets convrot for {note.format}, which no publisher defines; {REMEDY}."
+            f"{where} sets convrot for {note.format}, which no publisher defines; {REMEDY}.",
+            code="unsupported",
+            param="convrot",
         )
     size = 256 if size is None else size
     if size not in ROTATIONS:
         raise ModelError(
             f"{where} sets convrot_groupsize to {shorten(size, 40)}; expected one of"
-            f" {', '.join(map(str, ROTATIONS))}."
+            f" {', '.join(map(str, ROTATIONS))}.",
+            code="unsupported",
+            param="convrot_groupsize",
         )
     return size
 
@@ -318,7 +345,9 @@ def config_note(config: Mapping[str, Any], where: str) -> Note | None:
         return _of_compressed(value, where)
     raise ModelError(
         f"{where} is of quant_method {shorten(json.dumps(method), 60)}, which is not read here;"
-        f" expected fp8 or compressed-tensors: {REMEDY}."
+        f" expected fp8 or compressed-tensors: {REMEDY}.",
+        code="unsupported",
+        param="quant_method",
     )
 
 
@@ -337,7 +366,11 @@ def _of_fp8(value: dict[str, Any], where: str) -> Note:
     stored = documents.check(known, _Fp8, where)
     kinds = {None: tuple(FP8), "e4m3": (torch.float8_e4m3fn,), "e5m2": (torch.float8_e5m2,)}
     if stored.fmt not in kinds:
-        raise ModelError(f"{where} sets fmt to {shorten(stored.fmt, 40)!r}; expected e4m3 or e5m2.")
+        raise ModelError(
+            f"{where} sets fmt to {shorten(stored.fmt, 40)!r}; expected e4m3 or e5m2.",
+            code="unsupported",
+            param="fmt",
+        )
     block = stored.weight_block_size
     return Note(where, kinds[stored.fmt], None if block is None else (_sides(block, where),))
 
@@ -355,18 +388,26 @@ def _of_compressed(value: dict[str, Any], where: str) -> Note:
             raise ModelError(
                 f"{where} sets {name} ({shorten(json.dumps(value[name]), 80)}), which is not"
                 f" read here;"
-                f" {REMEDY}."
+                f" {REMEDY}.",
+                code="unsupported",
+                param=name,
             )
     groups = value.get("config_groups")
     if not isinstance(groups, dict) or not groups:
-        raise ModelError(f"{where} has no config_groups; get the file again.")
+        raise ModelError(
+            f"{where} has no config_groups; get the file again.",
+            code="missing",
+            param="config_groups",
+        )
     notes = [_of_group(group, f"{where}: {shorten(name, 60)}") for name, group in groups.items()]
     if any(
         (n.dtypes, n.blocks, n.rows) != (notes[0].dtypes, notes[0].blocks, notes[0].rows)
         for n in notes
     ):
         raise ModelError(
-            f"{where} has groups of different weights, which are not read here; {REMEDY}."
+            f"{where} has groups of different weights, which are not read here; {REMEDY}.",
+            code="unsupported",
+            param="config_groups",
         )
     return notes[0]
 
@@ -406,7 +447,8 @@ def _sides(value: Any, where: str) -> tuple[int, int]:
         raise ModelError(
             f"{where} has blocks of {shorten(json.dumps(value), 60)}; expected two whole numbers"
             f" from 1"
-            " up, rows and columns."
+            " up, rows and columns.",
+            code="invalid_value",
         )
     return value[0], value[1]
 
@@ -418,7 +460,9 @@ def _only(value: Mapping[str, Any], name: str, values: tuple[Any, ...], where: s
         expected = ", ".join(json.dumps(v) for v in values if v is not None)
         raise ModelError(
             f"{where} sets {name} to {shorten(json.dumps(stored), 60)}, which is not read here;"
-            f" expected {expected}: {REMEDY}."
+            f" expected {expected}: {REMEDY}.",
+            code="unsupported",
+            param=name,
         )
 
 
@@ -429,5 +473,6 @@ def refuse_rotation(metadata: Mapping[str, Any], where: str) -> None:
             raise ModelError(
                 f"{where}: {shorten(key, 120)!r} in its header is {shorten(value, 60)!r}, and no"
                 f" note says"
-                f" how its weights are rotated; {REMEDY}."
+                f" how its weights are rotated; {REMEDY}.",
+                code="unsupported",
             )

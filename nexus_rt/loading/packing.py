@@ -68,7 +68,9 @@ class Packing:
         if not found:
             raise ModelError(
                 f"{self.source} stores no matrix in 8 bits or fewer, which weights 'small' keeps;"
-                " pass weights 'int8' or 'fp8' to quantise it, or leave it out."
+                " pass weights 'int8' or 'fp8' to quantise it, or leave it out.",
+                code="unsupported",
+                param="weights",
             )
         return found
 
@@ -190,5 +192,7 @@ def check_dense(model: nn.Module) -> None:
         if isinstance(module, QuantizedLinear):
             raise InputError(
                 f"it is of dense weights, and {name} is kept in {module.formats[0]}; leave"
-                " --weights and --quantize out"
+                " --weights and --quantize out",
+                code="conflict",
+                param="weights",
             )

@@ -24,8 +24,16 @@ NUMPY = {
 PLAIN = (str, bytes, int, float, bool, type(None))
 
 
-def refuse(why: str) -> UnpicklingError:
-    return UnpicklingError(why)
+class Refused(UnpicklingError):
+    """Why a pickle is refused, with the `code` of the error that it becomes."""
+
+    def __init__(self, why: str, code: str) -> None:
+        super().__init__(why)
+        self.code = code
+
+
+def refuse(why: str, code: str = "damaged") -> Refused:
+    return Refused(why, code)
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,7 @@ def dtype(*args: Any) -> ArrayDtype:
     order = code[0] if code[:1] in "<>|=" else "<"
     code = {"?": "b1"}.get(code.lstrip("<>|="), code.lstrip("<>|="))
     if code not in NUMPY:
-        raise refuse(f"numpy dtype {code[:20]!r} is no plain number")
+        raise refuse(f"numpy dtype {code[:20]!r} is no plain number", "unsafe")
     return ArrayDtype(code, ">" if order == ">" else "<")
 
 
@@ -208,13 +216,13 @@ def frombuffer(*args: Any) -> np.ndarray:
 
 def reconstruct(*args: Any) -> PendingArray:
     if len(args) != 3 or args[0] != Name("numpy", "ndarray"):
-        raise refuse("an array is rebuilt of something else")
+        raise refuse("an array is rebuilt of something else", "unsafe")
     return PendingArray()
 
 
 def latin1(*args: Any) -> bytes:
     if not args or not isinstance(args[0], str) or args[1:] not in ((), ("latin1",), ("latin-1",)):
-        raise refuse("an encoding is not the one that arrays are pickled with")
+        raise refuse("an encoding is not the one that arrays are pickled with", "unsafe")
     return args[0].encode("latin1")
 
 

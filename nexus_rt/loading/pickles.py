@@ -41,7 +41,9 @@ def read_pickle(path: Path) -> Any:
         ModelError: missing, damaged, or it asks for anything but tensors and containers.
     """
     if not path.is_file():
-        raise ModelError(f"{path} is missing; expected the folder as it was published.")
+        raise ModelError(
+            f"{path} is missing; expected the folder as it was published.", code="not_found"
+        )
     try:
         with path.open("rb") as file:
             if not (size := file.seek(0, io.SEEK_END)):
@@ -65,14 +67,15 @@ def read_pickle(path: Path) -> Any:
         reason = shorten(error).rstrip(".") or type(error).__name__
         raise ModelError(
             f"{path} is refused: {reason}. Only tensors and containers are read; get the file from"
-            " the publisher again."
+            " the publisher again.",
+            code=getattr(error, "code", "damaged"),
         ) from error
 
 
 def _read(data: memoryview, depth: int) -> Any:
     """A file's value, whichever of the three formats it has."""
     if depth > MOST_NESTED:
-        raise refuse("storages are nested in storages")
+        raise refuse("storages are nested in storages", "too_large")
     if bytes(data[:4]) == b"PK\x03\x04":
         return _read_zip(data)
     load_bytes = lambda inner: _read(memoryview(bytearray(inner)), depth + 1)
@@ -129,7 +132,7 @@ def _identity(value: Any, lengths: tuple[int, ...]) -> tuple[torch.dtype | None,
     ):
         raise refuse("it refers to something that is no storage")
     if len(value) == 6 and value[5] is not None:
-        raise refuse("a storage is a view of another, as torch wrote them long ago")
+        raise refuse("a storage is a view of another, as torch wrote them long ago", "unsupported")
     return _storage_type(value[1]), value[2], whole(value[4], "a storage's length")
 
 
@@ -138,7 +141,7 @@ def _swapped(data: memoryview, dtype: torch.dtype | None, big: bool) -> memoryvi
     if big == (sys.byteorder == "big"):
         return data
     if dtype is None:
-        raise refuse("an untyped storage is of the other byte order")
+        raise refuse("an untyped storage is of the other byte order", "unsupported")
     size = dtype.itemsize // (2 if dtype.is_complex else 1)
     turned = bytearray(data)
     if size > 1:
@@ -160,16 +163,16 @@ class _Zip:
         self.records: dict[str, zipfile.ZipInfo] = {}
         infos = self.zip.infolist()
         if len(infos) > MOST_RECORDS:
-            raise refuse(f"it has {len(infos)} records")
+            raise refuse(f"it has {len(infos)} records", "too_large")
         roots = {info.filename.split("/", 1)[0] for info in infos}
         if len(roots) != 1:
             raise refuse("it is no archive that torch.save writes")
         for info in infos:
             name = info.filename.split("/", 1)[-1]
             if name in self.records:
-                raise refuse(f"it holds {name[:80]} twice")
+                raise refuse(f"it holds {name[:80]} twice", "duplicate")
             if info.flag_bits & 1:
-                raise refuse("it is encrypted")
+                raise refuse("it is encrypted", "unsupported")
             self.records[name] = info
 
     def read(self, name: str, most: int) -> memoryview:
@@ -177,14 +180,16 @@ class _Zip:
         more than declared."""
         info = self.records.get(name)
         if info is None:
-            raise refuse(f"it lacks its record {name[:80]}")
+            raise refuse(f"it lacks its record {name[:80]}", "missing")
         if info.file_size > most:
             raise refuse(
                 f"its record {name[:80]} has {info.file_size} bytes; expected at most {most}"
             )
         if info.compress_type != zipfile.ZIP_STORED:
             if info.file_size > max(PIECE, MOST_RATIO * info.compress_size):
-                raise refuse(f"its record {name[:80]} would unpack to {info.file_size} bytes")
+                raise refuse(
+                    f"its record {name[:80]} would unpack to {info.file_size} bytes", "too_large"
+                )
             with self.zip.open(info) as packed:  # the library compares the checksum
                 content = packed.read(info.file_size + 1)
             if len(content) != info.file_size:
@@ -213,14 +218,14 @@ class _Zip:
 def _read_zip(data: memoryview) -> Any:
     archive = _Zip(data)
     if "data.pkl" not in archive.records:
-        raise refuse("it is a zip without data.pkl, none that torch.save writes")
+        raise refuse("it is a zip without data.pkl, none that torch.save writes", "missing")
     order = (
         bytes(archive.read("byteorder", 16)).strip()
         if "byteorder" in archive.records
         else b"little"
     )
     if order not in (b"little", b"big"):
-        raise refuse("its byte order is neither little nor big")
+        raise refuse("its byte order is neither little nor big", "unsupported")
     known: dict[str, Storage] = {}
 
     def persistent(value: Any) -> Storage:
@@ -244,7 +249,7 @@ def _read_old(file: Any, data: memoryview) -> Any:
     plain = Interpreter()
     version, machine = plain.run(file), plain.run(file)
     if version != 1001 or not isinstance(machine, dict):
-        raise refuse("it is of a version of torch.save that is not known")
+        raise refuse("it is of a version of torch.save that is not known", "unsupported")
     big = machine.get("little_endian") is False
     place = file.tell()
     wanted: dict[str, tuple[torch.dtype | None, int]] = {}
@@ -307,6 +312,7 @@ def read_state(path: Path, *wrappers: str) -> dict[str, Tensor]:
     if len(tensors) < len(state):
         raise ModelError(
             f"{path} holds a tensor twice, with and without a wrapper's name such as 'module.'; get"
-            " the file from the publisher again."
+            " the file from the publisher again.",
+            code="duplicate",
         )
     return tensors

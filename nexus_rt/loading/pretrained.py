@@ -98,7 +98,8 @@ def _pretrained(
         if not is_finite(parameter.detach()):
             raise ModelError(
                 f"{folder}: {shorten(name, 120)} of the {what} holds NaN or infinity; download it"
-                " again."
+                " again.",
+                code="not_finite",
             )
     return model.to(device).eval()
 
@@ -122,7 +123,9 @@ def check_config(folder: Path, what: str) -> dict[str, Any]:
             raise ModelError(
                 f"{path} sets {where}={shorten(value, 80)!r}, code from elsewhere; this runtime"
                 f" runs"
-                " none: remove the field."
+                " none: remove the field.",
+                code="unsafe",
+                param=shorten(where, 120),
             )
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             layers = any(word in key for word in ("layers", "blocks", "n_layer", "depth"))
@@ -131,7 +134,9 @@ def check_config(folder: Path, what: str) -> dict[str, Any]:
             if not large and (abs(value) > limit or not math.isfinite(value)):
                 raise ModelError(
                     f"{path} sets {where}={value:.6g}; expected at most {limit}: the {what} is no"
-                    " such model."
+                    " such model.",
+                    code="out_of_range",
+                    param=shorten(where, 120),
                 )
     return config
 
@@ -142,7 +147,9 @@ def check_positive(config: msgspec.Struct) -> None:
         value = getattr(config, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and not 0 < value < 2**31:
-            raise ModelError(f"{name} is {value}; expected a positive number.")
+            raise ModelError(
+                f"{name} is {value}; expected a positive number.", code="out_of_range", param=name
+            )
 
 
 def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
@@ -170,11 +177,14 @@ def _check_size(folder: Path, what: str) -> None:
             for t in read_header(p, integers=True).values()
         )
     except ModelError as error:
-        raise ModelError(f"{folder}: the {what} cannot be loaded: {error}") from error
+        raise ModelError(
+            f"{folder}: the {what} cannot be loaded: {error}", code=error.code, param=error.param
+        ) from error
     if stored and least > 8 * stored:  # packed formats hold up to eight weights in a number
         raise ModelError(
             f"{folder}: config.json describes a {what} of at least {least:.3g} weights and the"
-            f" files hold {stored:.3g}; it is not their config: download the folder again."
+            f" files hold {stored:.3g}; it is not their config: download the folder again.",
+            code="mismatch",
         )
 
 
@@ -202,7 +212,9 @@ def fill_whole(
     try:
         stored = rename(find_tensors(folder))
     except ModelError as error:
-        raise ModelError(f"{folder}: the {what} cannot be loaded: {error}") from error
+        raise ModelError(
+            f"{folder}: the {what} cannot be loaded: {error}", code=error.code, param=error.param
+        ) from error
     expected = module.state_dict()
     unknown = [n for n in stored if n not in expected and not is_spare(n)]
     shapes = {n: tuple(t.shape) for n, t in expected.items()}
@@ -261,7 +273,8 @@ def _refuse(
         raise ModelError(
             f"{folder}: the weights are not this {what}'s: {'; '.join(problems)}. Loaded so, it"
             " would compute with random values: get the folder in transformers' own layout,"
-            " unquantised."
+            " unquantised.",
+            code="mismatch",
         )
 
 

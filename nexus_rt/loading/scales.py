@@ -97,7 +97,8 @@ def pair(
             raise ModelError(
                 f"{stored.path}: {shorten(name, 120)} scales {shorten(weight, 120)}, which is"
                 f" not there;"
-                " get the file again."
+                " get the file again.",
+                code="missing",
             )
         if ending == ZEROS:
             _refuse_zeros(name, stored, read)
@@ -106,7 +107,8 @@ def pair(
                 raise ModelError(
                     f"{stored.path}: {shorten(weight, 120)} has two scales,"
                     f" {shorten(scaled[weight], 120)}"
-                    f" and {shorten(name, 120)}; keep one of them."
+                    f" and {shorten(name, 120)}; keep one of them.",
+                    code="duplicate",
                 )
             scaled[weight] = name
         elif ending in SCALES:
@@ -131,7 +133,8 @@ def refuse_unread(names: Mapping[str, Any]) -> None:
                     f"{where}: {shorten(name, 120)} is of {kind.format(*match.groups())}"
                     f" quantisation,"
                     " which is not read here; get the checkpoint in bf16, fp8 (plain or scaled),"
-                    " int8 with scales, or GGUF."
+                    " int8 with scales, or GGUF.",
+                    code="unsupported",
                 )
 
 
@@ -153,7 +156,8 @@ def _notes(
         if stored.dtype != torch.uint8 or stored.stop - stored.start > MAX_NOTE:
             raise ModelError(
                 f"{where} is {stored.shape} of {_kind(stored.dtype)}; expected JSON as at most"
-                f" {MAX_NOTE} bytes."
+                f" {MAX_NOTE} bytes.",
+                code="invalid_type",
             )
         text = bytes(read(stored).flatten().tolist())
         stated.append((name.removesuffix(NOTE), where, notes.layer_note(parse(text, where), where)))
@@ -176,7 +180,8 @@ def _is_quantised(stored: StoredTensor, note: Note | None) -> bool:
     if stored.dtype == torch.uint8 and note is None:
         raise ModelError(
             f"{stored.path}: a weight is stored as uint8 beside a scale, and no note says what the"
-            " bytes are; get the file again."
+            " bytes are; get the file again.",
+            code="missing",
         )
     return stored.dtype.itemsize == 1
 
@@ -191,11 +196,12 @@ def _scale(name: str, stored: StoredTensor, read: Read) -> Tensor:
     if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
         raise ModelError(
             f"{where} holds scales as {_kind(stored.dtype)}, which are not read here; expected"
-            " float32, bfloat16 or float16."
+            " float32, bfloat16 or float16.",
+            code="unsupported",
         )
     scale = read(stored).float()
     if not bool(scale.isfinite().all()):
-        raise ModelError(f"{where} holds NaN or infinity; get the file again.")
+        raise ModelError(f"{where} holds NaN or infinity; get the file again.", code="not_finite")
     return scale
 
 
@@ -205,7 +211,8 @@ def _refuse_zeros(name: str, stored: StoredTensor, read: Read) -> None:
         raise ModelError(
             f"{stored.path}: {shorten(name, 120)} is of an asymmetric (with zero points)"
             f" quantisation,"
-            f" which is not read here; {notes.REMEDY}."
+            f" which is not read here; {notes.REMEDY}.",
+            code="unsupported",
         )
 
 
@@ -214,7 +221,8 @@ def _refuse_factor(name: str, stored: StoredTensor, weight: StoredTensor, read: 
     if bool((_scale(name, stored, read) != 1).any()):
         raise ModelError(
             f"{stored.path}: {shorten(name, 120)} scales a weight that is stored as"
-            f" {_kind(weight.dtype)}; expected one of 8 bits, or no scale: get the file again."
+            f" {_kind(weight.dtype)}; expected one of 8 bits, or no scale: get the file again.",
+            code="mismatch",
         )
 
 
@@ -224,7 +232,9 @@ def _as_noted(name: str, stored: StoredTensor, note: Note) -> StoredTensor:
         raise ModelError(
             f"{note.where} sets orig_shape to {note.shape}, and {shorten(name, 120)} is"
             f" {stored.shape};"
-            " get the file again."
+            " get the file again.",
+            code="mismatch",
+            param="orig_shape",
         )
     (wanted,) = note.dtypes
     if stored.dtype == torch.uint8:
@@ -239,7 +249,8 @@ def _check_type(name: str, stored: StoredTensor, note: Note) -> None:
         raise ModelError(
             f"{stored.path}: {shorten(name, 120)} is stored as"
             f" {str(stored.dtype).removeprefix('torch.')}, and its note says {kinds}; get the file"
-            " again."
+            " again.",
+            code="mismatch",
         )
 
 
@@ -254,7 +265,8 @@ def _scaled(name: str, stored: StoredTensor, scale: Tensor, note: Note | None) -
         if len(stored.shape) != 2 or stored.shape[1] % rotation:
             raise ModelError(
                 f"{note.where if note else stored.path} rotates groups of {rotation} columns, and"
-                f" {shorten(name, 120)} is {stored.shape}; get the file again."
+                f" {shorten(name, 120)} is {stored.shape}; get the file again.",
+                code="mismatch",
             )
         form += f", rotated in {rotation}"
     encoding = Scaled(f"{_kind(stored.dtype)} scaled{form}", scale, sizes, rotation)
@@ -288,7 +300,8 @@ def _placed(
     says = "" if note is None or (blocks is None and rows is None) else f", as {note.where} says"
     raise ModelError(
         f"{stored.path}: the scale of {shorten(name, 120)} is {shapes}, and the weight {shape};"
-        f" expected {expected}{says}."
+        f" expected {expected}{says}.",
+        code="mismatch",
     )
 
 
@@ -319,11 +332,13 @@ def _refuse_missing(weights: Mapping[str, StoredTensor], reason: str | None) -> 
         if not stored.dtype.is_floating_point:
             raise ModelError(
                 f"{stored.path}: {shorten(name, 120)} has type {_kind(stored.dtype)} and no scale;"
-                " expected a weight in floating point, or 8 bits beside their scale."
+                " expected a weight in floating point, or 8 bits beside their scale.",
+                code="missing",
             )
         if reason is not None and stored.dtype in FP8 and name.endswith(".weight"):
             raise ModelError(
                 f"{stored.path}: {shorten(name, 120)} is {_kind(stored.dtype)} and has no scale,"
                 f" and"
-                f" {reason}; get the file again."
+                f" {reason}; get the file again.",
+                code="missing",
             )

@@ -18,8 +18,8 @@ from typing import Any
 from nexus_rt.checks import number
 from nexus_rt.documents import parse, read_bytes, read_object
 from nexus_rt.errors import InputError, ModelError, shorten, shown
+from nexus_rt.limits import TRAIN_STEPS
 from nexus_rt.loading.source import warn_unread
-from nexus_rt.solver import TRAIN_STEPS
 
 MAX_SHIFT = 1000.0
 # diffusers' class -> its name of the shift, and our solver; None where ours is another one
@@ -117,7 +117,9 @@ def find_scheduler(folder: Path) -> Scheduler | None:
     text = re.sub(rb":\s*-Infinity\b", b": null", read_bytes(path))
     config = parse(text, str(path), remedy="download the folder again")
     if not isinstance(config, dict):
-        raise ModelError(f"{path} holds a {type(config).__name__}; expected a JSON object.")
+        raise ModelError(
+            f"{path} holds a {type(config).__name__}; expected a JSON object.", code="invalid_type"
+        )
     return read_scheduler(config, _class_of(folder), path)
 
 
@@ -146,20 +148,25 @@ def read_scheduler(config: Mapping[str, Any], class_name: str | None, where: Pat
     )
     if not isinstance(kind, str) or kind not in CLASSES:
         raise ModelError(
-            f"{where} is of a {shorten(str(kind), 80)}; expected one of {', '.join(CLASSES)}. {out}"
+            f"{where} is of a {shorten(str(kind), 80)}; expected one of {', '.join(CLASSES)}."
+            f" {out}",
+            code="unsupported",
+            param="_class_name",
         )
     name, solver = CLASSES[kind]
     for field, wanted in FIXED.items():
         value = config.get(field, wanted)
         if value != wanted and (value or wanted):
             raise ModelError(
-                f"{where} sets {field}={shown(value)}; only {wanted!r} is computed here. {out}"
+                f"{where} sets {field}={shown(value)}; only {wanted!r} is computed here. {out}",
+                code="unsupported",
+                param=field,
             )
     shift = config.get(name, 1.0)  # as the classes have it
     try:
         number(f"{where}: {name}", shift, 1e-3, MAX_SHIFT)
     except InputError as error:
-        raise ModelError(str(error)) from None
+        raise ModelError(str(error), code=error.code, param=error.param) from None
     differs = []
     if solver is None:
         differs.append(f"its class is {kind}")

@@ -50,17 +50,24 @@ def resolve(
         if suffix not in READABLE:
             what = OTHERS.get(suffix, f"a file that ends in {shorten(suffix, 20) or 'nothing'}")
             raise ModelError(
-                f"{source} is {what}; expected weights ({', '.join(READABLE)}) or a folder of them."
+                f"{source} is {what}; expected weights ({', '.join(READABLE)}) or a folder of"
+                " them.",
+                code="unsupported",
+                param="source",
             )
         return path
     if suffix in READABLE or suffix in OTHERS:
         raise ModelError(
-            f"{source} is the name of a file, and none is here; check the path, or pass a folder."
+            f"{source} is the name of a file, and none is here; check the path, or pass a folder.",
+            code="not_found",
+            param="source",
         )
     if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
         raise ModelError(
             f"{source} is not a folder or file here; expected a model's, or a hub id such as"
-            " 'owner/name'."
+            " 'owner/name'.",
+            code="not_found",
+            param="source",
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -84,14 +91,18 @@ def resolve(
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"{source} is neither a folder here nor a repository that could be fetched ({reason}); "
-            "check the spelling, the connection, or pass a local folder."
+            "check the spelling, the connection, or pass a local folder.",
+            code="not_found",
+            param="source",
         ) from error
 
 
 def read_json(path: Path) -> dict:
     """A JSON object, or a `ModelError` that names the file."""
     if not path.is_file():
-        raise ModelError(f"{path.parent} is not a model folder: it has no {path.name}.")
+        raise ModelError(
+            f"{path.parent} is not a model folder: it has no {path.name}.", code="not_found"
+        )
     return read_object(path)
 
 
@@ -135,5 +146,6 @@ def require_safetensors(folder: Path) -> None:
     """Raise a `ModelError` where a transformers folder has no safetensors."""
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
-            f"{folder} holds no safetensors; convert its weights (pickles are not read here)."
+            f"{folder} holds no safetensors; convert its weights (pickles are not read here).",
+            code="missing",
         )

@@ -84,7 +84,9 @@ class StoredTensor:
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """A safetensors file's header, and where its data begins."""
     if not is_file(path):
-        raise ModelError(f"{shorten(path)} is missing; download the folder again.")
+        raise ModelError(
+            f"{shorten(path)} is missing; download the folder again.", code="not_found"
+        )
     try:
         # the library's own validation: offsets, overlaps, shapes against bytes, length
         with safe_open(path, "pt"):
@@ -93,7 +95,8 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         raise ModelError(
             f"{path} is not a whole safetensors file ({shorten(error)}); it is truncated,"
             f" corrupted or"
-            " of another format: download or convert it again."
+            " of another format: download or convert it again.",
+            code="damaged",
         ) from error
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -124,14 +127,16 @@ def read_header(path: Path, integers: bool = False) -> dict[str, StoredTensor]:
         if entry["dtype"] not in known:
             raise ModelError(
                 f"{path}: {shorten(name, 120)} has type {entry['dtype']}; expected one of"
-                f" {', '.join(known)}."
+                f" {', '.join(known)}.",
+                code="unsupported",
             )
         start, stop = entry["data_offsets"]
         shape = tuple(entry["shape"])
         if len(shape) > MAX_DIMENSIONS or any(n > MAX_SIDE for n in shape):
             raise ModelError(
                 f"{path}: {shorten(name, 120)} has shape {shorten(shape, 80)}; expected at most"
-                f" {MAX_DIMENSIONS} sides of at most {MAX_SIDE} elements."
+                f" {MAX_DIMENSIONS} sides of at most {MAX_SIDE} elements.",
+                code="too_large",
             )
         tensors[name] = StoredTensor(
             path, begin + start, begin + stop, known[entry["dtype"]], shape
@@ -155,18 +160,20 @@ def _shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     remedy = "download the folder again"
     where = documents.read(index, Index, remedy=remedy).weight_map
     if not where:
-        raise ModelError(f"{index} names no tensor; {remedy}.")
+        raise ModelError(f"{index} names no tensor; {remedy}.", code="missing")
     if outside := [s for s in where.values() if not re.fullmatch(r"[^/\\\0]+\.safetensors", s)]:
         raise ModelError(
             f"{index} names {shorten(outside[0], 120)!r}; expected names of safetensors files in"
             f" its"
-            " folder."
+            " folder.",
+            code="unsafe",
         )
     shards = sorted(set(where.values()))
     if lost := [s for s in shards if not (folder / s).is_file()]:
         raise ModelError(
             f"{folder}: {index.name} names {len(shards)} shards, but {shorten(', '.join(lost))} is"
-            " missing."
+            " missing.",
+            code="not_found",
         )
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
@@ -175,14 +182,16 @@ def _shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
                 raise ModelError(
                     f"{folder}: {shorten(name, 120)} is in {tensors[name].path.name} and in"
                     f" {shard};"
-                    f" {remedy}."
+                    f" {remedy}.",
+                    code="duplicate",
                 )
             tensors[name] = stored
     for name, shard in where.items():
         if name not in tensors or tensors[name].path.name != shard:
             raise ModelError(
                 f"{folder}: {shard} lacks {shorten(name, 120)}, which {index.name} says it holds;"
-                f" {remedy}."
+                f" {remedy}.",
+                code="missing",
             )
     return tensors
 
@@ -217,10 +226,13 @@ def weight_files(source: Path) -> list[Path]:
         raise ModelError(
             f"{source} holds only pickled weights ({', '.join(pickled[:3])}), which can run code"
             " when read; name the file, which is then read without running it, or convert the"
-            " checkpoint first (`nexus-rt convert`)."
+            " checkpoint first (`nexus-rt convert`).",
+            code="unsafe",
         )
     raise ModelError(
-        f"{source} holds no weights: expected {WEIGHT_NAMES[0]}.safetensors or its index of shards."
+        f"{source} holds no weights: expected {WEIGHT_NAMES[0]}.safetensors or its index of"
+        " shards.",
+        code="missing",
     )
 
 
@@ -311,7 +323,8 @@ def renamed(
             raise ModelError(
                 f"{stored.path}: {shorten(keys[new], 120)} and {shorten(key, 120)} are one"
                 f" parameter,"
-                " stored twice; save the checkpoint again with one of them."
+                " stored twice; save the checkpoint again with one of them.",
+                code="duplicate",
             )
         out[new], keys[new] = stored, key
     return out

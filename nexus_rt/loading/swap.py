@@ -60,7 +60,9 @@ def set_loras(model: WanTransformer, loaded: LoadedFrom, loras: Sequence[Lora]) 
             stored = in_diffusers_names(find_tensors(loaded.folder))
         except ModelError as error:
             raise ModelError(
-                f"LoRAs are changed by reading {loaded.folder} again, which fails: {error}"
+                f"LoRAs are changed by reading {loaded.folder} again, which fails: {error}",
+                code=error.code,
+                param=error.param,
             ) from error
     if beside:
         layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]

@@ -14,6 +14,7 @@ import torch
 from nexus_rt.attention import ATTENTION_NAMES
 from nexus_rt.block_ops import choose_ops
 from nexus_rt.errors import ModelError, choose, shown
+from nexus_rt.limits import MAX_SEQUENCE_LENGTH
 from nexus_rt.loading.architecture import check_variant, wan_config
 from nexus_rt.loading.checkpoint import diffusers_shapes, fill, in_diffusers_names
 from nexus_rt.loading.locate import transformer_folder
@@ -23,7 +24,6 @@ from nexus_rt.loading.source import read_json, warn_unread, weights_of
 from nexus_rt.loading.stored import StoredTensor, find_tensors
 from nexus_rt.loading.swap import LoadedFrom
 from nexus_rt.log import chose
-from nexus_rt.models.text import MAX_SEQUENCE_LENGTH
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from nexus_rt.process import computes
 
@@ -66,7 +66,9 @@ def load_config(source: Path, tensors: Mapping[str, StoredTensor] | None = None)
     name = config.get("_class_name", "WanModel")
     if name not in CLASSES:
         raise ModelError(
-            f"{source} holds a {name}; expected a WanTransformer3DModel (or Wan's own WanModel)."
+            f"{source} holds a {name}; expected a WanTransformer3DModel (or Wan's own WanModel).",
+            code="unsupported",
+            param="_class_name",
         )
     _check_fields(config, path)
     return WanConfig.from_dict(config)
@@ -84,7 +86,9 @@ def _check_fields(config: Mapping[str, Any], path: Path) -> None:
         if value is not None and value not in values:
             raise ModelError(
                 f"{path} sets {field}={shown(value)}; only {values[0]!r} is computed here:"
-                " get a checkpoint of Wan's own architecture."
+                " get a checkpoint of Wan's own architecture.",
+                code="unsupported",
+                param=field,
             )
     warn_unread(config, FIELDS, path)
 
@@ -109,7 +113,9 @@ def _check_depth(config: WanConfig, tensors: Mapping[str, StoredTensor], folder:
         raise ModelError(
             f"{folder}: the checkpoint is not this architecture: its weights have {len(blocks)}"
             f" blocks and config.json asks for {config.num_layers}; check config.json against the"
-            " weights."
+            " weights.",
+            code="mismatch",
+            param="num_layers",
         )
 
 

@@ -129,7 +129,7 @@ class Interpreter:
                 pickletools.genops(cast(IO[bytes], file))
             ):
                 if number > MOST_OPCODES:
-                    raise refuse(f"it has more than {MOST_OPCODES} instructions")
+                    raise refuse(f"it has more than {MOST_OPCODES} instructions", "too_large")
                 name = opcode.name
                 if name == "STOP":
                     if len(stack) != 1 or marks:
@@ -162,7 +162,9 @@ class Interpreter:
             stack.append(CONSTANTS[name]())
         elif name == "MARK":
             if len(marks) >= MOST_MARKS:
-                raise refuse(f"it opens more than {MOST_MARKS} containers in one another")
+                raise refuse(
+                    f"it opens more than {MOST_MARKS} containers in one another", "too_large"
+                )
             marks.append(stack)
             return []
         elif name in FROM_MARK:
@@ -197,10 +199,10 @@ class Interpreter:
         elif name in ("PERSID", "BINPERSID"):
             identity = stack.pop() if name == "BINPERSID" else argument
             if self.persistent is None:
-                raise refuse("it refers to objects outside itself")
+                raise refuse("it refers to objects outside itself", "unsafe")
             stack.append(self.persistent(identity))
         else:
-            raise refuse(f"it uses {name}, which no tensor or container needs")
+            raise refuse(f"it uses {name}, which no tensor or container needs", "unsafe")
         return stack
 
     def _named(self, module: Any, name: Any) -> Any:
@@ -218,11 +220,11 @@ class Interpreter:
             or (where == ("torch.storage", "_load_from_bytes") and self.load_bytes)
         ):
             return Name(module, name)
-        raise refuse(f"it asks for {Name(module, name)}, which is no tensor or container")
+        raise refuse(f"it asks for {Name(module, name)}, which is no tensor or container", "unsafe")
 
     def _call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
-            raise refuse("it calls something that is no function")
+            raise refuse("it calls something that is no function", "unsafe")
         arguments = tuple(finished(a) for a in arguments)
         if (function.module, function.name) == ("torch.storage", "_load_from_bytes"):
             if (
@@ -234,7 +236,7 @@ class Interpreter:
             return self.load_bytes(bytes(arguments[0]))
         known = FUNCTIONS.get((function.module, function.name))
         if known is None:
-            raise refuse(f"it calls {function}, which is no function of tensors")
+            raise refuse(f"it calls {function}, which is no function of tensors", "unsafe")
         return known(*arguments)
 
 
@@ -266,7 +268,7 @@ def check_depth(value: Any) -> None:
         seen |= set(map(id, layer))
         if not layer:
             return
-    raise refuse(f"its containers are nested more than {MOST_DIMENSIONS} deep")
+    raise refuse(f"its containers are nested more than {MOST_DIMENSIONS} deep", "too_large")
 
 
 def build(target: Any, state: Any) -> None:
@@ -277,7 +279,7 @@ def build(target: Any, state: Any) -> None:
             raise refuse("an array's state is none")
         shape, kind, fortran, data = state[-4:]
         if isinstance(data, list) or not isinstance(fortran, (bool, int)):
-            raise refuse("an array holds objects")
+            raise refuse("an array holds objects", "unsafe")
         target.value = array(kind, data, shape, "F" if fortran else "C")
     elif isinstance(target, ArrayDtype):
         plain = (
@@ -289,10 +291,10 @@ def build(target: Any, state: Any) -> None:
             or any(s not in (-1, 0) for s in state[5:8])
             or state[8:] not in ((), (None,))
         ):
-            raise refuse("a numpy dtype's state is not that of a plain number")
+            raise refuse("a numpy dtype's state is not that of a plain number", "unsafe")
         target.order = ">" if state[1] == ">" else "<"
     elif not (isinstance(target, OrderedDict) and isinstance(state, dict)):
-        raise refuse(f"it sets attributes of a {type(target).__name__}")
+        raise refuse(f"it sets attributes of a {type(target).__name__}", "unsafe")
 
 
 def _extend(stack: list, items: list) -> None:

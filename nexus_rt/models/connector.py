@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_rt.errors import InputError, ModelError, shown
+from nexus_rt.errors import InputError, ModelError, shorten, shown
 from nexus_rt.loading.checkpoint import compare, fill_exactly
 from nexus_rt.loading.finite import check_finite
 from nexus_rt.loading.source import read_json
@@ -73,26 +73,34 @@ class ConnectorConfig:
         if unknown:
             raise ModelError(
                 f"the connector's config.json sets an unknown {shown(unknown[0])}; expected"
-                f" {', '.join(sorted(known))}."
+                f" {', '.join(sorted(known))}.",
+                code="unknown_name",
+                param=shorten(unknown[0], 60),
             )
         template = Template.from_dict(values.pop("template", {}))
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ModelError(
                     f"the connector's config.json sets {name}={shown(value)}; expected a"
-                    " positive whole number."
+                    " positive whole number.",
+                    code="invalid_value",
+                    param=name,
                 )
             if value > LARGEST[name]:
                 raise ModelError(
                     f"the connector's config.json sets {name}={value}; expected at most"
-                    f" {LARGEST[name]}."
+                    f" {LARGEST[name]}.",
+                    code="out_of_range",
+                    param=name,
                 )
         checked = cls(**values, template=template)
         for name in ("vision_dim", "text_dim"):
             if getattr(checked, name) % checked.num_heads:
                 raise ModelError(
                     f"the connector's {name}={getattr(checked, name)} is no multiple of"
-                    f" num_heads={checked.num_heads}."
+                    f" num_heads={checked.num_heads}.",
+                    code="mismatch",
+                    param=name,
                 )
         return checked
 
@@ -263,7 +271,8 @@ class Connector(nn.Module):
             raise InputError(
                 f"hidden states have shape {tuple(hidden.shape)}; this connector reads [batch,"
                 f" tokens, {self.config.llm_hidden_size}]: pair it with the understanding model it"
-                " was trained with."
+                " was trained with.",
+                code="mismatch",
             )
         visual = self.vision_head(hidden.to(self.device, self.dtype), padding)
         if single_frame:
@@ -322,7 +331,8 @@ class Connector(nn.Module):
         if name not in self.special_tokens:
             raise ModelError(
                 f"the connector has no special token {name}; expected {', '.join(SPECIAL_TOKENS)};"
-                " convert it again."
+                " convert it again.",
+                code="missing",
             )
         rows = self.special_tokens[name]
         return rows if rows.ndim == 2 else rows.reshape(-1, self.config.text_dim)
@@ -370,7 +380,8 @@ def load_connector(
     if lost:
         raise ModelError(
             f"{folder}/special_tokens.safetensors lacks {', '.join(lost)}; convert the checkpoint"
-            " again."
+            " again.",
+            code="missing",
         )
     file = folder / "unconditional.safetensors"
     rows = _rows(file, dtype, device) if file.is_file() else {}

@@ -43,7 +43,9 @@ class ContextEncoder(Lazy):
         if width != self.config.llm_hidden_size:
             raise ModelError(
                 f"the understanding model's hidden size is {shown(width, 40)} and the connector"
-                f" reads {self.config.llm_hidden_size}; pair the two that were trained together."
+                f" reads {self.config.llm_hidden_size}; pair the two that were trained together.",
+                code="mismatch",
+                param="hidden_size",
             )
 
     @property

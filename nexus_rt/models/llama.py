@@ -46,7 +46,8 @@ class Rope(msgspec.Struct, frozen=True):
             or self.high_freq_factor <= self.low_freq_factor
         ):
             raise ModelError(
-                f"{self} is no rotary embedding of Llama's; download the folder again."
+                f"{self} is no rotary embedding of Llama's; download the folder again.",
+                code="invalid_value",
             )
 
     def frequencies(self, dim: int, device: torch.device) -> Tensor:
@@ -94,10 +95,16 @@ class LlamaConfig(msgspec.Struct, frozen=True):
             raise ModelError(
                 f"{self.num_attention_heads} attention heads do not divide"
                 f" hidden_size={self.hidden_size}, or are no multiple of"
-                f" num_key_value_heads={self.kv_heads}."
+                f" num_key_value_heads={self.kv_heads}.",
+                code="mismatch",
+                param="num_attention_heads",
             )
         if self.width % 2:
-            raise ModelError(f"heads are {self.width} wide; rotary embeddings need an even width.")
+            raise ModelError(
+                f"heads are {self.width} wide; rotary embeddings need an even width.",
+                code="invalid_value",
+                param="head_dim",
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -300,6 +307,7 @@ def _bare(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     if len(named) < len(tensors):
         raise ModelError(
             "some weights are stored twice, with and without the prefix 'model.'; download the"
-            " folder again."
+            " folder again.",
+            code="duplicate",
         )
     return named

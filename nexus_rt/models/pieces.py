@@ -35,7 +35,7 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
         value = shift = 0
         while True:
             if at >= len(data) or shift > 63:
-                raise ModelError(DAMAGED)
+                raise ModelError(DAMAGED, code="damaged")
             byte = data[at]
             at += 1
             value |= (byte & 127) << shift
@@ -51,7 +51,7 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
             continue
         length = varint() if kind == 2 else {1: 8, 5: 4}.get(kind, -1)
         if length < 0 or at + length > len(data):
-            raise ModelError(DAMAGED)
+            raise ModelError(DAMAGED, code="damaged")
         at += length
         yield key >> 3, data[at - length : at]
 
@@ -68,7 +68,7 @@ def _bytes(value: Any, size: int | None = None) -> bytes:
         ModelError: it is a number, or of another size.
     """
     if not isinstance(value, bytes) or size not in (None, len(value)):
-        raise ModelError(DAMAGED)
+        raise ModelError(DAMAGED, code="damaged")
     return value
 
 
@@ -77,7 +77,7 @@ def _piece(value: Any) -> tuple[str, float, bool]:
     piece = _message(value)
     (score,) = struct.unpack("<f", _bytes(piece.get(2, b"\0\0\0\0"), 4))
     if not math.isfinite(score):
-        raise ModelError(DAMAGED)
+        raise ModelError(DAMAGED, code="damaged")
     return _bytes(piece.get(1, b"")).decode("utf-8", "replace"), score, piece.get(3) == UNKNOWN
 
 
@@ -89,7 +89,7 @@ def check_table(table: bytes) -> None:
     """
     size = int.from_bytes(table[:4], "little")
     if len(table) < 4 or not size or size % 4 or 4 + size > len(table):
-        raise ModelError(DAMAGED)
+        raise ModelError(DAMAGED, code="damaged")
     units = np.frombuffer(table, "<u4", size // 4, 4).astype(np.int64)
     texts = np.frombuffer(table, np.uint8, offset=4 + size)
     offsets = (units >> 10) << ((units & 512) >> 6)
@@ -98,19 +98,19 @@ def check_table(table: bytes) -> None:
     nodes = offsets[:1]
     while len(nodes):
         if int(nodes.max()) | 255 >= len(units):
-            raise ModelError(DAMAGED)
+            raise ModelError(DAMAGED, code="damaged")
         seen[nodes] = True
         places = nodes[:, None] ^ np.arange(1, 256)  # of every byte that may come next
         places = places[labels[places] == np.arange(1, 256)]
         nodes = places ^ offsets[places]
         if len(nodes) and int(nodes.max()) >= len(units):
-            raise ModelError(DAMAGED)
+            raise ModelError(DAMAGED, code="damaged")
         starts = units[nodes[leaves[places]]] & (2**31 - 1)
         if len(starts) and int(starts.max()) > len(texts):
-            raise ModelError(DAMAGED)
+            raise ModelError(DAMAGED, code="damaged")
         starts = starts[starts < len(texts)]
         if ((texts[starts] & 0xC0) == 0x80).any():  # inside a character
-            raise ModelError(DAMAGED)
+            raise ModelError(DAMAGED, code="damaged")
         nodes = np.unique(nodes[~seen[nodes]])
 
 
@@ -125,7 +125,8 @@ def tokenizer_of(data: bytes) -> Any:
     if len(data) > MAX_BYTES:
         raise ModelError(
             f"the sentencepiece model has {len(data)} bytes; expected at most {MAX_BYTES}: it is"
-            " something else."
+            " something else.",
+            code="too_large",
         )
     vocabulary: list[tuple[str, float]] = []
     unknown, charsmap, kind = None, b"", UNIGRAM
@@ -136,7 +137,10 @@ def tokenizer_of(data: bytes) -> Any:
             if is_unknown:
                 unknown = len(vocabulary) - 1
             if len(vocabulary) > MAX_PIECES:
-                raise ModelError("the sentencepiece model has more pieces than any; get it again.")
+                raise ModelError(
+                    "the sentencepiece model has more pieces than any; get it again.",
+                    code="too_large",
+                )
         elif number == 2:
             kind = _message(value).get(3, UNIGRAM)
         elif number == 3:
@@ -145,7 +149,8 @@ def tokenizer_of(data: bytes) -> Any:
     if kind != UNIGRAM or not ends or unknown is None:
         raise ModelError(
             "the sentencepiece model is not UMT5's: expected a unigram model with the piece </s>"
-            " and one for unknown text."
+            " and one for unknown text.",
+            code="unsupported",
         )
     if charsmap:
         check_table(charsmap)

@@ -113,14 +113,15 @@ class PieceTokenizer(PlainTokenizer):
             kind = "is not there" if stored is None else f"is of type {stored.dtype}"
             raise ModelError(
                 f"{file}: spiece_model {kind}; expected a sentencepiece model's bytes as uint8. Get"
-                f" the file again, or pass the {what}'s folder."
+                f" the file again, or pass the {what}'s folder.",
+                code="missing" if stored is None else "invalid_type",
             )
         ((_, data),) = read_tensors([("", stored)])
         try:
             with whole(file, what):
                 self.inner = tokenizer_of(data.view(torch.uint8).flatten().numpy().tobytes())
         except ModelError as error:
-            raise ModelError(f"{file}: {error}") from error
+            raise ModelError(f"{file}: {error}", code=error.code, param=error.param) from error
         self.pad_id, self.eos_id, self.unk_id = map(self.token_id, ("<pad>", "</s>", "<unk>"))
 
 

@@ -50,12 +50,16 @@ class Umt5Config(msgspec.Struct, frozen=True):
             raise ModelError(
                 f"relative_attention_num_buckets={self.relative_attention_num_buckets} with"
                 f" relative_attention_max_distance={self.relative_attention_max_distance}; expected"
-                " at least 4 buckets and a distance above a quarter of them."
+                " at least 4 buckets and a distance above a quarter of them.",
+                code="out_of_range",
+                param="relative_attention_num_buckets",
             )
         if self.activation not in ACTIVATIONS:
             raise ModelError(
                 f"feed_forward_proj is {self.feed_forward_proj[:80]!r}; expected one of"
-                f" {', '.join(ACTIVATIONS)}, or gated-..."
+                f" {', '.join(ACTIVATIONS)}, or gated-...",
+                code="unknown_name",
+                param="feed_forward_proj",
             )
 
     @property
@@ -216,7 +220,9 @@ def load_umt5(source: Path, dtype: torch.dtype, device: torch.device) -> Umt5Enc
     if stored.get("model_type", "umt5") != "umt5":
         raise ModelError(
             f"{source} holds a {str(stored['model_type'])[:80]!r}; expected a UMT5 encoder, as"
-            " Wan's checkpoints have."
+            " Wan's checkpoints have.",
+            code="unsupported",
+            param="model_type",
         )
     config = check(
         stored, Umt5Config, str(source / "config.json"), remedy="download the folder again"

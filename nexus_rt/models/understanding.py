@@ -75,12 +75,16 @@ class Template:
             if text.count("{prompt}") != 1:
                 raise ModelError(
                     f"the {name} template has {text.count('{prompt}')} prompt slots; expected"
-                    " exactly one '{prompt}'."
+                    " exactly one '{prompt}'.",
+                    code="invalid_value",
+                    param=name,
                 )
             if marker is not None and (not marker or marker not in text):
                 raise ModelError(
                     f"the {name} template lacks its marker {shorten(marker, 80)}; it must end in"
-                    f" it."
+                    f" it.",
+                    code="missing",
+                    param=name,
                 )
 
     @classmethod
@@ -88,13 +92,18 @@ class Template:
         """Read the `template` object of a connector's config."""
         if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
             raise ModelError(
-                "the template is no object of texts; expected video, image, their markers and chat."
+                "the template is no object of texts; expected video, image, their markers and"
+                " chat.",
+                code="invalid_type",
+                param="template",
             )
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ModelError(
                 f"the template sets an unknown {shown(unknown[0])}; expected video, image,"
-                " their markers and chat."
+                " their markers and chat.",
+                code="unknown_name",
+                param=shorten(unknown[0], 60),
             )
         return cls(**values)
 
@@ -121,7 +130,9 @@ class UnderstandingModel(Lazy):
             torch.device(device),
         )
         if not (self.folder / "config.json").is_file():
-            raise ModelError(f"{self.folder} is no understanding model: it has no config.json.")
+            raise ModelError(
+                f"{self.folder} is no understanding model: it has no config.json.", code="not_found"
+            )
         self.tokenizer: Tokenizer  # and the most tokens it reads, once loaded
         self.positions: int | None = None
         self.head: Tensor | None = None
@@ -146,7 +157,8 @@ class UnderstandingModel(Lazy):
             ):
                 raise ModelError(
                     f"{self.folder}: the tokenizer lacks {marker}, which this template ends in; use"
-                    " the tokenizer that came with the checkpoint, or set the template's markers."
+                    " the tokenizer that came with the checkpoint, or set the template's markers.",
+                    code="mismatch",
                 )
         config = check_config(self.folder, "understanding model")
         if is_native(config):
@@ -179,7 +191,9 @@ class UnderstandingModel(Lazy):
         if self.positions and len(row) > self.positions:
             raise InputError(
                 f"the prompt is {len(row)} tokens with its template; the model reads"
-                f" {self.positions}: shorten it."
+                f" {self.positions}: shorten it.",
+                code="too_large",
+                param="prompt",
             )
         ids = torch.tensor([row], device=self.device)
         with span("understanding"):
@@ -209,7 +223,9 @@ class UnderstandingModel(Lazy):
         if room < 1:
             raise InputError(
                 f"the prompt is {len(ids)} tokens with its chat template; the model reads"
-                f" {self.positions}: shorten it."
+                f" {self.positions}: shorten it.",
+                code="too_large",
+                param="prompt",
             )
 
         def proceed() -> None:
@@ -231,7 +247,8 @@ class UnderstandingModel(Lazy):
             if not head or head["lm_head.weight"].shape != tuple(shape):
                 raise ModelError(
                     f"{self.folder} has no lm_head.weight of shape {list(shape)} to answer with;"
-                    " use a causal language model's folder, or another rewriter."
+                    " use a causal language model's folder, or another rewriter.",
+                    code="missing",
                 )
             for name, tensor in read_tensors(head.items()):
                 value = tensor.to(self.device, self.dtype, copy=True)

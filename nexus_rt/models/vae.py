@@ -143,7 +143,8 @@ def check_space(space: dict[str, Any], where: str) -> None:
     if not len(stored.latents_mean) == len(stored.latents_std) == stored.z_dim:
         raise ModelError(
             f"{where} has {len(stored.latents_mean)} means and {len(stored.latents_std)} deviations"
-            f" of latents for z_dim={stored.z_dim} channels; expected one of each a channel."
+            f" of latents for z_dim={stored.z_dim} channels; expected one of each a channel.",
+            code="mismatch",
         )
 
 
@@ -269,7 +270,8 @@ class VideoDecoder(Lazy, Decoder):
         if not weights_of(self.folder):
             raise ModelError(
                 f"{self.folder} holds no safetensors; expected an AutoencoderKLWan in diffusers'"
-                " layout."
+                " layout.",
+                code="missing",
             )
         self._empty()  # what does not fit is found now, and not after the last step
 
@@ -289,7 +291,9 @@ class VideoDecoder(Lazy, Decoder):
         if config.get("_class_name", "AutoencoderKLWan") != "AutoencoderKLWan":
             raise ModelError(
                 f"{self.folder} holds a {shorten(config['_class_name'], 80)}; expected an"
-                " AutoencoderKLWan."
+                " AutoencoderKLWan.",
+                code="unsupported",
+                param="_class_name",
             )
         try:
             with torch.device("meta"):
@@ -305,7 +309,11 @@ class VideoDecoder(Lazy, Decoder):
             stored = fitted(stored, shapes)
             compare(stored, model, self.folder, "VAE")
         except ModelError as error:
-            raise ModelError(f"{self.folder}: the VAE cannot be loaded: {error}") from error
+            raise ModelError(
+                f"{self.folder}: the VAE cannot be loaded: {error}",
+                code=error.code,
+                param=error.param,
+            ) from error
         return model, stored
 
     @property
@@ -412,19 +420,23 @@ def read_latents(path: str | Path) -> Tensor:
     try:
         stored = read_header(Path(path)).get("latents")
         if stored is None:
-            raise ModelError("it has no tensor 'latents'")
+            raise ModelError("it has no tensor 'latents'", code="missing", param="latents")
         if len(stored.shape) != 5 or 0 in stored.shape:
             raise ModelError(
                 f"its latents have shape {list(stored.shape)}; expected [batch, channels, frames,"
-                " height, width]"
+                " height, width]",
+                code="mismatch",
+                param="latents",
             )
         (_, latents), *_ = read_tensors([("latents", stored)])
         latents = latents.float()
         if not bool(latents.isfinite().all()):
-            raise ModelError("its latents hold NaN or infinity")
+            raise ModelError("its latents hold NaN or infinity", code="not_finite", param="latents")
     except ModelError as error:
         raise ModelError(
             f"{path} holds no latents ({shorten(error)}); expected a safetensors file with a tensor"
-            " 'latents', as a failed decoding leaves it."
+            " 'latents', as a failed decoding leaves it.",
+            code=error.code,
+            param=error.param,
         ) from error
     return latents

@@ -100,7 +100,9 @@ class WanConfig:
             if config["dim"] % config["num_heads"]:
                 raise ModelError(
                     f"config.json sets dim={config['dim']}, which num_heads={config['num_heads']}"
-                    " does not divide."
+                    " does not divide.",
+                    code="mismatch",
+                    param="dim",
                 )
             config = {
                 **config,
@@ -112,7 +114,9 @@ class WanConfig:
             if config.get("model_type", "t2v") != "t2v":
                 raise ModelError(
                     f"model_type is {config['model_type']!r}; only text-to-video ('t2v') Wan models"
-                    " run here."
+                    " run here.",
+                    code="unsupported",
+                    param="model_type",
                 )
         missing = [
             k
@@ -121,13 +125,17 @@ class WanConfig:
         ]
         if missing:
             raise ModelError(
-                f"config.json lacks {', '.join(missing)}; is this a Wan transformer folder?"
+                f"config.json lacks {', '.join(missing)}; is this a Wan transformer folder?",
+                code="missing",
+                param=missing[0],
             )
         for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
             if config.get(key) is not None:
                 raise ModelError(
                     f"config.json sets {key}={config[key]}: an image-to-video model; use a"
-                    " text-to-video one."
+                    " text-to-video one.",
+                    code="unsupported",
+                    param=key,
                 )
         if (
             config.get("in_channels") == IMAGE_CHANNELS
@@ -135,12 +143,16 @@ class WanConfig:
         ):
             raise ModelError(
                 f"config.json sets in_channels={IMAGE_CHANNELS}: an image-to-video model, which"
-                " reads the image's channels beside the noise's; use a text-to-video one."
+                " reads the image's channels beside the noise's; use a text-to-video one.",
+                code="unsupported",
+                param="in_channels",
             )
         if config.get("qk_norm", "rms_norm_across_heads") not in ("rms_norm_across_heads", True):
             raise ModelError(
                 f"qk_norm is {config['qk_norm']!r}; expected 'rms_norm_across_heads', as Wan 2.1"
-                " has it."
+                " has it.",
+                code="unsupported",
+                param="qk_norm",
             )
         known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
         patch = known.get("patch_size", (1, 2, 2))
@@ -481,7 +493,9 @@ class WanTransformer(nn.Module):
         if context.ndim != 3 or context.shape[-1] != self.config.text_dim:
             raise InputError(
                 f"context has shape {tuple(context.shape)}; expected [batch, tokens,"
-                f" {self.config.text_dim}], the text encoder's hidden size of this transformer."
+                f" {self.config.text_dim}], the text encoder's hidden size of this transformer.",
+                code="mismatch",
+                param="context",
             )
         context = context.to(self.device, self.dtype)
         collapse = collapse and takes_bias(cast(Block, self.blocks[0]).attn2.backend, self.device)
