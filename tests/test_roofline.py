@@ -13,6 +13,7 @@ from nexus_rt.bench.estimate import forward_flops
 from nexus_rt.bench.roofline import CARDS, SHARES, SIZES, Shares, card_named, forward_work, parts
 from nexus_rt.cli import main
 from nexus_rt.models.wan import WanConfig
+from tests.refusals import refuses
 
 H100, SIZE = CARDS["h100"], SIZES["480p"]
 LARGE = WanConfig(**WAN_14B)
@@ -127,8 +128,9 @@ def test_what_cannot_be_priced_is_said(options, words, capsys):
 
 
 def test_a_name_is_checked():
-    with pytest.raises(InputError, match="did you mean"):
+    with refuses("unknown_name", "gpu", InputError) as caught:
         roofline.card_of("h10")
+    assert "did you mean" in str(caught.value)
     assert roofline.card_of("RTX-4090") is CARDS["rtx4090"]
 
 

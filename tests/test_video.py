@@ -18,6 +18,7 @@ from nexus_rt.video import (
     save_video,
     to_uint8,
 )
+from tests.refusals import refuses
 
 
 def clip(frames=9, height=32, width=48):
@@ -69,8 +70,9 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, suffix):
 
     (tmp_path / f"a.{suffix}").write_bytes(b"the old file")
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(InputError, match="No space left"):
+    with refuses("not_writable", "path", InputError) as caught:
         save_video(clip(), tmp_path / f"a.{suffix}")
+    assert "No space left" in str(caught.value)
     assert (
         os.listdir(tmp_path) == [f"a.{suffix}"]
         and (tmp_path / f"a.{suffix}").read_bytes() == b"the old file"
@@ -78,14 +80,15 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, suffix):
 
 
 def test_bad_paths_and_frames(tmp_path):
-    with pytest.raises(InputError, match="did you mean '.mp4'"):
+    with refuses("unknown_name", "output suffix", InputError) as caught:
         check_output(tmp_path / "a.mp3")
-    with pytest.raises(InputError, match="does not exist"):
+    assert "did you mean '.mp4'" in str(caught.value)
+    with refuses("not_found", "path", InputError):
         check_output(tmp_path / "no" / "a.mp4")
     (tmp_path / "folder.mp4").mkdir()
-    with pytest.raises(InputError, match="is a folder"):
+    with refuses("invalid_value", "path", InputError):
         check_output(tmp_path / "folder.mp4")
-    with pytest.raises(InputError, match="expected .frames, height, width, 3"):
+    with refuses("mismatch", "frames", InputError):
         save_video(np.zeros((3, 8, 8)), tmp_path / "a.mp4")
 
 
@@ -94,8 +97,9 @@ def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("nexus_rt.video.part_file", refuse)
-    with pytest.raises(InputError, match="cannot be written .Permission denied."):
+    with refuses("not_writable", "path", InputError) as caught:
         check_output(tmp_path / "a.mp4")
+    assert "Permission denied" in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
@@ -110,8 +114,10 @@ def test_what_is_no_video_says_so(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"not a video at all")
     (tmp_path / "b.mp4").write_bytes(save_video(clip(), tmp_path / "c.mp4").read_bytes()[:200])
     for name in ("a.mp4", "b.mp4", "none.mp4"):
-        with pytest.raises(InputError, match=f"{name} (cannot be read as a video|holds no frames)"):
+        code = "not_found" if name == "none.mp4" else "unreadable"
+        with refuses(code, "path", InputError) as caught:
             read_frames(tmp_path / name)
+        assert name in str(caught.value)
 
 
 def decoded(path, matrix):
@@ -225,9 +231,7 @@ def test_rational_rates(tmp_path, fps, rate):
 )
 def test_rates_that_are_none(tmp_path, fps):
     for name in ("a.mp4", "a.gif", "a.png"):
-        with pytest.raises(
-            InputError, match="fps is .*; expected frames per second from 0.1 to 1000"
-        ):
+        with refuses("out_of_range", "fps", InputError):
             save_video(clip(), tmp_path / name, fps)
     assert not list(tmp_path.iterdir())
 
@@ -307,25 +311,26 @@ def test_every_type_of_frames_means_what_it_says(frames):
 
 
 @pytest.mark.parametrize(
-    "frames, words",
+    "frames, code, words",
     [
-        (np.full((2, 8, 8, 3), 200.0), "from 200 to 200; expected .*: divide by 255"),
-        (np.full((2, 8, 8, 3), 300), "int64 from 300"),
-        (np.full((2, 8, 8, 3), -1), "int64 from -1"),
-        (np.full((2, 8, 8, 3), 90, np.uint16), "are uint16; .*: scale them"),
-        (np.full((2, 8, 8, 3), np.nan), "NaN"),
-        (np.full((2, 8, 8, 3), np.inf), "NaN or infinity"),
-        (np.zeros((2, 8, 8, 3), bool), "are bool"),
-        (np.zeros((2, 3, 8, 8)), "have shape"),
-        (np.zeros((0, 8, 8, 3)), "have shape"),
-        (np.zeros((2, 0, 8, 3)), "have shape"),
-        (np.array([["x"]]), "have shape"),
-        (np.zeros((2, 8, 8, 3), complex), "are complex128"),
+        (np.full((2, 8, 8, 3), 200.0), "out_of_range", "float64 from 200 to 200"),
+        (np.full((2, 8, 8, 3), 300), "out_of_range", "int64 from 300"),
+        (np.full((2, 8, 8, 3), -1), "out_of_range", "int64 from -1"),
+        (np.full((2, 8, 8, 3), 90, np.uint16), "invalid_type", "uint16"),
+        (np.full((2, 8, 8, 3), np.nan), "not_finite", ""),
+        (np.full((2, 8, 8, 3), np.inf), "not_finite", ""),
+        (np.zeros((2, 8, 8, 3), bool), "invalid_type", "bool"),
+        (np.zeros((2, 3, 8, 8)), "mismatch", "(2, 3, 8, 8)"),
+        (np.zeros((0, 8, 8, 3)), "mismatch", "(0, 8, 8, 3)"),
+        (np.zeros((2, 0, 8, 3)), "mismatch", "(2, 0, 8, 3)"),
+        (np.array([["x"]]), "mismatch", "(1, 1)"),
+        (np.zeros((2, 8, 8, 3), complex), "invalid_type", "complex128"),
     ],
 )
-def test_frames_that_mean_nothing_are_refused(tmp_path, frames, words):
-    with pytest.raises(InputError, match=words):
+def test_frames_that_mean_nothing_are_refused(tmp_path, frames, code, words):
+    with refuses(code, "frames", InputError) as caught:
         save_video(frames, tmp_path / "a.mp4")
+    assert words in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -343,5 +348,5 @@ def test_what_made_a_clip_is_in_it(tmp_path):
     }
     assert read_metadata(save_video(clip(), tmp_path / "a.mp4", metadata=made)) == made
     assert read_metadata(save_video(clip(), tmp_path / "b.mp4")) == {}
-    with pytest.raises(InputError, match="cannot be read as a video"):
+    with refuses("not_found", "path", InputError):
         read_metadata(tmp_path / "none.mp4")

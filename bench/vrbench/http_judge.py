@@ -135,6 +135,7 @@ class HttpJudge:
                     "a SOCKS proxy (ALL_PROXY, HTTP_PROXY, HTTPS_PROXY) needs socksio; pip install"
                     " socksio, or unset the proxy.",
                     code="missing_package",
+                    param="proxy",
                 ) from error
             except Exception as error:  # each part of a URL has an exception of its own
                 raise InputError(
@@ -236,7 +237,8 @@ class HttpJudge:
             JudgeError: it stayed busy or failing, or answered something else than a completion.
         """
         self._client()
-        body, why, reached, asked = self._body(talk, frames), "nothing", False, None
+        body, reached, asked = self._body(talk, frames), False, None
+        why, code = "nothing", "unreachable"
         turn = 0
         while turn < self.tries:
             if turn:
@@ -248,14 +250,14 @@ class HttpJudge:
             try:
                 status, headers, data = self._post(sent)
             except TimeoutError:
-                why, reached = f"no answer within {self.timeout:g} s", True
+                why, code, reached = f"no answer within {self.timeout:g} s", "timeout", True
                 continue
             except JudgeError:
                 raise
             except Exception as error:  # the client's own errors, and what a closed one raises
                 if self._stopped.is_set():
                     raise JudgeError("stopped", code="cancelled") from None
-                why = f"{type(error).__name__}: {self._said(error)}"
+                why, code = f"{type(error).__name__}: {self._said(error)}", "unreachable"
                 continue
             reached, text = True, data.decode("utf-8", "replace")
             if status in (401, 403, 404):
@@ -264,7 +266,8 @@ class HttpJudge:
                     f" --judge-model and the key in {KEY}."
                 )
             if status in PASSING:
-                why, asked = f"status {status}", headers.get("retry-after")
+                why, code = f"status {status}", "unreachable"
+                asked = headers.get("retry-after")
                 continue
             if status in (400, 422) and self._learn(text, sent):
                 turn -= 1
@@ -274,13 +277,14 @@ class HttpJudge:
             try:
                 return of_choice(json.loads(data)["choices"][0])
             except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+                code = "unreadable"
                 why = f"a body that is no chat completion: {self._said(text)!r}"
         if not reached:
             raise JudgeUnusable(
                 f"the judge at {self.shown} cannot be reached ({why}); start it, or check"
                 " --judge-url."
             )
-        raise JudgeError(f"{self.tries} tries failed, the last with {why}")
+        raise JudgeError(f"{self.tries} tries failed, the last with {why}", code=code)
 
 
 def _pause(turn: int, asked: str | None) -> float:

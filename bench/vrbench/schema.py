@@ -233,7 +233,7 @@ def _prompt(row: dict[str, Any], where: str, category: str, principle: str) -> P
     if not isinstance(rows, list) or not rows:
         raise InputError(
             f"{place}.evaluation_questions is {shown(rows)}; expected an array of questions.",
-            code="invalid_type",
+            code="invalid_type" if rows else "missing",
             param="evaluation_questions",
         )
     questions = tuple(
@@ -280,7 +280,7 @@ def _question(row: Any, where: str) -> Question:
     if not isinstance(row.get("question"), str) or not row["question"].strip():
         raise InputError(
             f"{where}.question is {shown(row.get('question'))}; expected text.",
-            code="invalid_type",
+            code="missing" if isinstance(row.get("question", ""), str) else "invalid_type",
             param="question",
         )
     if not _number(row.get("weight")):
