@@ -155,6 +155,7 @@ class NexusPipeline(PipelineModels):
             InputError: names the setting at fault.
             ModelError: frames are asked for, and there is no VAE.
         """
+        instance("settings", settings, CallSettings, "CallSettings, such as CallSettings(shift=3)")
         made = make_request(settings, self.defaults, boundaries(self.engines))
         check_request(made, self.components.profile)
         if settings.output_type != "latent" and self.vae is None:
@@ -430,6 +431,7 @@ class NexusPipeline(PipelineModels):
         """The pipeline for one call of a plan: a second thread waits. Gives the hooks by which
         `cancel()` and `_interrupt` end the loop; a failure is told to the other processes of a
         shared call."""
+        instance("plan", plan, Plan, "a Plan, as `make_plan` makes one")
         with self._calling:  # a call keeps state on the pipeline
             self._cancel.clear()
             self._interrupt = False

@@ -16,7 +16,7 @@ from nexus_rt.errors import InputError, choose, shown
 from nexus_rt.loading.lora import Lora, LoraSource, loras_hash, parse_loras
 from nexus_rt.loading.packing import check_weights, formats_of
 from nexus_rt.loading.pair import Loaded, default_device, default_dtype, load_engines, load_models
-from nexus_rt.loading.pair_folder import MINI, Defaults, find_pair
+from nexus_rt.loading.pair_folder import MINI, find_pair
 from nexus_rt.memory.residency import parse_bytes
 from nexus_rt.models.context import ContextEncoder
 from nexus_rt.models.text import Tokenized
@@ -27,6 +27,7 @@ from nexus_rt.pipeline_attributes import Attributes, named_arguments
 from nexus_rt.process import LOADING, computes
 from nexus_rt.recipes import find_recipes, with_recipes
 from nexus_rt.rewriting import Cache
+from nexus_rt.settings import Defaults
 from nexus_rt.tensor_checks import as_device, as_dtype
 
 if TYPE_CHECKING:

@@ -110,7 +110,7 @@ def check_request(request: GenerationRequest, pair: PairProfile) -> None:
                 code="unsupported",
                 param=setting,
             )
-    if settings.rewrite not in (None, "off") and "large" not in plan.generators:
+    if settings.rewrites and "large" not in plan.generators:
         raise InputError(
             f"rewrite is what the large generator reads, and plan {plan.name!r} does not run it;"
             " leave rewrite out, or pass another plan.",

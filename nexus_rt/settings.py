@@ -254,7 +254,14 @@ class CallSettings(msgspec.Struct, frozen=True, kw_only=True):
         """The settings that are not a call's default, by name."""
         defaults = dict(zip(self.__struct_fields__, self.__struct_defaults__, strict=True))
         values = {name: getattr(self, name) for name in self.__struct_fields__}
-        return {n: v for n, v in values.items() if v is not defaults[n] and v != defaults[n]}
+        same = lambda a, b: a is b or (type(a) is type(b) and a == b)
+        return {n: v for n, v in values.items() if not same(v, defaults[n])}
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a text is asked for that the large generator reads instead of the prompt."""
+        off = isinstance(self.rewrite, str) and self.rewrite == "off"
+        return self.rewrite is not None and not off
 
     def replace(self, **changes: Any) -> Self:
         """The same with other values."""

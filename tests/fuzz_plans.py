@@ -8,10 +8,10 @@ import numpy as np
 
 from nexus_rt.errors import NexusError
 from nexus_rt.front import from_front
-from nexus_rt.loading.pair_folder import Defaults
 from nexus_rt.plan_text import check_plan, parse_plan
 from nexus_rt.recipes import METADATA, Recipe, stored_recipe, with_recipes
 from nexus_rt.request import make_plan
+from nexus_rt.settings import CallSettings, Defaults
 from nexus_rt.solver import make_solver, time_grid
 from tests import published
 
@@ -113,7 +113,7 @@ def make_targets(work, kind):
         check_plan(text)
         check(parse_plan(text, GRID))
         with contextlib.suppress(NexusError):  # of another number of steps
-            check(make_plan(Defaults(), text))
+            check(make_plan(CallSettings(plan=text), Defaults()))
 
     recipe = {
         "steps": 4,
@@ -134,7 +134,7 @@ def make_targets(work, kind):
         for generator in ("small", "large"):
             pair = with_recipes(Defaults(), {generator: made})
             for plan in (None, generator, "small:40%@3[0:50%] large:*/guidance-every=2"):
-                check(make_plan(pair, plan))
+                check(make_plan(CallSettings(plan=plan), pair))
 
     row = {"plan": "small:4/10 large:4", "ms": 900, "score": 0.5, "low": 0.4, "high": 0.6}
     front = {

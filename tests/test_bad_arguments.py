@@ -7,11 +7,12 @@ import torch
 
 import nexus_rt
 from nexus_rt import BlendConfig, NexusPipeline, parse_plan, save_video, time_grid
-from nexus_rt.plan import Plan, Step, StepCosts, gate
+from nexus_rt.method.generator import Prompt
+from nexus_rt.method.upfb import blend, gate
+from nexus_rt.plan import Plan, Step, StepCosts
+from nexus_rt.settings import CallSettings
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import TimeGrid
-from nexus_rt.step_runners import Prompt
-from nexus_rt.upfb import blend
 from tests.bad_values import parameters, raw_errors
 
 PROMPT = "a red circle"
@@ -46,7 +47,7 @@ METHODS = {
     "call_parts": {"size": ClipSize(48, 32, 5)},
     "encode_prompt": {"prompt": PROMPT},
     "encode": {"prompt": PROMPT},
-    "rewrites_by": {"rewrite": None},
+    "request": {"settings": CallSettings()},
     "rewrite": {"prompt": PROMPT},
     "prepare_latents": {"batch": 1, "size": ClipSize(48, 32, 5)},
     "check_size": {"size": ClipSize(48, 32, 5), "output_type": "np"},
@@ -127,7 +128,7 @@ def test_every_public_name_is_tried():
     ours = [n for n in vars(NexusPipeline) if not n.startswith("_")]
     ours += [n for n in dir(NexusPipeline) if not n.startswith("_")]
     methods = {n for n in ours if callable(getattr(NexusPipeline, n))}
-    without = {"cancel", "formats", "shared", "mro"}
+    without = {"cancel", "exclusive", "formats", "shared", "mro"}
     tried = {*METHODS, "encode_context", "from_pretrained", "from_engines"}
     assert methods - without == tried | {"set_progress_bar_config"}
 

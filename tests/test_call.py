@@ -1,29 +1,21 @@
-"""The stages of a call, each by itself: check, place, encode, sample, decode."""
+"""The stages of a call, each by itself: encode, denoise, decode; and what is checked once."""
+
+import inspect
 
 import pytest
 import torch
 
-from nexus_rt import Cancelled, InputError, NexusPipeline
-from nexus_rt.call import Call, Placement
-from nexus_rt.request import CallInputs, make_request
+import nexus_rt.call as call_module
+import nexus_rt.encode as encode_module
+from nexus_rt import NexusPipeline
+from nexus_rt.call import decode, denoise, draw_noise
+from nexus_rt.encode import Prompts, encode
+from nexus_rt.method import loop
+from nexus_rt.method.hooks import Hooks
+from nexus_rt.settings import CallSettings
+from tests.refusals import refuses
 
-NOWHERE = Placement(None)
-
-
-def a_call(pipe, prompt="a red circle", **change):
-    settings = dict.fromkeys(
-        ("height", "width", "num_frames", "plan", "shift", "energy", "gamma_w", "guidance_scale")
-    )
-    settings |= dict.fromkeys(("guidance_scale_2", "blend", "solver"))
-    settings |= {"num_inference_steps": 2, "output_type": "np", "num_videos_per_prompt": 1}
-    named = {k: change.pop(k) for k in list(change) if k in settings}
-    request = make_request(pipe.defaults, **{**settings, **named}, published=False)
-    embeds = dict.fromkeys(
-        ("prompt_embeds", "negative_prompt_embeds", "context_embeds", "negative_context_embeds")
-    )
-    fields = {"negative_prompt": None, "embeds": embeds, "latents": None, "generator": None}
-    fields |= {"callback": None, "tensors": ("latents",), "max_sequence_length": 16, **change}
-    return Call(pipe, request, CallInputs(prompt=prompt, **fields))
+SHORT = dict(num_inference_steps=2, max_sequence_length=16)
 
 
 @pytest.fixture
@@ -32,88 +24,152 @@ def pipe(tiny_pipe):
     return tiny_pipe
 
 
-def test_check_counts_videos_and_names_what_is_wrong(pipe):
-    assert a_call(pipe).check() == 1
-    assert a_call(pipe, ["a", "b"], num_videos_per_prompt=3).check() == 6
-    for change, words in (
-        ({"prompt": None}, "pass either prompt or prompt_embeds"),
-        ({"latents": torch.zeros(1, 16, 2, 4, 5)}, "latents have shape"),
-        ({"generator": [torch.Generator()] * 2}, "2 generators for 1 videos"),
-        ({"max_sequence_length": 0}, "max_sequence_length is 0"),
+def stages(pipe, prompt="a red circle", embeds=None, **settings):
+    made = CallSettings(**{**SHORT, **settings})
+    return pipe.components, pipe.request(made), Prompts.of(prompt, None, made, embeds)
+
+
+def test_what_is_wrong_is_named_before_any_work(pipe):
+    for change, code, param in (
+        ({"prompt": None}, "missing", "prompt"),
+        ({"latents": torch.zeros(1, 16, 2, 4, 5)}, "mismatch", "latents"),
+        ({"generator": [torch.Generator()] * 2}, "mismatch", "generator"),
+        ({"max_sequence_length": 0}, "out_of_range", "max_sequence_length"),
+        ({"guidance_scale": (3.0, 4.0)}, "unsupported", "guidance_scale"),
+        ({"plan": "small", "rewrite": "a disk"}, "conflict", "rewrite"),
+        ({"rewrite": ["a", "b"]}, "mismatch", "rewrite"),
     ):
-        with pytest.raises(InputError, match=words):
-            a_call(pipe, **change).check()
+        with refuses(code, param):
+            pipe(**{"prompt": "a red circle", **SHORT, **change})
 
 
-def test_place_moves_nothing_without_a_budget_and_clears_the_device_under_a_tight_one(
-    pipe, tiny_pair
-):
-    assert a_call(pipe).place(1) == NOWHERE and not NOWHERE.tight
+def test_a_budget_decides_what_comes_and_goes(pipe, tiny_pair):
+    components, request, _ = stages(pipe)
+    assert not components.tight(request, 1)
     roomy = NexusPipeline.from_pretrained(tiny_pair, vram="1GB")
-    place = a_call(roomy).place(1)
-    assert place.residency.plan.mode == "resident" and not place.tight
-    request = a_call(roomy).request
+    assert not roomy.components.tight(request, 1)
     whole = roomy.plan_residency(request.plan, request.size)
+    assert whole.mode == "resident"
     narrow = NexusPipeline.from_pretrained(tiny_pair, vram=whole.peak - 1)
-    assert a_call(narrow).place(1).tight
+    assert narrow.components.tight(request, 1)
 
 
 def test_encode_makes_what_was_not_given(pipe):
-    embeds = a_call(pipe, ["a", "red"], num_videos_per_prompt=2).encode()
+    told = encode(*stages(pipe, ["a", "red"], num_videos_per_prompt=2)).embeds
     texts, none = pipe.encode_prompt(["a", "red"], None, 2, 16)
-    assert torch.equal(embeds["prompt_embeds"], texts)
-    assert torch.equal(embeds["negative_prompt_embeds"], none)
-    assert embeds["context_embeds"] is None  # the tiny pair has no understanding model
-    given = dict.fromkeys(("context_embeds", "negative_context_embeds"))
-    given |= {"prompt_embeds": texts[:1], "negative_prompt_embeds": none[:1]}
-    kept = a_call(pipe, None, embeds=given).encode()
+    assert torch.equal(told["prompt_embeds"], texts)
+    assert torch.equal(told["negative_prompt_embeds"], none)
+    assert told["context_embeds"] is None  # the tiny pair has no understanding model
+    given = {"prompt_embeds": texts[:1], "negative_prompt_embeds": none[:1]}
+    kept = encode(*stages(pipe, None, given)).embeds
     assert torch.equal(kept["prompt_embeds"], texts[:1])
+
+
+def test_conditioning_is_a_row_a_video(pipe):
+    told = encode(*stages(pipe, ["a", "red"], num_videos_per_prompt=2))
+    assert len(told.embeds["prompt_embeds"]) == 4
+    one = told.rows(2, 3)
+    assert torch.equal(one.embeds["prompt_embeds"], told.embeds["prompt_embeds"][2:3])
+    assert one.embeds["context_embeds"] is None
 
 
 def test_encode_stops_when_it_is_cancelled(pipe):
     pipe.cancel()
     try:
-        with pytest.raises(Cancelled, match="after the prompt was encoded"):
-            a_call(pipe).encode()
+        with refuses("cancelled"):
+            encode(*stages(pipe), pipe._check_cancelled)
     finally:
         pipe._cancel.clear()
 
 
-def test_noise_is_what_was_given_or_drawn(pipe):
-    latents = torch.zeros(1, 16, 2, 4, 6)
-    assert a_call(pipe, latents=latents).noise(1) is latents
-    drawn = [a_call(pipe, generator=torch.Generator().manual_seed(3)).noise(2) for _ in range(2)]
+def test_noise_is_drawn_by_the_given_generator(pipe):
+    components, request, _ = stages(pipe)
+    seeded = lambda: torch.Generator().manual_seed(3)
+    drawn = [draw_noise(components, request.size, 2, seeded()) for _ in range(2)]
     assert drawn[0].shape == (2, 16, 2, 4, 6) and torch.equal(*drawn)
 
 
-def test_sample_and_decode_are_the_rest_of_a_call(pipe):
+def test_three_functions_are_a_call(pipe):
     """Stage by stage, a call's own frames."""
-    options = {"plan": "small:1 large:1", "generator": torch.Generator().manual_seed(5)}
-    call = a_call(pipe, **options)
-    latents = call.sample(call.noise(call.check()), call.encode(), NOWHERE)
+    plan = "small:1 large:1"
+    components, request, prompts = stages(pipe, plan=plan)
+    told = encode(components, request, prompts)
+    noise = draw_noise(components, request.size, 1, torch.Generator().manual_seed(5))
+    latents = denoise(components, request, told, noise)
     assert latents.shape == (1, 16, 2, 4, 6) and latents.isfinite().all()
-    frames = call.decode(latents, NOWHERE)
-    options["generator"].manual_seed(5)
-    wanted = pipe("a red circle", num_inference_steps=2, max_sequence_length=16, **options).frames
-    assert (frames == wanted).all()
-    options["generator"].manual_seed(5)
-    assert (a_call(pipe, **options).run() == wanted).all()
+    frames = decode(components, request, latents)
+    wanted = pipe("a red circle", plan=plan, generator=torch.Generator().manual_seed(5), **SHORT)
+    assert (frames == wanted.frames).all()
 
 
 def test_a_callback_changes_prompts_for_the_steps_that_follow(pipe):
+    read, engine = [], pipe.engines["large"]
     new = {}
 
-    def answer(_, index, timestep, tensors):
+    def callback(_, index, timestep, tensors):
         return {"prompt_embeds": tensors["prompt_embeds"] + 1} if index == 0 else new
 
-    call = a_call(pipe, callback=answer, tensors=("prompt_embeds",))
-    embeds = call.encode()
-    before, latents = embeds["prompt_embeds"].clone(), torch.zeros(1, 16, 2, 4, 6)
-    first, second = call.request.plan.steps
-    change = call.callback(first, latents, embeds)
-    assert torch.equal(embeds["prompt_embeds"], before + 1) and change.latents is None
-    assert torch.equal(change.prompts["large"].conditional, before + 1)
-    assert call.callback(second, latents, embeds).prompts is None
-    new["latents"] = torch.zeros(2)
-    with pytest.raises(InputError, match="expected a tensor of shape"):
-        call.callback(second, latents, embeds)
+    class Watched:
+        def prepare(self, context):
+            read.append(context.clone())
+            return engine.prepare(context)
+
+        def velocity(self, *args):
+            return engine.velocity(*args)
+
+    options = {"plan": "large", "generator": torch.Generator().manual_seed(5), **SHORT}
+    options |= {"callback_on_step_end_tensor_inputs": ["prompt_embeds"], "output_type": "latent"}
+    text, _ = pipe.encode_prompt("a red circle", max_sequence_length=16)
+    before = dict(pipe.engines)
+    try:
+        pipe.engines = {**before, "large": Watched()}
+        pipe("a red circle", callback_on_step_end=callback, **options)
+        assert torch.equal(read[0][:1], text) and torch.equal(read[1][:1], text + 1)
+        new["latents"] = torch.zeros(2)
+        with refuses("mismatch", "latents"):
+            pipe("a red circle", callback_on_step_end=callback, **options)
+    finally:
+        pipe.engines = before
+
+
+def test_prompts_and_rewrite_are_checked_once_a_call(pipe, monkeypatch):
+    counts = {}
+
+    def counted(module, name):
+        real = getattr(module, name)
+
+        def count(*args, **kwargs):
+            counts[name] = counts.get(name, 0) + 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, count)
+
+    counted(encode_module, "prompt_lists")
+    counted(encode_module, "check_rewrite")
+    import nexus_rt.pipeline as pipeline_module
+    import nexus_rt.rewriting as rewriting_module
+
+    counted(pipeline_module, "prompt_lists")
+    counted(pipeline_module, "make_request")
+    counted(rewriting_module, "check_rewrite")
+    pipe("a red circle", rewrite="a red disk", output_type="latent", **SHORT)
+    assert counts == {"prompt_lists": 1, "check_rewrite": 1, "make_request": 1}
+
+
+@pytest.mark.parametrize("function", [loop.denoise, call_module.denoise])
+def test_denoise_stays_on_a_screen(function):
+    source, _ = inspect.getsourcelines(function)
+    assert len(inspect.signature(function).parameters) <= 8
+    doc = len(inspect.getdoc(function).splitlines())
+    signature = next(i for i, line in enumerate(source) if line.startswith(") ->")) + 1
+    assert len(source) - signature - doc <= 25
+
+
+def test_hooks_of_a_caller_reach_the_loop(pipe):
+    components, request, prompts = stages(pipe, plan="large")
+    told = encode(components, request, prompts)
+    noise = draw_noise(components, request.size, 1, None)
+    seen = []
+    hooks = Hooks(on_step=lambda step, x: seen.append(step.index))
+    denoise(components, request, told, noise, hooks)
+    assert seen == [0, 1]

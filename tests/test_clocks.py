@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexus_rt.errors import InputError
+from nexus_rt.method.generator import Prompt
+from nexus_rt.method.guidance import Guidance
+from nexus_rt.method.hooks import Hooks
+from nexus_rt.method.loop import sample
 from nexus_rt.plan_text import has_clocks, parse_plan, scaled
-from nexus_rt.sampling import denoise
 from nexus_rt.solver import clock_grid, euler_table, make_solver, time_grid, unipc_table
-from nexus_rt.step_runners import Prompt
 from tests.refusals import refuses
 
 GRID = time_grid(20, 3.0)
@@ -90,15 +92,15 @@ def test_renoising_begins_a_new_leg_on_the_formula():
     a, b = torch.full((2, 4, 1, 4, 4), 2.0), torch.full((2, 4, 1, 4, 4), -1.0)
     small, large = Teacher(a), Teacher(b)
     prompts = dict.fromkeys(("small", "large"), Prompt(torch.zeros(2, 1, 4)))
-    out = denoise(
+    out = sample(
         noise,
         plan,
         {"small": small, "large": large},
         prompts,
-        guidance_scale=1.0,
+        Guidance.of(1.0),
         solver="unipc",
         kernels="torch",
-        generator=torch.Generator().manual_seed(3),
+        hooks=Hooks(noise_rng=torch.Generator().manual_seed(3)),
     )
     eps = torch.randn(2, 4, 1, 4, 4, generator=torch.Generator().manual_seed(3))
     clean = small.seen[-1][1]  # near the small one's clip, which the integer timestep misses a bit
@@ -110,14 +112,14 @@ def test_renoising_begins_a_new_leg_on_the_formula():
 
 def test_a_clips_noise_is_its_own_whatever_its_batch():
     plan = parse_plan("small:2 renoise=0.6 large:2", GRID)
-    run = lambda noise, seeds: denoise(
+    run = lambda noise, seeds: sample(
         noise,
         plan,
         {n: Teacher(torch.zeros(1)) for n in ("small", "large")},
         dict.fromkeys(("small", "large"), Prompt(torch.zeros(len(noise), 1, 4))),
-        guidance_scale=1.0,
+        Guidance.of(1.0),
         kernels="torch",
-        generator=[torch.Generator().manual_seed(s) for s in seeds],
+        hooks=Hooks(noise_rng=[torch.Generator().manual_seed(s) for s in seeds]),
     )
     noise = torch.randn(2, 4, 1, 4, 4)
     both = run(noise, (4, 9))

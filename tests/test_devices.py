@@ -20,12 +20,15 @@ from nexus_rt.engines.protocol import Changeable, Diagnosable, Reserving, Stream
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.memory.offload import Moved
 from nexus_rt.memory.residency import Residency, call_parts, plan_residency
+from nexus_rt.method.blend_config import BlendConfig
+from nexus_rt.method.finite_check import FiniteCheck
+from nexus_rt.method.generator import Prompt
+from nexus_rt.method.guidance import Guidance
+from nexus_rt.method.hooks import Hooks
+from nexus_rt.method.loop import sample
 from nexus_rt.plan_text import parse_plan
-from nexus_rt.sampling import denoise
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
-from nexus_rt.step_runners import FiniteCheck, Prompt
-from nexus_rt.upfb import BlendConfig
 
 # what makes a host wait for a device, where the tensor is on one
 WAITS = {
@@ -120,13 +123,13 @@ def test_nothing_in_the_loop_waits_for_the_device(monkeypatch, plan, options):
     def on_step(step, latents):
         watch.on = 0 < step.index < 11  # tables of the first step are made once a size
 
-    walk = lambda: denoise(
+    walk = lambda: sample(
         torch.randn(1, 4, 2, 8, 8),
         parse_plan(plan, time_grid(12)).walked_by(options.get("solver", "unipc")),
         {"small": Flat(), "large": Flat()},
         prompts(),
         kernels="torch",
-        on_step=on_step,
+        hooks=Hooks(on_step=on_step),
         **options,
     )
     walk()  # filters of every cutoff are made once
@@ -147,7 +150,7 @@ def test_the_watch_sees_what_waits():
 def test_timesteps_are_one_tensor_a_call():
     engines = {"small": Flat(), "large": Flat()}
     plan = parse_plan("small:3 bridge:3 large:*", time_grid(12))
-    denoise(torch.randn(1, 4, 1, 4, 4), plan, engines, prompts(), kernels="torch")
+    sample(torch.randn(1, 4, 1, 4, 4), plan, engines, prompts(), kernels="torch")
     ran = engines["small"].ran + engines["large"].ran
     assert len({t.untyped_storage().data_ptr() for t in ran}) == 1
     assert [float(t) for t in engines["large"].ran] == [s.timestep for s in plan.steps if s.large]
@@ -169,14 +172,14 @@ def test_what_is_not_finite_is_raised_at_most_two_steps_late(monkeypatch, behind
     monkeypatch.setattr(Readings, "start", start)
     plan = parse_plan("small:*", time_grid(12))
     with pytest.raises(NumericsError, match="small generator's velocity is not finite at step 3"):
-        denoise(
+        sample(
             torch.randn(1, 4, 1, 4, 4),
             plan,
             {"small": Flat(bad={4})},
             prompts(),
+            Guidance.of(1.0),
             kernels="torch",
-            guidance_scale=1.0,
-            on_step=on_step,
+            hooks=Hooks(on_step=on_step),
         )
     # raised before the callback of a later step
     assert now["step"] <= 3 + 2 - 1 and (not gpu["waited"] or behind > 1)
@@ -188,13 +191,13 @@ def test_the_last_step_is_checked_too(monkeypatch):
     )
     plan = parse_plan("small:*", time_grid(4))
     with pytest.raises(NumericsError, match="step 3"):
-        denoise(
+        sample(
             torch.randn(1, 4, 1, 4, 4),
             plan,
             {"small": Flat(bad={4})},
             prompts(),
+            Guidance.of(1.0),
             kernels="torch",
-            guidance_scale=1.0,
         )
 
 
@@ -209,12 +212,12 @@ def test_no_synchronisation_on_a_gpu():
 
     try:
         for _ in range(2):
-            denoise(
+            sample(
                 torch.randn(1, 4, 2, 8, 8, device=device),
                 parse_plan("small:3 bridge:3 large:*", time_grid(12)),
                 {"small": Flat(), "large": Flat()},
                 {name: to(prompt) for name, prompt in prompts().items()},
-                on_step=on_step,
+                hooks=Hooks(on_step=on_step),
             )
     finally:
         torch.cuda.set_sync_debug_mode("default")

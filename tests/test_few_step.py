@@ -12,22 +12,21 @@ from hypothesis import strategies as st
 
 from nexus_rt import InputError, ModelError, NexusPipeline
 from nexus_rt.cli import main
-from nexus_rt.loading.pair_folder import Defaults
+from nexus_rt.method.generator import Prompt
+from nexus_rt.method.guidance import Guidance
+from nexus_rt.method.hooks import Hooks
+from nexus_rt.method.loop import sample
 from nexus_rt.plan import segments
 from nexus_rt.plan_text import parse_plan, scaled, with_own_steps
 from nexus_rt.recipes import METADATA, RECIPES, Recipe, stored_recipe, with_recipes
-from nexus_rt.request import Schedule, make_plan, make_request
-from nexus_rt.sampling import denoise
+from nexus_rt.request import make_plan, make_request
+from nexus_rt.settings import CallSettings, Defaults
 from nexus_rt.solver import clock_grid, listed_grid, make_solver, shifted, time_grid
-from nexus_rt.step_runners import Prompt
 from tests import published
 from tests.plans import grids, in_turn
 
 LIST = (1000, 750, 500, 250)
 CALL = dict(width=48, height=32, num_frames=5, output_type="latent")
-REST = dict.fromkeys(
-    ("height", "width", "num_frames", "energy", "gamma_w", "guidance_scale", "guidance_scale_2")
-)
 
 
 def seeded(seed=0):
@@ -35,7 +34,8 @@ def seeded(seed=0):
 
 
 def plan_of(defaults=None, plan=None, steps=None, **schedule):
-    return make_plan(defaults or Defaults(), plan, steps, schedule=Schedule(**schedule))
+    settings = CallSettings(plan=plan, num_inference_steps=steps, **schedule)
+    return make_plan(settings, defaults or Defaults())
 
 
 class Linear:
@@ -82,14 +82,14 @@ def test_lcm_is_diffusers_consistency_scheduler():
     grid = listed_grid(LIST, 5.0)
     plan = parse_plan("large", grid)
     engine = Linear()
-    got = denoise(
+    got = sample(
         noise,
         plan,
         {"large": engine},
         {"large": Prompt(torch.zeros(1, 1, 1))},
-        guidance_scale=1.0,
+        Guidance.of(1.0),
         solver="lcm",
-        generator=seeded(7),
+        hooks=Hooks(noise_rng=seeded(7)),
     )
     scheduler, x, generator = FlowMatchLCMScheduler(shift=1.0), noise, seeded(7)
     scheduler.set_timesteps(sigmas=list(grid.sigmas[:-1]))
@@ -105,14 +105,14 @@ def test_lcm_against_the_formula_in_float64():
     plan = parse_plan("large:4", time_grid(4)).walked_by("lcm")
     assert [s.renoise for s in plan.steps] == [False, True, True, True]
     engine, prompt = Linear(), {"large": Prompt(torch.zeros(1, 1, 1))}
-    got = denoise(
+    got = sample(
         noise,
         plan,
         {"large": engine},
         prompt,
-        guidance_scale=1.0,
+        Guidance.of(1.0),
         solver="lcm",
-        generator=seeded(3),
+        hooks=Hooks(noise_rng=seeded(3)),
     )
     x, draw = noise.double(), seeded(3)
     for i, step in enumerate(plan.steps):
@@ -154,7 +154,7 @@ def test_lcm_in_one_segment_re_noises_after_its_steps_alone():
     noise = torch.randn(1, 2, 1, 2, 2, generator=seeded())
     prompts = dict.fromkeys(("small", "large"), Prompt(torch.zeros(1, 1, 1)))
     engines = {"small": Linear(), "large": Linear()}
-    out = denoise(noise, plan, engines, prompts, guidance_scale=1.0, generator=seeded())
+    out = sample(noise, plan, engines, prompts, Guidance.of(1.0), hooks=Hooks(noise_rng=seeded()))
     assert out.isfinite().all()
 
 
@@ -243,7 +243,7 @@ def test_no_setting_is_lost_between_numbers_of_steps(grid, data, small, large):
 
 
 def test_a_recipes_steps_keep_the_plans_settings():
-    pair = replace(Defaults(), plan="small:40%@4[0:50%] large:*@2/guidance-every=3")
+    pair = Defaults(plan="small:40%@4[0:50%] large:*@2/guidance-every=3")
     walked = plan_of(with_recipes(pair, {"large": Recipe(steps=10, solver="euler")}))
     assert walked.name == "small:20/50@4[0:10] large:6@2/guidance-every=3 large-solver=euler"
     assert walked.grid.shift == 5.0
@@ -252,14 +252,13 @@ def test_a_recipes_steps_keep_the_plans_settings():
     assert listed.large_steps == 4 and plan_of(listed).name == "small:15/50 large:3"
     # the call's shift goes before the recipe's
     shifted_pair = with_recipes(Defaults(), {"large": RECIPES["lightx2v-4step"]})
-    assert make_plan(shifted_pair, "large", shift=3.0).grid.sigmas == listed_grid(LIST, 3.0).sigmas
-    assert "shift" not in make_plan(shifted_pair, shift=3.0).name
+    assert plan_of(shifted_pair, "large", shift=3.0).grid.sigmas == listed_grid(LIST, 3.0).sigmas
+    assert "shift" not in plan_of(shifted_pair, shift=3.0).name
 
 
 def test_a_solver_that_no_step_takes_is_refused():
-    call = dict(output_type="latent", num_videos_per_prompt=1, published=False, blend=None)
-    call |= dict(num_inference_steps=None, shift=None, **REST)
-    walk = lambda plan, solver: make_request(Defaults(), plan=plan, solver=solver, **call).plan
+    settings = lambda plan, solver: CallSettings(plan=plan, solver=solver)
+    walk = lambda plan, solver: make_request(settings(plan, solver), Defaults()).plan
     with pytest.raises(InputError, match="solver is 'lcm', and plan .* sets another at every step"):
         walk("large:4/4/solver=euler", "lcm")
     assert {s.solver for s in walk("small:2/4 large:2/solver=euler", "lcm").steps} == {
@@ -277,12 +276,12 @@ def test_what_a_call_says_of_steps_is_said_once():
         (dict(small_steps=0), None, None, "small_steps is 0"),
         (dict(timesteps=(250, 500)), "large", None, "expected a descending list"),
         (dict(timesteps=(1200, 500)), "large", None, "expected a descending list"),
-        (dict(timesteps=()), "large", None, "timesteps are none"),
+        (dict(timesteps=()), "large", None, "expected a descending list"),
     ):
         with pytest.raises(InputError, match=why):
             plan_of(plan=plan, steps=steps, **schedule)
     with pytest.raises(InputError, match="not as published"):
-        make_plan(Defaults(), None, published=True, schedule=Schedule(LIST))
+        plan_of(as_published=True, timesteps=LIST)
     with pytest.raises(InputError, match="the plan's own"):
         plan_of(plan=parse_plan("large", time_grid(4)), small_steps=4)
     with pytest.raises(InputError, match=r"UniPC has no log-SNR; pass solver 'euler'"):
@@ -305,32 +304,10 @@ def test_recipes_become_a_pairs_defaults():
     bridged = plan_of(large)
     assert bridged.generators == ("small", "large")
     assert [s.solver for s in bridged.steps] == [None] * 15 + ["euler"] * 3
-    request = make_request(
-        large,
-        plan=None,
-        num_inference_steps=None,
-        shift=None,
-        blend=None,
-        solver=None,
-        output_type="latent",
-        num_videos_per_prompt=1,
-        published=False,
-        **REST,
-    )
+    request = make_request(CallSettings(), large)
     assert request.plan.grid.solvers == ((15, "euler"),) and request.guidance.large == 1.0
     # what a call says goes before it
-    asked = make_request(
-        large,
-        plan="large",
-        num_inference_steps=None,
-        shift=None,
-        blend=None,
-        solver="lcm",
-        output_type="latent",
-        num_videos_per_prompt=1,
-        published=False,
-        **REST,
-    )
+    asked = make_request(CallSettings(plan="large", solver="lcm"), large)
     assert all(s.renoise for s in asked.plan.steps[1:])
     assert len(plan_of(large, "large", 20)) == 20
     assert len(plan_of(large, "small")) == 50

@@ -344,9 +344,9 @@ def test_an_error_of_one_s_own_is_said_by_itself(quick):
 
 
 def test_an_unshared_step_shares_nothing(tiny_pipe):
+    from nexus_rt.method.generator import Generator, Prompt
     from nexus_rt.plan_text import parse_plan
     from nexus_rt.solver import time_grid
-    from nexus_rt.step_runners import Generator, Prompt
 
     step = parse_plan("small", time_grid(2)).steps[0]
     raw = torch.ones(1)

@@ -17,11 +17,12 @@ from nexus_rt import (
     NexusPipeline,
     NumericsError,
 )
+from nexus_rt.method.generator import Prompt
+from nexus_rt.method.guidance import Guidance
+from nexus_rt.method.loop import sample
 from nexus_rt.plan_text import parse_plan
-from nexus_rt.sampling import denoise
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
-from nexus_rt.step_runners import Prompt
 
 PROMPT = "a red circle moves left"
 
@@ -82,14 +83,13 @@ def test_the_pipeline_is_its_parts(tiny_pipe):
     prompt = Prompt(embeds[:1], embeds[1:])
     noise = torch.randn(1, 16, 2, 4, 6, generator=seeded(4))
     plan = parse_plan("reference", time_grid(6, 3.0))
-    expected = denoise(
+    expected = sample(
         noise,
         plan,
         tiny_pipe.engines,
         {"small": prompt, "large": prompt},
-        guidance_scale=3.0,
-        guidance_scale_2=2.0,
-        blend_config=BlendConfig(split="fft"),
+        Guidance.of(3.0, 2.0),
+        blend=BlendConfig(split="fft"),
     )
     assert torch.equal(got, expected)
 

@@ -117,7 +117,7 @@ sys.path.insert(0, {ROOT!r})
 from tests.test_process import load_and_call
 from nexus_rt import NexusPipeline
 from nexus_rt.loading.transformer import load_transformer
-from nexus_rt.sampling import denoise
+from nexus_rt.method.loop import sample
 from nexus_rt.size import ClipSize
 pair = {str(tiny_pair)!r}
 

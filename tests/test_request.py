@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexus_rt import BlendConfig, Cancelled, InputError, NexusPipeline, time_grid
-from nexus_rt.loading.pair_folder import Defaults
 from nexus_rt.loading.transformer import load_transformer
+from nexus_rt.method.generator import Prompt
+from nexus_rt.method.hooks import Hooks
+from nexus_rt.method.loop import sample
 from nexus_rt.plan_text import parse_plan
-from nexus_rt.request import PUBLISHED, make_plan, make_request
-from nexus_rt.sampling import denoise
-from nexus_rt.step_runners import Prompt
+from nexus_rt.request import make_plan, make_request
+from nexus_rt.settings import CallSettings, Defaults
+from tests.refusals import refuses
 
 PROMPT = "a red circle moves left"
 LATENT = dict(output_type="latent", num_inference_steps=3, plan="large")
@@ -37,93 +39,107 @@ def untouched(tiny_pipe, monkeypatch):
 
 EMBEDS = torch.zeros(1, 512, 32)
 WRONG = [
-    (dict(prompt=[None]), "prompt holds None; expected text"),
-    (dict(prompt=5), "prompt holds 5"),
-    (dict(prompt=b"x"), "prompt holds b'x'"),
-    (dict(prompt={"a": 1}), "prompt holds"),
-    (dict(prompt=["a", 3]), "prompt holds 3"),
-    (dict(prompt="\ud800"), "half a surrogate pair"),
-    (dict(prompt="x" * 200_000), "has 200000 characters"),
-    (dict(negative_prompt=7), "negative_prompt holds 7"),
-    (dict(negative_prompt=[None]), "negative_prompt holds None"),
-    (dict(generator=5), "generator is 5; expected a torch.Generator"),
-    (dict(generator=[seeded(), 1]), "generator is 1"),
-    (dict(generator="seed"), "generator is 'seed'"),
-    (dict(num_frames=81.0), "num_frames is 81.0; expected a whole number"),
-    (dict(num_frames=True), "num_frames is True"),
-    (dict(num_frames="5"), "num_frames is '5'"),
-    (dict(num_frames=10**9), "at most"),
-    (dict(height="32"), "height is '32'"),
-    (dict(height=32.0), "height is 32.0"),
-    (dict(width=10**9), "width is 1000000000"),
-    (dict(height=0), "height is 0"),
-    (dict(width=0), "width is 0"),
-    (dict(num_inference_steps=2.5), "num_inference_steps is 2.5"),
-    (dict(num_inference_steps="4"), "num_inference_steps is '4'"),
-    (dict(num_inference_steps=10**9), "at most 100000"),
-    (dict(guidance_scale="6"), "guidance_scale is '6'"),
-    (dict(guidance_scale=float("nan")), "guidance_scale is nan"),
-    (dict(guidance_scale_2=float("inf")), "guidance_scale_2 is inf"),
-    (dict(guidance_scale=True), "guidance_scale is True"),
-    (dict(shift="5"), "shift is '5'"),
-    (dict(shift=0), "shift is 0"),
-    (dict(shift=float("nan")), "shift is nan"),
-    (dict(shift=1e9), "shift is"),
-    (dict(num_videos_per_prompt=1.0), "num_videos_per_prompt is 1.0"),
-    (dict(num_videos_per_prompt=10**6), "at most 256"),
-    (dict(max_sequence_length=0), "max_sequence_length is 0"),
-    (dict(max_sequence_length=513), "at most 512"),
-    (dict(max_sequence_length=8.0), "max_sequence_length is 8.0"),
-    (dict(plan=3), "plan is 3; expected a Plan"),
-    (dict(blend="fft"), "blend is 'fft'; expected a BlendConfig"),
-    (dict(energy=1), "energy is 1"),
-    (dict(solver=["unipc"]), "unknown solver"),
-    (dict(as_published="yes"), "as_published is 'yes'"),
-    (dict(gamma_w=-1.0, plan="reference"), "gamma_w is -1.0"),
-    (dict(gamma_w=0.5, plan="handoff=0.5"), "has none; use 'reference'"),
-    (dict(callback_on_step_end=3), "callback_on_step_end is 3"),
-    (dict(callback_on_step_end_tensor_inputs="latents"), "list of names"),
-    (dict(callback_on_step_end_tensor_inputs=[1]), "unknown callback tensor"),
-    (dict(latents="noise"), "latents are 'noise'"),
-    (dict(latents=torch.zeros(1, 16, 2, 4, 6, dtype=torch.int64)), "latents are"),
-    (dict(latents=torch.full((1, 16, 2, 4, 6), float("nan"))), "latents hold NaN"),
-    (dict(latents=torch.zeros(1, 16, 3, 4, 6)), "latents have shape"),
-    (dict(latents=torch.zeros(1, 16, 2, 4, 8)), "latents have shape"),
-    (dict(prompt_embeds=EMBEDS), "either prompt or prompt_embeds"),
+    (dict(prompt=[None]), "invalid_type", "prompt"),
+    (dict(prompt=5), "invalid_type", "prompt"),
+    (dict(prompt=b"x"), "invalid_type", "prompt"),
+    (dict(prompt={"a": 1}), "invalid_type", "prompt"),
+    (dict(prompt=["a", 3]), "invalid_type", "prompt"),
+    (dict(prompt="\ud800"), "invalid_value", "prompt"),
+    (dict(prompt="x" * 200_000), "too_large", "prompt"),
+    (dict(negative_prompt=7), "invalid_type", "negative_prompt"),
+    (dict(negative_prompt=[None]), "invalid_type", "negative_prompt"),
+    (dict(generator=5), "invalid_type", "generator"),
+    (dict(generator=[seeded(), 1]), "invalid_type", "generator"),
+    (dict(generator="seed"), "invalid_type", "generator"),
+    (dict(num_frames=81.0), "invalid_type", "num_frames"),
+    (dict(num_frames=True), "invalid_type", "num_frames"),
+    (dict(num_frames="5"), "invalid_type", "num_frames"),
+    (dict(num_frames=10**9), "out_of_range", "num_frames"),
+    (dict(height="32"), "invalid_type", "height"),
+    (dict(height=32.0), "invalid_type", "height"),
+    (dict(width=10**9), "out_of_range", "width"),
+    (dict(height=0), "out_of_range", "height"),
+    (dict(width=0), "out_of_range", "width"),
+    (dict(num_inference_steps=2.5), "invalid_type", "num_inference_steps"),
+    (dict(num_inference_steps="4"), "invalid_type", "num_inference_steps"),
+    (dict(num_inference_steps=10**9), "out_of_range", "num_inference_steps"),
+    (dict(guidance_scale="6"), "invalid_type", "guidance_scale"),
+    (dict(guidance_scale=float("nan")), "out_of_range", "guidance_scale"),
+    (dict(guidance_scale_2=float("inf")), "out_of_range", "guidance_scale_2"),
+    (dict(guidance_scale=True), "invalid_type", "guidance_scale"),
+    (dict(shift="5"), "invalid_type", "shift"),
+    (dict(shift=0), "out_of_range", "shift"),
+    (dict(shift=float("nan")), "out_of_range", "shift"),
+    (dict(shift=1e9), "out_of_range", "shift"),
+    (dict(num_videos_per_prompt=1.0), "invalid_type", "num_videos_per_prompt"),
+    (dict(num_videos_per_prompt=10**6), "out_of_range", "num_videos_per_prompt"),
+    (dict(max_sequence_length=0), "out_of_range", "max_sequence_length"),
+    (dict(max_sequence_length=513), "out_of_range", "max_sequence_length"),
+    (dict(max_sequence_length=8.0), "invalid_type", "max_sequence_length"),
+    (dict(plan=3), "invalid_type", "plan"),
+    (dict(blend="fft"), "invalid_type", "blend"),
+    (dict(energy=1), "unknown_name", "energy"),
+    (dict(solver=["unipc"]), "unknown_name", "solver"),
+    (dict(as_published="yes"), "invalid_type", "as_published"),
+    (dict(gamma_w=-1.0, plan="reference"), "out_of_range", "gamma_w"),
+    (dict(gamma_w=0.5, plan="handoff=0.5"), "conflict", "gamma_w"),
+    (dict(callback_on_step_end=3), "invalid_type", "callback_on_step_end"),
+    (
+        dict(callback_on_step_end_tensor_inputs="latents"),
+        "invalid_type",
+        "callback_on_step_end_tensor_inputs",
+    ),
+    (dict(callback_on_step_end_tensor_inputs=[1]), "unknown_name", "callback tensor"),
+    (dict(latents="noise"), "invalid_type", "latents"),
+    (dict(latents=torch.zeros(1, 16, 2, 4, 6, dtype=torch.int64)), "invalid_type", "latents"),
+    (dict(latents=torch.full((1, 16, 2, 4, 6), float("nan"))), "not_finite", "latents"),
+    (dict(latents=torch.zeros(1, 16, 3, 4, 6)), "mismatch", "latents"),
+    (dict(latents=torch.zeros(1, 16, 2, 4, 8)), "mismatch", "latents"),
+    (dict(prompt_embeds=EMBEDS), "conflict", "prompt"),
     (
         dict(prompt=None, prompt_embeds=EMBEDS[0]),
-        r"prompt_embeds is \[512, 32\] of torch.float32; expected",
+        "invalid_type",
+        "prompt_embeds",
     ),
-    (dict(prompt=None, prompt_embeds=EMBEDS.long()), "prompt_embeds is"),
-    (dict(prompt=None, prompt_embeds="x"), "prompt_embeds is 'x'"),
+    (dict(prompt=None, prompt_embeds=EMBEDS.long()), "invalid_type", "prompt_embeds"),
+    (dict(prompt=None, prompt_embeds="x"), "invalid_type", "prompt_embeds"),
     (
         dict(prompt=None, prompt_embeds=EMBEDS, negative_prompt="x"),
-        "negative_prompt goes with prompt",
+        "conflict",
+        "negative_prompt",
     ),
     (
         dict(prompt=None, prompt_embeds=EMBEDS, negative_prompt_embeds=EMBEDS[:, :226]),
-        "negative_prompt_embeds has shape",
+        "mismatch",
+        "negative_prompt_embeds",
     ),
     (
         dict(prompt=None, prompt_embeds=EMBEDS, negative_prompt_embeds=EMBEDS.repeat(2, 1, 1)),
-        "negative_prompt_embeds has shape",
+        "mismatch",
+        "negative_prompt_embeds",
     ),
     (
         dict(prompt=["a", "b"], negative_prompt_embeds=EMBEDS),
-        "negative_prompt_embeds are for 1 prompts of 2",
+        "mismatch",
+        "negative_prompt_embeds",
     ),
     (
         dict(negative_prompt="x", negative_prompt_embeds=EMBEDS),
-        "either negative_prompt or negative_prompt_embeds",
+        "conflict",
+        "negative_prompt",
     ),
-    (dict(negative_prompt_embeds=EMBEDS[:, :9]), "have 9 tokens; expected 512"),
-    (dict(prompt=None, prompt_embeds=EMBEDS, context_embeds=EMBEDS.repeat(3, 1, 1)), "as many"),
+    (dict(negative_prompt_embeds=EMBEDS[:, :9]), "mismatch", "negative_prompt_embeds"),
+    (
+        dict(prompt=None, prompt_embeds=EMBEDS, context_embeds=EMBEDS.repeat(3, 1, 1)),
+        "mismatch",
+        "context_embeds",
+    ),
 ]
 
 
-@pytest.mark.parametrize("call, words", WRONG, ids=[str(i) for i in range(len(WRONG))])
-def test_what_is_wrong_is_said_before_any_work(untouched, call, words):
-    with pytest.raises(InputError, match=words) as caught:
+@pytest.mark.parametrize("call, code, param", WRONG, ids=[str(i) for i in range(len(WRONG))])
+def test_what_is_wrong_is_said_before_any_work(untouched, call, code, param):
+    with refuses(code, param, InputError) as caught:
         untouched(**{"prompt": PROMPT, **call})
     assert len(str(caught.value)) < 500
 
@@ -137,30 +153,14 @@ VALUES = st.one_of(
     st.binary(max_size=3),
     st.lists(st.none(), max_size=2),
 )
-NAMES = [
-    "height",
-    "width",
-    "num_frames",
-    "num_inference_steps",
-    "guidance_scale",
-    "guidance_scale_2",
-    "shift",
-    "plan",
-    "energy",
-    "gamma_w",
-    "blend",
-    "solver",
-    "output_type",
-    "num_videos_per_prompt",
-]
+NAMES = list(CallSettings.__struct_fields__)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3))
 def test_any_value_is_taken_or_refused_as_ours(values):
-    given_ = dict.fromkeys(NAMES) | {"output_type": "np", "num_videos_per_prompt": 1} | values
     try:
-        request = make_request(Defaults(), **given_, published=False)
+        request = make_request(CallSettings(**values), Defaults())
     except InputError:
         return
     assert (
@@ -228,32 +228,32 @@ def test_a_callback_replaces_embeddings_from_the_next_step_on(tiny_pipe):
     told = iter([embeds, embeds, other])
 
     def change(step, latents):
-        from nexus_rt.step_runners import CallbackResult
+        from nexus_rt.method.hooks import CallbackResult
 
         next(told)
         return CallbackResult(prompts={"large": Prompt(other, none)}) if step.index == 1 else None
 
     plan = tiny_pipe.make_plan("large", 3)
-    wanted = denoise(
+    wanted = sample(
         torch.randn(1, 16, 2, 4, 6, generator=seeded()),
         plan,
         {"large": Watched()},
         {"large": Prompt(embeds, none)},
-        on_step=change,
+        hooks=Hooks(on_step=change),
     )
     assert torch.equal(got, wanted) and [torch.equal(a, other[0]) for a in asked] == [
         False,
         False,
         True,
     ]
-    for answer, words in (
-        ({"prompt_embeds": other[:, :9]}, "expected a tensor of shape"),
-        ({"prompt": "x"}, "unknown callback tensor"),
-        (5, "returned 5"),
-        ({"latents": None}, "expected a tensor"),
-        ({"context_embeds": other}, "shape None"),
+    for answer, code, param in (
+        ({"prompt_embeds": other[:, :9]}, "mismatch", "prompt_embeds"),
+        ({"prompt": "x"}, "unknown_name", "callback tensor"),
+        (5, "invalid_type", "the callback's result"),
+        ({"latents": None}, "mismatch", "latents"),
+        ({"context_embeds": other}, "mismatch", "context_embeds"),
     ):
-        with pytest.raises(InputError, match=words):
+        with refuses(code, param):
             tiny_pipe(PROMPT, callback_on_step_end=lambda *a, answer=answer: answer, **LATENT)
 
 
@@ -319,8 +319,7 @@ def test_as_published_sets_every_default():
         shift=3.0,
         plan="handoff=0.5",
     )
-    given_ = dict.fromkeys(NAMES) | {"output_type": "np", "num_videos_per_prompt": 1}
-    request = make_request(pair, **given_, published=True)
+    request = make_request(CallSettings(as_published=True), pair)
     assert (
         request.plan.name == "reference"
         and len(request.plan) == 50
@@ -333,16 +332,21 @@ def test_as_published_sets_every_default():
         6.0,
         "unipc",
     )
-    assert request.blend == BlendConfig() == PUBLISHED["blend"]
+    assert request.blend == BlendConfig()
     assert (request.blend.gamma_hf, request.blend.sigma_min, request.blend.sigma_max) == (
         0.7,
         0.35,
         0.7,
     )
     own = make_request(
+        CallSettings(
+            as_published=True,
+            num_inference_steps=4,
+            guidance_scale=3.0,
+            shift=3.0,
+            gamma_w=0.5,
+        ),
         pair,
-        **{**given_, "num_inference_steps": 4, "guidance_scale": 3.0, "shift": 3.0, "gamma_w": 0.5},
-        published=True,
     )
     assert (
         len(own.plan) == 4
@@ -353,7 +357,7 @@ def test_as_published_sets_every_default():
         s.w for s in parse_plan("reference", time_grid(4, 3.0, True), 0.5).steps
     ]
     with pytest.raises(InputError, match="is not as published"):
-        make_plan(pair, "handoff=0.3", published=True)
+        make_plan(CallSettings(plan="handoff=0.3", as_published=True), pair)
 
 
 def test_the_published_numerics_keep_the_stream_in_float32(tiny_pair):

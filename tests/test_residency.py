@@ -20,12 +20,13 @@ from nexus_rt.memory.residency import (
     parse_bytes,
     plan_residency,
 )
+from nexus_rt.method.generator import Prompt
+from nexus_rt.method.hooks import Hooks
+from nexus_rt.method.loop import sample
 from nexus_rt.models.wan import WanConfig
 from nexus_rt.plan_text import parse_plan
-from nexus_rt.sampling import denoise
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
-from nexus_rt.step_runners import Prompt
 
 GB = 10**9
 PARTS = {
@@ -106,13 +107,13 @@ def test_a_plan_walks_while_both_generators_are_streamed(tiny_pipe):
     )
     assert streamed <= engines["large"].nbytes and phase.peak >= streamed
     prompts, noise = tiny_pipe.encode("a red circle"), torch.randn(1, 16, *size.latent)
-    wanted = denoise(noise, plan, engines, prompts)
+    wanted = sample(noise, plan, engines, prompts)
     residency = Residency(decided, engines)
     seen = []
     watch = lambda step, _: seen.append(
         [engines[n].model.stream is not None for n in ("small", "large")]
     )
-    got = denoise(noise, plan, engines, prompts, residency=residency, on_step=watch)
+    got = sample(noise, plan, engines, prompts, hooks=Hooks(residency=residency, on_step=watch))
     assert (
         torch.equal(got, wanted)
         and seen == [[True, False]] * 2 + [[True, True]] + [[False, True]] * 2
@@ -201,12 +202,12 @@ def walk(mode, plan, load_s=2.0):
     parts = {"small": MemoryUse(3), "large": MemoryUse(28)}
     residency = Residency(plan_residency(plan, parts, mode=mode), engines)
     prompt = Prompt(torch.ones(1, 2, 4), torch.zeros(1, 2, 4))
-    denoise(
+    sample(
         torch.zeros(1, 4, 1, 2, 2),
         plan,
         engines,
         dict.fromkeys(engines, prompt),
-        residency=residency,
+        hooks=Hooks(residency=residency),
     )
     residency.close()
     return engines, clock

@@ -9,15 +9,18 @@ from hypothesis import strategies as st
 
 from nexus_rt.engines.experts import ExpertsEngine
 from nexus_rt.errors import InputError
-from nexus_rt.loading.pair_folder import Defaults
+from nexus_rt.limits import SOLVERS
+from nexus_rt.method.generator import Prompt
+from nexus_rt.method.guidance import Guidance
+from nexus_rt.method.hooks import Hooks
+from nexus_rt.method.loop import sample
 from nexus_rt.plan import Reuse, StepCosts
 from nexus_rt.plan_text import parse_plan
 from nexus_rt.recipes import RECIPES, with_recipes
 from nexus_rt.request import make_guidance, make_plan
 from nexus_rt.reuse import extrapolate
-from nexus_rt.sampling import denoise
-from nexus_rt.solver import SOLVERS, time_grid
-from nexus_rt.step_runners import Prompt
+from nexus_rt.settings import CallSettings, Defaults
+from nexus_rt.solver import time_grid
 from tests.plans import SOLVER, all_plans
 
 GRID = time_grid(8, 3.0)
@@ -51,12 +54,12 @@ def noise():
 
 def run(spec, engine=None, guidance=3.0, grid=GRID, **options):
     engine = engine or Field()
-    out = denoise(
+    out = sample(
         noise(),
         parse_plan(spec, grid),
         {"large": engine, "small": engine},
         {"large": prompt(), "small": prompt()},
-        guidance_scale=guidance,
+        Guidance.of(guidance),
         solver=options.pop("solver", "euler"),
         kernels="torch",
         **options,
@@ -160,32 +163,32 @@ def test_an_engine_that_writes_over_its_last_output_is_copied():
 def test_adaptive_reuse_follows_its_threshold():
     exact, engine = run("large:8", Field())
     most = len(engine.asked)
-    counts, errors = [], []
+    counts, deviations = [], []
     for threshold in (1e-6, 0.02, 0.2, 10):
         out, engine = run(f"large:8/adaptive={threshold}", Field())
         counts.append(len(engine.asked))
-        errors.append(float((out - exact).norm() / exact.norm()))
-    assert counts[0] == most and errors[0] < 1e-6
+        deviations.append(float((out - exact).norm() / exact.norm()))
+    assert counts[0] == most and deviations[0] < 1e-6
     assert counts == sorted(counts, reverse=True) and counts[-1] == 3  # two, and the last
-    assert errors == sorted(errors) and errors[-1] > errors[0]
+    assert deviations == sorted(deviations) and deviations[-1] > deviations[0]
 
 
 def test_parity_measures_every_reused_step_and_changes_nothing():
-    spec, errors = "large:8/every=2/guidance-every=2", []
+    spec, deviations = "large:8/every=2/guidance-every=2", []
     out, _ = run(spec)
-    same, _ = run(spec, Field(), reuse_errors=errors)
+    same, _ = run(spec, Field(), hooks=Hooks(reuse_deviations=deviations))
     assert torch.equal(out, same)
     plan = parse_plan(spec, GRID)
     reused = [(s.index, s.compute("large")) for s in plan.steps if s.compute("large") != "full"]
-    assert [(e.step, e.reused) for e in errors] == reused and {e.generator for e in errors} == {
+    assert [(e.step, e.reused) for e in deviations] == reused and {e.generator for e in deviations} == {
         "large"
     }
-    assert all(0 < e.error < 1 for e in errors)
+    assert all(0 < e.deviation < 1 for e in deviations)
     # Nearer in time is nearer in value: every second step is reused better than every fourth.
     worse: list = []
-    run("large:8/every=4", Field(), reuse_errors=worse)
-    mean = lambda rows: sum(e.error for e in rows) / len(rows)
-    assert mean([e for e in errors if e.reused == "velocity"]) < mean(worse)
+    run("large:8/every=4", Field(), hooks=Hooks(reuse_deviations=worse))
+    mean = lambda rows: sum(e.deviation for e in rows) / len(rows)
+    assert mean([e for e in deviations if e.reused == "velocity"]) < mean(worse)
 
 
 def test_a_constant_field_is_reused_without_error():
@@ -195,9 +198,9 @@ def test_a_constant_field_is_reused_without_error():
             return v
 
     exact, _ = run("large:8", Constant())
-    errors: list = []
-    out, _ = run("large:8/every=4/guidance-every=3", Constant(), reuse_errors=errors)
-    assert torch.allclose(out, exact, atol=1e-6) and all(e.error < 1e-6 for e in errors)
+    deviations: list = []
+    out, _ = run("large:8/every=4/guidance-every=3", Constant(), hooks=Hooks(reuse_deviations=deviations))
+    assert torch.allclose(out, exact, atol=1e-6) and all(e.deviation < 1e-6 for e in deviations)
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc"])
@@ -260,13 +263,12 @@ def forwards(plan, solver, small, large):
         counted[name] = [e.asked for e in experts.values()]
         of_experts = any(step.expert(name) for step in plan.steps)
         engines[name] = ExpertsEngine(experts, 0.5) if of_experts else experts["high"]
-    denoise(
+    sample(
         noise(),
         plan,
         engines,
         dict.fromkeys(engines, prompt()),
-        guidance_scale=small,
-        guidance_scale_2=large,
+        Guidance.of(small, large),
         solver=solver,
         kernels="torch",
     )
@@ -314,9 +316,9 @@ def test_a_guidance_difference_is_reused_as_priced(spec, wanted, solver):
 @pytest.mark.parametrize("plan", [None, "large", "small:30% large:*@3/guidance-every=2"])
 def test_evaluations_of_few_step_generators(recipe, plan):
     pair = with_recipes(Defaults(), {"large": RECIPES[recipe]})
-    guidance = make_guidance(pair, None, None, False)
+    guidance = make_guidance(CallSettings(), pair)
     solver = RECIPES[recipe].solver
-    made = make_plan(pair, plan).walked_by(solver)
+    made = make_plan(CallSettings(plan=plan), pair).walked_by(solver)
     scales = guidance.small, guidance.large
     assert forwards(made, solver, *scales) == made.evaluations(*scales)
 

@@ -2,17 +2,20 @@
 
 import importlib.util
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nexus_rt.errors import Cancelled, InputError, NumericsError
+from nexus_rt.method.blend_config import BlendConfig
+from nexus_rt.method.finite_check import FiniteCheck
+from nexus_rt.method.generator import Prompt
+from nexus_rt.method.guidance import Guidance
+from nexus_rt.method.hooks import Hooks
+from nexus_rt.method.loop import sample
+from nexus_rt.method.upfb import blend
 from nexus_rt.plan_text import parse_plan
-from nexus_rt.sampling import denoise
 from nexus_rt.solver import make_solver, time_grid
-from nexus_rt.step_runners import FiniteCheck, Prompt
-from nexus_rt.upfb import BlendConfig, blend
 
 B, C, T, H, W = 2, 3, 2, 6, 10
 needs_triton = pytest.mark.skipif(
@@ -48,7 +51,7 @@ def noise():
 def test_one_generator_reaches_the_exact_solution():
     """x' = a x + c has a closed form; UniPC over 200 steps of the true grid gets there."""
     plan = parse_plan("small", time_grid(200, 1.0))
-    x = denoise(noise(), plan, {"small": Field(0.8)}, prompts(), guidance_scale=1.0)
+    x = sample(noise(), plan, {"small": Field(0.8)}, prompts(), Guidance.of(1.0))
     s = -plan.grid.sigmas[0]
     exact = (noise() + 0.3 / 0.8) * math.exp(0.8 * s) - 0.3 / 0.8
     assert (x - exact).abs().max() <= 2e-3
@@ -77,14 +80,13 @@ def test_the_loop_is_plan_times_blend_times_solver(spec, split, solver, kernels)
     plan = parse_plan(spec, grid)
     fields = {"small": Field(0.7, 0.2), "large": Field(0.4, 0.5)}
     config = BlendConfig(split=split, lowpass="butterworth")
-    got = denoise(
+    got = sample(
         noise(),
         plan,
         fields,
         prompts(),
-        guidance_scale=4.0,
-        guidance_scale_2=2.0,
-        blend_config=config,
+        Guidance.of(4.0, 2.0),
+        blend=config,
         solver=solver,
         kernels=kernels,
     )
@@ -117,7 +119,7 @@ def test_only_what_the_plan_says_runs_and_contexts_are_prepared_once():
     grid = time_grid(12, 5.0)
     plan = parse_plan("small:3 bridge:4 large:5@1", grid)
     fields = {"small": Field(0.7), "large": Field(0.4)}
-    denoise(noise(), plan, fields, prompts())
+    sample(noise(), plan, fields, prompts())
     assert [t for t, _ in fields["small"].calls] == list(map(float, grid.timesteps[:7]))
     assert [t for t, _ in fields["large"].calls] == list(map(float, grid.timesteps[3:]))
     assert {n for _, n in fields["small"].calls} == {2 * B}  # guidance as one batch of two
@@ -128,7 +130,7 @@ def test_only_what_the_plan_says_runs_and_contexts_are_prepared_once():
 def test_reference_plan_runs_both_everywhere():
     plan = parse_plan("reference", time_grid(7))
     fields = {"small": Field(0.7), "large": Field(0.4)}
-    denoise(noise(), plan, fields, prompts())
+    sample(noise(), plan, fields, prompts())
     assert len(fields["small"].calls) == len(fields["large"].calls) == 7
 
 
@@ -149,53 +151,54 @@ def test_a_velocity_that_is_not_finite_names_generator_and_step(generator, index
         NumericsError,
         match=rf"the {generator} generator.*step {index} \(timestep {grid.timesteps[index]}\)",
     ):
-        denoise(noise(), parse_plan("reference", grid), fields, prompts())
+        sample(noise(), parse_plan("reference", grid), fields, prompts())
 
 
 def test_cancellation_stops_before_the_next_step():
     seen = []
-    with pytest.raises(Cancelled, match="step 3 of 8"):
-        denoise(
+    with pytest.raises(Cancelled, match="step 3"):
+        sample(
             noise(),
             parse_plan("small", time_grid(8)),
             {"small": Field(0.7)},
             prompts(),
-            on_step=lambda s, x: seen.append(s.index),
-            should_stop=lambda: len(seen) == 3,
+            hooks=Hooks(
+                on_step=lambda s, x: seen.append(s.index), should_stop=lambda: len(seen) == 3
+            ),
         )
     assert seen == [0, 1, 2]
 
 
 def test_a_callback_may_replace_the_latents():
     plan = parse_plan("small", time_grid(4))
-    x = denoise(
+    x = sample(
         noise(),
         plan,
         {"small": Field(0.7)},
         prompts(),
-        on_step=lambda s, x: torch.zeros_like(x) if s.index == 3 else None,
+        hooks=Hooks(on_step=lambda s, x: torch.zeros_like(x) if s.index == 3 else None),
     )
     assert torch.count_nonzero(x) == 0
 
 
 def test_a_missing_generator_and_missing_negatives_are_named():
     with pytest.raises(InputError, match="large generator"):
-        denoise(noise(), parse_plan("reference", time_grid(4)), {"small": Field(0.7)}, prompts())
+        sample(noise(), parse_plan("reference", time_grid(4)), {"small": Field(0.7)}, prompts())
     unguided = {"small": Prompt(torch.ones(B, 4, 8))}
     with pytest.raises(InputError, match="no negative prompt embeddings"):
-        denoise(noise(), parse_plan("small", time_grid(4)), {"small": Field(0.7)}, unguided)
-    denoise(
+        sample(noise(), parse_plan("small", time_grid(4)), {"small": Field(0.7)}, unguided)
+    sample(
         noise(),
         parse_plan("small", time_grid(4)),
         {"small": Field(0.7)},
         unguided,
-        guidance_scale=1.0,
+        Guidance.of(1.0),
     )
 
 
 def test_the_callers_latents_are_left_alone():
     x = noise()
-    denoise(
+    sample(
         x,
         parse_plan("reference", time_grid(4)),
         {"small": Field(0.7), "large": Field(0.4)},
@@ -212,20 +215,20 @@ def test_a_gpu_is_not_made_to_wait_for_the_checks():
         watch = FiniteCheck({"small": None})
         plan = parse_plan("small", time_grid(2))
         watch.add(torch.ones(4, device="cuda"), "small", plan.steps[0])
-        watch.settle(0)
+        watch.raise_if_bad(before=0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(watch.sums) == 1
-    watch.settle(1)
+    watch.raise_if_bad(before=1)
     assert not watch.sums
 
 
 def test_checks_are_settled_in_order_up_to_a_step():
     plan = parse_plan("small", time_grid(3))
-    watch = FiniteCheck({"small": SimpleNamespace(engine=None)})
+    watch = FiniteCheck({"small": None})
     for step in plan.steps:
         watch.add(torch.full((2,), math.nan if step.index == 1 else 1.0), "small", step)
-    watch.settle(1)
+    watch.raise_if_bad(before=1)
     assert [s.index for _, _, s in watch.sums] == [1, 2]
     with pytest.raises(NumericsError, match="step 1"):
-        watch.settle(3)
+        watch.raise_if_bad(before=3)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from nexus_rt.errors import ModelError
-from nexus_rt.loading.pair_folder import Defaults, find_pair, pair_index
+from nexus_rt.limits import SOLVERS
+from nexus_rt.loading.pair_folder import find_pair, pair_index
 from nexus_rt.loading.scheduler import CLASSES, FIXED, WALK, find_scheduler
 from nexus_rt.request import make_plan
-from nexus_rt.solver import SOLVERS
+from nexus_rt.settings import CallSettings, Defaults
 
 SIZE = dict(height=32, width=48, num_frames=5)
 UNIPC = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
@@ -110,9 +111,9 @@ def test_a_call_walks_the_folders_schedule(unipc, tmp_path):
 
 def test_as_published_and_a_list_go_before(unipc):
     defaults = find_pair(None, {"large": unipc}, {}).defaults
-    assert make_plan(defaults, "large").grid.shift == 3.0
-    assert make_plan(defaults, "large", shift=4.0).grid.shift == 4.0
-    assert make_plan(defaults, published=True).grid.shift == 5.0
+    assert make_plan(CallSettings(plan="large"), defaults).grid.shift == 3.0
+    assert make_plan(CallSettings(plan="large", shift=4.0), defaults).grid.shift == 4.0
+    assert make_plan(CallSettings(as_published=True), defaults).grid.shift == 5.0
 
 
 REFUSED = {
@@ -238,8 +239,11 @@ def test_a_pairs_own_config_and_a_recipe_go_before(own_pair, unipc):
     assert (defaults.shift, defaults.solver) == (2.0, "euler")
     assert defaults.num_inference_steps == 6  # the rest is the pair's
     recipe = with_recipes(defaults, {"large": Recipe(4, (1000, 750, 500, 250), 7.0, 1.0, "euler")})
-    assert make_plan(recipe, "large").grid.shift == 7.0
-    assert make_plan(recipe, "large", 4, shift=8.0).grid.shift == 8.0
+    assert make_plan(CallSettings(plan="large"), recipe).grid.shift == 7.0
+    assert (
+        make_plan(CallSettings(plan="large", num_inference_steps=4, shift=8.0), recipe).grid.shift
+        == 8.0
+    )
     shutil.rmtree(own_pair / "large" / "scheduler")
     shutil.copytree(unipc / "scheduler", own_pair / "scheduler")
     index["defaults"].pop("shift")

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexus_rt.errors import InputError
-from nexus_rt.plan import gate
-from nexus_rt.upfb import BlendConfig, blend, low_frequencies, rms, split_filter, target_rms
+from nexus_rt.method.blend_config import BlendConfig
+from nexus_rt.method.filters import split_filter
+from nexus_rt.method.upfb import blend, gate, low_frequencies, rms, target_rms
 from nexus_rt.velocity import guide
 
 PLANES = [(60, 104), (90, 160), (17, 23), (8, 8), (5, 2)]

@@ -33,12 +33,12 @@ from nexus_rt.loading.convert_parts import (
 )
 from nexus_rt.loading.lora_file import is_image_key
 from nexus_rt.loading.names import refuse_unused
-from nexus_rt.loading.pair_folder import Defaults
 from nexus_rt.loading.pickles import read_pickle, read_state
 from nexus_rt.loading.stored import Index, find_tensors, read_tensors
 from nexus_rt.models.connector import SPECIAL_TOKENS, TEXT_MARKERS, Connector, ConnectorConfig
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from nexus_rt.paths import as_path
+from nexus_rt.settings import Defaults
 from nexus_rt.shards import Report, check_shapes, write_json, write_shards
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl")
@@ -320,7 +320,7 @@ class Omnivideo:
         # The published scripts run both generators at every step: `--plan reference --as-published`
         # does as they do. A pair's default is the faster handoff, and is whatever its
         # model_index.json says.
-        index = {"_class_name": "NexusPipeline", "defaults": {"plan": Defaults.plan}}
+        index = {"_class_name": "NexusPipeline", "defaults": {"plan": Defaults().plan}}
         write_json(self.target / "model_index.json", index)
         report = {"source": "omnivideo", **vars(self.report)}
         write_json(self.target / "conversion.json", report)

@@ -20,11 +20,12 @@ from nexus_rt.loading import source, transformer
 from nexus_rt.loading.experts import ExpertFolders, GeneratorSource, transformers_of
 from nexus_rt.loading.locate import find_text
 from nexus_rt.loading.lora import Lora, loras_hash, loras_of
-from nexus_rt.loading.pair_folder import Defaults, PairFolders, exported_pair
+from nexus_rt.loading.pair_folder import PairFolders, exported_pair
 from nexus_rt.log import chose
 from nexus_rt.models.context import ContextEncoder
 from nexus_rt.models.text import TextEncoder
 from nexus_rt.models.vae import VideoDecoder
+from nexus_rt.settings import Defaults
 from nexus_rt.tensor_checks import as_device, as_dtype
 
 
