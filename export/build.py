@@ -74,15 +74,25 @@ class Target:
         choose("backend", self.backend, ENGINE_BACKENDS)
         choose("precision", self.precision, DTYPES)
         if not self.buckets:
-            raise InputError("no sizes to export for; pass --sizes, such as 832x480x81.")
+            raise InputError(
+                "no sizes to export for; pass --sizes, such as 832x480x81.",
+                code="missing",
+                param="sizes",
+            )
         if self.precision == "int8" and (self.backend, self.device.type) != ("onnx", "cpu"):
             raise InputError(
                 "int8 engines are ONNX Runtime's on a CPU, which multiplies int8 there: pass"
-                " --backend onnx --device cpu, or another --precision."
+                " --backend onnx --device cpu, or another --precision.",
+                code="conflict",
+                param="precision",
             )
         module = importlib.import_module(ENGINE_BACKENDS[self.backend].builder)
         if why := module.cannot_build(self):
-            raise InputError(f"no {self.backend} engine can be built here: {why}.")
+            raise InputError(
+                f"no {self.backend} engine can be built here: {why}.",
+                code="unsupported",
+                param="backend",
+            )
         return module
 
 
@@ -159,12 +169,14 @@ def export_component(
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise ModelError(
-                    f"{name}: {failed_file(str(error.filename or work), error)}"
+                    f"{name}: {failed_file(str(error.filename or work), error)}",
+                    code="not_writable",
                 ) from error
             shutil.rmtree(work, ignore_errors=True)
             raise ModelError(
                 f"the disk under {work.parent} filled up: this engine takes about {need / 1e9:.1f}"
-                " GB; nothing was left behind. Make room, or set NEXUS_RT_CACHE to another disk."
+                " GB; nothing was left behind. Make room, or set NEXUS_RT_CACHE to another disk.",
+                code="not_writable",
             ) from error
 
 
@@ -188,7 +200,8 @@ def _room(work: Path, need: int) -> None:
     if free < need:
         raise InputError(
             f"{work.parent} has {free / 1e9:.1f} GB free and this engine takes about"
-            f" {need / 1e9:.1f} GB; make room, or set NEXUS_RT_CACHE to another disk."
+            f" {need / 1e9:.1f} GB; make room, or set NEXUS_RT_CACHE to another disk.",
+            code="not_writable",
         )
 
 
@@ -229,7 +242,9 @@ def _artefacts(
     except NexusError:
         raise
     except Exception as error:  # PyTorch's exporter raises nearly everything
-        raise ModelError(f"{name}: it cannot be traced: {_first_line(error)}") from error
+        raise ModelError(
+            f"{name}: it cannot be traced: {_first_line(error)}", code="unsupported"
+        ) from error
     (marks / "contract.json").write_text(
         json.dumps({g: contract(t) for g, t in traced.items() if isinstance(t, Traced)})
     )
@@ -244,7 +259,8 @@ def _artefacts(
         except Exception as error:  # onnx's ValidationError and InferenceError are no RuntimeErrors
             raise ModelError(
                 f"{name}: the {graph} graph could not be built for {target.backend}:"
-                f" {_first_line(error)}"
+                f" {_first_line(error)}",
+                code="unsupported",
             ) from error
         for file in aside.iterdir():
             os.replace(file, work / file.name)
@@ -318,7 +334,8 @@ def _compared(
     if not parity["passed"]:
         raise ModelError(
             f"the {name} engine is not the model it was made of: {parity['why']}. It is kept in"
-            f" {where}, and is not loaded unless you force it; try another precision."
+            f" {where}, and is not loaded unless you force it; try another precision.",
+            code="parity",
         )
     return EngineFolder(where, done.manifest)
 
@@ -371,6 +388,7 @@ def export_components(
     except OSError as error:
         raise ModelError(
             f"{failed_file(str(output), error)} The engines are kept in {engines_root()}: the same"
-            " command goes on."
+            " command goes on.",
+            code="not_writable",
         ) from error
     return built

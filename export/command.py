@@ -121,7 +121,9 @@ def capability(text: str) -> str:
     """
     match = re.fullmatch(r"(?:sm_?)?([0-9]{1,2})\.?([0-9])a?", text.strip().lower())
     if not match:
-        raise InputError(f"--sm is {text!r}; expected a compute capability, such as 8.9.")
+        raise InputError(
+            f"--sm is {text!r}; expected a compute capability, such as 8.9.", param="sm"
+        )
     return f"{int(match[1])}.{match[2]}"
 
 
@@ -143,7 +145,9 @@ def chosen_components(
         if folder is None:
             raise InputError(
                 f"there is no {name} here to export; pass --{name.replace('_', '-')}, or other"
-                " --parts."
+                " --parts.",
+                code="missing",
+                param=name,
             )
         if name == "vae":
             parts.append(DecoderComponent(folder))
@@ -179,7 +183,9 @@ def folders_beside(pair: PairFolders, parts: list[Component]) -> dict[str, Path]
         if folder.is_file():
             raise InputError(
                 f"the {name.replace('_', ' ')} is a single file, {folder}, and engines stand beside"
-                " folders; make one of it first: `nexus-rt convert wan`."
+                " folders; make one of it first: `nexus-rt convert wan`.",
+                code="unsupported",
+                param=name,
             )
     return beside
 

@@ -91,7 +91,8 @@ def weights_hash(source: Path) -> str:
     files = sorted(_weights(source))
     if not files:
         raise ModelError(
-            f"{source} holds no weights ({', '.join(WEIGHTS)}); expected a model's folder."
+            f"{source} holds no weights ({', '.join(WEIGHTS)}); expected a model's folder.",
+            code="missing",
         )
     for path in files:
         digest.update(f"{path.name} {trusted_hash(path)}\n".encode())
@@ -258,7 +259,9 @@ class TextComponent:
         if asked == "fp16":
             raise InputError(
                 "the text encoder is not exported in fp16: UMT5's activations leave its range."
-                " Export it with --precision fp32 (or bf16 on a GPU), or leave it out of --parts."
+                " Export it with --precision fp32 (or bf16 on a GPU), or leave it out of --parts.",
+                code="unsupported",
+                param="precision",
             )
         return asked
 

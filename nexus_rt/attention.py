@@ -250,7 +250,9 @@ def attend(
             if why := ATTENTION_BACKENDS[backend].why_not(case):
                 raise InputError(
                     f"attention backend {backend!r} cannot run here: it {why}; use 'auto' or"
-                    " 'sdpa'."
+                    " 'sdpa'.",
+                    code="unsupported",
+                    param="attention",
                 )
             _fit.add((backend, case))
     return ATTENTION_BACKENDS[backend].run(q, k, v, bias)
@@ -333,7 +335,11 @@ def decide(case: Case, candidates: Iterable[str] | None = None, remeasure: bool 
     results = {name: trial.measure(name) for name in names}
     timed = {n: f["ms"] for n, f in results.items() if "ms" in f}
     if not timed:
-        raise InputError(f"no attention backend of {', '.join(names)} can run {case}: {results}")
+        raise InputError(
+            f"no attention backend of {', '.join(names)} can run {case}: {results}",
+            code="unsupported",
+            param="attention",
+        )
     result = {"chosen": min(timed, key=timed.__getitem__), "candidates": results}
     _write_cache({**_read_cache(), key: result})
     return result

@@ -135,7 +135,11 @@ def choose_ops(kernels: str, device: torch.device) -> Ops:
         if why:
             return TORCH
     if why:
-        raise InputError(f"kernels='triton' cannot run here: {why}; use 'auto' or 'torch'.")
+        raise InputError(
+            f"kernels='triton' cannot run here: {why}; use 'auto' or 'torch'.",
+            code="unsupported",
+            param="kernels",
+        )
     from nexus_rt.kernels.modulate import modulate, modulate_rows
     from nexus_rt.kernels.qk_norm_rope import qk_norm_rope
     from nexus_rt.kernels.quantise_rows import quantise_rows

@@ -48,14 +48,16 @@ class LatentGrid:
                 )
                 raise InputError(
                     f"{name} is {value}; expected a multiple of {unit}, such as"
-                    f" {' or '.join(map(str, near))}."
+                    f" {' or '.join(map(str, near))}.",
+                    param=name,
                 )
         num_frames = size.frames
         if num_frames < 1 or (num_frames - 1) % self.time:
             low = max(1, (num_frames - 1) // self.time * self.time + 1)
             raise InputError(
                 f"num_frames is {num_frames}; expected {self.time}k+1, such as {low} or"
-                f" {low + self.time}."
+                f" {low + self.time}.",
+                param="num_frames",
             )
 
 
@@ -74,7 +76,9 @@ def random_latents(
         if len(generator) != shape[0]:
             raise InputError(
                 f"{len(generator)} generators for {shape[0]} videos; pass one for each, or a single"
-                " one."
+                " one.",
+                code="mismatch",
+                param="generator",
             )
         return torch.cat([random_latents((1, *shape[1:]), g, device) for g in generator])
     source = generator.device if generator is not None else device

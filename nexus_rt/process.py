@@ -35,7 +35,8 @@ def computes() -> None:
             f"this process was forked from process {process} after that one had loaded models or"
             " computed: its threads are not here, and a call would wait for them forever. Start"
             " workers with multiprocessing's 'spawn' (gunicorn without --preload), or load and"
-            " call in the workers alone."
+            " call in the workers alone.",
+            code="unsupported",
         )
     _computed = own, max(threads, most)
 

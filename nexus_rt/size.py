@@ -57,13 +57,15 @@ class ClipSize(NamedTuple):
         numbers = _numbers(text, 3)
         if not numbers:
             raise InputError(
-                f"size {shorten(text, 80)!r} is not WIDTHxHEIGHTxFRAMES, such as 832x480x81."
+                f"size {shorten(text, 80)!r} is not WIDTHxHEIGHTxFRAMES, such as 832x480x81.",
+                param="size",
             )
         size = cls(*numbers)
         if min(size) < 1 or size.width % 16 or size.height % 16 or size.frames % 4 != 1:
             raise InputError(
                 f"size {size} cannot be made: sides are multiples of 16, and frames 4k+1, such as"
-                " 832x480x81."
+                " 832x480x81.",
+                param="size",
             )
         return size
 
@@ -94,7 +96,9 @@ class BuiltSizes:
             raise InputError(
                 f"size {size} is none that this {self.part} engine was built for:"
                 f" {between.join(map(str, self.sizes))}; generate one of them, or export with"
-                " --sizes."
+                " --sizes.",
+                code="unsupported",
+                param="size",
             )
 
 
@@ -115,7 +119,7 @@ def parse_sides(text: str) -> tuple[int, int]:
     match _numbers(text, 2):
         case (width, height):
             return width, height
-    raise InputError(f"{shown(text)} is not WIDTHxHEIGHT, such as 832x480.")
+    raise InputError(f"{shown(text)} is not WIDTHxHEIGHT, such as 832x480.", param="size")
 
 
 def parse_sizes(text: str) -> tuple[tuple[ClipSize, ...], bool]:
@@ -130,8 +134,16 @@ def parse_sizes(text: str) -> tuple[tuple[ClipSize, ...], bool]:
     if len(ends) == 1:
         return tuple(ClipSize.parse(s) for s in text.split(",")), False
     if len(ends) != 2 or "," in text:
-        raise InputError(f"sizes {text!r}: a range stands alone, as in 256x256x17..832x480x81.")
+        raise InputError(
+            f"sizes {text!r}: a range stands alone, as in 256x256x17..832x480x81.",
+            code="conflict",
+            param="sizes",
+        )
     low, high = map(ClipSize.parse, ends)
     if any(a > b for a, b in zip(low, high, strict=True)):
-        raise InputError(f"sizes {text!r}: {low} is not below {high} in every dimension.")
+        raise InputError(
+            f"sizes {text!r}: {low} is not below {high} in every dimension.",
+            code="out_of_range",
+            param="sizes",
+        )
     return (low, high), True

@@ -97,7 +97,9 @@ class Trace:
         try:
             path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
         except OSError as error:
-            raise InputError(failed_file(str(path), error)) from error
+            raise InputError(
+                failed_file(str(path), error), code="not_writable", param="path"
+            ) from error
         return path
 
 

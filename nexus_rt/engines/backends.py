@@ -31,7 +31,8 @@ class EngineBackend:
             if name not in known:
                 raise UnknownArgument(
                     f"engines of this backend have no option {shown(name)}; expected"
-                    f" {' or '.join(known) or 'none'}."
+                    f" {' or '.join(known) or 'none'}.",
+                    param=name,
                 )
         return sessions(*args, **options)
 

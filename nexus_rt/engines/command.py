@@ -18,7 +18,9 @@ def run(action: str, folders: list[str]) -> int:
     if folders and action == "prune":
         raise InputError(
             "engines prune takes no folders: it removes from the cache what is unfinished, failed"
-            " or damaged."
+            " or damaged.",
+            code="conflict",
+            param="folders",
         )
     return {"list": _list, "verify": _verify, "prune": _prune}[action](folders)
 

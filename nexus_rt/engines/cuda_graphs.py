@@ -142,7 +142,11 @@ class ReplayedEngine(Wrapper):
         if record is capture:
             why = cannot_replay(engine)
             if why:
-                raise InputError(f"CUDA graphs cannot be recorded here: {why}.")
+                raise InputError(
+                    f"CUDA graphs cannot be recorded here: {why}.",
+                    code="unsupported",
+                    param="cuda_graphs",
+                )
         super().__init__(engine)
         self.record = record
         self.graphs: OrderedDict[tuple, Recording] = OrderedDict()

@@ -179,7 +179,11 @@ def change_loras(engines: Mapping[str, Any], asked: Mapping[str, Sequence[Lora]]
     todo: list[tuple[Any, list[Lora]]] = []
     for name, loras in asked.items():
         if name not in engines:
-            raise InputError(f"the {name} generator is not loaded; pass {name}= when loading.")
+            raise InputError(
+                f"the {name} generator is not loaded; pass {name}= when loading.",
+                code="missing",
+                param=name,
+            )
         engine = engines[name]
         experts = engine.experts if isinstance(engine, ExpertsEngine) else {"": engine}
         for one in experts.values():
@@ -187,7 +191,9 @@ def change_loras(engines: Mapping[str, Any], asked: Mapping[str, Sequence[Lora]]
                 raise InputError(
                     f"the {name} generator is an exported engine, whose weights are inside its"
                     f" artefact; export it again with --{name}-lora, or run the generator in"
-                    " PyTorch."
+                    " PyTorch.",
+                    code="unsupported",
+                    param=f"{name}_lora",
                 )
         own = loras_of(name, experts, loras)
         todo += [(one, own[expert]) for expert, one in experts.items()]

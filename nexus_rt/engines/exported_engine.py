@@ -149,7 +149,9 @@ class ExportedEngine(Exported):
             raise InputError(
                 f"the {self.folder.manifest.part} engine computes in"
                 f" {self.folder.manifest.precision} alone and the published code in float32 beside"
-                " it; export with --precision fp32, or use PyTorch."
+                " it; export with --precision fp32, or use PyTorch.",
+                code="unsupported",
+                param="numerics",
             )
 
     @torch.no_grad()
@@ -157,7 +159,9 @@ class ExportedEngine(Exported):
         width = self.folder.manifest.architecture["text_dim"]
         if context.ndim != 3 or context.shape[-1] != width:
             raise InputError(
-                f"context has shape {tuple(context.shape)}; expected [batch, tokens, {width}]."
+                f"context has shape {tuple(context.shape)}; expected [batch, tokens, {width}].",
+                code="mismatch",
+                param="context",
             )
         self.load()
         parts = [self._prepare(context[run]) for run in self.together(len(context))]

@@ -66,7 +66,8 @@ class EngineFolder:
         if not (path / MANIFEST).is_file():
             raise ModelError(
                 f"{path} holds no {MANIFEST}; expected an engine folder, as `nexus-rt export`"
-                " makes."
+                " makes.",
+                code="not_found",
             )
         where, remedy = str(path / MANIFEST), "export the engine again"
         document = documents.parse(documents.read_bytes(path / MANIFEST), where, remedy=remedy)
@@ -74,19 +75,25 @@ class EngineFolder:
         if not isinstance(schema, int) or isinstance(schema, bool):
             raise ModelError(
                 f"{path / MANIFEST} is no engine's manifest: it has no schema; export the engine"
-                " again."
+                " again.",
+                code="missing",
+                param="schema",
             )
         if schema > SCHEMA:
             raise ModelError(
                 f"{path} has a manifest of schema {schema}, and this nexus-rt reads up to {SCHEMA};"
                 " upgrade nexus-rt, or export again:"
-                f" {shorten(document.get('command', 'nexus-rt export'))}"
+                f" {shorten(document.get('command', 'nexus-rt export'))}",
+                code="unsupported",
+                param="schema",
             )
         known = {f.name for f in fields(Manifest)}
         missing = known - document.keys() - {"contract"}
         if missing:
             raise ModelError(
-                f"{path / MANIFEST} lacks {', '.join(sorted(missing))}; export the engine again."
+                f"{path / MANIFEST} lacks {', '.join(sorted(missing))}; export the engine again.",
+                code="missing",
+                param=min(missing),
             )
         stored = documents.check(document, Stored, where, remedy=remedy)
         stored.check(where)
@@ -112,18 +119,20 @@ class EngineFolder:
         for name, known in self.manifest.files.items():
             file = self.path / name
             if not file.is_file():
-                raise ModelError(f"{file} is missing; {self.rebuild()}")
+                raise ModelError(f"{file} is missing; {self.rebuild()}", code="not_found")
             size = file.stat().st_size
             if size != known["bytes"]:
                 raise ModelError(
                     f"{file} has {size} bytes and was written with {known['bytes']};"
-                    f" {self.rebuild()}"
+                    f" {self.rebuild()}",
+                    code="damaged",
                 )
             # small files are read again: it costs less than the question
             whole = again or size <= READ_AGAIN
             if (file_hash if whole else trusted_hash)(file) != known["sha256"]:
                 raise ModelError(
-                    f"{file} is damaged: its sha256 is not the manifest's; {self.rebuild()}"
+                    f"{file} is damaged: its sha256 is not the manifest's; {self.rebuild()}",
+                    code="damaged",
                 )
 
     def artefact(self, name: str) -> Path:
@@ -136,7 +145,9 @@ class EngineFolder:
         if name not in self.manifest.files:
             raise ModelError(
                 f"{self.path / MANIFEST} does not list {name}, which the engine needs;"
-                f" {self.rebuild()}"
+                f" {self.rebuild()}",
+                code="missing",
+                param=name,
             )
         return self.path / name
 
@@ -167,7 +178,8 @@ class EngineFolder:
         if different:
             theirs, ours = different[0]
             raise ModelError(
-                f"{self.path} was built for {theirs}, and this is {ours}; {self.rebuild()}"
+                f"{self.path} was built for {theirs}, and this is {ours}; {self.rebuild()}",
+                code="mismatch",
             )
 
     def check_parity(self, force: bool = False) -> None:
@@ -177,7 +189,8 @@ class EngineFolder:
         why = self.manifest.parity.get("why") or "it was never compared"
         raise ModelError(
             f"{self.path} failed its parity gate ({why}); {self.rebuild()}, or load it with"
-            " force=True (--force)."
+            " force=True (--force).",
+            code="parity",
         )
 
     def write(self) -> None:

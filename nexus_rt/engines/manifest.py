@@ -136,17 +136,28 @@ class Stored(msgspec.Struct):
                 or any(p in ("", ".", "..") for p in pieces)
             ):
                 raise ModelError(
-                    f"{where} lists {shown(name, 120)}; expected names of files in its folder."
+                    f"{where} lists {shown(name, 120)}; expected names of files in its folder.",
+                    code="unsafe",
+                    param="files",
                 )
         if not self.graphs or not self.files:
-            raise ModelError(f"{where} lists no graphs or no files; export the engine again.")
+            raise ModelError(
+                f"{where} lists no graphs or no files; export the engine again.",
+                code="missing",
+                param="files" if self.graphs else "graphs",
+            )
         generates = self.part.partition("-")[0] in ("small", "large")
         if generates and not self.buckets:
-            raise ModelError(f"{where} lists no sizes; export the engine again.")
+            raise ModelError(
+                f"{where} lists no sizes; export the engine again.", code="missing", param="buckets"
+            )
         documents.check(self.options, _Options, f"{where}'s options")
         if self.options.get("range") and len(self.buckets) != 2:
             raise ModelError(
-                f"{where} is of a range and lists {len(self.buckets)} sizes; expected its two ends."
+                f"{where} is of a range and lists {len(self.buckets)} sizes; expected its two"
+                " ends.",
+                code="mismatch",
+                param="buckets",
             )
         if self.part == "vae":
             from nexus_rt.models.vae import check_space
@@ -163,4 +174,8 @@ class Stored(msgspec.Struct):
             try:
                 WanConfig.from_dict(self.architecture)
             except ModelError as error:
-                raise ModelError(f"{where}: its architecture is none: {error}") from error
+                raise ModelError(
+                    f"{where}: its architecture is none: {error}",
+                    code=error.code,
+                    param=error.param,
+                ) from error

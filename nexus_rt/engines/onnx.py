@@ -79,12 +79,12 @@ class OnnxSessions(Sessions):
     ) -> None:
         super().__init__(folder, device)
         if reason := why_not():
-            raise InputError(f"ONNX engines cannot run here: {reason}.")
+            raise InputError(f"ONNX engines cannot run here: {reason}.", code="missing_package")
         provider = choose("provider", device.type if provider is None else provider, PROVIDERS)
         if threads is not None:
             whole("threads", threads, 1, 4096)
         if reason := provider_absent(provider):
-            raise InputError(f"{reason}.")
+            raise InputError(f"{reason}.", code="unsupported", param="provider")
         wanted = {"cpu": ["cpu"], "cuda": ["cuda"]}.get(provider, [provider, "cuda"])
         # without a number, a session computes on the first GPU
         number = {} if provider == "cpu" else {"device_id": str(device.index or 0)}

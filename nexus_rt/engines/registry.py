@@ -92,17 +92,22 @@ def open_engines(
         lost = [f"{generator}-{e}" for e in EXPERTS if expert and f"{generator}-{e}" not in folders]
         if lost:
             raise ModelError(
-                f"{root} holds {name}/ and not {lost[0]}/, the other expert; export both again."
+                f"{root} holds {name}/ and not {lost[0]}/, the other expert; export both again.",
+                code="missing",
+                param=lost[0],
             )
     if not folders.keys() & set(GENERATORS):
         raise ModelError(
             f"{root} holds no engines (small/ or large/ with a {MANIFEST}); make them with"
-            " `nexus-rt export`."
+            " `nexus-rt export`.",
+            code="not_found",
         )
     for name, path in folders.items():
         if (part := EngineFolder.read(path).manifest.part) != name:
             raise ModelError(
                 f"{path} holds the {part} engine; expected {name}: put the folders back under their"
-                " parts' names."
+                " parts' names.",
+                code="mismatch",
+                param="part",
             )
     return {name: open_engine(path, device, force, **options) for name, path in folders.items()}

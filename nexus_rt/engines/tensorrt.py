@@ -50,13 +50,19 @@ def package(backend: str) -> ModuleType:
         InputError: it is not installed, or is the stub that has no library.
     """
     if find_spec(PACKAGES[backend]) is None:
-        raise InputError(f"{backend} is not installed ({INSTALL[backend]}).")
+        raise InputError(
+            f"{backend} is not installed ({INSTALL[backend]}).",
+            code="missing_package",
+            param="backend",
+        )
     try:
         module = import_module(PACKAGES[backend])
         module.Builder  # noqa: B018 (the stub package lacks it)
     except (ImportError, OSError, AttributeError) as error:
         raise InputError(
-            f"{backend} is installed without its libraries ({error}); {INSTALL[backend]}."
+            f"{backend} is installed without its libraries ({error}); {INSTALL[backend]}.",
+            code="missing_package",
+            param="backend",
         ) from None
     return module
 
@@ -108,7 +114,9 @@ class TensorRTSessions(Sessions):
         if device.type != "cuda":
             raise InputError(
                 f"{folder.manifest.backend} engines run on a CUDA device, and this is"
-                f" {device.type}."
+                f" {device.type}.",
+                code="unsupported",
+                param="device",
             )
         self.trt = package(folder.manifest.backend)
         self.weight_budget = weight_budget
@@ -204,10 +212,12 @@ class TensorRTSessions(Sessions):
             if not context.set_input_shape(name, tuple(t.shape)):
                 raise InputError(
                     f"{self.folder.path}: {name} of shape {tuple(t.shape)} is outside the engine's"
-                    " profile."
+                    " profile.",
+                    code="out_of_range",
+                    param=name,
                 )
         for name, t in (*inputs.items(), *outputs.items()):
             context.set_tensor_address(name, t.data_ptr())
         if not context.execute_async_v3(stream):
             message = self.errors[-1] if self.errors else "no message"
-            raise ModelError(f"{self.folder.path} failed to run: {message}")
+            raise ModelError(f"{self.folder.path} failed to run: {message}", code="failed")

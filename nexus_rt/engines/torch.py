@@ -94,7 +94,9 @@ class TorchEngine:
         if self.loaded is None:
             raise InputError(
                 "LoRAs are changed by reading a checkpoint again, and this model was made of none;"
-                " load it with load_transformer."
+                " load it with load_transformer.",
+                code="unsupported",
+                param="loras",
             )
         set_loras(self.model, self.loaded, loras)
         if self.resident:

@@ -120,12 +120,16 @@ def parse_bytes(text: str | float) -> int:
     shown = shorten(text, 80)
     match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)\s*", shown)
     if not match or match[2].upper() not in UNITS:
-        raise InputError(f"memory {shown!r} is not an amount; expected one such as 24GB or 22GiB.")
+        raise InputError(
+            f"memory {shown!r} is not an amount; expected one such as 24GB or 22GiB.", param=name
+        )
     count = int(float(match[1]) * UNITS[match[2].upper()])
     if not 1 <= count < 2**63:
         raise InputError(
             f"memory {shown!r} is {'less than a byte' if count < 1 else 'beyond 2^63 bytes'};"
-            " expected one such as 24GB or 22GiB."
+            " expected one such as 24GB or 22GiB.",
+            code="out_of_range",
+            param=name,
         )
     return count
 
@@ -269,7 +273,9 @@ def plan_residency(
     missing = [n for n in plan.engines if n not in parts]
     if missing:
         raise InputError(
-            f"plan {plan.name!r} runs the {missing[0]} generator, whose size is not known."
+            f"plan {plan.name!r} runs the {missing[0]} generator, whose size is not known.",
+            code="missing",
+            param=missing[0],
         )
     host = sum(parts[n].host for n in plan.engines)
     tried = [
@@ -291,7 +297,9 @@ def plan_residency(
         f"{amount(budget or 0)} do not hold this plan: its {worst.name!r} phase needs"
         f" {amount(worst.peak)} for {', '.join(worst.present)}; the smallest budget that would do"
         f" is {amount(least.peak)}. A plan without a bridge, smaller frames or weights of a lower"
-        " precision need less."
+        " precision need less.",
+        code="out_of_memory",
+        param="vram",
     )
 
 

@@ -57,18 +57,23 @@ def parse_layout(text: str) -> Layout:
         name, _, number = part.strip().partition("=")
         choose("parallel dimension", name, [f.name for f in fields(Layout)])
         if name in given:
-            raise InputError(f"parallel {text!r} names {name} twice.")
+            raise InputError(
+                f"parallel {text!r} names {name} twice.", code="duplicate", param="parallel"
+            )
         if not re.fullmatch("[0-9]{1,4}", number) or not 1 <= int(number) <= 1024:
             raise InputError(
                 f"parallel {text!r}: {name} has {number or 'no number'!r}; expected a whole number,"
-                " such as cfg=2,ulysses=4."
+                " such as cfg=2,ulysses=4.",
+                param="parallel",
             )
         given[name] = int(number)
         if name != "ulysses" and given[name] > 2:
             shared = "generators" if name == "pair" else "halves of a guided step"
             raise InputError(
                 f"parallel {text!r}: {name} is {number}; there are two {shared} to share, so at"
-                " most 2."
+                " most 2.",
+                code="out_of_range",
+                param="parallel",
             )
     return Layout(**given)
 
@@ -124,18 +129,26 @@ def make_mesh(layout: Layout, device: torch.device | None = None) -> Mesh:
         InputError: not started so, or beside another number of processes.
     """
     if not dist.is_available():
-        raise InputError("this PyTorch is built without torch.distributed, which parallel needs.")
+        raise InputError(
+            "this PyTorch is built without torch.distributed, which parallel needs.",
+            code="unsupported",
+            param="parallel",
+        )
     if not dist.is_initialized() and "WORLD_SIZE" not in os.environ:
         started = STARTED_BY.format(count=layout.size, text=layout)
         raise InputError(
             f"parallel {layout} runs in {layout.size} processes, and this one was started alone;"
-            f" start them with: {started}"
+            f" start them with: {started}",
+            code="missing",
+            param="parallel",
         )
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
     if world != layout.size:
         raise InputError(
             f"parallel {layout} needs {layout.size} processes, and there are {world}; start as"
-            f" many (torchrun --nproc-per-node {layout.size}), or change it."
+            f" many (torchrun --nproc-per-node {layout.size}), or change it.",
+            code="mismatch",
+            param="parallel",
         )
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

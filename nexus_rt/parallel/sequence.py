@@ -22,7 +22,9 @@ def check_heads(count: int, heads: int) -> None:
         fit = [n for n in range(2, heads + 1) if heads % n == 0]
         raise InputError(
             f"ulysses={count} shares {heads} heads, which it does not divide; take one of"
-            f" {', '.join(map(str, fit))}."
+            f" {', '.join(map(str, fit))}.",
+            code="mismatch",
+            param="parallel",
         )
 
 

@@ -89,12 +89,16 @@ def _split_tokens(name: str, engine: Any, mesh: Mesh) -> None:
     if isinstance(engine, ReplayedEngine):
         raise InputError(
             "ulysses exchanges tokens inside of a step, which CUDA graphs do not record; leave"
-            " cuda_graphs out, or share the step by cfg=2."
+            " cuda_graphs out, or share the step by cfg=2.",
+            code="conflict",
+            param="cuda_graphs",
         )
     if not isinstance(engine, TorchEngine):
         raise InputError(
             f"ulysses shares the tokens of generators in PyTorch, and the {name} one is an exported"
-            " engine, which holds all of them; share it by cfg=2 or pair=2."
+            " engine, which holds all of them; share it by cfg=2 or pair=2.",
+            code="unsupported",
+            param="parallel",
         )
     engine.model.share_tokens(Sequence(mesh, engine.model.config.num_attention_heads))
 
@@ -103,12 +107,16 @@ def _check_pair(pipe: PipelineModels) -> None:
     missing = [name for name in OWNERS if name not in pipe.engines]
     if missing:
         raise InputError(
-            f"pair=2 puts one generator on each half, and the {missing[0]} one is not loaded."
+            f"pair=2 puts one generator on each half, and the {missing[0]} one is not loaded.",
+            code="missing",
+            param=missing[0],
         )
     if pipe.vram is not None:
         raise InputError(
             "pair=2 leaves each generator where it runs, and vram has them come and go; leave one"
-            " of them out."
+            " of them out.",
+            code="conflict",
+            param="vram",
         )
 
 

@@ -67,7 +67,9 @@ class Watch:
             while self.found is None and time.monotonic() < end:
                 time.sleep(BEAT_S / 5)
             if self.found is not None:
-                error = NexusError(f"{self.found}; this process was waiting for it.")
+                error = NexusError(
+                    f"{self.found}; this process was waiting for it.", code="unreachable"
+                )
         reason = f"{type(error).__name__}: {shorten(error)}"
         try:
             self.store.set(f"end/{self.rank}", reason)
