@@ -111,7 +111,7 @@ class ResidencyPlan:
         )
 
 
-def parse_bytes(text: str | float) -> int:
+def parse_bytes(text: str | float, name: str = "vram") -> int:
     """ "24GB", "22.5GiB", "800MB" or a number of bytes.
 
     Raises:
