@@ -8,6 +8,7 @@ import pytest
 from nexus_rt import InputError
 from nexus_rt.cli import main
 from nexus_rt.front import Front, FrontPlan, from_front, read_front
+from tests.refusals import refuses
 
 ROW = dict(plan="small:4/10 large:4", ms=900.0, score=0.5, low=0.4, high=0.6)
 FRONT = dict(
@@ -31,7 +32,7 @@ def test_the_best_plan_within_a_budget(tmp_path, capsys):
     assert from_front(f"@{path}:5000.5ms").plan == "large"
     assert main(["plan", "--plan", f"@{path}:900", "--costs", "1,2"]) == 0
     assert "\nsmall:4/10 large:4: 8 small" in capsys.readouterr().out
-    with pytest.raises(InputError, match="holds no plan within 899.999 ms; its cheapest takes 900"):
+    with refuses("out_of_range", "plan", InputError):
         from_front(f"@{path}:899.999")
     read_front(path).save(tmp_path / "again.json")
     assert read_front(tmp_path / "again.json") == read_front(path)
@@ -84,7 +85,7 @@ def test_wrong_values_of_a_front_are_named(tmp_path, place, value):
 
 
 def test_a_front_of_python_is_checked_too():
-    with pytest.raises(InputError, match="unknown plan"):
+    with refuses("unknown_name", "plan", InputError):
         FrontPlan("nonsense", 1.0, 0.5, 0.4, 0.6)
     assert Front([FrontPlan(**ROW)], 1, "pixels").front[0].rewrite == "off"
 
@@ -99,11 +100,11 @@ def test_no_front(tmp_path, text):
 def test_what_has_no_end_is_not_waited_for(tmp_path, monkeypatch, name, capsys):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
-    with pytest.raises(InputError, match="is no file"):
+    with refuses("unreadable", "plan", InputError):
         from_front(f"@{name}:900")
     for command in (["plan", "--costs", "1,2"], ["generate", "a", "-o", "x.mp4"]):
         assert main([*command, "--plan", f"@{name}:900"]) == 2
-        assert "is no file" in capsys.readouterr().err
+        assert name in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -123,5 +124,5 @@ def test_names_that_no_file_has(tmp_path, monkeypatch, name):
     ["@f.json", "@:900", "@f:-1", "@f:nan", "@f:inf", "@f:" + "9" * 400, "@f:1e3", "@f:\u0663"],
 )
 def test_budgets_that_are_none(text):
-    with pytest.raises(InputError, match="is not @FILE:MILLISECONDS"):
+    with refuses("invalid_value", "plan", InputError):
         from_front(text)
