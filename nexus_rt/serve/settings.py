@@ -108,7 +108,7 @@ class Settings:
         if self.step_timeout is not None:
             number("step_timeout", self.step_timeout, 0.1, 1e8)
         frame_rate(self.fps)
-        object.__setattr__(self, "quota", parse_bytes(self.quota))
+        object.__setattr__(self, "quota", parse_bytes(self.quota, "quota"))
         if not self.models or any(not re.fullmatch(r"[\w./:-]{1,200}", m) for m in self.models):
             raise InputError(
                 f"model names are {self.models!r}; expected letters, digits and ._/:-, such as"
