@@ -182,9 +182,7 @@ class Api:
         profile, settings = await self.of.loaded(), self.settings
         return RequestLimits(
             models=settings.models,
-            defaults=profile.defaults,
-            temporal=profile.grid.time,
-            generators=profile.generators,
+            pair=profile,
             loras=await self.of.call(settings.loras) if settings.lora_folder else [],
             fps=settings.fps,
             deadline=settings.deadline,
@@ -311,8 +309,8 @@ class Api:
         known = await self._known()
         fields = from_form(list(request.query_params.multi_items()))
         made = read_create({"prompt": "-", **fields}, known)
-        planned = self.of.known().check(made)
-        d = known.defaults
+        planned = self.of.known().check(made, known.max_steps)
+        d = known.pair.defaults
         return JSONResponse(
             {
                 **answers.plan(planned, self.of.prices),

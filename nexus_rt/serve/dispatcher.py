@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nexus_rt.errors import NexusError, shorten
+from nexus_rt.errors import InputError, NexusError, shorten
 from nexus_rt.request import GenerationRequest
 from nexus_rt.serve import answers
 from nexus_rt.serve.clips import FILES, write_clip
@@ -43,6 +43,7 @@ PROBE = 2.0  # seconds between looks at the store's disk
 SILENT_STORE = 30.0  # seconds without a look that ended, after which the disk counts as hung
 INTERNAL = ("waiting", "begun", "phase")  # events of a runner that are not a watcher's
 HELD = 15.0  # seconds that a request is held while the models are being loaded
+MAX_PLANNED = 1000  # waiting jobs whose plans are kept; of the others they are made again
 PATIENCE = (1.0, 60.0)  # seconds before a worker that would not load is tried again
 
 
@@ -107,6 +108,7 @@ class Dispatcher:
         self._probed = time.monotonic()  # when the store was last looked at
         self._loaded = asyncio.Event()  # the one or the other
         self.live: dict[str, RunningJob] = {}
+        self._planned: dict[str, GenerationRequest] = {}  # of jobs that have not ended
         self.stopping = False
         self._adrift: list[Job] = []  # claimed, and their end is not written down yet
         self._wake = asyncio.Event()
@@ -155,7 +157,7 @@ class Dispatcher:
             self.profile, self.problem = profile, None
             self._loaded.set()
             if warmed is not None:
-                self.prices.learn(profile.check(warmed[0]), warmed[1])
+                self.prices.learn(*warmed)
             log.info("ready", extra={"device": profile.device})
             for _ in range(self.runner.capacity):
                 self._tasks.append(asyncio.create_task(self._work()))
@@ -217,14 +219,14 @@ class Dispatcher:
             Problem: 400, the models cannot make it; 429, the key's queue or the quota is full;
                 503, no job can be kept.
         """
-        planned = (await self.loaded()).check(request)
+        planned = (await self.loaded()).check(request, self.settings.max_steps)
         if self.stopping:
             raise Problem(503, "stopping", "the server stops; try again later.", retry_after=10)
         if self.trouble is not None:
             raise Problem(503, "storage_failed", f"{self.trouble}; try again.", retry_after=10)
         now, settings = time.time(), self.settings
         price = self.prices.total(planned)
-        pixels = math.prod(request.size)
+        pixels = math.prod(planned.size)
         new = NewJob(
             owner=owner,
             request=request.as_row(),
@@ -262,9 +264,11 @@ class Dispatcher:
                 " wait until they expire.",
                 retry_after=60.0 if at is None else max(1.0, at - now),
             ) from None
+        if len(self._planned) < MAX_PLANNED:
+            self._planned[job.id] = planned
         self.metrics.submitted.inc()
         details = {"prompt": request.prompt} if self.settings.log_prompts else {}
-        log.info("queued", extra={"job": job.id, "size": str(request.size), **details})
+        log.info("queued", extra={"job": job.id, "size": str(planned.size), **details})
         self._wake.set()
         return job
 
@@ -277,6 +281,7 @@ class Dispatcher:
         if self.trouble is not None:  # on a full disk the row can go after its files alone
             await self.call(shutil.rmtree, self.videos / job.id, ignore_errors=True)
         await self.call(self.store.delete, job.id)
+        self._planned.pop(job.id, None)
         self._stop_running(job.id)
         self.hub.publish(job.id, "deleted", {"id": job.id})
         await self.call(shutil.rmtree, self.videos / job.id, ignore_errors=True)
@@ -330,18 +335,18 @@ class Dispatcher:
 
     async def _run(self, jobs: list[Job]) -> None:
         """Run jobs that were claimed together."""
-        profile, began = self.known(), time.time()
+        began = time.time()
         tasks, runs, refused = [], [], []
         for job in jobs:
             try:
                 request = ClipRequest.stored(job.request)
-                planned = profile.check(request)
-                tasks.append(Task(job.id, request, self._lora_files(request)))
+                planned = self._plan(job.id, request)
+                tasks.append(Task(job.id, request, planned, self._lora_files(request)))
                 runs.append((job, planned))
-            # queued for other models, or by another version
-            except (Problem, TypeError, KeyError) as error:
-                why = error.message if isinstance(error, Problem) else "its request cannot be read."
-                refused.append((job, getattr(error, "code", "invalid_value"), why))
+            except Problem as problem:  # queued for other models
+                refused.append((job, problem.code, problem.message))
+            except (InputError, TypeError, KeyError):  # queued by another version
+                refused.append((job, "invalid_value", "its request cannot be read."))
         if runs:
             bounds = Bounds.of(self.prices, runs[0][1], len(runs), self.settings.step_timeout)
             call = Call(frozenset(job.id for job, _ in runs), bounds)
@@ -386,6 +391,16 @@ class Dispatcher:
             for job in jobs:
                 self.live.pop(job.id, None)
                 self.hub.forget(job.id)
+
+    def _plan(self, job_id: str, request: ClipRequest) -> GenerationRequest:
+        """What a job generates: as it was planned at the door, or, after a restart, now.
+
+        Raises:
+            Problem: the models cannot make it.
+        """
+        if job_id not in self._planned:
+            self._planned[job_id] = self.known().check(request)
+        return self._planned[job_id]
 
     def _lora_files(self, request: ClipRequest) -> dict[str, tuple[str, ...]]:
         """The files of a request's LoRAs, by generator.
@@ -438,6 +453,7 @@ class Dispatcher:
         if not kept:  # cancelled, or overdue, in its last moment
             await self.call(shutil.rmtree, self.videos / job.id, ignore_errors=True)
             return
+        self._planned.pop(job.id, None)
         if clip.perf["meta"]["batch"] == 1:
             self.prices.learn(planned, clip.perf)
             await self.call(self.store.note, "steps", self.prices.as_row())
@@ -463,6 +479,7 @@ class Dispatcher:
         )
         self._stop_running(job.id)
         if ended:
+            self._planned.pop(job.id, None)
             self.metrics.ended.labels(code).inc()
             log.info("failed", extra={"job": job.id, "code": code})
             await self._tell_end(job.id)

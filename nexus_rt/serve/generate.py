@@ -10,22 +10,28 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nexus_rt.call import decode, denoise, draw_noise
 from nexus_rt.devices import Arrival, fetch
+from nexus_rt.encode import Prompts, encode
 from nexus_rt.errors import Cancelled, DecodeError, NexusError, NumericsError, shorten
 from nexus_rt.models.text import clean_prompt
-from nexus_rt.process import resident_bytes
+from nexus_rt.plan import Step
+from nexus_rt.process import computes, resident_bytes
+from nexus_rt.request import GenerationRequest
+from nexus_rt.rewriting import Rewriting
 from nexus_rt.serve.exhaustion import HOST, exhausted
 from nexus_rt.serve.preview import LatentRGB, clean, fit, picture, shipped
-from nexus_rt.serve.problems import JobFailed, Problem
+from nexus_rt.serve.problems import JobFailed
 from nexus_rt.serve.profile import Profile
 from nexus_rt.serve.requests import ClipRequest
+from nexus_rt.settings import CallSettings, Defaults
 from nexus_rt.size import ClipSize
 from nexus_rt.tracing import Trace, record
 from nexus_rt.video import contact_sheet, made_with, save_video, to_uint8
@@ -33,6 +39,7 @@ from nexus_rt.video import contact_sheet, made_with, save_video, to_uint8
 if TYPE_CHECKING:
     import numpy as np
 
+    from nexus_rt.models.text import Tokenized
     from nexus_rt.pipeline import NexusPipeline
 
 log = logging.getLogger("nexus_rt.serve")
@@ -42,10 +49,12 @@ WARMUP = "a red circle moves left on a black background"
 
 @dataclass(frozen=True)
 class Task:
-    """A job as a worker gets it. loras: the request's, with the paths of their files."""
+    """A job as a worker gets it. planned: what its request generates. loras: the request's, with
+    the paths of their files."""
 
     id: str
     request: ClipRequest
+    planned: GenerationRequest
     loras: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -70,10 +79,10 @@ def memory(device: torch.device) -> dict[str, float]:
     return {name: round(count / 2**20, 1) for name, count in now.items() if count is not None}
 
 
-def warmup_request(defaults: Any) -> ClipRequest:
+def warmup_request(defaults: Defaults) -> ClipRequest:
     """A clip of a pair's own size and plan."""
-    size = defaults.width, defaults.height, defaults.num_frames
-    return ClipRequest(WARMUP, "warm-up", *size, fps="16", seconds="1", seed=0)
+    size = CallSettings.of(ClipSize.of_defaults(defaults).options)
+    return ClipRequest(WARMUP, "warm-up", size, fps="16", seconds="1", seed=0)
 
 
 class ServedPipeline:
@@ -92,11 +101,12 @@ class ServedPipeline:
         self._cancelled: set[str] = set()
         self._kinds: set[tuple[int, ClipSize]] = set()  # batches and sizes that it has made
 
-    def warm_up(self) -> tuple[ClipRequest, dict[str, Any]]:
-        """One clip of the pair's own size and plan: its request, and what it took."""
-        request = warmup_request(self.pipe.defaults)
-        clip = self.run([Task("warm-up", request)], lambda event: None)[0]
-        return request, clip.perf
+    def warm_up(self) -> tuple[GenerationRequest, dict[str, Any]]:
+        """One clip of the pair's own size and plan: what was generated, and what it took."""
+        request = warmup_request(self.profile.defaults)
+        planned = self.profile.check(request)
+        clip = self.run([Task("warm-up", request, planned)], lambda event: None)[0]
+        return planned, clip.perf
 
     def wanted(self, task: Task) -> bool:
         """Whether a task was not cancelled."""
@@ -122,8 +132,6 @@ class ServedPipeline:
         self._cancelled &= self._running
         try:
             return _Call(self, tasks, emit).run()
-        except Problem as problem:
-            raise JobFailed(problem.code, problem.message) from problem
         except Cancelled as error:
             raise JobFailed("cancelled", str(error)) from error
         except Exception as error:
@@ -142,7 +150,7 @@ class ServedPipeline:
                 torch.cuda.empty_cache()
             return JobFailed(
                 "out_of_memory",
-                f"the device's memory does not hold a clip of {task.request.size}; ask for a"
+                f"the device's memory does not hold a clip of {task.planned.size}; ask for a"
                 " smaller one.",
             )
         if memory == "host":
@@ -174,7 +182,7 @@ class _Call:
         self, of: ServedPipeline, tasks: Sequence[Task], emit: Callable[[Event], None]
     ) -> None:
         self.of, self.pipe, self.tasks, self.emit = of, of.pipe, list(tasks), emit
-        self.planned = of.profile.check(self.tasks[0].request)
+        self.planned = self.tasks[0].planned
         self.memory: dict[str, dict[str, float]] = {}
         self.warnings: dict[str, str] = {}  # by task
         self.before: Tensor | None = None
@@ -190,90 +198,85 @@ class _Call:
         if not any(self.of.wanted(task) for task in self.tasks):
             raise Cancelled("stopped, as asked.")
 
+    @torch.no_grad()
     def run(self) -> list[Clip]:
         """See `ServedPipeline.run`."""
-        pipe, first = self.pipe, self.tasks[0].request
+        pipe, planned, count = self.pipe, self.planned, len(self.tasks)
+        computes()
         if pipe.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pipe.device)
         began = time.perf_counter()
-        with record(pipe.device) as trace:
-            kind = (len(self.tasks), first.size)
+        with pipe.exclusive(planned.plan) as hooks, record(pipe.device) as trace:
+            kind = (count, planned.size)
             self.tell("stage", stage="encode", fresh=kind not in self.of._kinds)
             self.of.set_loras(self.tasks[0].loras)
             self.check()
-            self.warn_of_cut()
-            rewritten = self.rewrite()
-            self.check()
-            self.before = pipe.prepare_latents(len(self.tasks), first.size, self.seeds())
+            components = pipe.components
+            self.warn_of_cut(components.text)
+            conditioning = encode(components, planned, self.prompts(), self.encoded)
+            seeds = self.seeds()
+            self.before = draw_noise(components, planned.size, count, seeds)
             self.last = time.perf_counter()
-            made = pipe(
-                [t.request.prompt for t in self.tasks],
-                [t.request.negative_prompt or "" for t in self.tasks],
-                generator=self.seeds(),
-                rewrite=rewritten or "off",
-                output_type="latent",
-                callback_on_step_end=self.step,
-                **first.options,
-            )
+            hooks = replace(hooks, on_step=self.step, noise_rng=seeds)
+            latents = denoise(components, planned, conditioning, self.before, hooks)
             self.tell_previews(wait=True)
             self.memory["denoise"] = memory(pipe.device)
             self.check()
             self.tell("stage", stage="decode")
             kept = [i for i, task in enumerate(self.tasks) if self.of.wanted(task)]
-            latents = made.frames[kept]
-            frames = pipe.decode(latents, "np")
+            frames = decode(components, planned, latents[kept])
             self.memory["decode"] = memory(pipe.device)
-        self.learn_colours(latents, frames)
+        self.learn_colours(latents[kept], frames)
         self.tell("stage", stage="write")
         writing = time.perf_counter()
-        files = [self.files(self.tasks[i], frames[j], made) for j, i in enumerate(kept)]
+        files = [self.files(i, frames[j], conditioning.rewriting) for j, i in enumerate(kept)]
         wrote = 1000 * (time.perf_counter() - writing)
         total = 1000 * (time.perf_counter() - began)
-        perf = self.perf(trace, total, wrote, made)
+        perf = self.perf(trace, total, wrote)
         self.of._kinds.add(kind)
         return [
             Clip(self.tasks[i].id, *files[j], self.with_meta(perf, self.tasks[i]))
             for j, i in enumerate(kept)
         ]
 
+    def prompts(self) -> Prompts:
+        """The prompts of the tasks."""
+        requests = [task.request for task in self.tasks]
+        negatives = [r.negative_prompt or "" for r in requests]
+        return Prompts.of([r.prompt for r in requests], negatives, self.planned.settings)
+
     def seeds(self) -> list[torch.Generator]:
         return [torch.Generator("cpu").manual_seed(t.request.seed) for t in self.tasks]
 
-    def warn_of_cut(self) -> None:
+    def warn_of_cut(self, encoder: Tokenized | None) -> None:
         """Tell the watchers of a prompt that is longer than what is read of it."""
-        encoder = self.pipe.text
-        if encoder is None:  # the call says so
+        if encoder is None:  # `encode` says so
             return
         for task in self.tasks:
             if (lost := encoder.lost(clean_prompt(task.request.prompt))) is not None:
                 self.warnings[task.id] = f"the prompt {lost}"
                 self.tell("warning", task, message=self.warnings[task.id])
 
-    def rewrite(self) -> list[str] | None:
-        """What the large generator reads, told as soon as it is there."""
-        pipe, first = self.pipe, self.tasks[0].request
-        by = pipe.rewrites_by(first.rewrite, self.planned.plan)
-        if by is None:
-            return None
-        self.tell("phase", phase="rewrite")  # which may ask another machine
-        rewriting = pipe.rewrite([t.request.prompt for t in self.tasks], by)
-        self.tell("phase", phase="encode")
-        if rewriting is None:
-            return None
-        for i, task in enumerate(self.tasks):
-            failure = rewriting.failures.get(i)
-            self.tell("rewriting", task, text=rewriting.texts[i], failure=failure)
-        return list(rewriting.texts)
+    def encoded(self, stage: str, rewriting: Rewriting | None) -> None:
+        """A stage of `encode`: what the large generator reads is told as soon as it is there."""
+        if stage == "rewriting":
+            self.tell("phase", phase="rewrite")  # which may ask another machine
+        elif rewriting is not None:
+            self.tell("phase", phase="encode")
+            for i, task in enumerate(self.tasks):
+                failure = rewriting.failures.get(i)
+                self.tell("rewriting", task, text=rewriting.texts[i], failure=failure)
+        self.check()
 
-    def step(self, pipe: NexusPipeline, index: int, timestep: Any, tensors: dict) -> None:
+    def step(self, step: Step, latents: Tensor) -> None:
         """After every step: what was done, a preview where one is due, and whether to go on."""
-        latents, now = tensors["latents"], time.perf_counter()
-        self.tell("step", step=index + 1, duration_ms=1000 * (now - self.last))
+        now = time.perf_counter()
+        self.tell("step", step=step.index + 1, duration_ms=1000 * (now - self.last))
         if self.of.rgb is not None and self.of.preview_every:
-            self.preview(index, latents)
+            self.preview(step.index, latents)
             self.tell_previews(wait=False)
         if not any(self.of.wanted(task) for task in self.tasks):
-            pipe.cancel()
+            self.pipe.cancel()
         self.before, self.last = latents, time.perf_counter()
 
     def preview(self, index: int, latents: Tensor) -> None:
@@ -299,27 +302,30 @@ class _Call:
         if self.of.rgb is None and self.pipe.vae is not None and self.of.preview_every:
             self.of.rgb = fit(latents, frames, self.pipe.vae.temporal)
 
-    def files(self, task: Task, frames: np.ndarray, made: Any) -> tuple[bytes, bytes, bytes]:
-        """mp4, thumbnail (WebP) and spritesheet (JPEG) of a clip."""
+    def files(
+        self, index: int, frames: np.ndarray, rewriting: Rewriting | None
+    ) -> tuple[bytes, bytes, bytes]:
+        """mp4, thumbnail (WebP) and spritesheet (JPEG) of a task's clip."""
         from PIL import Image
 
-        r = task.request
-        options = {k: v for k, v in r.options.items() if k != "plan"}
+        r, plan = self.tasks[index].request, self.planned.plan
+        options = {k: v for k, v in r.call.items() if k not in ("plan", "rewrite")}
         options |= {"loras": ", ".join(r.loras)} if r.loras else {}
-        known = made_with(r.prompt, r.negative_prompt, r.seed, made.plan.name, options, r.model)
-        if made.rewriting is not None:
-            known["rewritten"] = made.rewriting.texts[self.tasks.index(task)]
+        known = made_with(r.prompt, r.negative_prompt, r.seed, plan.name, options, r.model)
+        if rewriting is not None:
+            known["rewritten"] = rewriting.texts[index]
+        pixels = to_uint8(frames, truncate=self.planned.published)
         with tempfile.TemporaryDirectory(prefix="nexus-rt-") as folder:
-            path = save_video(frames, Path(folder) / "clip.mp4", r.fps, known)
+            path = save_video(pixels, Path(folder) / "clip.mp4", r.fps, known)
             video = path.read_bytes()
-        pixels = to_uint8(frames)
         still, sheet = io.BytesIO(), io.BytesIO()
         Image.fromarray(pixels[len(pixels) // 2]).save(still, format="WEBP", quality=85)
         Image.fromarray(contact_sheet(pixels)).save(sheet, format="JPEG", quality=85)
         return video, still.getvalue(), sheet.getvalue()
 
-    def perf(self, trace: Trace, total: float, wrote: float, made: Any) -> dict[str, Any]:
+    def perf(self, trace: Trace, total: float, wrote: float) -> dict[str, Any]:
         """Where the time went, in the fields of `/v1/perf/{id}`."""
+        plan = self.planned.plan
         steps = trace.steps()
         first, last = min(a for a, _ in steps.values()), max(b for _, b in steps.values())
         decode = trace.totals().get("vae", 0.0)
@@ -336,8 +342,8 @@ class _Call:
             ],
             "memory_checkpoints": self.memory,
             "meta": {
-                "plan": made.plan.name,
-                "steps": len(made.plan),
+                "plan": plan.name,
+                "steps": len(plan),
                 "batch": len(self.tasks),
                 "device": str(self.pipe.device),
                 "residency_moves": sum(name == "residency" for name, *_ in trace.spans),

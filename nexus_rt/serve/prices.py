@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
-from nexus_rt.guidance import Guidance
+from nexus_rt.method.guidance import Guidance
 from nexus_rt.plan import Step
 from nexus_rt.request import GenerationRequest
 

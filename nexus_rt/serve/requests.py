@@ -1,88 +1,112 @@
 """What clients ask for: the body of `POST /v1/videos`, resolved and checked before it is queued.
 
-The fields of OpenAI's API, and those that NexusRT has besides; whatever else is sent is refused by
-name. A form's texts become the types of JSON first, so that both are checked alike.
+The fields of OpenAI's API, the server's own, and the settings of a call that a server takes
+(`nexus_rt.settings`); whatever else is sent is refused by name. A form's texts become the types of
+JSON first, so that both are checked alike.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any
 
+import msgspec
+
+from nexus_rt import settings
 from nexus_rt.checks import number, whole
 from nexus_rt.errors import InputError, shorten, shown
+from nexus_rt.fields import SERVER, Field
+from nexus_rt.limits import MAX_SEED, MAX_STEPS
+from nexus_rt.request import PairProfile
 from nexus_rt.serve.problems import Problem, unknown_parameter, wrong
+from nexus_rt.settings import CallSettings
 from nexus_rt.size import ClipSize, parse_sides
 from nexus_rt.video import frame_rate
 
 MAX_PROMPT = 32_000  # characters, OpenAI's limit
+MAX_DIGITS = 40  # characters of a number in a form
+MAX_NUMBER = 1e9  # of a number in a body, either sign, before the range of its field is looked at
 PRIORITIES = (-10, 10)
-WHOLE = ("num_frames", "seed", "num_inference_steps", "priority")
-NUMBERS = ("guidance_scale", "guidance_scale_2", "shift", "deadline")
-TEXTS = ("prompt", "model", "negative_prompt", "plan", "solver", "rewrite")
-FIELDS = (*TEXTS, *WHOLE, *NUMBERS, "seconds", "size", "fps", "lora")
+OWN = {  # the server's own fields, and what a form's text becomes
+    "prompt": str,
+    "model": str,
+    "negative_prompt": str,
+    "size": str,
+    "seconds": str,
+    "fps": str,
+    "seed": int,
+    "lora": str,
+    "priority": int,
+    "deadline": float,
+}
+SIZES = ("width", "height", "num_frames")  # settings that a request always has
+SENT_AS = {"width": "size", "height": "size"}  # fields of requests by the call's settings
 STEPS = re.compile(r"(?:\b(?:small|large|bridge):|/|\bsteps=)([0-9]{1,9})")  # in a plan's text
-CALL = ("plan", "num_inference_steps", "guidance_scale", "guidance_scale_2", "shift", "solver")
 INPUTS = ("input_reference", "image", "image_url", "video", "input_image", "characters")
 SECONDS = re.compile(r"\s*[0-9]{1,9}(\.[0-9]{1,9})?\s*")
 LORA = re.compile(r"(?:(small|large):)?([\w.-]{1,200}?)(?:@(-?\d{1,3}(?:\.\d{1,6})?))?")
+
+
+def field_names() -> tuple[str, ...]:
+    """The fields of `POST /v1/videos` and of the query of `GET /v1/plan`."""
+    return (*OWN, *settings.fields(SERVER))
 
 
 @dataclass(frozen=True)
 class ClipRequest:
     """A job: everything that decides what its clip is, and when it runs.
 
-    seconds: as it is answered. plan: words, None for the pair's own. loras: "small:NAME@SCALE" or
-        "large:NAME@SCALE".
+    settings: the call's, the clip's size among them. seconds: as it is answered. loras:
+        "small:NAME@SCALE" or "large:NAME@SCALE".
     """
 
     prompt: str
     model: str
-    width: int
-    height: int
-    num_frames: int
+    settings: CallSettings
     fps: str
     seconds: str
     seed: int
     negative_prompt: str | None = None
-    plan: str | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    guidance_scale_2: float | None = None
-    shift: float | None = None
-    solver: str | None = None
-    rewrite: str | None = None
     loras: tuple[str, ...] = ()
     priority: int = 0
     deadline: float | None = None
 
     @classmethod
     def stored(cls, row: Mapping[str, Any]) -> ClipRequest:
-        """A request as the store keeps it."""
-        return cls(**{**row, "loras": tuple(row["loras"])})
+        """A request as the store keeps it.
+
+        Raises:
+            TypeError, KeyError, InputError: another version's.
+        """
+        names = settings.CallSettings.__struct_fields__
+        own = {n: v for n, v in row.items() if n not in names}
+        made = settings.CallSettings.of(row)
+        return cls(**{**own, "settings": made, "loras": tuple(row["loras"])})
 
     def as_row(self) -> dict[str, Any]:
-        return asdict(self)
+        """The request as the store keeps it: fields and settings side by side."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
+        return {**own, **self.call}
 
     @property
     def size(self) -> ClipSize:
-        return ClipSize(self.width, self.height, self.num_frames)
+        return ClipSize(*(getattr(self.settings, name) for name in SIZES))
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Of the pipeline's call, for every sample of a batch alike."""
-        call = {n: v for n in CALL if (v := getattr(self, n)) is not None}
-        return {**self.size.options, **call}
+    def call(self) -> dict[str, Any]:
+        """The settings that the request has, in JSON's types."""
+        return {**self.size.options, **msgspec.to_builtins(self.settings.given)}
 
     @property
     def batch_key(self) -> str:
         """Requests of the same key can be denoised together."""
-        return repr((sorted(self.options.items()), self.loras, self.rewrite))
+        return repr((sorted(self.call.items()), self.loras))
 
 
 def from_form(fields: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -109,14 +133,29 @@ def from_form(fields: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _typed(name: str, text: str) -> Any:
-    """A form's text as the number that a field wants, or as it is for the checks to refuse."""
-    kind = int if name in WHOLE else float if name in NUMBERS else None
-    if kind is None or len(text) > 40:
-        return text
+    """A form's text as JSON would have it, or as it is for the checks to refuse."""
+    field = settings.fields(SERVER).get(name)
+    kind = OWN.get(name, str) if field is None else field.kind
     try:
-        return kind(text)
-    except ValueError:
-        return text
+        if kind is bool:
+            return {"true": True, "false": False}.get(text.lower(), text)
+        if kind in (int, float):
+            return kind(_digits(text))
+        if kind in ("scale", "numbers") and text.count(",") <= MAX_STEPS:
+            numbers = [float(_digits(part)) for part in text.split(",")]
+            return numbers[0] if kind == "scale" and len(numbers) == 1 else numbers
+        if field is not None and field.nested:
+            return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    return text
+
+
+def _digits(text: str) -> str:
+    """A text that is short enough to be a number; Python takes long over a million digits."""
+    if len(text) > MAX_DIGITS:
+        raise ValueError("longer than a number")
+    return text
 
 
 def no_input(param: str) -> Problem:
@@ -240,19 +279,64 @@ def _plain(scale: float) -> str:
     return f"{scale:.6f}".rstrip("0").rstrip(".")
 
 
+def _setting(field: Field, value: Any, max_steps: int) -> Any:
+    """A setting of a body as a call takes it; None for an empty text, which counts as left out.
+
+    Raises:
+        Problem: of another type than JSON's for it, outside its range, or too many steps.
+    """
+    name = field.name
+    if name == "rewrite":  # a text like a prompt
+        return check_prompt(value, name)
+    if field.kind in (str, "any"):
+        value = _text({name: value}, name)
+    elif field.kind is int:
+        value = _checked(name, whole, name, value, -1, MAX_SEED)
+    elif field.kind == "numbers" or (field.kind == "scale" and isinstance(value, list)):
+        _check_steps(name, len(value) if isinstance(value, list) else 0, max_steps)
+        value = _numbers(name, value)
+    elif field.kind in (float, "scale"):
+        value = _number(name, value)
+    elif field.nested and not isinstance(value, dict):
+        known = ", ".join(field.kind.__struct_fields__)
+        raise wrong(name, f"{name} is {shown(value)}; expected an object of some of {known}.")
+    if value is None:
+        return None
+    if field.high == MAX_STEPS:
+        _check_steps(name, value, max_steps)
+    if name == "plan":  # before a plan of so many steps is made
+        for count in (*map(int, STEPS.findall(value)), value.count(",")):  # "," of noise levels
+            _check_steps(name, count, max_steps)
+    return _checked(name, field.checked, value)
+
+
+def _number(name: str, value: Any) -> float:
+    return _checked(name, number, name, value, -MAX_NUMBER, MAX_NUMBER)
+
+
+def _numbers(name: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list):
+        raise wrong(name, f"{name} is {shown(value)}; expected a list of numbers.")
+    return tuple(_number(name, one) for one in value)
+
+
+def _check_steps(name: str, count: int, max_steps: int) -> None:
+    """Raise a `Problem` where a field asks for more steps than the server takes."""
+    if count > max_steps:
+        raise wrong(name, f"{name} has {count} steps; this server takes at most {max_steps}.")
+
+
 @dataclass(frozen=True)
 class RequestLimits:
     """What a request is read against, of the server and of its pair.
 
-    models: names that may be asked for. defaults: the pair's `Defaults`. temporal: frames a latent
-        frame. generators: those that are loaded. loras: names. fps: where a request says nothing.
-        deadline, max_size, max_steps: the most that may be asked.
+    models: names that may be asked for. pair: its defaults, its grid, its generators. loras: names.
+        fps: where a request says nothing. deadline, max_size, max_steps: the most that may be
+        asked.
     """
 
     models: tuple[str, ...]
-    defaults: Any
-    temporal: int
-    generators: tuple[str, ...]
+    pair: PairProfile
     loras: list[str]
     fps: str
     deadline: float
@@ -267,7 +351,7 @@ def read_create(body: Any, known: RequestLimits) -> ClipRequest:
     Raises:
         Problem: 400 with the field at fault; 404 for a model that is not served.
     """
-    body = check_fields(body, FIELDS)
+    body = check_fields(body, field_names())
     prompt = check_prompt(body.get("prompt"))
     model = _text(body, "model") or known.models[0]
     if model not in known.models:
@@ -279,35 +363,50 @@ def read_create(body: Any, known: RequestLimits) -> ClipRequest:
             "model",
         )
     rate = _checked("fps", frame_rate, body.get("fps", known.fps))
-    fps = str(rate.numerator) if rate.denominator == 1 else str(rate)
-    for name in WHOLE:
+    for name, low, high in (("seed", -1, MAX_SEED), ("priority", *PRIORITIES)):
         if name in body:
-            low, high = PRIORITIES if name == "priority" else (-1, 2**64 - 1)
             body[name] = _checked(name, whole, name, body[name], low, high)
-    for name in NUMBERS:
-        if name in body:
-            body[name] = _checked(name, number, name, body[name], -1e9, 1e9)
-    plan = _text(body, "plan")
-    counts = [("num_inference_steps", body.get("num_inference_steps", 0))]
-    counts += [("plan", int(digits)) for digits in STEPS.findall(plan or "")]
-    counts += [("plan", (plan or "").count(","))]  # of listed noise levels
-    for name, count in counts:  # before a plan of so many steps is made
-        if count > known.max_steps:
-            raise wrong(
-                name, f"{name} has {count} steps; this server takes at most {known.max_steps}."
-            )
     if "deadline" in body:
+        body["deadline"] = _number("deadline", body["deadline"])
         _checked("deadline", number, "deadline", body["deadline"], 1.0, known.deadline)
+    seconds, size = _clip_size(body, rate, known)
+    call = {
+        name: _setting(field, body[name], known.max_steps)
+        for name, field in settings.fields(SERVER).items()
+        if name in body
+    }
+    return ClipRequest(
+        prompt=prompt,
+        model=model,
+        settings=settings.CallSettings.of({**call, **size.options}),
+        fps=str(rate.numerator) if rate.denominator == 1 else str(rate),
+        seconds=seconds,
+        seed=secrets.randbits(32) if body.get("seed", -1) == -1 else body["seed"],
+        negative_prompt=_text(body, "negative_prompt"),
+        loras=_loras(body["lora"], known.loras, known.pair.generators) if "lora" in body else (),
+        priority=body.get("priority", 0),
+        deadline=body.get("deadline"),
+    )
+
+
+def _clip_size(body: dict[str, Any], rate: Fraction, known: RequestLimits) -> tuple[str, ClipSize]:
+    """A body's seconds as they are answered, and its size, each the pair's own where it says
+    nothing.
+
+    Raises:
+        Problem: two fields for one length, a size that the models do not make, or one too large.
+    """
+    width, height, frames = ClipSize.of_defaults(known.pair.defaults)
     if "seconds" in body and "num_frames" in body:
         raise wrong(
             "seconds", "seconds and num_frames both say how long; leave one of the two out."
         )
     if "seconds" in body:
-        seconds, frames = _seconds(body["seconds"], rate, known.temporal)
+        seconds, frames = _seconds(body["seconds"], rate, known.pair.grid.time)
     else:
-        frames = body.get("num_frames", known.defaults.num_frames)
+        frames = body.get("num_frames", frames)
+        frames = _checked("num_frames", whole, "num_frames", frames, -1, MAX_SEED)
         seconds = f"{frames / float(rate):g}"
-    width, height = known.defaults.width, known.defaults.height
     if "size" in body:
         if not isinstance(body["size"], str):
             raise wrong("size", f"size is {shown(body['size'])}; expected such as '832x480'.")
@@ -319,27 +418,14 @@ def read_create(body: Any, known: RequestLimits) -> ClipRequest:
             f" most the pixels of {known.max_size}.",
             "clip_too_large",
         )
-    return ClipRequest(
-        prompt=prompt,
-        model=model,
-        width=width,
-        height=height,
-        num_frames=frames,
-        fps=fps,
-        seconds=seconds,
-        seed=secrets.randbits(32) if body.get("seed", -1) == -1 else body["seed"],
-        negative_prompt=_text(body, "negative_prompt"),
-        plan=plan,
-        num_inference_steps=body.get("num_inference_steps"),
-        guidance_scale=body.get("guidance_scale"),
-        guidance_scale_2=body.get("guidance_scale_2"),
-        shift=body.get("shift"),
-        solver=_text(body, "solver"),
-        rewrite=check_prompt(body["rewrite"], "rewrite") if "rewrite" in body else None,
-        loras=_loras(body["lora"], known.loras, known.generators) if "lora" in body else (),
-        priority=body.get("priority", 0),
-        deadline=body.get("deadline"),
-    )
+    size = ClipSize(width, height, frames)
+    try:
+        known.pair.grid.check(size)
+        for name, value in size.options.items():
+            settings.fields()[name].checked(value)
+    except InputError as error:
+        raise wrong(SENT_AS.get(error.param or "", error.param), str(error)) from error
+    return seconds, size
 
 
 def read_remix(body: Any, source: ClipRequest) -> ClipRequest:
@@ -348,6 +434,8 @@ def read_remix(body: Any, source: ClipRequest) -> ClipRequest:
     Raises:
         Problem: 400 with the field at fault.
     """
-    fields = check_fields(body, ("prompt",))
-    rewrite = source.rewrite if source.rewrite in (None, "auto", "off") else None
-    return replace(source, prompt=check_prompt(fields.get("prompt")), rewrite=rewrite)
+    prompt = check_prompt(check_fields(body, ("prompt",)).get("prompt"))
+    call = source.settings
+    if call.rewrite not in (None, "auto", "off"):  # a text that says the other prompt
+        call = call.replace(rewrite=None)
+    return replace(source, prompt=prompt, settings=call)

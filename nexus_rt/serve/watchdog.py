@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from nexus_rt.request import TIMEOUT, GenerationRequest
+from nexus_rt.limits import REWRITE_TIMEOUT
+from nexus_rt.request import GenerationRequest
 from nexus_rt.serve.prices import STAGES, Prices, step_kind
 
 FACTOR = 10.0  # of a price
@@ -28,7 +29,7 @@ class Bounds:
 
     steps: tuple[float | None, ...]
     stages: dict[str, float | None]
-    rewriting: float = TIMEOUT
+    rewriting: float = REWRITE_TIMEOUT
     step_timeout: float | None = None
 
     @classmethod
@@ -45,7 +46,7 @@ class Bounds:
         known = {kind: prices.bound(kind, cells) for kind in {*kinds, *STAGES}}
         known = {kind: None if ms is None else batch * ms for kind, ms in known.items()}
         steps = tuple(known[kind] for kind in kinds)
-        return cls(steps, {s: known[s] for s in STAGES}, TIMEOUT, step_timeout)
+        return cls(steps, {s: known[s] for s in STAGES}, REWRITE_TIMEOUT, step_timeout)
 
     def step(self, index: int, fresh: bool) -> float:
         """Of a step; fresh: the worker has not made a clip of this kind."""

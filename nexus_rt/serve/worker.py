@@ -13,18 +13,18 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from nexus_rt.errors import NexusError
+from nexus_rt.request import GenerationRequest
 from nexus_rt.serve.exhaustion import HOST, exhausted
 from nexus_rt.serve.generate import Event, ServedPipeline, Task
 from nexus_rt.serve.logs import log_json
 from nexus_rt.serve.problems import JobFailed
-from nexus_rt.serve.requests import ClipRequest
 
 if TYPE_CHECKING:
     from nexus_rt.pipeline import NexusPipeline
 
 log = logging.getLogger("nexus_rt.serve")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the server's to decide on
-WarmUp = tuple[ClipRequest, dict[str, Any]]
+WarmUp = tuple[GenerationRequest, dict[str, Any]]
 UNUSABLE = 70  # exit code where only a fresh process helps
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 NO_MEMORY = "the machine's memory does not hold the models; free some, or load smaller ones."
