@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from nexus_rt.errors import UnknownArgument, UnknownAttribute, shorten, shown
+from nexus_rt.settings import GUIDANCE_SETTINGS, fields
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,7 +26,7 @@ EXPERTS = (
     " from_pretrained"
 )
 TEXT = "the text encoder is `text`; pass another as text_encoder= and tokenizer= of from_pretrained"
-SCHEDULE = "pass shift=, solver= and num_inference_steps= or timesteps= to the call"
+SCHEDULE = "pass shift=, solver=, and a number of steps or timesteps=, to the call"
 GUIDANCE = (
     "pass guidance_scale= and guidance_scale_2= to the call; a plan guides some of its steps, as in"
     " plan='large:*@5[0:40%]'"
@@ -62,11 +63,10 @@ OTHERS: dict[str, str] = {
     "video_processor": "`decode` turns latents into frames, and `save_video` writes them",
     "numpy_to_pil": "pass output_type='pil' to the call",
     **dict.fromkeys(("config", "default_sample_size"), "a pair's settings are `defaults`"),
+    "register_modules": "the models are `engines`, `text`, `vae`, `context`",
+    "check_inputs": "a call checks its arguments before any work",
     **dict.fromkeys(
-        ("components", "register_modules"), "the models are `engines`, `text`, `vae`, `context`"
-    ),
-    **dict.fromkeys(
-        ("guidance_scale", "guidance_scale_2", "do_classifier_free_guidance", "guider"), GUIDANCE
+        (*GUIDANCE_SETTINGS.values(), "do_classifier_free_guidance", "guider"), GUIDANCE
     ),
     "guidance_rescale": "no rescaling of guidance is computed here",
     "current_timestep": f"{CALLBACK}: it is called with the timestep",
@@ -153,8 +153,7 @@ ARGUMENTS: dict[str, str] = OTHERS | {
     ),
     "num_images_per_prompt": "pass num_videos_per_prompt=",
     "num_videos": "pass num_videos_per_prompt=",
-    "frames": "pass num_frames=",
-    "steps": "pass num_inference_steps=",
+    **{f.flag: f"pass {name}=" for name, f in fields().items() if f.flag != name},
     "seed": "pass generator=torch.Generator().manual_seed(seed)",
     "return_dict": "the call returns a NexusOutput; its `frames` are what was generated",
     "eta": "pass solver= to the call",

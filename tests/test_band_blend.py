@@ -222,7 +222,11 @@ def test_a_plane_so_large_that_the_published_kernel_grows_is_refused():
 
     with pytest.raises(InputError, match="5 taps; use kernels='torch'"):
         combine(
-            Prediction(torch.zeros(1, 1, 2048, 2048)), None, 1.0, energy="progressive", fused=True
+            Prediction(torch.zeros(1, 1, 2048, 2048)),
+            None,
+            1.0,
+            energy="progressive",
+            use_triton=True,
         )
 
 

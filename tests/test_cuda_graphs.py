@@ -223,7 +223,7 @@ def test_a_filter_is_held_too():
     v = noise(1, 2, 1, 6, 8)
     with recording(held):
         assert held_by_recording() is held
-        combine(Prediction(v), Prediction(v + 1), 0.4, BlendConfig(split="dct"), "none", False)
+        combine(Prediction(v), Prediction(v + 1), 0.4, BlendConfig(split="dct"), "none")
     assert len(held) == 1 and held[0].left.shape[-1] == 6
     assert held_by_recording() is None and hold(v) is v and len(held) == 1
 

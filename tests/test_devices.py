@@ -104,10 +104,10 @@ def prompts():
     "plan, options",
     [
         ("small:3 bridge:3 large:*", {}),
-        ("reference", {"blend_config": BlendConfig(split="dct")}),
-        ("reference", {"blend_config": BlendConfig(split="fft", lowpass="butterworth")}),
-        ("small:3 large:*", {"solver": "lcm", "generator": torch.Generator()}),
-        ("small:3 large:*", {"solver": "euler", "guidance_scale": 1.0}),
+        ("reference", {"blend": BlendConfig(split="dct")}),
+        ("reference", {"blend": BlendConfig(split="fft", lowpass="butterworth")}),
+        ("small:3 large:*", {"solver": "lcm"}),
+        ("small:3 large:*", {"solver": "euler", "guidance": Guidance.of(1.0)}),
     ],
 )
 def test_nothing_in_the_loop_waits_for_the_device(monkeypatch, plan, options):
@@ -130,7 +130,7 @@ def test_nothing_in_the_loop_waits_for_the_device(monkeypatch, plan, options):
         {"small": Flat(), "large": Flat()},
         prompts(),
         kernels="torch",
-        hooks=Hooks(on_step=on_step),
+        hooks=Hooks(on_step=on_step, noise_rng=torch.Generator()),
         **options,
     )
     walk()  # filters of every cutoff are made once
@@ -290,9 +290,9 @@ def test_a_check_does_not_wait_before_it_must(gpu):
     step = lambda i: SimpleNamespace(index=i, timestep=9)
     for i in range(3):
         watch.sums.append((watch.readings.start(OnGpu(1.0)), "small", step(i)))
-        watch.settle(i + 1)
+        watch.raise_if_bad(before=i + 1)
     assert sum(e.waited for e in Event.made) == 1 and len(watch.sums) == 2  # step 0, two steps late
-    watch.settle(3, wait=True)
+    watch.wait()
     assert not watch.sums
 
 

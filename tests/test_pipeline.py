@@ -204,7 +204,7 @@ def test_cancel_from_a_callback(tiny_pipe):
         if index == 2:
             pipe.cancel()
 
-    with pytest.raises(Cancelled, match="step 3 of 6"):
+    with pytest.raises(Cancelled, match="step 3"):
         tiny_pipe(PROMPT, callback_on_step_end=callback)
     assert seen == [0, 1, 2]
     # the next call is not cancelled

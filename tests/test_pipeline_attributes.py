@@ -21,6 +21,7 @@ SHARED = {  # names that both have, with one meaning
     "device",
     "interrupt",
     "num_timesteps",
+    "components",
 }
 INTERNAL = {  # of diffusers' own machinery, which no caller uses
     "config_name",

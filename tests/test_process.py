@@ -96,7 +96,7 @@ CHILDREN = {  # what a child does with the pair's folder and the parent's pipeli
     "encode": "pipe.encode_prompt('a red circle')",
     "draw noise": "pipe.prepare_latents(1, ClipSize(48, 32, 5))",
     "decode": "pipe.decode(torch.zeros(1, 16, 2, 4, 6))",
-    "denoise": "denoise(torch.zeros(1, 16, 2, 4, 6), pipe.make_plan(), pipe.engines, {})",
+    "sample": "sample(torch.zeros(1, 16, 2, 4, 6), pipe.make_plan(), pipe.engines, {})",
     "change LoRAs": "pipe.set_loras(small=())",
 }
 PARENTS = {  # what the parent has done before

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from nexus_rt.method.finite_check import FiniteCheck
 from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Guidance
 from nexus_rt.method.hooks import Hooks
-from nexus_rt.method.loop import sample
+from nexus_rt.method.loop import denoise, sample
 from nexus_rt.method.upfb import blend
 from nexus_rt.plan_text import parse_plan
 from nexus_rt.solver import make_solver, time_grid
+from tests.test_upfb import oracle
 
 B, C, T, H, W = 2, 3, 2, 6, 10
 needs_triton = pytest.mark.skipif(
@@ -232,3 +234,40 @@ def test_checks_are_settled_in_order_up_to_a_step():
     assert [s.index for _, _, s in watch.sums] == [1, 2]
     with pytest.raises(NumericsError, match="step 1"):
         watch.raise_if_bad(before=3)
+
+
+@pytest.mark.parametrize("spec", ["reference", "handoff=0.4,bridge=5", "small:5 large:7", "auto"])
+@pytest.mark.parametrize("split", ["gaussian", "dct"])
+def test_the_loop_with_plain_functions_is_the_oracle_of_the_real_one(spec, split):
+    """Two lambdas, the blend from its formula and Euler, in float64, against engines, kernels'
+    interfaces and solvers in float32."""
+    config = BlendConfig(split=split, lowpass="butterworth")
+    plan = parse_plan(spec, time_grid(12))
+    sigmas = plan.grid.sigmas
+    field = lambda gain: lambda x, step: torch.sin(gain * x) + 0.3 * x + step.timestep / 1000
+
+    def bridge(v_small, v_large, step):
+        if not step.blended:
+            return v_large if v_small is None else v_small
+        zeros = torch.zeros(B, C, T, H, W, dtype=torch.float64)
+        v_small, v_large = (zeros if v is None else v for v in (v_small, v_large))
+        return torch.from_numpy(oracle(v_small, v_large, step.w, config, step.energy))
+
+    euler = lambda step, x, v: x + (sigmas[step.index + 1] - step.sigma) * v
+    generators = {"small": field(0.8), "large": field(1.3)}
+    wanted = denoise(noise().double(), plan, generators, bridge, euler)
+
+    class Plain:
+        def __init__(self, gain):
+            self.field = field(gain)
+
+        def prepare(self, context):
+            return context
+
+        def velocity(self, latents, timestep, context):
+            return self.field(latents, SimpleNamespace(timestep=float(timestep)))
+
+    engines = {"small": Plain(0.8), "large": Plain(1.3)}
+    got = sample(noise(), plan, engines, prompts(), Guidance.of(1.0), blend=config, solver="euler")
+    assert wanted.dtype == torch.float64
+    assert (got.double() - wanted).norm() <= 1e-6 * wanted.norm()
