@@ -26,7 +26,7 @@ EXPERTS = (
     " from_pretrained"
 )
 TEXT = "the text encoder is `text`; pass another as text_encoder= and tokenizer= of from_pretrained"
-SCHEDULE = "pass shift=, solver=, and a number of steps or timesteps=, to the call"
+SCHEDULE = "pass shift=, solver= and timesteps=, or a number of steps, to the call"
 GUIDANCE = (
     "pass guidance_scale= and guidance_scale_2= to the call; a plan guides some of its steps, as in"
     " plan='large:*@5[0:40%]'"

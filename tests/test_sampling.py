@@ -247,10 +247,11 @@ def test_the_loop_with_plain_functions_is_the_oracle_of_the_real_one(spec, split
     field = lambda gain: lambda x, step: torch.sin(gain * x) + 0.3 * x + step.timestep / 1000
 
     def bridge(v_small, v_large, step):
-        if not step.blended:
-            return v_large if v_small is None else v_small
-        zeros = torch.zeros(B, C, T, H, W, dtype=torch.float64)
-        v_small, v_large = (zeros if v is None else v for v in (v_small, v_large))
+        if v_small is None:
+            return v_large
+        if v_large is None and not (step.blended and split == "gaussian"):
+            return v_small
+        v_large = torch.zeros_like(v_small) if v_large is None else v_large  # w is 1
         return torch.from_numpy(oracle(v_small, v_large, step.w, config, step.energy))
 
     euler = lambda step, x, v: x + (sigmas[step.index + 1] - step.sigma) * v
