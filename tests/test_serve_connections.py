@@ -20,6 +20,7 @@ from nexus_rt.errors import InputError
 from nexus_rt.serve import connections
 from nexus_rt.serve.connections import MAX_HEAD, Connections, client_address
 from nexus_rt.serve.settings import Settings
+from tests.refusals import refuses
 from tests.serving import ask, client, fake, wait_for
 
 KEY = "a-long-key-1"
@@ -317,7 +318,7 @@ def test_closed_connections_leave_nothing():
 
 @pytest.mark.parametrize("proxy", ["", "proxy", "10.0.0.0/99", "10.0.0.1:80", "\ud800"])
 def test_a_proxy_that_is_no_address(proxy):
-    with pytest.raises(InputError, match="trusted proxy"):
+    with refuses("invalid_value", "trusted_proxies", InputError):
         table(trusted_proxies=(proxy,))
 
 

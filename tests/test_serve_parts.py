@@ -19,6 +19,7 @@ from nexus_rt.serve.requests import ClipRequest
 from nexus_rt.serve.store import NewJob, NoRoom, QueueFull, Store
 from nexus_rt.size import ClipSize
 from nexus_rt.video import read_frames, read_metadata
+from tests.refusals import refuses
 from tests.serving import PROMPT, mini_profile
 
 
@@ -223,7 +224,7 @@ def test_the_fit_is_the_linear_map_that_made_the_frames():
     assert np.allclose(made.factors, factors, atol=2e-3) and np.allclose(made.bias, bias, atol=2e-3)
     expected = ((cells[0, 1] + 1) * 127.5).clip(0, 255)
     assert np.abs(made.frame(latents[0]).astype(float) - expected).max() <= 2.0
-    with pytest.raises(InputError):
+    with refuses("mismatch", "frames", InputError):
         fit(latents, frames[:, :5])
 
 

@@ -16,6 +16,7 @@ from nexus_rt.cli.serve import served_pipeline
 from nexus_rt.errors import InputError
 from nexus_rt.serve.ray_runner import Cancels, RayRunner, parse_replicas
 from nexus_rt.serve.server import NexusServer
+from tests.refusals import refuses
 from tests.serving import PROMPT, ServerProcess, ask, messages, serving, wait_for
 
 ray = pytest.importorskip("ray")
@@ -64,7 +65,7 @@ def test_the_queue_brings_a_second_replica_and_one_is_killed_in_a_job(tmp_path, 
 def test_numbers_of_replicas():
     assert parse_replicas("3") == (3, 3) and parse_replicas("1-8") == (1, 8)
     for odd in ("0", "8-1", "many", "-1", "1-"):
-        with pytest.raises(InputError, match="--replicas"):
+        with refuses("invalid_value", "--replicas", InputError):
             parse_replicas(odd)
 
 

@@ -15,6 +15,7 @@ import pytest
 from nexus_rt.errors import InputError
 from nexus_rt.serve.logs import JsonLines
 from nexus_rt.serve.server import NexusServer
+from tests.refusals import refuses
 from tests.serving import (
     FakeRunner,
     ask,
@@ -127,42 +128,43 @@ def test_without_keys_pages_of_other_sites_are_refused(tmp_path):
 
 
 def test_settings_are_checked(tmp_path):
-    for settings in (
-        {"host": "0.0.0.0"},
-        {"host": "example.com"},
-        {"api_keys": ("short",)},
-        {"api_keys": ("has a space in it",)},
-        {"max_queue": 0},
-        {"deadline": float("nan")},
-        {"quota": "lots"},
-        {"models": ("a b",)},
-        {"models": ()},
-        {"lora_folder": tmp_path / "absent"},
-        {"port": 70_000},
-        {"fps": "fast"},
-        {"max_connections": 0},
-        {"max_connections_per_address": -1},
-        {"trusted_proxies": ("a proxy",)},
+    for name, value, code in (
+        ("host", "0.0.0.0", "missing"),  # an API key
+        ("host", "example.com", "missing"),
+        ("api_keys", ("short",), "invalid_value"),
+        ("api_keys", ("has a space in it",), "invalid_value"),
+        ("max_queue", 0, "out_of_range"),
+        ("deadline", float("nan"), "out_of_range"),
+        ("quota", "lots", "invalid_value"),
+        ("models", ("a b",), "invalid_value"),
+        ("models", (), "invalid_value"),
+        ("lora_folder", tmp_path / "absent", "not_found"),
+        ("port", 70_000, "out_of_range"),
+        ("fps", "fast", "out_of_range"),
+        ("max_connections", 0, "out_of_range"),
+        ("max_connections_per_address", -1, "out_of_range"),
+        ("trusted_proxies", ("a proxy",), "invalid_value"),
     ):
-        with pytest.raises(InputError):
-            NexusServer(FakeRunner(), tmp_path / "store", **settings)
+        param = "api_keys" if name == "host" else name
+        with refuses(code, param, InputError):
+            NexusServer(FakeRunner(), tmp_path / "store", **{name: value})
     server = NexusServer(
         FakeRunner(), tmp_path / "store", host="0.0.0.0", api_keys=("a-long-key-1",)
     )
     assert "a-long-key" not in repr(server.settings)
-    with pytest.raises(InputError, match="was not started"):
+    with refuses("missing", "lifespan", InputError):
         _ = server.dispatcher
 
 
 def test_a_store_is_one_servers(tmp_path):
     with fake(tmp_path):
         second = NexusServer(FakeRunner(), tmp_path / "store")
-        with pytest.raises(InputError, match="another server works on"):
+        with refuses("in_use", "store", InputError):
             asyncio.run(second.start())
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "jobs.sqlite").write_bytes(b"no database" * 1000)
     broken = NexusServer(FakeRunner(), tmp_path / "damaged")
-    with pytest.raises(Exception, match="cannot be read as a job store"):
+    with refuses("unreadable", "store"):
         asyncio.run(broken.start())
 
 

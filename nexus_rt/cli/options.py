@@ -218,4 +218,5 @@ def check_options(
         else:
             given_or_default = given
         if (odd := rule.broken(args.command, args, given_or_default)) is not None:
-            raise InputError(f"--{odd.replace('_', '-')} {rule.why}.")
+            option = f"--{odd.replace('_', '-')}"
+            raise InputError(f"{option} {rule.why}.", code="conflict", param=option)

@@ -180,9 +180,17 @@ def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
             with open(args.api_key_file, encoding="utf-8") as file:
                 lines = [line.strip() for line in file]
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--api-key-file cannot be read ({error}); check the path.") from error
+            raise InputError(
+                f"--api-key-file cannot be read ({error}); check the path.",
+                code="not_found" if isinstance(error, FileNotFoundError) else "unreadable",
+                param="--api-key-file",
+            ) from error
         if not (own := [line for line in lines if line and not line.startswith("#")]):
-            raise InputError(f"--api-key-file {args.api_key_file} holds no key; put one a line.")
+            raise InputError(
+                f"--api-key-file {args.api_key_file} holds no key; put one a line.",
+                code="missing",
+                param="--api-key-file",
+            )
         keys += own
     return tuple(dict.fromkeys(keys))
 
@@ -203,7 +211,9 @@ def served_pipeline(args: argparse.Namespace) -> NexusPipeline:
     if absent:
         raise InputError(
             f"plan {pipe.defaults.plan!r} runs the {absent[0]} generator, which was not loaded;"
-            f" pass --{absent[0]}, or another --plan."
+            f" pass --{absent[0]}, or another --plan.",
+            code="missing",
+            param="--plan",
         )
     return pipe
 
@@ -216,7 +226,9 @@ def run(args: argparse.Namespace) -> int:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise InputError(f"{error}: pip install 'nexus-rt[serve]'.") from error
+        raise InputError(
+            f"{error}: pip install 'nexus-rt[serve]'.", code="missing_package", param=error.name
+        ) from error
 
     from nexus_rt.front import from_front
     from nexus_rt.serve.logs import log_json

@@ -88,7 +88,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         import optuna  # noqa: F401
     except ImportError as error:
-        raise InputError(f"tune needs Optuna ({error}); pip install 'nexus-rt[tune]'.") from error
+        raise InputError(
+            f"tune needs Optuna ({error}); pip install 'nexus-rt[tune]'.",
+            code="missing_package",
+            param="optuna",
+        ) from error
     from nexus_rt.bench.results import write_text
     from nexus_rt.bench.tune import report
     from nexus_rt.bench.tune.search import Search
@@ -114,10 +118,16 @@ def run(args: argparse.Namespace) -> int:
     mini = not (args.pair or args.small or args.large or args.engines)
     name = choose("judge", args.judge or ("pixels" if mini else "latents"), JUDGES)
     if name == "pixels" and not mini:
-        raise InputError("--judge pixels knows the mini pair's riddles alone; name another.")
+        raise InputError(
+            "--judge pixels knows the mini pair's riddles alone; name another.",
+            code="conflict",
+            param="--judge",
+        )
     pipe = quiet_pipeline(args)
     if len(pipe.engines) < 2:
-        raise InputError("tune searches plans of two generators; pass --small and --large.")
+        raise InputError(
+            "tune searches plans of two generators; pass --small and --large.", code="missing"
+        )
     size = ClipSize.of_defaults(pipe.defaults, args.size, args.frames)
     pipe.grid.check(size)
     search, told = judges(name, pipe, args, size, rungs[-1])
@@ -151,10 +161,16 @@ def parse_rungs(text: str) -> tuple[int, ...]:
     """Ascending numbers of prompts."""
     words = text.split(",")
     if not all(re.fullmatch(r" *[0-9]{1,6} *", w) for w in words):
-        raise InputError(f"--rungs is {shown(text)}; expected numbers of prompts, such as 6,18,54.")
+        raise InputError(
+            f"--rungs is {shown(text)}; expected numbers of prompts, such as 6,18,54.",
+            code="invalid_type",
+            param="--rungs",
+        )
     rungs = tuple(int(w) for w in words)
     if rungs[0] < 2 or list(rungs) != sorted(set(rungs)):
-        raise InputError(f"--rungs is {shown(text)}; expected rising numbers of at least 2.")
+        raise InputError(
+            f"--rungs is {shown(text)}; expected rising numbers of at least 2.", param="--rungs"
+        )
     return rungs
 
 
@@ -166,13 +182,19 @@ def judges(
 
     if name == "pixels":
         if args.prompts or args.report_prompts:
-            raise InputError("--judge pixels makes its own riddles; leave the lists out.")
+            raise InputError(
+                "--judge pixels makes its own riddles; leave the lists out.",
+                code="conflict",
+                param="--prompts" if args.prompts else "--report-prompts",
+            )
         report = 102 if args.count is None else args.count
         return PixelJudge(pipe, count, 1000), PixelJudge(pipe, report, 2000)
     if not args.prompts or not args.report_prompts:
         raise InputError(
             f"--judge {name} needs two disjoint lists: --prompts for the search, --report-prompts"
-            " for the report."
+            " for the report.",
+            code="missing",
+            param="--report-prompts" if args.prompts else "--prompts",
         )
     if name in ("latents", "statistics"):
         from nexus_rt.prompts import read_prompts
@@ -186,7 +208,11 @@ def judges(
     from nexus_rt.bench.vrbench.schema import read_bench, read_taxonomy
 
     if not args.judge_model:
-        raise InputError("--judge vlm needs --judge-model: a name at --judge-url, or a folder.")
+        raise InputError(
+            "--judge vlm needs --judge-model: a name at --judge-url, or a folder.",
+            code="missing",
+            param="--judge-model",
+        )
     judge, taxonomy = find_judge(args.judge_url, args.judge_model), read_taxonomy()
     lists = [read_bench(p, taxonomy) for p in (args.prompts, args.report_prompts)]
     return VlmJudge(judge, lists[0]), VlmJudge(judge, lists[1])

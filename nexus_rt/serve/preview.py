@@ -57,7 +57,9 @@ def fit(latents: Tensor, frames: np.ndarray, temporal: int = 4) -> LatentRGB:
     batch, channels, length, height, width = latents.shape
     if frames.shape[:2] != (batch, temporal * (length - 1) + 1) or frames.shape[2] % height:
         raise InputError(
-            f"frames have shape {frames.shape}; expected those of latents {tuple(latents.shape)}."
+            f"frames have shape {frames.shape}; expected those of latents {tuple(latents.shape)}.",
+            code="mismatch",
+            param="frames",
         )
     space = frames.shape[2] // height
     cells = frames.reshape(batch, -1, height, space, width, space, 3).mean(axis=(3, 5))

@@ -42,7 +42,10 @@ def parse_replicas(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text.strip())
     low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= low <= high:
-        raise InputError(f"--replicas is {shown(text, 40)}; expected N or MIN-MAX, from 1 up.")
+        raise InputError(
+            f"--replicas is {shown(text, 40)}; expected N or MIN-MAX, from 1 up.",
+            param="--replicas",
+        )
     return low, high
 
 
@@ -194,7 +197,9 @@ class RayRunner:
         except asyncio.TimeoutError:
             raise NexusError(
                 f"no replica was loaded within {self.load_timeout:g} s; give them longer"
-                " (--load-timeout), or look at the disk that the models are on."
+                " (--load-timeout), or look at the disk that the models are on.",
+                code="timeout",
+                param="load_timeout",
             ) from None
 
     def _connect(self) -> None:
@@ -204,7 +209,9 @@ class RayRunner:
             from ray import serve  # noqa: F401
         except ImportError as error:
             raise InputError(
-                f"--ray needs Ray Serve ({error}); pip install 'nexus-rt[serve,ray]'."
+                f"--ray needs Ray Serve ({error}); pip install 'nexus-rt[serve,ray]'.",
+                code="missing_package",
+                param="ray",
             ) from error
         try:
             if not ray.is_initialized():
@@ -282,7 +289,10 @@ class RayRunner:
         except asyncio.TimeoutError:
             stream.cancel()
             raise NexusError(
-                f"no replica took a job within {self.load_timeout:g} s; the cluster's log says why."
+                f"no replica took a job within {self.load_timeout:g} s; the cluster's log says"
+                " why.",
+                code="timeout",
+                param="load_timeout",
             ) from None
         except (RayError, asyncio.CancelledError) as error:
             if ids <= self._cancelled:

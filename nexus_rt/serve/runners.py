@@ -184,7 +184,9 @@ class ProcessRunner:
             await link.end(0.0)
             raise NexusError(
                 f"the models were not loaded within {self.load_timeout:g} s; give them longer"
-                " (--load-timeout), or look at the disk that they are on."
+                " (--load-timeout), or look at the disk that they are on.",
+                code="timeout",
+                param="load_timeout",
             ) from None
         if kind == "ready":
             return value
@@ -194,7 +196,8 @@ class ProcessRunner:
         if value.for_memory:
             raise NexusError(
                 f"{value} while it loaded: the machine's memory does not hold the models; free"
-                " some, or load smaller ones."
+                " some, or load smaller ones.",
+                code="out_of_memory",
             )
         raise NexusError(f"{value} while it loaded; its messages are above.")
 

@@ -54,7 +54,9 @@ def open_tables(db: sqlite3.Connection, path: Path) -> None:
     if form not in (0, FORM):
         raise NexusError(
             f"{path} is a job store of form {form}, and this version reads form {FORM}; start the"
-            " version that wrote it, or choose another --store."
+            " version that wrote it, or choose another --store.",
+            code="unsupported",
+            param="store",
         )
     if form == 0 and db.execute("SELECT 1 FROM sqlite_master").fetchone():
         raise sqlite3.DatabaseError("its tables are another program's")

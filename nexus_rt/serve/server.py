@@ -68,7 +68,9 @@ class NexusServer:
         """
         if self._dispatcher is None:
             raise InputError(
-                "the server was not started; pass lifespan=server.lifespan to the application."
+                "the server was not started; pass lifespan=server.lifespan to the application.",
+                code="missing",
+                param="lifespan",
             )
         return self._dispatcher
 

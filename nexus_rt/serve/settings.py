@@ -100,7 +100,8 @@ class Settings:
             except ValueError:
                 raise InputError(
                     f"trusted proxy {shown(proxy)} is no address; expected such as 10.0.0.5"
-                    " or 10.0.0.0/24."
+                    " or 10.0.0.0/24.",
+                    param="trusted_proxies",
                 ) from None
         number("deadline", self.deadline, 0.1, 1e8)
         number("keep", self.keep, 1, 1e10)
@@ -112,21 +113,29 @@ class Settings:
         if not self.models or any(not re.fullmatch(r"[\w./:-]{1,200}", m) for m in self.models):
             raise InputError(
                 f"model names are {self.models!r}; expected letters, digits and ._/:-, such as"
-                " nexus-rt."
+                " nexus-rt.",
+                param="models",
             )
         for key in self.api_keys:
             if len(key) < MIN_KEY or not key.isascii() or not key.isprintable() or " " in key:
                 raise InputError(
                     f"an API key has {len(key)} characters; expected at least {MIN_KEY} printable"
-                    " ASCII characters without spaces, such as what `openssl rand -hex 24` prints."
+                    " ASCII characters without spaces, such as what `openssl rand -hex 24` prints.",
+                    param="api_keys",
                 )
         if not self.api_keys and not is_loopback(self.host):
             raise InputError(
                 f"host {self.host} can be reached from other machines; pass an API key"
-                " (--api-key, or NEXUS_RT_API_KEY), or listen on 127.0.0.1."
+                " (--api-key, or NEXUS_RT_API_KEY), or listen on 127.0.0.1.",
+                code="missing",
+                param="api_keys",
             )
         if self.lora_folder is not None and not self.lora_folder.is_dir():
-            raise InputError(f"lora folder {self.lora_folder} is no folder; make it first.")
+            raise InputError(
+                f"lora folder {self.lora_folder} is no folder; make it first.",
+                code="not_found",
+                param="lora_folder",
+            )
 
     @property
     def share(self) -> int:

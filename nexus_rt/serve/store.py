@@ -125,7 +125,10 @@ class Store:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise _not_writable(folder, error) from error
             raise InputError(
-                f"another server works on {folder}; stop it, or give this one a --store of its own."
+                f"another server works on {folder}; stop it, or give this one a --store of its"
+                " own.",
+                code="in_use",
+                param="store",
             ) from None
         self._order = threading.RLock()
         self._virtual = 0.0
@@ -143,7 +146,9 @@ class Store:
             self._held.close()
             raise NexusError(
                 f"{self.path} cannot be read as a job store ({error}); move it away, and the"
-                " server begins with an empty one."
+                " server begins with an empty one.",
+                code="unreadable",
+                param="store",
             ) from error
         except BaseException:
             self._held.close()
@@ -425,7 +430,9 @@ def _not_writable(folder: Path, error: Exception) -> InputError:
             why = f"{why}; its disk is full"
     return InputError(
         f"the job store {folder} cannot be made or written ({why}); free space there, make it"
-        " writable, or choose another --store. What is in it is left as it is."
+        " writable, or choose another --store. What is in it is left as it is.",
+        code="not_writable",
+        param="store",
     )
 
 
