@@ -108,7 +108,7 @@ def check_shapes(
         raise ModelError(
             f"{source}{absent} lacks {len(lost)} tensors ({', '.join(lost[:3])}); get the published"
             " files again.",
-            code="missing",
+            code="missing" if source.exists() else "not_found",
         )
     for name, shape in wanted.items():
         if got[name] != tuple(shape):

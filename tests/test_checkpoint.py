@@ -13,6 +13,7 @@ from nexus_rt.loading.checkpoint import diffusers_name, to_diffusers
 from nexus_rt.loading.source import resolve
 from nexus_rt.loading.stored import find_tensors, read_tensors
 from nexus_rt.loading.transformer import load_transformer
+from tests.refusals import refuses
 
 CONFIG = dict(
     num_attention_heads=2, attention_head_dim=16, num_layers=3, ffn_dim=48, text_dim=32, freq_dim=32
@@ -133,7 +134,7 @@ def test_the_loaded_model_does_not_lean_on_the_file(folder):
 def test_a_truncated_file(folder, keep):
     path = folder / f"{NAME}.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ModelError, match="not a whole safetensors file"):
+    with refuses("damaged", kind=ModelError):
         load_transformer(folder)
 
 
@@ -142,7 +143,7 @@ def test_a_corrupted_header(folder):
     data = bytearray(path.read_bytes())
     data[20:60] = b"\xff" * 40
     path.write_bytes(data)
-    with pytest.raises(ModelError, match="not a whole safetensors file"):
+    with refuses("damaged", kind=ModelError):
         load_transformer(folder)
 
 
@@ -151,52 +152,56 @@ def test_a_missing_shard(folder, tmp_path_factory):
     WanTransformer3DModel.from_pretrained(folder).save_pretrained(other, max_shard_size="40KB")
     lost = sorted(other.glob("*.safetensors"))[1]
     lost.unlink()
-    with pytest.raises(ModelError, match=f"{lost.name} is missing"):
+    with refuses("not_found", kind=ModelError) as error:
         load_transformer(other)
+    assert lost.name in str(error.value)
 
 
 def test_a_pickle_where_safetensors_are_expected(folder):
     state = load_file(folder / f"{NAME}.safetensors")
     (folder / f"{NAME}.safetensors").unlink()
     torch.save(state, folder / f"{NAME}.bin")
-    with pytest.raises(ModelError, match=f"only pickled weights .{NAME}.bin"):
+    with refuses("unsafe", kind=ModelError) as error:
         load_transformer(folder)
+    assert f"{NAME}.bin" in str(error.value)
 
 
 def test_a_pickle_under_a_safetensors_name(folder):
     torch.save({}, folder / f"{NAME}.safetensors")
-    with pytest.raises(ModelError, match="not a whole safetensors file"):
+    with refuses("damaged", kind=ModelError):
         load_transformer(folder)
 
 
 def test_weights_of_another_architecture(folder):
     config = json.loads((folder / "config.json").read_text())
-    for change, words in (
-        ({"num_layers": 4}, "missing .*blocks.3"),
-        ({"num_layers": 2}, "unknown .*blocks.2"),
-        ({"ffn_dim": 64}, "has shape"),
+    for change, name in (
+        ({"num_layers": 4}, "blocks.3"),
+        ({"num_layers": 2}, "blocks.2"),
+        ({"ffn_dim": 64}, "ffn.net.0.proj"),
     ):
         (folder / "config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(ModelError, match=words):
+        with refuses("mismatch", kind=ModelError) as error:
             load_transformer(folder)
+        assert name in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "make, words",
+    "make, code, param",
     [
-        (lambda p: None, "has no config.json"),
-        (lambda p: (p / "config.json").write_text("{"), "cannot be read as JSON"),
-        (lambda p: (p / "config.json").write_text("[1]"), "expected a JSON object"),
+        (lambda p: None, "not_found", None),
+        (lambda p: (p / "config.json").write_text("{"), "unreadable", None),
+        (lambda p: (p / "config.json").write_text("[1]"), "invalid_type", None),
         (
             lambda p: (p / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}'),
-            "holds a FluxTransformer2DModel",
+            "unsupported",
+            "_class_name",
         ),
-        (lambda p: (p / "config.json").write_text(json.dumps(CONFIG)), "holds no weights"),
+        (lambda p: (p / "config.json").write_text(json.dumps(CONFIG)), "missing", None),
     ],
 )
-def test_a_folder_that_is_not_a_model(tmp_path, make, words):
+def test_a_folder_that_is_not_a_model(tmp_path, make, code, param):
     make(tmp_path)
-    with pytest.raises(ModelError, match=words):
+    with refuses(code, param, ModelError):
         load_transformer(tmp_path)
 
 
@@ -212,10 +217,12 @@ def test_a_hub_id_is_read_from_the_local_cache(folder, tmp_path_factory):
     assert torch.equal(
         run(load_transformer(found, torch.float32)), run(load_transformer(folder, torch.float32))
     )
-    with pytest.raises(ModelError, match="neither a folder here nor a repository"):
+    with refuses("not_found", "source", ModelError) as error:
         resolve("owner/other", ("transformer",), cache_dir=cache, local_files_only=True)
-    with pytest.raises(ModelError, match="not a folder"):
+    assert "owner/other" in str(error.value)
+    with refuses("not_found", "source", ModelError) as error:
         resolve("./nowhere", ("transformer",))
+    assert "./nowhere" in str(error.value)
 
 
 def test_names_of_both_layouts_meet():

@@ -17,6 +17,7 @@ from nexus_rt.models.connector import (
     load_connector,
     save_connector,
 )
+from tests.refusals import refuses
 
 TINY = ConnectorConfig(
     llm_hidden_size=24,
@@ -223,10 +224,9 @@ def test_a_folder_keeps_everything(tmp_path, dtype):
 
 
 def test_wrong_hidden_size_is_named():
-    with pytest.raises(
-        InputError, match=r"shape \(1, 5, 20\); this connector reads \[batch, tokens, 24\]"
-    ):
+    with refuses("mismatch", kind=InputError) as error:
         make()(torch.randn(1, 5, 20))
+    assert "(1, 5, 20)" in str(error.value)
 
 
 def test_damaged_folders_are_refused(tmp_path):
@@ -236,31 +236,33 @@ def test_damaged_folders_are_refused(tmp_path):
         {k: v for k, v in weights.items() if k != "adapter.fc.0.bias"},
         tmp_path / "model.safetensors",
     )
-    with pytest.raises(ModelError, match=r"1 missing \(adapter.fc.0.bias\)"):
+    with refuses("mismatch", kind=ModelError) as error:
         load_connector(tmp_path)
+    assert "adapter.fc.0.bias" in str(error.value)
     save_file({**weights, "adapter.fc.0.bias": torch.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(
-        ModelError, match=r"adapter.fc.0.bias has shape \(3,\); config.json asks for \(32,\)"
-    ):
+    with refuses("mismatch", kind=ModelError) as error:
         load_connector(tmp_path)
+    assert "(3,)" in str(error.value)
     save_file(weights, tmp_path / "model.safetensors")
     markers = load_file(tmp_path / "special_tokens.safetensors")
     del markers["<ipl_ed>"]
     save_file(markers, tmp_path / "special_tokens.safetensors")
-    with pytest.raises(ModelError, match="lacks <ipl_ed>"):
+    with refuses("missing", kind=ModelError) as error:
         load_connector(tmp_path)
+    assert "<ipl_ed>" in str(error.value)
     config = json.loads((tmp_path / "config.json").read_text())
-    for change, words in (
-        ({"vision_dims": 3}, "unknown 'vision_dims'"),
-        ({"num_heads": 0}, "num_heads=0"),
+    for change, code, param in (
+        ({"vision_dims": 3}, "unknown_name", "vision_dims"),
+        ({"num_heads": 0}, "invalid_value", "num_heads"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(ModelError, match=words):
+        with refuses(code, param, ModelError):
             load_connector(tmp_path)
 
 
 def test_a_missing_marker_is_named_when_packing():
     connector = make()
     del connector.special_tokens["<prp_ed>"]
-    with pytest.raises(ModelError, match="no special token <prp_ed>"):
+    with refuses("missing", kind=ModelError) as error:
         connector.pack(torch.randn(2, 32), None)
+    assert "<prp_ed>" in str(error.value)

@@ -17,6 +17,7 @@ from nexus_rt.errors import InputError
 from nexus_rt.loading.convert_parts import made_whole
 from nexus_rt.part_files import ABANDONED_S, part_file, part_folder, remove_orphans, scratch_folder
 from nexus_rt.video import check_output, save_video
+from tests.refusals import refuses
 
 ROOT = Path(__file__).parent.parent
 WRITING = """
@@ -227,5 +228,5 @@ def test_a_name_as_long_as_a_file_s_may_be(tmp_path):
     path = tmp_path / ("é" * 125 + ".mp4")
     save_video(np.zeros((2, 16, 16, 3), np.uint8), path)
     assert path.is_file() and parts(tmp_path) == []
-    with pytest.raises(InputError, match="cannot be"):
+    with refuses("invalid_value", "path", InputError):
         check_output(tmp_path / ("x" * 300 + ".mp4"))

@@ -9,6 +9,7 @@ import torch
 from nexus_rt.errors import InputError, ModelError
 from nexus_rt.models.understanding import Template, UnderstandingModel
 from tests.omnivideo import LLAMA3, WORDS, make_llm
+from tests.refusals import refuses
 
 
 @pytest.fixture(scope="module")
@@ -107,39 +108,41 @@ def test_dtype_and_drop(llm):
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, code, param",
     [
-        ({"video": "Generate a video [GEN_VID]"}, r"video template has 0 prompt slots"),
-        ({"video": "{prompt} {prompt} [GEN_VID]"}, r"video template has 2 prompt slots"),
-        ({"image": "{prompt}"}, r"image template lacks its marker \[GEN_IMG\]"),
-        ({"vidoe": "{prompt} [GEN_VID]"}, r"unknown 'vidoe'"),
+        ({"video": "Generate a video [GEN_VID]"}, "invalid_value", "video"),
+        ({"video": "{prompt} {prompt} [GEN_VID]"}, "invalid_value", "video"),
+        ({"image": "{prompt}"}, "missing", "image"),
+        ({"vidoe": "{prompt} [GEN_VID]"}, "unknown_name", "vidoe"),
     ],
 )
-def test_templates_that_cannot_work(change, words):
-    with pytest.raises(ModelError, match=words):
+def test_templates_that_cannot_work(change, code, param):
+    with refuses(code, param, ModelError):
         Template.from_dict(change)
 
 
 @pytest.mark.parametrize("marker", ["[GEN_VID]", "[GEN_IMG]"])
 def test_a_tokenizer_without_a_marker_is_refused(tmp_path, marker):
     make_llm(tmp_path, words=[w for w in (*LLAMA3, *WORDS) if w != marker])
-    with pytest.raises(ModelError, match=rf"the tokenizer lacks \[{marker[1:-1]}\]"):
+    with refuses("mismatch", kind=ModelError) as error:
         UnderstandingModel(tmp_path, Template(), torch.float32, "cpu").hidden_states("panda")
+    assert marker in str(error.value)
 
 
 def test_a_prompt_longer_than_the_positions(llm):
-    with pytest.raises(InputError, match=r"the model reads 256: shorten it"):
+    with refuses("too_large", "prompt", InputError) as error:
         UnderstandingModel(llm, Template(), torch.float32, "cpu").hidden_states("panda " * 300)
+    assert "256" in str(error.value)
 
 
 def test_folders_that_are_none(tmp_path, llm):
-    with pytest.raises(ModelError, match=r"has no config.json"):
+    with refuses("not_found", kind=ModelError):
         UnderstandingModel(tmp_path, Template(), torch.float32, "cpu")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ModelError, match="holds no safetensors"):
+    with refuses("missing", kind=ModelError):
         UnderstandingModel(tmp_path, Template(), torch.float32, "cpu").load()
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with refuses("invalid_model", kind=ModelError):
         UnderstandingModel(tmp_path, Template(), torch.float32, "cpu").load()
 
 

@@ -111,7 +111,7 @@ class _Cursor:
     def count(self, most: int, what: str) -> int:
         value = int(self.number("Q"))
         if value > most:
-            raise _Damaged(f"it says it has {value} {what}")
+            raise _Damaged(f"it says it has {value} {what}", "too_large")
         return value
 
     def text(self, most: int | None = None) -> str:
@@ -180,7 +180,7 @@ def _read(path: Path, cursor: _Cursor, size: int) -> dict[str, GgufTensor]:
     for _ in range(tensors):
         name = cursor.text(MOST_NAME)
         if (n := int(cursor.number("I"))) > MOST_DIMENSIONS:
-            raise _Damaged(f"{shorten(name, 80)} has {n} dimensions")
+            raise _Damaged(f"{shorten(name, 80)} has {n} dimensions", "too_large")
         # innermost first there
         shape = tuple(int(cursor.number("Q")) for _ in range(n))[::-1]
         rows.append((name, shape, int(cursor.number("I")), int(cursor.number("Q"))))
@@ -192,7 +192,7 @@ def _read(path: Path, cursor: _Cursor, size: int) -> dict[str, GgufTensor]:
     found: dict[str, GgufTensor] = {}
     for name, shape, kind, offset in rows:
         if name in found:
-            raise _Damaged(f"{shorten(name, 120)} is there twice")
+            raise _Damaged(f"{shorten(name, 120)} is there twice", "duplicate")
         if offset % alignment:
             raise _Damaged(f"{shorten(name, 120)} begins at {offset}, no multiple of {alignment}")
         found[name] = _tensor(path, name, shape, kind, begin + offset, size, metadata)
@@ -247,7 +247,7 @@ def _tensor(
             code="unsupported",
         )
     if any(n > MAX_SIDE for n in shape):
-        raise _Damaged(f"{shorten(name, 120)} is {shape}")
+        raise _Damaged(f"{shorten(name, 120)} is {shape}", "too_large")
     count, final = math.prod(shape), shape
     if SHAPE + name in metadata:
         original = metadata[SHAPE + name]
@@ -255,14 +255,16 @@ def _tensor(
         if not all(type(n) is int and 0 <= n <= MAX_SIDE for n in sides) or (
             not sides or math.prod(sides) != count
         ):
-            raise _Damaged(f"{shorten(name, 120)} is {shape}, and was {shorten(original, 80)}")
+            words = f"{shorten(name, 120)} is {shape}, and was {shorten(original, 80)}"
+            raise _Damaged(words, "mismatch")
         final = sides
     if kind in PLAIN:
         encoding, dtype, length = None, PLAIN[kind], count * PLAIN[kind].itemsize
     else:
         encoding, dtype = GGUF_BLOCKS[known], torch.uint8
         if not shape or shape[-1] % encoding.values:
-            raise _Damaged(f"{shorten(name, 120)} is {shape}, rows that {known} cannot hold")
+            words = f"{shorten(name, 120)} is {shape}, rows that {known} cannot hold"
+            raise _Damaged(words, "mismatch")
         length = count // encoding.values * encoding.size
     if start + length > size:
         raise _Damaged(f"{shorten(name, 120)} reaches beyond its end")

@@ -475,4 +475,5 @@ def refuse_rotation(metadata: Mapping[str, Any], where: str) -> None:
                 f" note says"
                 f" how its weights are rotated; {REMEDY}.",
                 code="unsupported",
+                param=shorten(key, 60),
             )

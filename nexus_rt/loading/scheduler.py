@@ -166,7 +166,7 @@ def read_scheduler(config: Mapping[str, Any], class_name: str | None, where: Pat
     try:
         number(f"{where}: {name}", shift, 1e-3, MAX_SHIFT)
     except InputError as error:
-        raise ModelError(str(error), code=error.code, param=error.param) from None
+        raise ModelError(str(error), code=error.code, param=name) from None
     differs = []
     if solver is None:
         differs.append(f"its class is {kind}")

@@ -232,7 +232,7 @@ def weight_files(source: Path) -> list[Path]:
     raise ModelError(
         f"{source} holds no weights: expected {WEIGHT_NAMES[0]}.safetensors or its index of"
         " shards.",
-        code="missing",
+        code="missing" if source.exists() else "not_found",
     )
 
 
