@@ -108,7 +108,7 @@ class Link:
             self._process = process
         except Exception as error:  # no process, no descriptor, an argument that is not pickled
             words = f"no worker can be started ({shorten(error)})"
-            self._tell(self.messages.put_nowait, ("failed", ("loading", words)))
+            self._tell(self.messages.put_nowait, ("failed", ("failed", words)))
             self._tell(self._lost, Exit(None))
             return
         if self._killed:

@@ -192,7 +192,8 @@ class ProcessRunner:
             return value
         await link.end(0.5)
         if kind == "failed":
-            raise NexusError(value[1])
+            code, words = value
+            raise NexusError(words, code=code)
         if value.for_memory:
             raise NexusError(
                 f"{value} while it loaded: the machine's memory does not hold the models; free"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from nexus_rt.errors import NexusError
+from nexus_rt.errors import CODES, NexusError
 from nexus_rt.request import GenerationRequest
 from nexus_rt.serve.exhaustion import HOST, exhausted
 from nexus_rt.serve.generate import Event, ServedPipeline, Task
@@ -27,7 +27,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the server's to decide on
 WarmUp = tuple[GenerationRequest, dict[str, Any]]
 UNUSABLE = 70  # exit code where only a fresh process helps
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
-NO_MEMORY = "the machine's memory does not hold the models; free some, or load smaller ones."
+OUT_OF_MEMORY = (
+    "out_of_memory",
+    "the machine's memory does not hold the models; free some, or load smaller ones.",
+)  # code and words
 
 
 def work(
@@ -55,14 +58,15 @@ def work(
         worker.served = ServedPipeline(pipeline, preview_every)
         warmed = worker.served.warm_up() if warmup else None
     except (NexusError, JobFailed) as error:
-        words = NO_MEMORY if exhausted(error) == "host" else str(error)
-        worker.send("failed", ("loading", words))
+        known = error.code if error.code in CODES else "failed"
+        failed = OUT_OF_MEMORY if exhausted(error) == "host" else (known, str(error))
+        worker.send("failed", failed)
         return
     except Exception as error:
         log.exception("the models cannot be loaded")
-        known = exhausted(error) == "host"
-        words = NO_MEMORY if known else f"{type(error).__name__}: {error}"
-        worker.send("failed", ("loading", words))
+        words = f"{type(error).__name__}: {error}"
+        failed = OUT_OF_MEMORY if exhausted(error) == "host" else ("failed", words)
+        worker.send("failed", failed)
         return
     worker.send("ready", (worker.served.profile, warmed))
     worker.run()
