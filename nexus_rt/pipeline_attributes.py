@@ -62,6 +62,7 @@ OTHERS: dict[str, str] = {
     "vae_scale_factor_temporal": "it is `grid.time`",
     "video_processor": "`decode` turns latents into frames, and `save_video` writes them",
     "numpy_to_pil": "pass output_type='pil' to the call",
+    "check_inputs": "a call checks its arguments before any work",
     **dict.fromkeys(("config", "default_sample_size"), "a pair's settings are `defaults`"),
     "register_modules": "the models are `engines`, `text`, `vae`, `context`",
     "check_inputs": "a call checks its arguments before any work",
