@@ -21,7 +21,10 @@ from nexus_rt.checks import instance, number, switch, whole
 from nexus_rt.errors import InputError, choose, shown
 from nexus_rt.limits import MAX_STEPS
 
-CLI, LIST, SERVER = "cli", "list", "server"  # where a field can be set, besides Python
+# Where a field can be set, besides Python: options of every command that takes a plan, of those that
+# rewrite prompts, of `generate` alone; prompt lists; requests of the server.
+CLI, REWRITING, GENERATE = "cli", "rewriting", "generate"
+LIST, SERVER = "list", "server"
 FRONTS = (CLI, LIST, SERVER)
 
 
@@ -50,7 +53,8 @@ def described(
         fronts: where it can be set, besides Python.
     """
     # Not Meta's own ge and le: msgspec 0.22 reads freed memory for them inside of unions.
-    extra = {"low": low, "high": high, "flag": flag, "metavar": metavar, "unit": unit}
+    extra: dict[str, Any] = {"low": low, "high": high, "unit": unit}
+    extra |= {"flag": flag, "metavar": metavar}
     extra |= {"default": default, "pair": pair, "fronts": fronts}
     return Meta(description=sentence, extra=extra)
 

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 
 from nexus_rt.errors import UnknownArgument, shown
-from nexus_rt.fields import CLI, Field, described, fields_of, object_schema
+from nexus_rt.fields import (
+    GENERATE,
+    LIST,
+    REWRITING,
+    SERVER,
+    Field,
+    described,
+    fields_of,
+    object_schema,
+)
 from nexus_rt.limits import (
     GAMMA_W,
     GENERATORS,
@@ -174,6 +183,7 @@ class CallSettings(msgspec.Struct, frozen=True, kw_only=True):
             " model's answer), off, or a text of your own",
             metavar="TEXT",
             pair=True,
+            fronts=(REWRITING, LIST, SERVER),
         ),
     ] = None
     rewrite_timeout: Annotated[
@@ -184,14 +194,14 @@ class CallSettings(msgspec.Struct, frozen=True, kw_only=True):
             MAX_TIMEOUT,
             metavar="S",
             unit="seconds",
-            fronts=(CLI,),
+            fronts=(REWRITING,),
         ),
     ] = REWRITE_TIMEOUT
     reuse_parity: Annotated[
         bool,
         described(
             "compute what the plan reuses as well, and report the error of every reused step",
-            fronts=(),
+            fronts=(GENERATE,),
         ),
     ] = False
     timesteps: Annotated[

@@ -237,9 +237,9 @@ def made_with(
     from nexus_rt.doctor import versions
 
     rest = {
-        k: v if isinstance(v, (int, float, str)) else str(v)
+        k: v if isinstance(v, (int, float, str)) else str(list(v) if isinstance(v, tuple) else v)
         for k, v in options.items()
-        if v not in (None, False)
+        if v is not None and v is not False  # 0 is no guidance
     }
     known = {
         "prompt": prompt,

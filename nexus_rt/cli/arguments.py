@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
+from nexus_rt import settings
 from nexus_rt.errors import InputError, shown
+from nexus_rt.fields import CLI, REWRITING, Field, fields_of
 from nexus_rt.size import parse_sides
 
 PLAN_HELP = (
@@ -19,14 +23,6 @@ PLAN_HELP = (
     " (`nexus-rt tune`) within MS"
 )
 DTYPES = ("float32", "bfloat16", "float16")
-BLEND_NUMBERS = {  # of BlendConfig
-    "gamma_hf": "small generator's share of the high frequencies (default: 0.7)",
-    "sigma_min": "width of the gaussian filter at w = 0, in latent cells (default: 0.35)",
-    "sigma_max": "width of the gaussian filter at w = 1, in latent cells (default: 0.7)",
-    "rho_min": "cutoff of fft and dct at w = 0, as a fraction of Nyquist (default: 0.1)",
-    "rho_max": "cutoff of fft and dct at w = 1, as a fraction of Nyquist (default: 0.9)",
-    "order": "order of the Butterworth low-pass (default: 2)",
-}
 SEED_HELP = (
     "0 to 2^64 - 1; the same seed gives the same video, -1 draws a fresh one and prints it"
     " (default: 0)"
@@ -73,6 +69,15 @@ def guidance(text: str) -> float | tuple[float, float]:
 def timesteps(text: str) -> list[float]:
     """A list of numbers."""
     return [real_number(part) for part in text.split(",")]
+
+
+# From an option's text to a setting's value, by `Field.kind`.
+TYPES: dict[Any, Callable[[str], Any]] = {
+    int: int,  # `whole_number`, by each parser's registry
+    float: float,  # `real_number`
+    "scale": guidance,
+    "numbers": timesteps,
+}
 
 
 def models() -> argparse.ArgumentParser:
@@ -201,83 +206,38 @@ def running() -> argparse.ArgumentParser:
     return parent
 
 
-def walk() -> argparse.ArgumentParser:
-    """A call's settings."""
-    parent = argparse.ArgumentParser(add_help=False)
-    group = parent.add_argument_group("what runs when")
-    group.add_argument("--plan", metavar="PLAN", help=PLAN_HELP)
-    group.add_argument(
-        "--steps", type=int, metavar="N", help="denoising steps (default: the pair's; Wan: 50)"
-    )
-    for name in ("small", "large"):
-        group.add_argument(
-            f"--{name}-steps",
-            type=int,
-            metavar="N",
-            help=f"steps of the {name} generator's whole schedule, where it has one of its own",
-        )
-    group.add_argument(
-        "--timesteps",
-        type=timesteps,
-        metavar="T,T,...",
-        help="the list to walk, before the shift, such as 1000,750,500,250",
-    )
-    group.add_argument(
-        "--shift", type=float, help="shift of the time grid (default: 5.0; 3.0 for small frames)"
-    )
-    group.add_argument(
-        "--guidance",
-        type=guidance,
-        metavar="G",
-        help=(
-            "guidance scale: v_u + G (v_c - v_u); 1 is none (default: 6.0); HIGH,LOW of a generator"
-            " of two experts"
-        ),
-    )
-    group.add_argument(
-        "--guidance-2",
-        type=guidance,
-        metavar="G",
-        help="guidance scale of the large generator (default: that of --guidance)",
-    )
-    group.add_argument(
-        "--as-published",
-        action="store_true",
-        help=(
-            "the published scripts' defaults and numerics: plan reference, 50 steps, shift 5,"
-            " guidance 6 (their s = 5)"
-        ),
-    )
-    group.add_argument(
-        "--split", help="frequency split: gaussian (the paper's) | fft | dct (default: gaussian)"
-    )
-    group.add_argument(
-        "--lowpass",
-        help="low-pass of fft and dct: gaussian | butterworth | ideal (default: gaussian)",
-    )
-    for name, words in BLEND_NUMBERS.items():
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=int if name == "order" else float, help=words
-        )
-    group.add_argument(
-        "--gamma-w",
-        type=float,
-        help="exponent of the gate in the plans reference and auto (default: 0.3)",
-    )
-    group.add_argument(
-        "--energy",
-        help="energy rule of the blend: reference | progressive | none (default: the plan's)",
-    )
-    group.add_argument("--solver", help="solver: unipc | euler | lcm (default: unipc)")
+def add_settings(group: argparse._ArgumentGroup, fields: Iterable[Field]) -> None:
+    """An option a setting; of a struct of settings, an option for each of its fields. Ranges and
+    names are left to the settings' own check, whose error suggests the nearest name."""
+    for field in fields:
+        if field.nested:
+            add_settings(group, fields_of(field.kind).values())
+            continue
+        option = "--" + field.flag.replace("_", "-")
+        words = field.help.replace("%", "%%") + (f": {PLAN_HELP}" if field.name == "plan" else "")
+        if field.kind is bool:
+            group.add_argument(option, action="store_true", help=words)
+        else:
+            kind = TYPES.get(field.kind, str)
+            group.add_argument(option, type=kind, metavar=field.metavar, help=words)
+
+
+def add_size(group: argparse._ArgumentGroup) -> None:
+    """Width and height in one option."""
     group.add_argument(
         "--size",
         type=frame_size,
         metavar="WxH",
         help="frame size, such as 832x480 (default: the pair's)",
     )
-    group.add_argument(
-        "--frames", type=int, metavar="N", help="4k+1 frames (default: the pair's; Wan: 81)"
-    )
+
+
+def walk() -> argparse.ArgumentParser:
+    """A call's settings."""
+    parent = argparse.ArgumentParser(add_help=False)
+    group = parent.add_argument_group("what runs when")
+    add_size(group)
+    add_settings(group, settings.fields(CLI).values())
     return parent
 
 
@@ -285,26 +245,13 @@ def rewriting() -> argparse.ArgumentParser:
     """What the large generator reads."""
     parent = argparse.ArgumentParser(add_help=False)
     group = parent.add_argument_group("rewriting (what the large generator reads)")
-    group.add_argument(
-        "--rewrite",
-        metavar="TEXT",
-        help=(
-            "auto (the understanding model's answer) | off | a text of your own (default: the"
-            " pair's)"
-        ),
-    )
+    add_settings(group, settings.fields(REWRITING).values())
     group.add_argument(
         "--rewriter",
         metavar="DIR|URL",
         help="rewrite by a chat model's folder, or an OpenAI-compatible endpoint (http://HOST/v1)",
     )
     group.add_argument("--rewriter-model", metavar="NAME", help="model name at the --rewriter URL")
-    group.add_argument(
-        "--rewrite-timeout",
-        type=float,
-        metavar="S",
-        help="seconds for rewriting, after which the prompt is kept (default: 60)",
-    )
     return parent
 
 

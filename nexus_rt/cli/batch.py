@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from nexus_rt.cli.arguments import clips, models, rewriting, running, walk
-from nexus_rt.cli.pipeline import call_options, check_device, model_words, quiet_pipeline
+from nexus_rt.cli.pipeline import check_device, clip_settings, model_words, quiet_pipeline
 from nexus_rt.paths import as_path
 
 
@@ -28,12 +28,10 @@ def run(args: argparse.Namespace) -> int:
 
 def run_batch(args: argparse.Namespace, items: list) -> int:
     """Make the clips of a list of `Item`, here or by Ray's workers."""
-
     from nexus_rt.batch import Job, parse_shard, run
-
-    options = call_options(args)
     from nexus_rt.checks import whole
 
+    call = clip_settings(args)
     whole("--seed", args.seed, -1, 2**64 - 1)
     models = model_words(args)
     folder = as_path("--output", args.output)
@@ -43,7 +41,7 @@ def run_batch(args: argparse.Namespace, items: list) -> int:
         args.fps,
         f".{args.format.lstrip('.')}",
         parse_shard(args.shard),
-        options,
+        call,
         models,
     )
     say = lambda line: print(line, file=sys.stderr, flush=True)

@@ -6,16 +6,27 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from nexus_rt.cli.arguments import FPS_HELP, SEED_HELP, models, rewriting, running, walk
-from nexus_rt.cli.pipeline import call_options, check_device, make_pipeline, model_words
+from nexus_rt import settings
+from nexus_rt.cli.arguments import (
+    FPS_HELP,
+    SEED_HELP,
+    add_settings,
+    models,
+    rewriting,
+    running,
+    walk,
+)
+from nexus_rt.cli.pipeline import check_device, clip_settings, make_pipeline, model_words
 from nexus_rt.errors import InputError, NexusError
+from nexus_rt.fields import GENERATE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from nexus_rt.pipeline import NexusPipeline
-    from nexus_rt.reuse import ReuseError
+    from nexus_rt.reuse import ReuseDeviation
     from nexus_rt.rewriting import Rewriting
+    from nexus_rt.settings import CallSettings
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -39,11 +50,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--negative", default="", metavar="PROMPT", help="what not to show")
     generate.add_argument("--seed", type=int, default=0, help=SEED_HELP)
     generate.add_argument("--fps", default="16", help=FPS_HELP)
-    generate.add_argument(
-        "--reuse-parity",
-        action="store_true",
-        help="compute what the plan reuses as well, and print the error of every reused step",
-    )
+    add_settings(generate, settings.fields(GENERATE).values())
     generate.add_argument(
         "--parallel",
         metavar="HOW",
@@ -62,26 +69,28 @@ def run(args: argparse.Namespace) -> int:
     from nexus_rt.video import check_output
 
     output = check_output(args.output)  # before any model is read
-    options = call_options(args)
+    call = clip_settings(args)
     if not args.prompt.strip():
-        raise InputError("the prompt is empty; say what the video should show.")
+        raise InputError(
+            "the prompt is empty; say what the video should show.", code="missing", param="prompt"
+        )
     check_device(args.device)
     seed = check_seed("--seed", args.seed)
     if args.seed == -1:
         print(f"seed {seed}", file=sys.stderr)
     pipe = make_pipeline(args)
     if pipe.parallel is None:
-        return _generate(args, pipe, seed, output, options)
+        return _generate(args, pipe, seed, output, call)
     from nexus_rt.parallel.layout import broadcast_failure
 
     with broadcast_failure(pipe.parallel.mesh):
-        code = _generate(args, pipe, pipe.parallel.mesh.same(seed), output, options)
+        code = _generate(args, pipe, pipe.parallel.mesh.same(seed), output, call)
     pipe.parallel.close()
     return code
 
 
 def _generate(
-    args: argparse.Namespace, pipe: NexusPipeline, seed: int, output: Path, options: dict
+    args: argparse.Namespace, pipe: NexusPipeline, seed: int, output: Path, call: CallSettings
 ) -> int:
     """The clip of a pipeline, which the first of several processes writes."""
     import torch
@@ -97,29 +106,30 @@ def _generate(
         args.negative,
         generator=noise,
         output_type="latent",
-        reuse_parity=args.reuse_parity,
-        **options,
+        **call.given,
     )
     if first:
         _say_rewriting(latents.rewriting)
     frames = pipe.decode(latents.frames, "np", rescue=output.parent)
     if not first:
         return 0
-    made = made_with(
-        args.prompt, args.negative, seed, latents.plan.text, options, model_words(args)
+    metadata = made_with(
+        args.prompt, args.negative, seed, latents.plan.text, call.given, model_words(args)
     )
     if latents.rewriting is not None:
-        made["rewritten"] = latents.rewriting.texts[0]
+        metadata["rewritten"] = latents.rewriting.texts[0]
     try:
-        save_video(frames[0], output, args.fps, made, truncate=args.as_published)
+        save_video(frames[0], output, args.fps, metadata, truncate=call.as_published)
     except InputError as error:
         if (kept := rescue_latents(latents.frames, output.parent)) is None:
             raise
         raise NexusError(
-            f"{error} The latents are saved in {kept}; decode them again with `nexus-rt decode`."
+            f"{error} The latents are saved in {kept}; decode them again with `nexus-rt decode`.",
+            code=error.code,
+            param=error.param,
         ) from error
-    if latents.reuse_errors is not None:
-        _say_errors(latents.reuse_errors)
+    if latents.reuse_deviations is not None:
+        _print_deviations(latents.reuse_deviations)
     if not args.quiet:
         print(
             f"{output}: {frames.shape[1]} frames of {frames.shape[3]}x{frames.shape[2]}, plan"
@@ -142,8 +152,8 @@ def _say_rewriting(rewriting: Rewriting | None) -> None:
         print(f"rewritten for the large generator ({rewriting.ms:.0f} ms): {text}", file=sys.stderr)
 
 
-def _say_errors(errors: list[ReuseError]) -> None:
+def _print_deviations(deviations: list[ReuseDeviation]) -> None:
     """A row for every reused step."""
     print(f"{'step':>4} {'generator':9} {'reused':10} {'error':>8}")
-    for e in errors:
-        print(f"{e.step:4d} {e.generator:9} {e.reused:10} {100 * e.error:7.2f}%")
+    for d in deviations:
+        print(f"{d.step:4d} {d.generator:9} {d.reused:10} {100 * d.deviation:7.2f}%")

@@ -140,17 +140,7 @@ TABLE = (
         ("generate", "batch", "plan", "vrbench"),
         "as_published",
         "is not as published; leave it or --as-published out",
-        (
-            "energy",
-            "split",
-            "lowpass",
-            "rho_min",
-            "rho_max",
-            "order",
-            "timesteps",
-            "small_steps",
-            "large_steps",
-        ),
+        ("energy", "split", "lowpass"),
     ),
     Rule(
         ("generate", "batch", "vrbench"),

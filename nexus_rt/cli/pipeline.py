@@ -1,18 +1,21 @@
-"""Arguments to what they describe: a pipeline, a blend, a call's options."""
+"""Arguments to what they describe: a pipeline, a call's settings."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nexus_rt.cli.arguments import BLEND_NUMBERS
+from nexus_rt import settings
 from nexus_rt.errors import InputError
+from nexus_rt.fields import fields_of
 
 if TYPE_CHECKING:
     from nexus_rt.loading.pair_folder import PairFolders
     from nexus_rt.pipeline import NexusPipeline
-    from nexus_rt.upfb import BlendConfig
+    from nexus_rt.rewriting import Rewriter
+    from nexus_rt.settings import CallSettings
 
 PARTS = ("small", "large", "vae", "text_encoder", "tokenizer", "understanding", "connector")
 MODEL_ARGUMENTS = ("engines", "pair", *PARTS, "small_lora", "large_lora")
@@ -85,113 +88,115 @@ def quiet_pipeline(args: argparse.Namespace) -> NexusPipeline:
     return pipe
 
 
-def make_blend(args: argparse.Namespace) -> BlendConfig | None:
-    """The blend that the arguments describe; None where they say nothing of it.
+def call_settings(args: argparse.Namespace) -> CallSettings:
+    """A call's settings, of the options that are set.
+
+    `--plan @FRONT:MS` is the front's plan, with the rewriting that it was judged by unless another
+    is set. `--rewriter` becomes the rewriter.
 
     Raises:
-        InputError: a number that the chosen split or low-pass does not have.
+        InputError: a value out of range, no such front, or a number that the split does not have.
+        ModelError: --rewriter is no chat model's folder.
     """
-    from nexus_rt.upfb import BlendConfig
+    values: dict[str, Any] = {}
+    for name, field in settings.fields().items():
+        if field.nested:
+            every = {n: getattr(args, f.flag, None) for n, f in fields_of(field.kind).items()}
+            value = {n: v for n, v in every.items() if v is not None} or None
+        else:
+            value = getattr(args, field.flag, None)
+        if value is not None:
+            values[name] = value
+    if (sides := getattr(args, "size", None)) is not None:
+        values["width"], values["height"] = sides
+    rewriter = getattr(args, "rewriter", None)
+    if values.get("plan", "").startswith("@"):
+        from nexus_rt.front import from_front
 
-    given = {
-        n: v for n in ("split", "lowpass", *BLEND_NUMBERS) if (v := getattr(args, n)) is not None
-    }
-    split, lowpass = given.get("split", "gaussian"), given.get("lowpass", "gaussian")
-    blend = BlendConfig(**given)
+        chosen = from_front(values["plan"])
+        values["plan"] = chosen.plan
+        if hasattr(args, "rewrite") and rewriter is None:
+            values.setdefault("rewrite", chosen.rewrite)
+    call = settings.CallSettings(**values)
+    check_blend(values.get("blend", {}))
+    if rewriter is not None:
+        call = call.replace(rewrite=make_rewriter(args, call.rewrite_timeout))
+    return call
+
+
+def clip_settings(args: argparse.Namespace) -> CallSettings:
+    """`call_settings`, checked against Wan's own defaults before a model is read.
+
+    Raises:
+        InputError: as a call of Wan's pair with them.
+    """
+    from nexus_rt.request import make_request
+    from nexus_rt.rewriting import check_rewrite
+    from nexus_rt.video import frame_rate
+
+    frame_rate(args.fps, "--fps")
+    call = call_settings(args)
+    check_rewrite(call.rewrite, 1)
+    make_request(call, settings.Defaults())
+    return call
+
+
+def check_blend(blend: Mapping[str, Any]) -> None:
+    """Raise an `InputError` for a number that the split or low-pass does not have."""
+    split, lowpass = blend.get("split", "gaussian"), blend.get("lowpass", "gaussian")
     if split == "gaussian" and lowpass != "gaussian":
         print(
             f"nexus-rt: --lowpass {lowpass} has no part in --split gaussian, and changes nothing.",
             file=sys.stderr,
         )
-    for name in given:
-        flag = "--" + name.replace("_", "-")
+    for name in blend:
+        option = "--" + name.replace("_", "-")
         if split == "gaussian" and name in ("rho_min", "rho_max", "order"):
-            raise InputError(f"{flag} is of the splits fft and dct; pass --split fft or dct too.")
+            raise InputError(
+                f"{option} is of the splits fft and dct; pass --split fft or dct too.",
+                code="conflict",
+                param=option,
+            )
         if split != "gaussian" and name in ("sigma_min", "sigma_max"):
             raise InputError(
-                f"{flag} is of the split gaussian; with --split {split} use --rho-min and"
-                " --rho-max."
+                f"{option} is of the split gaussian; with --split {split} use --rho-min and"
+                " --rho-max.",
+                code="conflict",
+                param=option,
             )
         if name == "order" and lowpass != "butterworth":
             raise InputError(
                 "--order is of the Butterworth low-pass; pass --lowpass butterworth too, not"
-                f" {lowpass}."
+                f" {lowpass}.",
+                code="conflict",
+                param=option,
             )
-    return blend if given else None
 
 
-def call_options(args: argparse.Namespace) -> dict:
-    """What the arguments say of every clip, as the pipeline's call takes it; checked before any
-    model is read."""
-    from nexus_rt.front import from_front
-    from nexus_rt.loading.pair_folder import Defaults
-    from nexus_rt.request import make_request
-    from nexus_rt.video import frame_rate
+def make_rewriter(args: argparse.Namespace, timeout: float) -> Rewriter:
+    """The rewriter of `--rewriter`; timeout: seconds for one answer of an endpoint."""
+    from nexus_rt.rewriting import ChatRewriter, EndpointRewriter
 
-    frame_rate(args.fps, "--fps")
-    if args.plan is not None and args.plan.startswith("@"):
-        chosen = from_front(args.plan)
-        if chosen.rewrite != "off" and args.rewrite is None and args.rewriter is None:
-            args.rewrite = chosen.rewrite
-        args.plan = chosen.plan
-    width, height = args.size or (None, None)
-    options = dict(
-        height=height,
-        width=width,
-        num_frames=args.frames,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance,
-        guidance_scale_2=args.guidance_2,
-        plan=args.plan,
-        shift=args.shift,
-        blend=make_blend(args),
-        energy=args.energy,
-        gamma_w=args.gamma_w,
-        solver=args.solver,
-        timesteps=args.timesteps,
-        small_steps=args.small_steps,
-        large_steps=args.large_steps,
-    )
-    # with any pair's defaults: what no pair would take is said before one is read
-    make_request(
-        Defaults(),
-        **options,
-        output_type="np",
-        num_videos_per_prompt=1,
-        published=args.as_published,
-    )
-    return {**options, **rewrite_options(args), "as_published": args.as_published}
-
-
-def rewrite_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments say of rewriting, as the pipeline's call takes it."""
-    from nexus_rt.checks import number
-    from nexus_rt.request import TIMEOUT
-    from nexus_rt.rewriting import ChatRewriter, EndpointRewriter, check_rewrite
-
-    if args.rewrite is not None:
-        check_rewrite(args.rewrite, 1)
-    timeout = TIMEOUT if args.rewrite_timeout is None else args.rewrite_timeout
-    number("--rewrite-timeout", timeout, 1e-3, 1e6)
-    rewrite: Any = args.rewrite
-    if args.rewriter is not None and "://" in args.rewriter:
+    if "://" in args.rewriter:
         if not args.rewriter_model:
             raise InputError(
-                "--rewriter is a URL; pass the model that it serves: --rewriter-model."
+                "--rewriter is a URL; pass the model that it serves: --rewriter-model.",
+                code="missing",
+                param="--rewriter-model",
             )
-        rewrite = EndpointRewriter(args.rewriter, args.rewriter_model, timeout=timeout)
-    elif args.rewriter is not None:
-        if args.rewriter_model:
-            raise InputError("--rewriter-model goes with a URL; --rewriter is a folder.")
-        rewrite = ChatRewriter(args.rewriter, device=args.device)
-    if rewrite is None:
-        return {}
-    return {"rewrite": rewrite, "rewrite_timeout": timeout}
+        return EndpointRewriter(args.rewriter, args.rewriter_model, timeout=timeout)
+    if args.rewriter_model:
+        raise InputError(
+            "--rewriter-model goes with a URL; --rewriter is a folder.",
+            code="conflict",
+            param="--rewriter-model",
+        )
+    return ChatRewriter(args.rewriter, device=args.device)
 
 
 def check_device(name: str | None) -> None:
     """Raise an `InputError` unless tensors can be on the device; None is any."""
-    from nexus_rt.checks import as_device
+    from nexus_rt.devices import as_device
 
     if name is not None:
         as_device("device", name)

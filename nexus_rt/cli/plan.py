@@ -6,18 +6,18 @@ import argparse
 from typing import TYPE_CHECKING
 
 from nexus_rt.cli.arguments import models, real_number, running, walk
-from nexus_rt.cli.pipeline import check_device, make_blend, make_pipeline
-from nexus_rt.errors import InputError, choose, shown
+from nexus_rt.cli.pipeline import call_settings, check_device, make_pipeline
+from nexus_rt.errors import InputError, shown
 
 if TYPE_CHECKING:
     from nexus_rt.bench.roofline import Card
-    from nexus_rt.guidance import Guidance
+    from nexus_rt.method.blend_config import BlendConfig
+    from nexus_rt.method.guidance import Guidance
     from nexus_rt.models.wan import WanConfig
     from nexus_rt.parallel.layout import Layout
     from nexus_rt.pipeline import NexusPipeline
     from nexus_rt.plan import Plan, Step, StepCosts
     from nexus_rt.size import ClipSize
-    from nexus_rt.upfb import BlendConfig
 
 FP8 = ("fp8-dynamic", "fp8-dynamic-all")  # what `--gpu` prices besides bfloat16
 
@@ -55,67 +55,29 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from nexus_rt.checks import number, whole
     from nexus_rt.engines.experts import boundaries
-    from nexus_rt.front import from_front
-    from nexus_rt.loading.pair_folder import Defaults
-    from nexus_rt.request import (
-        MAX_SHIFT,
-        MAX_STEPS,
-        Schedule,
-        default_solver,
-        for_solver,
-        make_guidance,
-        make_plan,
-        with_solver,
-    )
-    from nexus_rt.size import ClipSize
-    from nexus_rt.solver import SOLVERS
-    from nexus_rt.upfb import BlendConfig
+    from nexus_rt.request import make_request
+    from nexus_rt.settings import Defaults
 
-    if args.solver is not None:
-        choose("solver", args.solver, SOLVERS)
-    if args.plan is not None and args.plan.startswith("@"):
-        args.plan = from_front(args.plan).plan
-    for name, value in (("--frames", args.frames), *(("--size", side) for side in args.size or ())):
-        if value is not None:
-            whole(name, value, 1, 16_384)
-    for name, value in (("small_steps", args.small_steps), ("large_steps", args.large_steps)):
-        if value is not None:
-            whole(name, value, 1, MAX_STEPS)
-    if args.steps is not None:
-        whole("num_inference_steps", args.steps, 1, MAX_STEPS)
-    for name, value, most in (("shift", args.shift, MAX_SHIFT), ("gamma_w", args.gamma_w, 100)):
-        if value is not None:
-            number(name, value, 1e-3, most)
-    blend = make_blend(args) or BlendConfig()
+    call = call_settings(args)
     check_device(args.device)
     models = args.pair or args.small or args.large or args.engines
     if args.costs is not None:
         given_costs(args.costs)  # before any model is read
     if args.gpu and args.costs:
-        raise InputError("--gpu predicts the prices that --costs gives; pass one of them.")
+        raise InputError(
+            "--gpu predicts the prices that --costs gives; pass one of them.",
+            code="conflict",
+            param="--gpu",
+        )
     card, layout = _card(args), _layout(args)
     # prices that are given or predicted need no models
     pipe = make_pipeline(args) if models or not (args.costs or card) else None
-    defaults = pipe.defaults if pipe else Defaults()
-    own = Defaults() if args.as_published else defaults
-    solver = args.solver or default_solver(own)
-    plan = make_plan(
-        for_solver(defaults, args.solver),
-        args.plan,
-        args.steps,
-        args.shift,
-        args.energy,
-        args.gamma_w,
-        args.as_published,
-        Schedule(args.timesteps, args.small_steps, args.large_steps),
-    )
-    plan = with_solver(plan, args.solver, solver)
-    if pipe is not None:
-        plan = plan.with_experts(boundaries(pipe.engines))
-    guidance = make_guidance(defaults, args.guidance, args.guidance_2, args.as_published)
-    size = ClipSize.of_defaults(defaults, args.size, args.frames)
+    if pipe is None:
+        request = make_request(call, Defaults())
+    else:
+        request = make_request(call, pipe.defaults, boundaries(pipe.engines))
+    plan, guidance, size, blend = request.plan, request.guidance, request.size, request.blend
     # a budget that cannot be met is raised before anything is measured
     memory = pipe.plan_residency(plan, size) if pipe and pipe.engines else None
     if card is not None:
@@ -125,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.costs or pipe is None:
         costs = given_costs(args.costs)
     else:
-        costs = measured_costs(pipe, size, blend, solver)
+        costs = measured_costs(pipe, size, blend, request.solver)
     _print_steps(plan, costs, guidance, blend)
     _print_totals(plan, costs, guidance)
     print(f"plan with its schedule: {plan.text}")
@@ -151,7 +113,11 @@ def _layout(args: argparse.Namespace) -> Layout | None:
     if args.parallel is None:
         return None
     if args.gpu is None:
-        raise InputError("--parallel is priced for a card: pass --gpu too, such as --gpu h100.")
+        raise InputError(
+            "--parallel is priced for a card: pass --gpu too, such as --gpu h100.",
+            code="missing",
+            param="--gpu",
+        )
     from nexus_rt.parallel.layout import parse_layout
 
     return parse_layout(args.parallel)
@@ -194,7 +160,9 @@ def _card(args: argparse.Namespace) -> Card | None:
     if args.quantize not in (None, *FP8):
         raise InputError(
             f"--gpu does not price --quantize {args.quantize}; it prices bfloat16 and"
-            f" {' and '.join(FP8)}."
+            f" {' and '.join(FP8)}.",
+            code="unsupported",
+            param="--quantize",
         )
     return card_of(args.gpu)
 
@@ -318,7 +286,8 @@ def given_costs(text: str) -> StepCosts:
         small = large = 0.0
     if not all(1e-6 <= ms <= 1e12 for ms in (small, large)):
         raise InputError(
-            f"--costs is {shown(text)}; expected two numbers of milliseconds, such as 750,4600."
+            f"--costs is {shown(text)}; expected two numbers of milliseconds, such as 750,4600.",
+            param="--costs",
         )
     return StepCosts(small / 2, small, large / 2, large)
 

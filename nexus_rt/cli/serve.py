@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from nexus_rt.cli.arguments import PLAN_HELP, models, running
-from nexus_rt.cli.pipeline import check_device, find_models, quiet_pipeline
+from nexus_rt.cli.pipeline import call_settings, check_device, find_models, quiet_pipeline
 from nexus_rt.errors import InputError
 from nexus_rt.paths import as_path
 
@@ -76,7 +76,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="the folder of the queue and the clips (default: nexus-rt-jobs)",
     )
-    group.add_argument("--plan", metavar="PLAN", help="of jobs that name none: " + PLAN_HELP)
+    group.add_argument(
+        "--plan", metavar="PLAN", help=f"default plan for jobs without one: {PLAN_HELP}"
+    )
     group.add_argument(
         "--rewrite",
         choices=("auto", "off"),
@@ -202,11 +204,8 @@ def served_pipeline(args: argparse.Namespace) -> NexusPipeline:
     Raises:
         NexusError: the models cannot be loaded, or do not run the plan.
     """
-    from dataclasses import replace
-
     pipe = quiet_pipeline(args)
-    own = {"plan": args.plan, "rewrite": args.rewrite}
-    pipe.defaults = replace(pipe.defaults, **{k: v for k, v in own.items() if v is not None})
+    pipe.defaults = pipe.defaults.replace(**call_settings(args).given)
     absent = [g for g in pipe.make_plan().generators if g not in pipe.engines]
     if absent:
         raise InputError(
@@ -230,16 +229,14 @@ def run(args: argparse.Namespace) -> int:
             f"{error}: pip install 'nexus-rt[serve]'.", code="missing_package", param=error.name
         ) from error
 
-    from nexus_rt.front import from_front
     from nexus_rt.serve.logs import log_json
     from nexus_rt.serve.runners import ProcessRunner, Runner
     from nexus_rt.serve.server import NexusServer, run_server
     from nexus_rt.size import ClipSize
 
     check_device(args.device)
-    if args.plan is not None and args.plan.startswith("@"):
-        chosen = from_front(args.plan)
-        args.plan, args.rewrite = chosen.plan, args.rewrite or chosen.rewrite
+    call = call_settings(args)
+    args.plan, args.rewrite = call.plan, call.rewrite  # workers read no front
     if not args.engines:
         find_models(args)  # said before anything is started
     runner: Runner

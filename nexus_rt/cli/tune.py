@@ -7,8 +7,9 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-from nexus_rt.cli.arguments import frame_size, models, running
-from nexus_rt.cli.pipeline import check_device, quiet_pipeline
+from nexus_rt import settings
+from nexus_rt.cli.arguments import add_settings, add_size, models, running
+from nexus_rt.cli.pipeline import call_settings, check_device, quiet_pipeline
 from nexus_rt.errors import InputError, choose, shown
 from nexus_rt.paths import as_path
 
@@ -53,8 +54,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     group.add_argument("--no-rewrite", action="store_true", help="leave rewriting out")
     group.add_argument("--seed", type=int, default=0, help="seed of the search and of the noise")
     group.add_argument("--batch", type=int, default=6, metavar="N", help="prompts of one call (6)")
-    group.add_argument("--size", type=frame_size, metavar="WxH", help="frame size (the pair's)")
-    group.add_argument("--frames", type=int, metavar="N", help="4k+1 frames (the pair's)")
+    add_size(group)
+    add_settings(group, [settings.fields()["num_frames"]])
     group = tune.add_argument_group("what judges")
     group.add_argument(
         "--judge",
@@ -82,8 +83,6 @@ def run(args: argparse.Namespace) -> int:
 
     from nexus_rt.checks import number, whole
     from nexus_rt.cli.plan import given_costs
-    from nexus_rt.prompts import MAX_FRAMES
-    from nexus_rt.request import MAX_SIDE
 
     try:
         import optuna  # noqa: F401
@@ -97,18 +96,17 @@ def run(args: argparse.Namespace) -> int:
     from nexus_rt.bench.tune import report
     from nexus_rt.bench.tune.search import Search
     from nexus_rt.bench.tune.space import Space
-    from nexus_rt.size import ClipSize
+    from nexus_rt.request import make_request
 
     for name, value, least, most in (
         ("--trials", args.trials, 1, 100_000),
         ("--batch", args.batch, 1, 256),
         ("--count", args.count, 1, 100_000),
-        ("--frames", args.frames, 1, MAX_FRAMES),
         ("--seed", args.seed, 0, 2**32 - 1),  # NumPy's generators take no larger one
-        *(("--size", side, 1, MAX_SIDE) for side in args.size or ()),
     ):
         if value is not None:
             whole(name, value, least, most)
+    call = call_settings(args)
     rungs = parse_rungs(args.rungs)
     if args.budget is not None:
         number("--budget", args.budget, 1e-3, 1e12)
@@ -128,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             "tune searches plans of two generators; pass --small and --large.", code="missing"
         )
-    size = ClipSize.of_defaults(pipe.defaults, args.size, args.frames)
+    size = make_request(call, pipe.defaults).size
     pipe.grid.check(size)
     search, told = judges(name, pipe, args, size, rungs[-1])
     folder = as_path("--output", args.output)
@@ -221,6 +219,6 @@ def judges(
 def step_costs(pipe: NexusPipeline, size: ClipSize, given: str | None) -> StepCosts:
     """Prices of a step's parts, given or measured here."""
     from nexus_rt.cli.plan import given_costs, measured_costs
-    from nexus_rt.upfb import BlendConfig
+    from nexus_rt.method.blend_config import BlendConfig
 
     return given_costs(given) if given else measured_costs(pipe, size, BlendConfig(), "unipc")
