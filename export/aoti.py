@@ -11,25 +11,29 @@ import torch
 from nexus_rt.cpu import instruction_sets
 from nexus_rt.engines import aoti as backend
 from nexus_rt.engines.registry import here
+from nexus_rt.errors import InputError
 from nexus_rt.export.dynamic_shapes import Traced
 
 if TYPE_CHECKING:
     from nexus_rt.export.build import Target
 
 
-def cannot_build(target: Target) -> str | None:
-    """Why no AOTInductor engine can be made here; None where it can."""
+def check_target(target: Target) -> None:
+    """Raise an `InputError` unless an AOTInductor engine can be made here."""
     from torch._inductor import cpp_builder
 
     try:
         compiler = cpp_builder.get_cpp_compiler()
     except Exception as error:  # PyTorch's own error type moves between versions
-        return f"AOTInductor needs a C++ compiler ({str(error).splitlines()[0]})"
-    return (
-        None
-        if shutil.which(compiler)
-        else f"AOTInductor needs a C++ compiler, and {compiler} is not on PATH"
-    )
+        raise InputError(
+            f"AOTInductor needs a C++ compiler ({str(error).splitlines()[0]}).",
+            code="missing_package",
+        ) from error
+    if not shutil.which(compiler):
+        raise InputError(
+            f"AOTInductor needs a C++ compiler, and {compiler} is not on PATH.",
+            code="missing_package",
+        )
 
 
 def version(target: Target) -> str:

@@ -87,12 +87,14 @@ class Target:
                 param="precision",
             )
         module = importlib.import_module(ENGINE_BACKENDS[self.backend].builder)
-        if why := module.cannot_build(self):
+        try:
+            module.check_target(self)
+        except InputError as error:
             raise InputError(
-                f"no {self.backend} engine can be built here: {why}.",
-                code="unsupported",
-                param="backend",
-            )
+                f"no {self.backend} engine can be built here: {error}",
+                code=error.code,
+                param=error.param,
+            ) from None
         return module
 
 

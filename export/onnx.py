@@ -14,6 +14,7 @@ import torch
 
 from nexus_rt.engines import onnx as backend
 from nexus_rt.engines.registry import here
+from nexus_rt.errors import InputError
 from nexus_rt.export import contract
 from nexus_rt.export.dynamic_shapes import Traced
 
@@ -23,21 +24,32 @@ if TYPE_CHECKING:
 OPSETS = (23, 20)  # 23 has Attention and RMSNormalization; 20 is for consumers that lack them
 
 
-def cannot_export() -> str | None:
-    """Why no ONNX graph can be written here; None where it can."""
+def check_packages() -> None:
+    """Raise an `InputError` unless ONNX graphs can be written here."""
     absent = [p for p in ("onnx", "onnxscript", "onnxruntime") if find_spec(p) is None]
-    return f"{', '.join(absent)} not installed (pip install 'nexus-rt[onnx]')" if absent else None
+    if absent:
+        raise InputError(
+            f"{', '.join(absent)} not installed (pip install 'nexus-rt[onnx]').",
+            code="missing_package",
+        )
 
 
-def cannot_build(target: Target) -> str | None:
-    """Why no ONNX engine can be made here; None where it can."""
-    if why := cannot_export():
-        return why
+def check_target(target: Target) -> None:
+    """Raise an `InputError` unless an ONNX engine can be made here."""
+    check_packages()
     if target.opset not in OPSETS:
-        return f"opset is {target.opset}; expected one of {', '.join(map(str, OPSETS))}"
+        raise InputError(
+            f"opset is {target.opset}; expected one of {', '.join(map(str, OPSETS))}.",
+            param="opset",
+        )
     if target.precision == "bf16" and target.device.type == "cpu":
-        return "ONNX Runtime computes no bfloat16 on a CPU; use --precision fp32"
-    return backend.provider_absent(target.device.type)
+        raise InputError(
+            "ONNX Runtime computes no bfloat16 on a CPU; use --precision fp32.",
+            code="unsupported",
+            param="precision",
+        )
+    if why := backend.provider_absent(target.device.type):
+        raise InputError(f"{why}.", code="unsupported", param="device")
 
 
 def version(target: Target) -> str:

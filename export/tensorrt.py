@@ -34,29 +34,32 @@ RANGES = {
 }
 
 
-def cannot_build(target: Target) -> str | None:
-    """Why no engine can be made here; None where it can."""
-    try:
-        trt = backend.package(target.backend)
-    except InputError as error:
-        return str(error).rstrip(".")
-    if why := onnx.cannot_export():
-        return why
+def check_target(target: Target) -> None:
+    """Raise an `InputError` unless an engine can be made here."""
+    trt = backend.package(target.backend)
+    onnx.check_packages()
     if target.backend == "tensorrt" and not torch.cuda.is_available():
-        return (
+        raise InputError(
             "TensorRT builds for the GPU that is here, and there is none (tensorrt-rtx builds"
-            " without one)"
+            " without one).",
+            code="unsupported",
+            param="backend",
         )
     if target.sm is not None:
         if target.backend == "tensorrt":
-            return "TensorRT builds for the GPU that is here; --sm is for tensorrt-rtx"
+            raise InputError(
+                "TensorRT builds for the GPU that is here; --sm is for tensorrt-rtx.",
+                code="conflict",
+                param="sm",
+            )
         known = [n for n in dir(trt.ComputeCapability) if n.startswith("SM")]
         if "SM" + target.sm.replace(".", "") not in known:
-            return (
+            raise InputError(
                 f"tensorrt-rtx has no target {target.sm}; it has"
-                f" {', '.join(f'{n[2:-1]}.{n[-1]}' for n in known)}"
+                f" {', '.join(f'{n[2:-1]}.{n[-1]}' for n in known)}.",
+                code="unsupported",
+                param="sm",
             )
-    return None
 
 
 def version(target: Target) -> str:

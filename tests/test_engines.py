@@ -24,6 +24,7 @@ from nexus_rt.loading.pair_folder import MINI, find_pair
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.size import ClipSize, parse_sizes
 from tests.conftest import SIZES
+from tests.refusals import refuses
 
 CPU = torch.device("cpu")
 SIZE = ClipSize(48, 32, 5)
@@ -106,18 +107,17 @@ def test_conformance(name, make, tiny_pair):
 
 def test_a_size_it_was_not_built_for_is_named(make):
     engine = make("onnx")
-    with pytest.raises(
-        InputError,
-        match="size 64x32x5 is none that this large engine was built for: 32x32x5, 48x32x5",
-    ):
+    with refuses("unsupported", "size", InputError) as caught:
         engine.velocity(torch.zeros(1, 16, 2, 4, 8), torch.tensor(1.0), None)
-    with pytest.raises(InputError, match="expected .batch, tokens, 32."):
+    assert "64x32x5" in str(caught.value) and "large" in str(caught.value)
+    assert "32x32x5, 48x32x5" in str(caught.value)
+    with refuses("mismatch", "context", InputError):
         engine.prepare(torch.zeros(1, 4, 31))
 
 
 @pytest.mark.parametrize("text", ["832x480", "830x480x81", "832x480x80", "0x16x1", "axbxc"])
 def test_a_size_that_is_none(text):
-    with pytest.raises(InputError, match="size"):
+    with refuses("invalid_value", "size", InputError):
         ClipSize.parse(text)
 
 
@@ -133,39 +133,36 @@ def edit(path, **change):
 
 
 @pytest.mark.parametrize(
-    "damage, words",
+    "damage, code, words",
     [
-        (lambda p: (p / "manifest.json").unlink(), "holds no manifest.json"),
-        (lambda p: (p / "manifest.json").write_text("{"), "cannot be read"),
-        (lambda p: (p / "manifest.json").write_text("[]"), "it has no schema"),
-        (
-            lambda p: edit(p, schema=99),
-            "schema 99, and this nexus-rt reads up to 1; upgrade nexus-rt",
-        ),
+        (lambda p: (p / "manifest.json").unlink(), "not_found", "manifest.json"),
+        (lambda p: (p / "manifest.json").write_text("{"), "unreadable", "manifest.json"),
+        (lambda p: (p / "manifest.json").write_text("[]"), "missing", "schema"),
+        (lambda p: edit(p, schema=99), "unsupported", "schema 99"),
         (
             lambda p: (p / "velocity.onnx").write_bytes(b"short"),
-            "has 5 bytes and was written with .* rebuild it: nexus-rt export",
+            "damaged",
+            "rebuild it: nexus-rt export",
         ),
-        (
-            lambda p: (p / "velocity.onnx.data").unlink(),
-            "velocity.onnx.data is missing; rebuild it",
-        ),
+        (lambda p: (p / "velocity.onnx.data").unlink(), "not_found", "velocity.onnx.data"),
         (
             lambda p: edit(p, device={"type": "cuda", "sm": "9.0", "name": "H200"}),
-            "built for a GPU, and this is a CPU",
+            "mismatch",
+            "a GPU",
         ),
         (
             lambda p: edit(p, parity={"passed": False, "why": "cosine 0.3"}),
-            r"failed its parity gate \(cosine 0.3\).*--force",
+            "parity",
+            "(cosine 0.3)",
         ),
-        (lambda p: edit(p, parity={}), "it was never compared"),
+        (lambda p: edit(p, parity={}), "parity", "never compared"),
     ],
 )
-def test_what_does_not_match_is_one_sentence(own, damage, words):
+def test_what_does_not_match_is_one_sentence(own, damage, code, words):
     damage(own)
-    with pytest.raises(ModelError, match=words) as said:
+    with refuses(code, kind=ModelError) as caught:
         open_engine(own, CPU)
-    assert "\n" not in str(said.value)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_flipped_byte_is_found(own):
@@ -173,8 +170,9 @@ def test_a_flipped_byte_is_found(own):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ModelError, match="is damaged: its sha256 is not the manifest's"):
+    with refuses("damaged", kind=ModelError) as caught:
         open_engine(own, CPU)
+    assert "velocity.onnx.data" in str(caught.value) and "sha256" in str(caught.value)
 
 
 def linked(source, folder, layout):
@@ -227,35 +225,34 @@ def test_a_link_to_another_file_is_found(make, tmp_path, layout):
     (tmp_path / "other").write_bytes(other)
     file.unlink()
     file.symlink_to(tmp_path / "other")
-    with pytest.raises(ModelError, match="is damaged: its sha256 is not the manifest's"):
+    with refuses("damaged", kind=ModelError) as caught:
         open_engine(target, CPU)
+    assert "sha256" in str(caught.value)
     file.unlink()
     file.symlink_to(tmp_path / "absent")
-    with pytest.raises(ModelError, match="is missing"):
+    with refuses("not_found", kind=ModelError):
         open_engine(target, CPU)
 
 
 def test_compiled_code_is_bound_to_its_version(make, tmp_path):
     path = shutil.copytree(make("aoti").folder.path, tmp_path / "engine")
     edit(path, backend_version="2.1.0")
-    with pytest.raises(
-        ModelError,
-        match=rf"built for aoti 2.1.0, and this is {torch.__version__.replace('+', '.')}",
-    ):
+    with refuses("mismatch", kind=ModelError) as caught:
         open_engine(path, CPU)
+    assert "aoti 2.1.0" in str(caught.value) and torch.__version__ in str(caught.value)
 
 
 def test_engines_of_a_gpu_say_so_before_they_are_read(own, monkeypatch):
     edit(own, backend="tensorrt", device={"type": "cuda", "sm": "9.0", "name": "H200"})
     folder = EngineFolder.read(own)
     there = {"type": "cuda", "sm": "8.9", "name": "L40"}
-    with pytest.raises(ModelError, match="built for compute capability 9.0, and this is 8.9"):
+    with refuses("mismatch", kind=ModelError) as caught:
         folder.check_here({}, there)
-    with pytest.raises(
-        ModelError, match="built for tensorrt 1.32.0|built for tensorrt .*, and this is 11.2"
-    ):
+    assert "9.0" in str(caught.value) and "8.9" in str(caught.value)
+    with refuses("mismatch", kind=ModelError) as caught:
         folder.check_here({"tensorrt": "11.2"}, {**there, "sm": "9.0"})
-    with pytest.raises(InputError, match="tensorrt engines run on a CUDA device, and this is cpu"):
+    assert "tensorrt" in str(caught.value) and "11.2" in str(caught.value)
+    with refuses("unsupported", "device", InputError):
         engine_of(folder, CPU)
 
 
@@ -310,7 +307,7 @@ def test_a_pipeline_of_engines_makes_the_same_video(exported, tiny_pipe, plan):
     )
     assert 10 * np.log10(1 / ((got - wanted) ** 2).mean()) > 80
     assert (pipe.defaults.width, pipe.defaults.height, pipe.defaults.num_frames) == SIZE
-    with pytest.raises(InputError, match="size 64x32x5 is none"):  # before anything is encoded
+    with refuses("unsupported", "size", InputError):  # before anything is encoded
         pipe("a", height=32, width=64, num_frames=5)
 
 
@@ -371,15 +368,14 @@ def test_an_engine_that_is_not_finite_names_the_generator(exported):
     pipe = NexusPipeline.from_engines(exported)
     pipe.set_progress_bar_config(disable=True)
     embeds = torch.zeros(1, 4, 32)
-    with pytest.raises(
-        NumericsError, match="the small generator's velocity is not finite at step 0"
-    ):
+    with refuses("not_finite", kind=NumericsError) as caught:
         pipe(
             prompt_embeds=embeds * float("nan"),
             negative_prompt_embeds=embeds,
             plan="reference",
             num_inference_steps=2,
         )
+    assert "small" in str(caught.value) and "step 0" in str(caught.value)
 
 
 def test_a_clip_of_any_length_through_the_decoder(exported, tiny_pipe):
@@ -389,11 +385,10 @@ def test_a_clip_of_any_length_through_the_decoder(exported, tiny_pipe):
             batch, 16, frames, 4, 6, generator=torch.Generator().manual_seed(frames)
         )
         assert torch.allclose(decoder.decode(latents), tiny_pipe.vae.decode(latents), atol=1e-4)
-    with pytest.raises(
-        DecodeError,
-        match="size 64x32x5 is none that this vae engine was built for: 32x32x5, 48x32x5",
-    ):
+    with refuses("decode_failed", kind=DecodeError) as caught:
         decoder.decode(torch.zeros(1, 16, 2, 4, 8))
+    assert "64x32x5" in str(caught.value) and "vae" in str(caught.value)
+    assert "32x32x5, 48x32x5" in str(caught.value)
 
 
 def test_prompts_through_the_text_encoder(exported, tiny_pipe):
@@ -404,38 +399,38 @@ def test_prompts_through_the_text_encoder(exported, tiny_pipe):
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    "text, code",
     [
-        ("32x32x5..16x48x9", "32x32x5 is not below 16x48x9"),
-        ("32x32x5..48x48x5,64x64x5", "stands alone"),
-        ("1..2..3", "alone"),
+        ("32x32x5..16x48x9", "out_of_range"),
+        ("32x32x5..48x48x5,64x64x5", "conflict"),
+        ("1..2..3", "conflict"),
     ],
 )
-def test_a_range_that_is_none(text, words):
-    with pytest.raises(InputError, match=words):
+def test_a_range_that_is_none(text, code):
+    with refuses(code, "sizes", InputError):
         parse_sizes(text)
 
 
 def test_a_folder_without_engines_says_what_makes_them(tmp_path):
-    with pytest.raises(ModelError, match="holds no engines .* make them with `nexus-rt export`"):
+    with refuses("not_found", kind=ModelError) as caught:
         NexusPipeline.from_engines(tmp_path)
+    assert "`nexus-rt export`" in str(caught.value)
 
 
 def test_engines_of_two_spaces_are_refused(exported, tmp_path):
     path = shutil.copytree(exported, tmp_path / "two")
     manifest = EngineFolder.read(path / "small").manifest
     edit(path / "small", architecture={**manifest.architecture, "text_dim": 64})
-    with pytest.raises(ModelError, match="not of one latent space: their text_dim are"):
+    with refuses("mismatch", "text_dim", ModelError):
         NexusPipeline.from_engines(path)
 
 
 def test_engines_without_a_common_size_are_refused(exported, tmp_path):
     path = shutil.copytree(exported, tmp_path / "two")
     edit(path / "small", buckets=[[64, 64, 5]])
-    with pytest.raises(
-        ModelError, match="no size in common .small: 64x64x5; large: 32x32x5, 48x32x5."
-    ):
+    with refuses("mismatch", kind=ModelError) as caught:
         NexusPipeline.from_engines(path)
+    assert "small: 64x64x5; large: 32x32x5, 48x32x5" in str(caught.value)
 
 
 def test_list_verify_and_prune(make, cache, capsys):
@@ -458,5 +453,6 @@ def test_list_verify_and_prune(make, cache, capsys):
         all(f"removed {p.name}" in said and not p.exists() for p in (bad, part, failed))
         and good.exists()
     )
-    with pytest.raises(InputError, match="did you mean 'prune'"):
+    with refuses("unknown_name", "action", InputError) as caught:
         engines_command("prun", [])
+    assert "did you mean 'prune'" in str(caught.value)

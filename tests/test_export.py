@@ -5,6 +5,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -34,6 +35,7 @@ from nexus_rt.models.vae import VideoDecoder
 from nexus_rt.size import ClipSize
 from tests.bad_values import parameters, raw_errors
 from tests.conftest import SIZES
+from tests.refusals import refuses
 
 CPU = torch.device("cpu")
 SIZE = ClipSize(32, 32, 5)
@@ -110,17 +112,16 @@ def test_one_graph_serves_several_sizes_and_holds_no_scatter(tiny_pair):
         TorchEngine(load_transformer(tiny_pair / "small", torch.float32)),
     )
     embeds, x, t = torch.randn(1, 5, 32), torch.randn(1, 16, 2, 4, 6), torch.tensor(700.0)
-    with pytest.raises(InputError, match="size 48x32x5 is none"):
+    with refuses("unsupported", "size", InputError):
         runs.velocity(x, t, runs.prepare(embeds))
     # the same graph as a range
     ends = replace(engine.manifest, buckets=[[32, 32, 1], [64, 48, 9]], options={"range": True})
     runs = engine_of(replace(engine, manifest=ends), CPU)
     got, wanted = (e.velocity(x, t, e.prepare(embeds)) for e in (runs, reference))
     assert parity.distance(got, wanted)["relative_error"] < 1e-5
-    with pytest.raises(
-        InputError, match="size 80x32x1 is none that .* built for: 32x32x1 to 64x48x9"
-    ):
+    with refuses("unsupported", "size", InputError) as caught:
         runs.check_size(ClipSize(80, 32, 1))
+    assert "32x32x1 to 64x48x9" in str(caught.value)
 
 
 @pytest.mark.parametrize("part", ["generator", "decoder", "text"])
@@ -190,15 +191,13 @@ def wrong_rope(monkeypatch, tiny_pair):
 def test_a_broken_engine_is_kept_aside_and_refused(breaks, tiny_pair, monkeypatch, cache):
     with monkeypatch.context() as patch:
         breaks(patch, tiny_pair)
-        with pytest.raises(
-            ModelError,
-            match="the small engine is not the model it was made of: velocity .* t=967: cosine",
-        ):
+        with refuses("parity", kind=ModelError) as caught:
             export_small(tiny_pair)
+    assert re.search("small .* velocity .* t=967: cosine", str(caught.value))
     (kept,) = cache.glob("*.failed")
     failed = EngineFolder.read(kept)
     assert not failed.manifest.parity["passed"] and not any(p.suffix == "" for p in cache.iterdir())
-    with pytest.raises(ModelError, match="failed its parity gate"):
+    with refuses("parity", kind=ModelError):
         failed.check_parity()
     without_building(monkeypatch)
     assert export_small(tiny_pair)[0].manifest.parity["passed"]  # the failure is not in the way
@@ -256,8 +255,9 @@ def test_a_disk_that_fails_while_building_is_named(quick, tiny_pair, monkeypatch
         raise OSError(code, os.strerror(code), "velocity.onnx")
 
     monkeypatch.setattr(onnx_builder, "build", fail)
-    with pytest.raises(ModelError, match=rf"velocity.onnx cannot be used \({os.strerror(code)}\)"):
+    with refuses("not_writable", kind=ModelError) as caught:
         export_small(tiny_pair)
+    assert "velocity.onnx" in str(caught.value) and os.strerror(code) in str(caught.value)
 
 
 def test_loading_engines_with_values_that_are_no_arguments(tiny_engines):
@@ -265,8 +265,9 @@ def test_loading_engines_with_values_that_are_no_arguments(tiny_engines):
     names = [*parameters(load), "provider", "threads", "variant"]
     assert raw_errors(load, {"folder": tiny_engines}, names) == {}
     for option in ("variant", "return_dict"):
-        with pytest.raises(InputError, match=f"no option '{option}'; expected provider or threads"):
+        with refuses("unknown_argument", option, InputError) as caught:
             load(tiny_engines, **{option: 1})
+        assert "provider or threads" in str(caught.value)
 
 
 def test_a_cache_or_an_output_that_cannot_be_written(tiny_pair, monkeypatch, tmp_path, capsys):
@@ -302,17 +303,14 @@ def test_a_full_disk_leaves_nothing_and_says_how_much(quick, tiny_pair, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(onnx_builder, "build", full)
-        with pytest.raises(
-            ModelError,
-            match=(
-                r"filled up: this engine takes about 0\.\d GB; nothing was left .* NEXUS_RT_CACHE"
-            ),
-        ):
+        with refuses("not_writable", kind=ModelError) as caught:
             export_small(tiny_pair)
+    assert re.search(r"0\.\d GB.* NEXUS_RT_CACHE", str(caught.value))
     assert not [p for p in cache.iterdir() if p.is_dir()]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(InputError, match="has 0.0 GB free and this engine takes"):
+    with refuses("not_writable", kind=InputError) as caught:
         export_small(tiny_pair)
+    assert "0.0 GB free" in str(caught.value)
 
 
 def _export_in_a_process(pair, cache, queue):
@@ -347,28 +345,27 @@ def test_two_processes_build_one_engine(tiny_pair, cache):
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, code, param",
     [
-        ({"backend": "onxn"}, "did you mean 'onnx'"),
-        ({"precision": "fp8"}, "unknown precision 'fp8'"),
-        ({"opset": 17}, "opset is 17; expected one of 23, 20"),
-        ({"buckets": ()}, "no sizes"),
-        ({"precision": "bf16"}, "ONNX Runtime computes no bfloat16 on a CPU; use --precision fp32"),
+        ({"backend": "onxn"}, "unknown_name", "backend"),
+        ({"precision": "fp8"}, "unknown_name", "precision"),
+        ({"opset": 17}, "invalid_value", "opset"),
+        ({"buckets": ()}, "missing", "sizes"),
+        ({"precision": "bf16"}, "unsupported", "precision"),
     ],
 )
-def test_what_cannot_be_built_is_said_before_any_work(change, words, tiny_pair, cache):
-    with pytest.raises(InputError, match=words):
+def test_what_cannot_be_built_is_said_before_any_work(change, code, param, tiny_pair, cache):
+    with refuses(code, param, InputError):
         export_small(tiny_pair, **change)
     assert not cache.exists()
 
 
 def test_what_is_not_installed_is_named(tiny_pair, monkeypatch):
     monkeypatch.setattr(onnx_builder, "find_spec", lambda name: None)
-    with pytest.raises(
-        InputError,
-        match=r"onnx, onnxscript, onnxruntime not installed \(pip install 'nexus-rt\[onnx\]'\)",
-    ):
+    with refuses("missing_package", kind=InputError) as caught:
         export_small(tiny_pair)
+    assert "onnx, onnxscript, onnxruntime" in str(caught.value)
+    assert "pip install 'nexus-rt[onnx]'" in str(caught.value)
 
 
 def test_the_command_makes_a_folder_that_generate_takes(
@@ -427,7 +424,7 @@ def test_a_folder_without_weights_is_no_source(tmp_path, tiny_pair):
     shutil.copytree(
         tiny_pair / "small", tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors")
     )
-    with pytest.raises(ModelError, match="holds no weights"):
+    with refuses("missing", kind=ModelError):
         export_small(tmp_path)
 
 
@@ -454,12 +451,11 @@ def test_parts_are_named_or_the_generators(tiny_pair):
     found = find_pair(tiny_pair, {}, {})
     names = lambda *args: [p.name for p in chosen_components(found, *args)]
     assert names(None) == ["small", "large"] and names("vae, small,vae") == ["vae", "small"]
-    with pytest.raises(InputError, match="unknown part 'vea'.*did you mean 'vae'"):
+    with refuses("unknown_name", "part", InputError) as caught:
         names("vea")
+    assert "did you mean 'vae'" in str(caught.value)
     alone = find_pair(None, {"small": tiny_pair / "small"}, {})
-    with pytest.raises(
-        InputError, match="there is no text_encoder here to export; pass --text-encoder"
-    ):
+    with refuses("missing", "text_encoder", InputError):
         chosen_components(alone, "text_encoder")
 
 
