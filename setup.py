@@ -8,6 +8,7 @@ setup(
         "nexus_rt.cli",
         "nexus_rt.loading",
         "nexus_rt.memory",
+        "nexus_rt.method",
         "nexus_rt.parallel",
         "nexus_rt.serve",
         "nexus_rt.models",
