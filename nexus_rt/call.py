@@ -4,6 +4,7 @@ components."""
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from nexus_rt.engines.experts import boundaries, engines_by_name
 from nexus_rt.engines.protocol import Engine, PublishedNumerics, Sized, supports
 from nexus_rt.errors import ModelError
-from nexus_rt.latents import Generators, LatentGrid, random_latents
+from nexus_rt.latents import Generators, LatentGrid, check_latents, random_latents
 from nexus_rt.memory.residency import (
     MemoryUse,
     Residency,
@@ -30,16 +31,16 @@ from nexus_rt.request import GenerationRequest, PairProfile
 from nexus_rt.rewriting import Cache
 from nexus_rt.settings import Defaults
 from nexus_rt.size import ClipSize
-from nexus_rt.tensor_checks import check_latents
 from nexus_rt.video import as_output
 
 if TYPE_CHECKING:
     import torch
 
     from nexus_rt.encode import Conditioning
+    from nexus_rt.engines.text_vae import EngineDecoder, EngineTextEncoder
     from nexus_rt.models.context import ContextEncoder
-    from nexus_rt.models.text import Tokenized
-    from nexus_rt.models.vae import Decoder
+    from nexus_rt.models.text import TextEncoder
+    from nexus_rt.models.vae import VideoDecoder
     from nexus_rt.parallel.sharing import Parallel
 
 
@@ -55,9 +56,9 @@ class Components:
     """
 
     engines: Mapping[str, Engine]
-    text: Tokenized | None
+    text: TextEncoder | EngineTextEncoder | None
     context: ContextEncoder | None
-    vae: Decoder | None
+    vae: VideoDecoder | EngineDecoder | None
     defaults: Defaults
     grid: LatentGrid
     channels: int
@@ -108,6 +109,23 @@ class Components:
         """Leave the device's memory to encoders or the decoder."""
         for engine in self.engines.values():
             engine.unload()  # type: ignore[attr-defined]
+
+
+@dataclass
+class Run:
+    """The running call of a pipeline, or its last one.
+
+    cancel: it was asked to stop. interrupt: it ends after its step. steps: of its plan.
+    """
+
+    cancel: threading.Event = field(default_factory=threading.Event)
+    interrupt: bool = False
+    steps: int = 0
+
+    def begin(self, plan: Plan) -> None:
+        """A call of a plan begins."""
+        self.cancel.clear()
+        self.interrupt, self.steps = False, len(plan)
 
 
 def draw_noise(components: Components, size: ClipSize, videos: int, rng: Generators) -> Tensor:

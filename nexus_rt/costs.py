@@ -16,10 +16,10 @@ from nexus_rt.devices import synchronize
 from nexus_rt.engines.protocol import Engine
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.generator import Prompt
+from nexus_rt.method.guidance import Prediction
 from nexus_rt.method.upfb import combine
 from nexus_rt.plan import StepCosts
 from nexus_rt.solver import make_solver, time_grid
-from nexus_rt.velocity import Prediction
 
 
 def medians_ms(

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from nexus_rt.errors import InputError, shorten, shown
+
 T = TypeVar("T")
 PLACES = 64  # numbers on their way at a time
 
@@ -138,3 +140,61 @@ class Readings:
         place.copy_(number.reshape(()), non_blocking=True)
         reading = self.taken[at] = Reading(place, _event(number.device))
         return reading
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def as_device(name: str, value: Any) -> torch.device:
+    """A device that tensors can be on here. No memory of a GPU is touched.
+
+    Raises:
+        InputError: no device's name, or one that this machine or PyTorch does not have.
+    """
+    why = "expected a name such as 'cpu', 'cuda' or 'cuda:1'"
+    if isinstance(value, (str, int, torch.device)) and not isinstance(value, bool):
+        try:
+            device = torch.device(value)
+            why = _no_device(device)
+        except Exception as error:  # torch's backends raise nearly everything
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not why:
+            return torch.device("cpu") if device.type == "cpu" else device
+    raise InputError(
+        f"{name} {shown(value, 60)} cannot be used here ({shorten(why, 200)}); `nexus-rt doctor`"
+        f" lists"
+        " what can.",
+        code="not_found",
+        param=name,
+    )
+
+
+def _no_device(device: torch.device) -> str:
+    """Why tensors cannot be on a device; "" where they can."""
+    if device.type == "meta":
+        return "its tensors have no values"
+    if device.type in ("cpu", "cuda"):
+        there = torch.cuda.device_count() if device.type == "cuda" else 1
+        if not there:
+            return "no CUDA device" if torch.version.cuda else "this PyTorch build has no CUDA"
+        return "" if (device.index or 0) < there else f"there are {there} of this kind"
+    torch.zeros(1, device=device).cpu()
+    return ""
+
+
+def as_dtype(name: str, value: Any) -> torch.dtype:
+    """A dtype that models compute in.
+
+    Raises:
+        InputError: no dtype of torch, or none of those.
+    """
+    if not isinstance(value, torch.dtype) or value not in DTYPES:
+        spelt = str(value).removeprefix("torch.") if isinstance(value, str) else ""
+        close = spelt if spelt in [str(d).removeprefix("torch.") for d in DTYPES] else "bfloat16"
+        raise InputError(
+            f"{name} is {shown(value)}; expected a dtype of torch's, such as torch.{close}"
+            f" ({', '.join(map(str, DTYPES))}).",
+            code="invalid_type" if not isinstance(value, torch.dtype) else "unsupported",
+            param=name,
+        )
+    return value

@@ -18,7 +18,6 @@ from nexus_rt.method.generator import Prompt
 from nexus_rt.request import GenerationRequest
 from nexus_rt.rewriting import Rewriting, check_rewrite, is_off, rewrite_prompts
 from nexus_rt.settings import CallSettings
-from nexus_rt.tensor_checks import check_embeddings
 
 EMBEDS = (
     "prompt_embeds",
@@ -101,6 +100,59 @@ class Prompts:
         text = self.embeds["prompt_embeds"]
         assert text is not None  # checked by `of`
         return len(text)
+
+
+def check_embeddings(given: dict[str, Tensor | None]) -> None:
+    """Raise unless embeddings are [B, L, D] and a negative one is like its positive (NaN is the
+    first step's to name).
+
+    given: under the call's own names, the texts and the two contexts.
+    """
+    for name, value in given.items():
+        if value is None:
+            continue
+        if (
+            not isinstance(value, Tensor)
+            or value.ndim != 3
+            or not value.is_floating_point()
+            or 0 in value.shape
+        ):
+            words = (
+                f"{list(value.shape)} of {value.dtype}"
+                if isinstance(value, Tensor)
+                else shown(value)
+            )
+            raise InputError(
+                f"{name} is {words}; expected a tensor of embeddings [batch, tokens, width].",
+                code="invalid_type",
+                param=name,
+            )
+    for name in ("prompt_embeds", "context_embeds"):
+        positive, negative = given.get(name), given.get(f"negative_{name}")
+        if negative is not None and positive is not None and negative.shape != positive.shape:
+            raise InputError(
+                f"negative_{name} has shape {list(negative.shape)} and {name}"
+                f" {list(positive.shape)}; expected the same: one for each video, padded to one"
+                " length.",
+                code="mismatch",
+                param=f"negative_{name}",
+            )
+    second, first = given.get("prompt_embeds_2"), given.get("prompt_embeds")
+    if second is not None and first is not None and second.shape != first.shape:
+        raise InputError(
+            f"prompt_embeds_2 has shape {list(second.shape)} and prompt_embeds {list(first.shape)};"
+            " expected the same: the large generator's text for the same prompts.",
+            code="mismatch",
+            param="prompt_embeds_2",
+        )
+    text, context = given.get("prompt_embeds"), given.get("context_embeds")
+    if text is not None and context is not None and len(text) != len(context):
+        raise InputError(
+            f"prompt_embeds are for {len(text)} prompts and context_embeds for {len(context)};"
+            " expected as many.",
+            code="mismatch",
+            param="context_embeds",
+        )
 
 
 def _either(text: str, embeds: str, code: str) -> InputError:
@@ -293,6 +345,8 @@ def callback_tensors(callback: Any, names: Any) -> tuple[str, ...]:
     Raises:
         InputError: it cannot be called, or there are no tensors of such names.
     """
+    if callback is None and isinstance(names, tuple) and names == ("latents",):
+        return names
     if callback is not None and not callable(callback):
         raise InputError(
             f"callback_on_step_end is {shown(callback)}; expected a function.",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nexus_rt.checks import instance, whole
 from nexus_rt.devices import send
-from nexus_rt.errors import InputError
+from nexus_rt.errors import InputError, shown
 from nexus_rt.size import ClipSize
 
 # one, or one for each video
@@ -91,3 +92,56 @@ def renoise(latents: Tensor, sigma: float, generator: Generators) -> Tensor:
     `random_latents`."""
     noise = random_latents(tuple(latents.shape), generator, latents.device)
     return torch.lerp(latents, noise, sigma)
+
+
+def check_generators(generator: Any, videos: int) -> None:
+    """Raise unless `generator` is None, a torch.Generator, or one for each video."""
+    several = (
+        generator
+        if isinstance(generator, (list, tuple))
+        else []
+        if generator is None
+        else [generator]
+    )
+    for one in several:
+        if not isinstance(one, torch.Generator):
+            raise InputError(
+                f"generator is {shown(one)}; expected a torch.Generator, such as"
+                " torch.Generator().manual_seed(7), or one for each video.",
+                code="invalid_type",
+                param="generator",
+            )
+    if isinstance(generator, (list, tuple)) and len(generator) != videos:
+        raise InputError(
+            f"{len(generator)} generators for {videos} videos; pass one for each, or a single one.",
+            code="mismatch",
+            param="generator",
+        )
+
+
+def check_latents(latents: Any, shape: tuple[int | None, ...]) -> None:
+    """Raise unless latents are finite and of a shape, of which None is any number from 1 up."""
+    if not isinstance(latents, Tensor) or not latents.is_floating_point():
+        words = str(latents.dtype) if isinstance(latents, Tensor) else shown(latents)
+        raise InputError(
+            f"latents are {words}; expected a floating-point tensor [B, C, T, H, W].",
+            code="invalid_type",
+            param="latents",
+        )
+    have = tuple(latents.shape)
+    if len(have) != len(shape) or not all(
+        n == wanted or (wanted is None and n) for n, wanted in zip(have, shape, strict=True)
+    ):
+        sides = [c if n is None else n for c, n in zip("BCTHW", shape, strict=True)]
+        raise InputError(
+            f"latents have shape {have}; expected [{', '.join(map(str, sides))}], as the models,"
+            " the size and the frames ask.",
+            code="mismatch",
+            param="latents",
+        )
+    if latents.device.type == "meta" or not bool(latents.isfinite().all()):
+        raise InputError(
+            "latents hold NaN or infinity, or no values; pass finite ones.",
+            code="not_finite",
+            param="latents",
+        )

@@ -26,6 +26,7 @@ from nexus_rt.encode import (
     Conditioning,
     Prompts,
     callback_tensors,
+    check_embeddings,
     encode,
     encode_contexts,
     encode_texts,
@@ -35,7 +36,7 @@ from nexus_rt.encode import (
 )
 from nexus_rt.engines.experts import boundaries
 from nexus_rt.errors import Cancelled, InputError, choose, shown
-from nexus_rt.latents import Generators, LatentGrid
+from nexus_rt.latents import Generators, LatentGrid, check_generators, check_latents
 from nexus_rt.limits import (
     MAX_SEQUENCE_LENGTH,
     MAX_VIDEOS,
@@ -59,7 +60,6 @@ from nexus_rt.reuse import ReuseDeviation
 from nexus_rt.rewriting import Rewriter, Rewriting
 from nexus_rt.settings import CallSettings
 from nexus_rt.size import BuiltSizes, ClipSize
-from nexus_rt.tensor_checks import check_embeddings, check_generators, check_latents
 
 WHEN = {  # a stage of `encode`, as `Cancelled` names it
     "encoded": "after the prompt was encoded",
@@ -111,7 +111,7 @@ class NexusPipeline(PipelineModels):
     def cancel(self) -> None:
         """Stop the running call before its next step (from a callback or another thread); it raises
         `Cancelled`."""
-        self._cancel.set()
+        self._run.cancel.set()
 
     @property
     def components(self) -> Components:
@@ -433,13 +433,14 @@ class NexusPipeline(PipelineModels):
         shared call."""
         instance("plan", plan, Plan, "a Plan, as `make_plan` makes one")
         with self._calling:  # a call keeps state on the pipeline
-            self._cancel.clear()
-            self._interrupt = False
-            self._steps = len(plan)
-            with broadcast_failure(self.parallel.mesh if self.parallel else None):
-                yield Hooks(
-                    should_stop=lambda: self.cancelled, should_finish=lambda: self.interrupt
-                )
+            run = self._run
+            run.begin(plan)
+            hooks = Hooks(should_stop=run.cancel.is_set, should_finish=lambda: run.interrupt)
+            if self.parallel is None:
+                yield hooks
+                return
+            with broadcast_failure(self.parallel.mesh):
+                yield hooks
 
     def _check_cancelled(self, stage: str, rewriting: Rewriting | None) -> None:
         if stage in WHEN and self.cancelled:
@@ -448,18 +449,26 @@ class NexusPipeline(PipelineModels):
     @property
     def cancelled(self) -> bool:
         """Whether `cancel()` was called since the running call began."""
-        return self._cancel.is_set()
+        return self._run.cancel.is_set()
 
     @property
     def num_timesteps(self) -> int:
         """Steps of the running call's plan, or of the last one's, as diffusers' pipelines have
         it."""
-        return self._steps
+        return self._run.steps
 
     @property
     def interrupt(self) -> bool:
         """Whether the running call ends after its step, as diffusers' pipelines have it."""
-        return self._interrupt
+        return self._run.interrupt
+
+    @property
+    def _interrupt(self) -> bool:  # the name by which diffusers' callbacks set it
+        return self._run.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._run.interrupt = switch("_interrupt", value)
 
     def decode(
         self,

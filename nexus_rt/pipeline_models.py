@@ -10,7 +10,9 @@ import torch
 
 from nexus_rt.attention import ATTENTION_NAMES
 from nexus_rt.block_ops import KERNELS
+from nexus_rt.call import Run
 from nexus_rt.checks import instance, number, optional_text, switch
+from nexus_rt.devices import as_device, as_dtype
 from nexus_rt.engines.experts import change_loras, engines_by_name
 from nexus_rt.errors import InputError, choose, shown
 from nexus_rt.loading.lora import Lora, LoraSource, loras_hash, parse_loras
@@ -28,7 +30,6 @@ from nexus_rt.process import LOADING, computes
 from nexus_rt.recipes import find_recipes, with_recipes
 from nexus_rt.rewriting import Cache
 from nexus_rt.settings import Defaults
-from nexus_rt.tensor_checks import as_device, as_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -114,11 +115,9 @@ class PipelineModels(Attributes):
         self.device, self.keep_encoders, self.kernels = device, keep_encoders, kernels
         self.vram = None if vram is None else parse_bytes(vram)
         self.progress: dict[str, Any] = {}
-        self._cancel = threading.Event()
-        self._interrupt = False
+        self._run = Run()
         self._calling = threading.RLock()
         self._rewritten = Cache()
-        self._steps = 0
         self.parallel: Parallel | None = None
         self._complete = True
 
@@ -138,7 +137,7 @@ class PipelineModels(Attributes):
             return None if value is None else instance(name, value, kind, f"None, or {expected}")
         if name == "vram":
             return None if value is None else parse_bytes(value)
-        if name in ("keep_encoders", "_interrupt"):
+        if name == "keep_encoders":
             return switch(name, value)
         if name == "defaults":
             return instance(name, value, Defaults, "a nexus_rt.loading.pair_folder.Defaults")

@@ -18,6 +18,7 @@ from nexus_rt.settings import GUIDANCE_SETTINGS, CallSettings, Defaults
 from nexus_rt.size import BuiltSizes, ClipSize
 from nexus_rt.solver import TimeGrid, listed_grid, time_grid
 
+BLEND = BlendConfig()  # the published split
 SOLVER = "unipc"  # Wan's, where neither the call nor the pair names one
 PUBLISHED_PLAN = "reference"
 
@@ -77,7 +78,7 @@ def make_request(
         size,
         plan.with_experts(boundaries or {}),
         make_guidance(settings, defaults),
-        s.blend or BlendConfig(),
+        s.blend or BLEND,
         s.solver or default,
         settings,
     )
@@ -138,7 +139,13 @@ def _pair(settings: CallSettings, defaults: Defaults) -> Defaults:
     if not settings.as_published:
         return defaults
     size = {n: getattr(defaults, n) for n in ("width", "height", "num_frames")}
-    return Defaults(**size, plan=PUBLISHED_PLAN, solver=SOLVER)
+    return Defaults.of({**size, "plan": PUBLISHED_PLAN, "solver": SOLVER})
+
+
+def default_grid(defaults: Defaults, steps: int | None = None) -> TimeGrid:
+    """A pair's time grid, or that of another number of steps under its shift."""
+    own = CallSettings(num_inference_steps=steps)
+    return time_grid(*(_value(n, own, defaults) for n in ("num_inference_steps", "shift")))
 
 
 def make_guidance(settings: CallSettings, defaults: Defaults) -> Guidance:
@@ -146,8 +153,10 @@ def make_guidance(settings: CallSettings, defaults: Defaults) -> Guidance:
     own = _pair(settings, defaults)
     small, large = GUIDANCE_SETTINGS.values()
     if getattr(settings, small) is not None:
-        return Guidance.of(getattr(settings, small), getattr(settings, large))
-    return Guidance.of(getattr(own, small), _value(large, settings, own))
+        first, second = getattr(settings, small), getattr(settings, large)
+    else:
+        first, second = getattr(own, small), _value(large, settings, own)
+    return Guidance(first, first if second is None else second)
 
 
 def make_plan(settings: CallSettings, defaults: Defaults) -> Plan:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from nexus_rt.method.generator import Generator, Pending
+from nexus_rt.method.guidance import Prediction
 from nexus_rt.plan import DIFFERENCE, FULL, VELOCITY, Plan, Step
-from nexus_rt.velocity import Prediction
 
 
 @dataclass(frozen=True)

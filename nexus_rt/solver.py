@@ -19,7 +19,7 @@ from torch import Tensor
 from nexus_rt.checks import switch
 from nexus_rt.errors import InputError, choose, shown
 from nexus_rt.limits import MAX_SHIFT, MAX_STEPS, MIN_SHIFT, SOLVERS, TRAIN_STEPS
-from nexus_rt.velocity import Prediction, Velocity
+from nexus_rt.method.guidance import Prediction, Velocity
 
 MIN_TIMESTEP = 1e-3  # of a list: a millionth of the noise
 MIN_RENOISE, MAX_RENOISE = 1e-4, 0.9999  # sigmas

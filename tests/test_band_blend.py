@@ -9,8 +9,8 @@ from nexus_rt.kernels.band_blend import band_blend, band_blend_ref
 from nexus_rt.kernels.band_filter import band_filter, band_filter_ref
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.filters import split_filter
+from nexus_rt.method.guidance import Prediction
 from nexus_rt.method.upfb import blend, combine
-from nexus_rt.velocity import Prediction
 from tests.test_upfb import gaussian_lf, oracle, radial_lf
 
 pytest.importorskip("triton")

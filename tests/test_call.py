@@ -20,7 +20,7 @@ SHORT = dict(num_inference_steps=2, max_sequence_length=16)
 
 @pytest.fixture
 def pipe(tiny_pipe):
-    tiny_pipe._cancel.clear()  # another file's test may have ended in a cancelled call
+    tiny_pipe._run.cancel.clear()  # another file's test may have ended in a cancelled call
     return tiny_pipe
 
 
@@ -79,7 +79,7 @@ def test_encode_stops_when_it_is_cancelled(pipe):
         with refuses("cancelled"):
             encode(*stages(pipe), pipe._check_cancelled)
     finally:
-        pipe._cancel.clear()
+        pipe._run.cancel.clear()
 
 
 def test_noise_is_drawn_by_the_given_generator(pipe):

@@ -216,8 +216,8 @@ def test_tables_of_more_sizes_than_a_cache_holds(table):
 
 def test_a_filter_is_held_too():
     from nexus_rt.method.blend_config import BlendConfig
+    from nexus_rt.method.guidance import Prediction
     from nexus_rt.method.upfb import combine
-    from nexus_rt.velocity import Prediction
 
     held = []
     v = noise(1, 2, 1, 6, 8)

@@ -21,10 +21,9 @@ from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.memory.offload import Moved
 from nexus_rt.memory.residency import Residency, call_parts, plan_residency
 from nexus_rt.method.blend_config import BlendConfig
-from nexus_rt.method.finite_check import FiniteCheck
 from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Guidance
-from nexus_rt.method.hooks import Hooks
+from nexus_rt.method.hooks import FiniteCheck, Hooks
 from nexus_rt.method.loop import sample
 from nexus_rt.plan_text import parse_plan
 from nexus_rt.size import ClipSize

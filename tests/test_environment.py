@@ -19,10 +19,10 @@ from nexus_rt.cache import cache_root
 from nexus_rt.checks import number, whole
 from nexus_rt.cli import COMMANDS, main
 from nexus_rt.cli.streams import console
+from nexus_rt.devices import as_device, as_dtype
 from nexus_rt.paths import as_path, check_folder, check_outputs, failed_file
 from nexus_rt.progress import progress_bar
 from nexus_rt.shards import write_shards
-from nexus_rt.tensor_checks import as_device, as_dtype
 from nexus_rt.tracing import record
 from nexus_rt.video import read_frames
 

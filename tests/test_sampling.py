@@ -9,10 +9,9 @@ import torch
 
 from nexus_rt.errors import Cancelled, InputError, NumericsError
 from nexus_rt.method.blend_config import BlendConfig
-from nexus_rt.method.finite_check import FiniteCheck
 from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Guidance
-from nexus_rt.method.hooks import Hooks
+from nexus_rt.method.hooks import FiniteCheck, Hooks
 from nexus_rt.method.loop import denoise, sample
 from nexus_rt.method.upfb import blend
 from nexus_rt.plan_text import parse_plan

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nexus_rt.errors import InputError
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.filters import split_filter
+from nexus_rt.method.guidance import Prediction, guide
 from nexus_rt.method.upfb import (
     blend,
     combine,
@@ -22,7 +23,6 @@ from nexus_rt.method.upfb import (
     rms,
     target_rms,
 )
-from nexus_rt.velocity import Prediction, guide
 
 PLANES = [(60, 104), (90, 160), (17, 23), (8, 8), (5, 2)]
 WEIGHTS = [0.0, 0.1, 0.5, 0.93, 1.0]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nexus_rt.devices import as_device, as_dtype
 from nexus_rt.engines.cuda_graphs import ReplayedEngine
 from nexus_rt.engines.experts import ExpertsEngine, changed, joined
 from nexus_rt.engines.registry import GENERATORS, open_engines
@@ -26,7 +27,6 @@ from nexus_rt.models.context import ContextEncoder
 from nexus_rt.models.text import TextEncoder
 from nexus_rt.models.vae import VideoDecoder
 from nexus_rt.settings import Defaults
-from nexus_rt.tensor_checks import as_device, as_dtype
 
 
 @dataclass

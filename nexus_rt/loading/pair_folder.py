@@ -156,7 +156,7 @@ def _scheduled(scheduler: Scheduler | None) -> Defaults:
         return Defaults()
     chose("shift", f"{scheduler.shift:.6g}", str(scheduler.where), once=True)
     chose("solver", scheduler.solver, str(scheduler.where), once=True)
-    return Defaults(shift=scheduler.shift, solver=scheduler.solver)
+    return Defaults.of({"shift": scheduler.shift, "solver": scheduler.solver})
 
 
 def pair_index(root: Path | None, defaults: Defaults) -> Path | dict[str, Any] | None:

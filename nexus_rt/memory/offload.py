@@ -28,7 +28,7 @@ class Moved:
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module, self.device = module, device
         self.host: dict[str, Tensor] = {}
-        self.arena = Arena()
+        self.arena: Arena | None = None  # of the host copies, made with the first
         self.places: list[Tensor] = []  # on the device, for weights that are about to come
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
@@ -70,7 +70,7 @@ class Moved:
     def forget(self) -> None:
         """Take the host's copies for out of date: the weights on the device have changed."""
         if self.device.type != "cpu":
-            self.host, self.arena = {}, Arena()
+            self.host, self.arena = {}, None
 
     def unload(self) -> None:
         """Give the device's memory back; what was copied before is not copied again."""
@@ -78,6 +78,7 @@ class Moved:
         if self.device.type == "cpu" or not self.resident:
             return
         torch.cuda.current_stream(self.device).synchronize()
+        self.arena = self.arena or Arena()
         for name, t in self._tensors():
             if t.device.type == "cpu":  # streamed from where it is
                 continue

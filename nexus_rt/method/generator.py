@@ -13,11 +13,10 @@ from nexus_rt.devices import send
 from nexus_rt.engines.experts import ExpertsEngine
 from nexus_rt.engines.protocol import Engine, Sharing
 from nexus_rt.errors import InputError
-from nexus_rt.method.finite_check import FiniteCheck
-from nexus_rt.method.guidance import Guidance
+from nexus_rt.method.guidance import Guidance, Prediction
+from nexus_rt.method.hooks import FiniteCheck
 from nexus_rt.plan import DIFFERENCE, VELOCITY, Plan, Step
 from nexus_rt.tracing import span
-from nexus_rt.velocity import Prediction
 
 
 @dataclass(frozen=True)

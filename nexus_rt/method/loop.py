@@ -8,6 +8,7 @@ blended by frequency; (4) the solver advances the latents.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,17 +17,15 @@ from torch import Tensor
 from nexus_rt.block_ops import choose_ops
 from nexus_rt.engines.protocol import Engine
 from nexus_rt.method.blend_config import BlendConfig
-from nexus_rt.method.finite_check import FiniteCheck
 from nexus_rt.method.generator import Pending, Prompt, make_generators
-from nexus_rt.method.guidance import Guidance
-from nexus_rt.method.hooks import Hooks
+from nexus_rt.method.guidance import Guidance, Prediction, Velocity
+from nexus_rt.method.hooks import FiniteCheck, Hooks
 from nexus_rt.method.upfb import combine
 from nexus_rt.plan import Plan, Step
 from nexus_rt.process import computes
 from nexus_rt.reuse import Reused
 from nexus_rt.solver import make_solver
 from nexus_rt.tracing import span
-from nexus_rt.velocity import Prediction, Velocity
 
 Predict = Callable[[Tensor, Step], Any]  # latents and a step to a velocity, or one that has begun
 
@@ -76,14 +75,15 @@ def denoise(
     return latents
 
 
+@dataclass(frozen=True)
 class Bridge:
     """The blend of a step's velocities, or the lone one as it is.
 
     use_triton: one launch, guidance included; else PyTorch.
     """
 
-    def __init__(self, config: BlendConfig, use_triton: bool) -> None:
-        self.config, self.use_triton = config, use_triton
+    config: BlendConfig
+    use_triton: bool
 
     def __call__(self, small: Pending | None, large: Pending | None, step: Step) -> Velocity:
         """Both have begun; the first one waited for is the small generator's."""

@@ -30,7 +30,7 @@ from nexus_rt.kernels.formulas import EPS, target_energy
 from nexus_rt.limits import ENERGIES, GAMMA_W, TRAIN_STEPS
 from nexus_rt.method.blend_config import MAX_WIDTH, BlendConfig
 from nexus_rt.method.filters import filter_at, filtered, gaussian_taps
-from nexus_rt.velocity import Prediction, Velocity
+from nexus_rt.method.guidance import Prediction, Velocity
 
 
 def gate(timestep: float, gamma_w: float = GAMMA_W) -> float:

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nexus_rt.devices import as_device
 from nexus_rt.errors import InputError, choose
 from nexus_rt.parallel.watch import Watch
-from nexus_rt.tensor_checks import as_device
 
 STARTED_BY = "torchrun --nproc-per-node {count} -m nexus_rt.cli ... --parallel {text}"
 TIMEOUT = timedelta(minutes=30)  # of a collective: a first step may compile
