@@ -18,6 +18,7 @@ from nexus_rt.models.understanding import Template, UnderstandingModel
 from nexus_rt.models.vae import VideoDecoder
 from tests.omnivideo import make_llm
 from tests.published import fp8_scaled, is_quantised, save, save_gguf, wan_state
+from tests.refusals import refuses
 
 BAD = (math.nan, math.inf, -math.inf)
 
@@ -47,24 +48,27 @@ def test_every_tensor_of_a_transformer_is_looked_at(transformer, part, value):
     folder, file = transformer
     name = spoil(file, lambda n: part in n, value)
     for dtype in (torch.float32, torch.bfloat16):
-        with pytest.raises(ModelError, match=rf"{name} holds NaN or infinity; get the file again"):
+        with refuses("not_finite", kind=ModelError) as error:
             load_transformer(folder, dtype)
+        assert name in str(error.value)
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp8", "int8-dynamic"])
 def test_before_they_are_quantised(transformer, weights):
     folder, file = transformer
     name = spoil(file, lambda n: "ffn.net.0.proj.weight" in n, math.nan)
-    with pytest.raises(ModelError, match=f"{name} holds NaN"):
+    with refuses("not_finite", kind=ModelError) as error:
         load_transformer(folder, torch.float32, weights=weights)
+    assert name in str(error.value)
 
 
 def test_numbers_beyond_a_dtype_are_named_as_such(transformer):
     folder, file = transformer
     name = spoil(file, lambda n: "to_v.weight" in n, 1e6)
     load_transformer(folder, torch.bfloat16)
-    with pytest.raises(ModelError, match=f"{name} holds numbers beyond float16; pass torch_dtype"):
+    with refuses("out_of_range", "torch_dtype", ModelError) as error:
         load_transformer(folder, torch.float16)
+    assert name in str(error.value) and "float16" in str(error.value)
 
 
 @pytest.mark.parametrize("kept", ["dense", "small"])
@@ -84,7 +88,7 @@ def test_bytes_of_8_bit_floats(tmp_path, kept, dtype, bits):
     load_transformer(save(state, tmp_path / "good.safetensors"), torch.float32, weights=kept)
     state[name].view(torch.uint8).view(-1)[5] = bits
     file = save(state, tmp_path / "bad.safetensors")
-    with pytest.raises(ModelError, match="holds NaN or infinity"):
+    with refuses("not_finite", kind=ModelError):
         load_transformer(file, torch.float32, weights=kept)
 
 
@@ -96,7 +100,7 @@ def test_scales_of_8_bit_weights(tmp_path, kept, value):
         name = next(n for n in state if "scale" in n and "input" not in n)
         state[name] = state[name].clone()
         state[name].view(-1)[0] = value
-        with pytest.raises(ModelError, match="NaN or infinity"):
+        with refuses("not_finite", kind=ModelError):
             load_transformer(save(state, tmp_path / f"{style}.safetensors"), weights=kept)
 
 
@@ -105,7 +109,7 @@ def test_values_beyond_float32(tmp_path, kept):
     state, _, _ = fp8_scaled(wan_state(), "rows")
     name = next(n for n in state if n.endswith("weight_scale"))
     state[name] = torch.full_like(state[name], 1e37)
-    with pytest.raises(ModelError, match="holds NaN or infinity"):
+    with refuses("not_finite", kind=ModelError):
         load_transformer(save(state, tmp_path / "x.safetensors"), torch.float32, weights=kept)
 
 
@@ -125,7 +129,7 @@ def test_scales_of_gguf_blocks(tmp_path, kind, kept):
         data, at = bytearray(whole), stored.stop - block.size + half
         data[at : at + 2] = b"\x00\x7e" if half else b"\x00\xfc"  # NaN, -infinity
         file.write_bytes(data)
-        with pytest.raises(ModelError, match="holds NaN or infinity"):
+        with refuses("not_finite", kind=ModelError):
             load_transformer(file, torch.float32, weights=kept)
 
 
@@ -142,23 +146,27 @@ def test_a_blocks_halves_decide_whether_it_is_finite():
 
 def test_text_encoder_vae_and_language_model(own_pair, tmp_path):
     name = spoil(own_pair / "text_encoder" / "model.safetensors", lambda n: "wi_1" in n, math.nan)
-    with pytest.raises(ModelError, match=f"{name} holds NaN"):
+    with refuses("not_finite", kind=ModelError) as error:
         TextEncoder(own_pair, torch.float32, "cpu").encode(["a"])
+    assert name in str(error.value)
     name = spoil(
         own_pair / "vae" / "diffusion_pytorch_model.safetensors", lambda n: "decoder" in n, math.inf
     )
-    with pytest.raises(ModelError, match=f"{name} holds NaN"):
+    with refuses("not_finite", kind=ModelError) as error:
         VideoDecoder(own_pair / "vae", torch.float32, "cpu").load()
+    assert name in str(error.value)
     make_llm(tmp_path / "llm")
     file = tmp_path / "llm" / "model.safetensors"
     shutil.copy(file, tmp_path / "kept")
     spoil(file, lambda n: "q_proj" in n, math.nan)
-    with pytest.raises(ModelError, match="q_proj.weight holds NaN"):
+    with refuses("not_finite", kind=ModelError) as error:
         UnderstandingModel(tmp_path / "llm", Template(), torch.float32, "cpu").load()
+    assert "q_proj.weight" in str(error.value)
     shutil.copy(tmp_path / "kept", file)
     spoil(file, lambda n: n == "lm_head.weight", math.nan)
-    with pytest.raises(ModelError, match="lm_head.weight holds NaN"):
+    with refuses("not_finite", kind=ModelError) as error:
         UnderstandingModel(tmp_path / "llm", Template(), torch.float32, "cpu").answer("panda")
+    assert "lm_head.weight" in str(error.value)
 
 
 def test_transformers_own_classes(tmp_path):
@@ -166,8 +174,9 @@ def test_transformers_own_classes(tmp_path):
 
     make_llm(tmp_path)
     name = spoil(tmp_path / "model.safetensors", lambda n: "up_proj" in n, math.nan)
-    with pytest.raises(ModelError, match=f"{name.removeprefix('model.')} of the llm holds NaN"):
+    with refuses("not_finite", kind=ModelError) as error:
         pretrained("AutoModel", tmp_path, "llm", torch.device("cpu"))
+    assert name.removeprefix("model.") in str(error.value)
 
 
 @pytest.mark.parametrize("file", ["model", "special_tokens", "unconditional"])
@@ -177,7 +186,7 @@ def test_connector(tmp_path, file):
     save_connector(load_connector(MINI / "connector", torch.float32), tmp_path, torch.float32)
     load_connector(tmp_path)
     spoil(tmp_path / f"{file}.safetensors", lambda n: True, math.nan)
-    with pytest.raises(ModelError, match="holds NaN"):
+    with refuses("not_finite", kind=ModelError):
         load_connector(tmp_path)
 
 

@@ -14,6 +14,7 @@ from nexus_rt.loading.transformer import load_config, load_transformer
 from nexus_rt.models.text import TextEncoder
 from nexus_rt.models.vae import VideoDecoder
 from tests import published
+from tests.refusals import refuses
 from tests.test_single_files import same
 
 
@@ -115,7 +116,7 @@ def test_a_shape_that_is_not_the_models_is_still_refused(tmp_path):
     ):
         changed = {**state, name: state[name].reshape(shape)}
         write(tmp_path / "x.gguf", changed)
-        with pytest.raises(ModelError, match="has shape|of no shapes|missing"):
+        with refuses("mismatch", kind=ModelError):
             load_transformer(tmp_path / "x.gguf")
 
 
@@ -129,14 +130,15 @@ def test_a_stated_shape_counts_as_it_is(tmp_path):
     assert torch.equal(value, torch.arange(24.0).view(1, 4, 6))
     for shape in ([-4, -6], [5, 5], [2.0, 12.0], [True, True], "24", [0], [1] * 9 + [24]):
         write(file, tensors, {key: shape})
-        with pytest.raises(ModelError, match=r"is \(24,\), and was"):
+        with refuses("mismatch", kind=ModelError) as error:
             find_tensors(file)
+        assert "(24,)" in str(error.value)
 
 
 def test_a_rotation_that_a_header_tells_of_is_refused(tmp_path):
     tensors = {"a.weight": np.ones((4, 4), np.float32)}
     file = write(tmp_path / "x.gguf", tensors, {"sd.convrot_groupsize": "256"})
-    with pytest.raises(ModelError, match="'sd.convrot_groupsize' in its header is '256'"):
+    with refuses("unsupported", "sd.convrot_groupsize", ModelError):
         find_tensors(file)
     write(file, tensors, {"some.rotary_base": "10000"})
     assert find_tensors(file).keys() == {"a.weight"}
@@ -152,29 +154,30 @@ def by_hand(tensors, metadata=b"", keys=0):
 
 
 @pytest.mark.parametrize(
-    "tensors, words",
+    "tensors, code, name",
     [
-        ([(b"a", (8,), 0, 0), (b"b", (8,), 0, 0)], "lie in the same bytes"),
-        ([(b"a", (8,), 0, 0), (b"b", (8,), 0, 16)], "begins at 16, no multiple of 32"),
-        ([(b"a", (8,), 0, 0), (b"a", (8,), 0, 32)], "is there twice"),
-        ([(b"a", (0, 2**63), 0, 0)], r"is \(9223372036854775808, 0\)"),
-        ([(b"a", (2**32, 2**32), 0, 0)], "reaches beyond its end"),
-        ([(b"a", (2**40, 0, 2**40), 0, 0)], None),
-        ([(b"a", (), 8, 0)], "rows that Q8_0 cannot hold"),
-        ([(b"a", (1,) * 9, 0, 0)], "has 9 dimensions"),
-        ([(b"\0\xff\xed\xa0\x80", (8,), 0, 2**60)], "reaches beyond its end"),
-        ([(b"a" * 2000, (8,), 0, 0)], "it says it has 2000 characters in a name"),
+        ([(b"a", (8,), 0, 0), (b"b", (8,), 0, 0)], "damaged", "b and a"),
+        ([(b"a", (8,), 0, 0), (b"b", (8,), 0, 16)], "damaged", "16"),
+        ([(b"a", (8,), 0, 0), (b"a", (8,), 0, 32)], "duplicate", "a"),
+        ([(b"a", (0, 2**63), 0, 0)], "too_large", "(9223372036854775808, 0)"),
+        ([(b"a", (2**32, 2**32), 0, 0)], "damaged", "a"),
+        ([(b"a", (2**40, 0, 2**40), 0, 0)], None, ""),
+        ([(b"a", (), 8, 0)], "mismatch", "Q8_0"),
+        ([(b"a", (1,) * 9, 0, 0)], "too_large", "9"),
+        ([(b"\0\xff\xed\xa0\x80", (8,), 0, 2**60)], "damaged", ""),
+        ([(b"a" * 2000, (8,), 0, 0)], "too_large", "2000"),
     ],
 )
-def test_absurd_headers_are_one_sentence(tmp_path, tensors, words):
+def test_absurd_headers_are_one_sentence(tmp_path, tensors, code, name):
     file = tmp_path / "x.gguf"
     file.write_bytes(by_hand(tensors))
-    if words is None:  # a tensor without elements takes no memory, whatever its sides
+    if code is None:  # a tensor without elements takes no memory, whatever its sides
         assert find_tensors(file)["a"].stop == find_tensors(file)["a"].start
         return
-    with pytest.raises(ModelError, match=words) as error:
+    with refuses(code, kind=ModelError) as error:
         find_tensors(file)
-    assert "\ud800" not in str(error.value) and len(str(error.value)) < 600
+    words = str(error.value)
+    assert name in words and "\ud800" not in words and len(words) < 600
 
 
 def test_a_long_array_of_the_header_is_not_kept(tmp_path, monkeypatch):

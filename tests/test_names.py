@@ -22,6 +22,7 @@ from nexus_rt.models.understanding import Template, UnderstandingModel
 from nexus_rt.models.vae import VideoDecoder
 from tests.omnivideo import make_llm, original_t5_names, original_vae_names, original_wan_names
 from tests.published import fp8_scaled, save, wan_state
+from tests.refusals import refuses
 
 FORMS = {
     "at the front": lambda n, w: f"{w}.{n}",
@@ -196,8 +197,9 @@ def test_one_parameter_under_two_names_is_refused(tiny_pair, tmp_path):
     state = load_file(file)
     state["_orig_mod.proj_out.bias"] = state["proj_out.bias"].clone()
     save(state, file)
-    with pytest.raises(ModelError, match="one parameter, stored twice"):
+    with refuses("duplicate", kind=ModelError) as error:
         load_transformer(folder)
+    assert "_orig_mod.proj_out.bias" in str(error.value)
 
 
 # LoRAs
@@ -271,7 +273,7 @@ def test_a_file_with_a_lora_for_each_expert(tiny_pair, tmp_path):
     lora, close = Lora(file), dict(atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(merged(folder, "high", lora), product(first), **close)
     torch.testing.assert_close(merged(folder, "low", lora), product(second, 4.0), **close)
-    with pytest.raises(ModelError, match="holds two LoRAs, under transformer. and transformer_2."):
+    with refuses("unsupported", kind=ModelError):
         merged(folder, "", lora, ("",))
     # named for one expert, its own half goes there
     named = Lora(file, 1.0, "low")
@@ -296,7 +298,7 @@ def test_an_empty_lora_of_experts_is_still_refused(tmp_path):
     zero = {k: torch.zeros_like(v) for k, v in products("transformer.", 0).items()}
     save_file(zero, tmp_path / "a.safetensors")
     (lora,) = loras_of("large", ("high", "low"), [Lora(tmp_path / "a.safetensors")])["high"]
-    with pytest.raises(ModelError, match="changes nothing"):
+    with refuses("invalid_model", kind=ModelError):
         Changes([lora], {"blocks.0.attn1.to_q.weight": (32, 32)})
 
 
@@ -307,7 +309,7 @@ def test_two_adapters_in_one_file_are_refused(tmp_path):
         for k, v in products("", 0).items()
     }
     save_file({k: v.clone() for k, v in names.items()}, tmp_path / "a.safetensors")
-    with pytest.raises(ModelError, match="one place under two names"):
+    with refuses("duplicate", kind=ModelError):
         Changes([Lora(tmp_path / "a.safetensors")], {"blocks.0.attn1.to_q.weight": (32, 32)})
 
 
@@ -337,9 +339,10 @@ EXTRA = {  # of checkpoints of other architectures -> what the error names
 @pytest.mark.parametrize("name, words", EXTRA.items())
 def test_trained_tensors_that_would_be_left_out_are_refused(tiny_pair, tmp_path, name, words):
     folder = with_extra(tiny_pair / "small", tmp_path, {name: torch.ones(32, 32)})
-    with pytest.raises(ModelError, match=words):
+    with refuses("mismatch", kind=ModelError) as error:
         load_transformer(folder)
-    with pytest.raises(ModelError, match="left out, they would change"):
+    assert words in str(error.value)
+    with refuses("mismatch", kind=ModelError):
         convert_wan(folder, tmp_path / "converted")
     assert not (tmp_path / "converted").exists()
 
@@ -349,8 +352,9 @@ def test_the_error_of_fastwan_names_its_recipe(tiny_pair, tmp_path):
 
     name = "blocks.0.to_gate_compress.weight"
     folder = with_extra(tiny_pair / "small", tmp_path, {name: torch.zeros(32, 32)})
-    with pytest.raises(ModelError, match="FastWan.*without gates to recipe fastwan-3step"):
+    with refuses("mismatch", kind=ModelError) as error:
         load_transformer(folder)
+    assert "fastwan-3step" in str(error.value)
     assert "fastwan-3step" in RECIPES
 
 
@@ -379,14 +383,14 @@ def test_harmless_tensors_are_left_out_and_said(tiny_pair, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    "changes, param",
     [
-        ({"window_size": [8, 8]}, "sets window_size"),
-        ({"text_len": 256}, "sets text_len=256"),
+        ({"window_size": [8, 8]}, "window_size"),
+        ({"text_len": 256}, "text_len"),
     ],
 )
 def test_what_a_transformers_config_sets_beside_its_architecture(
-    tiny_pair, tmp_path, changes, words
+    tiny_pair, tmp_path, changes, param
 ):
     folder = shutil.copytree(tiny_pair / "small", tmp_path / "small")
     path = folder / "config.json"
@@ -396,7 +400,7 @@ def test_what_a_transformers_config_sets_beside_its_architecture(
         warnings.simplefilter("error")
         load_transformer(folder)
     path.write_text(json.dumps({**config, **changes}))
-    with pytest.raises(ModelError, match=words):
+    with refuses("unsupported", param, ModelError):
         load_transformer(folder)
 
 
@@ -453,8 +457,9 @@ def test_a_text_encoders_and_a_vaes_extras_are_refused_by_a_conversion(own_pair,
         convert_wan(file, tmp_path / f"whole-{part}")
         extra = {**state, "encoder.extra.weight": torch.ones(2)}
         file = save({k: v.clone() for k, v in extra.items()}, tmp_path / f"{part}.safetensors")
-        with pytest.raises(ModelError, match=r"encoder.extra.weight.* belong to no"):
+        with refuses("mismatch", kind=ModelError) as error:
             convert_wan(file, tmp_path / "out")
+        assert "encoder.extra.weight" in str(error.value)
 
 
 def test_fields_of_a_forks_vae_are_said(own_pair):

@@ -13,6 +13,7 @@ from nexus_rt.loading import notes
 from nexus_rt.loading.stored import find_tensors, read_tensors
 from nexus_rt.loading.transformer import load_transformer
 from tests import published
+from tests.refusals import refuses
 from tests.test_single_files import run, same
 
 KEY = "blocks.0.self_attn.q"
@@ -111,41 +112,80 @@ def test_convrot_false_is_no_rotation(tmp_path):
 
 
 REFUSED = {
-    "another rotation": ({"quarot": True}, "sets 'quarot'"),
-    "a rotation's seed": ({"rotation": {"seed": 3}}, "sets 'rotation'"),
-    "another axis": ({"axis": 0}, "sets 'axis'"),
-    "a second scale": ({"weight_scale_2": 0.5}, "sets 'weight_scale_2'"),
-    "zero points": ({"symmetric": False}, "sets symmetric to false"),
-    "a codebook": ({"codebook": True}, "sets 'codebook'"),
-    "an unknown field of params": ({"params": {"smooth": 1}}, "params sets 'smooth'"),
-    "params that are a list": ({"params": [1]}, "params is a list; expected an object"),
-    "two values": ({"group_size": 64, "params": {"group_size": 32}}, "group_size is 64 in one"),
+    "another rotation": ({"quarot": True}, "unsupported", "quarot", ""),
+    "a rotation's seed": ({"rotation": {"seed": 3}}, "unsupported", "rotation", ""),
+    "another axis": ({"axis": 0}, "unsupported", "axis", ""),
+    "a second scale": ({"weight_scale_2": 0.5}, "unsupported", "weight_scale_2", ""),
+    "zero points": ({"symmetric": False}, "unsupported", "symmetric", ""),
+    "a codebook": ({"codebook": True}, "unsupported", "codebook", ""),
+    "an unknown field of params": ({"params": {"smooth": 1}}, "unsupported", "smooth", ""),
+    "params that are a list": ({"params": [1]}, "invalid_type", None, ""),
+    "two values": ({"group_size": 64, "params": {"group_size": 32}}, "conflict", "group_size", ""),
     "a format that is a list": (
         {"format": ["int8_tensorwise"]},
-        r'as \["int8_tensorwise"\], which',
+        "unsupported",
+        "format",
+        "",
     ),
-    "a format that is an object": ({"format": {}}, "quantised as {}, which is not read"),
-    "no format": ({"format": None}, "quantised as null, which is not read"),
-    "a flag that is a text": ({"convrot": "yes"}, "convrot"),
-    "a group of no power of 4": ({"convrot": True, "convrot_groupsize": 128}, "expected one of 4"),
-    "a group of nothing": ({"convrot": True, "convrot_groupsize": 0}, "expected one of 4"),
-    "a group below nothing": ({"convrot": True, "convrot_groupsize": -4}, "expected one of 4"),
-    "a group that is a float": ({"convrot": True, "convrot_groupsize": 256.5}, "convrot_groupsize"),
-    "a huge group": ({"convrot": True, "convrot_groupsize": 10**30}, "convrot_groupsize"),
-    "a group beyond the columns": ({"convrot": True, "convrot_groupsize": 1024}, "and .* is"),
-    "a group and no flag": ({"convrot_groupsize": 256}, "sets convrot_groupsize and not convrot"),
-    "blocks that do not fit": ({"group_size": 100}, "expected one a block of 100x100 or 1x100"),
-    "blocks of nothing": ({"group_size": 0}, "group_size to 0"),
-    "rows that are none": ({"per_row": False}, "expected one number"),
-    "another shape": ({"orig_shape": [1, 2]}, r"orig_shape to \(1, 2\)"),
-    "another type": ({"format": "float8_e4m3fn"}, "stored as int8, and its note says"),
-    "convrot of floats": ({"format": "float8_e4m3fn", "convrot": True}, "convrot for float8"),
+    "a format that is an object": ({"format": {}}, "unsupported", "format", ""),
+    "no format": ({"format": None}, "unsupported", "format", ""),
+    "a flag that is a text": ({"convrot": "yes"}, "invalid_type", "convrot", ""),
+    "a group of no power of 4": (
+        {"convrot": True, "convrot_groupsize": 128},
+        "unsupported",
+        "convrot_groupsize",
+        "",
+    ),
+    "a group of nothing": (
+        {"convrot": True, "convrot_groupsize": 0},
+        "unsupported",
+        "convrot_groupsize",
+        "",
+    ),
+    "a group below nothing": (
+        {"convrot": True, "convrot_groupsize": -4},
+        "unsupported",
+        "convrot_groupsize",
+        "",
+    ),
+    "a group that is a float": (
+        {"convrot": True, "convrot_groupsize": 256.5},
+        "invalid_type",
+        "convrot_groupsize",
+        "",
+    ),
+    "a huge group": (
+        {"convrot": True, "convrot_groupsize": 10**30},
+        "unsupported",
+        "convrot_groupsize",
+        "",
+    ),
+    "a group beyond the columns": (
+        {"convrot": True, "convrot_groupsize": 1024},
+        "mismatch",
+        None,
+        "1024",
+    ),
+    "a group and no flag": ({"convrot_groupsize": 256}, "missing", "convrot", ""),
+    "blocks that do not fit": ({"group_size": 100}, "mismatch", None, "100x100"),
+    "blocks of nothing": ({"group_size": 0}, "out_of_range", "group_size", ""),
+    "rows that are none": ({"per_row": False}, "mismatch", None, "(256, 1)"),
+    "another shape": ({"orig_shape": [1, 2]}, "mismatch", "orig_shape", ""),
+    "another type": ({"format": "float8_e4m3fn"}, "mismatch", None, "int8"),
+    "convrot of floats": (
+        {"format": "float8_e4m3fn", "convrot": True},
+        "unsupported",
+        "convrot",
+        "",
+    ),
 }
 
 
 @pytest.mark.parametrize("place", ["tensor", "header"])
-@pytest.mark.parametrize("change, words", REFUSED.values(), ids=REFUSED)
-def test_a_note_that_is_not_understood_is_refused_by_name(tmp_path, change, words, place):
+@pytest.mark.parametrize("change, code, param, name", REFUSED.values(), ids=REFUSED)
+def test_a_note_that_is_not_understood_is_refused_by_name(
+    tmp_path, change, code, param, name, place
+):
     raw, scale, _ = int8_rows(torch.randn(256, 256))
     note = {"format": "int8_tensorwise", **change}
     tensors = {"weight": raw, "weight_scale": scale}
@@ -154,54 +194,58 @@ def test_a_note_that_is_not_understood_is_refused_by_name(tmp_path, change, word
         tensors["comfy_quant"] = as_note(note)
     else:
         metadata = {"_quantization_metadata": json.dumps({"layers": {"a": note}})}
-    with pytest.raises(ModelError, match=words):
+    with refuses(code, param, ModelError) as error:
         one(tmp_path, metadata=metadata, **tensors)
+    assert name in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "value, words",
+    "value, code, param, name",
     [
-        ([], "is a list; expected an object"),
-        ({"layers": []}, "the layers are no object but a list"),
-        ({"layers": {"a": "int8_tensorwise"}}, "is a text; expected an object"),
-        ({"layers": {"a": None}}, "is null; expected an object"),
-        ({"layers": {"b": {"format": "int8_tensorwise"}}}, "a layer that is not there"),
-        ({"format_version": "2.0", "layers": {}}, 'format_version "2.0"; version 1.0'),
-        ({"format_version": ["1.0"], "layers": {}}, r'format_version \["1.0"\]'),
-        ({"rotation": "hadamard", "layers": {}}, "sets 'rotation'"),
+        ([], "invalid_type", None, "a list"),
+        ({"layers": []}, "invalid_type", "layers", ""),
+        ({"layers": {"a": "int8_tensorwise"}}, "invalid_type", None, "a text"),
+        ({"layers": {"a": None}}, "invalid_type", None, "null"),
+        ({"layers": {"b": {"format": "int8_tensorwise"}}}, "missing", None, ""),
+        ({"format_version": "2.0", "layers": {}}, "unsupported", "format_version", ""),
+        ({"format_version": ["1.0"], "layers": {}}, "unsupported", "format_version", ""),
+        ({"rotation": "hadamard", "layers": {}}, "unsupported", "rotation", ""),
     ],
 )
-def test_a_header_that_is_not_understood_is_refused_by_name(tmp_path, value, words):
+def test_a_header_that_is_not_understood_is_refused_by_name(tmp_path, value, code, param, name):
     raw, scale, _ = int8_rows(torch.randn(8, 8))
     metadata = {"_quantization_metadata": json.dumps(value)}
-    with pytest.raises(ModelError, match=words):
+    with refuses(code, param, ModelError) as error:
         one(tmp_path, metadata=metadata, weight=raw, weight_scale=scale)
+    assert name in str(error.value)
 
 
 def test_a_rotation_that_only_the_header_tells_of_is_refused(tmp_path):
     raw, scale, exact = int8_rows(torch.randn(8, 8))
-    with pytest.raises(ModelError, match="'activation_rotation' in its header is"):
+    with refuses("unsupported", kind=ModelError) as error:
         metadata = {"activation_rotation": "convrot_hadamard_v1"}
         one(tmp_path, metadata=metadata, weight=raw, weight_scale=scale)
+    assert "activation_rotation" in str(error.value)
     metadata = {"use_hadamard": "false", "format": "pt"}
     assert torch.equal(one(tmp_path, metadata=metadata, weight=raw, weight_scale=scale), exact)
 
 
 @pytest.mark.parametrize(
-    "value, words",
+    "value, code, name",
     [
-        (as_note(b"{"), "cannot be read as JSON"),
-        (as_note(b"[" * 5000), "nested too deeply"),
-        (as_note(b'"int8_tensorwise"'), "is a text; expected an object"),
-        (as_note(b"\xff\xfe"), "cannot be read as JSON"),
-        (torch.ones(3), "of float32; expected JSON as at most"),
-        (torch.zeros(2**17, dtype=torch.uint8), r"of uint8; expected JSON as at most 65536 bytes"),
+        (as_note(b"{"), "unreadable", ""),
+        (as_note(b"[" * 5000), "too_large", ""),
+        (as_note(b'"int8_tensorwise"'), "invalid_type", ""),
+        (as_note(b"\xff\xfe"), "unreadable", ""),
+        (torch.ones(3), "invalid_type", "float32"),
+        (torch.zeros(2**17, dtype=torch.uint8), "invalid_type", "uint8"),
     ],
 )
-def test_a_note_that_is_no_json_is_one_sentence(tmp_path, value, words):
+def test_a_note_that_is_no_json_is_one_sentence(tmp_path, value, code, name):
     raw, scale, _ = int8_rows(torch.randn(8, 8))
-    with pytest.raises(ModelError, match=words):
+    with refuses(code, kind=ModelError) as error:
         one(tmp_path, weight=raw, weight_scale=scale, comfy_quant=value)
+    assert name in str(error.value)
 
 
 def test_harmless_fields_change_nothing(tmp_path):
@@ -235,8 +279,9 @@ def test_a_group_size_is_that_of_the_blocks(tmp_path, shape, blocks):
     scale = torch.rand(shape)
     note = {"format": "int8_blockwise", "group_size": 128}
     if blocks[0] == 64:  # 64 rows to a block of 128 columns is no block of a group size
-        with pytest.raises(ModelError, match="expected one a block of 128x128 or 1x128, as"):
+        with refuses("mismatch", kind=ModelError) as error:
             one(tmp_path, weight=raw, weight_scale=scale, comfy_quant=as_note(note))
+        assert "128x128" in str(error.value)
         return
     got = one(tmp_path, weight=raw, weight_scale=scale, comfy_quant=as_note(note))
     assert torch.equal(got, raw.float() * scale.repeat_interleave(128, 1))
@@ -262,41 +307,54 @@ def group(**changes):
 
 @pytest.mark.parametrize("where", ["config", "header"])
 @pytest.mark.parametrize(
-    "config, words",
+    "config, code, param, name",
     [
-        ({**FP8, "rotation": True}, "sets 'rotation'"),
-        ({**FP8, "weight_block_size": [64, 64]}, "expected one a block of 64x64"),
-        ({**FP8, "weight_block_size": [0, 128]}, "expected two whole numbers from 1"),
-        ({**FP8, "weight_block_size": "128"}, "weight_block_size"),
-        ({**FP8, "fmt": "e3m4"}, "sets fmt to 'e3m4'"),
-        ({**FP8, "quant_method": "torchao"}, 'quant_method "torchao", which is not read here'),
-        ({**FP8, "quant_method": ["fp8"]}, r'quant_method \["fp8"\], which'),
-        ({"bits": 8}, "quant_method null, which"),
-        ([], 'quant_method "a list"'),
-        ({**COMPRESSED, "transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
-        ({**COMPRESSED, "sparsity_config": {"format": "sparse-24"}}, "sets sparsity_config"),
-        ({**COMPRESSED, "format": "pack-quantized"}, 'format to "pack-quantized"'),
-        ({**COMPRESSED, "smoothing": 1}, "sets 'smoothing'"),
-        ({**COMPRESSED, "config_groups": []}, "has no config_groups"),
-        ({**COMPRESSED, **group(num_bits=4)}, "sets num_bits to 4"),
-        ({**COMPRESSED, **group(symmetric=False)}, "sets symmetric to false"),
-        ({**COMPRESSED, **group(actorder="weight")}, 'sets actorder to "weight"'),
-        ({**COMPRESSED, **group(strategy="tensor_group")}, 'sets strategy to "tensor_group"'),
-        ({**COMPRESSED, **group(axis=0)}, "sets 'axis'"),
-        ({**COMPRESSED, **group(type="int")}, "is stored as float8_e4m3fn, and its note says int8"),
-        ({**COMPRESSED, **group(type="float", strategy="tensor")}, "expected one number, as"),
+        ({**FP8, "rotation": True}, "unsupported", "rotation", ""),
+        ({**FP8, "weight_block_size": [64, 64]}, "mismatch", None, "64x64"),
+        ({**FP8, "weight_block_size": [0, 128]}, "invalid_value", None, ""),
+        ({**FP8, "weight_block_size": "128"}, "invalid_type", "weight_block_size", ""),
+        ({**FP8, "fmt": "e3m4"}, "unsupported", "fmt", ""),
+        ({**FP8, "quant_method": "torchao"}, "unsupported", "quant_method", ""),
+        ({**FP8, "quant_method": ["fp8"]}, "unsupported", "quant_method", ""),
+        ({"bits": 8}, "unsupported", "quant_method", ""),
+        ([], "unsupported", "quant_method", ""),
+        (
+            {**COMPRESSED, "transform_config": {"config_groups": {"R1": {}}}},
+            "unsupported",
+            "transform_config",
+            "",
+        ),
+        (
+            {**COMPRESSED, "sparsity_config": {"format": "sparse-24"}},
+            "unsupported",
+            "sparsity_config",
+            "",
+        ),
+        ({**COMPRESSED, "format": "pack-quantized"}, "unsupported", "format", ""),
+        ({**COMPRESSED, "smoothing": 1}, "unsupported", "smoothing", ""),
+        ({**COMPRESSED, "config_groups": []}, "missing", "config_groups", ""),
+        ({**COMPRESSED, **group(num_bits=4)}, "unsupported", "num_bits", ""),
+        ({**COMPRESSED, **group(symmetric=False)}, "unsupported", "symmetric", ""),
+        ({**COMPRESSED, **group(actorder="weight")}, "unsupported", "actorder", ""),
+        ({**COMPRESSED, **group(strategy="tensor_group")}, "unsupported", "strategy", ""),
+        ({**COMPRESSED, **group(axis=0)}, "unsupported", "axis", ""),
+        ({**COMPRESSED, **group(type="int")}, "mismatch", None, "int8"),
+        ({**COMPRESSED, **group(type="float", strategy="tensor")}, "mismatch", None, "(2, 2)"),
     ],
 )
-def test_a_quantization_config_that_is_not_understood_is_refused(tmp_path, where, config, words):
+def test_a_quantization_config_that_is_not_understood_is_refused(
+    tmp_path, where, config, code, param, name
+):
     tensors = {"weight": torch.zeros(256, 256).to(torch.float8_e4m3fn)}
     tensors["weight_scale_inv"] = torch.ones(2, 2)
     document = {"quantization_config": config}
-    with pytest.raises(ModelError, match=words):
+    with refuses(code, param, ModelError) as error:
         if where == "config":
             one(tmp_path, config=document, **tensors)
         else:
             metadata = {"quantization_config": json.dumps(config)}
             one(tmp_path, metadata=metadata, **tensors)
+    assert name in str(error.value)
 
 
 def test_a_quantization_config_that_fits_is_read(tmp_path):
@@ -312,8 +370,9 @@ def test_a_quantization_config_that_fits_is_read(tmp_path):
     zeros = torch.zeros(16, 1, dtype=torch.int8)
     got = one(tmp_path, config=config, weight=raw, weight_scale=scale, weight_zero_point=zeros)
     assert torch.equal(got, exact)
-    with pytest.raises(ModelError, match="weight_zero_point is of an asymmetric"):
+    with refuses("unsupported", kind=ModelError) as error:
         one(tmp_path, config=config, weight=raw, weight_scale=scale, weight_zero_point=zeros + 1)
+    assert "weight_zero_point" in str(error.value)
 
 
 def fp8_state(style="comfy", **changes):
@@ -322,33 +381,35 @@ def fp8_state(style="comfy", **changes):
 
 
 @pytest.mark.parametrize(
-    "style, dropped, words",
+    "style, dropped, name",
     [
-        ("comfy", [f"{KEY}.scale_weight"], "and scaled_fp8 marks the file as scaled"),
-        ("comfy", "all", "and scaled_fp8 marks the file as scaled"),
-        ("comfy", [f"{KEY}.scale_weight", "scaled_fp8"], "and others have one, such as"),
-        ("comfy_quant", [f"{KEY}.weight_scale"], "comfy_quant says that the file is scaled"),
-        ("comfy_quant", "all", "comfy_quant says that the file is scaled"),
-        ("metadata", [f"{KEY}.weight_scale"], "_quantization_metadata: .* says that the file"),
-        ("metadata", "all", "_quantization_metadata: .* says that the file"),
-        ("rows", [f"{KEY}.weight_scale"], "and others have one, such as"),
-        ("blocks", [f"{KEY}.weight_scale_inv"], "and others have one, such as"),
+        ("comfy", [f"{KEY}.scale_weight"], "scaled_fp8"),
+        ("comfy", "all", "scaled_fp8"),
+        ("comfy", [f"{KEY}.scale_weight", "scaled_fp8"], "others"),
+        ("comfy_quant", [f"{KEY}.weight_scale"], "comfy_quant"),
+        ("comfy_quant", "all", "comfy_quant"),
+        ("metadata", [f"{KEY}.weight_scale"], "_quantization_metadata"),
+        ("metadata", "all", "_quantization_metadata"),
+        ("rows", [f"{KEY}.weight_scale"], "others"),
+        ("blocks", [f"{KEY}.weight_scale_inv"], "others"),
     ],
 )
-def test_a_missing_scale_is_refused(tmp_path, style, dropped, words):
+def test_a_missing_scale_is_refused(tmp_path, style, dropped, name):
     state, metadata = fp8_state(style, num_layers=1)
     gone = [k for k in state if "scale" in k and k != "scaled_fp8"] if dropped == "all" else dropped
     file = published.save(
         {k: v for k, v in state.items() if k not in gone}, tmp_path / "x.safetensors", metadata
     )
-    with pytest.raises(ModelError, match=f"fp8 e4m3 and has no scale, .*{words}"):
+    with refuses("missing", kind=ModelError) as error:
         load_transformer(file)
+    assert name in str(error.value)
 
 
 def test_a_config_says_that_a_scale_is_missing(tmp_path):
-    with pytest.raises(ModelError, match="has no scale, and .*quantization_config says that"):
+    with refuses("missing", kind=ModelError) as error:
         weight = torch.ones(8, 8).to(torch.float8_e4m3fn)
         one(tmp_path, config={"quantization_config": FP8}, weight=weight)
+    assert "quantization_config" in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["marker", "some layers wide", "no marker", "dummy scales"])
@@ -382,24 +443,25 @@ def test_files_whose_scales_are_whole_still_load(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, code, name",
     [
-        ({"weight_scale": torch.ones(1, 1, dtype=torch.uint8)}, "holds scales as uint8"),
-        ({"weight_scale": torch.ones(1).to(torch.float8_e4m3fn)}, "holds scales as fp8 e4m3"),
-        ({"weight_scale": torch.tensor([torch.inf])}, "holds NaN or infinity"),
-        ({"weight_scale": torch.ones(0)}, r"is \(0,\), and the weight"),
-        ({"weight": torch.ones(8, 8, dtype=torch.uint8)}, "no note says what the bytes are"),
-        ({"weight": torch.ones(8, 8), "weight_scale": torch.tensor(0.5)}, "stored as float32"),
-        ({"weight_zeros": torch.ones(1)}, "of an asymmetric"),
-        ({"weight_global_scale": torch.ones(1)}, "of NVFP4"),
-        ({"hadamard_matrix": torch.ones(1)}, "of a rotated"),
-        ({"weight_s_rel": torch.ones(1)}, "of W4A8"),
+        ({"weight_scale": torch.ones(1, 1, dtype=torch.uint8)}, "unsupported", "uint8"),
+        ({"weight_scale": torch.ones(1).to(torch.float8_e4m3fn)}, "unsupported", "fp8 e4m3"),
+        ({"weight_scale": torch.tensor([torch.inf])}, "not_finite", ""),
+        ({"weight_scale": torch.ones(0)}, "mismatch", "(0,)"),
+        ({"weight": torch.ones(8, 8, dtype=torch.uint8)}, "missing", ""),
+        ({"weight": torch.ones(8, 8), "weight_scale": torch.tensor(0.5)}, "mismatch", "float32"),
+        ({"weight_zeros": torch.ones(1)}, "unsupported", "weight_zeros"),
+        ({"weight_global_scale": torch.ones(1)}, "unsupported", "NVFP4"),
+        ({"hadamard_matrix": torch.ones(1)}, "unsupported", "hadamard_matrix"),
+        ({"weight_s_rel": torch.ones(1)}, "unsupported", "W4A8"),
     ],
 )
-def test_tensors_beside_a_weight_that_are_not_understood_are_refused(tmp_path, change, words):
+def test_tensors_beside_a_weight_that_are_not_understood_are_refused(tmp_path, change, code, name):
     raw, scale, _ = int8_rows(torch.randn(8, 8))
-    with pytest.raises(ModelError, match=words):
+    with refuses(code, kind=ModelError) as error:
         one(tmp_path, **{"weight": raw, "weight_scale": scale, **change})
+    assert name in str(error.value)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1, 1, 1)])
@@ -466,5 +528,6 @@ def test_pickles_have_scales_too(tmp_path):
         same(tmp_path / "wan_int8.pth", exact, atol=1e-4)
     del state[f"{KEY}.weight_scale"]
     torch.save(state, tmp_path / "wan_int8.pth")
-    with pytest.warns(UserWarning), pytest.raises(ModelError, match="type int8 and no scale"):
+    with pytest.warns(UserWarning), refuses("missing", kind=ModelError) as error:
         load_transformer(tmp_path / "wan_int8.pth")
+    assert "int8" in str(error.value)

@@ -14,6 +14,7 @@ from nexus_rt.loading.pretrained import pretrained
 from nexus_rt.models.text import TextEncoder
 from nexus_rt.models.understanding import Template, UnderstandingModel
 from tests.omnivideo import make_llm
+from tests.refusals import refuses
 
 Q = "encoder.block.0.layer.0.SelfAttention.q.weight"
 
@@ -41,40 +42,41 @@ def scaled(state):
 DAMAGE = {
     "a block is missing": (
         lambda s: {k: v for k, v in s.items() if ".block.1." not in k},
-        r"missing are \d+ \(encoder.block.1",
+        "encoder.block.1",
     ),
     "one weight is missing": (
         lambda s: {k: v for k, v in s.items() if k != Q},
-        rf"missing are 1 \({Q}",
+        Q,
     ),
     "foreign names": (
         lambda s: {k.replace("encoder.block.", "blocks."): v for k, v in s.items()},
-        r"unknown are \d+ \(blocks",
+        "blocks",
     ),
     "a prefix": (
         lambda s: {f"text_model.{k}": v for k, v in s.items()},
-        "missing are .*unknown are",
+        "unknown",
     ),
     "one weight more": (
         lambda s: s.update({"encoder.extra.weight": torch.zeros(2)}),
-        r"unknown are 1 \(encoder.extra",
+        "encoder.extra",
     ),
     "another shape": (
         lambda s: s.update({Q: s[Q][:5].clone()}),
-        r"another shape are 1 .*\(5, 32\) stored, \(32, 32\) in config",
+        "(5, 32)",
     ),
     "a scale of a weight in float32": (
         lambda s: s.update({Q[:-6] + "scale_weight": torch.full((1,), 2.0)}),
         "scale_weight",
     ),
-    "no weights": (lambda s: {"x": torch.zeros(1)}, "missing are|asks for|describes"),
+    "no weights": (lambda s: {"x": torch.zeros(1)}, "config.json"),
 }
 
 
-@pytest.mark.parametrize("change, words", DAMAGE.values(), ids=DAMAGE)
-def test_an_encoder_that_is_not_whole_is_refused(encoder, change, words):
-    with pytest.raises(ModelError, match=words):
+@pytest.mark.parametrize("change, name", DAMAGE.values(), ids=DAMAGE)
+def test_an_encoder_that_is_not_whole_is_refused(encoder, change, name):
+    with refuses("mismatch", kind=ModelError) as error:
         encoder[1](change).encode(["a red circle"])
+    assert name in str(error.value)
 
 
 def test_whole_ones_still_load(encoder, tiny_pair):
@@ -122,7 +124,7 @@ def test_an_embedding_that_a_version_leaves_random_is_caught(encoder, tiny_pair,
     ours = rewrite(lambda s: {k: v for k, v in s.items() if "embed_tokens" not in k})
     # the text encoder is not transformers'
     assert torch.equal(ours.encode(["a red circle"]), wanted)
-    with pytest.raises(ModelError, match=r"missing are 1 \(encoder.embed_tokens.weight\)"):
+    with refuses("mismatch", kind=ModelError) as error:
         pretrained(
             "UMT5EncoderModel",
             folder / "text_encoder",
@@ -130,6 +132,7 @@ def test_an_embedding_that_a_version_leaves_random_is_caught(encoder, tiny_pair,
             torch.device("cpu"),
             dtype=torch.float32,
         )
+    assert "encoder.embed_tokens.weight" in str(error.value)
 
 
 @pytest.fixture
@@ -144,43 +147,46 @@ def test_a_language_model_of_other_weights_is_refused_and_its_head_is_spare(llm)
     assert model.hidden_states("panda").isfinite().all()
     state = load_file(llm / "model.safetensors")
     name = next(k for k in state if "layers.1.mlp.up_proj" in k)
-    for change, words in (
-        ({k: v for k, v in state.items() if k != name}, "missing are 1"),
+    for change, part in (
+        ({k: v for k, v in state.items() if k != name}, name.removeprefix("model.")),
         ({**state, name + "_scale": torch.full((1,), 2.0)}, "_scale"),
-        ({**state, name + "_extra": torch.ones(1)}, "unknown are 1"),
-        ({k.replace("model.layers", "h"): v for k, v in state.items()}, "missing are"),
+        ({**state, name + "_extra": torch.ones(1)}, "_extra"),
+        ({k.replace("model.layers", "h"): v for k, v in state.items()}, "missing"),
     ):
         save_file(
             {k: v.contiguous() for k, v in change.items()},
             llm / "model.safetensors",
             {"format": "pt"},
         )
-        with pytest.raises(ModelError, match=words):
+        with refuses("mismatch", kind=ModelError) as error:
             UnderstandingModel(llm, Template(), torch.float32, "cpu").load()
+        assert part in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, code, param",
     [
         (
             {"attn_implementation": "owner/kernel"},
-            "sets attn_implementation='owner/kernel', code from elsewhere",
+            "unsafe",
+            "attn_implementation",
         ),
-        ({"_attn_implementation": "owner/kernel:fn"}, "code from elsewhere"),
+        ({"_attn_implementation": "owner/kernel:fn"}, "unsafe", "_attn_implementation"),
         (
             {"text_config": {"experts_implementation": "a/b"}},
-            "sets text_config.experts_implementation='a/b', code",
+            "unsafe",
+            "text_config.experts_implementation",
         ),
-        ({"num_hidden_layers": 10**9}, "sets num_hidden_layers=1e.09; expected at most 1024"),
-        ({"hidden_size": 10**9}, "sets hidden_size=1e.09"),
-        ({"vocab_size": 10**12}, "sets vocab_size"),
-        ({"intermediate_size": 2**23}, "config.json describes a understanding model of at least"),
+        ({"num_hidden_layers": 10**9}, "out_of_range", "num_hidden_layers"),
+        ({"hidden_size": 10**9}, "out_of_range", "hidden_size"),
+        ({"vocab_size": 10**12}, "out_of_range", "vocab_size"),
+        ({"intermediate_size": 2**23}, "mismatch", None),
     ],
 )
-def test_a_config_that_reaches_for_code_or_is_absurd(llm, change, words):
+def test_a_config_that_reaches_for_code_or_is_absurd(llm, change, code, param):
     path = llm / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ModelError, match=words):
+    with refuses(code, param, ModelError):
         UnderstandingModel(llm, Template(), torch.float32, "cpu").load()
 
 
@@ -227,7 +233,7 @@ def test_tokenizers_that_are_damaged_are_one_sentence(llm):
         '{"model": {"type": "BPE", "vocab": 3}}',
     ):
         (llm / "tokenizer.json").write_text(text)
-        with pytest.raises(ModelError, match="cannot be loaded"):
+        with refuses("invalid_model", kind=ModelError):
             pretrained("AutoTokenizer", llm, "tokenizer")
 
 

@@ -17,6 +17,7 @@ from nexus_rt.models.quantized import QuantizedLinear, Rows, joined, quantise, t
 from nexus_rt.models.quantized_products import Rows8, multiplies
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from tests import published
+from tests.refusals import refuses
 from tests.test_single_files import run
 
 
@@ -245,18 +246,21 @@ def test_a_lora_is_merged_before_quantising_and_added_beside_what_is_kept(tmp_pa
     torch.testing.assert_close(run(beside), want, atol=2e-5, rtol=1e-4)
     whole = {f"{key}.diff": torch.ones(256, 256)}
     loras = parse_loras(published.save(whole, tmp_path / "b.safetensors"))
-    with pytest.raises(ModelError, match="adds a whole matrix to .*to_v"):
+    with refuses("unsupported", "weights", ModelError) as error:
         load_transformer(tmp_path / "wan.gguf", torch.float32, loras=loras, weights="small")
+    assert "to_v" in str(error.value)
 
 
 def test_what_cannot_be_kept_small_is_refused(tmp_path, tiny_pair):
     file = published.save(published.wan_state(), tmp_path / "wan.safetensors")
-    with pytest.raises(ModelError, match="stores no matrix in 8 bits or fewer"):
+    with refuses("unsupported", "weights", ModelError):
         load_transformer(file, weights="small")
-    with pytest.raises(InputError, match="unknown weights 'int4'"):
+    with refuses("unknown_name", "weights", InputError) as error:
         load_transformer(file, weights="int4")
-    with pytest.raises(InputError, match="unknown weights 'int9'"):
+    assert "int4" in str(error.value)
+    with refuses("unknown_name", "weights", InputError) as error:
         NexusPipeline.from_pretrained(tiny_pair, weights="int9")
+    assert "int9" in str(error.value)
 
 
 def test_quantised_blocks_are_streamed(tmp_path):

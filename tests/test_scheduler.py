@@ -14,6 +14,7 @@ from nexus_rt.loading.pair_folder import find_pair, pair_index
 from nexus_rt.loading.scheduler import CLASSES, FIXED, WALK, find_scheduler
 from nexus_rt.request import make_plan
 from nexus_rt.settings import CallSettings, Defaults
+from tests.refusals import refuses
 
 SIZE = dict(height=32, width=48, num_frames=5)
 UNIPC = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
@@ -137,9 +138,10 @@ REFUSED = {
 def test_other_noise_levels_and_predictions_are_refused(unipc, field):
     for value in REFUSED[field]:
         edit(unipc, **{field: value})
-        with pytest.raises(ModelError, match=rf"scheduler_config.json sets {field}=.*transformer/"):
+        with refuses("unsupported", field, ModelError) as error:
             find_pair(None, {"large": unipc}, {})
-    # the way out that the error names
+        # the way out
+        assert "transformer/" in str(error.value)
     assert find_pair(None, {"large": unipc / "transformer"}, {}).defaults == Defaults()
 
 
@@ -154,14 +156,19 @@ def test_other_noise_levels_and_predictions_are_refused(unipc, field):
     ],
 )
 def test_schedules_that_are_not_known_are_refused(unipc, change):
-    with pytest.raises(ModelError, match="expected one of UniPCMultistepScheduler"):
+    with refuses("unsupported", "_class_name", ModelError):
         find_scheduler(edit(unipc, **change))
 
 
-@pytest.mark.parametrize("value", [0, -1, 1e9, "3", True, [3.0], {}])
-def test_a_shift_that_is_none(unipc, value):
-    with pytest.raises(ModelError, match="scheduler_config.json: flow_shift"):
-        find_scheduler(edit(unipc, flow_shift=value))
+@pytest.mark.parametrize(
+    "code, values",
+    [("out_of_range", [0, -1, 1e9]), ("invalid_type", ["3", True, [3.0], {}])],
+)
+def test_a_shift_that_is_none(unipc, code, values):
+    for value in values:
+        with refuses(code, "flow_shift", ModelError) as error:
+            find_scheduler(edit(unipc, flow_shift=value))
+        assert "scheduler_config.json" in str(error.value)
 
 
 OTHER = {
@@ -283,5 +290,6 @@ def test_an_unknown_default_solver_is_refused(own_pair):
     index = json.loads(path.read_text())
     index["defaults"]["solver"] = "heun"
     path.write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="unknown solver 'heun'"):
+    with refuses("unknown_name", kind=ModelError) as error:
         find_pair(own_pair, {}, {})
+    assert "heun" in str(error.value)

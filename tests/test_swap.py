@@ -11,6 +11,7 @@ from nexus_rt.loading.lora import parse_loras
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.memory.pinned import ARENA, Arena, pinned_bytes, power_of_two
 from tests import published
+from tests.refusals import refuses
 from tests.test_single_files import run
 
 CALL = dict(width=48, height=32, num_frames=5, num_inference_steps=2, output_type="latent")
@@ -76,8 +77,9 @@ def test_one_that_does_not_fit_changes_nothing(files, tmp_path):
     odd = {"diffusion_model.blocks.7.ffn.0.lora_down.weight": torch.ones(1, 256)}
     odd["diffusion_model.blocks.7.ffn.0.lora_up.weight"] = torch.ones(512, 1)
     published.save(odd, tmp_path / "odd.safetensors")
-    with pytest.raises(ModelError, match="made for another architecture"):
+    with refuses("mismatch", kind=ModelError) as error:
         engine.set_loras(parse_loras(tmp_path / "odd.safetensors"))
+    assert "blocks.7" in str(error.value)
     assert all(torch.equal(v, before[k]) for k, v in engine.model.state_dict().items())
     whole = published.save(
         {"diffusion_model.blocks.0.ffn.0.diff": torch.ones(512, 256)}, tmp_path / "w.safetensors"
@@ -85,7 +87,7 @@ def test_one_that_does_not_fit_changes_nothing(files, tmp_path):
     small = TorchEngine(load_transformer(files / "wan.gguf", torch.float32, weights="small"))
     small.set_loras(parse_loras(files / "a.safetensors"))
     want = run(small.model)
-    with pytest.raises(ModelError, match="adds a whole matrix"):
+    with refuses("unsupported", "weights", ModelError):
         small.set_loras(parse_loras(whole))
     assert torch.equal(run(small.model), want)
 
@@ -105,8 +107,9 @@ def test_a_checkpoint_that_is_gone_is_said(files, tmp_path):
     shutil.copy(files / "wan.safetensors", tmp_path / "wan.safetensors")
     engine = TorchEngine(load_transformer(tmp_path / "wan.safetensors"))
     (tmp_path / "wan.safetensors").unlink()
-    with pytest.raises(ModelError, match="LoRAs are changed by reading .* again, which fails"):
+    with refuses("not_found", kind=ModelError) as error:
         engine.set_loras(parse_loras(files / "a.safetensors"))
+    assert "wan.safetensors" in str(error.value)
 
 
 def test_a_pipeline_changes_its_loras(tiny_pair, tmp_path):
@@ -138,7 +141,7 @@ def test_a_pipeline_changes_its_loras(tiny_pair, tmp_path):
     with pytest.raises(ModelError):
         pipe.set_loras(small=loras["small"], large=loras["small"])
     assert torch.equal(clip(pipe), plain)
-    with pytest.raises(InputError, match="one transformer; leave :high out"):
+    with refuses("unsupported", "expert", InputError):
         pipe.set_loras(small=f"{loras['small']}@1:high")
     only = NexusPipeline.from_pretrained(small=tiny_pair / "small")
     with pytest.raises(InputError, match="the large generator is not loaded"):

@@ -10,6 +10,7 @@ from nexus_rt.errors import InputError, ModelError
 from nexus_rt.loading import checkpoint
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models import wan
+from tests.refusals import refuses
 
 GRIDS = [(1, 6, 10), (5, 8, 14), (3, 2, 2), (2, 4, 6)]  # T, H, W in latent cells
 CONFIGS = [
@@ -163,10 +164,12 @@ def test_triton_kernels_compute_the_same(index):
 def test_kernels_that_cannot_run_are_refused(monkeypatch):
     model = wan.WanTransformer(wan.WanConfig.from_dict(CONFIGS[0]))
     assert model.use_kernels("torch").ops.name == model.use_kernels("auto").ops.name == "torch"
-    with pytest.raises(InputError, match="did you mean 'flash'"):
+    with refuses("unknown_name", "attention backend", InputError) as error:
         model.use_kernels("auto", attention="flsh")
-    with pytest.raises(InputError, match="did you mean 'triton'"):
+    assert "'flash'" in str(error.value)
+    with refuses("unknown_name", "kernels", InputError) as error:
         model.use_kernels("tritn")
+    assert "'triton'" in str(error.value)
     pytest.importorskip("triton")
     monkeypatch.setattr("nexus_rt.kernels.triton_op.INTERPRETED", False)
     assert model.use_kernels("auto").ops.name == "torch"
@@ -182,23 +185,24 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch):
 
 def test_context_of_another_width_is_refused():
     model = wan.WanTransformer(wan.WanConfig.from_dict(CONFIGS[0]))
-    with pytest.raises(InputError, match="expected .*40"):
+    with refuses("mismatch", "context", InputError) as error:
         model.prepare_context(torch.zeros(1, 4, 41))
+    assert "40" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "field, value, words",
+    "field, value, code, param",
     [
-        ("image_dim", 1280, "image-to-video"),
-        ("qk_norm", "layer", "rms_norm_across_heads"),
-        ("ffn_dim", None, "lacks ffn_dim"),
+        ("image_dim", 1280, "unsupported", "image_dim"),
+        ("qk_norm", "layer", "unsupported", "qk_norm"),
+        ("ffn_dim", None, "missing", "ffn_dim"),
     ],
 )
-def test_other_architectures_are_refused(field, value, words):
+def test_other_architectures_are_refused(field, value, code, param):
     config = {**CONFIGS[0], field: value}
     if value is None:
         del config[field]
-    with pytest.raises(ModelError, match=words):
+    with refuses(code, param, ModelError):
         wan.WanConfig.from_dict(config)
 
 
