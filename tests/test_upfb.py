@@ -26,7 +26,6 @@ from nexus_rt.method.upfb import (
 
 PLANES = [(60, 104), (90, 160), (17, 23), (8, 8), (5, 2)]
 WEIGHTS = [0.0, 0.1, 0.5, 0.93, 1.0]
-GAMMA = 0.7
 
 
 def velocities(shape=(2, 4, 3, 17, 23), seed=0):
