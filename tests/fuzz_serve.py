@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 from nexus_rt.errors import InputError
 from nexus_rt.serve.prices import Prices
-from nexus_rt.serve.requests import FIELDS, ClipRequest
+from nexus_rt.serve.requests import ClipRequest, field_names
 from nexus_rt.serve.server import NexusServer
 from nexus_rt.serve.store import Job
 from nexus_rt.size import ClipSize
@@ -30,6 +30,9 @@ BODY = {
     "shift": 3.0,
     "solver": "unipc",
     "rewrite": "auto",
+    "blend": {"split": "dct", "rho_max": 0.5},
+    "energy": "progressive",
+    "as_published": False,
     "lora": ["ink@0.5", "small:ink"],
     "priority": 1,
     "deadline": 30,
@@ -38,10 +41,12 @@ FORM = {
     "prompt": "a stär", "seconds": "2", "size": "64x64", "fps": "16", "seed": "7", "shift": "3.0",
     "plan": "handoff=0.5", "lora[]": "ink@2", "guidance_scale": "2", "priority": "-1",
     "negative_prompt": "é", "solver": "euler", "rewrite": "off", "deadline": "30",
+    "small_steps": "8", "large_steps": "6", "blend": '{"split": "fft"}', "as_published": "false",
 }  # fmt: skip
 QUERY = {
     "size": "64x64", "num_frames": "17", "plan": "small:4/10 large:4@3/guidance-every=2",
     "shift": "5", "fps": "16", "guidance_scale": "1.5", "lora": "ink", "num_inference_steps": "8",
+    "energy": "none",
 }  # fmt: skip
 VALUES = [
     "", "\0", "\ud800", "x", "-1", "0", "1", "1e999", "1e-40", "1e-320", "nan", "inf", "9" * 400,
@@ -49,6 +54,7 @@ VALUES = [
     "a" * 40_000, "ink@9999999", "ink@0.000001", "../ink", "large:ink", "small:1e9 large:*",
     "small:100000 large:*", "large shift=1e-40", "large steps=99999999", "handoff=sigma:1e-40",
     "auto=1e-300", "small:8@1e308 large:*", "large timesteps=1e9,5", "@/dev/zero", "\n", "true",
+    "1000,750,500", "1000," * 99, "1,2,", "{}", '{"order": 1e9}', '{"split": []}', "[" * 999,
     "1" + "0" * 30, "-0.0", "1e9", "3600", "0.0625", "18446744073709551615", "null",
 ]  # fmt: skip
 NAMES = ["", "\0", "\ud800", "x" * 5000, "lora", "lora[]", "lora[9]", "seed[0]", "n", "image"]
@@ -64,7 +70,7 @@ def odd_fields(fields, rng):
         if kind <= 3:
             fields[at : at + 1] = [(name, rng.choice(VALUES))]
         elif kind == 4:
-            fields.append((rng.choice([*FIELDS, *NAMES]), rng.choice(VALUES)))
+            fields.append((rng.choice([*field_names(), *NAMES]), rng.choice(VALUES)))
         elif kind == 5:
             fields[at : at + 1] = [(rng.choice(NAMES), value)]
         elif kind == 6:
@@ -111,7 +117,7 @@ class Queue:
         return 0
 
     async def submit(self, request, owner, remixed_from=None):
-        planned = self.profile.check(request)
+        planned = self.profile.check(request, 100)
         row = request.as_row()
         text = json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
         assert ClipRequest.stored(json.loads(text)) == request

@@ -24,9 +24,10 @@ from nexus_rt.errors import ModelError
 from nexus_rt.latents import LatentGrid
 from nexus_rt.loading.pair_folder import MINI, _pair_defaults
 from nexus_rt.serve.connections import bounded_protocol
-from nexus_rt.serve.generate import Clip
+from nexus_rt.serve.generate import Clip, Task
 from nexus_rt.serve.problems import JobFailed, WorkerLost
 from nexus_rt.serve.profile import Profile
+from nexus_rt.serve.requests import ClipRequest
 from nexus_rt.serve.server import NexusServer
 
 PROMPT = "a striped red circle moves left on a black background"
@@ -77,6 +78,24 @@ def mini_profile(**changes) -> Profile:
         "device": "cpu",
     }
     return Profile(**{**values, **changes})
+
+
+def clip_request(**values) -> ClipRequest:
+    """A request of the mini pair's size; fields and settings of the call side by side."""
+    fixed = {"prompt": PROMPT, "model": "m", "fps": "16", "seconds": "1", "seed": 5, "loras": ()}
+    size = {"width": 64, "height": 64, "num_frames": 17}
+    return ClipRequest.stored({**fixed, **size, **values})
+
+
+def planned(**values):
+    """What `clip_request(**values)` generates."""
+    return mini_profile().check(clip_request(**values))
+
+
+def task(job_id="a", lora_files=None, **values) -> Task:
+    """`clip_request(**values)` as a worker gets it."""
+    request = clip_request(**values)
+    return Task(job_id, request, mini_profile().check(request), lora_files or {})
 
 
 class FakeRunner:

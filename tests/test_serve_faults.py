@@ -20,18 +20,16 @@ from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.serve import clips, exhaustion, schema
 from nexus_rt.serve.clips import FILES, write_clip
 from nexus_rt.serve.exhaustion import exhausted, killed_for_memory
-from nexus_rt.serve.generate import Clip, Task
+from nexus_rt.serve.generate import Clip
 from nexus_rt.serve.problems import JobFailed, WorkerLost
-from nexus_rt.serve.requests import ClipRequest
 from nexus_rt.serve.runners import ProcessRunner
 from nexus_rt.serve.store import NewJob, Store
-from tests.serving import PROMPT, FakeRunner, ask, client, fake, wait_for
-
-REQUEST = ClipRequest(PROMPT, "m", 64, 64, 17, "16", "1", 5)
+from tests.refusals import refuses
+from tests.serving import FakeRunner, ask, client, clip_request, fake, task, wait_for
 
 
 def put(store, owner="", **values):
-    return store.add(NewJob(owner, REQUEST.as_row(), 0.0, 1e12, **values), 10**6, 10**15)
+    return store.add(NewJob(owner, clip_request().as_row(), 0.0, 1e12, **values), 10**6, 10**15)
 
 
 # --- a store that cannot be written ---
@@ -66,7 +64,7 @@ def test_a_full_or_read_only_store_is_whole_and_nobody_is_told_to_move_it(
 
     with monkeypatch.context() as patch:
         patch.setattr(sqlite3, "connect", fails)
-        with pytest.raises(InputError) as refused:
+        with refuses("not_writable", "store", InputError) as refused:
             Store(tmp_path)
     words = str(refused.value)
     assert "left as it is" in words and "move" not in words and "damaged" not in words
@@ -83,8 +81,9 @@ def test_a_folder_that_cannot_be_written_is_said_as_it_is(tmp_path, monkeypatch,
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Path, "mkdir", fails)
-    with pytest.raises(InputError, match=os.strerror(number)):
+    with refuses("not_writable", "store", InputError) as refused:
         Store(tmp_path / "store")
+    assert os.strerror(number) in str(refused.value)
 
 
 @pytest.mark.parametrize("damage", ["garbage", "other"])
@@ -94,7 +93,7 @@ def test_a_damaged_store_is_still_said_to_be_one(tmp_path, damage):
     else:
         with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db:
             db.execute("CREATE TABLE jobs (title TEXT, salary REAL)")
-    with pytest.raises(NexusError, match="cannot be read as a job store.*move it away"):
+    with refuses("unreadable", "store"):
         Store(tmp_path)
 
 
@@ -181,15 +180,16 @@ def test_a_store_of_another_version_is_left_to_it(tmp_path, form):
     with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db:
         db.executescript(f"CREATE TABLE jobs (id TEXT); PRAGMA user_version = {form}")
     before = digest_of(tmp_path)
-    with pytest.raises(NexusError, match=f"form {form}.*the version that wrote it"):
+    with refuses("unsupported", "store") as refused:
         Store(tmp_path)
+    assert f"form {form}" in str(refused.value)
     assert digest_of(tmp_path) == before
 
 
 def test_the_tables_are_made_whole_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(schema, "SCHEMA", schema.SCHEMA + "; INSERT INTO nowhere VALUES (1)")
-        with pytest.raises(NexusError):
+        with refuses("not_writable", "store"):
             Store(tmp_path)
     with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db:
         assert db.execute("SELECT name FROM sqlite_master").fetchall() == []
@@ -357,11 +357,12 @@ def test_kills_by_the_kernel_are_told_from_others(tmp_path, monkeypatch):
 
 def starving(vmstat):
     """A pair whose calls end as their prompt says, where the machine's memory is exhausted."""
-    pipe = NexusPipeline.from_pretrained()
-    encode = type(pipe).encode_prompt
+    from nexus_rt.serve import generate
 
-    def starve(self, prompt, *arguments, **named):
-        text = str(prompt)
+    encode = generate.encode
+
+    def starve(components, request, prompts, on_stage):
+        text = str(prompts.texts)
         if "allocate" in text:
             torch.empty(2**50)
         if "killed" in text:  # as the kernel does, which counts
@@ -369,10 +370,10 @@ def starving(vmstat):
 
             Path(vmstat).write_text("oom_kill 8\n")
             os.kill(os.getpid(), signal.SIGKILL)
-        return encode(self, prompt, *arguments, **named)
+        return encode(components, request, prompts, on_stage)
 
-    type(pipe).encode_prompt = starve
-    return pipe
+    generate.encode = starve
+    return NexusPipeline.from_pretrained()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -386,9 +387,8 @@ def test_a_worker_without_host_memory_fails_its_job_once(tmp_path, monkeypatch):
         await runner.start()
 
         async def fails(prompt):
-            request = ClipRequest(prompt, "m", 64, 64, 17, "16", "1", 5)
             with pytest.raises(JobFailed) as failed:
-                await runner.run([Task("a", request)], lambda event: None)
+                await runner.run([task(prompt=prompt)], lambda event: None)
             return failed.value
 
         allocate, killed = await fails("allocate"), await fails("killed")
@@ -397,7 +397,7 @@ def test_a_worker_without_host_memory_fails_its_job_once(tmp_path, monkeypatch):
         assert runner.unable() is None
         os.kill(runner._link._process.pid, signal.SIGKILL)  # the count has not grown
         with pytest.raises(WorkerLost):
-            await runner.run([Task("a", REQUEST)], lambda event: None)
+            await runner.run([task()], lambda event: None)
         await runner.close()
         return allocate, killed
 
@@ -414,7 +414,7 @@ def no_memory(kind):
 def test_models_that_host_memory_does_not_hold_are_said_to_be_so(kind):
     async def run():
         runner = ProcessRunner(no_memory, kind)
-        with pytest.raises(NexusError, match="machine's memory does not hold the models"):
+        with refuses("out_of_memory"):
             await runner.start()
         await runner.close()
 

@@ -9,18 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexus_rt.errors import InputError
+from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.pipeline import NexusPipeline
+from nexus_rt.serve import generate
 from nexus_rt.serve.events import EventBroker, sse
-from nexus_rt.serve.generate import ServedPipeline, Task
+from nexus_rt.serve.generate import ServedPipeline
 from nexus_rt.serve.preview import LatentRGB, clean, fit, picture, shipped
 from nexus_rt.serve.prices import Prices, step_kind, units
 from nexus_rt.serve.problems import JobFailed
-from nexus_rt.serve.requests import ClipRequest
 from nexus_rt.serve.store import NewJob, NoRoom, QueueFull, Store
 from nexus_rt.size import ClipSize
-from nexus_rt.video import read_frames, read_metadata
+from nexus_rt.video import read_frames, read_metadata, save_video
 from tests.refusals import refuses
-from tests.serving import PROMPT, mini_profile
+from tests.serving import PROMPT, clip_request, planned, task
 
 
 def put(store, owner="", now=0.0, deadline=math.inf, **values):
@@ -183,31 +184,30 @@ def test_messages_are_one_line_of_json_whatever_they_hold():
 
 
 def test_prices_of_what_ran_of_another_size_and_of_another_kind():
-    planned = mini_profile().plan(ClipSize(64, 64, 17), {"plan": "handoff=0.5"})
-    prices = Prices()
-    assert prices.total(planned) is None
-    cells = math.prod(planned.size.latent)
+    request, prices = planned(plan="handoff=0.5"), Prices()
+    assert prices.total(request) is None
+    cells = math.prod(request.size.latent)
     prices.observe("small:2", cells, 10.0)
     prices.observe("large:1", cells, 30.0)
     for stage in ("encode", "decode", "write"):
         prices.observe(stage, cells, 5.0)
-    kinds = [step_kind(s, planned.guidance) for s in planned.plan.steps]
+    kinds = [step_kind(s, request.guidance) for s in request.plan.steps]
     expected = {"small:2": 10.0, "large:1": 30.0, "small:2 large:1": 2 * 5.0 + 30.0}
     assert set(kinds) == set(expected)
-    assert prices.steps(planned) == pytest.approx([expected[k] for k in kinds])
+    assert prices.steps(request) == pytest.approx([expected[k] for k in kinds])
     whole = sum(expected[k] for k in kinds) + 15.0
-    assert prices.total(planned) == pytest.approx(whole)
-    left = prices.left(planned)
+    assert prices.total(request) == pytest.approx(whole)
+    left = prices.left(request)
     assert left[0] == whole and left[-1] == pytest.approx(10.0) and len(left) == len(kinds) + 1
     assert left[1:] == pytest.approx(
         [10.0 + sum(expected[k] for k in kinds[i:]) for i in range(1, len(kinds) + 1)]
     )
-    wide = mini_profile().plan(ClipSize(128, 64, 17), {"plan": "handoff=0.5"})
+    wide = planned(plan="handoff=0.5", width=128)
     assert prices.total(wide) == pytest.approx(2 * whole)
-    assert Prices(prices.as_row()).total(planned) == pytest.approx(whole)
+    assert Prices(prices.as_row()).total(request) == pytest.approx(whole)
     prices.observe("small:2", cells, float("nan"))
     assert prices.ms("small:2", cells) == 10.0
-    assert units(wide) == 2 * units(planned) > 0
+    assert units(wide) == 2 * units(request) > 0
 
 
 # --- previews ---
@@ -265,17 +265,10 @@ def served():
     return ServedPipeline(pipe)
 
 
-def request(**values):
-    fixed = dict(
-        prompt=PROMPT, model="m", width=64, height=64, num_frames=17, fps="16", seconds="1", seed=5
-    )
-    return ClipRequest(**{**fixed, **values})
-
-
 def test_a_job_is_what_the_pipeline_makes_with_its_seed(served, tmp_path):
     events = []
-    asked = request(plan="small:4 large:*", num_inference_steps=8, negative_prompt="blur")
-    (clip,) = served.run([Task("a", asked)], events.append)
+    job = task(plan="small:4 large:*", num_inference_steps=8, negative_prompt="blur")
+    (clip,) = served.run([job], events.append)
     path = tmp_path / "clip.mp4"
     path.write_bytes(clip.video)
     made = served.pipe(
@@ -296,14 +289,47 @@ def test_a_job_is_what_the_pipeline_makes_with_its_seed(served, tmp_path):
     assert clip.perf["meta"]["seed"] == 5 and "prompt" not in clip.perf["meta"]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"plan": "auto=0.1", "num_inference_steps": 6, "energy": "progressive", "gamma_w": 0.5},
+        {"plan": "large", "timesteps": [999, 750, 500], "guidance_scale_2": 2.0},
+        {"plan": "handoff=0.5", "small_steps": 4, "large_steps": 3, "solver": "euler", "shift": 4},
+        {
+            "plan": "handoff=0.5",
+            "num_inference_steps": 4,
+            "blend": {"split": "dct", "rho_max": 0.5},
+        },
+        {"plan": "small:2 renoise=0.75 large:4", "rewrite": "a red disk"},  # draws noise again
+        {"as_published": True, "num_inference_steps": 3},
+    ],
+)
+def test_every_setting_makes_what_a_call_makes(served, tmp_path, settings):
+    """To the pixel, whose rounding `as_published` sets."""
+    (clip,) = served.run([task(**settings)], lambda event: None)
+    (tmp_path / "clip.mp4").write_bytes(clip.video)
+    call = (
+        {**settings, "blend": BlendConfig(**settings["blend"])} if "blend" in settings else settings
+    )
+    made = served.pipe(PROMPT, generator=torch.Generator().manual_seed(5), **call)
+    cut = settings.get("as_published", False)
+    expected = {
+        truncate: read_frames(save_video(made.frames[0], tmp_path / "own.mp4", truncate=truncate))
+        for truncate in (False, True)
+    }
+    frames = read_frames(tmp_path / "clip.mp4")
+    assert np.array_equal(frames, expected[cut]) and not np.array_equal(frames, expected[not cut])
+    options = read_metadata(tmp_path / "clip.mp4")["options"]
+    assert set(options) == {"width", "height", "num_frames", *settings} - {"plan", "rewrite"}
+    row, meta = clip_request(**settings).call, clip.perf["meta"]
+    assert meta == {**meta, **row, "plan": made.plan.name}
+
+
 def test_a_prompt_longer_than_what_is_read_is_said_to_its_client(served):
     events = []
     long = PROMPT + " and stays" * 300
     with pytest.warns(UserWarning, match="tokens and 512 are read"):
-        (clip,) = served.run(
-            [Task("a", request(prompt=long, plan="large", rewrite="off"))],
-            events.append,
-        )
+        (clip,) = served.run([task(prompt=long, plan="large", rewrite="off")], events.append)
     (warning,) = [e["message"] for e in events if e["kind"] == "warning"]
     assert "512 are read" in warning and clip.perf["meta"]["warnings"] == [warning]
 
@@ -312,7 +338,7 @@ def test_previews_come_every_k_steps_and_look_like_the_clip(served):
     events = []
     served.preview_every = 3
     try:
-        served.run([Task("a", request())], events.append)
+        served.run([task()], events.append)
     finally:
         served.preview_every = 1
     previews = [e for e in events if e["kind"] == "preview"]
@@ -329,13 +355,13 @@ def test_nothing_wanted_stops_within_a_step(served):
             served.cancel("a")
 
     with pytest.raises(JobFailed) as stopped:
-        served.run([Task("a", request())], emit)
+        served.run([task()], emit)
     assert stopped.value.code == "cancelled"
     assert sum(e["kind"] == "step" for e in events) == 3
 
 
 def test_a_batch_is_each_by_itself_and_loses_what_is_not_wanted(served):
-    tasks = [Task(str(i), request(seed=i, prompt=f"{PROMPT}")) for i in range(3)]
+    tasks = [task(str(i), seed=i) for i in range(3)]
     served.cancel("1")  # before it begins
     clips = served.run(tasks, lambda event: None)
     assert [c.id for c in clips] == ["0", "2"]
@@ -347,10 +373,7 @@ def test_loras_are_merged_for_a_job_and_taken_out_again(served, tmp_path):
 
     path = PACKAGED / "few_step.safetensors"
     run = lambda loras: (
-        served.run(
-            [Task("a", request(loras=("x",) if loras else ()), loras)],
-            lambda e: None,
-        )[0].spritesheet
+        served.run([task("a", loras, loras=("x",) if loras else ())], lambda e: None)[0].spritesheet
     )
     plain = run({})
     merged = run({"large": (f"{path}@1",)})
@@ -376,19 +399,14 @@ def test_failures_have_codes(served, monkeypatch):
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(type(served.pipe), "encode_prompt", fails)
+            patch.setattr(generate, "encode", fails)
             with pytest.raises(JobFailed) as failed:
-                served.run([Task("a", request())], lambda e: None)
+                served.run([task()], lambda e: None)
         assert failed.value.code == code and "secret" not in failed.value.message
-    with pytest.raises(JobFailed) as failed:  # queued for models that have changed
-        served.run([Task("a", request(width=65))], lambda e: None)
-    assert failed.value.code == "invalid_value"
 
 
 def test_previews_never_wait_for_a_device(served, monkeypatch):
     """By a device that has a frame two steps after it was asked."""
-    from nexus_rt.serve import generate
-
     asked, waited = [], []
 
     class Slow:
@@ -407,7 +425,7 @@ def test_previews_never_wait_for_a_device(served, monkeypatch):
 
     monkeypatch.setattr(generate, "fetch", Slow)
     events = []
-    served.run([Task("a", request())], events.append)
+    served.run([task()], events.append)
     assert waited == [8, 9]  # after the last step alone
     told = [(e["kind"], e["step"]) for e in events if e["kind"] in ("step", "preview")]
     assert [s for k, s in told if k == "preview"] == list(range(1, 11))
@@ -422,7 +440,5 @@ def test_engines_that_move_are_counted():
     phases = {
         p.name for p in pipe.plan_residency(plan, ClipSize(64, 64, 17)).phases if p.first >= 0
     }
-    (clip,) = moving.run(
-        [Task("a", request(plan="small:4 large:*", num_inference_steps=8))], lambda event: None
-    )
+    (clip,) = moving.run([task(plan="small:4 large:*", num_inference_steps=8)], lambda event: None)
     assert clip.perf["meta"]["residency_moves"] == len(phases) > 1

@@ -7,7 +7,6 @@ import json
 import logging
 import re
 import socket
-from dataclasses import replace
 
 import openai
 import pytest
@@ -219,7 +218,7 @@ def test_engines_say_what_they_were_built_for(tmp_path):
     from nexus_rt.size import BuiltSizes, ClipSize
 
     built = (BuiltSizes("small", (ClipSize(64, 64, 17),)),)
-    defaults = replace(mini_profile().defaults, plan="small")
+    defaults = mini_profile().defaults.replace(plan="small")
     profile = mini_profile(built_sizes=built, loras=False, generators=("small",), defaults=defaults)
     (tmp_path / "ink.safetensors").write_bytes(b"")
     with fake(tmp_path, FakeRunner(profile=profile), lora_folder=tmp_path) as made:

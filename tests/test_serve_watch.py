@@ -18,11 +18,9 @@ from hypothesis import strategies as st
 
 from nexus_rt.errors import InputError, NexusError
 from nexus_rt.pipeline import NexusPipeline
-from nexus_rt.serve import logs
-from nexus_rt.serve.generate import Task
+from nexus_rt.serve import generate, logs
 from nexus_rt.serve.prices import Prices
 from nexus_rt.serve.problems import JobFailed, WorkerLost
-from nexus_rt.serve.requests import ClipRequest
 from nexus_rt.serve.runners import ProcessRunner, ThreadRunner
 from nexus_rt.serve.server import NexusServer
 from nexus_rt.serve.watchdog import (
@@ -34,8 +32,18 @@ from nexus_rt.serve.watchdog import (
     Bounds,
     Call,
 )
-from nexus_rt.size import ClipSize
-from tests.serving import PROMPT, FakeRunner, ask, client, fake, mini_profile, serving, wait_for
+from tests.refusals import refuses
+from tests.serving import (
+    PROMPT,
+    FakeRunner,
+    ask,
+    client,
+    fake,
+    planned,
+    serving,
+    task,
+    wait_for,
+)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -155,18 +163,17 @@ def test_whatever_happens_a_call_that_falls_silent_is_noticed(events, timeout):
 
 
 def test_bounds_come_from_the_cost_model_with_larger_clips_by_the_square():
-    planned = mini_profile().plan(ClipSize(64, 64, 17), {"plan": "large"})
-    prices = Prices()
-    assert set(Bounds.of(prices, planned).steps) == {None}
-    prices.learn(planned, {
-        "denoise_steps_ms": [{"step": i, "duration_ms": 9000.0} for i in range(len(planned.plan))],
+    small, prices = planned(plan="large"), Prices()
+    assert set(Bounds.of(prices, small).steps) == {None}
+    prices.learn(small, {
+        "denoise_steps_ms": [{"step": i, "duration_ms": 9000.0} for i in range(len(small.plan))],
         "steps": [{"name": n, "duration_ms": 8000.0} for n in ("encode", "decode", "write")],
     })  # fmt: skip
-    same = Bounds.of(prices, planned)
+    same = Bounds.of(prices, small)
     assert set(same.steps) == {9000.0} and same.step(0, False) == 90.0
     assert set(same.stages.values()) == {8000.0}
-    assert Bounds.of(prices, planned, batch=3).steps[0] == 27_000.0
-    wide = mini_profile().plan(ClipSize(128, 64, 17), {"plan": "large"})
+    assert Bounds.of(prices, small, batch=3).steps[0] == 27_000.0
+    wide = planned(plan="large", width=128)
     assert Bounds.of(prices, wide).steps[0] == pytest.approx(4 * 9000.0)
 
 
@@ -315,9 +322,10 @@ def test_a_hung_thread_is_said_and_holds_no_exit_up(tmp_path):
 
 @pytest.mark.parametrize("odd", [0.0, -1.0, float("nan"), float("inf"), "soon", True])
 def test_timeouts_are_checked(tmp_path, odd):
-    with pytest.raises(InputError, match="step_timeout"):
+    code = "out_of_range" if type(odd) is float else "invalid_type"
+    with refuses(code, "step_timeout", InputError):
         NexusServer(FakeRunner(), tmp_path / "store", step_timeout=odd)
-    with pytest.raises(InputError, match="load_timeout"):
+    with refuses(code, "load_timeout", InputError):
         ProcessRunner(mini, None, load_timeout=odd)
 
 
@@ -342,24 +350,20 @@ def hanging(folder):
 
     if first("load"):
         time.sleep(600)
-    call, decode = type(pipe).__call__, type(pipe).decode
+    step, decode = generate._Call.step, generate.decode
 
-    def hang(*arguments, callback_on_step_end=None, **named):
-        def step(pipe, index, timestep, tensors):
-            result = callback_on_step_end(pipe, index, timestep, tensors)
-            if index == 1 and first("step"):
-                signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGKILL})
-                time.sleep(600)
-            return result
-
-        return call(*arguments, callback_on_step_end=step, **named)
+    def hang_step(self, of_plan, latents):
+        step(self, of_plan, latents)
+        if of_plan.index == 1 and first("step"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGKILL})
+            time.sleep(600)
 
     def hang_decode(*arguments, **named):
         if first("decode"):
             time.sleep(600)
         return decode(*arguments, **named)
 
-    type(pipe).__call__, type(pipe).decode = hang, hang_decode
+    generate._Call.step, generate.decode = hang_step, hang_decode
     return pipe
 
 
@@ -410,7 +414,7 @@ def test_loading_that_hangs_ends_within_its_own_bound(tmp_path):
     async def start():
         runner = ProcessRunner(hanging, str(tmp_path), load_timeout=8.0)
         try:
-            with pytest.raises(NexusError, match="not loaded within 8 s"):
+            with refuses("timeout", "load_timeout"):
                 await runner.start()
             assert runner.unable() and not children()
         finally:
@@ -469,10 +473,7 @@ def test_thousands_of_cancels_to_a_worker_that_does_not_read_leave_the_loop_free
                 await asyncio.sleep(0.005)
                 lags.append(time.perf_counter() - before - 0.005)
 
-        request = ClipRequest(
-            PROMPT, "m", 64, 64, 17, "16", "1", 5, plan="reference", num_inference_steps=200
-        )
-        tasks = [Task(f"{i}" * 200, request) for i in range(2)]
+        tasks = [task(f"{i}" * 200, plan="reference", num_inference_steps=200) for i in range(2)]
         running = asyncio.create_task(runner.run(tasks, lambda event: None))
         while not (tmp_path / "begun").exists():
             await asyncio.sleep(0.01)
@@ -526,8 +527,7 @@ def test_a_hung_workers_server_that_is_killed_leaves_no_orphan(tmp_path):
         "    runner = ProcessRunner(hanging, sys.argv[1], warmup=False)\n"
         "    await runner.start()\n"
         "    print(children()[0], flush=True)\n"
-        "    request = ClipRequest(PROMPT, 'm', 64, 64, 17, '16', '1', 5)\n"
-        "    await runner.run([Task('a', request)], lambda event: None)\n"
+        "    await runner.run([task()], lambda event: None)\n"
         "if __name__ == '__main__':\n"
         "    asyncio.run(main())\n"
     )

@@ -10,7 +10,7 @@ from nexus_rt.errors import InputError
 from nexus_rt.limits import GENERATORS, MAX_STEPS
 from nexus_rt.request import GenerationRequest, PairProfile, check_request, make_request
 from nexus_rt.serve.problems import wrong
-from nexus_rt.serve.requests import SENT_AS, ClipRequest
+from nexus_rt.serve.requests import SENT_AS, ClipRequest, check_steps
 
 if TYPE_CHECKING:
     from nexus_rt.pipeline import NexusPipeline
@@ -49,9 +49,8 @@ class Profile(PairProfile):
             made = make_request(call, self.defaults, self.boundaries)
         except InputError as error:
             raise wrong(_param(error, request), str(error)) from error
-        name, steps = made.plan.name, len(made.plan)
-        if steps > max_steps:
-            raise wrong("plan", f"plan {name!r} has {steps} steps; expected at most {max_steps}.")
+        name = made.plan.name
+        check_steps("plan", len(made.plan), max_steps)
         try:
             check_request(made, self)
         except InputError as error:

@@ -293,7 +293,7 @@ def _setting(field: Field, value: Any, max_steps: int) -> Any:
     elif field.kind is int:
         value = _checked(name, whole, name, value, -1, MAX_SEED)
     elif field.kind == "numbers" or (field.kind == "scale" and isinstance(value, list)):
-        _check_steps(name, len(value) if isinstance(value, list) else 0, max_steps)
+        check_steps(name, len(value) if isinstance(value, list) else 0, max_steps)
         value = _numbers(name, value)
     elif field.kind in (float, "scale"):
         value = _number(name, value)
@@ -303,10 +303,10 @@ def _setting(field: Field, value: Any, max_steps: int) -> Any:
     if value is None:
         return None
     if field.high == MAX_STEPS:
-        _check_steps(name, value, max_steps)
+        check_steps(name, value, max_steps)
     if name == "plan":  # before a plan of so many steps is made
         for count in (*map(int, STEPS.findall(value)), value.count(",")):  # "," of noise levels
-            _check_steps(name, count, max_steps)
+            check_steps(name, count, max_steps)
     return _checked(name, field.checked, value)
 
 
@@ -320,7 +320,7 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
     return tuple(_number(name, one) for one in value)
 
 
-def _check_steps(name: str, count: int, max_steps: int) -> None:
+def check_steps(name: str, count: int, max_steps: int) -> None:
     """Raise a `Problem` where a field asks for more steps than the server takes."""
     if count > max_steps:
         raise wrong(name, f"{name} has {count} steps; this server takes at most {max_steps}.")
