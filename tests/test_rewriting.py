@@ -369,7 +369,7 @@ def test_the_command_shows_it_and_writes_it_down(tmp_path, capsys):
         (["--rewriter", ".", "--rewriter-model", "m"], "--rewriter-model"),
         (["--rewriter", "http://x/v1", "--rewriter-model", "m", "--rewrite", "auto"], "--rewrite "),
         (["--rewriter", "nowhere"], "config.json"),
-        (["--rewrite-timeout", "0", "--rewrite", "auto"], "rewrite-timeout"),
+        (["--rewrite-timeout", "0", "--rewrite", "auto"], "timeout"),
         (["--rewrite", ""], "rewrite"),
     ],
 )
