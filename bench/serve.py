@@ -249,9 +249,10 @@ def measure_parts(runs: int) -> dict[str, dict[str, float]]:
     pipe.set_progress_bar_config(disable=True)
     served = ServedPipeline(pipe, preview_every=0)
     request = warmup_request(pipe.defaults)
+    planned = served.profile.check(request)
 
     def batch(size: int) -> Callable[[], object]:
-        tasks = [Task(str(i), replace(request, seed=i)) for i in range(size)]
+        tasks = [Task(str(i), replace(request, seed=i), planned) for i in range(size)]
         return lambda: served.run(tasks, lambda event: None)
 
     def preview(height: int, width: int) -> Callable[[], object]:

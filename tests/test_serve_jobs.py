@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
+from nexus_rt.serve import profile
 from tests.serving import (
     FakeRunner,
     ask,
@@ -232,6 +233,77 @@ def test_a_restart_takes_up_what_was_left(tmp_path):
         assert server.dispatcher.store.get(ids[0]).losses == 0  # stopped, not lost
         assert not any(p.exists() for p in left) and all(p.exists() for p in others)
         assert (tmp_path / "store").stat().st_mode & 0o777 == 0o750
+
+
+# --- planning ---
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """The settings of every plan that a server makes."""
+    made, make = [], profile.make_request
+
+    def counted(settings, *arguments):
+        made.append(settings.num_inference_steps)
+        return make(settings, *arguments)
+
+    monkeypatch.setattr(profile, "make_request", counted)
+    return made
+
+
+def test_a_job_is_planned_once_whatever_becomes_of_it(tmp_path, plans):
+    with fake(tmp_path) as (address, server, runner):
+        c, given, run = client(address), {}, runner.run
+
+        async def record(tasks, emit):
+            given.update({t.request.prompt: t.planned for t in tasks})
+            return await run(tasks, emit)
+
+        runner.run, runner.gate = record, asyncio.Event()
+        create = lambda prompt, steps: c.videos.create(
+            prompt=prompt, extra_body={"num_inference_steps": steps, "plan": "large"}
+        )
+        first = create("lose 2", 1).id  # three attempts
+        wait_for(lambda: runner.begun)
+        jobs = [create(prompt, i).id for i, prompt in enumerate(("a", "fail x", "b", "c"), 2)]
+        ask(address, f"/v1/videos/{jobs[2]}/cancel", "POST")
+        c.videos.delete(jobs[3])
+        assert set(server.dispatcher._planned) == {first, jobs[0], jobs[1]}
+        runner.gate.set()
+        ended = [c.videos.poll(job).status for job in (first, jobs[0], jobs[1])]
+        assert ended == ["completed", "completed", "failed"] and len(runner.begun) == 5
+        assert plans == [1, 2, 3, 4, 5]
+        assert {p: len(planned.plan) for p, planned in given.items()} == {
+            "lose 2": 1, "a": 2, "fail x": 3,
+        }  # fmt: skip
+        assert not server.dispatcher._planned
+
+
+def test_jobs_of_before_a_restart_are_planned_when_they_run(tmp_path, plans):
+    runner = FakeRunner(steps=10_000, seconds=0.01)
+    with fake(tmp_path, runner, grace=0.0) as (address, _, _):
+        c = client(address)
+        ids = [
+            c.videos.create(prompt="x", extra_body={"num_inference_steps": i}).id for i in (5, 6)
+        ]
+        wait_for(lambda: runner.begun)
+    assert plans == [5, 6]
+    with fake(tmp_path) as (address, server, _):
+        assert [client(address).videos.poll(i).status for i in ids] == ["completed"] * 2
+        assert plans == [5, 6, 5, 6] and not server.dispatcher._planned
+
+
+def test_plans_of_more_waiting_jobs_than_are_kept_are_made_again(tmp_path, plans, monkeypatch):
+    monkeypatch.setattr("nexus_rt.serve.dispatcher.MAX_PLANNED", 2)
+    with fake(tmp_path) as (address, server, runner):
+        c, runner.gate = client(address), asyncio.Event()
+        ids = [
+            c.videos.create(prompt="x", extra_body={"num_inference_steps": i}).id for i in (5, 6, 7)
+        ]
+        assert list(server.dispatcher._planned) == ids[:2]
+        runner.gate.set()
+        assert [c.videos.poll(i).status for i in ids] == ["completed"] * 3
+        assert plans == [5, 6, 7, 7]
 
 
 # --- watching ---

@@ -8,10 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nexus_rt import pipeline
+from nexus_rt.encode import Prompts
 from nexus_rt.errors import InputError
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.pipeline import NexusPipeline
-from nexus_rt.serve import generate
+from nexus_rt.serve import generate, profile
 from nexus_rt.serve.events import EventBroker, sse
 from nexus_rt.serve.generate import ServedPipeline
 from nexus_rt.serve.preview import LatentRGB, clean, fit, picture, shipped
@@ -334,6 +336,20 @@ def test_a_prompt_longer_than_what_is_read_is_said_to_its_client(served):
     assert "512 are read" in warning and clip.perf["meta"]["warnings"] == [warning]
 
 
+def test_a_worker_plans_nothing_itself(served, monkeypatch):
+    """The task holds what its request generates; prompts are checked once, for the batch."""
+    tasks = [task(str(i), plan="small", num_inference_steps=2) for i in range(2)]
+    checked, of = [], Prompts.of
+    for module in (pipeline, profile):
+        for name in ("make_request", "check_request"):
+            monkeypatch.setattr(module, name, None)  # a call would be a failure
+    monkeypatch.setattr(
+        Prompts, "of", lambda *arguments: checked.append(arguments) or of(*arguments)
+    )
+    assert [clip.id for clip in served.run(tasks, lambda event: None)] == ["0", "1"]
+    assert len(checked) == 1
+
+
 def test_previews_come_every_k_steps_and_look_like_the_clip(served):
     events = []
     served.preview_every = 3
@@ -360,11 +376,18 @@ def test_nothing_wanted_stops_within_a_step(served):
     assert sum(e["kind"] == "step" for e in events) == 3
 
 
-def test_a_batch_is_each_by_itself_and_loses_what_is_not_wanted(served):
+def test_a_batch_is_each_by_itself_and_loses_what_is_not_wanted(served, monkeypatch):
+    decoded, decode = [], generate.decode
+
+    def record(components, request, latents):
+        decoded.append(len(latents))
+        return decode(components, request, latents)
+
+    monkeypatch.setattr(generate, "decode", record)
     tasks = [task(str(i), seed=i) for i in range(3)]
     served.cancel("1")  # before it begins
     clips = served.run(tasks, lambda event: None)
-    assert [c.id for c in clips] == ["0", "2"]
+    assert [c.id for c in clips] == ["0", "2"] and decoded == [2]
     assert clips[0].perf["meta"]["batch"] == 3 and clips[1].perf["meta"]["seed"] == 2
 
 
