@@ -18,6 +18,7 @@ from nexus_rt.loading.pickles import read_pickle
 from nexus_rt.loading.stored import find_tensors, read_tensors
 from nexus_rt.shards import write_shards
 from tests.omnivideo import make_published, original_t5_names, original_vae_names
+from tests.refusals import refuses
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +192,9 @@ def test_a_hostile_pickle_is_refused(damaged, tmp_path, part, by_torch):
         torch.save(value, path)
     else:
         path.write_bytes(pickle.dumps(value))
-    with pytest.raises(ModelError, match=r"is refused: .*mkdir"):
+    with refuses("unsafe", kind=ModelError) as error:
         convert_omnivideo(damaged, tmp_path / "dst")
+    assert "mkdir" in str(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
 
 
@@ -221,50 +223,60 @@ def test_pickles_of_tensors_and_containers_are_read(tmp_path):
 
 
 DAMAGE = {
-    "no adapter": (lambda s: (s / LAYOUT["adapter"]).unlink(), r"adapter/model.pt is missing"),
-    "no llm": (lambda s: shutil.rmtree(s / LAYOUT["llm"]), r"llm is missing"),
+    "no adapter": (lambda s: (s / LAYOUT["adapter"]).unlink(), "not_found", "adapter/model.pt"),
+    "no llm": (lambda s: shutil.rmtree(s / LAYOUT["llm"]), "not_found", "llm"),
     "no zip": (
         lambda s: (s / LAYOUT["vae"]).write_bytes(b"PK\x03\x04not a zip"),
-        r"Wan2.1_VAE.pth is refused",
+        "damaged",
+        "Wan2.1_VAE.pth",
     ),
     "one token": (
         lambda s: (s / LAYOUT["tokens"]).write_bytes(pickle.dumps({"<img_st>": torch.zeros(32)})),
-        r"lacks the special tokens <ipl_st>, <ipl_ed>, <prp_st>, <prp_ed>",
+        "missing",
+        "<ipl_st>, <ipl_ed>, <prp_st>, <prp_ed>",
     ),
     "half a context": (
         lambda s: (s / LAYOUT["context"]).write_bytes(pickle.dumps({"text_emb": torch.zeros(32)})),
-        r"vlm_last_hidden_states",
+        "missing",
+        "vlm_last_hidden_states",
     ),
     "another shape": (
         lambda s: torch.save(
             {"module": {"adapter.fc.0.bias": torch.zeros(3)}}, s / LAYOUT["transformer"]
         ),
-        r"adapter.fc.0.bias has shape",
+        "mismatch",
+        "adapter.fc.0.bias",
     ),
     "no query": (
         lambda s: [
             torch.save({"module": {"x": torch.zeros(1)}}, s / LAYOUT["transformer"]),
             torch.save({"fc.0.bias": torch.zeros(3)}, s / LAYOUT["vision_head"]),
         ],
-        r"lacks 'vision_head.decoder_query'",
+        "missing",
+        "vision_head.decoder_query",
     ),
-    "a list": (lambda s: torch.save([1, 2], s / LAYOUT["transformer"]), r"is no state dict"),
+    "a list": (
+        lambda s: torch.save([1, 2], s / LAYOUT["transformer"]),
+        "invalid_model",
+        "transformer/model.pt",
+    ),
 }
 
 
-@pytest.mark.parametrize("change, words", DAMAGE.values(), ids=DAMAGE)
-def test_what_is_wrong_is_said_and_nothing_stays(damaged, tmp_path, change, words):
+@pytest.mark.parametrize("change, code, name", DAMAGE.values(), ids=DAMAGE)
+def test_what_is_wrong_is_said_and_nothing_stays(damaged, tmp_path, change, code, name):
     change(damaged)
-    with pytest.raises(ModelError, match=words):
+    with refuses(code, kind=ModelError) as error:
         convert_omnivideo(damaged, tmp_path / "dst")
+    assert name in str(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
 
 
 def test_places_that_cannot_be_used(published, tmp_path):
-    with pytest.raises(InputError, match="is not a folder"):
+    with refuses("not_found", "source", InputError):
         convert_omnivideo(tmp_path / "nowhere", tmp_path / "dst")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ModelError, match="cannot be written"):
+    with refuses("not_writable", "target", ModelError):
         convert_omnivideo(published[0], tmp_path / "file" / "dst")
 
 
@@ -275,8 +287,9 @@ def test_a_full_disk_leaves_nothing(published, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(ModelError, match=r"cannot be written \(No space left"):
+    with refuses("not_writable", "target", ModelError) as error:
         convert_omnivideo(published[0], tmp_path / "dst")
+    assert "No space left" in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -331,22 +344,23 @@ def test_every_form_of_the_unconditional_embeddings_is_read_and_named(
 
 
 @pytest.mark.parametrize(
-    "value, words",
+    "value, code, name",
     [
-        ([], "text_emb is an empty list"),
-        (torch.zeros(1, 5, 31), r"\[1, 5, 31\] of float32; expected a tensor \[L, 32\]"),
-        (torch.zeros(1, 5, 32, dtype=torch.int64), "of int64"),
-        (torch.full((5, 32), float("nan")), "holds NaN or infinity"),
-        (torch.zeros(0, 32), "does not fit"),
-        (torch.zeros(1, 1, 5, 32), "does not fit"),
-        ("words", "is a str"),
-        (None, "NoneType"),
+        ([], "missing", "text_emb"),
+        (torch.zeros(1, 5, 31), "mismatch", "[1, 5, 31]"),
+        (torch.zeros(1, 5, 32, dtype=torch.int64), "mismatch", "int64"),
+        (torch.full((5, 32), float("nan")), "not_finite", ""),
+        (torch.zeros(0, 32), "mismatch", ""),
+        (torch.zeros(1, 1, 5, 32), "mismatch", ""),
+        ("words", "invalid_type", ""),
+        (None, "invalid_type", ""),
     ],
 )
-def test_other_forms_are_refused(damaged, tmp_path, value, words):
+def test_other_forms_are_refused(damaged, tmp_path, value, code, name):
     rewrite(damaged / LAYOUT["context"], lambda v: v.update(text_emb=value))
-    with pytest.raises(ModelError, match=words):
+    with refuses(code, kind=ModelError) as error:
         convert_omnivideo(damaged, tmp_path / "dst")
+    assert name in str(error.value)
 
 
 def test_what_is_absent_and_not_needed_is_said(damaged, published, tmp_path):
@@ -363,8 +377,9 @@ def test_what_is_absent_and_not_needed_is_said(damaged, published, tmp_path):
     pipe = NexusPipeline.from_pretrained(tmp_path / "dst")
     text, none = pipe.encode_prompt("the red panda")
     assert pipe.encode_context("the red panda", text, none)[0].shape == (1, 2560, 32)
-    with pytest.raises(ModelError, match="no special token <img_st>"):
+    with refuses("missing", kind=ModelError) as error:
         pipe.context.connector.pack(text[0], None, visual=text[0])
+    assert "<img_st>" in str(error.value)
 
 
 def test_an_adapter_that_the_mixed_model_holds_whole_need_not_be_there(damaged, tmp_path):
@@ -401,7 +416,7 @@ def test_a_language_model_of_pickled_shards_is_read_safely(damaged, published, t
     NexusPipeline.from_pretrained(tmp_path / "dst").context.understanding.load()
     index["weight_map"][names[0]] = "../../adapter/model.bin"
     (llm / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="expected names of .bin files in its folder"):
+    with refuses("unsafe", kind=ModelError):
         convert_omnivideo(damaged, tmp_path / "other")
 
 
@@ -426,11 +441,9 @@ def test_the_second_wan_of_the_mixed_model_is_the_large_generator(
     mixed |= {f"wan_2_model.{k}": v for k, v in original_wan_names(tuned).items()}
     torch.save({"module": mixed}, damaged / LAYOUT["transformer"])
     if not whole:
-        with pytest.raises(
-            ModelError,
-            match=r"Wan2.1-T2V-14B is missing, and the mixed model lacks .*put Wan's folder there",
-        ):
+        with refuses("not_found", kind=ModelError) as error:
             convert_omnivideo(damaged, tmp_path / "dst")
+        assert "Wan2.1-T2V-14B" in str(error.value)
         large.save_pretrained(damaged / LAYOUT["wan_14b"])
     report = convert_omnivideo(damaged, tmp_path / "dst")
     got = tensors(tmp_path / "dst" / "large")
@@ -450,6 +463,7 @@ def test_links_out_of_the_published_folder_are_not_followed(damaged, tmp_path):
     secret = tmp_path / "secret.txt"
     secret.write_text("private")
     (damaged / LAYOUT["llm"] / "notes.txt").symlink_to(secret)
-    with pytest.raises(ModelError, match=r"notes.txt is a link to .*secret.txt, outside"):
+    with refuses("unsafe", kind=ModelError) as error:
         convert_omnivideo(damaged, tmp_path / "dst")
+    assert "notes.txt" in str(error.value) and "secret.txt" in str(error.value)
     assert not (tmp_path / "dst").exists()

@@ -18,6 +18,7 @@ from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
 from tests import published
 from tests.omnivideo import original_wan_names
+from tests.refusals import refuses
 
 TINY = dict(num_attention_heads=2, attention_head_dim=16, num_layers=1, ffn_dim=48)
 CALL = dict(width=48, height=32, num_frames=5, num_inference_steps=8, output_type="latent")
@@ -176,7 +177,7 @@ def test_a_boundary_of_ones_own(a14b):
     assert [s.expert("large") for s in plan.steps] == [
         "high" if t >= 500 else "low" for t in plan.grid.timesteps
     ]
-    with pytest.raises(InputError, match="boundary_ratio is 2"):
+    with refuses("out_of_range", "boundary_ratio", InputError):
         NexusPipeline.from_pretrained(large=a14b, boundary_ratio=2)
 
 
@@ -188,7 +189,7 @@ def test_the_small_generator_hands_over_to_the_experts(a14b, tiny_pair):
     out = made("a red circle", generator=seeded(), guidance_scale_2=(4.0, 3.0), **options)
     assert out.plan.engines == ("small", "large:high", "large:low")
     assert out.frames.isfinite().all()
-    with pytest.raises(InputError, match=r"the small generator has one transformer"):
+    with refuses("unsupported", "guidance_scale", InputError):
         made("a red circle", **{**options, "guidance_scale": (4.0, 3.0)})
 
 
@@ -251,32 +252,34 @@ def test_a_lora_of_one_expert(a14b, tmp_path):
             differs = not torch.equal(weight(made, name), weight(plain, name))
             assert differs == (name in changed)
     assert Lora.parse(f"{file}@0.5:high") == Lora(file, 0.5, "high")
-    with pytest.raises(InputError, match="unknown expert 'middle'"):
+    with refuses("unknown_name", "expert", InputError) as error:
         Lora.parse(f"{file}@1:middle")
+    assert "'middle'" in str(error.value)
 
 
 def test_a_lora_for_an_expert_of_one_transformer_is_refused(tiny_pair, tmp_path):
     file = published.save({"x.lora_A.weight": torch.ones(1, 1)}, tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match="high-noise expert, and the small generator is one"):
+    with refuses("unsupported", "expert", InputError):
         NexusPipeline.from_pretrained(tiny_pair, small_lora=f"{file}@1:high")
 
 
 def test_halves_of_a_generator_are_refused(a14b, tmp_path, tiny_pair):
     half = tmp_path / "half"
     shutil.copytree(a14b / "transformer", half / "high_noise_model")
-    with pytest.raises(ModelError, match="lacks low_noise_model/"):
+    with refuses("missing", kind=ModelError) as error:
         NexusPipeline.from_pretrained(large=half)
+    assert "low_noise_model/" in str(error.value)
     unsaid = tmp_path / "unsaid"
     shutil.copytree(a14b, unsaid)
     (unsaid / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
-    with pytest.raises(ModelError, match="no boundary_ratio"):
+    with refuses("missing", "boundary_ratio", ModelError):
         find_experts(unsaid)
     (unsaid / "model_index.json").write_text(json.dumps({"boundary_ratio": 7}))
-    with pytest.raises(ModelError, match="boundary_ratio is 7"):
+    with refuses("out_of_range", "boundary_ratio", ModelError):
         find_experts(unsaid)
     with pytest.raises(ModelError, match="are not of one architecture"):
         NexusPipeline.from_pretrained(large=(a14b / "transformer", tiny_pair / "large"))
-    with pytest.raises(InputError, match="3 parts"):
+    with refuses("mismatch", kind=InputError):
         split_source(("a", "b", "c"))
     with pytest.raises(InputError, match="no generator here has two"):
         NexusPipeline.from_pretrained(tiny_pair, boundary_ratio=0.9)

@@ -10,6 +10,7 @@ from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.loading.checkpoint import to_diffusers
 from nexus_rt.loading.lora import Lora, loras_hash, parse_loras
 from nexus_rt.loading.transformer import load_transformer
+from tests.refusals import refuses
 
 RANK, Q = 2, "blocks.0.self_attn.q"
 PLACES = {  # diffusers' names -> Wan's own
@@ -129,42 +130,49 @@ def first(halves):
 
 
 @pytest.mark.parametrize(
-    "make, words",
+    "make, code, name",
     [
-        (first, "only one half of its product is there"),
+        (first, "missing", ""),
         (
             lambda h: {f"{Q}.dora_scale": torch.ones(1)},
-            "1 of its keys are none of a LoRA's, such as .*dora_scale",
+            "unsupported",
+            "dora_scale",
         ),
         (
             lambda h: {"blocks.7.ffn.0.diff_b": torch.ones(48)},
-            "changes 1 parameters that this model has not, such as blocks.7",
+            "mismatch",
+            "blocks.7",
         ),
         (
             lambda h: {f"{Q}.diff_b": torch.ones(31)},
-            r"blocks.0.attn1.to_q.bias is \(31,\), and the model's \(32,\)",
+            "mismatch",
+            "(31,)",
         ),
         (
             lambda h: {k: torch.ones(3, 5) for k in wan(h)},
-            r"is \(3, 5\) times \(3, 5\), and the model's \(",
+            "mismatch",
+            "(3, 5)",
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(make, words, halves, tiny_pair, tmp_path):
-    with pytest.raises(ModelError, match=words):
+def test_what_does_not_fit_is_refused(make, code, name, halves, tiny_pair, tmp_path):
+    with refuses(code, kind=ModelError) as error:
         weights(tiny_pair, saved(make(halves), tmp_path / "a.safetensors"))
+    assert name in str(error.value)
 
 
 def test_files_and_scales_are_checked_before_anything_is_read(tiny_pair, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"no")
-    with pytest.raises(InputError, match="'strong' is no scale; expected FILE@SCALE"):
+    with refuses("invalid_value", "scale", InputError) as error:
         NexusPipeline.from_pretrained(tiny_pair, small_lora=f"{tmp_path / 'a.safetensors'}@strong")
-    with pytest.raises(InputError, match="LoRA .*b.safetensors is not a safetensors file here"):
+    assert "'strong'" in str(error.value)
+    with refuses("not_found", "path", InputError) as error:
         NexusPipeline.from_pretrained(tiny_pair, small_lora=tmp_path / "b.safetensors")
-    with pytest.raises(ModelError, match="not a whole safetensors file"):
+    assert "b.safetensors" in str(error.value)
+    with refuses("damaged", kind=ModelError):
         NexusPipeline.from_pretrained(tiny_pair, small_lora=tmp_path / "a.safetensors")
     (odd := tmp_path / "a@b.safetensors").write_bytes(b"no")
-    with pytest.raises(InputError, match="given for the large generator, which is not loaded"):
+    with refuses("missing", "large", InputError):
         NexusPipeline.from_pretrained(small=tiny_pair / "small", vae=tiny_pair, large_lora=odd)
     assert Lora.parse(odd) == Lora(odd) and Lora.parse(f"{odd}@2") == Lora(odd, 2.0)
 
@@ -259,42 +267,56 @@ def test_a_scale_outside_the_tensors_counts(where, config, scales, halves, tiny_
 
 
 @pytest.mark.parametrize(
-    "config, words",
+    "config, code, param",
     [
-        ({"r": 3, "lora_alpha": 8}, "says rank 3 of .*, and its tensors have rank 2"),
+        ({"r": 3, "lora_alpha": 8}, "mismatch", None),
         (
             {"r": RANK, "lora_alpha": 8, "use_dora": True},
-            "sets use_dora, which a merge of plain LoRA would leave out",
+            "unsupported",
+            "use_dora",
         ),
-        ({"r": RANK, "peft_type": "LOHA"}, "is a LOHA adapter; only LORA"),
+        ({"r": RANK, "peft_type": "LOHA"}, "unsupported", "peft_type"),
         (
             {"r": RANK, "init_lora_weights": "pissa_niter_4"},
-            "whose base weights are not the published ones",
+            "unsupported",
+            "init_lora_weights",
         ),
-        ({"r": RANK, "lora_alpha": "8"}, "Expected `float`, got `str`"),
-        ({"r": 0, "lora_alpha": 1}, "sets r below 1"),
-        ({"r": RANK, "lora_alpha": 1, "init_lora_weights": ["pissa"]}, "init_lora_weights"),
-        ({"r": RANK, "lora_alpha": 1, "peft_type": ["LORA"]}, "peft_type"),
-        ({"r": RANK, "lora_alpha": 1, "fan_in_fan_out": True}, "sets fan_in_fan_out"),
-        ({"r": RANK, "lora_alpha": 1, "use_qalora": True}, "sets use_qalora"),
-        ({"r": RANK, "lora_alpha": 1, "layer_replication": [[0, 1]]}, "sets layer_replication"),
-        ({"r": [RANK], "lora_alpha": 1}, "Expected `int`, got `array`"),
+        ({"r": RANK, "lora_alpha": "8"}, "invalid_type", "lora_alpha"),
+        ({"r": 0, "lora_alpha": 1}, "out_of_range", "r"),
+        (
+            {"r": RANK, "lora_alpha": 1, "init_lora_weights": ["pissa"]},
+            "invalid_type",
+            "init_lora_weights",
+        ),
+        ({"r": RANK, "lora_alpha": 1, "peft_type": ["LORA"]}, "invalid_type", "peft_type"),
+        ({"r": RANK, "lora_alpha": 1, "fan_in_fan_out": True}, "unsupported", "fan_in_fan_out"),
+        ({"r": RANK, "lora_alpha": 1, "use_qalora": True}, "unsupported", "use_qalora"),
+        (
+            {"r": RANK, "lora_alpha": 1, "layer_replication": [[0, 1]]},
+            "unsupported",
+            "layer_replication",
+        ),
+        ({"r": [RANK], "lora_alpha": 1}, "invalid_type", "r"),
         (
             {"r": RANK, "lora_alpha": 8, "alpha_pattern": {"(a+)+$" + "(" * 3: 1}},
-            "cannot be matched",
+            "unreadable",
+            None,
         ),
         (
             {"r": RANK, "lora_alpha": 8, "alpha_pattern": {"x|" * 200: 1}},
-            "pattern has 400 characters",
+            "too_large",
+            None,
         ),
     ],
 )
-def test_configs_that_mean_something_else_are_refused(config, words, halves, tiny_pair, tmp_path):
+def test_configs_that_mean_something_else_are_refused(
+    config, code, param, halves, tiny_pair, tmp_path
+):
     import json
 
     save_file(two(halves)[1], tmp_path / "a.safetensors")
     (tmp_path / BESIDE).write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=words):
+    with refuses(code, param, ModelError):
         weights(tiny_pair, tmp_path / "a.safetensors")
 
 
@@ -315,11 +337,9 @@ def test_alpha_may_be_a_whole_number_and_must_agree(halves, tiny_pair, tmp_path)
         tmp_path / "b.safetensors",
         {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 4})},
     )
-    with pytest.raises(
-        ModelError,
-        match="its alpha scales by 3, and .*lora_adapter_metadata by 2; remove the wrong one",
-    ):
+    with refuses("conflict", "alpha", ModelError) as error:
         weights(tiny_pair, tmp_path / "b.safetensors")
+    assert "lora_adapter_metadata" in str(error.value)
 
 
 def diffsynth(halves):
@@ -361,7 +381,7 @@ def test_image_keys_are_skipped_and_counted(halves, tiny_pair, tmp_path):
         after = weights(tiny_pair, file)
     wanted = weights(tiny_pair, saved(wan(halves), tmp_path / "b.safetensors"))
     assert all(torch.equal(after[n], wanted[n]) for n in wanted)
-    with pytest.warns(UserWarning), pytest.raises(ModelError, match="changes nothing"):
+    with pytest.warns(UserWarning), refuses("invalid_model", kind=ModelError):
         weights(tiny_pair, saved(image, tmp_path / "c.safetensors"))
 
 
@@ -379,63 +399,83 @@ NOTHING = {
 
 @pytest.mark.parametrize("make", NOTHING.values(), ids=NOTHING)
 def test_a_lora_that_changes_nothing_is_refused(make, halves, tiny_pair, tmp_path):
-    with pytest.raises(ModelError, match="changes nothing"):
+    with refuses("invalid_model", kind=ModelError):
         weights(tiny_pair, saved(make(halves), tmp_path / "a.safetensors"))
 
 
 ODD = {
-    "one place, two names": (lambda h: {**peft(h), **wan(h)}, "are one place under two names"),
+    "one place, two names": (lambda h: {**peft(h), **wan(h)}, "duplicate", None, ""),
     "two endings": (
         lambda h: {
             **peft(h),
             **{k.replace("lora_A.", "lora_A.default."): v for k, v in peft(h).items()},
         },
-        "under two names",
+        "duplicate",
+        None,
+        "",
     ),
-    "NaN": (lambda h: {k: v * float("nan") for k, v in peft(h).items()}, "holds NaN or infinity"),
+    "NaN": (lambda h: {k: v * float("nan") for k, v in peft(h).items()}, "not_finite", None, ""),
     "an infinite alpha": (
         lambda h: {**wan(h), f"diffusion_model.{Q}.alpha": torch.tensor(float("inf"))},
-        "NaN or infinity",
+        "not_finite",
+        None,
+        "",
     ),
-    "too large": (lambda h: {k: v * 1e30 for k, v in peft(h).items()}, "beyond float32"),
+    "too large": (lambda h: {k: v * 1e30 for k, v in peft(h).items()}, "out_of_range", None, ""),
     "transposed": (
         lambda h: {"blocks.0.ffn.0.diff": torch.ones(32, 48)},
-        r"is \(32, 48\), and the model's \(48, 32\)",
+        "mismatch",
+        None,
+        "(48, 32)",
     ),
-    "as many numbers": (lambda h: {"blocks.0.ffn.0.diff": torch.ones(48 * 32)}, "and the model's"),
+    "as many numbers": (
+        lambda h: {"blocks.0.ffn.0.diff": torch.ones(48 * 32)},
+        "mismatch",
+        None,
+        "(1536,)",
+    ),
     "whole numbers": (
         lambda h: {k: torch.ones(v.shape, dtype=torch.int8) for k, v in peft(h).items()},
-        "holds whole numbers",
+        "invalid_type",
+        None,
+        "",
     ),
     "several alphas": (
         lambda h: {**wan(h), f"diffusion_model.{Q}.alpha": torch.ones(2)},
-        r"alpha is \(2,\); expected one number",
+        "mismatch",
+        "alpha",
+        "",
     ),
     "a vector": (
         lambda h: {
             **{f"{Q}.lora_A.weight": torch.ones(32), f"{Q}.lora_B.weight": torch.ones(32, 1)}
         },
-        "two matrices",
+        "mismatch",
+        None,
+        "(32,)",
     ),
 }
 
 
-@pytest.mark.parametrize("make, words", ODD.values(), ids=ODD)
-def test_odd_loras_are_refused_and_nothing_is_changed(make, words, halves, tiny_pair, tmp_path):
+@pytest.mark.parametrize("make, code, param, name", ODD.values(), ids=ODD)
+def test_odd_loras_are_refused_and_nothing_is_changed(
+    make, code, param, name, halves, tiny_pair, tmp_path
+):
     file = saved(make(halves), tmp_path / "a.safetensors")
     model = load_transformer(tiny_pair / "small", torch.float32)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ModelError, match=words):
+    with refuses(code, param, ModelError) as error:
         TorchEngine(model).set_loras([Lora(file)])
+    assert name in str(error.value)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize("scale", ["nan", "inf", "-inf"])
 def test_a_scale_that_is_not_finite_is_refused(scale, halves, tmp_path):
     file = saved(peft(halves), tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match="is not finite"):
+    with refuses("not_finite", "scale", InputError):
         parse_loras(f"{file}@{scale}")
-    with pytest.raises(InputError, match="is not finite"):
+    with refuses("not_finite", "scale", InputError):
         Lora(file, float(scale))
 
 
@@ -469,16 +509,20 @@ def test_a_name_that_is_no_files_is_one_sentence(name):
     assert len(str(error.value)) < 700 and str(error.value).encode()
 
 
-@pytest.mark.parametrize("scale", ["1", None, True, 10**400, -(10**400), 1e39, [1.0], 1j])
-def test_a_scale_of_another_kind_is_one_sentence(scale, tmp_path):
-    with pytest.raises(InputError, match="is not finite in float32"):
-        Lora(tmp_path / "a.safetensors", scale)
+@pytest.mark.parametrize(
+    "code, scales",
+    [("invalid_type", ["1", None, True, [1.0], 1j]), ("not_finite", [10**400, -(10**400), 1e39])],
+)
+def test_a_scale_of_another_kind_is_one_sentence(code, scales, tmp_path):
+    for scale in scales:
+        with refuses(code, "scale", InputError):
+            Lora(tmp_path / "a.safetensors", scale)
 
 
 def test_other_wrong_types_of_a_lora_are_one_sentence(tmp_path):
-    with pytest.raises(InputError, match="path is 3"):
+    with refuses("invalid_type", "path", InputError):
         Lora(3)
-    with pytest.raises(InputError, match="unknown expert"):
+    with refuses("unknown_name", "expert", InputError):
         Lora(tmp_path / "a.safetensors", 1.0, "middle")
     assert Lora("a.safetensors").path == Lora(tmp_path / "a.safetensors").path.relative_to(tmp_path)
 
@@ -487,7 +531,7 @@ def test_other_wrong_types_of_a_lora_are_one_sentence(tmp_path):
 def test_a_scale_that_leaves_float32_is_refused(kind, halves, tiny_pair, tmp_path):
     tensors = peft(halves) if kind == "product" else {"blocks.0.ffn.0.diff": torch.ones(48, 32) * 9}
     file = saved(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(ModelError, match=r"times scale 3e\+38 is beyond float32"):
+    with refuses("out_of_range", "scale", ModelError):
         weights(tiny_pair, f"{file}@3e38")
     after = weights(tiny_pair, f"{file}@1e30")
     assert all(value.isfinite().all() for value in after.values())
@@ -496,10 +540,9 @@ def test_a_scale_that_leaves_float32_is_refused(kind, halves, tiny_pair, tmp_pat
 def test_a_folder_of_several_loras_is_not_guessed(halves, tmp_path):
     for name in "ab":
         saved(peft(halves), tmp_path / f"{name}.safetensors")
-    with pytest.raises(
-        InputError, match=r"is a folder with 2 safetensors files \(a.safetensors, b.safetensors\)"
-    ):
+    with refuses("invalid_value", "path", InputError) as error:
         parse_loras(tmp_path)
+    assert "a.safetensors, b.safetensors" in str(error.value)
     saved(peft(halves), tmp_path / "pytorch_lora_weights.safetensors")
     assert parse_loras(f"{tmp_path}@0.5") == (
         Lora(tmp_path / "pytorch_lora_weights.safetensors", 0.5),

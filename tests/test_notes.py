@@ -164,7 +164,7 @@ REFUSED = {
         {"convrot": True, "convrot_groupsize": 1024},
         "mismatch",
         None,
-        "1024",
+        "1024 columns",
     ),
     "a group and no flag": ({"convrot_groupsize": 256}, "missing", "convrot", ""),
     "blocks that do not fit": ({"group_size": 100}, "mismatch", None, "100x100"),

@@ -16,6 +16,7 @@ from nexus_rt.models.text import TextEncoder
 from nexus_rt.models.vae import VideoDecoder
 from tests import published
 from tests.omnivideo import original_wan_names
+from tests.refusals import refuses
 
 
 @torch.no_grad()
@@ -159,8 +160,9 @@ def _gguf_with(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["IQ4_NL", "IQ4_XS", "IQ2_XXS", "TQ1_0", "MXFP4"])
 def test_a_gguf_type_that_is_not_read_is_named(tmp_path, kind):
-    with pytest.raises(ModelError, match=f"GGUF type {kind}, which is not read here.*Q4_K"):
+    with refuses("unsupported", kind=ModelError) as error:
         find_tensors(_gguf_with(tmp_path, kind))
+    assert kind in str(error.value) and "Q4_K" in str(error.value)
 
 
 def test_damaged_gguf_files_are_refused(tmp_path):
@@ -168,19 +170,20 @@ def test_damaged_gguf_files_are_refused(tmp_path):
     published.save_gguf(published.wan_state(num_layers=1), file, ("Q8_0",))
     data = file.read_bytes()
     huge = (2**62).to_bytes(8, "little")
-    for damaged, words in (
-        (data[:100], "ends at byte 100, inside its header"),
-        (data[:-1000], "reaches beyond its end"),
-        (b"", "it is empty"),
-        (b"PK" + data[2:], "does not begin with GGUF"),
-        (data[:4] + (1).to_bytes(4, "little") + data[8:], "version 1"),
-        (data[:8] + huge + data[16:], "says it has 4611686018427387904 tensors"),
-        (data[:16] + huge + data[24:], "metadata keys"),
-        (data[:24] + huge + data[32:], "characters in a name"),
+    for damaged, code, name in (
+        (data[:100], "damaged", "byte 100"),
+        (data[:-1000], "damaged", ""),
+        (b"", "damaged", ""),
+        (b"PK" + data[2:], "damaged", "begin"),
+        (data[:4] + (1).to_bytes(4, "little") + data[8:], "unsupported", ""),
+        (data[:8] + huge + data[16:], "too_large", "tensors"),
+        (data[:16] + huge + data[24:], "too_large", "metadata keys"),
+        (data[:24] + huge + data[32:], "too_large", "characters"),
     ):
         file.write_bytes(damaged)
-        with pytest.raises(ModelError, match=words):
+        with refuses(code, kind=ModelError) as error:
             find_tensors(file)
+        assert name in str(error.value)
 
 
 UNREAD = {
@@ -199,49 +202,55 @@ UNREAD = {
 @pytest.mark.parametrize("key, words", UNREAD.values(), ids=UNREAD)
 def test_a_quantisation_that_is_not_read_is_named(tmp_path, key, words):
     state = {**published.wan_state(num_layers=1), key: torch.ones(1)}
-    with pytest.raises(ModelError, match=f"is of {words}.*which is not read here; get"):
+    with refuses("unsupported", kind=ModelError) as error:
         load_transformer(published.save(state, tmp_path / "x.safetensors"))
+    assert words in str(error.value)
 
 
 def test_notes_of_other_formats_and_lone_scales_are_refused(tmp_path):
     state, _, _ = published.fp8_scaled(published.wan_state(num_layers=1), "comfy_quant")
     key = "blocks.0.self_attn.q"
     note = lambda text: torch.tensor(list(text.encode()), dtype=torch.uint8)
-    for change, words in (
+    for change, code, param, name in (
         (
             {f"{key}.comfy_quant": note('{"format": "nvfp4"}')},
-            'quantised as "nvfp4", which is not read',
+            "unsupported",
+            "format",
+            "",
         ),
-        ({f"{key}.comfy_quant": note("{")}, "comfy_quant"),
-        ({f"{key}.weight_scale": torch.ones(3)}, r"scale of .* is \(3,\), and the weight"),
-        ({f"{key}.weight_scale": torch.tensor(torch.nan)}, "holds NaN or infinity"),
-        ({f"{key}.scale_weight": torch.ones(())}, "has two scales"),
-        ({"blocks.9.ffn.0.weight_scale": torch.ones(())}, "which is not there"),
-        ({f"{key}.weight": torch.ones(256, 256, dtype=torch.int32)}, "no scale|stored as int32"),
+        ({f"{key}.comfy_quant": note("{")}, "unreadable", None, "comfy_quant"),
+        ({f"{key}.weight_scale": torch.ones(3)}, "mismatch", None, "(3,)"),
+        ({f"{key}.weight_scale": torch.tensor(torch.nan)}, "not_finite", None, ""),
+        ({f"{key}.scale_weight": torch.ones(())}, "duplicate", None, ""),
+        ({"blocks.9.ffn.0.weight_scale": torch.ones(())}, "missing", None, "blocks.9.ffn.0"),
+        ({f"{key}.weight": torch.ones(256, 256, dtype=torch.int32)}, "mismatch", None, "int32"),
     ):
-        with pytest.raises(ModelError, match=words):
+        with refuses(code, param, ModelError) as error:
             load_transformer(published.save({**state, **change}, tmp_path / "x.safetensors"))
+        assert name in str(error.value)
     state, _, _ = published.fp8_scaled(published.wan_state(num_layers=1), "rows", torch.int8)
     del state[f"{key}.weight_scale"]
-    with pytest.raises(ModelError, match=f"{key}.weight has type int8 and no scale"):
+    with refuses("missing", kind=ModelError) as error:
         load_transformer(published.save(state, tmp_path / "x.safetensors"))
+    assert f"{key}.weight" in str(error.value)
 
 
 VARIANTS = {
-    "image": ({"blocks.0.cross_attn.k_img.weight": torch.ones(2)}, {}, "an image-to-video model"),
-    "embedder": ({"img_emb.proj.0.weight": torch.ones(2)}, {}, "an image-to-video model"),
-    "2.2 image": ({}, {"in_channels": 36, "out_channels": 16}, "image-to-video model: it reads 36"),
+    "image": ({"blocks.0.cross_attn.k_img.weight": torch.ones(2)}, {}, "image-to-video"),
+    "embedder": ({"img_emb.proj.0.weight": torch.ones(2)}, {}, "image-to-video"),
+    "2.2 image": ({}, {"in_channels": 36, "out_channels": 16}, "36 channels"),
     "VACE": ({"vace_blocks.0.before_proj.weight": torch.ones(2)}, {}, "VACE"),
     "speech": ({"casual_audio_encoder.weights": torch.ones(2)}, {}, "speech-to-video"),
     "animate": ({"face_adapter.fuser_blocks.0.q.weight": torch.ones(2)}, {}, "Wan-Animate"),
 }
 
 
-@pytest.mark.parametrize("more, changes, words", VARIANTS.values(), ids=VARIANTS)
-def test_a_wan_of_another_task_is_named(tmp_path, more, changes, words):
+@pytest.mark.parametrize("more, changes, name", VARIANTS.values(), ids=VARIANTS)
+def test_a_wan_of_another_task_is_named(tmp_path, more, changes, name):
     state = {**published.wan_state(num_layers=1, **changes), **more}
-    with pytest.raises(ModelError, match=words):
+    with refuses("unsupported", kind=ModelError) as error:
         load_transformer(published.save(state, tmp_path / "x.safetensors"))
+    assert name in str(error.value)
 
 
 def test_another_familys_file_is_named(tmp_path):
@@ -251,15 +260,17 @@ def test_another_familys_file_is_named(tmp_path):
         ("transformer_blocks.0.attn1.to_q.weight", "LTX, CogVideoX"),
     ):
         file = published.save({key: torch.ones(2, 2)}, tmp_path / "x.safetensors")
-        with pytest.raises(ModelError, match=f"is not a Wan transformer.*{words}"):
+        with refuses("invalid_model", kind=ModelError) as error:
             load_transformer(file)
+        assert words in str(error.value)
 
 
 def test_several_files_and_no_index_are_not_guessed_from(tmp_path):
     for name in ("a.safetensors", "b.safetensors"):
         published.save(published.wan_state(num_layers=1), tmp_path / name)
-    with pytest.raises(ModelError, match=r"holds 2 files of weights .*name the one to read"):
+    with refuses("invalid_model", kind=ModelError) as error:
         load_transformer(tmp_path)
+    assert "a.safetensors, b.safetensors" in str(error.value)
 
 
 def test_a_text_encoder_of_a_single_file(tiny_pair, tmp_path):
@@ -292,17 +303,18 @@ def test_a_text_encoder_of_a_single_file(tiny_pair, tmp_path):
 
 def test_a_text_encoders_tokenizer_is_found_beside_it_or_asked_for(tiny_pair, tmp_path):
     file = published.save(published.t5_state(tiny_pair), tmp_path / "umt5.safetensors")
-    with pytest.raises(ModelError, match=r"no tokenizer is beside .*--tokenizer"):
+    with refuses("missing", "tokenizer", ModelError) as error:
         TextEncoder(file, torch.float32, "cpu")
+    assert "--tokenizer" in str(error.value)
     shutil.copytree(tiny_pair / "tokenizer", tmp_path / "google" / "umt5-xxl")
     wanted = TextEncoder(tiny_pair, torch.float32, "cpu").encode(["a red circle"], 8)
     assert torch.equal(TextEncoder(file, torch.float32, "cpu").encode(["a red circle"], 8), wanted)
-    with pytest.raises(ModelError, match="is no tokenizer's folder"):
+    with refuses("invalid_model", "tokenizer", ModelError):
         TextEncoder(file, torch.float32, "cpu", tmp_path)
     other = published.save(
         {"blocks.0.attn.q.weight": torch.ones(2, 2)}, tmp_path / "odd.safetensors"
     )
-    with pytest.raises(ModelError, match="no UMT5 encoder of Wan's"):
+    with refuses("invalid_model", kind=ModelError):
         TextEncoder(other, torch.float32, "cpu").load()
 
 
@@ -327,9 +339,10 @@ def test_a_vae_of_a_single_file(tmp_path, names):
 
 def test_a_vae_that_is_none_is_named(tmp_path):
     wan22 = {"encoder.downsamples.0.avg_shortcut.x": torch.ones(1), "conv1.weight": torch.ones(1)}
-    with pytest.raises(ModelError, match=r"Wan 2\.2's VAE"):
+    with refuses("unsupported", kind=ModelError) as error:
         VideoDecoder(published.save(wan22, tmp_path / "a.safetensors"), torch.float32, "cpu")
-    with pytest.raises(ModelError, match="no Wan VAE"):
+    assert "Wan 2.2" in str(error.value)
+    with refuses("invalid_model", kind=ModelError):
         VideoDecoder(
             published.save({"x": torch.ones(1)}, tmp_path / "b.safetensors"), torch.float32, "cpu"
         )
@@ -426,13 +439,14 @@ def test_convert_wan_refuses_what_is_no_wan(tmp_path):
     from nexus_rt.loading.convert_wan import convert_wan
 
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="holds no part of a Wan checkpoint"):
+    with refuses("invalid_model", kind=ModelError):
         convert_wan(tmp_path / "empty", tmp_path / "made")
-    with pytest.raises(InputError, match="is not here"):
+    with refuses("not_found", "source", InputError):
         convert_wan(tmp_path / "nowhere", tmp_path / "made")
     (tmp_path / "x.onnx").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"ends in \.onnx"):
+    with refuses("unsupported", "source", InputError) as error:
         convert_wan(tmp_path / "x.onnx", tmp_path / "made")
+    assert ".onnx" in str(error.value)
     assert not (tmp_path / "made").exists()
 
 
@@ -507,13 +521,13 @@ def test_comfyuis_text_encoder_carries_its_tokenizer(tiny_pair, tmp_path):
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2)
     assert tokenizer.encode("a red a", limit=3) == [3, 5, 1]
     assert TextEncoder(file, torch.float32, "cpu").encode(["a red"], 8).isfinite().all()
-    for damaged, words in (
-        (spiece_model()[:-3], "is damaged"),
-        (spiece_model(kind=2), "is not UMT5's"),
-        (b"", "is damaged"),
-        (bytes([255] * 12), "is damaged"),
+    for damaged, code in (
+        (spiece_model()[:-3], "damaged"),
+        (spiece_model(kind=2), "unsupported"),
+        (b"", "damaged"),
+        (bytes([255] * 12), "damaged"),
     ):
-        with pytest.raises(ModelError, match=words):
+        with refuses(code, kind=ModelError):
             load_tokenizer(write(damaged or b"\x08\x01"), "tokenizer")
 
 
@@ -550,18 +564,23 @@ PIECES = {
 }
 
 
-@pytest.mark.parametrize("data", PIECES.values(), ids=PIECES)
-def test_a_damaged_sentencepiece_model_is_one_sentence_and_takes_no_memory(tmp_path, data):
+OTHER_PIECES = ("one piece", "nothing")  # whole messages, and no model of UMT5's
+
+
+@pytest.mark.parametrize("case", PIECES)
+def test_a_damaged_sentencepiece_model_is_one_sentence_and_takes_no_memory(tmp_path, case):
     import tracemalloc
 
     from nexus_rt.models.tokenizer import load_tokenizer
 
-    tensor = torch.tensor(list(data), dtype=torch.uint8)
+    tensor = torch.tensor(list(PIECES[case]), dtype=torch.uint8)
     file = published.save({"spiece_model": tensor}, tmp_path / "umt5.safetensors")
     load = lambda: load_tokenizer(file, "tokenizer")
     tracemalloc.start()
     try:
-        with pytest.raises(ModelError, match="the sentencepiece model") as error:
+        with refuses(
+            "unsupported" if case in OTHER_PIECES else "damaged", kind=ModelError
+        ) as error:
             load()
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
@@ -582,16 +601,23 @@ def test_a_sentencepiece_model_of_another_type_is_named(tmp_path, tensor):
     from nexus_rt.models.tokenizer import load_tokenizer
 
     file = published.save({"spiece_model": tensor}, tmp_path / "umt5.safetensors")
-    with pytest.raises(ModelError, match="spiece_model is of type torch.*expected a sentencep"):
+    with refuses("invalid_type", kind=ModelError):
         load_tokenizer(file, "tokenizer")
-    with pytest.raises(ModelError, match="spiece_model is not there"):
+    with refuses("missing", kind=ModelError):
         load_tokenizer(published.save({"a": tensor}, tmp_path / "b.safetensors"), "tokenizer")
 
 
-@pytest.mark.parametrize("shape", [(256, 16, 1, 0, 2), (256, 16, 0, 2, 2), (0, 16, 1, 2, 2)])
-def test_a_patch_of_no_width_is_one_sentence(tmp_path, shape):
+@pytest.mark.parametrize(
+    "shape, code",
+    [
+        ((256, 16, 1, 0, 2), "mismatch"),
+        ((256, 16, 0, 2, 2), "mismatch"),
+        ((0, 16, 1, 2, 2), "out_of_range"),
+    ],
+)
+def test_a_patch_of_no_width_is_one_sentence(tmp_path, shape, code):
     state = {**published.wan_state(num_layers=1), "patch_embedding.weight": torch.empty(shape)}
-    with pytest.raises(ModelError, match="of no shapes that a Wan|num_attention_heads"):
+    with refuses(code, kind=ModelError):
         load_transformer(published.save(state, tmp_path / "x.safetensors"))
 
 
@@ -674,12 +700,13 @@ def test_absurd_headers_of_safetensors_are_one_sentence(tmp_path):
         assert str(file) in str(error.value) and len(str(error.value)) < 900
     data = json.dumps({"a\0b\n": one()}).encode()  # odd, and a name
     file.write_bytes(len(data).to_bytes(8, "little") + data + bytes(4))
-    with pytest.raises(ModelError, match="missing .*unknown 1"):
+    with refuses("mismatch", kind=ModelError) as error:
         published.save(published.wan_state(num_layers=1), tmp_path / "wan.safetensors")
         state = load_file(tmp_path / "wan.safetensors")
         load_transformer(published.save({**state, "a\0b\n": torch.ones(1)}, file))
+    assert "unknown 1" in str(error.value)
     for name in ("a" * 300 + ".safetensors", "a\0.safetensors"):
-        with pytest.raises(ModelError, match="is missing"):
+        with refuses("not_found", kind=ModelError):
             read_header(tmp_path / name)
 
 
@@ -697,8 +724,9 @@ def test_an_adapter_that_is_no_lora_is_named(tmp_path, key, kind):
 
     file = published.save(published.wan_state(num_layers=1), tmp_path / "wan.safetensors")
     lora = published.save({key: torch.ones(2, 2)}, tmp_path / "a.safetensors")
-    with pytest.raises(ModelError, match=f"is of a {kind} adapter"):
+    with refuses("unsupported", kind=ModelError) as error:
         load_transformer(file, loras=parse_loras(lora))
+    assert kind in str(error.value)
 
 
 def test_a_path_that_exists_is_never_looked_for_on_the_hub(tmp_path, monkeypatch):
@@ -713,9 +741,10 @@ def test_a_path_that_exists_is_never_looked_for_on_the_hub(tmp_path, monkeypatch
     assert str(resolve("owner/name", ())) == "owner/name"
     (tmp_path / "owner" / "file").write_bytes(b"x")
     (tmp_path / "owner" / "graph.onnx").write_bytes(b"x")
-    for name, words in (("owner/file", "ends in nothing"), ("owner/graph.onnx", "an ONNX graph")):
-        with pytest.raises(ModelError, match=words):
+    for name, kind in (("owner/file", "nothing"), ("owner/graph.onnx", "ONNX")):
+        with refuses("unsupported", "source", ModelError) as error:
             resolve(name, ())
+        assert kind in str(error.value)
 
 
 def test_an_image_to_video_config_says_so(tmp_path):
@@ -727,7 +756,7 @@ def test_an_image_to_video_config_says_so(tmp_path):
     (tmp_path / "transformer" / "config.json").write_text(
         json.dumps({**config, "out_channels": 16})
     )
-    with pytest.raises(ModelError, match="in_channels=36: an image-to-video model"):
+    with refuses("unsupported", "in_channels", ModelError):
         load_transformer(tmp_path)
 
 
