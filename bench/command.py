@@ -30,17 +30,17 @@ from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.engines.experts import changed
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import InputError, ModelError, NexusError, choose
+from nexus_rt.limits import MAX_FRAMES, MAX_SIDE, MAX_STEPS
 from nexus_rt.loading.packing import check_dense
 from nexus_rt.loading.pair import default_device, default_dtype
-from nexus_rt.loading.pair_folder import Defaults, pair_index
+from nexus_rt.loading.pair_folder import pair_index
 from nexus_rt.part_files import scratch_folder
 from nexus_rt.paths import as_path, check_outputs
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan_text import has_clocks, parse_plan
-from nexus_rt.prompts import MAX_FRAMES
-from nexus_rt.request import MAX_SIDE, MAX_STEPS
+from nexus_rt.request import default_grid
+from nexus_rt.settings import Defaults
 from nexus_rt.size import ClipSize
-from nexus_rt.solver import time_grid
 
 ENGINES = ("torch", "compiled", *ENGINE_BACKENDS)
 ESTIMATES = ("auto", "never", "always")
@@ -168,7 +168,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     quiet(pipe)
     d = pipe.defaults
     size = _size(args, preset.size or ClipSize(d.width, d.height, d.num_frames))
-    steps = args.steps or d.num_inference_steps
+    steps = len(default_grid(d, args.steps))
     pipe.grid.check(size)
     shipped = real and not (args.pair or args.small or args.large)
     riddles = (
@@ -362,7 +362,7 @@ def _estimate(
     args, configs, need, size: ClipSize, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     d = Defaults()
-    grid = time_grid(args.steps or d.num_inference_steps, d.shift)
+    grid = default_grid(d, args.steps)
     both = ["reference", d.plan, "auto=0.02"] if len(configs) > 1 else list(configs)
     names = args.plans.split(",") if args.plans else both
     plans = [parse_plan(name.strip(), grid) for name in names]

@@ -1,7 +1,7 @@
 """Figures of the runtime core, each measured beside its peer in the same run after their results
 are compared.
 
-python -m nexus_rt.bench.core blend     # one filter against the four-filter form
+python -m nexus_rt.bench.core blend     # one filter against the four-band form
 python -m nexus_rt.bench.core dit       # the mini large DiT against diffusers' on the same weights
 python -m nexus_rt.bench.core load      # peak memory of loading a synthetic folder of 2 GB
 python -m nexus_rt.bench.core mini      # shell to mp4, and the runtime's own share of denoising
@@ -22,11 +22,12 @@ from statistics import median
 
 import torch
 
-from nexus_rt.bench.naive import four_filter_blend
+from nexus_rt.bench.naive import four_band_blend
 from nexus_rt.costs import median_ms
+from nexus_rt.method.blend_config import BlendConfig
+from nexus_rt.method.upfb import blend
 from nexus_rt.part_files import scratch_folder
 from nexus_rt.size import ClipSize
-from nexus_rt.upfb import BlendConfig, blend
 
 
 def machine() -> dict:
@@ -54,15 +55,15 @@ def paired(ours: Callable, theirs: Callable, runs: int) -> dict:
 
 
 def bench_blend(runs: int) -> dict:
-    """One filter on one tensor against four, at 480p x 81 frames."""
+    """One filter on one tensor against the four bands as published, at 480p x 81 frames."""
     torch.manual_seed(0)
     v_small, v_large = torch.randn(2, 1, 16, 21, 60, 104)
-    expected = four_filter_blend(v_small, v_large, 0.6)
+    expected = four_band_blend(v_small, v_large, 0.6)
     error = ((blend(v_small, v_large, 0.6) - expected).abs().max() / expected.abs().max()).item()
     if error > 1e-5:
         raise SystemExit(f"the two forms differ by {error:.1e}: no speed is worth that")
     timing = paired(
-        lambda: blend(v_small, v_large, 0.6), lambda: four_filter_blend(v_small, v_large, 0.6), runs
+        lambda: blend(v_small, v_large, 0.6), lambda: four_band_blend(v_small, v_large, 0.6), runs
     )
     extra = {
         split: round(
@@ -212,8 +213,10 @@ class Timed:
 
 def bench_mini(runs: int) -> dict:
     """`nexus-rt generate PROMPT` as a process, and what the loop costs outside the two DiTs."""
+    from nexus_rt.method.loop import sample
     from nexus_rt.pipeline import NexusPipeline
-    from nexus_rt.sampling import denoise
+    from nexus_rt.request import make_guidance
+    from nexus_rt.settings import CallSettings
 
     prompt = "a striped red circle moves left on a black background"
     walls = []
@@ -235,6 +238,7 @@ def bench_mini(runs: int) -> dict:
     pipe = NexusPipeline.from_pretrained()
     prompts = pipe.encode(prompt)
     d, shares = pipe.defaults, {}
+    guidance = make_guidance(CallSettings(), d)
     noise = pipe.prepare_latents(1, ClipSize.of_defaults(d), torch.Generator().manual_seed(0))
     start = time.perf_counter()
     pipe.decode(noise)
@@ -244,14 +248,7 @@ def bench_mini(runs: int) -> dict:
         for _ in range(max(3, runs)):
             engines = {n: Timed(e) for n, e in pipe.engines.items()}
             start = time.perf_counter()
-            denoise(
-                noise,
-                plan,
-                engines,
-                prompts,
-                guidance_scale=d.guidance_scale,
-                guidance_scale_2=d.guidance_scale_2,
-            )
+            sample(noise, plan, engines, prompts, guidance)
             whole = time.perf_counter() - start
             own.append((whole, 1 - sum(e.seconds for e in engines.values()) / whole))
         shares[plan.name] = {

@@ -100,9 +100,8 @@ class FewStep(Clip):
     def latents(self, plan: str, steps: int | None) -> Any:
         """A plan's latents from noise and embeddings."""
         return self.pipe(
-            plan=plan,
+            plan=self.pipe.make_plan(plan, steps),
             latents=self.noise,
-            num_inference_steps=steps,
             guidance_scale=1.0,
             output_type="latent",
             **self.s.size.options,

@@ -374,7 +374,7 @@ def _band_filter(s: Any, timed: bool) -> Cases:
 
 def _band_filter_case(s: Any, height: int, width: int, split: str, lowpass: str) -> dict:
     from nexus_rt.kernels.band_filter import band_filter, band_filter_ref
-    from nexus_rt.upfb import split_filter
+    from nexus_rt.method.filters import split_filter
 
     four, scales, (v_small, v_large) = _predictions(s, height, width)
     x = v_small - v_large

@@ -148,9 +148,9 @@ class Pair:
         import torch
 
         from nexus_rt.engines.torch import TorchEngine
+        from nexus_rt.method.generator import Prompt
         from nexus_rt.plan_text import parse_plan
         from nexus_rt.solver import time_grid
-        from nexus_rt.step_runners import Prompt
 
         self.s, self.engines = s, {}
         for role, config in shortened(s).items():
@@ -168,7 +168,9 @@ class Pair:
     def walk(self, mode: str, on_step: Any) -> Any:
         """The plan once; what residency was decided."""
         from nexus_rt.memory.residency import Residency, call_parts, plan_residency
-        from nexus_rt.sampling import denoise
+        from nexus_rt.method.guidance import Guidance
+        from nexus_rt.method.hooks import Hooks
+        from nexus_rt.method.loop import sample
 
         for engine in self.engines.values():
             engine.unload()
@@ -176,15 +178,14 @@ class Pair:
         decided = plan_residency(self.plan, parts, mode=mode)
         for engine in self.engines.values() if mode == "resident" else ():
             engine.load()
-        denoise(
+        sample(
             self.noise,
             self.plan,
             self.engines,
             self.prompts,
-            guidance_scale=1.0,
+            Guidance.of(1.0),
             kernels=self.s.kernels,
-            residency=Residency(decided, self.engines),
-            on_step=on_step,
+            hooks=Hooks(on_step=on_step, residency=Residency(decided, self.engines)),
         )
         return decided
 

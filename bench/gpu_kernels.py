@@ -227,7 +227,7 @@ def _band_blend(four: Callable[[], list]) -> tuple:
 
 def _band_filter(s: Any, four: Callable[[], list], lowpass: str) -> tuple:
     from nexus_rt.kernels.band_filter import band_filter, band_filter_ref
-    from nexus_rt.upfb import split_filter
+    from nexus_rt.method.filters import split_filter
 
     f = split_filter(*four()[0].shape[-2:], "dct", lowpass, 2, 0.5, s.device)
     args = (*four(), (5.0, 5.0), 0.42, 0.18, f.left, f.right, f.gain)

@@ -31,16 +31,17 @@ from nexus_rt.bench.quality import distance, mini_accuracy
 from nexus_rt.costs import measure_step_costs, step_calls
 from nexus_rt.devices import synchronize
 from nexus_rt.errors import Cancelled
-from nexus_rt.guidance import Guidance
+from nexus_rt.method.blend_config import BlendConfig
+from nexus_rt.method.generator import Prompt
 from nexus_rt.part_files import scratch_folder
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan import Plan, StepCosts
 from nexus_rt.plan_text import has_clocks
+from nexus_rt.request import make_guidance
+from nexus_rt.settings import CallSettings
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import TimeGrid
-from nexus_rt.step_runners import Prompt
 from nexus_rt.tracing import span
-from nexus_rt.upfb import BlendConfig
 from nexus_rt.video import save_video
 
 COMPONENTS = (
@@ -70,9 +71,14 @@ class Clip:
     embeds: dict[str, Tensor] = field(default_factory=dict)
     accuracy: int = 0
 
-    def options(self, plan: str = "") -> dict[str, Any]:
-        inputs = {"prompt": self.prompt} if self.prompt else self.embeds
-        return {**self.size.options, "num_inference_steps": self.steps_of(plan), **inputs}
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Prompt and size, as a call takes them."""
+        return {**self.size.options, **({"prompt": self.prompt} if self.prompt else self.embeds)}
+
+    def plan(self, pipe: NexusPipeline, plan: str) -> Plan:
+        """A plan of the clip's number of steps, or of its own clocks."""
+        return pipe.make_plan(plan, self.steps_of(plan))
 
     def steps_of(self, plan: str) -> int | None:
         """The number of steps to ask of a plan; None for one that has its own clocks."""
@@ -94,9 +100,8 @@ def generate(
 ) -> tuple[Tensor, np.ndarray | None]:
     """One clip from the prompt to an mp4 in `folder`: its latents, and its frames where there is a
     VAE."""
-    latents = pipe(
-        plan=plan, latents=clip.noise(pipe), output_type="latent", **clip.options(plan)
-    ).frames
+    walked, noise = clip.plan(pipe, plan), clip.noise(pipe)
+    latents = pipe(plan=walked, latents=noise, output_type="latent", **clip.inputs).frames
     if pipe.vae is None:
         return latents, None
     frames = pipe.decode(latents, "np", rescue=folder)
@@ -116,11 +121,11 @@ def first_preview(pipe: NexusPipeline, plan: str, clip: Clip) -> float | None:
     velocity points at, of which the first frame is decoded."""
     if pipe.vae is None:
         return None
-    noise, grid = clip.noise(pipe), pipe.make_plan(plan, clip.steps_of(plan)).grid
+    noise, walked = clip.noise(pipe), clip.plan(pipe, plan)
     done: list[float] = []
 
     def look(pipe: NexusPipeline, index: int, timestep: int, tensors: dict[str, Tensor]) -> dict:
-        pipe.vae.decode(clean_latents(noise, tensors["latents"], grid)[:, :, :1])
+        pipe.vae.decode(clean_latents(noise, tensors["latents"], walked.grid)[:, :, :1])
         synchronize(pipe.device)
         done.append(1000 * (time.perf_counter() - start))
         pipe.cancel()
@@ -129,11 +134,11 @@ def first_preview(pipe: NexusPipeline, plan: str, clip: Clip) -> float | None:
     start = time.perf_counter()
     with contextlib.suppress(Cancelled):  # as asked after the first step
         pipe(
-            plan=plan,
+            plan=walked,
             latents=noise,
             output_type="latent",
             callback_on_step_end=look,
-            **clip.options(plan),
+            **clip.inputs,
         )
     return done[0] if done else None
 
@@ -164,7 +169,7 @@ def middle(costs: list[StepCosts]) -> StepCosts:
 
 def scales_of(pipe: NexusPipeline) -> tuple[float, float]:
     """The pair's own guidance scales, of the small and of the large generator."""
-    own = Guidance.of_call(pipe.defaults, None, None)
+    own = make_guidance(CallSettings(), pipe.defaults)
     return own.small, own.large
 
 
@@ -257,21 +262,15 @@ def suite(
         for e in engines:
             for name in plans:
                 say(f"{name} on {e.name}: quality")
-                done, plan = timed[e.name, name], e.pipe.make_plan(name, clip.steps_of(name))
+                done, plan = timed[e.name, name], clip.plan(e.pipe, name)
                 row = row_of(name, plan, e.name, clip, done)
                 row["cold_ms"] = cold[e.name] if name == plans[0] else None
                 row["first_preview_ms"] = first_preview(e.pipe, name, clip)
                 latents, frames = done[-1].result
                 row["quality"] = distance(latents, frames, *wanted)
                 if clip.accuracy:
-                    options = dict(
-                        plan=name,
-                        num_inference_steps=clip.steps_of(name),
-                        height=clip.size.height,
-                        width=clip.size.width,
-                    )
                     row["quality"] |= mini_accuracy(
-                        e.pipe, clip.accuracy, num_frames=clip.size.frames, **options
+                        e.pipe, clip.accuracy, plan=plan, **clip.size.options
                     )
                 row["thumbnail"] = thumbnail(frames) if pictures and frames is not None else None
                 if traces is not None:
@@ -284,7 +283,7 @@ def suite(
     costs = middle(all_costs)
     for row in rows:
         if row["engine"] == engines[0].name:
-            plan = base.make_plan(row["plan"], clip.steps_of(row["plan"]))
+            plan = clip.plan(base, row["plan"])
             row |= prediction(plan, costs, scales_of(base), row["denoise_ms"])
     return {
         "rows": rows,

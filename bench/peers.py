@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nexus_rt.bench.latency import scales_of
 from nexus_rt.bench.measure import interleaved, summary
-from nexus_rt.bench.naive import four_filter_blend
+from nexus_rt.bench.naive import four_band_blend
 from nexus_rt.bench.quality import distance
 from nexus_rt.engines.experts import ExpertsEngine
 from nexus_rt.errors import InputError, choose
@@ -251,7 +251,7 @@ class Peers:
 
     def naive(self, own: bool) -> tuple[Callable, Callable, str]:
         """Ours, the paper's schedule written down: both generators at every step, each guided by
-        two calls, the connector run for every one of the small one's, four blurs a blend."""
+        two calls, the connector run for every one of the small one's, four bands a blend."""
         pipe, setting = self.pipe, self.setting
         plan = pipe.make_plan("reference", setting.steps)
         models = {
@@ -297,7 +297,7 @@ class Peers:
                             rows = connect.pack(unpad(rows[0]), connect(hidden[branch])[0])[None]
                         pair.append(velocity(name, latents, t, rows))
                     velocities[name] = pair[-1] + scale * (pair[0] - pair[-1])
-                blended = four_filter_blend(velocities["small"], velocities["large"], step.w)
+                blended = four_band_blend(velocities["small"], velocities["large"], step.w)
                 latents = solve(step.index, blended, latents)
             if own or vae is None:
                 return latents, pipe.decode(latents, "np") if pipe.vae is not None else None

@@ -16,11 +16,11 @@ from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.errors import choose
 from nexus_rt.loading.checkpoint import KEEP_FP32
 from nexus_rt.loading.pair import Loaded
-from nexus_rt.loading.pair_folder import Defaults
 from nexus_rt.memory.residency import activation_bytes
 from nexus_rt.models.vae import WAN_VAE, VideoDecoder, in_channels_last
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from nexus_rt.pipeline import NexusPipeline
+from nexus_rt.settings import Defaults
 from nexus_rt.size import ClipSize
 
 PROMPT = (

@@ -20,10 +20,11 @@ from functools import lru_cache
 from typing import Any
 
 from nexus_rt.errors import choose
+from nexus_rt.limits import Scale
 from nexus_rt.models.wan import WanConfig
 from nexus_rt.parallel.layout import Layout, parse_layout
 from nexus_rt.parallel.volume import step_volume
-from nexus_rt.plan import Plan, Scale, StepCosts
+from nexus_rt.plan import Plan, StepCosts
 from nexus_rt.size import ClipSize
 
 TERA = 1e12
@@ -307,7 +308,7 @@ def scaling_table(key: str = "h200") -> str:
     """Markdown: one clip on one to eight cards, predicted from bytes: a guided step of the 14B, and
     the published schedule, where pair=2 has both generators run at once."""
     from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
-    from nexus_rt.guidance import GUIDANCE_SCALE
+    from nexus_rt.limits import GUIDANCE_SCALE
     from nexus_rt.plan_text import parse_plan
     from nexus_rt.solver import time_grid
 
@@ -342,7 +343,7 @@ def predict(card: Card, size: ClipSize, fp8: bool = False) -> dict[str, Any]:
     """Wan's 1.3B and 14B on a card: a guided step of the large one by kind, and the plans' seconds,
     denoising and decoding."""
     from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
-    from nexus_rt.guidance import GUIDANCE_SCALE
+    from nexus_rt.limits import GUIDANCE_SCALE
     from nexus_rt.plan_text import has_clocks, parse_plan
     from nexus_rt.solver import time_grid
 
@@ -364,10 +365,10 @@ def predict(card: Card, size: ClipSize, fp8: bool = False) -> dict[str, Any]:
 
 
 def _clocked(name: str) -> Plan:
-    from nexus_rt.loading.pair_folder import Defaults
     from nexus_rt.request import make_plan
+    from nexus_rt.settings import CallSettings, Defaults
 
-    return make_plan(Defaults(), name)
+    return make_plan(CallSettings(plan=name), Defaults())
 
 
 def table() -> str:

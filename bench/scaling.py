@@ -115,10 +115,11 @@ def scaling(
                 "out_of_memory": left_out,
             }
     say("scaling over steps")
-    rows, options = [], clip.options()
+    rows = []
     for count in dict.fromkeys(_near(clip.steps * s, 1, 2) for s in STEPS):
-        call = lambda n=count: pipe(
-            latents=clip.noise(pipe), output_type="latent", **{**options, "num_inference_steps": n}
+        plan = pipe.make_plan(None, count)
+        call = lambda p=plan: pipe(
+            plan=p, latents=clip.noise(pipe), output_type="latent", **clip.inputs
         )
         rows.append(
             {"steps": count, "ms": round(median_ms(call, max(2, repeats // 2), 1, cuda), 3)}
@@ -126,6 +127,6 @@ def scaling(
     line = (
         fit([r["steps"] for r in rows], [r["ms"] for r in rows], (0, 1)) if len(rows) > 2 else None
     )
-    plan = pipe.defaults.plan if len(pipe.engines) > 1 else next(iter(pipe.engines))
-    axes["steps"] = {plan: {"points": rows, "fit": line, "out_of_memory": []}}
+    name = pipe.defaults.plan if len(pipe.engines) > 1 else next(iter(pipe.engines))
+    axes["steps"] = {name: {"points": rows, "fit": line, "out_of_memory": []}}
     return axes

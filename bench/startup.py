@@ -163,7 +163,7 @@ def bench_soak(runs: int) -> dict:
                     width=width,
                     height=height,
                     num_frames=frames,
-                    num_inference_steps=4,
+                    plan=pipe.make_plan(None, 4),
                     generator=torch.Generator().manual_seed(i),
                 )
                 seen.append(_now())

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from nexus_rt.engines.protocol import Engine
 from nexus_rt.memory.offload import release
+from nexus_rt.method.generator import Prompt
+from nexus_rt.method.guidance import Guidance
+from nexus_rt.method.loop import sample
 from nexus_rt.plan_text import parse_plan
-from nexus_rt.sampling import denoise
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
-from nexus_rt.step_runners import Prompt
 
 TIMESTEPS = (967.0, 500.0, 50.0)
 STEPS = 4
@@ -86,7 +87,8 @@ def generator_answers(
             velocity = engine.velocity(latents, torch.tensor(timestep, device=device), context)
             answers[f"velocity {bucket} t={timestep:g}"] = velocity.float().cpu()
     plan = parse_plan("large", time_grid(STEPS))
-    run = lambda: denoise(latents, plan, {"large": engine}, {"large": prompt}, guidance_scale=3.0)
+    guidance = Guidance.of(3.0)
+    run = lambda: sample(latents, plan, {"large": engine}, {"large": prompt}, guidance)
     return answers | _after_steps(run, channels, bucket)
 
 

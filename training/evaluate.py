@@ -28,6 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 
@@ -36,6 +37,8 @@ from nexus_rt.bench.shapes import world
 from nexus_rt.bench.shapes.checker import chance, look
 from nexus_rt.bench.shapes.riddles import make_prompts
 from nexus_rt.plan import Plan
+from nexus_rt.request import make_guidance
+from nexus_rt.settings import GUIDANCE_SETTINGS, CallSettings
 from training.metrics import consistency, radial_power, texture_similarity, wilson
 
 SEEDS = (61, 62, 63)  # of the reported figures; settings are chosen on others
@@ -68,6 +71,12 @@ class Row:
             else:
                 plan.append(part)
         return cls(text, ",".join(plan), **own)
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Its guidance scales under the call's names."""
+        scales = zip(GUIDANCE_SETTINGS.values(), (self.guidance, self.guidance_2), strict=True)
+        return {name: scale for name, scale in scales if scale is not None}
 
     def make(self, pipe: NexusPipeline) -> Plan:
         plan = pipe.make_plan(self.plan, self.steps)
@@ -147,8 +156,7 @@ def work(
                     prompt_embeds_2=second[row.rewrite],
                     plan=row.make(pipe),
                     generator=noise,
-                    guidance_scale=row.guidance,
-                    guidance_scale_2=row.guidance_2,
+                    **row.scales,
                     blend=BlendConfig(split=row.split),
                     output_type="latent",
                 ).frames
@@ -201,7 +209,7 @@ def interval(right: np.ndarray) -> list[float]:
 def summarise(records: list[dict], rows: list[Row], pipe: NexusPipeline) -> dict:
     """One entry a row: shares right with the interval of "all", fidelity, consistency, forwards and
     milliseconds."""
-    table, d = {}, pipe.defaults
+    table: dict[str, dict] = {}
     power = lambda own: np.log10(np.mean([r["power"] for r in own], 0) + 1e-9)
     true = power([r for r in records if r["row"] == THROUGH])
     plans = {row.name: row for row in rows}
@@ -222,11 +230,8 @@ def summarise(records: list[dict], rows: list[Row], pipe: NexusPipeline) -> dict
         }
         if name in plans:
             row = plans[name]
-            scales = (row.guidance, row.guidance_2)
-            scales = (d.guidance_scale, d.guidance_scale_2) if row.guidance is None else scales
-            forwards = row.make(pipe).evaluations(
-                scales[0], scales[0] if scales[1] is None else scales[1]
-            )
+            scales = make_guidance(CallSettings(**row.scales), pipe.defaults)
+            forwards = row.make(pipe).evaluations(scales.small, scales.large)
             held = every[[r["held_out"] for r in own]]
             entry |= {
                 "held_out_scenes": {
@@ -287,7 +292,6 @@ def evaluate(
             raise SystemExit(f"a worker failed (exit codes {codes}); its error is above")
         records = [json.loads(line) for f in files for line in f.read_text().splitlines()]
     pipe = NexusPipeline.from_pretrained(pair, large_lora=lora or ())
-    d = dataclasses.asdict(pipe.defaults)
     head = {
         "prompts": kind,
         "count": len(records) // (len(rows) + 2),
@@ -297,7 +301,7 @@ def evaluate(
     }
     return {
         **head,
-        "defaults": d,
+        "defaults": msgspec.to_builtins(pipe.defaults),
         "chance": {k: round(v, 4) for k, v in chance().items()},
         "rows": summarise(records, rows, pipe),
     }

@@ -11,14 +11,15 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 
 from nexus_rt.attention import attend
 from nexus_rt.bench.architectures import WAN_1_3B
-from nexus_rt.bench.naive import four_filter_blend
+from nexus_rt.bench.naive import four_band_blend
 from nexus_rt.bench.peers import diffusers_transformer
 from nexus_rt.bench.presets import random_transformer
 from nexus_rt.loading.pair_folder import MINI
 from nexus_rt.loading.transformer import load_transformer
+from nexus_rt.method.blend_config import BlendConfig
+from nexus_rt.method.upfb import blend
 from nexus_rt.models.decoder import decode_whole
 from nexus_rt.solver import make_solver, time_grid
-from nexus_rt.upfb import BlendConfig, blend
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -48,19 +49,19 @@ def close(got, wanted, tolerance):
     assert (got.float() - wanted.float()).abs().max() <= tolerance * wanted.float().abs().max()
 
 
-@pytest.mark.parametrize("split", ["four filters", "gaussian", "fft", "dct"])
+@pytest.mark.parametrize("split", ["four bands", "gaussian", "fft", "dct"])
 def test_blend(benchmark, split):
     a, b = (
         torch.randn(LATENT, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(i))
         for i in (0, 1)
     )
     benchmark.group = "blend, 1x16x21x60x104"
-    if split == "four filters":
-        call = lambda: four_filter_blend(a, b, 0.6)
+    if split == "four bands":
+        call = lambda: four_band_blend(a, b, 0.6)
     else:
         call = lambda: blend(a, b, 0.6, BlendConfig(split=split))
     if split == "gaussian":
-        close(call(), four_filter_blend(a, b, 0.6), 1e-4)
+        close(call(), four_band_blend(a, b, 0.6), 1e-4)
     assert torch.isfinite(benchmark(synchronous(call))).all()
 
 

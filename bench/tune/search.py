@@ -19,11 +19,11 @@ from nexus_rt.bench.tune.judging import ClipJudge, noise
 from nexus_rt.bench.tune.space import Candidate, Space
 from nexus_rt.errors import InputError, shorten
 from nexus_rt.front import Front, FrontPlan
-from nexus_rt.guidance import Guidance
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan import StepCosts
 from nexus_rt.plan_text import parse_plan
-from nexus_rt.solver import time_grid
+from nexus_rt.request import default_grid, make_guidance
+from nexus_rt.settings import CallSettings
 
 Z = 1.96  # of a 95% interval
 STATE = "search.log"
@@ -74,8 +74,8 @@ class Search:
             )
         most = len(self.search.prompts)
         self.rungs = tuple(sorted({min(r, most) for r in self.rungs}))
-        self.grid = time_grid(self.pipe.defaults.num_inference_steps, self.pipe.defaults.shift)
-        own = Guidance.of_call(self.pipe.defaults, None, None)
+        self.grid = default_grid(self.pipe.defaults)
+        own = make_guidance(CallSettings(), self.pipe.defaults)
         self.scales = (own.small, own.large)
 
     def price(self, plan: str) -> float:
