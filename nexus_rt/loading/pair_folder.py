@@ -221,7 +221,9 @@ def exported_pair(root: Path, engines: dict[str, Any]) -> PairFolders:
         if len(values) > 1:
             raise ModelError(
                 f"{root}: the engines are not of one latent space: their {field} are"
-                f" {' and '.join(values)}."
+                f" {' and '.join(values)}.",
+                code="mismatch",
+                param=field,
             )
     at = lambda part: root / part if (root / part / "config.json").is_file() else None
     defaults = _pair_defaults(root) if (root / "model_index.json").is_file() else Defaults()
@@ -234,7 +236,9 @@ def exported_pair(root: Path, engines: dict[str, Any]) -> PairFolders:
         each = "; ".join(f"{n}: {', '.join(map(str, e.buckets))}" for n, e in engines.items())
         raise ModelError(
             f"{root}: the engines have no size in common ({each}); export both with the same"
-            " --sizes."
+            " --sizes.",
+            code="mismatch",
+            param="buckets",
         )
     if (defaults.width, defaults.height, defaults.num_frames) not in sizes:
         defaults = defaults.replace(**sizes[0].options)
