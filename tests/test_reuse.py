@@ -22,6 +22,7 @@ from nexus_rt.reuse import extrapolate
 from nexus_rt.settings import CallSettings, Defaults
 from nexus_rt.solver import time_grid
 from tests.plans import SOLVER, all_plans
+from tests.refusals import refuses
 
 GRID = time_grid(8, 3.0)
 
@@ -211,23 +212,23 @@ def test_bridges_run_beside_reuse(solver):
 
 
 @pytest.mark.parametrize(
-    "spec, words",
+    "spec, code, param",
     [
-        ("large:8/every=0", "every is '0'; expected a whole number"),
-        ("large:8/every=2/every=3", "sets every twice"),
-        ("large:8/every=2/adaptive=0.1", "expected one of the two"),
-        ("large:8/adaptive=0", "adaptive is 0"),
-        ("large:8/adaptive=nan", "adaptive is 'nan'; expected a number"),
-        ("large:8/evry=2", "did you mean 'every'"),
-        ("large:8/every=two", "every is 'two'"),
-        ("small:3 bridge:2/every=2 large:3", "reuse go with small and large segments"),
-        ("large:8@3[4:2]", "expected an interval inside"),
-        ("large:8@3[9:12]", "expected an interval inside"),
-        ("large:8@3[0:", "is not of the form"),
+        ("large:8/every=0", "out_of_range", "every"),
+        ("large:8/every=2/every=3", "duplicate", "every"),
+        ("large:8/every=2/adaptive=0.1", "conflict", "adaptive"),
+        ("large:8/adaptive=0", "out_of_range", "adaptive"),
+        ("large:8/adaptive=nan", "invalid_type", "adaptive"),
+        ("large:8/evry=2", "unknown_name", "option of a segment"),
+        ("large:8/every=two", "invalid_type", "every"),
+        ("small:3 bridge:2/every=2 large:3", "conflict", "reuse"),
+        ("large:8@3[4:2]", "out_of_range", "guided"),
+        ("large:8@3[9:12]", "out_of_range", "guided"),
+        ("large:8@3[0:", "unreadable", "segment"),
     ],
 )
-def test_wrong_words_are_named(spec, words):
-    with pytest.raises(InputError, match=words):
+def test_wrong_words_are_refused(spec, code, param):
+    with refuses(code, param, InputError):
         parse_plan(spec, GRID)
 
 
