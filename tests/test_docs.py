@@ -39,7 +39,7 @@ def test_the_documentation_builds(tmp_path):
     api = (tmp_path / "api" / "index.html").read_text()
     for name in (
         "NexusPipeline.from_pretrained",
-        "sampling.denoise",
+        "method.loop.denoise",
         "engines.protocol.Engine",
         "plan_text.parse_plan",
     ):

@@ -2,7 +2,6 @@
 shared said."""
 
 import json
-import math
 import os
 import re
 import socket
@@ -349,14 +348,18 @@ def test_an_error_of_one_s_own_is_said_by_itself(quick):
 
 def test_an_unshared_step_shares_nothing(tiny_pipe):
     from nexus_rt.method.generator import Generator, Prompt
+    from nexus_rt.method.guidance import Guidance
+    from nexus_rt.method.hooks import FiniteCheck
     from nexus_rt.plan_text import parse_plan
     from nexus_rt.solver import time_grid
 
     step = parse_plan("small", time_grid(2)).steps[0]
     raw = torch.ones(1)
     prompt = Prompt(torch.zeros(1, 2, 32))
-    generator = Generator("small", tiny_pipe.engines["small"], prompt, SimpleNamespace(), raw)
-    assert generator.share(raw, step) is raw and math.isfinite(float(raw))
+    check = FiniteCheck(tiny_pipe.engines)
+    engine = tiny_pipe.engines["small"]
+    generator = Generator("small", engine, prompt, Guidance(), raw, check)
+    assert generator.gather(raw, step) is raw and len(check.sums) == 1
 
 
 def test_plan_prices_several_gpus(capsys):
