@@ -167,7 +167,7 @@ class CallSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     solver: Annotated[
         Literal["unipc", "euler", "lcm"] | None,
-        described("solver of every step; lcm draws noise anew at each", pair=True),
+        described("solver of every step (Wan: unipc); lcm draws noise anew at each", pair=True),
     ] = None
     as_published: Annotated[
         bool,

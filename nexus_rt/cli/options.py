@@ -180,7 +180,7 @@ TABLE = (
 )
 
 
-def given_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
+def options_of(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
     """The destinations that a command line sets itself, defaults left out."""
     quiet = copy.deepcopy(parser)
     todo = [quiet]
@@ -201,7 +201,7 @@ def check_options(
     Raises:
         InputError: names the option that does not go with the others.
     """
-    given = given_options(parser, argv)
+    given = options_of(parser, argv)
     for rule in TABLE:
         if rule.option == "backend" and args.command == "export":
             given_or_default = given | {"backend"}

@@ -21,7 +21,7 @@ PARTS = ("small", "large", "vae", "text_encoder", "tokenizer", "understanding", 
 MODEL_ARGUMENTS = ("engines", "pair", *PARTS, "small_lora", "large_lora")
 
 
-def given_models(args: argparse.Namespace) -> dict[str, Any]:
+def model_sources(args: argparse.Namespace) -> dict[str, Any]:
     """The sources of a pair's parts that the arguments name."""
     return {n: getattr(args, n) for n in PARTS if getattr(args, n) is not None}
 
@@ -31,7 +31,7 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
     names = ("small_lora", "large_lora", "small_recipe", "large_recipe")
     own = {n: getattr(args, n) for n in names}
     weights = args.quantize or args.weights or "dense"
-    return {**given_models(args), **own, "boundary_ratio": args.boundary, "weights": weights}
+    return {**model_sources(args), **own, "boundary_ratio": args.boundary, "weights": weights}
 
 
 def find_models(args: argparse.Namespace) -> tuple[Any, PairFolders]:
@@ -44,7 +44,7 @@ def find_models(args: argparse.Namespace) -> tuple[Any, PairFolders]:
 
     pretrained = args.pair if args.pair or args.small or args.large else MINI
     hub = {"local_files_only": args.local_files_only}
-    return pretrained, find_pair(pretrained, given_models(args), hub, args.boundary)
+    return pretrained, find_pair(pretrained, model_sources(args), hub, args.boundary)
 
 
 def make_pipeline(args: argparse.Namespace) -> NexusPipeline:

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     check_device(args.device)
     models = args.pair or args.small or args.large or args.engines
     if args.costs is not None:
-        given_costs(args.costs)  # before any model is read
+        parse_costs(args.costs)  # before any model is read
     if args.gpu and args.costs:
         raise InputError(
             "--gpu predicts the prices that --costs gives; pass one of them.",
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
         costs = step_costs(_configs(pipe), size, card, *_eight_bits(args))
     elif args.costs or pipe is None:
-        costs = given_costs(args.costs)
+        costs = parse_costs(args.costs)
     else:
         costs = measured_costs(pipe, size, blend, request.solver)
     _print_steps(plan, costs, guidance, blend)
@@ -276,7 +276,7 @@ def _print_totals(plan: Plan, costs: StepCosts, guidance: Guidance) -> None:
     print(f"; this plan takes {100 * ours / published:.0f}% of it ({published / ours:.2f}x faster)")
 
 
-def given_costs(text: str) -> StepCosts:
+def parse_costs(text: str) -> StepCosts:
     """`--costs`: milliseconds of a guided step of each generator."""
     from nexus_rt.plan import StepCosts
 

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
 
     from nexus_rt.checks import number, whole
-    from nexus_rt.cli.plan import given_costs
+    from nexus_rt.cli.plan import parse_costs
 
     try:
         import optuna  # noqa: F401
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if args.budget is not None:
         number("--budget", args.budget, 1e-3, 1e12)
     if args.costs:
-        given_costs(args.costs)  # before any model is read
+        parse_costs(args.costs)  # before any model is read
     check_device(args.device)
     mini = not (args.pair or args.small or args.large or args.engines)
     name = choose("judge", args.judge or ("pixels" if mini else "latents"), JUDGES)
@@ -218,7 +218,7 @@ def judges(
 
 def step_costs(pipe: NexusPipeline, size: ClipSize, given: str | None) -> StepCosts:
     """Prices of a step's parts, given or measured here."""
-    from nexus_rt.cli.plan import given_costs, measured_costs
+    from nexus_rt.cli.plan import parse_costs, measured_costs
     from nexus_rt.method.blend_config import BlendConfig
 
-    return given_costs(given) if given else measured_costs(pipe, size, BlendConfig(), "unipc")
+    return parse_costs(given) if given else measured_costs(pipe, size, BlendConfig(), "unipc")
