@@ -24,6 +24,7 @@ from nexus_rt.bench.vrbench.replies import Reply, of_choice, parse
 from nexus_rt.bench.vrbench.schema import read_bench
 from nexus_rt.cli import main
 from nexus_rt.prompts import read_prompts
+from tests.refusals import refuses
 from tests.test_vrbench_judging import clips, serve  # noqa: F401 (fixtures)
 from tests.vrbench import TAXONOMY, asked_id, bench_file, reply_to, text_of
 
@@ -86,7 +87,7 @@ def test_a_doubled_id_is_mended_by_its_place(ids, place, name, reader, tmp_path)
 )
 def test_a_doubled_id_that_could_be_several_is_refused(ids, texts, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(numbered(*ids, texts=texts)))
-    with pytest.raises(InputError, match="is there twice"):
+    with refuses("duplicate", kind=InputError):
         read_prompts(tmp_path / "a.json")
 
 
@@ -376,8 +377,9 @@ def test_servers_that_name_a_parameter_otherwise_are_asked_once_more(serve):  # 
     stubborn = serve(
         lambda n, body: (400, {}, "max_tokens max_completion_tokens temperature response_format")
     )
-    with pytest.raises(JudgeError, match="status 400"):
+    with refuses("unreachable", kind=JudgeError) as caught:
         HttpJudge(stubborn.url, "m", wait=lambda s: None).reply(TALK, [])
+    assert "400" in str(caught.value)
     assert len(stubborn.seen) <= 4
 
 
@@ -419,11 +421,11 @@ def test_the_key_is_kept_to_itself(serve, monkeypatch, tmp_path, capsys, clips):
     )
     monkeypatch.delenv("OPENAI_API_KEY")
     HttpJudge(server.url, "m")
-    with pytest.raises(JudgeUnusable):
+    with refuses("unreachable", kind=JudgeUnusable):
         HttpJudge(server.url, "m").reply(TALK, [])
     assert "Authorization" not in server.headers[-1]  # .netrc has no part in it
     monkeypatch.setenv("OPENAI_API_KEY", f"{SECRET}\nX-Evil: 1")
-    with pytest.raises(InputError, match="no header can carry") as caught:
+    with refuses("invalid_value", "OPENAI_API_KEY", InputError) as caught:
         HttpJudge(server.url, "m")
     assert SECRET not in str(caught.value)
 
@@ -461,7 +463,7 @@ def dripping(pieces, pause):
 def test_the_time_limit_is_of_the_whole_request():
     listener, url = dripping(1000, 0.05)
     began = time.perf_counter()
-    with pytest.raises(JudgeError, match="no answer within 0.5 s"):
+    with refuses("timeout", kind=JudgeError):
         HttpJudge(url, "m", timeout=0.5, tries=1).reply(TALK, [])
     assert time.perf_counter() - began < 2
     listener.close()
