@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from nexus_rt import plan as plans
 from nexus_rt.errors import InputError, NexusError
-from nexus_rt.loading.pair_folder import Defaults
 from nexus_rt.method.upfb import gate
 from nexus_rt.plan import Reuse, Segment, StepCosts
 from nexus_rt.plan_text import check_plan, parse_plan
 from nexus_rt.plan_words import exact
 from nexus_rt.request import make_plan
-from nexus_rt.settings import CallSettings
+from nexus_rt.settings import CallSettings, Defaults
 from nexus_rt.solver import make_solver, time_grid
 from tests.plans import all_plans
 from tests.refusals import refuses

@@ -181,9 +181,9 @@ def test_parity_measures_every_reused_step_and_changes_nothing():
     assert torch.equal(out, same)
     plan = parse_plan(spec, GRID)
     reused = [(s.index, s.compute("large")) for s in plan.steps if s.compute("large") != "full"]
-    assert [(e.step, e.reused) for e in deviations] == reused and {e.generator for e in deviations} == {
-        "large"
-    }
+    assert [(e.step, e.reused) for e in deviations] == reused and {
+        e.generator for e in deviations
+    } == {"large"}
     assert all(0 < e.deviation < 1 for e in deviations)
     # Nearer in time is nearer in value: every second step is reused better than every fourth.
     worse: list = []
@@ -200,7 +200,9 @@ def test_a_constant_field_is_reused_without_error():
 
     exact, _ = run("large:8", Constant())
     deviations: list = []
-    out, _ = run("large:8/every=4/guidance-every=3", Constant(), hooks=Hooks(reuse_deviations=deviations))
+    out, _ = run(
+        "large:8/every=4/guidance-every=3", Constant(), hooks=Hooks(reuse_deviations=deviations)
+    )
     assert torch.allclose(out, exact, atol=1e-6) and all(e.deviation < 1e-6 for e in deviations)
 
 
