@@ -11,6 +11,7 @@ from nexus_rt.errors import InputError, ModelError
 from nexus_rt.models.connector import SPECIAL_TOKENS, Connector, ConnectorConfig, save_connector
 from nexus_rt.models.context import unpad
 from tests.omnivideo import make_llm
+from tests.refusals import refuses
 
 CONFIG = ConnectorConfig(
     llm_hidden_size=40,
@@ -178,9 +179,7 @@ def test_given_contexts_are_used(pipe):
     context = dict(context_embeds=contexts[0], negative_context_embeds=contexts[1])
     given = pipe(**told, **context, generator=generator(), **RUN).frames
     assert np.array_equal(wanted, given)
-    with pytest.raises(
-        InputError, match="steered by the understanding model, which reads the prompt"
-    ):
+    with refuses("missing", "prompt", InputError):
         pipe(**told, **RUN)
     pipe(**told, num_inference_steps=2, plan="large")  # does not need it
 
@@ -241,16 +240,18 @@ def test_a_checkpoint_without_stored_negatives_reads_an_empty_prompt(own_pair):
 def test_parts_that_do_not_belong_together(own_pair, tiny_pair):
     make_llm(own_pair / "understanding", hidden=24)
     save_connector(make_connector(), own_pair / "connector", torch.float32)
-    with pytest.raises(ModelError, match=r"hidden size is 24 and the connector reads 40"):
+    with refuses("mismatch", "hidden_size", ModelError):
         NexusPipeline.from_pretrained(own_pair)
     wide = ConnectorConfig(
         llm_hidden_size=24, vision_dim=16, text_dim=48, adapter_queries=6, num_layers=1, num_heads=2
     )
     save_connector(make_connector(wide), own_pair / "connector", torch.float32)
-    with pytest.raises(ModelError, match=r"width 48 and the small generator reads 32"):
+    with pytest.raises(ModelError) as error:
         NexusPipeline.from_pretrained(own_pair)
-    with pytest.raises(InputError, match="pass understanding= too"):
+    assert "width 48" in str(error.value)
+    with pytest.raises(InputError) as error:
         NexusPipeline.from_pretrained(tiny_pair, connector=own_pair / "connector")
+    assert "understanding=" in str(error.value)
 
 
 def test_a_small_generator_of_ones_own_is_not_steered_by_the_pairs(steered_pair, tiny_pair):
@@ -259,7 +260,7 @@ def test_a_small_generator_of_ones_own_is_not_steered_by_the_pairs(steered_pair,
 
 
 def test_a_pipeline_without_one_says_so(tiny_pipe):
-    with pytest.raises(ModelError, match="has no understanding model"):
+    with refuses("missing", "understanding", ModelError):
         tiny_pipe.encode_context("x", *tiny_pipe.encode_prompt("x"))
 
 

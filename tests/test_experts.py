@@ -277,12 +277,14 @@ def test_halves_of_a_generator_are_refused(a14b, tmp_path, tiny_pair):
     (unsaid / "model_index.json").write_text(json.dumps({"boundary_ratio": 7}))
     with refuses("out_of_range", "boundary_ratio", ModelError):
         find_experts(unsaid)
-    with pytest.raises(ModelError, match="are not of one architecture"):
+    with pytest.raises(ModelError) as error:
         NexusPipeline.from_pretrained(large=(a14b / "transformer", tiny_pair / "large"))
+    assert "architecture" in str(error.value)
     with refuses("mismatch", kind=InputError):
         split_source(("a", "b", "c"))
-    with pytest.raises(InputError, match="no generator here has two"):
+    with pytest.raises(InputError) as error:
         NexusPipeline.from_pretrained(tiny_pair, boundary_ratio=0.9)
+    assert "boundary_ratio" in str(error.value)
     assert find_experts(tiny_pair / "small") is None
     assert find_experts(a14b) == ExpertFolders(a14b / "transformer", a14b / "transformer_2", 0.875)
 
@@ -306,5 +308,5 @@ def test_experts_are_exported_an_engine_each(a14b, tiny_pair, pipe, tmp_path, mo
     want = exact("a red circle", plan="large", generator=seeded(), **options).frames
     torch.testing.assert_close(got.frames, want, atol=1e-3, rtol=1e-3)
     shutil.rmtree(out / "large-low")
-    with pytest.raises(ModelError, match="not large-low/, the other expert"):
+    with refuses("missing", "large-low", ModelError):
         NexusPipeline.from_engines(out)

@@ -173,14 +173,13 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr("nexus_rt.kernels.triton_op.INTERPRETED", False)
     assert model.use_kernels("auto").ops.name == "torch"
-    with pytest.raises(
-        InputError,
-        match="kernels='triton' cannot run here: they need a CUDA device, and this is cpu",
-    ):
+    with refuses("unsupported", "kernels", InputError) as error:
         model.use_kernels("triton")
+    assert "CUDA" in str(error.value)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="triton is not installed"):
+    with refuses("unsupported", "kernels", InputError) as error:
         model.use_kernels("triton")
+    assert "not installed" in str(error.value)
 
 
 def test_context_of_another_width_is_refused():
