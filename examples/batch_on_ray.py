@@ -18,8 +18,9 @@ from nexus_rt import NexusPipeline
 from nexus_rt.batch import Job
 from nexus_rt.batch_ray import run_on_ray
 from nexus_rt.prompts import read_prompts
+from nexus_rt.settings import CallSettings
 
-OPTIONS = {"num_inference_steps": 10, "plan": "handoff=0.65"}
+SETTINGS = CallSettings(num_inference_steps=10, plan="handoff=0.65")
 
 
 def make_pipeline(pair: str | None) -> NexusPipeline:
@@ -31,7 +32,7 @@ def make_pipeline(pair: str | None) -> NexusPipeline:
 
 def main(prompts: Path, folder: Path, pair: str | None = None, workers: int = 1) -> dict[str, int]:
     """How many clips were made, kept from an earlier run, and failed."""
-    job = Job(folder, seed=0, options=OPTIONS)
+    job = Job(folder, seed=0, settings=SETTINGS)
     return run_on_ray(make_pipeline, pair, read_prompts(prompts), job, workers, print)
 
 

@@ -6,61 +6,50 @@ the same command goes on where it stopped.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 
-from nexus_rt import documents
-from nexus_rt.checks import check_seed, prompt_lists
-from nexus_rt.engines.experts import boundaries
-from nexus_rt.errors import InputError, NexusError, readable, shown
+from nexus_rt import settings
+from nexus_rt.batch_log import Lines, finished, same_clip
+from nexus_rt.call import decode, denoise, draw_noise
+from nexus_rt.checks import check_seed, instance
+from nexus_rt.encode import Conditioning, Prompts, encode, rewriter_of
+from nexus_rt.errors import InputError, NexusError, choose, shown
 from nexus_rt.models.vae import rescue_latents
 from nexus_rt.part_files import remove_orphans
 from nexus_rt.pipeline import NexusPipeline
+from nexus_rt.plan import Plan
+from nexus_rt.process import computes
 from nexus_rt.prompts import Item, check_name
-from nexus_rt.request import TIMEOUT, make_request
-from nexus_rt.rewriting import check_rewrite
-from nexus_rt.size import ClipSize, parse_sides
+from nexus_rt.request import GenerationRequest
+from nexus_rt.settings import CallSettings
+from nexus_rt.size import ClipSize
 from nexus_rt.video import SUFFIXES, frame_rate, is_clip, made_with, save_video
 
-# of a call, as `make_request` takes them
-REQUEST_OPTIONS = (
-    "height",
-    "width",
-    "num_frames",
-    "plan",
-    "num_inference_steps",
-    "shift",
-    "energy",
-    "gamma_w",
-    "guidance_scale",
-    "guidance_scale_2",
-    "blend",
-    "solver",
-    "timesteps",
-    "small_steps",
-    "large_steps",
-)
 TOGETHER = 8  # prompts encoded in one call
+ONE_CLIP = ("num_videos_per_prompt", "output_type", "reuse_parity")  # settings without a part here
+IN_ROW = ("width", "height", "num_frames", "plan")  # settings that a row has under other names
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a run makes of every item that does not say otherwise. options: of the pipeline's call,
-    whatever the item.
+    """What a run makes of every item that does not say otherwise.
 
-    models: words for where the models are from; a clip made by others is made again.
+    settings: of a call; an item's own go before them. models: words for where the models are from;
+        a clip made by others is made again.
+
+    Raises:
+        InputError: a shard that does not exist, another suffix than a clip's, or settings of
+            several videos or of no frames.
     """
 
     folder: Path
@@ -68,7 +57,7 @@ class Job:
     fps: str | int | float = 16
     suffix: str = ".mp4"
     shard: tuple[int, int] = (1, 1)
-    options: dict[str, Any] = field(default_factory=dict)
+    settings: CallSettings = field(default_factory=lambda: _defaults())
     models: str = ""
 
     def __post_init__(self) -> None:
@@ -76,10 +65,13 @@ class Job:
         if not 1 <= part <= count:
             raise InputError(
                 f"shard {part}/{count} does not exist; expected I/N with I from 1 to N, such as"
-                " 1/4."
+                " 1/4.",
+                code="out_of_range",
+                param="shard",
             )
-        if self.suffix not in SUFFIXES:
-            raise InputError(f"clips cannot be {self.suffix}; expected {', '.join(SUFFIXES)}.")
+        choose("format", self.suffix, SUFFIXES)
+        instance("settings", self.settings, CallSettings, "CallSettings")
+        _check_one_clip(self.settings)
 
     @property
     def results(self) -> Path:
@@ -101,187 +93,123 @@ class Job:
         check_name(item.id, "item")
         return self.folder / f"{item.id}{self.suffix}"
 
+    def settings_of(self, item: Item) -> CallSettings:
+        """The job's settings with the item's own before them.
+
+        Raises:
+            InputError: one of the item's is no setting's value, or not one clip's.
+        """
+        if not item.settings:
+            return self.settings
+        merged = self.settings.replace(**item.settings)
+        _check_one_clip(merged)
+        return merged
+
+
+def _defaults() -> CallSettings:
+    return settings.CallSettings()
+
+
+def _check_one_clip(wanted: CallSettings) -> None:
+    """Raise an `InputError` where settings are of more than a clip."""
+    if name := next((n for n in ONE_CLIP if n in wanted.given), None):
+        raise InputError(
+            f"a batch makes one clip of each prompt; leave {name} out.",
+            code="unsupported",
+            param=name,
+        )
+
 
 def parse_shard(text: str) -> tuple[int, int]:
     """ "I/N"."""
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text.strip())
     if not match:
-        raise InputError(f"shard {shown(text)} is not I/N; expected such as 1/4.")
+        raise InputError(
+            f"shard {shown(text)} is not I/N; expected such as 1/4.",
+            code="unreadable",
+            param="shard",
+        )
     return int(match[1]), int(match[2])
 
 
-def common_settings(job: Job, pipe: NexusPipeline) -> dict[str, Any]:
-    """What is the same for every clip of a job, as it is written down.
+@dataclass(frozen=True)
+class Clip:
+    """A clip to make. row: its line of `results.jsonl`, as far as it is known."""
 
-    plan: its exact text, for reading. identity: of its steps, which two texts may share; this is
-    what a later run compares.
-    """
-    o = job.options
-    call: dict[str, Any] = {n: o.get(n) for n in REQUEST_OPTIONS}
-    request = make_request(
-        pipe.defaults,
-        **call,
-        output_type="latent",
-        num_videos_per_prompt=1,
-        published=o.get("as_published", False),
-    )
-    plan = request.plan.with_experts(boundaries(pipe.engines))
-    guidance = [list(s) if isinstance(s, tuple) else s for s in vars(request.guidance).values()]
-    left_out = ("width", "height", "num_frames", "plan")
-    rest = {k: str(v) for k, v in o.items() if v not in (None, False) and k not in left_out}
-    fps = frame_rate(job.fps)
-    rate = fps.numerator if fps.denominator == 1 else str(fps)
-    made_of = {**pipe.identity, "blend": pipe.kernels}
-    rewrite = pipe.rewrites_by(o.get("rewrite"), plan, o.get("as_published", False))
-    return {
-        "steps": len(plan),
-        "plan": plan.text,
-        "identity": plan.identity,
-        "solver": request.solver,
-        "guidance": guidance,
-        **({"rewrite": str(rewrite)} if rewrite is not None else {}),
-        "fps": rate,
-        "options": rest,
-        "weights": made_of,
-        "models": job.models,
-    }
+    item: Item
+    row: dict[str, Any]
+    request: GenerationRequest
+    prompts: Prompts
 
 
-def _same(kept: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether two clips' settings make one clip: where the models were read from is no matter, what
-    they are is; nor is the plan's text, of which `identity` is what it does."""
-    results = ("models", "rewritten", "rewrite_failure", "plan")
-    without = lambda s: {k: v for k, v in s.items() if k not in results}
-    return without(kept) == without(wanted)
+class Requests:
+    """A job's requests: one for all items of the same settings, and one plan for all of the same
+    text, so that a long list holds few."""
+
+    def __init__(self, pipe: NexusPipeline, job: Job) -> None:
+        self.pipe, self.job = pipe, job
+        self.made: dict[str, GenerationRequest] = {}
+        self.plans: dict[str, Plan] = {}
+
+    def of(self, item: Item) -> GenerationRequest:
+        """An item's.
+
+        Raises:
+            InputError, ModelError: as `NexusPipeline.request`.
+        """
+        own = {n: v for n, v in item.settings.items() if n != "rewrite"}  # a text an item
+        key = repr(sorted(own.items()))
+        wanted = self.job.settings_of(item)
+        if key not in self.made or "rewrite" in item.settings:
+            made = self.pipe.request(wanted)
+            plan = self.plans.setdefault(made.plan.text, made.plan)
+            if "rewrite" in item.settings:
+                return replace(made, plan=plan)
+            self.made[key] = replace(made, plan=plan)
+        return self.made[key]
 
 
-def settings(item: Item, job: Job, pipe: NexusPipeline, common: dict[str, Any]) -> dict[str, Any]:
-    """Everything that decides what an item's clip is: `common_settings`, and what is the item's
-    own."""
-    d, o = pipe.defaults, job.options
-    sides = o.get("width") or d.width, o.get("height") or d.height
-    size = item.clip_size(ClipSize.of_defaults(d, sides, o.get("num_frames")))
+def own_settings(item: Item, job: Job) -> dict[str, Any]:
+    """What of an item a row has, whether or not its clip can be made."""
     return {
         "prompt": item.prompt,
         "negative": item.negative or "",
         "seed": job.seed if item.seed is None else item.seed,
+    }
+
+
+def clip_settings(
+    item: Item, job: Job, pipe: NexusPipeline, request: GenerationRequest
+) -> dict[str, Any]:
+    """Everything that decides what an item's clip is, as it is written down.
+
+    plan: its exact text, for reading. identity: of its steps, which two texts may share; this is
+    what a later run compares.
+    """
+    size, plan, fps = request.size, request.plan, frame_rate(job.fps)
+    rewrite = rewriter_of(pipe.components, request)
+    scales = request.guidance.small, request.guidance.large
+    return {
+        **own_settings(item, job),
         "size": f"{size.width}x{size.height}",
         "frames": size.frames,
-        **common,
-        **({"rewrite": item.rewrite} if item.rewrite else {}),
+        "steps": len(plan),
+        "plan": plan.text,
+        "identity": plan.identity,
+        "solver": request.solver,
+        "guidance": [list(s) if isinstance(s, tuple) else s for s in scales],
+        **({"rewrite": str(rewrite)} if rewrite is not None else {}),
+        "fps": fps.numerator if fps.denominator == 1 else str(fps),
+        "options": {n: str(v) for n, v in options(request).items() if n not in IN_ROW},
+        "weights": {**pipe.identity, "blend": pipe.kernels},
+        "models": job.models,
     }
 
 
-def clip_size(own: dict[str, Any]) -> ClipSize:
-    """The size in a clip's settings."""
-    return ClipSize(*parse_sides(own["size"]), own["frames"])
-
-
-class Row(msgspec.Struct):
-    """A line of `results.jsonl`, as far as a later run reads it."""
-
-    id: str
-    status: Literal["begun", "done", "failed"]
-    when: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
-    file: str = ""
-    settings: dict[str, Any] = {}
-
-    def __post_init__(self) -> None:
-        if self.status != "begun" and not self.settings:
-            raise ValueError("a row that ended has no settings")
-
-
-def finished(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
-    """The last line on every id that ended, of all shards and workers of a folder, and how often
-    each was begun since.
-
-    A line cut short by a killed process counts for nothing.
-    """
-    ended: dict[str, dict[str, Any]] = {}
-    starts: dict[str, list[float]] = {}
-    for path in sorted(folder.glob("results*.jsonl")):
-        for line in _lines(path):
-            try:
-                record = documents.parse(line, str(path))
-                row = documents.check(record, Row, str(path))
-            except NexusError:  # cut short by a killed process, or no line of ours
-                continue
-            if row.status == "begun":
-                starts.setdefault(row.id, []).append(row.when)
-            elif row.when >= ended.get(row.id, {"when": row.when})["when"]:
-                ended[row.id] = record
-    return ended, {
-        i: sum(t > ended.get(i, {"when": 0.0})["when"] for t in times)
-        for i, times in starts.items()
-    }
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """A file's lines, whatever bytes stand in them."""
-    try:
-        with open(path, "rb") as file:
-            while line := file.readline(documents.MAX_BYTES):
-                yield line.decode("utf-8", errors="replace")
-    except OSError as error:  # without it every clip would be made again
-        raise InputError(
-            f"{path} cannot be read ({error.strerror or error}), and it says which clips are there;"
-            " mend its permissions, or move it away to make every clip again."
-        ) from error
-
-
-class Lines:
-    """A file that gets a whole line at a time, on disk when `add` returns.
-
-    Raises:
-        NexusError: the disk is full, or the folder went away.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._order = path, threading.Lock()
-        if not path.exists() or not path.stat().st_size:
-            return
-        with self._written(), open(path, "rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a process was killed in the middle of a line
-                file.write(b"\n")
-
-    def add(self, row: dict[str, Any]) -> dict[str, Any]:
-        row = _readable(row)
-        with self._written(), self._order, open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        return row
-
-    @contextlib.contextmanager
-    def _written(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise NexusError(
-                f"{self.path} cannot be written ({error}); free some space and run the same"
-                " command: what was finished is kept."
-            ) from error
-
-
-def _readable(value: Any) -> Any:
-    """A row whose texts a file can hold: half a surrogate pair is spelt out."""
-    if isinstance(value, str):
-        return readable(value)
-    if isinstance(value, dict):
-        return {_readable(k): _readable(v) for k, v in value.items()}
-    return [_readable(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _unusable(item: Item) -> InputError | None:
-    """Why no model can read an item's texts; it fails alone, before the others are encoded."""
-    try:
-        prompt_lists(item.prompt, item.negative)
-        if item.rewrite is not None:
-            check_rewrite(item.rewrite, 1)
-    except InputError as error:
-        return error
-    return None
+def options(request: GenerationRequest) -> dict[str, Any]:
+    """The settings of a clip that are not a call's default."""
+    lists = {n for n, f in settings.fields().items() if f.kind == "numbers"}
+    return {n: list(v) if n in lists else v for n, v in request.settings.given.items()}
 
 
 def run(
@@ -293,7 +221,8 @@ def run(
         How many were "made", "kept" and "failed".
 
     Raises:
-        InputError: the folder cannot be made, or another process works on the shard.
+        InputError: the folder cannot be made, another process works on the shard, or the pair's
+            models cannot make what the job asks for.
     """
     with open_folder(job):
         remove_orphans(job.folder)
@@ -318,7 +247,9 @@ def open_folder(job: Job) -> Iterator[None]:
         lock = open(job.results.with_suffix(".lock"), "w")  # noqa: SIM115
     except OSError as error:
         raise InputError(
-            f"{job.folder} cannot be made ({error.strerror}); choose a place you may write to."
+            f"{job.folder} cannot be made ({error.strerror}); choose a place you may write to.",
+            code="not_writable",
+            param="output",
         ) from error
     with lock:
         try:
@@ -326,7 +257,9 @@ def open_folder(job: Job) -> Iterator[None]:
         except OSError:
             raise InputError(
                 f"another process works on {job.results.name} in {job.folder}; wait for it, or give"
-                " each a --shard of its own."
+                " each a --shard of its own.",
+                code="in_use",
+                param="shard",
             ) from None
         yield
 
@@ -342,34 +275,37 @@ def work(
 
     Yields:
         ("made" | "kept" | "failed", id, in words), as each ends.
+
+    Raises:
+        InputError, ModelError: the models cannot make what the job asks for. What is wrong with an
+            item's own texts and settings is its failure.
     """
+    computes()
     known, begun = finished(job.folder)
-    todo, lines, common = [], Lines(log), common_settings(job, pipe)
+    todo, lines, requests = [], Lines(log), Requests(pipe, job)
     for item in items:
-        row, own = known.get(item.id), settings(item, job, pipe, common)
+        own, file = own_settings(item, job), job.clip(item).name
+        kept = known.get(item.id, {})
         if own["seed"] == -1:  # a fresh one, once: the clip that is there keeps its own
-            kept = (
-                row["settings"].get("seed")
-                if row and isinstance(row.get("settings"), dict)
-                else None
-            )
-            own["seed"] = kept if _is_seed(kept) else check_seed("seed", -1)
-        failed = lambda why, item=item, own=own: _words(
-            lines.add(_failed({"id": item.id, "file": job.clip(item).name, "settings": own}, why))
-        )
-        if (odd := _unusable(item)) is not None:
-            yield failed(odd)
-        elif (
-            row
-            and row["status"] == "done"
-            and _same(row["settings"], own)
-            and is_clip(job.clip(item))
-        ):
+            before = kept["settings"].get("seed") if kept else None
+            own["seed"] = before if _is_seed(before) else check_seed("seed", -1)
+        row = {"id": item.id, "file": file, "settings": own}
+        try:
+            prompts = Prompts.of(item.prompt, item.negative, job.settings_of(item))
+            request = requests.of(item) if item.settings else None
+        except Exception as error:  # whatever a caller's item holds
+            yield _words(lines.add(_failed(row, error)))
+            continue
+        request = request or requests.of(item)
+        row["settings"] = own = {**clip_settings(item, job, pipe, request), "seed": own["seed"]}
+        there = kept and kept["status"] == "done" and same_clip(kept["settings"], own)
+        if there and is_clip(job.clip(item)):
             yield "kept", item.id, "was there"
         elif attempts is not None and begun.get(item.id, 0) >= attempts:
-            yield failed(NexusError(f"its process died {begun[item.id]} times"))
+            gave_up = NexusError(f"its process died {begun[item.id]} times")
+            yield _words(lines.add(_failed(row, gave_up)))
         else:
-            todo.append((item, own))
+            todo.append(Clip(item, row, request, prompts))
 
     def begins(item: Item) -> None:
         if attempts is not None:
@@ -392,12 +328,12 @@ def _words(row: dict[str, Any]) -> tuple[str, str, str]:
 
 def _make(
     pipe: NexusPipeline,
-    todo: list[tuple[Item, dict[str, Any]]],
+    todo: list[Clip],
     job: Job,
     begins: Callable[[Item], None],
     ended: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """The row of every item, after `ended` has had it: as soon as its clip is written, or has
+    """The row of every clip, after `ended` has had it: as soon as its file is written, or it has
     failed."""
 
     def finish(*of: Any) -> dict[str, Any]:
@@ -407,16 +343,15 @@ def _make(
         pending: Future | None = None
         for start in range(0, len(todo), TOGETHER):
             part = todo[start : start + TOGETHER]
-            for (item, own), embeds in zip(part, _encoded(pipe, part, job), strict=True):
+            for clip, conditioning in zip(part, _encoded(pipe, part), strict=True):
                 began = time.perf_counter()
-                begins(item)
-                row = {"id": item.id, "file": job.clip(item).name, "settings": own}
+                begins(clip.item)
                 try:
-                    if isinstance(embeds, Exception):
-                        raise embeds
-                    latents = _denoise(pipe, own, embeds, job)
+                    if isinstance(conditioning, Exception):
+                        raise conditioning
+                    latents = _denoise(pipe, clip, conditioning)
                 except Exception as error:  # an item's failure is the item's
-                    yield ended(_failed(row, error))
+                    yield ended(_failed(clip.row, error))
                     continue
                 if pending is not None:
                     yield pending.result()
@@ -426,88 +361,92 @@ def _make(
                     if latents.is_cuda
                     else None
                 )
-                if decodes_beside(pipe, own):
-                    pending = decoder.submit(finish, latents, ready, row, began)
+                if decodes_beside(pipe, clip.request.size):
+                    pending = decoder.submit(finish, clip, latents, ready, began)
                 # in this thread: another would bring a team of OpenMP's of its own, that waits for
                 # cores
                 else:
-                    yield finish(latents, ready, row, began)
+                    with pipe.exclusive(clip.request.plan):
+                        row = finish(clip, latents, ready, began)
+                    yield row
         if pending is not None:
             yield pending.result()
 
 
-def _encoded(
-    pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]], job: Job
-) -> list[dict[str, Tensor] | Exception]:
-    """Embeddings of items, encoded together; one by one where that fails, so that one prompt fails
-    alone."""
-    try:
-        return [*_encode(pipe, part, job)]
-    except Exception:
-        outcomes: list[dict[str, Tensor] | Exception] = []
-        for one in part:
-            try:
-                outcomes += _encode(pipe, [one], job)
-            except Exception as error:
-                outcomes.append(error)
-        return outcomes
+def _encoded(pipe: NexusPipeline, part: list[Clip]) -> list[Conditioning | Exception]:
+    """What the generators read of each clip: encoded together where the settings of encoding are
+    equal, and one by one where that fails, so that one prompt fails alone."""
+    outcomes: dict[int, Conditioning | Exception] = {}
+    groups: dict[tuple, list[int]] = {}
+    for i, clip in enumerate(part):
+        try:
+            groups.setdefault(_encoding(pipe, clip.request), []).append(i)
+        except InputError as error:  # the memory budget does not hold the clip
+            outcomes[i] = error
+    for places in groups.values():
+        try:
+            made = _encode(pipe, [part[i] for i in places])
+            outcomes |= dict(zip(places, made, strict=True))
+        except Exception:
+            for i in places:
+                try:
+                    outcomes[i] = _encode(pipe, [part[i]])[0]
+                except Exception as error:
+                    outcomes[i] = error
+    return [outcomes[i] for i in range(len(part))]
 
 
-def _encode(
-    pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]], job: Job
-) -> list[dict[str, Tensor]]:
-    prompts = [item.prompt for item, _ in part]
-    negatives = (
-        [item.negative or "" for item, _ in part]
-        if any(item.negative for item, _ in part)
-        else None
+def _encoding(pipe: NexusPipeline, request: GenerationRequest) -> tuple:
+    """What `encode` reads of a request besides its prompts: equal for those that are encoded
+    together. A text instead of the prompt may be another for each."""
+    source = rewriter_of(pipe.components, request)
+    return (
+        request.plan.generators,
+        request.size.frames == 1,
+        request.settings.max_sequence_length,
+        pipe.components.tight(request, 1),
+        "text" if _own_text(source) else id(source) if callable(source) else source,
     )
-    texts, negative_texts = pipe.encode_prompt(prompts, negatives)
-    second = _rewrite(pipe, part, job)
-    encoded = []
-    for i, (_, own) in enumerate(part):
-        text, none = texts[i : i + 1], negative_texts[i : i + 1]
-        embeds = {"prompt_embeds": text, "negative_prompt_embeds": none}
-        if (rewritten := second[i]) is not None:
-            own["rewritten"] = rewritten
-            assert pipe.text is not None  # `encode_prompt` has used it
-            embeds["prompt_embeds_2"] = pipe.text.encode([rewritten], text.shape[1])
-        if pipe.context is not None and "small" in pipe.engines:
-            contexts = pipe.encode_context(prompts[i], text, none, single_frame=own["frames"] == 1)
-            embeds |= dict(
-                zip(("context_embeds", "negative_context_embeds"), contexts, strict=True)
-            )
-        encoded.append(embeds)
-    return encoded
 
 
-def _rewrite(
-    pipe: NexusPipeline, part: list[tuple[Item, dict[str, Any]]], job: Job
-) -> list[str | None]:
-    """What the large generator reads of each item, None for its prompt."""
-    options = job.options
-    rewrite, timeout = options.get("rewrite"), options.get("rewrite_timeout") or TIMEOUT
-    texts = [item.rewrite for item, _ in part]
-    todo = [i for i, (_, own) in enumerate(part) if texts[i] is None and "rewrite" in own]
-    if todo:
-        made = pipe.rewrite([part[i][0].prompt for i in todo], rewrite, timeout * len(todo))
-        for place, i in enumerate(todo if made else ()):
-            assert made is not None
-            texts[i] = made.texts[place]
-            if place in made.failures:
-                part[i][1]["rewrite_failure"] = made.failures[place]
-    return texts
+def _own_text(source: Any) -> bool:
+    """Whether a call rewrites by a text of its own."""
+    return source is not None and source != "auto" and not callable(source)
 
 
-def _denoise(
-    pipe: NexusPipeline, own: dict[str, Any], embeds: dict[str, Tensor], job: Job
-) -> Tensor:
-    options = {**job.options, **clip_size(own).options, **embeds, "rewrite": None}
-    seed = torch.Generator("cpu").manual_seed(own["seed"])
-    return pipe(generator=seed, output_type="latent", **options).frames
+def _encode(pipe: NexusPipeline, clips: list[Clip]) -> list[Conditioning]:
+    """What the generators read of clips of equal settings of encoding; rows get what was rewritten.
+
+    The time for rewriting is a prompt's.
+    """
+    several, first = [clip.prompts for clip in clips], clips[0].request
+    texts = [text for one in several for text in one.texts or ()]
+    negatives = [one.negatives[0] if one.negatives else "" for one in several]
+    prompts = replace(several[0], texts=texts, negatives=negatives if any(negatives) else None)
+    call = first.settings.for_prompts(len(clips))
+    sources = [rewriter_of(pipe.components, clip.request) for clip in clips]
+    if _own_text(sources[0]):
+        call = call.replace(rewrite=[s if isinstance(s, str) else s[0] for s in sources])
+    with pipe.exclusive(first.plan):
+        encoded = encode(pipe.components, replace(first, settings=call), prompts, together=1)
+    if (made := encoded.rewriting) is not None:
+        for i, clip in enumerate(clips):
+            clip.row["settings"]["rewritten"] = made.texts[i]
+            if i in made.failures:
+                clip.row["settings"]["rewrite_failure"] = made.failures[i]
+    return [encoded.rows(i, i + 1) for i in range(len(clips))]
 
 
-def decodes_beside(pipe: NexusPipeline, own: dict[str, Any]) -> bool:
+def _denoise(pipe: NexusPipeline, clip: Clip, conditioning: Conditioning) -> Tensor:
+    """A clip's clean latents."""
+    seed = torch.Generator("cpu").manual_seed(clip.row["settings"]["seed"])
+    with pipe.exclusive(clip.request.plan) as hooks:
+        noise = draw_noise(pipe.components, clip.request.size, 1, seed)
+        hooks = replace(hooks, noise_rng=seed)
+        return denoise(pipe.components, clip.request, conditioning, noise, hooks)
+
+
+def decodes_beside(pipe: NexusPipeline, size: ClipSize) -> bool:
     """Whether a clip is decoded and written while the next is denoised.
 
     On a GPU, where the decoder's working memory is free; on a CPU, where each of the two has cores
@@ -520,7 +459,7 @@ def decodes_beside(pipe: NexusPipeline, own: dict[str, Any]) -> bool:
         return 2 * torch.get_num_threads() <= (os.cpu_count() or 1)
     unused = torch.cuda.memory_reserved(pipe.device) - torch.cuda.memory_allocated(pipe.device)
     free = torch.cuda.mem_get_info(pipe.device)[0] + unused
-    return free >= pipe.vae.working_bytes(clip_size(own))
+    return free >= pipe.vae.working_bytes(size)
 
 
 @contextlib.contextmanager
@@ -539,25 +478,23 @@ def _after(ready: torch.cuda.Event | None, latents: Tensor) -> Iterator[None]:
 def _write(
     pipe: NexusPipeline,
     job: Job,
+    clip: Clip,
     latents: Tensor,
     ready: torch.cuda.Event | None,
-    row: dict[str, Any],
     began: float,
 ) -> dict[str, Any]:
-    decoded = False
+    """Decode a clip and write its file; the row that it ends with."""
+    decoded, row, request = False, clip.row, clip.request
     try:
         with _after(ready, latents):
-            frames = pipe.decode(latents, "np", rescue=job.folder)
+            frames = decode(pipe.components, request, latents, rescue=job.folder)
         decoded = True
         s = row["settings"]
-        made = made_with(s["prompt"], s["negative"], s["seed"], s["plan"], job.options, job.models)
-        save_video(
-            frames[0],
-            job.folder / row["file"],
-            job.fps,
-            made,
-            truncate=job.options.get("as_published", False),
+        made = made_with(
+            s["prompt"], s["negative"], s["seed"], s["plan"], options(request), job.models
         )
+        path = job.folder / row["file"]
+        save_video(frames[0], path, job.fps, made, truncate=request.published)
     except Exception as error:
         # what was denoised is not lost to a full disk
         if decoded and (kept := rescue_latents(latents, job.folder)) is not None:
@@ -572,5 +509,6 @@ def _write(
 
 
 def _failed(row: dict[str, Any], error: Exception) -> dict[str, Any]:
+    """The row of a clip that was not made."""
     message = str(error) if isinstance(error, NexusError) else f"{type(error).__name__}: {error}"
     return {**row, "status": "failed", "error": message, "seconds": 0.0, "when": time.time()}

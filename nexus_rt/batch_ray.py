@@ -14,8 +14,10 @@ import math
 import os
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
+
+import msgspec
 
 from nexus_rt.batch import TOGETHER, Job, open_folder, work
 from nexus_rt.errors import InputError
@@ -38,16 +40,12 @@ class Worker:
         self.log = job.folder / f"results.{uuid.uuid4().hex[:12]}.jsonl"
 
     def __call__(self, share: dict[str, Any]) -> dict[str, list[str]]:
-        items = [_item(json.loads(text)) for text in share["item"]]
+        items = [Item(**json.loads(text)) for text in share["item"]]
         columns: dict[str, list[str]] = {"kind": [], "id": [], "line": []}
         for kind, name, line in work(self.pipe, items, self.job, self.log, self.attempts):
             for column, value in zip(columns.values(), (kind, name, line), strict=True):
                 column.append(value)
         return columns
-
-
-def _item(row: dict[str, Any]) -> Item:
-    return Item(**{**row, "size": tuple(row["size"]) if row["size"] else None})
 
 
 def run_on_ray(
@@ -79,9 +77,15 @@ def run_on_ray(
         import ray
         import ray.data
     except ImportError as error:
-        raise InputError(f"--ray needs Ray Data ({error}); pip install 'nexus-rt[ray]'.") from error
+        raise InputError(
+            f"--ray needs Ray Data ({error}); pip install 'nexus-rt[ray]'.",
+            code="missing_package",
+            param="ray",
+        ) from error
     if workers is not None and workers < 1:
-        raise InputError(f"--workers is {workers}; expected at least 1.")
+        raise InputError(
+            f"--workers is {workers}; expected at least 1.", code="out_of_range", param="workers"
+        )
     job = replace(job, folder=job.folder.resolve())
     started = not ray.is_initialized()
     if started:
@@ -94,7 +98,10 @@ def run_on_ray(
         if count > int(resources.get("GPU" if gpus else "CPU", 0)):
             unit = f"{gpus} GPUs" if gpus else f"{int(resources.get('CPU', 0))} CPUs"
             raise InputError(
-                f"--workers is {count}, and the cluster has {unit}; ask for fewer, or add machines."
+                f"--workers is {count}, and the cluster has {unit}; ask for fewer, or add"
+                " machines.",
+                code="out_of_range",
+                param="workers",
             )
         with open_folder(job):
             return _share_out(
@@ -119,7 +126,7 @@ def _share_out(
     say: Callable[[str], None],
 ) -> dict[str, int]:
     size = max(1, min(TOGETHER, math.ceil(len(items) / (SHARES * count))))
-    rows = [{"item": json.dumps(asdict(item))} for item in items]
+    rows = [{"item": json.dumps(msgspec.to_builtins(item))} for item in items]
     data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     shares = data.from_items(rows, override_num_blocks=math.ceil(len(rows) / size)).map_batches(

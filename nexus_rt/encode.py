@@ -197,6 +197,7 @@ def encode(
     request: GenerationRequest,
     prompts: Prompts,
     on_stage: Callable[[str, Rewriting | None], None] = lambda stage, rewriting: None,
+    together: int | None = None,
 ) -> Conditioning:
     """Embeddings and contexts, one for each video: those given, the rest made of the prompts.
 
@@ -205,12 +206,13 @@ def encode(
     Args:
         on_stage: called with "encoded", "rewriting", "rewritten" and "understood" as the stages
             end or (rewriting) begin; may raise `Cancelled`.
+        together: videos that are denoised at a time; by default all.
 
     Raises:
         ModelError: an encoder that is needed is not loaded.
     """
     every = request.settings.num_videos_per_prompt
-    if tight := components.tight(request, len(prompts) * every):
+    if tight := components.tight(request, together or len(prompts) * every):
         components.unload_engines()
     embeds, rewriting = dict(prompts.embeds), None
     if prompts.texts is not None:

@@ -6,46 +6,47 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nexus_rt import documents
-from nexus_rt.errors import InputError, shorten, shown
-from nexus_rt.limits import MAX_FRAMES
+from nexus_rt import documents, settings
+from nexus_rt.errors import InputError, NexusError, shorten, shown
+from nexus_rt.fields import LIST, Field
+from nexus_rt.limits import MAX_SEED
 from nexus_rt.paths import as_path
-from nexus_rt.size import ClipSize, parse_sides
+from nexus_rt.plan_text import check_plan
+from nexus_rt.size import parse_sides
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
-FIELDS: dict[str, type | tuple[type, ...]] = {
+OWN: dict[str, type | tuple[type, ...]] = {  # an entry's fields that are no settings
     "prompt": str,
     "id": (str, int),
     "seed": int,
     "size": str,
-    "frames": int,
     "negative": str,
-    "rewrite": str,
 }
 
 
 @dataclass(frozen=True)
 class Item:
-    """One clip to make. seed, size (width, height), frames and rewrite (the large generator's text)
-    None: the run's own."""
+    """One clip to make.
+
+    seed None: the run's. settings: of a call, under its names, that go before the run's.
+    """
 
     id: str
     prompt: str
     seed: int | None = None
-    size: tuple[int, int] | None = None
-    frames: int | None = None
     negative: str | None = None
-    rewrite: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def clip_size(self, run: ClipSize) -> ClipSize:
-        """The clip's size, from the run's where it has none of its own."""
-        width, height = self.size or run[:2]
-        return ClipSize(width, height, self.frames or run.frames)
+
+def list_settings() -> dict[str, Field]:
+    """The settings that an entry may have, by the names that it has them under."""
+    return {f.flag: f for f in settings.fields(LIST).values()}
 
 
 def read_prompts(path: str | Path) -> list[Item]:
@@ -54,9 +55,9 @@ def read_prompts(path: str | Path) -> list[Item]:
     A `.txt` file has a prompt a line (empty lines and those that begin with # are left out) and
     names them by their place; `.json` is an array of objects (or of strings), or VR-Bench's object
     of categories; `.jsonl` an object a line. A folder is read as all its `.json` files. An object's
-    fields are prompt, and if wanted id, seed, size ("832x480"), frames, negative, rewrite (the
-    large generator's text). A text of an item that is no Unicode (half a surrogate pair) is the
-    item's own failure when it is made.
+    fields are prompt, and if wanted id, seed, size ("832x480"), negative, and settings of a call
+    under the names of the command line's options (`list_settings`). A text of an item that is no
+    Unicode (half a surrogate pair) is the item's own failure when it is made.
 
     Raises:
         InputError: no such file, one that breaks this (with the place and what was expected), no
@@ -168,17 +169,17 @@ def category_prompts(document: Any, where: str) -> list[tuple[dict[str, Any], st
             raise InputError(
                 f"{place} is a {type(row).__name__}; expected an object.", code="invalid_type"
             )
-        for field in ("id", "prompt_en"):
-            value = row.get(field)
+        for name in ("id", "prompt_en"):
+            value = row.get(name)
             if (
                 isinstance(value, bool)
                 or not isinstance(value, (str, int))
                 or not str(value).strip()
             ):
                 raise InputError(
-                    f"{place}.{field} is {shown(value)}; expected text.",
+                    f"{place}.{name} is {shown(value)}; expected text.",
                     code="missing" if value is None or isinstance(value, str) else "invalid_type",
-                    param=field,
+                    param=name,
                 )
         placed.append((row, place))
     return _mended(placed, where)
@@ -244,70 +245,86 @@ def check_name(value: Any, where: str) -> str:
 
 
 def _item(row: Any, where: str, index: int) -> Item:
+    """An item of a list's entry; where: its place, for errors."""
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, dict):
         raise InputError(
             f"{where} is a {type(row).__name__}; expected an object with a prompt.",
             code="invalid_type",
         )
-    for field, kind in FIELDS.items():
-        value = row.get(field)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            wanted = (
-                "text"
-                if kind is str
-                else "a whole number"
-                if kind is int
-                else "text or a whole number"
-            )
-            raise InputError(
-                f"{where}.{field} is {shown(value)}; expected {wanted}.",
-                code="invalid_type",
-                param=field,
-            )
-    if unknown := sorted(set(row) - set(FIELDS)):
+    known = list_settings()
+    if unknown := sorted(set(row) - set(OWN) - set(known)):
         raise InputError(
-            f"{where} sets an unknown {shown(unknown[0])}; expected {', '.join(FIELDS)}.",
+            f"{where} sets an unknown {shown(unknown[0])}; expected {', '.join((*OWN, *known))}.",
             code="unknown_name",
             param=shorten(unknown[0], 80),
         )
-    if row.get("rewrite") is not None and not row["rewrite"].strip():
-        raise InputError(
-            f"{where}.rewrite is empty; expected text, or none of it.",
-            code="missing",
-            param="rewrite",
-        )
-    if not str(row.get("prompt") or "").strip():
+    row = {name: value for name, value in row.items() if value is not None}
+    for name, kind in OWN.items():
+        _check_type(row.get(name), kind, name, where)
+    if not row.get("prompt", "").strip():
         raise InputError(
             f"{where}.prompt is {shown(row.get('prompt'))}; expected text.",
             code="missing",
             param="prompt",
         )
+    if not -1 <= row.get("seed", 0) <= MAX_SEED:
+        raise InputError(
+            f"{where}.seed is {row['seed']}; expected -1 to {MAX_SEED}.",
+            code="out_of_range",
+            param="seed",
+        )
     name = check_name(row.get("id", f"{index:04}"), where)
-    for field, low, high in (("seed", -1, 2**64 - 1), ("frames", 1, MAX_FRAMES)):
-        if row.get(field) is not None and not low <= row[field] <= high:
-            raise InputError(
-                f"{where}.{field} is {row[field]}; expected {low} to {high}.",
-                code="out_of_range",
-                param=field,
-            )
-    size = None
-    if row.get("size") is not None:
-        try:
-            size = parse_sides(row["size"])
-            if not all(0 < side < 100_000 for side in size):
-                raise InputError("no side")
-        except InputError:
-            raise InputError(
-                f"{where}.size is {shown(row['size'])}; expected WIDTHxHEIGHT, such as 832x480.",
-                param="size",
-            ) from None
-    return Item(
-        name,
-        row["prompt"].strip(),
-        row.get("seed"),
-        size,
-        row.get("frames"),
-        row.get("negative"),
-        row.get("rewrite"),
+    own = _sides(row["size"], where) if "size" in row else {}
+    for flag, one in known.items():
+        if flag in row:
+            own[one.name] = _setting(one, row[flag], where)
+    return Item(name, row["prompt"].strip(), row.get("seed"), row.get("negative"), own)
+
+
+def _check_type(
+    value: Any, kind: type | tuple[type, ...], name: str, where: str, words: str | None = None
+) -> None:
+    """Raise an `InputError` unless a field is absent or of a type."""
+    if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
+        return
+    types = {str: "text", int: "a whole number", (str, int): "text or a whole number"}
+    raise InputError(
+        f"{where}.{name} is {shown(value)}; expected {words or types[kind]}.",
+        code="invalid_type",
+        param=name,
     )
+
+
+def _sides(text: str, where: str) -> dict[str, int]:
+    """The settings of an entry's size."""
+    known = settings.fields()
+    try:
+        sides = dict(zip(("width", "height"), parse_sides(text), strict=True))
+        return {name: known[name].checked(side) for name, side in sides.items()}
+    except InputError:
+        raise InputError(
+            f"{where}.size is {shown(text)}; expected WIDTHxHEIGHT, such as 832x480.",
+            param="size",
+        ) from None
+
+
+def _setting(known: Field, value: Any, where: str) -> Any:
+    """An entry's setting as a call takes it."""
+    if known.kind == "any":
+        _check_type(value, str, known.flag, where)
+        if not value.strip():
+            raise InputError(
+                f"{where}.{known.flag} is empty; expected text, or none of it.",
+                code="missing",
+                param=known.flag,
+            )
+    elif known.nested:
+        names = ", ".join(known.kind.__struct_fields__)
+        _check_type(value, dict, known.flag, where, f"an object of some of {names}")
+    try:
+        if known.name == "plan":
+            check_plan(value)
+        return replace(known, name=known.flag).checked(value)
+    except NexusError as error:
+        raise InputError(f"{where}: {error}", code=error.code, param=error.param) from None

@@ -273,6 +273,10 @@ class CallSettings(msgspec.Struct, frozen=True, kw_only=True):
         off = isinstance(self.rewrite, str) and self.rewrite == "off"
         return self.rewrite is not None and not off
 
+    def for_prompts(self, count: int) -> Self:
+        """The settings of a call of several prompts, where the time for rewriting is a prompt's."""
+        return self.replace(rewrite_timeout=min(MAX_TIMEOUT, count * self.rewrite_timeout))
+
     def replace(self, **changes: Any) -> Self:
         """The same with other values."""
         return msgspec.structs.replace(self, **changes)
