@@ -23,7 +23,7 @@ from nexus_rt.kernels.solver_step import solver_step
 from nexus_rt.loading.checkpoint import KEEP_FP32
 from nexus_rt.models.wan import WanConfig, WanTransformer
 
-from nexus_rt.upfb import split_filter
+from nexus_rt.method.filters import (split_filter)
 
 assert not INTERPRETED
 with torch.device("meta"):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SNIPPET = """
 from nexus_rt.bench.tables import headline
 from nexus_rt.export.contract import rename
-from nexus_rt.guidance import Guidance
+from nexus_rt.method.guidance import (Guidance)
 from nexus_rt.kernels.modulate import launch_config
 reveal_type(headline)
 reveal_type(rename)

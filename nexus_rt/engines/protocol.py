@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from nexus_rt.models.text import MAX_SEQUENCE_LENGTH as PROMPT_TOKENS
+from nexus_rt.limits import MAX_SEQUENCE_LENGTH as PROMPT_TOKENS
 from nexus_rt.size import BuiltSizes
 
 
