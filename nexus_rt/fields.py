@@ -7,6 +7,7 @@ their values are checked here, so that an error names the setting and what was e
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from nexus_rt.checks import instance, number, switch, whole
 from nexus_rt.errors import InputError, choose, shown
 from nexus_rt.limits import MAX_STEPS
 
-# Where a field can be set, besides Python: options of every command that takes a plan, of those that
-# rewrite prompts, of `generate` alone; prompt lists; requests of the server.
+# Where a field can be set, besides Python: options of every command that takes a plan, of those
+# that rewrite prompts, of `generate` alone; prompt lists; requests of the server.
 CLI, REWRITING, GENERATE = "cli", "rewriting", "generate"
 LIST, SERVER = "list", "server"
 FRONTS = (CLI, LIST, SERVER)
@@ -132,7 +133,8 @@ class Field:
 
     def _numbers(self, value: Any) -> tuple[float, ...]:
         try:
-            numbers = [float(t) for t in islice(value, MAX_STEPS + 1)]
+            items = islice(value, MAX_STEPS + 1)
+            numbers = [number(self.name, item, -math.inf, math.inf) for item in items]
         except Exception:  # no list, or what its items raise
             numbers = []
         if not numbers or isinstance(value, (str, bytes)):

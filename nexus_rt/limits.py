@@ -24,8 +24,6 @@ REWRITE_TIMEOUT = 60.0  # seconds for all prompts of a call
 GENERATORS = ("small", "large")
 ENERGIES = ("none", "reference", "progressive")  # the kernels know a rule by its place
 SOLVERS = ("unipc", "euler", "lcm")
-SPLITS = ("gaussian", "fft", "dct")
-LOWPASSES = ("gaussian", "butterworth", "ideal")
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 
 Scale = float | tuple[float, float]  # a guidance scale, or one for each of two experts
