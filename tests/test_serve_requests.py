@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nexus_rt import settings as call_settings
 from nexus_rt.fields import SERVER, described
 from nexus_rt.method.blend_config import BlendConfig
+from nexus_rt.serve.forms import from_form
 from nexus_rt.serve.problems import Problem
 from nexus_rt.serve.requests import (
     INPUTS,
@@ -18,7 +19,6 @@ from nexus_rt.serve.requests import (
     ClipRequest,
     RequestLimits,
     field_names,
-    from_form,
     read_create,
     read_remix,
 )

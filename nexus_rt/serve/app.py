@@ -23,8 +23,9 @@ from nexus_rt.serve.bodies import read_body
 from nexus_rt.serve.connections import bearer
 from nexus_rt.serve.dispatcher import FILES, Dispatcher
 from nexus_rt.serve.events import sse
+from nexus_rt.serve.forms import from_form
 from nexus_rt.serve.problems import Problem, no_video, unknown_parameter, wrong
-from nexus_rt.serve.requests import ClipRequest, RequestLimits, from_form, read_create, read_remix
+from nexus_rt.serve.requests import ClipRequest, RequestLimits, read_create, read_remix
 from nexus_rt.serve.settings import is_loopback
 from nexus_rt.serve.store import JOB_ID, Job
 

@@ -10,8 +10,9 @@ from starlette.requests import ClientDisconnect, Request
 
 from nexus_rt import documents
 from nexus_rt.errors import InputError
+from nexus_rt.serve.forms import from_form
 from nexus_rt.serve.problems import Problem
-from nexus_rt.serve.requests import INPUTS, from_form, no_input
+from nexus_rt.serve.requests import INPUTS, no_input
 
 SECONDS = 60.0  # that a body may take to come
 DRAINED = 64 * 2**20  # bytes that are read and dropped, so that a client hears why

@@ -2,12 +2,11 @@
 
 The fields of OpenAI's API, the server's own, and the settings of a call that a server takes
 (`nexus_rt.settings`); whatever else is sent is refused by name. A form's texts become the types of
-JSON first, so that both are checked alike.
+JSON first (`nexus_rt.serve.forms`), so that both are checked alike.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import secrets
@@ -20,7 +19,7 @@ import msgspec
 
 from nexus_rt import settings
 from nexus_rt.checks import number, whole
-from nexus_rt.errors import InputError, shorten, shown
+from nexus_rt.errors import InputError, shown
 from nexus_rt.fields import SERVER, Field
 from nexus_rt.limits import MAX_SEED, MAX_STEPS
 from nexus_rt.request import PairProfile
@@ -30,7 +29,6 @@ from nexus_rt.size import ClipSize, parse_sides
 from nexus_rt.video import frame_rate
 
 MAX_PROMPT = 32_000  # characters, OpenAI's limit
-MAX_DIGITS = 40  # characters of a number in a form
 MAX_NUMBER = 1e9  # of a number in a body, either sign, before the range of its field is looked at
 PRIORITIES = (-10, 10)
 OWN = {  # the server's own fields, and what a form's text becomes
@@ -107,55 +105,6 @@ class ClipRequest:
     def batch_key(self) -> str:
         """Requests of the same key can be denoised together."""
         return repr((sorted(self.call.items()), self.loras))
-
-
-def from_form(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A form's fields as JSON would have them; "lora" and "lora[]" may come again.
-
-    Raises:
-        Problem: a file, or a field that comes twice.
-    """
-    body: dict[str, Any] = {}
-    for field, value in fields:
-        key = re.sub(r"\[\d*\]$", "", field)
-        name = shorten(key, 80)
-        if not isinstance(value, str):
-            if key in INPUTS:
-                raise no_input(key)
-            raise wrong(name, f"{name} is a file; expected text.")
-        if key == "lora":
-            body.setdefault("lora", []).append(value)
-            continue
-        if key in body:
-            raise wrong(name, f"{name} was sent twice; send it once.")
-        body[key] = _typed(key, value)
-    return body
-
-
-def _typed(name: str, text: str) -> Any:
-    """A form's text as JSON would have it, or as it is for the checks to refuse."""
-    field = settings.fields(SERVER).get(name)
-    kind = OWN.get(name, str) if field is None else field.kind
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}.get(text.lower(), text)
-        if kind in (int, float):
-            return kind(_digits(text))
-        if kind in ("scale", "numbers") and text.count(",") <= MAX_STEPS:
-            numbers = [float(_digits(part)) for part in text.split(",")]
-            return numbers[0] if kind == "scale" and len(numbers) == 1 else numbers
-        if field is not None and field.nested:
-            return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    return text
-
-
-def _digits(text: str) -> str:
-    """A text that is short enough to be a number; Python takes long over a million digits."""
-    if len(text) > MAX_DIGITS:
-        raise ValueError("longer than a number")
-    return text
 
 
 def no_input(param: str) -> Problem:
@@ -292,9 +241,11 @@ def _setting(field: Field, value: Any, max_steps: int) -> Any:
         value = _text({name: value}, name)
     elif field.kind is int:
         value = _checked(name, whole, name, value, -1, MAX_SEED)
-    elif field.kind == "numbers" or (field.kind == "scale" and isinstance(value, list)):
+    elif field.kind == "numbers":
         check_steps(name, len(value) if isinstance(value, list) else 0, max_steps)
         value = _numbers(name, value)
+    elif field.kind == "scale" and isinstance(value, list):
+        value = _numbers(name, value) if len(value) == 2 else value  # `checked` refuses others
     elif field.kind in (float, "scale"):
         value = _number(name, value)
     elif field.nested and not isinstance(value, dict):

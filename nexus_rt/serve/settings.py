@@ -11,8 +11,8 @@ from pathlib import Path
 
 from nexus_rt.checks import number, whole
 from nexus_rt.errors import InputError, shown
+from nexus_rt.limits import MAX_STEPS
 from nexus_rt.memory.residency import parse_bytes
-from nexus_rt.request import MAX_STEPS
 from nexus_rt.size import ClipSize
 from nexus_rt.video import frame_rate
 
