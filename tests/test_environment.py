@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from nexus_rt import InputError, ModelError, NexusError, NexusPipeline, save_video
+from nexus_rt import InputError, ModelError, NexusPipeline, save_video
 from nexus_rt.cache import cache_root
 from nexus_rt.checks import number, whole
 from nexus_rt.cli import COMMANDS, main
@@ -25,6 +25,7 @@ from nexus_rt.progress import progress_bar
 from nexus_rt.shards import write_shards
 from nexus_rt.tracing import record
 from nexus_rt.video import read_frames
+from tests.refusals import refuses
 
 PROMPT = "a red circle moves left"
 
@@ -56,8 +57,9 @@ def test_somebody_elses_cache_is_not_read(nobody, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "other").mkdir()
     (tmp_path / f"nexus_rt-cache-{os.getuid()}").symlink_to(tmp_path / "other")
-    with pytest.raises(InputError, match=r"is somebody else's; set NEXUS_RT_CACHE"):
+    with refuses("not_writable", kind=InputError) as caught:
         cache_root()
+    assert "NEXUS_RT_CACHE" in str(caught.value)
 
 
 @pytest.mark.parametrize("xdg", ["", "relative/folder", None])
@@ -79,19 +81,19 @@ def test_a_call_needs_no_home_and_no_cache(nobody, tiny_pair, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "value, words",
+    "value, code",
     [
-        ("~nobody-of-this-name/x", "there is no home folder for its '~'"),
-        ("a" * 300, "cannot be used .File name too long"),
-        ("x\0y", "cannot be used .embedded null"),
-        ("\ud800", "cannot be used"),
-        (7, "is 7; expected a path"),
-        (b"x", "expected a path"),
-        (None, "is None; expected a path"),
+        ("~nobody-of-this-name/x", "not_found"),
+        ("a" * 300, "invalid_value"),
+        ("x\0y", "invalid_value"),
+        ("\ud800", "invalid_value"),
+        (7, "invalid_type"),
+        (b"x", "invalid_type"),
+        (None, "invalid_type"),
     ],
 )
-def test_what_is_no_path(value, words):
-    with pytest.raises(InputError, match=words):
+def test_what_is_no_path(value, code):
+    with refuses(code, "--output", InputError):
         as_path("--output", value)
 
 
@@ -106,11 +108,11 @@ def test_a_home_is_expanded(monkeypatch, tmp_path):
 def test_devices_that_cannot_be(name, tiny_pair):
     if torch.cuda.is_available() and name == "cuda":
         pytest.skip("a GPU is here")
-    with pytest.raises(InputError, match="cannot be used here"):
+    with refuses("not_found", "device", InputError):
         as_device("device", name)
-    with pytest.raises(InputError, match="cannot be used here"):
+    with refuses("not_found", "device", InputError):
         NexusPipeline.from_pretrained(tiny_pair, device=name)
-    with pytest.raises(InputError, match="cannot be used here"):
+    with refuses("not_found", "device", InputError):
         NexusPipeline.from_engines(tiny_pair, device=name)
 
 
@@ -120,25 +122,27 @@ def test_devices_that_are_there():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "auto", torch.int8, torch.complex64, torch.bool, 16])
 def test_dtypes_that_cannot_be(dtype, tiny_pair):
-    with pytest.raises(InputError, match=r"torch_dtype is .*such as torch.bfloat16"):
+    code = "unsupported" if isinstance(dtype, torch.dtype) else "invalid_type"
+    with refuses(code, "torch_dtype", InputError):
         as_dtype("torch_dtype", dtype)
-    with pytest.raises(InputError, match="torch_dtype is"):
+    with refuses(code, "torch_dtype", InputError):
         NexusPipeline.from_pretrained(tiny_pair, torch_dtype=dtype)
 
 
 def test_numbers_of_another_kind_are_refused_in_words_that_fit():
-    for value, low, words in (
-        (17.0, 1, "n is 17.0; expected a whole number, such as 17."),
-        (17.5, 1, "n is 17.5; expected a whole number of at least 1."),
-        ("x", -5, "n is 'x'; expected a whole number."),
-        (10**5000, 1, "n is a whole number of"),
-        (True, 0, "n is True; expected a whole number of at least 0."),
+    for value, low, code, words in (
+        (17.0, 1, "invalid_type", "n is 17.0; expected a whole number, such as 17."),
+        (17.5, 1, "invalid_type", "n is 17.5; expected a whole number of at least 1."),
+        ("x", -5, "invalid_type", "n is 'x'; expected a whole number."),
+        (10**5000, 1, "out_of_range", "n is a whole number of"),
+        (True, 0, "invalid_type", "n is True; expected a whole number of at least 0."),
     ):
-        with pytest.raises(InputError) as caught:
+        with refuses(code, "n", InputError) as caught:
             whole("n", value, low, 100)
         assert str(caught.value).startswith(words)
     for value in (None, "1", True, float("nan"), [1.0], 1j):
-        with pytest.raises(InputError, match="x is .*; expected a number"):
+        code = "out_of_range" if isinstance(value, float) else "invalid_type"
+        with refuses(code, "x", InputError):
             number("x", value, 0, 1)
 
 
@@ -304,13 +308,15 @@ def test_what_cannot_be_written_is_named_with_what_to_do():
 
 def test_folders_are_tried_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file cannot be written \(File exists\); choose"):
+    with refuses("not_writable", kind=InputError) as caught:
         check_folder(tmp_path / "file", "choose another")
-    with pytest.raises(InputError, match="cannot be written .Not a directory"):
+    assert "File exists" in str(caught.value) and "choose another" in str(caught.value)
+    with refuses("not_writable", kind=InputError) as caught:
         check_folder(tmp_path / "file" / "x", "choose another")
+    assert "Not a directory" in str(caught.value)
     check_folder(tmp_path / "new" / "folder", "choose another")
     assert os.listdir(tmp_path / "new" / "folder") == []
-    with pytest.raises(InputError, match="does not exist"):
+    with refuses("not_found", "output", InputError):
         check_outputs(str(tmp_path / "none" / "a.json"))
 
 
@@ -325,8 +331,9 @@ def test_converted_weights_on_a_full_disk(tmp_path, monkeypatch):
         raise SafetensorError("Error while serializing: No space left on device (os error 28)")
 
     monkeypatch.setattr("safetensors.torch.save_file", serialise)
-    with pytest.raises(ModelError, match="No space left on device .*free some space"):
+    with refuses("not_writable", kind=ModelError) as caught:
         write_shards(tmp_path, "model", [("a", torch.zeros(2))])
+    assert "No space left on device" in str(caught.value)
 
 
 def test_a_trace_on_a_full_disk(tmp_path, monkeypatch):
@@ -334,8 +341,9 @@ def test_a_trace_on_a_full_disk(tmp_path, monkeypatch):
         pass
     assert json.loads(trace.save(tmp_path / "a.json").read_text())["traceEvents"] == []
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(InputError, match="No space left"):
+    with refuses("not_writable", "path", InputError) as caught:
         trace.save(tmp_path / "b.json")
+    assert "No space left" in str(caught.value)
 
 
 def test_latents_are_kept_where_the_clip_cannot_be(tiny_pair, tmp_path, monkeypatch, capsys):
@@ -409,13 +417,15 @@ def test_a_frame_that_cannot_be_encoded_is_an_error_of_ours(tmp_path, monkeypatc
         raise LookupError("no encoder libx264")
 
     monkeypatch.setattr("nexus_rt.video._mp4", refuse)
-    with pytest.raises(NexusError, match="could not be encoded .no encoder libx264"):
+    with refuses("failed") as caught:
         save_video(np.zeros((1, 16, 16, 3), np.uint8), tmp_path / "a.mp4")
+    assert "no encoder libx264" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("metadata", [{"x": object()}, {"x": "\ud800"}, {(1, 2): 3}, [1], "text"])
 def test_metadata_that_no_file_can_keep(tmp_path, metadata):
-    with pytest.raises(InputError, match="metadata"):
+    code = "invalid_value" if isinstance(metadata, dict) else "invalid_type"
+    with refuses(code, "metadata", InputError):
         save_video(np.zeros((1, 16, 16, 3), np.uint8), tmp_path / "a.mp4", metadata=metadata)
     assert not list(tmp_path.iterdir())
