@@ -16,7 +16,7 @@ from nexus_rt.plan_text import parse_plan, scaled, with_own_steps, with_shifts
 from nexus_rt.plan_words import SCHEDULE, base_name, has_clocks, has_schedule, real, split_words
 from nexus_rt.settings import GUIDANCE_SETTINGS, CallSettings, Defaults
 from nexus_rt.size import BuiltSizes, ClipSize
-from nexus_rt.solver import TimeGrid, listed_grid, time_grid
+from nexus_rt.solver import TimeGrid, check_solver, listed_grid, time_grid
 
 BLEND = BlendConfig()  # the published split
 SOLVER = "unipc"  # Wan's, where neither the call nor the pair names one
@@ -89,9 +89,11 @@ def check_request(request: GenerationRequest, pair: PairProfile) -> None:
 
     Raises:
         InputError: a size that the models do not make or engines were not built for, a generator
-            that is not loaded, two scales for one transformer, or a rewrite that nothing reads.
+            that is not loaded, a schedule that the solver cannot walk, two scales for one
+            transformer, or a rewrite that nothing reads.
     """
     check_size(request.size, pair)
+    check_solver(request.solver, request.plan.grid)
     plan, settings = request.plan, request.settings
     if absent := [g for g in plan.generators if g not in pair.generators]:
         raise InputError(

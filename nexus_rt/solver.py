@@ -293,6 +293,17 @@ def _phi(h: float) -> tuple[float, float, float]:
     return e1, p1, p1 / -h - 0.5
 
 
+def _check_start(grid: TimeGrid) -> None:
+    """Raise where UniPC would begin at pure noise."""
+    if grid.sigmas[0] >= 1:
+        raise InputError(
+            f"the schedule begins at timestep {grid.timesteps[0]:g}, pure noise, where UniPC has no"
+            " log-SNR; pass solver 'euler' or 'lcm', or begin at 999.",
+            code="conflict",
+            param="solver",
+        )
+
+
 def unipc_table(grid: TimeGrid) -> list[SolverStep]:
     """Coefficients of UniPC (arXiv 2302.04867), order 2, B(h) = e^h - 1 (`bh2`), predicting clean
     data, for flow matching.
@@ -301,13 +312,7 @@ def unipc_table(grid: TimeGrid) -> list[SolverStep]:
     (warm-up).
     """
     sigmas, n = grid.sigmas, len(grid)
-    if sigmas[0] >= 1:
-        raise InputError(
-            f"the schedule begins at timestep {grid.timesteps[0]:g}, pure noise, where UniPC has no"
-            " log-SNR; pass solver 'euler' or 'lcm', or begin at 999.",
-            code="conflict",
-            param="solver",
-        )
+    _check_start(grid)
     lam = [_log_snr(s) for s in sigmas]
     order = [min(2, i + 1, n - i) for i in range(n)]
     table = []
@@ -408,6 +413,15 @@ class Solver:
             len(c.predictor) - 1,
             keep,
         )
+
+
+def check_solver(name: str, grid: TimeGrid) -> None:
+    """Raise an `InputError` unless the solver, where a step has no other, can walk a grid."""
+    first = 0
+    for leg in grid.legs():
+        if grid.solver_at(first, name) == "unipc":
+            _check_start(leg)
+        first += len(leg)
 
 
 def make_solver(name: str, grid: TimeGrid, use_triton: bool = False) -> Solver:

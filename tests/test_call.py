@@ -38,6 +38,7 @@ def test_what_is_wrong_is_named_before_any_work(pipe):
         ({"guidance_scale": (3.0, 4.0)}, "unsupported", "guidance_scale"),
         ({"plan": "small", "rewrite": "a disk"}, "conflict", "rewrite"),
         ({"rewrite": ["a", "b"]}, "mismatch", "rewrite"),
+        ({"num_inference_steps": None, "timesteps": [1000, 500]}, "conflict", "solver"),
     ):
         with refuses(code, param):
             pipe(**{"prompt": "a red circle", **SHORT, **change})
