@@ -293,17 +293,6 @@ def _phi(h: float) -> tuple[float, float, float]:
     return e1, p1, p1 / -h - 0.5
 
 
-def _check_start(grid: TimeGrid) -> None:
-    """Raise where UniPC would begin at pure noise."""
-    if grid.sigmas[0] >= 1:
-        raise InputError(
-            f"the schedule begins at timestep {grid.timesteps[0]:g}, pure noise, where UniPC has no"
-            " log-SNR; pass solver 'euler' or 'lcm', or begin at 999.",
-            code="conflict",
-            param="solver",
-        )
-
-
 def unipc_table(grid: TimeGrid) -> list[SolverStep]:
     """Coefficients of UniPC (arXiv 2302.04867), order 2, B(h) = e^h - 1 (`bh2`), predicting clean
     data, for flow matching.
@@ -312,7 +301,6 @@ def unipc_table(grid: TimeGrid) -> list[SolverStep]:
     (warm-up).
     """
     sigmas, n = grid.sigmas, len(grid)
-    _check_start(grid)
     lam = [_log_snr(s) for s in sigmas]
     order = [min(2, i + 1, n - i) for i in range(n)]
     table = []
@@ -419,8 +407,13 @@ def check_solver(name: str, grid: TimeGrid) -> None:
     """Raise an `InputError` unless the solver, where a step has no other, can walk a grid."""
     first = 0
     for leg in grid.legs():
-        if grid.solver_at(first, name) == "unipc":
-            _check_start(leg)
+        if grid.solver_at(first, name) == "unipc" and leg.sigmas[0] >= 1:
+            raise InputError(
+                f"the schedule begins at timestep {leg.timesteps[0]:g}, pure noise, where UniPC has"
+                " no log-SNR; pass solver 'euler' or 'lcm', or begin at 999.",
+                code="conflict",
+                param="solver",
+            )
         first += len(leg)
 
 
@@ -428,6 +421,7 @@ def make_solver(name: str, grid: TimeGrid, use_triton: bool = False) -> Solver:
     """A fresh solver for one generation: "unipc", "euler", or "lcm" on a grid that re-noises (see
     `Plan.walked_by`)."""
     choose("solver", name, SOLVERS)
+    check_solver(name, grid)
     table: list[SolverStep] = []
     for leg in grid.legs():
         table += TABLES[grid.solver_at(len(table), name)](leg)
