@@ -199,7 +199,7 @@ def save_video(
     except Exception as error:  # FFmpeg's own have every base
         raise NexusError(
             f"{path} could not be encoded ({shorten(error)}); install av and pillow again, or write"
-            " another suffix.",
+            " another suffix."
         ) from error
     return path
 
