@@ -98,6 +98,16 @@ def test_a_new_field_reaches_the_call_and_the_clip_s_metadata(tiny_pair, tmp_pat
     assert not (tmp_path / "c.mp4").exists()
 
 
+def test_a_new_field_is_in_the_metadata_of_a_batch(tiny_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "CallSettings", Flickering)
+    (tmp_path / "list.txt").write_text(PROMPT)
+    line = ["batch", str(tmp_path / "list.txt"), "--pair", str(tiny_pair), "-o", str(tmp_path)]
+    assert main([*line, "--flicker", "0.05"]) == 0
+    assert read_metadata(tmp_path / "0000.mp4")["options"] == {"flicker": 0.05}
+    row = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
+    assert row["settings"]["options"] == {"flicker": "0.05"}
+
+
 # The pipeline's call
 
 
