@@ -8,19 +8,28 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
 
-from nexus_rt import InputError, batch
+from nexus_rt import BlendConfig, InputError, NexusError, batch, prompts
 from nexus_rt.batch import Job, run
+from nexus_rt.batch_log import same_clip
 from nexus_rt.cli import main
+from nexus_rt.encode import Prompts
+from nexus_rt.fields import LIST
 from nexus_rt.part_files import kernel
 from nexus_rt.prompts import Item, read_prompts
+from nexus_rt.settings import CallSettings, fields
 from nexus_rt.size import ClipSize
+from nexus_rt.video import read_frames, read_metadata, save_video
+from tests.refusals import refuses
 
 PROMPTS = ["a red circle", "a blue square moves left", "the panda"]
 QUICK = dict(height=32, width=48, num_frames=5, num_inference_steps=2, plan="small:1 large:1")
+SETTINGS = CallSettings(**QUICK)
+SIZE = ClipSize(48, 32, 5)
 
 
 def written(tmp_path, name, content):
@@ -33,7 +42,8 @@ def test_every_kind_of_list(tmp_path):
     text = written(tmp_path, "a.txt", "# shapes\na red circle\n\n  a blue square \n")
     assert read_prompts(text) == [Item("0000", "a red circle"), Item("0001", "a blue square")]
     rows = [{"prompt": "x", "id": 7, "seed": 3, "size": "64x32", "frames": 9, "negative": "y"}, "z"]
-    wanted = [Item("7", "x", 3, (64, 32), 9, "y"), Item("0001", "z")]
+    own = {"width": 64, "height": 32, "num_frames": 9}
+    wanted = [Item("7", "x", 3, "y", own), Item("0001", "z")]
     assert read_prompts(written(tmp_path, "a.json", rows)) == wanted
     lines = "\n".join(json.dumps(r) for r in rows) + "\n\n"
     assert read_prompts(written(tmp_path, "a.jsonl", lines)) == wanted
@@ -51,47 +61,106 @@ def test_every_kind_of_list(tmp_path):
     assert read_prompts(folder) == [Item("drf_1", "a train"), Item("car_1", "a dog")]
 
 
+def test_an_entry_has_any_setting_of_a_list_under_its_option(tmp_path):
+    values = {
+        "frames": (9, 9),
+        "steps": (4, 4),
+        "guidance": ([4, 3.5], (4.0, 3.5)),
+        "guidance_2": (2, 2.0),
+        "plan": ("handoff=0.5", "handoff=0.5"),
+        "shift": (3, 3.0),
+        "blend": ({"split": "dct", "rho_min": 0.2}, BlendConfig(split="dct", rho_min=0.2)),
+        "energy": ("progressive", "progressive"),
+        "gamma_w": (0.5, 0.5),
+        "solver": ("euler", "euler"),
+        "as_published": (True, True),
+        "rewrite": ("off", "off"),
+        "timesteps": ([1000, 500], (1000.0, 500.0)),
+        "small_steps": (5, 5),
+        "large_steps": (6, 6),
+    }
+    assert set(values) == set(prompts.list_settings()) == {f.flag for f in fields(LIST).values()}
+    row = {"prompt": "x", **{name: given for name, (given, _) in values.items()}}
+    (item,) = read_prompts(written(tmp_path, "a.json", [row]))
+    wanted = {prompts.list_settings()[name].name: kept for name, (_, kept) in values.items()}
+    assert item == Item("0000", "x", settings=wanted)
+    nothing = {"prompt": "x", **dict.fromkeys(values)}  # null is the run's own
+    assert read_prompts(written(tmp_path, "b.json", [nothing])) == [Item("0000", "x")]
+
+
 @pytest.mark.parametrize(
-    "name, content, words",
+    "name, content, code, param, place",
     [
-        ("a.json", "{", "a.json is not JSON"),
-        ("a.jsonl", '"x"\n{', "line 2 is not JSON"),
-        ("a.json", 3, "holds a int; expected an array of prompts"),
-        ("a.json", [], "holds no prompts"),
-        ("a.txt", "# nothing\n", "holds no prompts"),
-        ("a.csv", "x", "ends in .csv; expected .txt, .json or .jsonl"),
-        ("a.json", [{"id": "a"}], r"\[0\].prompt is None; expected text"),
-        ("a.json", [{"prompt": "x", "seed": "1"}], r"\[0\].seed is '1'; expected a whole number"),
-        ("a.json", [{"prompt": "x", "seed": True}], r"\[0\].seed is True"),
-        ("a.json", [{"prompt": "x", "size": "big"}], r"\[0\].size is 'big'; expected WIDTHxHEIGHT"),
-        ("a.json", [{"prompt": "x", "colour": 1}], "sets an unknown 'colour'"),
-        ("a.json", [{"prompt": "x", "id": "../../x"}], "id is '../../x'; expected a file's name"),
+        ("a.json", "{", "unreadable", None, "a.json"),
+        ("a.jsonl", '"x"\n{', "unreadable", None, "line 2"),
+        ("a.json", 3, "invalid_type", None, "a.json"),
+        ("a.json", [], "missing", "prompt", "a.json"),
+        ("a.txt", "# nothing\n", "missing", "prompt", "a.txt"),
+        ("a.csv", "x", "unsupported", None, ".csv"),
+        ("a.json", [{"id": "a"}], "missing", "prompt", "[0].prompt"),
+        ("a.json", [{"prompt": "x", "seed": "1"}], "invalid_type", "seed", "[0].seed is '1'"),
+        ("a.json", [{"prompt": "x", "seed": True}], "invalid_type", "seed", "[0].seed is True"),
+        ("a.json", [{"prompt": "x", "seed": -2}], "out_of_range", "seed", "[0].seed is -2"),
+        ("a.json", [{"prompt": "x", "size": "big"}], "invalid_value", "size", "[0].size is 'big'"),
+        ("a.json", [{"prompt": "x", "size": "9x99999"}], "invalid_value", "size", "[0].size"),
+        ("a.json", [{"prompt": "x", "colour": 1}], "unknown_name", "colour", "[0]"),
+        ("a.json", [{"prompt": "x", "num_frames": 9}], "unknown_name", "num_frames", "frames"),
+        ("a.json", [{"prompt": "x", "height": 32}], "unknown_name", "height", "[0]"),
+        ("a.json", [{"prompt": "x", "id": "../../x"}], "invalid_value", "id", "[0].id"),
         (
             "a.json",
             [{"prompt": "x", "id": "a"}, {"prompt": "y", "id": "a"}],
-            "id 'a' is there twice",
+            "duplicate",
+            "id",
+            "'a'",
         ),
-        ("a.json", {"DRF": {"prompts": {}}}, "DRF.prompts is dict; expected an array"),
-        (
-            "a.json",
-            {"DRF": {"prompts": [{"id": "x"}]}},
-            r"DRF.prompts\[0\].prompt_en is None; expected text",
-        ),
+        ("a.json", {"DRF": {"prompts": {}}}, "invalid_type", "prompts", "DRF.prompts"),
+        ("a.json", {"DRF": {"prompts": [{"id": "x"}]}}, "missing", "prompt_en", "DRF.prompts[0]"),
+        ("a.jsonl", '"x"\n{"prompt": "y", "shift": -1}', "out_of_range", "shift", "line 2: shift"),
+        ("a.json", [{"prompt": "x", "frames": "9"}], "invalid_type", "frames", "[0]: frames"),
+        ("a.json", [{"prompt": "x", "steps": True}], "invalid_type", "steps", "[0]: steps"),
+        ("a.json", [{"prompt": "x", "guidance": [1, 2, 3]}], "invalid_value", "guidance", "[0]"),
+        ("a.json", [{"prompt": "x", "plan": "round"}], "unknown_name", "plan", "[0]"),
+        ("a.json", [{"prompt": "x", "plan": 3}], "invalid_type", "plan", "[0].plan"),
+        ("a.json", [{"prompt": "x", "solver": "heun"}], "unknown_name", "solver", "[0]"),
+        ("a.json", [{"prompt": "x", "rewrite": " "}], "missing", "rewrite", "[0].rewrite"),
+        ("a.json", [{"prompt": "x", "as_published": 1}], "invalid_type", "as_published", "[0]"),
+        ("a.json", [{"prompt": "x", "timesteps": "1000"}], "invalid_value", "timesteps", "[0]"),
+        ("a.json", [{"prompt": "x", "blend": "dct"}], "invalid_type", "blend", "[0].blend"),
+        ("a.json", [{"prompt": "x", "blend": {"split": 3}}], "unknown_name", "split", "[0]"),
+        ("a.json", [{"prompt": "x", "blend": {"colour": 3}}], "unknown_name", "blend", "'colour'"),
     ],
 )
-def test_a_list_that_breaks_its_form_says_where(name, content, words, tmp_path):
-    with pytest.raises(InputError, match=words):
+def test_a_list_that_breaks_its_form_says_where(name, content, code, param, place, tmp_path):
+    with refuses(code, param, InputError) as caught:
         read_prompts(written(tmp_path, name, content))
+    assert name in str(caught.value) and place in str(caught.value)
 
 
 def test_no_list_and_no_shard(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
+    with refuses("not_found", kind=InputError):
         read_prompts(tmp_path / "none.txt")
-    with pytest.raises(InputError, match="holds no .json files"):
+    with refuses("missing", kind=InputError) as caught:
         read_prompts(tmp_path)
-    for text in ("0/2", "3/2", "x", "1"):
-        with pytest.raises(InputError, match="shard"):
+    assert str(tmp_path) in str(caught.value)
+    for text in ("0/2", "3/2"):
+        with refuses("out_of_range", "shard", InputError):
             Job(tmp_path, shard=batch.parse_shard(text))
+    for text in ("x", "1"):
+        with refuses("unreadable", "shard", InputError):
+            batch.parse_shard(text)
+
+
+def test_a_job_is_one_clip_of_each_prompt(tmp_path):
+    with refuses("unknown_name", "format", InputError):
+        Job(tmp_path, suffix=".avi")
+    with refuses("invalid_type", "settings", InputError):
+        Job(tmp_path, settings=QUICK)
+    for name, value in (("num_videos_per_prompt", 2), ("output_type", "pt")):
+        with refuses("unsupported", name, InputError):
+            Job(tmp_path, settings=CallSettings(**{name: value}))
+        with refuses("unsupported", name, InputError):
+            Job(tmp_path).settings_of(Item("a", "x", settings={name: value}))
 
 
 def rows(folder):
@@ -106,16 +175,14 @@ def test_a_batch_is_the_clips_that_single_calls_make(tiny_pipe, tmp_path):
     items = [
         Item("a", PROMPTS[0]),
         Item("b", PROMPTS[1], seed=5),
-        Item("c", PROMPTS[2], size=(32, 32), frames=1),
+        Item("c", PROMPTS[2], settings=dict(height=32, width=32, num_frames=1)),
     ]
-    job = Job(tmp_path / "out", seed=2, suffix=".png", options=QUICK)
+    job = Job(tmp_path / "out", seed=2, suffix=".png", settings=SETTINGS)
     assert run(tiny_pipe, items, job) == {"made": 3, "kept": 0, "failed": 0}
     assert [r["id"] for r in rows(job.folder)] == ["a", "b", "c"] and {
         r["status"] for r in rows(job.folder)
     } == {"done"}
     assert {p.name for p in job.folder.glob("*.png")} == {"a.png", "b.png", "c.png"}
-    from nexus_rt.video import save_video
-
     for item, seed, change in (
         (items[0], 2, {}),
         (items[1], 5, {}),
@@ -137,7 +204,7 @@ def test_a_batch_is_the_clips_that_single_calls_make(tiny_pipe, tmp_path):
 def test_the_same_command_makes_nothing_twice_and_other_settings_make_it_again(tiny_pipe, tmp_path):
     items, job = (
         [Item(str(i), p) for i, p in enumerate(PROMPTS)],
-        Job(tmp_path, suffix=".png", options=QUICK),
+        Job(tmp_path, suffix=".png", settings=SETTINGS),
     )
     assert run(tiny_pipe, items, job)["made"] == 3
     stamps = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.png")}
@@ -151,9 +218,11 @@ def test_the_same_command_makes_nothing_twice_and_other_settings_make_it_again(t
     changed = [Item("0", "the panda moves"), Item("1", PROMPTS[1], seed=9), items[2]]
     assert run(tiny_pipe, changed, job) == {"made": 2, "kept": 1, "failed": 0}
     assert (
-        run(tiny_pipe, changed, Job(tmp_path, suffix=".png", options={**QUICK, "plan": "large"}))[
-            "made"
-        ]
+        run(
+            tiny_pipe,
+            changed,
+            Job(tmp_path, suffix=".png", settings=SETTINGS.replace(plan="large")),
+        )["made"]
         == 3
     )
 
@@ -161,11 +230,11 @@ def test_the_same_command_makes_nothing_twice_and_other_settings_make_it_again(t
 def test_shards_share_the_list_and_know_of_each_other(tiny_pipe, tmp_path):
     items = [Item(str(i), "a red circle", seed=i) for i in range(5)]
     made = [
-        run(tiny_pipe, items, Job(tmp_path, suffix=".png", shard=(i, 2), options=QUICK))["made"]
+        run(tiny_pipe, items, Job(tmp_path, suffix=".png", shard=(i, 2), settings=SETTINGS))["made"]
         for i in (1, 2)
     ]
     assert made == [3, 2] and sorted(r["id"] for r in rows(tmp_path)) == list("01234")
-    assert run(tiny_pipe, items, Job(tmp_path, suffix=".png", options=QUICK)) == {
+    assert run(tiny_pipe, items, Job(tmp_path, suffix=".png", settings=SETTINGS)) == {
         "made": 0,
         "kept": 5,
         "failed": 0,
@@ -175,7 +244,7 @@ def test_shards_share_the_list_and_know_of_each_other(tiny_pipe, tmp_path):
 def test_a_failure_is_recorded_and_the_rest_goes_on(tiny_pipe, tmp_path, monkeypatch):
     items = [
         Item("a", PROMPTS[0]),
-        Item("bad", PROMPTS[1], size=(50, 32)),
+        Item("bad", PROMPTS[1], settings={"width": 50}),
         Item("worse", PROMPTS[2]),
         Item("d", PROMPTS[0]),
     ]
@@ -188,7 +257,7 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(tiny_pipe, tmp_path, monkeyp
         return right(frames, path, *rest, **options)
 
     monkeypatch.setattr(batch, "save_video", save)
-    job = Job(tmp_path, suffix=".png", options=QUICK)
+    job = Job(tmp_path, suffix=".png", settings=SETTINGS)
     assert run(tiny_pipe, items, job) == {"made": 2, "kept": 0, "failed": 2}
     said = {r["id"]: r for r in rows(tmp_path)}
     assert (
@@ -209,22 +278,23 @@ def test_a_clip_is_decoded_beside_the_next_only_where_there_is_room(
     beside, tiny_pipe, tmp_path, monkeypatch
 ):
     """What a slow decoder holds up, and what it does not."""
-    monkeypatch.setattr(batch, "decodes_beside", lambda pipe, said: beside)
-    events, decode, denoise = [], tiny_pipe.decode, batch._denoise
+    monkeypatch.setattr(batch, "decodes_beside", lambda pipe, size: beside)
+    events, decode, denoise = [], batch.decode, batch.denoise
 
-    def slow(latents, output_type, **options):
-        if output_type != "latent":
-            time.sleep(0.3)
-            events.append("decoded")
-        return decode(latents, output_type, **options)
+    def slow(*args, **options):
+        time.sleep(0.3)
+        events.append("decoded")
+        return decode(*args, **options)
 
     def watched(*args):
         events.append("denoised")
         return denoise(*args)
 
-    monkeypatch.setattr(tiny_pipe, "decode", slow)
-    monkeypatch.setattr(batch, "_denoise", watched)
-    run(tiny_pipe, [Item("a", "a"), Item("b", "b")], Job(tmp_path, suffix=".png", options=QUICK))
+    monkeypatch.setattr(batch, "decode", slow)
+    monkeypatch.setattr(batch, "denoise", watched)
+    run(
+        tiny_pipe, [Item("a", "a"), Item("b", "b")], Job(tmp_path, suffix=".png", settings=SETTINGS)
+    )
     assert events == (
         ["denoised", "denoised", "decoded", "decoded"] if beside else ["denoised", "decoded"] * 2
     )
@@ -234,8 +304,8 @@ def test_where_there_is_room(tiny_pipe, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     for threads, wanted in ((1, True), (2, True), (3, False)):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
-        assert batch.decodes_beside(tiny_pipe, {}) == wanted
-    need = tiny_pipe.vae.working_bytes(ClipSize(48, 32, 5))
+        assert batch.decodes_beside(tiny_pipe, SIZE) == wanted
+    need = tiny_pipe.vae.working_bytes(SIZE)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 60)
     monkeypatch.setitem(vars(tiny_pipe), "device", torch.device("cuda"))
@@ -245,36 +315,38 @@ def test_where_there_is_room(tiny_pipe, monkeypatch):
         (need - 41, False),
     ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, n=free: (n, 10**12))
-        assert batch.decodes_beside(tiny_pipe, {"size": "48x32", "frames": 5}) == wanted
+        assert batch.decodes_beside(tiny_pipe, SIZE) == wanted
     monkeypatch.setattr(tiny_pipe, "vram", 10**9)  # a budget was planned for one thing at a time
-    assert not batch.decodes_beside(tiny_pipe, {})
+    assert not batch.decodes_beside(tiny_pipe, SIZE)
 
 
 def test_a_full_disk_is_one_sentence(tiny_pipe, tmp_path, monkeypatch, capsys):
     def full(self, row):
-        raise batch.NexusError(f"{self.path} cannot be written (No space left on device)")
+        raise NexusError(f"{self.path} cannot be written (No space left on device)")
 
     lines = batch.Lines(tmp_path / "r" / "results.jsonl")
-    with pytest.raises(batch.NexusError, match="cannot be written .* what was finished is kept"):
+    with refuses("not_writable", kind=NexusError):
         lines.add({"id": "a"})  # its folder is gone
     monkeypatch.setattr(batch.Lines, "add", full)
-    with pytest.raises(batch.NexusError, match="No space left"):
+    with pytest.raises(NexusError, match="No space left"):
         run(
-            tiny_pipe, [Item("a", "a"), Item("b", "b")], Job(tmp_path, suffix=".png", options=QUICK)
+            tiny_pipe,
+            [Item("a", "a"), Item("b", "b")],
+            Job(tmp_path, suffix=".png", settings=SETTINGS),
         )
 
 
 def test_a_prompt_that_cannot_be_encoded_fails_alone(tiny_pipe, tmp_path, monkeypatch):
-    right = tiny_pipe.encode_prompt
+    right = tiny_pipe.text.encode
 
     def encode(prompts, *rest):
         if "bad" in prompts:
             raise InputError("the prompt is too long")
         return right(prompts, *rest)
 
-    monkeypatch.setattr(tiny_pipe, "encode_prompt", encode)
+    monkeypatch.setattr(tiny_pipe.text, "encode", encode)
     items = [Item("a", PROMPTS[0]), Item("b", "bad"), Item("c", PROMPTS[1])]
-    assert run(tiny_pipe, items, Job(tmp_path, suffix=".png", options=QUICK)) == {
+    assert run(tiny_pipe, items, Job(tmp_path, suffix=".png", settings=SETTINGS)) == {
         "made": 2,
         "kept": 0,
         "failed": 1,
@@ -282,10 +354,10 @@ def test_a_prompt_that_cannot_be_encoded_fails_alone(tiny_pipe, tmp_path, monkey
 
 
 def test_two_processes_do_not_share_a_shard(tiny_pipe, tmp_path):
-    job = Job(tmp_path, options=QUICK)
+    job = Job(tmp_path, settings=SETTINGS)
     with (
         batch.open_folder(job),
-        pytest.raises(InputError, match="another process works on results.jsonl"),
+        refuses("in_use", "shard", InputError),
     ):
         run(tiny_pipe, [Item("a", "a")], job)
 
@@ -351,29 +423,134 @@ def test_the_commands_exit_code_says_whether_all_is_there(tiny_pair, tmp_path, c
     )
 
 
+def groups(monkeypatch):
+    """The prompts of every call of `encode`, as a batch makes them."""
+    calls, right = [], batch.encode
+
+    def encode(components, request, prompts, **options):
+        calls.append(prompts.texts)
+        return right(components, request, prompts, **options)
+
+    monkeypatch.setattr(batch, "encode", encode)
+    return calls
+
+
 def test_prompts_are_read_together(tiny_pipe, tmp_path, monkeypatch):
-    """One call for eight prompts, whatever their lengths; what they say does not depend on their
-    neighbours."""
-    right, calls = tiny_pipe.encode_prompt, []
-
-    def encode(prompts, *rest):
-        calls.append(len(prompts))
-        return right(prompts, *rest)
-
-    monkeypatch.setattr(tiny_pipe, "encode_prompt", encode)
-    part = [(Item(str(i), " ".join(["red"] * (1 + 3 * i))), {"frames": 5}) for i in range(9)]
-    told = batch._encoded(tiny_pipe, part, Job(tmp_path))
-    alone = batch._encoded(tiny_pipe, part[2:3], Job(tmp_path))
-    assert calls == [9, 1] and torch.allclose(
-        told[2]["prompt_embeds"], alone[0]["prompt_embeds"], atol=1e-5
-    )
+    """One call for eight prompts, whatever their lengths; what is read of one does not depend on
+    its neighbours."""
+    calls = groups(monkeypatch)
+    items = [Item(str(i), " ".join(["red"] * (1 + 3 * i))) for i in range(9)]
+    job = Job(tmp_path, suffix=".png", settings=SETTINGS)
+    made = {}
+    for some in (items, items[2:3]):
+        clips = []
+        for item in some:
+            request = tiny_pipe.request(job.settings)
+            prompts = Prompts.of(item.prompt, None, job.settings)
+            clips.append(batch.Clip(item, {"settings": {}}, request, prompts))
+        told = batch._encoded(tiny_pipe, clips)
+        made[len(some)] = told[len(some) // 4].embeds["prompt_embeds"]
+    assert [len(texts) for texts in calls] == [9, 1] and made[9].shape == made[1].shape
+    assert torch.allclose(made[9], made[1], atol=1e-5)
     calls.clear()
-    run(
-        tiny_pipe,
-        [Item(str(i), "a") for i in range(9)],
-        Job(tmp_path, suffix=".png", options=QUICK),
+    run(tiny_pipe, [Item(str(i), "a") for i in range(9)], job)
+    assert [len(texts) for texts in calls] == [8, 1]
+
+
+def test_prompts_of_equal_encoding_are_read_together(tiny_pipe, tmp_path, monkeypatch):
+    """Settings that no encoder reads part no group; a text instead of the prompt is each item's."""
+    calls = groups(monkeypatch)
+    own = [
+        {},
+        {"plan": "large"},
+        {"guidance_scale": 3.0, "num_frames": 9},
+        {"plan": "large", "shift": 4.0},
+        {"num_frames": 1},
+        {"rewrite": "a red square"},
+        {"rewrite": "a blue square"},
+    ]
+    items = [Item(str(i), f"prompt {i}", settings=s) for i, s in enumerate(own)]
+    job = Job(tmp_path, suffix=".png", settings=SETTINGS)
+    assert run(tiny_pipe, items, job)["made"] == len(own)
+    assert [[int(t[-1]) for t in texts] for texts in calls] == [[0, 2], [1, 3], [4], [5, 6]]
+    rewritten = {r["id"]: r["settings"].get("rewritten") for r in rows(tmp_path)}
+    assert rewritten["5"] == "a red square" and rewritten["6"] == "a blue square"
+
+
+def test_an_item_is_checked_and_planned_once(tiny_pipe, tmp_path, monkeypatch):
+    counts = Counter()
+
+    def counted(module, name):
+        right = getattr(module, name)
+
+        def call(*args, **options):
+            counts[name] += 1
+            return right(*args, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    from nexus_rt import encode, pipeline
+
+    for name in ("prompt_lists", "check_rewrite"):
+        counted(encode, name)
+    for name in ("make_request", "check_request"):
+        counted(pipeline, name)
+    items = [Item("a", "a"), Item("b", "b"), Item("c", "c", settings={"shift": 4.0})]
+    assert run(tiny_pipe, items, Job(tmp_path, suffix=".png", settings=SETTINGS))["made"] == 3
+    assert counts == {"prompt_lists": 3, "check_rewrite": 3, "make_request": 2, "check_request": 2}
+
+
+def test_an_entrys_own_settings_make_its_clip(tiny_pipe, tmp_path):
+    """The clip is a call's with them, its row and metadata say them, and others make it again."""
+    own = {"shift": 4.0, "guidance_scale": 3.0, "blend": {"split": "dct"}, "num_inference_steps": 3}
+    path = written(
+        tmp_path,
+        "list.json",
+        [
+            {"prompt": PROMPTS[0]},
+            {"prompt": PROMPTS[1], "shift": 4, "guidance": 3, "blend": {"split": "dct"}}
+            | {"steps": 3, "plan": "reference", "frames": 1},
+        ],
     )
-    assert calls == [8, 1]
+    job = Job(tmp_path / "out", settings=SETTINGS)
+    assert run(tiny_pipe, read_prompts(path), job) == {"made": 2, "kept": 0, "failed": 0}
+    call = {**QUICK, **own, "plan": "reference", "num_frames": 1}
+    frames = tiny_pipe(PROMPTS[1], generator=torch.Generator().manual_seed(0), **call).frames
+    save_video(frames[0], tmp_path / "one.mp4")
+    one, made = read_frames(tmp_path / "one.mp4"), read_frames(job.clip(Item("0001", "")))
+    assert one.shape == made.shape and (one == made).all()
+    plain, changed = rows(job.folder)
+    assert plain["settings"]["options"] == {"num_inference_steps": "2"}
+    assert changed["settings"]["options"]["shift"] == "4.0"
+    assert changed["settings"]["steps"] == 3 and changed["settings"]["guidance"] == [3.0, 3.0]
+    kept = read_metadata(job.folder / "0001.mp4")["options"]
+    assert kept["shift"] == 4.0 and kept["num_frames"] == 1 and "split='dct'" in kept["blend"]
+    assert run(tiny_pipe, read_prompts(path), job)["kept"] == 2
+    text = path.read_text()
+    for old, new in (('"dct"', '"fft"'), ('"guidance": 3', '"guidance": 2')):
+        path.write_text(text := text.replace(old, new))
+        assert run(tiny_pipe, read_prompts(path), job) == {"made": 1, "kept": 1, "failed": 0}
+
+
+def test_an_entry_whose_settings_conflict_fails_alone(tiny_pipe, tmp_path):
+    """With the job's; a job that no models can make is an error before the first clip."""
+    items = [Item("a", PROMPTS[0]), Item("b", PROMPTS[0], settings={"gamma_w": 0.5})]
+    items += [Item("c", PROMPTS[0], settings={"colour": 1})]
+    job = Job(tmp_path, suffix=".png", settings=SETTINGS)
+    assert run(tiny_pipe, items, job) == {"made": 1, "kept": 0, "failed": 2}
+    errors = {r["id"]: r.get("error", "") for r in rows(tmp_path)}
+    assert "gamma_w" in errors["b"] and "colour" in errors["c"]
+    with refuses("conflict", "gamma_w", InputError):
+        run(tiny_pipe, items, Job(tmp_path, settings=SETTINGS.replace(gamma_w=0.5)))
+
+
+def test_rows_of_before_keep_their_clips():
+    """A setting at a call's default is as one that is not set, and "rewrite" is the row's own."""
+    row = {"prompt": "a", "plan": "large", "identity": "x", "options": {"shift": "3.0"}}
+    before = {"rewrite": "off", "rewrite_timeout": "60.0", "shift": "3.0"}
+    assert same_clip({**row, "plan": "large steps=4", "options": before}, row)
+    for other in ({"shift": "4.0"}, {**before, "rewrite_timeout": "9.0"}, {}, None):
+        assert not same_clip({**row, "options": other}, row)
 
 
 def test_lists_are_split_at_line_feeds_alone(tmp_path):
@@ -389,7 +566,7 @@ def test_lists_are_split_at_line_feeds_alone(tmp_path):
 
 def test_a_fresh_seed_of_a_batch_stays_with_its_clip(tiny_pipe, tmp_path):
     items = [Item("a", PROMPTS[0]), Item("b", PROMPTS[1], seed=-1)]
-    job = Job(tmp_path, seed=-1, suffix=".png", options=QUICK)
+    job = Job(tmp_path, seed=-1, suffix=".png", settings=SETTINGS)
     assert run(tiny_pipe, items, job)["made"] == 2
     seeds = {i: r["settings"]["seed"] for i, r in batch.finished(tmp_path)[0].items()}
     assert len(set(seeds.values())) == 2 and min(seeds.values()) >= 0
@@ -405,11 +582,11 @@ def test_what_makes_a_clip_is_in_its_settings_and_its_path_is_not(
     from nexus_rt import NexusPipeline
 
     job, items = (
-        Job(tmp_path, suffix=".png", options=QUICK, models="pair=one"),
+        Job(tmp_path, suffix=".png", settings=SETTINGS, models="pair=one"),
         [Item("a", PROMPTS[0])],
     )
     assert run(tiny_pipe, items, job)["made"] == 1
-    other = Job(tmp_path, suffix=".png", options=QUICK, models="pair=./one/../one")
+    other = Job(tmp_path, suffix=".png", settings=SETTINGS, models="pair=./one/../one")
     assert run(tiny_pipe, items, other)["kept"] == 1  # the same weights, written differently
 
     def quiet(**options):
@@ -439,7 +616,8 @@ def test_a_clip_is_kept_by_what_its_plan_does(tiny_pipe, tmp_path):
     size = dict(height=32, width=48, num_frames=1, num_inference_steps=4)
 
     def made(plan, **options):
-        job = Job(tmp_path, suffix=".png", options={**size, "plan": plan, **options})
+        settings = CallSettings(**{**size, "plan": plan, **options})
+        job = Job(tmp_path, suffix=".png", settings=settings)
         return run(tiny_pipe, items, job)["made"]
 
     assert made("handoff=0.5") == 1 and made("handoff=0.5") == 0
@@ -468,9 +646,7 @@ def test_a_clip_is_kept_by_what_its_plan_does(tiny_pipe, tmp_path):
 
 
 def test_what_a_pair_sets_for_its_calls_makes_a_clip_again(tiny_pipe, tmp_path, monkeypatch):
-    from dataclasses import replace
-
-    job, items = Job(tmp_path, suffix=".png", options=QUICK), [Item("a", PROMPTS[0])]
+    job, items = Job(tmp_path, suffix=".png", settings=SETTINGS), [Item("a", PROMPTS[0])]
     assert run(tiny_pipe, items, job)["made"] == 1
     for change in (
         dict(guidance_scale=4.5),
@@ -479,18 +655,21 @@ def test_what_a_pair_sets_for_its_calls_makes_a_clip_again(tiny_pipe, tmp_path, 
         dict(large_solver="euler"),
         dict(small_shift=7.0, large_shift=7.0),
     ):
-        monkeypatch.setattr(tiny_pipe, "defaults", replace(tiny_pipe.defaults, **change))
+        monkeypatch.setattr(tiny_pipe, "defaults", tiny_pipe.defaults.replace(**change))
         again = run(tiny_pipe, items, job)["made"]
         assert again == ("small_shift" not in change), change  # of clocks, which QUICK has none of
         assert run(tiny_pipe, items, job)["kept"] == 1
 
 
 def test_a_clips_metadata_has_the_exact_plan(tiny_pipe, tmp_path):
-    from nexus_rt.video import read_metadata
-
     plan = "small:2@3.0000001[0:1] bridge:1 large:1/solver=euler"
     options = {**QUICK, "num_inference_steps": 4, "plan": plan, "shift": 3.25, "energy": "none"}
-    assert run(tiny_pipe, [Item("a", PROMPTS[0])], Job(tmp_path, options=options))["made"] == 1
+    assert (
+        run(tiny_pipe, [Item("a", PROMPTS[0])], Job(tmp_path, settings=CallSettings(**options)))[
+            "made"
+        ]
+        == 1
+    )
     text = read_metadata(tmp_path / "a.mp4")["plan"]
     assert text.startswith("small:2@3.0000001[0:1] bridge:1 large:1/solver=euler energy=none")
     assert text.endswith(" steps=4 shift=3.25")
@@ -504,7 +683,7 @@ def test_a_clips_metadata_has_the_exact_plan(tiny_pipe, tmp_path):
 
 
 def test_clips_that_are_none_are_made_again(tiny_pipe, tmp_path):
-    job, items = Job(tmp_path, options=QUICK), [Item(n, PROMPTS[0]) for n in "abc"]
+    job, items = Job(tmp_path, settings=SETTINGS), [Item(n, PROMPTS[0]) for n in "abc"]
     run(tiny_pipe, items, job)
     (tmp_path / "a.mp4").write_bytes(b"")
     (tmp_path / "b.mp4").write_bytes((tmp_path / "b.mp4").read_bytes()[:40])
@@ -527,7 +706,7 @@ def test_latents_are_kept_where_a_clip_cannot_be_written(tiny_pipe, tmp_path, mo
     monkeypatch.setattr(
         batch, "save_video", lambda *a, **k: (_ for _ in ()).throw(InputError("no space left"))
     )
-    assert run(tiny_pipe, [Item("a", PROMPTS[0])], Job(tmp_path, options=QUICK))["failed"] == 1
+    assert run(tiny_pipe, [Item("a", PROMPTS[0])], Job(tmp_path, settings=SETTINGS))["failed"] == 1
     row = batch.finished(tmp_path)[0]["a"]
     assert "The latents are saved in" in row["error"]
     assert read_latents(next(tmp_path.glob("*.safetensors"))).isfinite().all()
@@ -570,13 +749,13 @@ def test_an_item_that_is_no_text_fails_alone(tiny_pair, tmp_path, kind, capsys):
 )
 def test_an_item_of_python_that_no_call_takes_fails_alone(tiny_pipe, tmp_path, item):
     items = [item, Item("b", PROMPTS[0])]
-    assert run(tiny_pipe, items, Job(tmp_path, options=QUICK)) == {
+    assert run(tiny_pipe, items, Job(tmp_path, settings=SETTINGS)) == {
         "made": 1,
         "kept": 0,
         "failed": 1,
     }
-    with pytest.raises(InputError, match="expected a file's name"):
-        run(tiny_pipe, [Item("../b", PROMPTS[0])], Job(tmp_path / "out", options=QUICK))
+    with refuses("invalid_value", "id", InputError):
+        run(tiny_pipe, [Item("../b", PROMPTS[0])], Job(tmp_path / "out", settings=SETTINGS))
     assert not (tmp_path / "b2.mp4").exists()
 
 
@@ -616,7 +795,7 @@ BROKEN_LINES = [
 
 
 def test_lines_that_are_none_count_for_nothing(tiny_pipe, tmp_path):
-    job, items = Job(tmp_path, options=QUICK), [Item("a", PROMPTS[0]), Item("b", PROMPTS[1])]
+    job, items = Job(tmp_path, settings=SETTINGS), [Item("a", PROMPTS[0]), Item("b", PROMPTS[1])]
     assert run(tiny_pipe, items, job)["made"] == 2
     good = job.results.read_bytes().splitlines()
     mixed = [line for pair in zip(BROKEN_LINES, good * 7, strict=True) for line in pair]
@@ -630,22 +809,22 @@ def test_lines_that_are_none_count_for_nothing(tiny_pipe, tmp_path):
 def test_a_kept_seed_that_no_generator_takes_is_drawn_again(tiny_pipe, tmp_path, seed):
     row = {"id": "a", "status": "done", "when": 1.0, "settings": {"seed": seed}}
     written(tmp_path, "results.jsonl", json.dumps(row) + "\n")
-    job = Job(tmp_path, seed=-1, options=QUICK)
+    job = Job(tmp_path, seed=-1, settings=SETTINGS)
     assert run(tiny_pipe, [Item("a", PROMPTS[0])], job)["made"] == 1
     assert 0 <= batch.finished(tmp_path)[0]["a"]["settings"]["seed"] < 2**64
 
 
 def test_results_that_cannot_be_read_or_written_are_our_error(tiny_pipe, tmp_path):
     (tmp_path / "results.jsonl").mkdir()
-    with pytest.raises(InputError, match="results.jsonl cannot be read"):
-        run(tiny_pipe, [Item("a", PROMPTS[0])], Job(tmp_path, options=QUICK))
-    with pytest.raises(batch.NexusError, match="cannot be written"):
+    with refuses("unreadable", kind=InputError):
+        run(tiny_pipe, [Item("a", PROMPTS[0])], Job(tmp_path, settings=SETTINGS))
+    with refuses("not_writable", kind=NexusError):
         batch.Lines(tmp_path / "none" / "results.jsonl").add({"id": "a"})
 
 
 @pytest.mark.parametrize("text", ["", "1", "1/", "a/b", "1/2/3", "0x1/2", "\u0661/\u0662", "1/1_0"])
 def test_a_shard_is_two_numbers(text):
-    with pytest.raises(InputError, match="is not I/N"):
+    with refuses("unreadable", "shard", InputError):
         batch.parse_shard(text)
-    with pytest.raises(InputError, match="is not I/N"):
+    with refuses("unreadable", "shard", InputError):
         batch.parse_shard("1/" + "9" * 400)

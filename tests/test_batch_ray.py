@@ -7,36 +7,35 @@ from pathlib import Path
 
 import pytest
 
-from nexus_rt import InputError, NexusPipeline
+from nexus_rt import BlendConfig, InputError, NexusPipeline, batch
 from nexus_rt.batch import Job
 from nexus_rt.batch_ray import run_on_ray
 from nexus_rt.prompts import Item
+from nexus_rt.settings import CallSettings
+from tests.refusals import refuses
 
 ray = pytest.importorskip("ray")
 QUICK = dict(height=32, width=48, num_frames=5, num_inference_steps=2, plan="small:1 large:1")
+SETTINGS = CallSettings(**QUICK)
 
 
-class Deadly(NexusPipeline):
-    """Kills its process in the middle of a clip: once where the frame is 80 wide, whenever it is
-    64."""
+def make(models):
+    """A pipeline in whose process denoising is deadly: once where the frame is 80 wide, whenever it
+    is 64."""
+    marker, right = Path(models["marker"]), batch.denoise
 
-    marker: Path
-
-    def __call__(self, *args, **options):
-        first = options["width"] == 80 and not self.marker.exists()
+    def deadly(components, request, *rest):
+        first = request.size.width == 80 and not marker.exists()
         if first:
-            self.marker.touch()
-        if first or options["width"] == 64:
-            (self.marker.parent / f"death{os.getpid()}").touch()  # two may die at once
+            marker.touch()
+        if first or request.size.width == 64:
+            (marker.parent / f"death{os.getpid()}").touch()  # two may die at once
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(*args, **options)
+        return right(components, request, *rest)
 
-
-def make(said):
-    pipe = NexusPipeline.from_pretrained(said["pair"])
+    batch.denoise = deadly
+    pipe = NexusPipeline.from_pretrained(models["pair"])
     pipe.set_progress_bar_config(disable=True)
-    pipe.__class__ = Deadly
-    vars(pipe)["marker"] = Path(said["marker"])
     return pipe
 
 
@@ -67,7 +66,7 @@ def test_the_example_is_a_program(tiny_pair, tmp_path, quiet_ray, monkeypatch):
     monkeypatch.syspath_prepend(examples)
     import batch_on_ray
 
-    monkeypatch.setattr(batch_on_ray, "OPTIONS", QUICK)
+    monkeypatch.setattr(batch_on_ray, "SETTINGS", SETTINGS)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
     clips = tmp_path / "clips"
@@ -78,9 +77,13 @@ def test_the_example_is_a_program(tiny_pair, tmp_path, quiet_ray, monkeypatch):
 
 def test_two_workers_one_killed_no_clip_lost_or_doubled(tiny_pair, tmp_path, cluster):
     items = [Item(f"c{i}", "a red circle", seed=i) for i in range(8)]
-    items[3] = Item("c3", "a red circle", size=(80, 32))  # kills its worker once
-    items[5] = Item("c5", "a red circle", size=(64, 32))  # kills every worker that tries it
-    job, said = Job(tmp_path / "out", suffix=".png", options=QUICK), []
+    own = {"blend": BlendConfig(split="dct"), "timesteps": (999.0, 500.0)}
+    own["num_inference_steps"] = None  # not the job's
+    items[1] = Item("c1", "a red \ud83d\ude00 circle", settings=own)
+    once, always = ({"width": width, "height": 32} for width in (80, 64))
+    items[3] = Item("c3", "a red circle", settings=once)  # kills its worker
+    items[5] = Item("c5", "a red circle", settings=always)  # kills every worker that tries it
+    job, said = Job(tmp_path / "out", suffix=".png", settings=SETTINGS), []
     told = {"pair": str(tiny_pair), "marker": str(tmp_path / "killed")}
     assert run_on_ray(make, told, items, job, 2, said.append, attempts=2) == {
         "made": 7,
@@ -99,6 +102,9 @@ def test_two_workers_one_killed_no_clip_lost_or_doubled(tiny_pair, tmp_path, clu
     assert len({p.name for p in job.folder.glob("results.*.jsonl")}) >= 2 and not list(
         job.folder.glob(".*")
     )
+    changed = next(r["settings"] for r in rows if r["id"] == "c1" and r["status"] == "done")
+    assert changed["options"]["timesteps"] == "[999.0, 500.0]" and changed["steps"] == 2
+    assert "split='dct'" in changed["options"]["blend"]
     assert "died 2 times" in next(r["error"] for r in rows if r["status"] == "failed")
     assert any("c5: FAILED" in line for line in said)
     again = run_on_ray(make, told, items[:3], job, 1)
@@ -106,9 +112,9 @@ def test_two_workers_one_killed_no_clip_lost_or_doubled(tiny_pair, tmp_path, clu
 
 
 def test_more_workers_than_there_is_room_for(tmp_path, cluster):
-    job = Job(tmp_path / "out", options=QUICK)
-    with pytest.raises(InputError, match="--workers is 999, and the cluster has"):
+    job = Job(tmp_path / "out", settings=SETTINGS)
+    with refuses("out_of_range", "workers", InputError):
         run_on_ray(make, {}, [Item("a", "a")], job, 999)
-    with pytest.raises(InputError, match="--workers is 0"):
+    with refuses("out_of_range", "workers", InputError):
         run_on_ray(make, {}, [Item("a", "a")], job, 0)
     assert not job.folder.exists()

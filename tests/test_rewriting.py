@@ -20,6 +20,7 @@ from nexus_rt.errors import InputError, ModelError, RewriteError
 from nexus_rt.loading.pair_folder import MINI
 from nexus_rt.models.llama import LlamaBackbone, LlamaConfig, greedy
 from nexus_rt.rewriting import Cache, ChatRewriter, EndpointRewriter, rewrite_prompts
+from nexus_rt.settings import CallSettings
 from nexus_rt.video import read_metadata
 from tests.refusals import refuses
 
@@ -393,7 +394,7 @@ def test_a_list_of_prompts_has_its_own_texts(tiny_pipe, tmp_path):
         "plan": "large",
         "rewrite": lambda prompt: f"on {prompt}",
     }
-    job = Job(tmp_path / "out", suffix=".png", options=options)
+    job = Job(tmp_path / "out", suffix=".png", settings=CallSettings(**options))
     assert run(tiny_pipe, read_prompts(path), job)["made"] == 2
     lines = [json.loads(x) for x in (job.folder / "results.jsonl").read_text().splitlines()]
     kept = {r["id"]: r["settings"]["rewritten"] for r in lines if r["status"] == "done"}
