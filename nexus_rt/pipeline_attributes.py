@@ -65,7 +65,6 @@ OTHERS: dict[str, str] = {
     "check_inputs": "a call checks its arguments before any work",
     **dict.fromkeys(("config", "default_sample_size"), "a pair's settings are `defaults`"),
     "register_modules": "the models are `engines`, `text`, `vae`, `context`",
-    "check_inputs": "a call checks its arguments before any work",
     **dict.fromkeys(
         (*GUIDANCE_SETTINGS.values(), "do_classifier_free_guidance", "guider"), GUIDANCE
     ),

@@ -218,7 +218,7 @@ def judges(
 
 def step_costs(pipe: NexusPipeline, size: ClipSize, given: str | None) -> StepCosts:
     """Prices of a step's parts, given or measured here."""
-    from nexus_rt.cli.plan import parse_costs, measured_costs
+    from nexus_rt.cli.plan import measured_costs, parse_costs
     from nexus_rt.method.blend_config import BlendConfig
 
     return parse_costs(given) if given else measured_costs(pipe, size, BlendConfig(), "unipc")
