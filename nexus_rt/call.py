@@ -69,6 +69,7 @@ class Components:
     parallel: Parallel | None = None
     answers: Cache = field(default_factory=Cache)
     progress: dict[str, Any] = field(default_factory=dict)
+    _residencies: dict[Any, ResidencyPlan] = field(default_factory=dict, compare=False)
 
     @property
     def profile(self) -> PairProfile:
@@ -97,7 +98,11 @@ class Components:
     ) -> ResidencyPlan:
         """What is in memory when, under the budget (or another)."""
         budget = self.vram if vram is None else vram
-        return plan_residency(plan, self.memory(size, videos * (1 + guided)), budget)
+        key = plan, size, videos, guided, budget
+        if key not in self._residencies:  # the stages of a call ask alike
+            parts = self.memory(size, videos * (1 + guided))
+            self._residencies[key] = plan_residency(plan, parts, budget)
+        return self._residencies[key]
 
     def tight(self, request: GenerationRequest, videos: int) -> bool:
         """Whether memory is budgeted so that parts come and go."""

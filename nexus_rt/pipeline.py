@@ -402,7 +402,8 @@ class NexusPipeline(PipelineModels):
         tensors = callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
         request = self.request(settings)
         prompts = Prompts.of(prompt, negative_prompt, settings, embeds)
-        steers(self.components, request, prompts)
+        components = self.components  # as they are at the call's beginning
+        steers(components, request, prompts)
         videos = len(prompts) * settings.num_videos_per_prompt
         check_generators(generator, videos)
         if latents is not None:
@@ -412,18 +413,18 @@ class NexusPipeline(PipelineModels):
             if self.parallel is not None and generator is None and latents is None:
                 generator = self.parallel.generator()
             deviations: list[ReuseDeviation] | None = [] if reuse_parity else None
-            told = encode(self.components, request, prompts, self._check_cancelled)
+            told = encode(components, request, prompts, self._check_cancelled)
             noise = latents
             if noise is None:
-                noise = draw_noise(self.components, request.size, videos, generator)
+                noise = draw_noise(components, request.size, videos, generator)
             on_step = None
             if callback_on_step_end is not None:
                 on_step = _Callback(self, callback_on_step_end, tensors, told)
             hooks = replace(
                 hooks, on_step=on_step, noise_rng=generator, reuse_deviations=deviations
             )
-            clean = denoise(self.components, request, told, noise, hooks)
-            frames = decode(self.components, request, clean)
+            clean = denoise(components, request, told, noise, hooks)
+            frames = decode(components, request, clean)
         return NexusOutput(frames, request.plan, deviations, told.rewriting)
 
     @contextlib.contextmanager

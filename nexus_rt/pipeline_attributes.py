@@ -190,7 +190,8 @@ def unknown_attribute(name: str, known: Any) -> UnknownAttribute:
         hint = f"did you mean {near[0]!r}?" if near else "see the attributes of NexusPipeline"
     return UnknownAttribute(
         f"NexusPipeline has no attribute {shown(name, 80)}: {hint.rstrip('.?')}"
-        f"{'?' if hint.endswith('?') else '.'}"
+        f"{'?' if hint.endswith('?') else '.'}",
+        param=name,
     )
 
 
@@ -220,15 +221,18 @@ class Attributes(metaclass=Named):
     def __setattr__(self, name: str, value: Any) -> None:
         if self._complete and not name.startswith("__"):
             if name in FIXED:
-                raise UnknownAttribute(f"{name} cannot be set: {FIXED[name]}.")
+                raise UnknownAttribute(f"{name} cannot be set: {FIXED[name]}.", param=name)
             own = inspect.getattr_static(type(self), name, MISSING)
             if isinstance(own, property) and own.fset is None:
                 raise UnknownAttribute(
                     f"{name} cannot be set: it is read from the models"
-                    f"{'; use set_loras' if name == 'loras' else ''}."
+                    f"{'; use set_loras' if name == 'loras' else ''}.",
+                    param=name,
                 )
             if inspect.isroutine(own) and not callable(value):
-                raise UnknownAttribute(f"{name} cannot be set: it is a method; call it.")
+                raise UnknownAttribute(
+                    f"{name} cannot be set: it is a method; call it.", param=name
+                )
             if own is MISSING and name not in vars(self):
                 raise unknown_attribute(name, dir(self))
             value = self._checked(name, value)
@@ -267,7 +271,8 @@ def named_arguments(call: Callable[P, R]) -> Callable[P, R]:
                 )
                 raise UnknownArgument(
                     f"{call.__name__} has no argument {shown(name, 80)}: {hint}"
-                    f"{'?' if hint.startswith('did') else '.'}"
+                    f"{'?' if hint.startswith('did') else '.'}",
+                    param=name,
                 )
         return call(*args, **kwargs)
 

@@ -45,9 +45,13 @@ def _source(name: str, value: Any) -> None:
     pair = name in ("small", "large") and isinstance(value, (tuple, list))
     for one in value if pair else (value,):
         if one is not None and not isinstance(one, (str, Path)):
-            raise InputError(f"{name} is {shown(one)}; expected a folder, a file or a hub id.")
+            raise InputError(
+                f"{name} is {shown(one)}; expected a folder, a file or a hub id.",
+                code="invalid_type",
+                param=name,
+            )
         if isinstance(one, str) and not one.strip():
-            raise InputError(f"{name} is empty; expected a folder, a file or a hub id.")
+            raise InputError(f"{name} is empty; expected a folder, a file or a hub id.", param=name)
         for part in str(one).split(",") if one is not None else ():
             as_path(name, part)
 
@@ -58,7 +62,9 @@ def _loras(name: str, source: Any) -> tuple[Lora, ...]:
     for one in several:
         if not isinstance(one, (str, Path, Lora)):
             raise InputError(
-                f"{name} holds {shown(one)}; expected FILE or FILE@SCALE, or a list of them."
+                f"{name} holds {shown(one)}; expected FILE or FILE@SCALE, or a list of them.",
+                code="invalid_type",
+                param=name,
             )
     return parse_loras(several)
 
@@ -87,7 +93,10 @@ def _settings(
     if not isinstance(vae_tiling, bool) and not (
         isinstance(vae_tiling, str) and vae_tiling == "auto"
     ):
-        raise InputError(f"vae_tiling is {shown(vae_tiling)}; expected True, False or 'auto'.")
+        raise InputError(
+            f"vae_tiling is {shown(vae_tiling)}; expected True, False or 'auto'.",
+            param="vae_tiling",
+        )
     if vram is not None:
         parse_bytes(vram)
     return None if device is None else as_device("device", device)
@@ -152,12 +161,16 @@ class PipelineModels(Attributes):
             ):
                 raise InputError(
                     f"engines is {shown(value, 120)}; expected 'small' and/or 'large', each an"
-                    " object with `prepare` and `velocity` (nexus_rt.engines.protocol.Engine)."
+                    " object with `prepare` and `velocity` (nexus_rt.engines.protocol.Engine).",
+                    code="invalid_type",
+                    param="engines",
                 )
         if name == "parallel" and not hasattr(value, "mesh"):
             raise InputError(
                 f"parallel is {shown(value)}, and processes are shared when they load; pass"
-                " parallel= to from_pretrained."
+                " parallel= to from_pretrained.",
+                code="invalid_type",
+                param="parallel",
             )
         return value
 

@@ -23,6 +23,7 @@ from nexus_rt.method.loop import sample
 from nexus_rt.plan_text import parse_plan
 from nexus_rt.size import ClipSize
 from nexus_rt.solver import time_grid
+from tests.refusals import refuses
 
 PROMPT = "a red circle moves left"
 
@@ -158,7 +159,7 @@ def test_embeddings_may_be_given(tiny_pipe):
         output_type="latent",
     ).frames
     assert torch.equal(said, given)
-    with pytest.raises(InputError, match="no negative prompt embeddings"):
+    with refuses("missing", "negative_prompt_embeds", InputError):
         tiny_pipe(prompt_embeds=embeds)
     assert (
         tiny_pipe(prompt_embeds=embeds, guidance_scale=1.0, output_type="latent")
@@ -171,7 +172,7 @@ def test_latents_may_be_given(tiny_pipe):
     noise = tiny_pipe.prepare_latents(1, ClipSize(48, 32, 5), seeded(9))
     a = tiny_pipe(PROMPT, latents=noise, output_type="latent").frames
     assert torch.equal(a, tiny_pipe(PROMPT, generator=seeded(9), output_type="latent").frames)
-    with pytest.raises(InputError, match="latents have shape"):
+    with refuses("mismatch", "latents", InputError):
         tiny_pipe(PROMPT, latents=noise[:, :8])
 
 
@@ -192,8 +193,9 @@ def test_callbacks_see_and_change_latents(tiny_pipe):
         enumerate(time_grid(6, 5.0).timesteps)
     ) and torch.count_nonzero(out.frames) == 0
     assert seen[0][2] == ["latents", "prompt_embeds"]
-    with pytest.raises(InputError, match="did you mean 'latents'"):
+    with refuses("unknown_name", "callback tensor", InputError) as caught:
         tiny_pipe(PROMPT, callback_on_step_end_tensor_inputs=["latent"])
+    assert "did you mean 'latents'" in str(caught.value)
 
 
 def test_cancel_from_a_callback(tiny_pipe):
@@ -204,7 +206,7 @@ def test_cancel_from_a_callback(tiny_pipe):
         if index == 2:
             pipe.cancel()
 
-    with pytest.raises(Cancelled, match="step 3"):
+    with refuses("cancelled", kind=Cancelled):
         tiny_pipe(PROMPT, callback_on_step_end=callback)
     assert seen == [0, 1, 2]
     # the next call is not cancelled
@@ -225,7 +227,7 @@ def test_one_generator_alone(tiny_pair):
     pipe.set_progress_bar_config(disable=True)
     out = pipe(PROMPT, height=32, width=32, num_frames=1, num_inference_steps=2, plan="small")
     assert out.frames.shape == (1, 1, 32, 32, 3)
-    with pytest.raises(InputError, match="large generator, which was not loaded"):
+    with refuses("missing", "plan", InputError):
         pipe(PROMPT, height=32, width=32, num_frames=1, num_inference_steps=4)
 
 
@@ -269,39 +271,42 @@ def test_generators_of_other_latent_spaces_are_refused(own_pair):
         return NexusPipeline.from_pretrained(own_pair)
 
     shutil.copy(own_pair / "large" / "config.json", own_pair / "kept.json")
-    for change, words in (
-        ({"in_channels": 12}, r"in_channels \(16 and 12\)"),
+    for change, field in (
+        ({"in_channels": 12}, "in_channels (16 and 12)"),
         ({"patch_size": [1, 1, 1]}, "patch_size"),
         ({"text_dim": 48}, "text_dim"),
     ):
         shutil.copy(own_pair / "kept.json", own_pair / "large" / "config.json")
         rewrite(own_pair / "large" / "config.json", **change)
-        with pytest.raises(ModelError, match=rf"not one latent space: .*{words}"):
+        with refuses("mismatch", kind=ModelError) as caught:
             load()
+        assert field in str(caught.value)
     shutil.copy(own_pair / "kept.json", own_pair / "large" / "config.json")
     for name in ("small", "large"):
         shutil.copytree(own_pair / "vae", own_pair / name / "vae")
     rewrite(own_pair / "small" / "vae" / "config.json", latents_mean=[0.0] * 16)
-    with pytest.raises(ModelError, match="the VAE's latents_mean"):
+    with refuses("mismatch", kind=ModelError) as caught:
         NexusPipeline.from_pretrained(
             small=own_pair / "small", large=own_pair / "large", text_encoder=own_pair
         )
+    assert "latents_mean" in str(caught.value)
     rewrite(own_pair / "small" / "vae" / "config.json", z_dim=8)
-    with pytest.raises(ModelError, match="z_dim"):
+    with refuses("mismatch", kind=ModelError) as caught:
         NexusPipeline.from_pretrained(small=own_pair / "small", text_encoder=own_pair)
+    assert "z_dim" in str(caught.value)
 
 
 def test_folders_that_are_no_pair(own_pair, tmp_path):
-    with pytest.raises(ModelError, match="neither small/ nor large/"):
+    with refuses("missing", "pretrained", ModelError):
         NexusPipeline.from_pretrained(tmp_path)
     rewrite(own_pair / "model_index.json", _class_name="WanPipeline")
-    with pytest.raises(ModelError, match="one model and no pair; pass it as small= or large="):
+    with refuses("unsupported", "pretrained", ModelError):
         NexusPipeline.from_pretrained(own_pair)
-    with pytest.raises(ModelError, match="no text encoder"):
+    with refuses("missing", "text_encoder", ModelError):
         NexusPipeline.from_pretrained(small=own_pair / "small", vae=own_pair)(
             PROMPT, height=32, width=32, plan="small"
         )
-    with pytest.raises(ModelError, match="no VAE"):
+    with refuses("missing", "vae", ModelError):
         NexusPipeline.from_pretrained(small=own_pair / "small", text_encoder=own_pair)(
             PROMPT, plan="small"
         )
@@ -330,8 +335,9 @@ def test_of_two_repositories_one_text_encoder_is_fetched(tiny_pair, tmp_path, mo
 
 
 def test_an_unknown_backend_suggests_the_nearest(tiny_pair):
-    with pytest.raises(InputError, match="did you mean 'torch'"):
+    with refuses("unknown_name", "backend", InputError) as caught:
         NexusPipeline.from_pretrained(tiny_pair, backend="troch")
+    assert "did you mean 'torch'" in str(caught.value)
 
 
 @pytest.mark.parametrize("generator", ["small", "large"])
@@ -348,10 +354,12 @@ def test_nan_weights_name_the_generator_and_the_parameter(own_pair, generator):
     state = load_file(path)
     state[name][3, 3] = float("nan")
     save_file(state, path)
-    with pytest.raises(ModelError, match=rf"{generator}/.*{name} holds NaN or infinity"):
+    with refuses("not_finite", kind=ModelError) as caught:
         NexusPipeline.from_pretrained(own_pair)
-    with pytest.raises(NumericsError, match=rf"the {generator} generator.*step 0 .*blocks.0.ffn"):
+    assert name in str(caught.value) and f"{generator}/" in str(caught.value)
+    with refuses("not_finite", generator, NumericsError) as caught:
         pipe(PROMPT, plan="reference")
+    assert "step 0 " in str(caught.value) and "blocks.0.ffn" in str(caught.value)
 
 
 def test_decoding_failure_reaches_the_caller_with_the_latents(tiny_pair, tmp_path, monkeypatch):
@@ -414,6 +422,6 @@ def test_a_wrong_bar_holds_no_other_threads_bar_up(tiny_pipe):
 
     threading.Thread(target=bar, daemon=True).start()
     assert made.wait(10)
-    with pytest.raises(InputError, match="progress bar cannot be made"):
+    with refuses("invalid_value", kind=InputError):
         tiny_pipe.set_progress_bar_config(bar_format="{nothing}")
     tiny_pipe.set_progress_bar_config(disable=True)

@@ -55,7 +55,9 @@ class PairFolders:
         if width != wanted:
             raise ModelError(
                 f"the connector makes tokens of width {width} and the small generator reads"
-                f" {wanted}; pair the two that were trained together."
+                f" {wanted}; pair the two that were trained together.",
+                code="mismatch",
+                param="connector",
             )
 
 
@@ -70,7 +72,8 @@ def architecture_of(source: GeneratorSource) -> WanConfig:
     if any(other != first for other in others):
         raise ModelError(
             f"the experts {' and '.join(map(str, transformers_of(source).values()))} are not of one"
-            " architecture; pass the two that belong together."
+            " architecture; pass the two that belong together.",
+            code="mismatch",
         )
     return first
 
@@ -104,7 +107,8 @@ def _same_space(folders: Mapping[str, GeneratorSource], vaes: dict[str, Path]) -
     if different:
         raise ModelError(
             f"not one latent space: they differ in {'; '.join(different)}; pair generators trained"
-            " on the same latents."
+            " on the same latents.",
+            code="mismatch",
         )
 
 
@@ -114,13 +118,17 @@ def _pair_values(root: Path) -> dict[str, Any]:
     if index.get("_class_name") != "NexusPipeline":
         raise ModelError(
             f"{root} holds a {index.get('_class_name')}, one model and no pair; pass it as small="
-            " or large=."
+            " or large=.",
+            code="unsupported",
+            param="pretrained",
         )
     values = index.get("defaults", {})
     where = f"{root}/model_index.json"
     if not isinstance(values, dict):
         raise ModelError(
-            f"{where} has defaults that are a {type(values).__name__}; expected an object."
+            f"{where} has defaults that are a {type(values).__name__}; expected an object.",
+            code="invalid_type",
+            param="defaults",
         )
     if unknown := values.keys() - set(Defaults.names()):
         raise ModelError(
@@ -200,7 +208,9 @@ def _steering(
     if len(absent) == 1:
         raise InputError(
             f"the understanding model and the connector work together only; pass {absent[0]}= too,"
-            " or neither."
+            " or neither.",
+            code="missing",
+            param=absent[0],
         )
     if absent or not small:
         return dict.fromkeys(sources)
@@ -310,7 +320,11 @@ def find_pair(
         }
         found = {**own, **chosen}
         if not found:
-            raise ModelError(f"{root} holds neither small/ nor large/; expected a pair's folder.")
+            raise ModelError(
+                f"{root} holds neither small/ nor large/; expected a pair's folder.",
+                code="missing",
+                param="pretrained",
+            )
         sources = [(pretrained, root)]
     else:
         names = [n for n in ("large", "small") if n in found]
@@ -320,7 +334,9 @@ def find_pair(
     if boundary is not None and not any(isinstance(f, ExpertFolders) for f in folders.values()):
         raise InputError(
             "boundary_ratio is where the experts of a generator change over, and no generator here"
-            " has two; leave it out."
+            " has two; leave it out.",
+            code="unsupported",
+            param="boundary_ratio",
         )
     vaes: dict[str, Path] = {n: v for n, f in found.items() if (v := find_vae(f[0])) is not None}
     vae = next((v for _, f in sources if (v := find_vae(f)) is not None), None)
@@ -338,7 +354,9 @@ def find_pair(
     if "tokenizer" in given:
         if text is None:
             raise InputError(
-                "tokenizer= goes with a text encoder, and none is here; pass text_encoder= too."
+                "tokenizer= goes with a text encoder, and none is here; pass text_encoder= too.",
+                code="missing",
+                param="text_encoder",
             )
         tokenizer = resolve(given["tokenizer"], ("tokenizer",), **hub)
     return PairFolders(
