@@ -3,12 +3,14 @@ half-made has a name."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +88,15 @@ def test_an_entry_has_any_setting_of_a_list_under_its_option(tmp_path):
     assert item == Item("0000", "x", settings=wanted)
     nothing = {"prompt": "x", **dict.fromkeys(values)}  # null is the run's own
     assert read_prompts(written(tmp_path, "b.json", [nothing])) == [Item("0000", "x")]
+
+
+def test_the_document_shows_a_list_and_names_every_setting(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "batch.md").read_text()
+    example = re.search(r"```json\n(.*?)```", text, re.S)[1]
+    items = read_prompts(written(tmp_path, "a.json", example))
+    assert [i.id for i in items] == ["circle", "0001", "0002"]
+    assert items[1].settings["blend"] == BlendConfig(split="dct")
+    assert [n for n in (*prompts.OWN, *prompts.list_settings()) if f"`{n}`" not in text] == []
 
 
 @pytest.mark.parametrize(
