@@ -6,7 +6,6 @@ the same command goes on where it stopped.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -16,15 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nexus_rt import settings
+from nexus_rt.batch_clips import (
+    Clip,
+    decodes_beside,
+    denoise_clip,
+    encode_together,
+    failed_row,
+    options,
+    write_clip,
+)
 from nexus_rt.batch_log import Lines, finished, same_clip
-from nexus_rt.call import decode, denoise, draw_noise
 from nexus_rt.checks import check_seed, instance
-from nexus_rt.encode import Conditioning, Prompts, encode, rewriter_of
+from nexus_rt.encode import Prompts, rewriter_of
 from nexus_rt.errors import InputError, NexusError, choose, shown
-from nexus_rt.models.vae import rescue_latents
 from nexus_rt.part_files import remove_orphans
 from nexus_rt.pipeline import NexusPipeline
 from nexus_rt.plan import Plan
@@ -32,8 +37,7 @@ from nexus_rt.process import computes
 from nexus_rt.prompts import Item, check_name
 from nexus_rt.request import GenerationRequest
 from nexus_rt.settings import CallSettings
-from nexus_rt.size import ClipSize
-from nexus_rt.video import SUFFIXES, frame_rate, is_clip, made_with, save_video
+from nexus_rt.video import SUFFIXES, frame_rate, is_clip
 
 TOGETHER = 8  # prompts encoded in one call
 ONE_CLIP = ("num_videos_per_prompt", "output_type", "reuse_parity")  # settings without a part here
@@ -132,16 +136,6 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-@dataclass(frozen=True)
-class Clip:
-    """A clip to make. row: its line of `results.jsonl`, as far as it is known."""
-
-    item: Item
-    row: dict[str, Any]
-    request: GenerationRequest
-    prompts: Prompts
-
-
 class Requests:
     """A job's requests: one for all items of the same settings, and one plan for all of the same
     text, so that a long list holds few."""
@@ -204,12 +198,6 @@ def clip_settings(
         "weights": {**pipe.identity, "blend": pipe.kernels},
         "models": job.models,
     }
-
-
-def options(request: GenerationRequest) -> dict[str, Any]:
-    """The settings of a clip that are not a call's default."""
-    lists = {n for n, f in settings.fields().items() if f.kind == "numbers"}
-    return {n: list(v) if n in lists else v for n, v in request.settings.given.items()}
 
 
 def run(
@@ -294,7 +282,7 @@ def work(
             prompts = Prompts.of(item.prompt, item.negative, job.settings_of(item))
             request = requests.of(item) if item.settings else None
         except Exception as error:  # whatever a caller's item holds
-            yield _words(lines.add(_failed(row, error)))
+            yield _words(lines.add(failed_row(row, error)))
             continue
         request = request or requests.of(item)
         row["settings"] = own = {**clip_settings(item, job, pipe, request), "seed": own["seed"]}
@@ -303,7 +291,7 @@ def work(
             yield "kept", item.id, "was there"
         elif attempts is not None and begun.get(item.id, 0) >= attempts:
             gave_up = NexusError(f"its process died {begun[item.id]} times")
-            yield _words(lines.add(_failed(row, gave_up)))
+            yield _words(lines.add(failed_row(row, gave_up)))
         else:
             todo.append(Clip(item, row, request, prompts))
 
@@ -337,21 +325,21 @@ def _make(
     failed."""
 
     def finish(*of: Any) -> dict[str, Any]:
-        return ended(_write(pipe, job, *of))
+        return ended(write_clip(pipe, job, *of))
 
     with ThreadPoolExecutor(1) as decoder:
         pending: Future | None = None
         for start in range(0, len(todo), TOGETHER):
             part = todo[start : start + TOGETHER]
-            for clip, conditioning in zip(part, _encoded(pipe, part), strict=True):
+            for clip, conditioning in zip(part, encode_together(pipe, part), strict=True):
                 began = time.perf_counter()
                 begins(clip.item)
                 try:
                     if isinstance(conditioning, Exception):
                         raise conditioning
-                    latents = _denoise(pipe, clip, conditioning)
+                    latents = denoise_clip(pipe, clip, conditioning)
                 except Exception as error:  # an item's failure is the item's
-                    yield ended(_failed(clip.row, error))
+                    yield ended(failed_row(clip.row, error))
                     continue
                 if pending is not None:
                     yield pending.result()
@@ -371,144 +359,3 @@ def _make(
                     yield row
         if pending is not None:
             yield pending.result()
-
-
-def _encoded(pipe: NexusPipeline, part: list[Clip]) -> list[Conditioning | Exception]:
-    """What the generators read of each clip: encoded together where the settings of encoding are
-    equal, and one by one where that fails, so that one prompt fails alone."""
-    outcomes: dict[int, Conditioning | Exception] = {}
-    groups: dict[tuple, list[int]] = {}
-    for i, clip in enumerate(part):
-        try:
-            groups.setdefault(_encoding(pipe, clip.request), []).append(i)
-        except InputError as error:  # the memory budget does not hold the clip
-            outcomes[i] = error
-    for places in groups.values():
-        try:
-            made = _encode(pipe, [part[i] for i in places])
-            outcomes |= dict(zip(places, made, strict=True))
-        except Exception:
-            for i in places:
-                try:
-                    outcomes[i] = _encode(pipe, [part[i]])[0]
-                except Exception as error:
-                    outcomes[i] = error
-    return [outcomes[i] for i in range(len(part))]
-
-
-def _encoding(pipe: NexusPipeline, request: GenerationRequest) -> tuple:
-    """What `encode` reads of a request besides its prompts: equal for those that are encoded
-    together. A text instead of the prompt may be another for each."""
-    source = rewriter_of(pipe.components, request)
-    return (
-        request.plan.generators,
-        request.size.frames == 1,
-        request.settings.max_sequence_length,
-        pipe.components.tight(request, 1),
-        "text" if _own_text(source) else id(source) if callable(source) else source,
-    )
-
-
-def _own_text(source: Any) -> bool:
-    """Whether a call rewrites by a text of its own."""
-    return source is not None and source != "auto" and not callable(source)
-
-
-def _encode(pipe: NexusPipeline, clips: list[Clip]) -> list[Conditioning]:
-    """What the generators read of clips of equal settings of encoding; rows get what was rewritten.
-
-    The time for rewriting is a prompt's.
-    """
-    several, first = [clip.prompts for clip in clips], clips[0].request
-    texts = [text for one in several for text in one.texts or ()]
-    negatives = [one.negatives[0] if one.negatives else "" for one in several]
-    prompts = replace(several[0], texts=texts, negatives=negatives if any(negatives) else None)
-    call = first.settings.for_prompts(len(clips))
-    sources = [rewriter_of(pipe.components, clip.request) for clip in clips]
-    if _own_text(sources[0]):
-        call = call.replace(rewrite=[s if isinstance(s, str) else s[0] for s in sources])
-    with pipe.exclusive(first.plan):
-        encoded = encode(pipe.components, replace(first, settings=call), prompts, together=1)
-    if (made := encoded.rewriting) is not None:
-        for i, clip in enumerate(clips):
-            clip.row["settings"]["rewritten"] = made.texts[i]
-            if i in made.failures:
-                clip.row["settings"]["rewrite_failure"] = made.failures[i]
-    return [encoded.rows(i, i + 1) for i in range(len(clips))]
-
-
-def _denoise(pipe: NexusPipeline, clip: Clip, conditioning: Conditioning) -> Tensor:
-    """A clip's clean latents."""
-    seed = torch.Generator("cpu").manual_seed(clip.row["settings"]["seed"])
-    with pipe.exclusive(clip.request.plan) as hooks:
-        noise = draw_noise(pipe.components, clip.request.size, 1, seed)
-        hooks = replace(hooks, noise_rng=seed)
-        return denoise(pipe.components, clip.request, conditioning, noise, hooks)
-
-
-def decodes_beside(pipe: NexusPipeline, size: ClipSize) -> bool:
-    """Whether a clip is decoded and written while the next is denoised.
-
-    On a GPU, where the decoder's working memory is free; on a CPU, where each of the two has cores
-    of its own: two that share two cores take 1.5 times as long as one after the other, on one core
-    each 0.85 times (mini pair, 12 clips).
-    """
-    if pipe.vram is not None or pipe.vae is None:
-        return False
-    if pipe.device.type != "cuda":
-        return 2 * torch.get_num_threads() <= (os.cpu_count() or 1)
-    unused = torch.cuda.memory_reserved(pipe.device) - torch.cuda.memory_allocated(pipe.device)
-    free = torch.cuda.mem_get_info(pipe.device)[0] + unused
-    return free >= pipe.vae.working_bytes(size)
-
-
-@contextlib.contextmanager
-def _after(ready: torch.cuda.Event | None, latents: Tensor) -> Iterator[None]:
-    """On a GPU, a stream of its own that begins when the latents are there."""
-    if ready is None:
-        yield
-        return
-    stream = torch.cuda.Stream(latents.device)
-    stream.wait_event(ready)
-    latents.record_stream(stream)
-    with torch.cuda.stream(stream):
-        yield
-
-
-def _write(
-    pipe: NexusPipeline,
-    job: Job,
-    clip: Clip,
-    latents: Tensor,
-    ready: torch.cuda.Event | None,
-    began: float,
-) -> dict[str, Any]:
-    """Decode a clip and write its file; the row that it ends with."""
-    decoded, row, request = False, clip.row, clip.request
-    try:
-        with _after(ready, latents):
-            frames = decode(pipe.components, request, latents, rescue=job.folder)
-        decoded = True
-        s = row["settings"]
-        made = made_with(
-            s["prompt"], s["negative"], s["seed"], s["plan"], options(request), job.models
-        )
-        path = job.folder / row["file"]
-        save_video(frames[0], path, job.fps, made, truncate=request.published)
-    except Exception as error:
-        # what was denoised is not lost to a full disk
-        if decoded and (kept := rescue_latents(latents, job.folder)) is not None:
-            error = NexusError(f"{error} The latents are saved in {kept}.")
-        return _failed(row, error)
-    return {
-        **row,
-        "status": "done",
-        "seconds": round(time.perf_counter() - began, 3),
-        "when": time.time(),
-    }
-
-
-def _failed(row: dict[str, Any], error: Exception) -> dict[str, Any]:
-    """The row of a clip that was not made."""
-    message = str(error) if isinstance(error, NexusError) else f"{type(error).__name__}: {error}"
-    return {**row, "status": "failed", "error": message, "seconds": 0.0, "when": time.time()}

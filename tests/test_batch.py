@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nexus_rt import BlendConfig, InputError, NexusError, batch, prompts
+from nexus_rt import BlendConfig, InputError, NexusError, batch, batch_clips, prompts
 from nexus_rt.batch import Job, run
 from nexus_rt.batch_log import same_clip
 from nexus_rt.cli import main
@@ -259,7 +259,7 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(tiny_pipe, tmp_path, monkeyp
         Item("worse", PROMPTS[2]),
         Item("d", PROMPTS[0]),
     ]
-    right, calls = batch.save_video, []
+    right, calls = batch_clips.save_video, []
 
     def save(frames, path, *rest, **options):
         calls.append(path.stem)
@@ -267,7 +267,7 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(tiny_pipe, tmp_path, monkeyp
             raise OSError(28, "No space left on device")
         return right(frames, path, *rest, **options)
 
-    monkeypatch.setattr(batch, "save_video", save)
+    monkeypatch.setattr(batch_clips, "save_video", save)
     job = Job(tmp_path, suffix=".png", settings=SETTINGS)
     assert run(tiny_pipe, items, job) == {"made": 2, "kept": 0, "failed": 2}
     said = {r["id"]: r for r in rows(tmp_path)}
@@ -290,7 +290,7 @@ def test_a_clip_is_decoded_beside_the_next_only_where_there_is_room(
 ):
     """What a slow decoder holds up, and what it does not."""
     monkeypatch.setattr(batch, "decodes_beside", lambda pipe, size: beside)
-    events, decode, denoise = [], batch.decode, batch.denoise
+    events, decode, denoise = [], batch_clips.decode, batch_clips.denoise
 
     def slow(*args, **options):
         time.sleep(0.3)
@@ -301,8 +301,8 @@ def test_a_clip_is_decoded_beside_the_next_only_where_there_is_room(
         events.append("denoised")
         return denoise(*args)
 
-    monkeypatch.setattr(batch, "decode", slow)
-    monkeypatch.setattr(batch, "denoise", watched)
+    monkeypatch.setattr(batch_clips, "decode", slow)
+    monkeypatch.setattr(batch_clips, "denoise", watched)
     run(
         tiny_pipe, [Item("a", "a"), Item("b", "b")], Job(tmp_path, suffix=".png", settings=SETTINGS)
     )
@@ -315,7 +315,7 @@ def test_where_there_is_room(tiny_pipe, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     for threads, wanted in ((1, True), (2, True), (3, False)):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
-        assert batch.decodes_beside(tiny_pipe, SIZE) == wanted
+        assert batch_clips.decodes_beside(tiny_pipe, SIZE) == wanted
     need = tiny_pipe.vae.working_bytes(SIZE)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 60)
@@ -326,9 +326,9 @@ def test_where_there_is_room(tiny_pipe, monkeypatch):
         (need - 41, False),
     ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, n=free: (n, 10**12))
-        assert batch.decodes_beside(tiny_pipe, SIZE) == wanted
+        assert batch_clips.decodes_beside(tiny_pipe, SIZE) == wanted
     monkeypatch.setattr(tiny_pipe, "vram", 10**9)  # a budget was planned for one thing at a time
-    assert not batch.decodes_beside(tiny_pipe, SIZE)
+    assert not batch_clips.decodes_beside(tiny_pipe, SIZE)
 
 
 def test_a_full_disk_is_one_sentence(tiny_pipe, tmp_path, monkeypatch, capsys):
@@ -436,13 +436,13 @@ def test_the_commands_exit_code_says_whether_all_is_there(tiny_pair, tmp_path, c
 
 def groups(monkeypatch):
     """The prompts of every call of `encode`, as a batch makes them."""
-    calls, right = [], batch.encode
+    calls, right = [], batch_clips.encode
 
     def encode(components, request, prompts, **options):
         calls.append(prompts.texts)
         return right(components, request, prompts, **options)
 
-    monkeypatch.setattr(batch, "encode", encode)
+    monkeypatch.setattr(batch_clips, "encode", encode)
     return calls
 
 
@@ -458,8 +458,8 @@ def test_prompts_are_read_together(tiny_pipe, tmp_path, monkeypatch):
         for item in some:
             request = tiny_pipe.request(job.settings)
             prompts = Prompts.of(item.prompt, None, job.settings)
-            clips.append(batch.Clip(item, {"settings": {}}, request, prompts))
-        told = batch._encoded(tiny_pipe, clips)
+            clips.append(batch_clips.Clip(item, {"settings": {}}, request, prompts))
+        told = batch_clips.encode_together(tiny_pipe, clips)
         made[len(some)] = told[len(some) // 4].embeds["prompt_embeds"]
     assert [len(texts) for texts in calls] == [9, 1] and made[9].shape == made[1].shape
     assert torch.allclose(made[9], made[1], atol=1e-5)
@@ -715,7 +715,9 @@ def test_latents_are_kept_where_a_clip_cannot_be_written(tiny_pipe, tmp_path, mo
     from nexus_rt.models.vae import read_latents
 
     monkeypatch.setattr(
-        batch, "save_video", lambda *a, **k: (_ for _ in ()).throw(InputError("no space left"))
+        batch_clips,
+        "save_video",
+        lambda *a, **k: (_ for _ in ()).throw(InputError("no space left")),
     )
     assert run(tiny_pipe, [Item("a", PROMPTS[0])], Job(tmp_path, settings=SETTINGS))["failed"] == 1
     row = batch.finished(tmp_path)[0]["a"]

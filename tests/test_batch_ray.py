@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nexus_rt import BlendConfig, InputError, NexusPipeline, batch
+from nexus_rt import BlendConfig, InputError, NexusPipeline, batch_clips
 from nexus_rt.batch import Job
 from nexus_rt.batch_ray import run_on_ray
 from nexus_rt.prompts import Item
@@ -22,7 +22,7 @@ SETTINGS = CallSettings(**QUICK)
 def make(models):
     """A pipeline in whose process denoising is deadly: once where the frame is 80 wide, whenever it
     is 64."""
-    marker, right = Path(models["marker"]), batch.denoise
+    marker, right = Path(models["marker"]), batch_clips.denoise
 
     def deadly(components, request, *rest):
         first = request.size.width == 80 and not marker.exists()
@@ -33,7 +33,7 @@ def make(models):
             os.kill(os.getpid(), signal.SIGKILL)
         return right(components, request, *rest)
 
-    batch.denoise = deadly
+    batch_clips.denoise = deadly
     pipe = NexusPipeline.from_pretrained(models["pair"])
     pipe.set_progress_bar_config(disable=True)
     return pipe
