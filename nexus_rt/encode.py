@@ -379,4 +379,6 @@ def _names(argument: str, value: Any) -> tuple[str, ...]:
             code="invalid_type",
             param=argument,
         )
-    return tuple(dict.fromkeys(choose("callback tensor", n, CALLBACK_TENSORS) for n in value))
+    return tuple(
+        dict.fromkeys(choose("callback tensor", n, CALLBACK_TENSORS, argument) for n in value)
+    )

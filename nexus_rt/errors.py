@@ -160,9 +160,9 @@ def _words(value: object, form: Callable[[object], str]) -> str:
         return f"a {type(value).__name__} that cannot be shown"
 
 
-def choose(kind: str, name: str, known: Iterable[str]) -> str:
+def choose(kind: str, name: str, known: Iterable[str], param: str | None = None) -> str:
     """Return `name` if it is one of `known`, else raise an `InputError` that suggests the
-    nearest."""
+    nearest. param: the argument at fault, where `kind` is not its name."""
     known = list(known)
     if isinstance(name, str) and name in known:
         return name
@@ -171,5 +171,5 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
     raise InputError(
         f"unknown {kind} {shown(name, 120)}: expected one of {', '.join(known)}{hint}",
         code="unknown_name",
-        param=kind,
+        param=param or kind,
     )

@@ -67,7 +67,7 @@ class Field:
     kind: int, float, bool, str, "scale" (a number, or two), "numbers" (a list), "any", or a struct.
     low, high: of its numbers. choices: of its names. optional: None is a value. default: of the
     struct, or Wan's where that is None. flag: its name on the command line and in prompt lists.
-    pair: a pair may set it.
+    pair: a pair may set it. nested: it is a struct of settings.
     """
 
     name: str
@@ -83,11 +83,7 @@ class Field:
     metavar: str | None = None
     fronts: tuple[str, ...] = FRONTS
     pair: bool = False
-
-    @property
-    def nested(self) -> bool:
-        """Whether the setting is a struct of settings."""
-        return isinstance(self.kind, type) and issubclass(self.kind, msgspec.Struct)
+    nested: bool = False
 
     def checked(self, value: Any) -> Any:
         """The value as a call keeps it.
@@ -163,7 +159,8 @@ class Field:
         kinds = [*kinds, {"type": "null"}] if self.optional else kinds
         form = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
         words = self.sentence + (f" ({self.unit})" if self.unit else "")
-        stated = {} if self.default is None else {"default": self.default}
+        # of a setting that a pair may have, null is the pair's own and no client may fill it in
+        stated = {} if self.default is None or self.pair else {"default": self.default}
         return {"description": words, **form, **stated}
 
     @property
@@ -216,13 +213,15 @@ def _field(name: str, hint: Any, default: Any) -> Field:
     kinds = [k for k in kinds if k is not type(None)]
     extra = dict(meta.extra)
     wan, flag = extra.pop("default"), extra.pop("flag") or name
+    kind = "scale" if "scale" in kinds else kinds[0]
     return Field(
         name,
-        "scale" if "scale" in kinds else kinds[0],
+        kind,
         meta.description or "",
         choices=choices,
         optional=optional,
         default=wan if optional else default,
         flag=flag,
+        nested=isinstance(kind, type) and issubclass(kind, msgspec.Struct),
         **extra,
     )

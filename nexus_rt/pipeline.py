@@ -20,7 +20,7 @@ from nexus_rt.call import (
     draw_noise,
     no_vae,
 )
-from nexus_rt.checks import instance, prompt_lists, switch, whole
+from nexus_rt.checks import instance, number, prompt_lists, switch, whole
 from nexus_rt.encode import (
     EMBEDS,
     Conditioning,
@@ -39,7 +39,9 @@ from nexus_rt.errors import Cancelled, InputError, choose, shown
 from nexus_rt.latents import Generators, LatentGrid, check_generators, check_latents
 from nexus_rt.limits import (
     MAX_SEQUENCE_LENGTH,
+    MAX_TIMEOUT,
     MAX_VIDEOS,
+    MIN_TIMEOUT,
     OUTPUT_TYPES,
     REWRITE_TIMEOUT,
     Scale,
@@ -55,9 +57,15 @@ from nexus_rt.pipeline_models import PipelineModels
 from nexus_rt.plan import Plan, Step
 from nexus_rt.process import computes
 from nexus_rt.progress import check_options
-from nexus_rt.request import GenerationRequest, check_request, check_size, make_plan, make_request
+from nexus_rt.request import (
+    GenerationRequest,
+    check_request,
+    check_schedule,
+    check_size,
+    make_request,
+)
 from nexus_rt.reuse import ReuseDeviation
-from nexus_rt.rewriting import Rewriter, Rewriting
+from nexus_rt.rewriting import Rewriter, Rewriting, check_rewrite
 from nexus_rt.settings import CallSettings
 from nexus_rt.size import BuiltSizes, ClipSize
 
@@ -145,8 +153,10 @@ class NexusPipeline(PipelineModels):
             InputError: as a call with them.
         """
         every = {**settings, "plan": plan, "num_inference_steps": num_inference_steps}
-        made = make_plan(CallSettings.named("make_plan", every), self.defaults)
-        return made.with_experts(boundaries(self.engines))
+        settings_of_call = CallSettings.named("make_plan", every)
+        made = make_request(settings_of_call, self.defaults, boundaries(self.engines))
+        check_schedule(made)
+        return made.plan
 
     def request(self, settings: CallSettings) -> GenerationRequest:
         """A call's settings against the pair's own, checked against its models.
@@ -222,11 +232,13 @@ class NexusPipeline(PipelineModels):
     ) -> Rewriting | None:
         """What the large generator reads instead of prompts, as the call's `rewrite` asks; None
         where it reads them as they are. Answers are kept by prompt."""
+        number("timeout", timeout, MIN_TIMEOUT, MAX_TIMEOUT)
+        texts, _ = prompt_lists(prompt, None)
+        check_rewrite(rewrite_by, len(texts))
         settings = CallSettings(plan="large", rewrite=rewrite_by, rewrite_timeout=timeout)
         request = make_request(settings, self.defaults)
-        texts = Prompts.of(prompt, None, settings).texts
         source = rewriter_of(self.components, request)
-        if source is None or texts is None:
+        if source is None:
             return None
         computes()
         return rewrite(self.components, request, texts, source)
@@ -515,9 +527,14 @@ class _Callback:
         result = self.callback(self.pipe, step.index, step.timestep, tensors)  # type: ignore[arg-type]
         if result is None:
             return None
-        instance("the callback's result", result, dict, "a dictionary of tensors, or None")
+        if not isinstance(result, dict):
+            raise InputError(
+                f"the callback returned {shown(result)}; expected a dictionary of tensors.",
+                code="invalid_type",
+                param="callback_on_step_end",
+            )
         for name, value in result.items():
-            choose("callback tensor", name, known)
+            choose("callback tensor", name, known, "callback_on_step_end")
             there = known[name]
             if not isinstance(value, Tensor) or there is None or value.shape != there.shape:
                 shape = None if there is None else list(there.shape)

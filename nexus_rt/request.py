@@ -73,7 +73,12 @@ def make_request(
     size = ClipSize(*(_value(n, s, own) for n in ("width", "height", "num_frames")))
     # a solver of the call's goes before what a generator was distilled for
     lone = own if s.solver is None else own.replace(small_solver=None, large_solver=None)
-    plan = _with_solver(make_plan(settings, lone), s.solver, default)
+    try:
+        plan = _with_solver(make_plan(settings, lone), s.solver, default)
+    except InputError as error:
+        if error.param not in CallSettings.__struct_fields__:  # a word of the plan's text
+            error.param = "plan"
+        raise
     return GenerationRequest(
         size,
         plan.with_experts(boundaries or {}),
@@ -93,7 +98,7 @@ def check_request(request: GenerationRequest, pair: PairProfile) -> None:
             transformer, or a rewrite that nothing reads.
     """
     check_size(request.size, pair)
-    check_solver(request.solver, request.plan.grid)
+    check_schedule(request)
     plan, settings = request.plan, request.settings
     if absent := [g for g in plan.generators if g not in pair.generators]:
         raise InputError(
@@ -120,6 +125,16 @@ def check_request(request: GenerationRequest, pair: PairProfile) -> None:
             code="conflict",
             param="rewrite",
         )
+
+
+def check_schedule(request: GenerationRequest) -> None:
+    """Raise an `InputError` unless the request's solver can walk its plan."""
+    try:
+        check_solver(request.solver, request.plan.grid)
+    except InputError as error:
+        if request.settings.solver is None:
+            error.param = "timesteps" if request.settings.timesteps is not None else "plan"
+        raise
 
 
 def check_size(size: ClipSize, pair: PairProfile) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from nexus_rt.errors import UnknownArgument, shown
+from nexus_rt.checks import instance
+from nexus_rt.errors import InputError, UnknownArgument, shown
 from nexus_rt.fields import (
     GENERATE,
     LIST,
@@ -112,7 +113,7 @@ class CallSettings(msgspec.Struct, frozen=True, kw_only=True):
     guidance_scale_2: Annotated[
         Scale | None,
         described(
-            "guidance scale of the large generator",
+            "guidance scale of the large generator (default: the pair's, else the small one's)",
             -MAX_GUIDANCE,
             MAX_GUIDANCE,
             flag="guidance_2",
@@ -180,7 +181,7 @@ class CallSettings(msgspec.Struct, frozen=True, kw_only=True):
         Any,
         described(
             "text that the large generator reads instead of the prompt: auto (the understanding"
-            " model's answer), off, or a text of your own",
+            " model's answer), off, or a text of your own (default: the pair's)",
             metavar="TEXT",
             pair=True,
             fronts=(REWRITING, LIST, SERVER),
@@ -207,14 +208,14 @@ class CallSettings(msgspec.Struct, frozen=True, kw_only=True):
     timesteps: Annotated[
         tuple[float, ...] | None,
         described(
-            "timesteps to walk, before the shift, falling, such as 1000,750,500,250",
+            "timesteps to walk, before the shift, falling, such as 999,750,500,250",
             metavar="T,T,...",
         ),
     ] = None
     small_steps: Annotated[
         int | None,
         described(
-            "steps of the small generator's whole schedule, of its own",
+            "steps of the small generator's whole schedule, where it has one of its own",
             1,
             MAX_STEPS,
             metavar="N",
@@ -224,7 +225,7 @@ class CallSettings(msgspec.Struct, frozen=True, kw_only=True):
     large_steps: Annotated[
         int | None,
         described(
-            "steps of the large generator's whole schedule, of its own",
+            "steps of the large generator's whole schedule, where it has one of its own",
             1,
             MAX_STEPS,
             metavar="N",
@@ -290,18 +291,42 @@ class Defaults(CallSettings, frozen=True, kw_only=True):
     schedule of its own (`nexus_rt.recipes`): its shift, its timesteps before the shift, its solver.
     """
 
-    small_shift: float | None = None
-    large_shift: float | None = None
-    small_timesteps: tuple[float, ...] | None = None
-    large_timesteps: tuple[float, ...] | None = None
-    small_solver: str | None = None
-    large_solver: str | None = None
+    small_shift: Annotated[
+        float | None,
+        described("shift of the small generator's grid", MIN_SHIFT, MAX_SHIFT, fronts=()),
+    ] = None
+    large_shift: Annotated[
+        float | None,
+        described("shift of the large generator's grid", MIN_SHIFT, MAX_SHIFT, fronts=()),
+    ] = None
+    small_timesteps: Annotated[
+        tuple[float, ...] | None, described("timesteps of the small generator alone", fronts=())
+    ] = None
+    large_timesteps: Annotated[
+        tuple[float, ...] | None, described("timesteps of the large generator alone", fronts=())
+    ] = None
+    small_solver: Annotated[
+        Literal["unipc", "euler", "lcm"] | None,
+        described("solver of the small generator's steps", fronts=()),
+    ] = None
+    large_solver: Annotated[
+        Literal["unipc", "euler", "lcm"] | None,
+        described("solver of the large generator's steps", fronts=()),
+    ] = None
 
     def __post_init__(self) -> None:
         for field in fields_of(type(self)).values():
             if getattr(self, field.name) is None and field.default is not None:
                 msgspec.structs.force_setattr(self, field.name, field.default)
         super().__post_init__()
+        instance("plan", self.plan, str, "a plan's text")
+        others = [n for n in self.given if n not in self.names()]
+        if others:
+            raise InputError(
+                f"a pair cannot set {others[0]}; expected some of {', '.join(self.names())}.",
+                code="unknown_name",
+                param=others[0],
+            )
 
     @classmethod
     def names(cls) -> list[str]:

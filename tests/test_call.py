@@ -38,7 +38,7 @@ def test_what_is_wrong_is_named_before_any_work(pipe):
         ({"guidance_scale": (3.0, 4.0)}, "unsupported", "guidance_scale"),
         ({"plan": "small", "rewrite": "a disk"}, "conflict", "rewrite"),
         ({"rewrite": ["a", "b"]}, "mismatch", "rewrite"),
-        ({"num_inference_steps": None, "timesteps": [1000, 500]}, "conflict", "solver"),
+        ({"num_inference_steps": None, "timesteps": [1000, 500]}, "conflict", "timesteps"),
     ):
         with refuses(code, param):
             pipe(**{"prompt": "a red circle", **SHORT, **change})
@@ -174,3 +174,25 @@ def test_hooks_of_a_caller_reach_the_loop(pipe):
     hooks = Hooks(on_step=lambda step, x: seen.append(step.index))
     denoise(components, request, told, noise, hooks)
     assert seen == [0, 1]
+
+
+def test_a_made_plan_is_the_calls(pipe):
+    for settings in (dict(solver="lcm"), dict(plan="large", solver="euler", shift=3.0)):
+        made = pipe.make_plan(**settings)
+        assert made == pipe.request(CallSettings(**settings)).plan
+    for settings, code, param in (
+        (dict(plan="reference solver=euler", solver="unipc"), "conflict", "solver"),
+        (dict(plan="reference", timesteps=[1000, 500]), "conflict", "timesteps"),
+        (dict(plan="small:q"), "unreadable", "plan"),
+    ):
+        with refuses(code, param):
+            pipe.make_plan(**settings)
+
+
+def test_a_callers_hooks_stay_as_they_are(pipe):
+    components, request, prompts = stages(pipe, plan="large")
+    hooks = Hooks()
+    noise = draw_noise(components, request.size, 1, None)
+    told = encode(components, request, prompts)
+    loop.sample(noise, request.plan, pipe.engines, told.prompts(pipe.engines), hooks=hooks)
+    assert hooks.generators == {} and hooks.check is None

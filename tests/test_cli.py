@@ -100,7 +100,7 @@ def execute(words):
         (["--frames", "6"], "invalid_value", "num_frames"),
         (["--steps", "0"], "out_of_range", "num_inference_steps"),
         (["--steps", "-2"], "out_of_range", "num_inference_steps"),
-        (["--plan", "handoff=1200"], "out_of_range", "handoff"),
+        (["--plan", "handoff=1200"], "out_of_range", "plan"),
         (["--energy", "reference", "--plan", "handoff=0.5"], "conflict", "energy"),
         (["--device", "cdua"], "not_found", "device"),
         (["--fps", "0"], "out_of_range", "--fps"),

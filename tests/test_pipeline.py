@@ -193,7 +193,7 @@ def test_callbacks_see_and_change_latents(tiny_pipe):
         enumerate(time_grid(6, 5.0).timesteps)
     ) and torch.count_nonzero(out.frames) == 0
     assert seen[0][2] == ["latents", "prompt_embeds"]
-    with refuses("unknown_name", "callback tensor", InputError) as caught:
+    with refuses("unknown_name", "callback_on_step_end_tensor_inputs", InputError) as caught:
         tiny_pipe(PROMPT, callback_on_step_end_tensor_inputs=["latent"])
     assert "did you mean 'latents'" in str(caught.value)
 

@@ -89,7 +89,11 @@ WRONG = [
         "invalid_type",
         "callback_on_step_end_tensor_inputs",
     ),
-    (dict(callback_on_step_end_tensor_inputs=[1]), "unknown_name", "callback tensor"),
+    (
+        dict(callback_on_step_end_tensor_inputs=[1]),
+        "unknown_name",
+        "callback_on_step_end_tensor_inputs",
+    ),
     (dict(latents="noise"), "invalid_type", "latents"),
     (dict(latents=torch.zeros(1, 16, 2, 4, 6, dtype=torch.int64)), "invalid_type", "latents"),
     (dict(latents=torch.full((1, 16, 2, 4, 6), float("nan"))), "not_finite", "latents"),
@@ -248,8 +252,8 @@ def test_a_callback_replaces_embeddings_from_the_next_step_on(tiny_pipe):
     ]
     for answer, code, param in (
         ({"prompt_embeds": other[:, :9]}, "mismatch", "prompt_embeds"),
-        ({"prompt": "x"}, "unknown_name", "callback tensor"),
-        (5, "invalid_type", "the callback's result"),
+        ({"prompt": "x"}, "unknown_name", "callback_on_step_end"),
+        (5, "invalid_type", "callback_on_step_end"),
         ({"latents": None}, "mismatch", "latents"),
         ({"context_embeds": other}, "mismatch", "context_embeds"),
     ):

@@ -344,9 +344,12 @@ def test_the_schema_of_texts(name):
         assert fits({name: value}, schema) is right
 
 
-def test_the_schema_has_each_default_and_no_other_name():
+def test_the_schema_has_the_calls_defaults_and_no_pairs_nor_other_names():
+    """A client that fills in a schema's defaults changes nothing."""
     schema = settings.json_schema()
-    assert schema["properties"]["num_frames"]["default"] == Defaults().num_frames
+    stated = {n: p["default"] for n, p in schema["properties"].items() if "default" in p}
+    assert stated and all(getattr(CallSettings(), n) == v for n, v in stated.items())
+    assert "num_frames" not in stated
     assert not fits({"steps": 3}, schema) and fits({}, schema)
     server = settings.json_schema("server")["properties"]
     assert "rewrite" in server and "reuse_parity" not in server
@@ -427,3 +430,22 @@ def test_settings_that_are_a_call_s_defaults_are_not_given():
     assert call.replace(shift=None).given == {"blend": BlendConfig()}
     with refuses("out_of_range", "shift", InputError):
         call.replace(shift=0.0)
+
+
+@pytest.mark.parametrize(
+    "values, code, param",
+    [
+        (dict(plan=3), "invalid_type", "plan"),
+        (dict(energy="none"), "unknown_name", "energy"),
+        (dict(as_published=True), "unknown_name", "as_published"),
+        (dict(num_videos_per_prompt=3), "unknown_name", "num_videos_per_prompt"),
+        (dict(timesteps=(900.0, 500.0)), "unknown_name", "timesteps"),
+        (dict(small_shift="x"), "invalid_type", "small_shift"),
+        (dict(large_shift=-1.0), "out_of_range", "large_shift"),
+        (dict(large_solver="x"), "unknown_name", "large_solver"),
+        (dict(small_timesteps="x"), "invalid_value", "small_timesteps"),
+    ],
+)
+def test_a_pair_sets_only_what_calls_read(values, code, param):
+    with refuses(code, param):
+        Defaults(**values)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_rt.errors import InputError, ModelError, choose, shorten, shown
+from nexus_rt.fields import fields_of
 from nexus_rt.latents import LatentGrid
 from nexus_rt.loading import transformer
 from nexus_rt.loading.experts import (
@@ -136,6 +137,13 @@ def _pair_values(root: Path) -> dict[str, Any]:
             f" {', '.join(Defaults.names())}.",
             code="unknown_name",
         )
+    for name, field in fields_of(Defaults).items():
+        if name in values and values[name] is None and field.default is not None:
+            raise ModelError(
+                f"{where} sets {name} to null; expected a value, or leave it out.",
+                code="invalid_type",
+                param=name,
+            )
     try:
         made = Defaults(**values)
     except InputError as error:

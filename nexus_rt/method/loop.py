@@ -8,7 +8,7 @@ blended by frequency; (4) the solver advances the latents.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -135,12 +135,11 @@ def sample(
         Cancelled: `hooks.should_stop` said so.
     """
     computes()
-    hooks = hooks or Hooks()
     plan = plan.walked_by(solver)
     use_triton = choose_ops(kernels, latents.device).name == "triton"
-    hooks.check = FiniteCheck(engines)
-    own = make_generators(plan, engines, prompts, guidance, latents.device, hooks.check)
-    hooks.generators = own
+    check = FiniteCheck(engines)
+    own = make_generators(plan, engines, prompts, guidance, latents.device, check)
+    hooks = replace(hooks or Hooks(), generators=own, check=check)  # the caller's stay as they are
     if hooks.residency is None or hooks.residency.plan.stays:
         for step in plan.steps:  # engines that come and go prepare when they first run
             for name, generator in own.items():
