@@ -111,10 +111,11 @@ def _encode(pipe: NexusPipeline, clips: list[Clip]) -> list[Conditioning]:
 def denoise_clip(pipe: NexusPipeline, clip: Clip, conditioning: Conditioning) -> Tensor:
     """A clip's clean latents."""
     seed = torch.Generator("cpu").manual_seed(clip.row["settings"]["seed"])
+    components = pipe.components
     with pipe.exclusive(clip.request.plan) as hooks:
-        noise = draw_noise(pipe.components, clip.request.size, 1, seed)
+        noise = draw_noise(components, clip.request.size, 1, seed)
         hooks = replace(hooks, noise_rng=seed)
-        return denoise(pipe.components, clip.request, conditioning, noise, hooks)
+        return denoise(components, clip.request, conditioning, noise, hooks)
 
 
 def decodes_beside(pipe: NexusPipeline, size: ClipSize) -> bool:

@@ -16,8 +16,8 @@ from nexus_rt.errors import InputError, ModelError, choose, shorten, shown
 from nexus_rt.limits import MAX_SEQUENCE_LENGTH
 from nexus_rt.method.generator import Prompt
 from nexus_rt.request import GenerationRequest
-from nexus_rt.rewriting import Rewriting, check_rewrite, is_off, rewrite_prompts
-from nexus_rt.settings import CallSettings
+from nexus_rt.rewriting import Rewriting, check_rewrite, rewrite_prompts
+from nexus_rt.settings import CallSettings, is_off
 
 EMBEDS = (
     "prompt_embeds",

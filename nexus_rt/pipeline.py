@@ -425,19 +425,19 @@ class NexusPipeline(PipelineModels):
             if self.parallel is not None and generator is None and latents is None:
                 generator = self.parallel.generator()
             deviations: list[ReuseDeviation] | None = [] if reuse_parity else None
-            told = encode(components, request, prompts, self._check_cancelled)
+            conditioning = encode(components, request, prompts, self._check_cancelled)
             noise = latents
             if noise is None:
                 noise = draw_noise(components, request.size, videos, generator)
             on_step = None
             if callback_on_step_end is not None:
-                on_step = _Callback(self, callback_on_step_end, tensors, told)
+                on_step = _Callback(self, callback_on_step_end, tensors, conditioning)
             hooks = replace(
                 hooks, on_step=on_step, noise_rng=generator, reuse_deviations=deviations
             )
-            clean = denoise(components, request, told, noise, hooks)
+            clean = denoise(components, request, conditioning, noise, hooks)
             frames = decode(components, request, clean)
-        return NexusOutput(frames, request.plan, deviations, told.rewriting)
+        return NexusOutput(frames, request.plan, deviations, conditioning.rewriting)
 
     @contextlib.contextmanager
     def exclusive(self, plan: Plan) -> Iterator[Hooks]:
@@ -512,9 +512,14 @@ class _Callback:
         pipe: NexusPipeline,
         callback: Callable[[NexusPipeline, int, int, dict], dict | None],
         tensors: Sequence[str],
-        told: Conditioning,
+        conditioning: Conditioning,
     ) -> None:
-        self.pipe, self.callback, self.tensors, self.told = pipe, callback, tensors, told
+        self.pipe, self.callback, self.tensors, self.conditioning = (
+            pipe,
+            callback,
+            tensors,
+            conditioning,
+        )
 
     def __call__(self, step: Step, latents: Tensor) -> CallbackResult | None:
         """Ask it; new embeddings are read from the next step on.
@@ -522,7 +527,7 @@ class _Callback:
         Raises:
             InputError: it returned anything but a dictionary of tensors like those there are.
         """
-        known = {"latents": latents, **self.told.embeds}
+        known = {"latents": latents, **self.conditioning.embeds}
         tensors = {name: known[name] for name in self.tensors}
         result = self.callback(self.pipe, step.index, step.timestep, tensors)  # type: ignore[arg-type]
         if result is None:
@@ -546,6 +551,6 @@ class _Callback:
                     param=name,
                 )
         new = {n: v for n, v in result.items() if n != "latents" and v is not known[n]}
-        self.told = self.told.changed(new)
-        prompts = self.told.prompts(self.pipe.engines) if new else None
+        self.conditioning = self.conditioning.changed(new)
+        prompts = self.conditioning.prompts(self.pipe.engines) if new else None
         return CallbackResult(result.get("latents"), prompts)

@@ -34,6 +34,7 @@ from nexus_rt.log import logger
 from nexus_rt.memory.offload import release
 from nexus_rt.models.understanding import MAX_ANSWER, REWRITE, UnderstandingModel
 from nexus_rt.paths import as_path
+from nexus_rt.settings import is_off
 from nexus_rt.tracing import span
 
 CACHED = 1024
@@ -64,11 +65,6 @@ class Rewriting:
     texts: list[str]
     failures: dict[int, str] = field(default_factory=dict)
     ms: float = 0.0
-
-
-def is_off(rewrite: Any) -> bool:
-    """Whether a call's `rewrite` is the word for none."""
-    return isinstance(rewrite, str) and rewrite == "off"
 
 
 def check_rewrite(rewrite: Any, prompts: int | None) -> None:

@@ -52,6 +52,11 @@ if TYPE_CHECKING:
 GUIDANCE_SETTINGS = {"small": "guidance_scale", "large": "guidance_scale_2"}
 
 
+def is_off(rewrite: Any) -> bool:
+    """Whether a call's `rewrite` is the word for none."""
+    return isinstance(rewrite, str) and rewrite == "off"
+
+
 class CallSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of a call, by the names of diffusers' `WanPipeline` where it has them.
 
@@ -271,8 +276,7 @@ class CallSettings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def rewrites(self) -> bool:
         """Whether a text is asked for that the large generator reads instead of the prompt."""
-        off = isinstance(self.rewrite, str) and self.rewrite == "off"
-        return self.rewrite is not None and not off
+        return self.rewrite is not None and not is_off(self.rewrite)
 
     def for_prompts(self, count: int) -> Self:
         """The settings of a call of several prompts, where the time for rewriting is a prompt's."""

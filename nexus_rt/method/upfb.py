@@ -52,10 +52,10 @@ def published_blend(
     """The blend as the paper writes it, band by band: four filtered tensors and the energy.
 
     Of the splits `fft` and `dct` likewise, where the large generator's high band gets what the
-    small one leaves. The reference of `combine`; computed in the velocities' dtype.
+    small one leaves. The reference of `combine`; bands in float32.
     """
     g = config.gamma_hf
-    low_small, low_large = (filtered(v, w, config, keep=0.0, low=1.0) for v in (v_small, v_large))
+    low_small, low_large = (low_frequencies(v, w, config) for v in (v_small, v_large))
     high_small, high_large = v_small - low_small, v_large - low_large
     left_to_large = 1 - w if config.split == "gaussian" else 1 - g * w
     u = (w * low_small + (1 - w) * low_large) + (left_to_large * high_large + g * w * high_small)
