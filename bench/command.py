@@ -24,23 +24,23 @@ from nexus_rt.bench.presets import (
     random_prompt,
 )
 from nexus_rt.bench.scaling import scaling
-from nexus_rt.checks import number, whole
 from nexus_rt.cli.pipeline import find_models, model_options
+from nexus_rt.core.checks import number, whole
+from nexus_rt.core.errors import InputError, ModelError, NexusError, choose
+from nexus_rt.core.limits import MAX_FRAMES, MAX_SIDE, MAX_STEPS
+from nexus_rt.core.part_files import scratch_folder
+from nexus_rt.core.paths import as_path, check_outputs
+from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.engines.experts import changed
 from nexus_rt.engines.torch import TorchEngine
-from nexus_rt.errors import InputError, ModelError, NexusError, choose
-from nexus_rt.limits import MAX_FRAMES, MAX_SIDE, MAX_STEPS
 from nexus_rt.loading.packing import check_dense
-from nexus_rt.loading.pair import default_device, default_dtype
 from nexus_rt.loading.pair_folder import pair_index
-from nexus_rt.part_files import scratch_folder
-from nexus_rt.paths import as_path, check_outputs
-from nexus_rt.pipeline import NexusPipeline
-from nexus_rt.plan_text import has_clocks, parse_plan
-from nexus_rt.request import default_grid
-from nexus_rt.settings import Defaults
-from nexus_rt.size import ClipSize
+from nexus_rt.method.plan_text import has_clocks, parse_plan
+from nexus_rt.pipeline.assemble import default_device, default_dtype
+from nexus_rt.pipeline.pipeline import NexusPipeline
+from nexus_rt.pipeline.request import default_grid
+from nexus_rt.pipeline.settings import Defaults
 
 ENGINES = ("torch", "compiled", *ENGINE_BACKENDS)
 ESTIMATES = ("auto", "never", "always")

@@ -23,11 +23,11 @@ from statistics import median
 import torch
 
 from nexus_rt.bench.naive import four_band_blend
-from nexus_rt.costs import median_ms
+from nexus_rt.core.part_files import scratch_folder
+from nexus_rt.core.size import ClipSize
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.upfb import blend
-from nexus_rt.part_files import scratch_folder
-from nexus_rt.size import ClipSize
+from nexus_rt.pipeline.costs import median_ms
 
 
 def machine() -> dict:
@@ -87,7 +87,7 @@ def bench_dit(runs: int) -> dict:
 
     from nexus_rt.loading.pair_folder import MINI
     from nexus_rt.loading.transformer import load_transformer
-    from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.pipeline.pipeline import NexusPipeline
 
     pipe = NexusPipeline.from_pretrained()
     ours = load_transformer(MINI / "large", torch.float32)
@@ -214,9 +214,9 @@ class Timed:
 def bench_mini(runs: int) -> dict:
     """`nexus-rt generate PROMPT` as a process, and what the loop costs outside the two DiTs."""
     from nexus_rt.method.loop import sample
-    from nexus_rt.pipeline import NexusPipeline
-    from nexus_rt.request import make_guidance
-    from nexus_rt.settings import CallSettings
+    from nexus_rt.pipeline.pipeline import NexusPipeline
+    from nexus_rt.pipeline.request import make_guidance
+    from nexus_rt.pipeline.settings import CallSettings
 
     prompt = "a striped red circle moves left on a black background"
     walls = []

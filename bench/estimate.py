@@ -11,12 +11,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nexus_rt.bench.presets import Need
-from nexus_rt.costs import median_ms
+from nexus_rt.core.size import ClipSize
+from nexus_rt.method.plan import Plan, StepCosts
 from nexus_rt.models.decoder import decode_whole
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from nexus_rt.models.wan_vae import WanVae
-from nexus_rt.plan import Plan, StepCosts
-from nexus_rt.size import ClipSize
+from nexus_rt.pipeline.costs import median_ms
 
 
 def matrix_tflops(device: torch.device, dtype: torch.dtype) -> float:

@@ -17,7 +17,7 @@ KEYS = (("self", None, False), ("cross 512", 512, False), ("cross biased", 40, T
 def cases(s: Any) -> dict[str, Any]:
     """Label -> case; self-attention of the large generator, which is what a step waits for,
     first."""
-    from nexus_rt.attention import Case
+    from nexus_rt.ops.attention import Case
 
     out = {}
     for label, count, biased in KEYS:
@@ -31,8 +31,8 @@ def cases(s: Any) -> dict[str, Any]:
 def units(s: Any) -> dict[str, Unit]:
     """A row a case and backend, and one a way of our kernels to load a tile: what `launch_config`
     should choose. The backends of the large generator's self-attention are headline rows."""
-    from nexus_rt.attention import ATTENTION_BACKENDS
     from nexus_rt.kernels.attention_launch import TIMED
+    from nexus_rt.ops.attention import ATTENTION_BACKENDS
 
     rows = {}
     for label, case in cases(s).items():
@@ -54,7 +54,7 @@ def _order(backend: str) -> int:
 
 
 def _rates(s: Any, case: Any, backend: str, ms: float) -> dict:
-    from nexus_rt.attention import ATTENTION_BACKENDS
+    from nexus_rt.ops.attention import ATTENTION_BACKENDS
 
     flops = 4 * case.batch * case.queries * case.keys * case.heads * case.head_dim
     exact = ATTENTION_BACKENDS[backend].exact
@@ -63,7 +63,7 @@ def _rates(s: Any, case: Any, backend: str, ms: float) -> dict:
 
 
 def _backend(s: Any, case: Any, backend: str) -> dict:
-    from nexus_rt.attention import ATTENTION_BACKENDS, Trial
+    from nexus_rt.ops.attention import ATTENTION_BACKENDS, Trial
 
     if KERNELS.get(backend) in s.wrong:
         return {"why": "it is wrong: see correctness"}

@@ -110,9 +110,9 @@ class FewStep(Clip):
 
     def write(self, plan: str, path: Path | None) -> None:
         """A clip to an mp4; path None: to the frames that would be written."""
-        from nexus_rt.plan_text import has_clocks
-        from nexus_rt.tracing import span
-        from nexus_rt.video import as_output, save_video, to_uint8
+        from nexus_rt.core.tracing import span
+        from nexus_rt.media.video import as_output, save_video, to_uint8
+        from nexus_rt.method.plan_text import has_clocks
 
         latents = self.latents(plan, None if has_clocks(plan) else FEW)
         if self.vae is None:

@@ -296,8 +296,8 @@ def _attention_fp8(s: Any, timed: bool) -> Cases:
 def _attention_fp8_case(
     s: Any, heads: int, head_dim: int, keys: int, biased: bool, loads: str, far: bool = False
 ) -> dict:
-    from nexus_rt.attention import APPROXIMATE
     from nexus_rt.kernels.attention_fp8 import attention_fp8
+    from nexus_rt.ops.attention import APPROXIMATE
 
     args = _qkv(s, heads, head_dim, keys, biased, far)
     wanted = _attention64(*args)
@@ -318,7 +318,7 @@ def _linear_gelu(s: Any, timed: bool) -> Cases:
 
 
 def _linear_gelu_case(s: Any, dim: int, inner: int) -> dict:
-    from nexus_rt.block_ops import TORCH, _linear_gelu_epilogue
+    from nexus_rt.ops.block_ops import TORCH, _linear_gelu_epilogue
 
     x, bias = s.random(2, 7 if s.dry else 500, dim), s.random(inner)
     weight = s.random(inner, dim) / dim**0.5

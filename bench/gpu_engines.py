@@ -90,8 +90,8 @@ def _replayed(blocks: Any) -> dict:
 
 def _exported(s: Any, blocks: Any, backend: str) -> dict:
     """Exported as a user would, parity gate and all, from a folder of random weights."""
+    from nexus_rt.core.errors import InputError
     from nexus_rt.engines.registry import open_engine
-    from nexus_rt.errors import InputError
     from nexus_rt.export.build import Target, export_component
     from nexus_rt.export.components import GeneratorComponent
 
@@ -149,8 +149,8 @@ class Pair:
 
         from nexus_rt.engines.torch import TorchEngine
         from nexus_rt.method.generator import Prompt
-        from nexus_rt.plan_text import parse_plan
-        from nexus_rt.solver import time_grid
+        from nexus_rt.method.plan_text import parse_plan
+        from nexus_rt.method.solver import time_grid
 
         self.s, self.engines = s, {}
         for role, config in shortened(s).items():
@@ -167,10 +167,10 @@ class Pair:
 
     def walk(self, mode: str, on_step: Any) -> Any:
         """The plan once; what residency was decided."""
-        from nexus_rt.memory.residency import Residency, call_parts, plan_residency
         from nexus_rt.method.guidance import Guidance
         from nexus_rt.method.hooks import Hooks
         from nexus_rt.method.loop import sample
+        from nexus_rt.pipeline.residency import Residency, call_parts, plan_residency
 
         for engine in self.engines.values():
             engine.unload()

@@ -19,7 +19,7 @@ WEIGHTS_RATE = 25e9
 # a roof, or a kernel compiled before: milliseconds, beside a library's first call and its memory
 SHORT_S = 1.0
 RUN = ("sdpa", "flash", "cudnn", "triton", "triton-fp8")  # backends of attention on a bare machine
-TRIAL_RUNS = 7  # of a backend that `nexus_rt.attention` tries
+TRIAL_RUNS = 7  # of a backend that `nexus_rt.ops.attention` tries
 TIMED_RUNS = 6  # of one that the suite times
 REFUSED_S = 0.2  # a backend that says no
 CARD = "h200"

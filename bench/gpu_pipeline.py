@@ -52,14 +52,14 @@ class Clip:
     @cached_property
     def costs(self) -> Any:
         """What a step costs: of this process, or of the one that measured it."""
-        from nexus_rt.plan import StepCosts
+        from nexus_rt.method.plan import StepCosts
 
         known = self.s.results.get("pipeline", {}).get("costs", {})
         return StepCosts(**known) if "failed" not in known and known else self.measure_costs()
 
     def measure_costs(self) -> Any:
         from nexus_rt.bench.latency import cost_calls
-        from nexus_rt.costs import measure_step_costs
+        from nexus_rt.pipeline.costs import measure_step_costs
 
         return measure_step_costs(cost_calls(self.pipe, self.clip), 2, 1, self.s.device)
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from nexus_rt.bench.architectures import DRY, WAN_1_3B, WAN_14B
 from nexus_rt.bench.gpu_wheels import WHEELS, absent
-from nexus_rt.devices import synchronize
+from nexus_rt.core.devices import synchronize
+from nexus_rt.core.size import ClipSize
 from nexus_rt.kernels.attention_launch import TIMED
-from nexus_rt.size import ClipSize
 
 CONFIGS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
 GRID = (21, 30, 52)  # tokens of 480p x 81 frames: 32,760

@@ -198,7 +198,7 @@ def _guided(step: Any) -> dict:
 
 def _attended(own: Any) -> str:
     """The backend that self-attention ran by."""
-    from nexus_rt.attention import Case, decide
+    from nexus_rt.ops.attention import Case, decide
 
     backend = own.model.blocks[0].attn1.backend
     if own.s.device.type != "cuda" or backend != "auto":

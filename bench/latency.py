@@ -28,21 +28,21 @@ from nexus_rt.bench.measure import (
 )
 from nexus_rt.bench.pictures import thumbnail
 from nexus_rt.bench.quality import distance, mini_accuracy
-from nexus_rt.costs import measure_step_costs, step_calls
-from nexus_rt.devices import synchronize
-from nexus_rt.errors import Cancelled
+from nexus_rt.core.devices import synchronize
+from nexus_rt.core.errors import Cancelled
+from nexus_rt.core.part_files import scratch_folder
+from nexus_rt.core.size import ClipSize
+from nexus_rt.core.tracing import span
+from nexus_rt.media.video import save_video
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.generator import Prompt
-from nexus_rt.part_files import scratch_folder
-from nexus_rt.pipeline import NexusPipeline
-from nexus_rt.plan import Plan, StepCosts
-from nexus_rt.plan_text import has_clocks
-from nexus_rt.request import make_guidance
-from nexus_rt.settings import CallSettings
-from nexus_rt.size import ClipSize
-from nexus_rt.solver import TimeGrid
-from nexus_rt.tracing import span
-from nexus_rt.video import save_video
+from nexus_rt.method.plan import Plan, StepCosts
+from nexus_rt.method.plan_text import has_clocks
+from nexus_rt.method.solver import TimeGrid
+from nexus_rt.pipeline.costs import measure_step_costs, step_calls
+from nexus_rt.pipeline.pipeline import NexusPipeline
+from nexus_rt.pipeline.request import make_guidance
+from nexus_rt.pipeline.settings import CallSettings
 
 COMPONENTS = (
     "text",

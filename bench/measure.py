@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from nexus_rt.devices import synchronize
-from nexus_rt.process import resident_bytes
-from nexus_rt.tracing import Trace, record
+from nexus_rt.core.devices import synchronize
+from nexus_rt.core.process import resident_bytes
+from nexus_rt.core.tracing import Trace, record
 
 
 def percentile(values: Sequence[float], share: float) -> float:

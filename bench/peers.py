@@ -27,17 +27,17 @@ from nexus_rt.bench.latency import scales_of
 from nexus_rt.bench.measure import interleaved, summary
 from nexus_rt.bench.naive import four_band_blend
 from nexus_rt.bench.quality import distance
+from nexus_rt.components.context import unpad
+from nexus_rt.core.errors import InputError, choose
+from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.experts import ExpertsEngine
-from nexus_rt.errors import InputError, choose
 from nexus_rt.loading.checkpoint import to_diffusers
 from nexus_rt.loading.packing import check_dense
-from nexus_rt.models.context import unpad
+from nexus_rt.method.plan import Plan
+from nexus_rt.method.plan_text import has_clocks
+from nexus_rt.method.solver import make_solver
 from nexus_rt.models.wan import WanTransformer
-from nexus_rt.pipeline import NexusPipeline
-from nexus_rt.plan import Plan
-from nexus_rt.plan_text import has_clocks
-from nexus_rt.size import ClipSize
-from nexus_rt.solver import make_solver
+from nexus_rt.pipeline.pipeline import NexusPipeline
 
 PEERS = ("diffusers", "diffusers+compile", "switch", "switch+compile", "naive", "naive-ours")
 SWITCH_AT = 0.3  # of the steps
@@ -278,7 +278,7 @@ class Peers:
                     pipe.context.connector,
                     pipe.context.connector.unconditional_hidden,
                 )
-                from nexus_rt.models.text import clean_prompt
+                from nexus_rt.components.text import clean_prompt
 
                 say = pipe.context.understanding.hidden_states
                 hidden = (

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
+from nexus_rt.components.vae import WAN_VAE, VideoDecoder, in_channels_last
+from nexus_rt.core.errors import choose
+from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.torch import TorchEngine
-from nexus_rt.errors import choose
 from nexus_rt.loading.checkpoint import KEEP_FP32
-from nexus_rt.loading.pair import Loaded
-from nexus_rt.memory.residency import activation_bytes
-from nexus_rt.models.vae import WAN_VAE, VideoDecoder, in_channels_last
 from nexus_rt.models.wan import WanConfig, WanTransformer
-from nexus_rt.pipeline import NexusPipeline
-from nexus_rt.settings import Defaults
-from nexus_rt.size import ClipSize
+from nexus_rt.pipeline.assemble import Loaded
+from nexus_rt.pipeline.pipeline import NexusPipeline
+from nexus_rt.pipeline.residency import activation_bytes
+from nexus_rt.pipeline.settings import Defaults
 
 PROMPT = (
     "the shape that rolls, in the colour of the sky, striped, moves the opposite way of right on a"

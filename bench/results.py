@@ -13,13 +13,13 @@ import msgspec
 import numpy as np
 import torch
 
-from nexus_rt import documents
-from nexus_rt.doctor import versions
-from nexus_rt.errors import InputError, ModelError, readable, shorten, shown
+from nexus_rt.cli.report import versions
+from nexus_rt.core import documents
+from nexus_rt.core.errors import InputError, ModelError, readable, shorten, shown
+from nexus_rt.core.part_files import part_file
 from nexus_rt.loading.experts import GeneratorSource, transformers_of
 from nexus_rt.loading.source import folder_fingerprint
-from nexus_rt.part_files import part_file
-from nexus_rt.plan import engine_name
+from nexus_rt.method.plan import engine_name
 
 SCHEMA, KIND = 1, "nexus-rt bench"
 NOISE = 0.02  # a slowdown that counts, beyond what the runs' own spread explains

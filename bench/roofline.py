@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any
 
-from nexus_rt.errors import choose
-from nexus_rt.limits import Scale
+from nexus_rt.core.errors import choose
+from nexus_rt.core.limits import Scale
+from nexus_rt.core.size import ClipSize
+from nexus_rt.method.plan import Plan, StepCosts
 from nexus_rt.models.wan import WanConfig
 from nexus_rt.parallel.layout import Layout, parse_layout
 from nexus_rt.parallel.volume import step_volume
-from nexus_rt.plan import Plan, StepCosts
-from nexus_rt.size import ClipSize
 
 TERA = 1e12
 
@@ -248,7 +248,7 @@ def predicted_row(
 
 def memory_line(configs: Mapping[str, WanConfig], size: ClipSize, card: Card) -> str:
     """Bytes of the generators in bf16 and of their working memory, beside the card's."""
-    from nexus_rt.memory.residency import activation_bytes, amount
+    from nexus_rt.pipeline.residency import activation_bytes, amount
 
     weights = {name: weight_bytes(config) for name, config in configs.items()}
     working = max(activation_bytes(asdict(config), size) for config in configs.values())
@@ -308,9 +308,9 @@ def scaling_table(key: str = "h200") -> str:
     """Markdown: one clip on one to eight cards, predicted from bytes: a guided step of the 14B, and
     the published schedule, where pair=2 has both generators run at once."""
     from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
-    from nexus_rt.limits import GUIDANCE_SCALE
-    from nexus_rt.plan_text import parse_plan
-    from nexus_rt.solver import time_grid
+    from nexus_rt.core.limits import GUIDANCE_SCALE
+    from nexus_rt.method.plan_text import parse_plan
+    from nexus_rt.method.solver import time_grid
 
     card, size = CARDS[key], SIZES["480p"]
     configs = {"small": WanConfig(**WAN_1_3B), "large": WanConfig(**WAN_14B)}
@@ -343,9 +343,9 @@ def predict(card: Card, size: ClipSize, fp8: bool = False) -> dict[str, Any]:
     """Wan's 1.3B and 14B on a card: a guided step of the large one by kind, and the plans' seconds,
     denoising and decoding."""
     from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
-    from nexus_rt.limits import GUIDANCE_SCALE
-    from nexus_rt.plan_text import has_clocks, parse_plan
-    from nexus_rt.solver import time_grid
+    from nexus_rt.core.limits import GUIDANCE_SCALE
+    from nexus_rt.method.plan_text import has_clocks, parse_plan
+    from nexus_rt.method.solver import time_grid
 
     configs = {"small": WanConfig(**WAN_1_3B), "large": WanConfig(**WAN_14B)}
     kind = "fp8-dynamic" if fp8 else None
@@ -365,8 +365,8 @@ def predict(card: Card, size: ClipSize, fp8: bool = False) -> dict[str, Any]:
 
 
 def _clocked(name: str) -> Plan:
-    from nexus_rt.request import make_plan
-    from nexus_rt.settings import CallSettings, Defaults
+    from nexus_rt.pipeline.request import make_plan
+    from nexus_rt.pipeline.settings import CallSettings, Defaults
 
     return make_plan(CallSettings(plan=name), Defaults())
 

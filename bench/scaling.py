@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from nexus_rt.bench.latency import Clip, prompts_of
-from nexus_rt.costs import median_ms
-from nexus_rt.pipeline import NexusPipeline
-from nexus_rt.size import ClipSize
+from nexus_rt.core.size import ClipSize
+from nexus_rt.pipeline.costs import median_ms
+from nexus_rt.pipeline.pipeline import NexusPipeline
 
 # shares of the clip's
 FRAMES, SIZES = (

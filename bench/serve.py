@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_rt.bench.measure import percentile
-from nexus_rt.process import resident_bytes
+from nexus_rt.core.process import resident_bytes
 
 HOST = "127.0.0.1"  # and nowhere else
 PROMPT = b'{"prompt": "a red circle moves left on a black background"}'
@@ -240,8 +240,8 @@ def measure_parts(runs: int) -> dict[str, dict[str, float]]:
     """Milliseconds a clip of the mini pair in batches, and of a preview at two sizes."""
     import torch
 
-    from nexus_rt.costs import medians_ms
-    from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.pipeline.costs import medians_ms
+    from nexus_rt.pipeline.pipeline import NexusPipeline
     from nexus_rt.serve.generate import ServedPipeline, Task, warmup_request
     from nexus_rt.serve.preview import picture
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from nexus_rt import documents
+from nexus_rt.core import documents
 
 T = TypeVar("T")
 Figure = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]

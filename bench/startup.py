@@ -38,7 +38,7 @@ def lap(name):
     return name
 import torch; lap("import torch")
 import nexus_rt
-from nexus_rt import pipeline; lap("import nexus_rt.pipeline")
+from nexus_rt.pipeline import pipeline; lap("import nexus_rt.pipeline.pipeline")
 pipe = pipeline.NexusPipeline.from_pretrained(); lap("from_pretrained: configs, both generators, comparisons")
 pipe.text.tokenizer; lap("tokenizer, import of the tokenizers library included")
 pipe.text.load(); lap("text encoder: weights")

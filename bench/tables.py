@@ -17,8 +17,8 @@ from typing import Any
 from nexus_rt.bench.gpu_tables import targets_table
 from nexus_rt.bench.results import read, write_text
 from nexus_rt.bench.shown import Load, Report, Suite, checked
-from nexus_rt.documents import read_object
-from nexus_rt.errors import InputError, ModelError, NexusError
+from nexus_rt.core.documents import read_object
+from nexus_rt.core.errors import InputError, ModelError, NexusError
 
 PLACE = re.compile(r"(<!-- (results|headline|serve) (\S+) -->\n).*?(<!-- end -->)", re.S)
 PEERS = {

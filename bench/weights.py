@@ -97,7 +97,7 @@ def bench_shape(runs: int) -> dict:
 
 def bench_pair(runs: int) -> dict:
     """Clips of the mini pair by kind: PSNR against its own weights', and milliseconds."""
-    from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.pipeline.pipeline import NexusPipeline
 
     def clips(kind: str):
         pipe = NexusPipeline.from_pretrained(weights=kind)

@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 from nexus_rt import NexusPipeline
-from nexus_rt.batch import Job
-from nexus_rt.batch_ray import run_on_ray
-from nexus_rt.prompts import read_prompts
-from nexus_rt.settings import CallSettings
+from nexus_rt.pipeline.batch import Job
+from nexus_rt.pipeline.batch_ray import run_on_ray
+from nexus_rt.pipeline.prompts import read_prompts
+from nexus_rt.pipeline.settings import CallSettings
 
 SETTINGS = CallSettings(num_inference_steps=10, plan="handoff=0.65")
 

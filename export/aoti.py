@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nexus_rt.cpu import instruction_sets
+from nexus_rt.core.cpu import instruction_sets
+from nexus_rt.core.errors import InputError
 from nexus_rt.engines import aoti as backend
 from nexus_rt.engines.registry import here
-from nexus_rt.errors import InputError
 from nexus_rt.export.dynamic_shapes import Traced
 
 if TYPE_CHECKING:

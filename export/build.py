@@ -23,21 +23,21 @@ from typing import Any
 import torch
 
 from nexus_rt import __version__
+from nexus_rt.core.errors import InputError, ModelError, NexusError, choose
+from nexus_rt.core.paths import check_folder, failed_file
+from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.engines.exported_engine import DTYPES
 from nexus_rt.engines.folder import EngineFolder, engines_root, files_of, link_tree
 from nexus_rt.engines.manifest import Manifest
 from nexus_rt.engines.publish import publish, remove
 from nexus_rt.engines.registry import engine_of
-from nexus_rt.errors import InputError, ModelError, NexusError, choose
 from nexus_rt.export.components import Component, weights_bytes, weights_hash
 from nexus_rt.export.contract import contract
 from nexus_rt.export.dynamic_shapes import Traced
 from nexus_rt.export.parity import gate
+from nexus_rt.loading.shards import write_json
 from nexus_rt.memory.offload import release
-from nexus_rt.paths import check_folder, failed_file
-from nexus_rt.shards import write_json
-from nexus_rt.size import ClipSize
 
 
 @dataclass(frozen=True)

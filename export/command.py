@@ -12,8 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nexus_rt.cli.pipeline import find_models
+from nexus_rt.core.errors import InputError, choose
+from nexus_rt.core.log import chose
+from nexus_rt.core.paths import as_path
+from nexus_rt.core.progress import progress_bar
+from nexus_rt.core.size import parse_sizes
 from nexus_rt.engines.folder import EngineFolder
-from nexus_rt.errors import InputError, choose
 from nexus_rt.export.build import Target, export_components
 from nexus_rt.export.components import (
     Component,
@@ -24,13 +28,9 @@ from nexus_rt.export.components import (
 from nexus_rt.loading.experts import ExpertFolders, GeneratorSource, transformers_of
 from nexus_rt.loading.locate import find_text
 from nexus_rt.loading.lora import Lora, loras_of, parse_loras
-from nexus_rt.loading.pair import default_device
 from nexus_rt.loading.pair_folder import PairFolders, pair_index
-from nexus_rt.log import chose
-from nexus_rt.paths import as_path
-from nexus_rt.progress import progress_bar
-from nexus_rt.recipes import find_recipes, with_recipes
-from nexus_rt.size import parse_sizes
+from nexus_rt.pipeline.assemble import default_device
+from nexus_rt.pipeline.recipes import find_recipes, with_recipes
 
 NAMES = ("small", "large", "vae", "text_encoder")
 

@@ -15,10 +15,13 @@ from typing import Any, Protocol
 
 import torch
 
+from nexus_rt.components.text import TextEncoder
+from nexus_rt.components.vae import VideoDecoder, vae_config, vae_space
+from nexus_rt.core.errors import InputError, ModelError
+from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.exported_engine import DTYPES, GRAPHS
 from nexus_rt.engines.folder import trusted_hash
 from nexus_rt.engines.torch import TorchEngine
-from nexus_rt.errors import InputError, ModelError
 from nexus_rt.export import parity
 from nexus_rt.export.dynamic_shapes import Traced
 from nexus_rt.export.graph import trace
@@ -27,11 +30,8 @@ from nexus_rt.loading import transformer
 from nexus_rt.loading.locate import find_text
 from nexus_rt.loading.lora import Lora, loras_hash
 from nexus_rt.memory.streaming import BlockStream
-from nexus_rt.models.text import TextEncoder
 from nexus_rt.models.umt5 import umt5_settings
-from nexus_rt.models.vae import VideoDecoder, vae_config, vae_space
 from nexus_rt.models.wan import WanTransformer
-from nexus_rt.size import ClipSize
 
 WEIGHTS = (".safetensors", ".sft", ".gguf", ".bin", ".pth", ".pt")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from nexus_rt.size import ClipSize
+from nexus_rt.core.size import ClipSize
 
 Shape = tuple[int | str, ...]
 

@@ -20,17 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.export import export
 
-from nexus_rt.block_ops import TORCH
+from nexus_rt.core.size import ClipSize
 from nexus_rt.export.dynamic_shapes import Shape, Symbols, Traced
 from nexus_rt.kernels.formulas import rope_angles, rope_tables
 from nexus_rt.models.wan import WanContext, WanTransformer
-from nexus_rt.size import ClipSize
+from nexus_rt.ops.block_ops import TORCH
 
 
 def rope_in_graph(
     head_dim: int, grid: tuple[int, int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """`nexus_rt.block_ops.rope_table` for sizes that are symbols: float32 angles, of positions
+    """`nexus_rt.ops.block_ops.rope_table` for sizes that are symbols: float32 angles, of positions
     below a few hundred."""
     return rope_tables(rope_angles(head_dim, grid, device, torch.float32))
 

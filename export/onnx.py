@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nexus_rt.core.errors import InputError
 from nexus_rt.engines import onnx as backend
 from nexus_rt.engines.registry import here
-from nexus_rt.errors import InputError
 from nexus_rt.export import contract
 from nexus_rt.export.dynamic_shapes import Traced
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.protocol import Engine
+from nexus_rt.core.size import ClipSize
 from nexus_rt.memory.offload import release
+from nexus_rt.method.engine import Engine
 from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Guidance
 from nexus_rt.method.loop import sample
-from nexus_rt.plan_text import parse_plan
-from nexus_rt.size import ClipSize
-from nexus_rt.solver import time_grid
+from nexus_rt.method.plan_text import parse_plan
+from nexus_rt.method.solver import time_grid
 
 TIMESTEPS = (967.0, 500.0, 50.0)
 STEPS = 4

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nexus_rt.core.errors import InputError
 from nexus_rt.engines import tensorrt as backend
 from nexus_rt.engines.folder import engines_root
-from nexus_rt.errors import InputError
 from nexus_rt.export import onnx
 from nexus_rt.export.dynamic_shapes import Traced, concrete, size_of
 

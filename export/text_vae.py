@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import export
 
+from nexus_rt.core.size import ClipSize
 from nexus_rt.export.dynamic_shapes import Shape, Symbols, Traced
 from nexus_rt.models.umt5 import Umt5Encoder
-from nexus_rt.size import ClipSize
 
 
 class DecoderGraph(nn.Module):

@@ -7,7 +7,7 @@ and predictor.
     next   = p_x x' + p_0 clean + p_1 m_1
 
 m_k is the clean prediction k steps ago, `last` the x' of the step before; the scalars are
-`nexus_rt.solver`'s table. The factor is R / (rms(u) + eps) per sample, of the sums that
+`nexus_rt.method.solver`'s table. The factor is R / (rms(u) + eps) per sample, of the sums that
 `band_blend` left (DESIGN section 1):
     reference:    R = (rms(v_S) + rms(v_L) rms(v_S) / (rms(v_L) + eps)) / 2
     progressive:  R = w rms(v_S) + (1-w) rms(v_L)
@@ -23,9 +23,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nexus_rt.core.limits import ENERGIES
 from nexus_rt.kernels.formulas import EPS, guide, target_energy
 from nexus_rt.kernels.triton_op import DTYPES, Variant, check_tensor, kernel_op, launch, tl, triton
-from nexus_rt.limits import ENERGIES
 
 if triton is not None:
     _EPS = tl.constexpr(EPS)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nexus_rt import devices
+from nexus_rt.core import devices
 
 try:
     import triton

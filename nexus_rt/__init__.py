@@ -5,43 +5,35 @@ Nothing heavy is imported here: the public names load their modules when first u
 
 from __future__ import annotations
 
-from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "NexusPipeline": "pipeline",
-    "NexusOutput": "pipeline",
+    "NexusPipeline": "pipeline.pipeline",
+    "NexusOutput": "pipeline.pipeline",
     "Prompt": "method.generator",
-    "Plan": "plan",
-    "Step": "plan",
-    "StepCosts": "plan",
-    "parse_plan": "plan_text",
+    "Plan": "method.plan",
+    "Step": "method.plan",
+    "StepCosts": "method.plan",
+    "parse_plan": "method.plan_text",
     "gate": "method.upfb",
     "BlendConfig": "method.blend_config",
     "blend": "method.upfb",
-    "TimeGrid": "solver",
-    "time_grid": "solver",
-    "save_video": "video",
-    "NexusError": "errors",
-    "InputError": "errors",
-    "ModelError": "errors",
-    "NumericsError": "errors",
-    "DecodeError": "errors",
-    "Cancelled": "errors",
+    "TimeGrid": "method.solver",
+    "time_grid": "method.solver",
+    "save_video": "media.video",
+    "NexusError": "core.errors",
+    "InputError": "core.errors",
+    "ModelError": "core.errors",
+    "NumericsError": "core.errors",
+    "DecodeError": "core.errors",
+    "Cancelled": "core.errors",
 }
 __all__ = [*_EXPORTS, "__version__"]
 
-# kernels/, export/ and bench/ stand beside this package in a checkout and inside it when installed;
-# in a checkout the repository's root joins the search path of `nexus_rt.*`, so that the same import
-# works in both.
-_root = _Path(__file__).resolve().parent.parent
-if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():
-    __path__.insert(0, str(_root))
-
 if TYPE_CHECKING:
-    from nexus_rt.errors import (
+    from nexus_rt.core.errors import (
         Cancelled,
         DecodeError,
         InputError,
@@ -49,14 +41,14 @@ if TYPE_CHECKING:
         NexusError,
         NumericsError,
     )
+    from nexus_rt.media.video import save_video
     from nexus_rt.method.blend_config import BlendConfig
     from nexus_rt.method.generator import Prompt
+    from nexus_rt.method.plan import Plan, Step, StepCosts
+    from nexus_rt.method.plan_text import parse_plan
+    from nexus_rt.method.solver import TimeGrid, time_grid
     from nexus_rt.method.upfb import blend, gate
-    from nexus_rt.pipeline import NexusOutput, NexusPipeline
-    from nexus_rt.plan import Plan, Step, StepCosts
-    from nexus_rt.plan_text import parse_plan
-    from nexus_rt.solver import TimeGrid, time_grid
-    from nexus_rt.video import save_video
+    from nexus_rt.pipeline.pipeline import NexusOutput, NexusPipeline
 
 
 def __getattr__(name: str):  # PEP 562

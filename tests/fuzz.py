@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from nexus_rt import documents
-from nexus_rt.errors import NexusError
+from nexus_rt.core import documents
+from nexus_rt.core.errors import NexusError
 from tests import fuzz_files, fuzz_plans, fuzz_serve
 from tests.omnivideo import make_llm
 
@@ -248,6 +248,8 @@ def make_targets(pair, steered, work):
     from nexus_rt.bench import results
     from nexus_rt.bench.vrbench import judging, schema
     from nexus_rt.bench.vrbench.command import EXAMPLE
+    from nexus_rt.components.understanding import Template, UnderstandingModel
+    from nexus_rt.components.vae import VideoDecoder, read_latents, save_latents, vae_space
     from nexus_rt.engines.folder import EngineFolder
     from nexus_rt.engines.torch import TorchEngine
     from nexus_rt.loading.lora import Lora
@@ -258,9 +260,7 @@ def make_targets(pair, steered, work):
     from nexus_rt.models.connector import ConnectorConfig, load_connector
     from nexus_rt.models.tokenizer import load_tokenizer
     from nexus_rt.models.umt5 import load_umt5
-    from nexus_rt.models.understanding import Template, UnderstandingModel
-    from nexus_rt.models.vae import VideoDecoder, read_latents, save_latents, vae_space
-    from nexus_rt.prompts import read_prompts
+    from nexus_rt.pipeline.prompts import read_prompts
 
     root = shutil.copytree(pair, work / "pair")
     cpu, ids = torch.device("cpu"), torch.tensor([[1, 2, 3]])
@@ -434,8 +434,8 @@ def make_targets(pair, steered, work):
     )
 
     def resume():
-        from nexus_rt.batch import finished
         from nexus_rt.bench.vrbench.report import made_with
+        from nexus_rt.pipeline.batch import finished
 
         finished(work / "out")
         made_with(work / "out")

@@ -159,13 +159,13 @@ def make_targets(pair, work, target, mutated):
     """
     from safetensors.torch import load_file
 
+    from nexus_rt.components.text import TextEncoder
+    from nexus_rt.components.vae import VideoDecoder
     from nexus_rt.loading.lora import Changes, Lora
     from nexus_rt.loading.stored import find_tensors, read_tensors
     from nexus_rt.loading.transformer import load_transformer
     from nexus_rt.models.pieces import tokenizer_of
-    from nexus_rt.models.text import TextEncoder
     from nexus_rt.models.tokenizer import load_tokenizer
-    from nexus_rt.models.vae import VideoDecoder
     from tests.test_single_files import spiece_model
 
     class File(target):

@@ -6,13 +6,13 @@ import re
 
 import numpy as np
 
-from nexus_rt.errors import NexusError
-from nexus_rt.front import from_front
-from nexus_rt.plan_text import check_plan, parse_plan
-from nexus_rt.recipes import METADATA, Recipe, stored_recipe, with_recipes
-from nexus_rt.request import make_plan
-from nexus_rt.settings import CallSettings, Defaults
-from nexus_rt.solver import make_solver, time_grid
+from nexus_rt.core.errors import NexusError
+from nexus_rt.method.plan_text import check_plan, parse_plan
+from nexus_rt.method.solver import make_solver, time_grid
+from nexus_rt.pipeline.front import from_front
+from nexus_rt.pipeline.recipes import METADATA, Recipe, stored_recipe, with_recipes
+from nexus_rt.pipeline.request import make_plan
+from nexus_rt.pipeline.settings import CallSettings, Defaults
 from tests import published
 
 GRID = time_grid(20, 3.0)

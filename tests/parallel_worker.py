@@ -8,8 +8,8 @@ import sys
 import torch
 
 from nexus_rt.bench.presets import random_pipeline, random_prompt
+from nexus_rt.core.size import ClipSize
 from nexus_rt.parallel.layout import make_mesh, parse_layout
-from nexus_rt.size import ClipSize
 
 CONFIG = dict(
     num_attention_heads=4, attention_head_dim=16, ffn_dim=64, num_layers=2, text_dim=24, freq_dim=32

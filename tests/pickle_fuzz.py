@@ -73,8 +73,8 @@ def mutated(data, rng, others):
 
 def main(folder, count, seed):
     global armed
-    from nexus_rt.errors import ModelError
-    from nexus_rt.loading.pickles import read_pickle
+    from nexus_rt.core.errors import ModelError
+    from nexus_rt.loading.formats.pickles import read_pickle
 
     files = sorted(Path(folder).glob("*.seed"))
     seeds = [data for f in files if (data := f.read_bytes())]

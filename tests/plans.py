@@ -2,11 +2,11 @@
 
 from hypothesis import strategies as st
 
-from nexus_rt import plan as plans
-from nexus_rt.errors import InputError
-from nexus_rt.limits import SOLVERS
-from nexus_rt.plan import Reuse, Segment
-from nexus_rt.solver import TimeGrid, listed_grid, time_grid
+from nexus_rt.core.errors import InputError
+from nexus_rt.core.limits import SOLVERS
+from nexus_rt.method import plan as plans
+from nexus_rt.method.plan import Reuse, Segment
+from nexus_rt.method.solver import TimeGrid, listed_grid, time_grid
 
 NONE = st.none()
 SHIFTS = st.floats(0.5, 12.0)

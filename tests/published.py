@@ -95,7 +95,7 @@ def fp8_scaled(state, style="comfy", dtype=torch.float8_e4m3fn):
 
 def gguf_blocks(kind, rows, columns, rng):
     """Bytes [rows, n] of a GGUF type whose scales are small numbers."""
-    from nexus_rt.encodings import GGUF_BLOCKS
+    from nexus_rt.models.encodings import GGUF_BLOCKS
 
     block = GGUF_BLOCKS[kind]
     raw = rng.integers(0, 256, (rows * columns // block.values, block.size), dtype=np.uint8)

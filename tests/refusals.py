@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from nexus_rt.errors import CODES, NexusError
+from nexus_rt.core.errors import CODES, NexusError
 
 
 def refuses(code: str, param: str | None = None, kind: type[NexusError] = NexusError) -> Any:
     """A context that expects a `NexusError` of a code, and of a parameter where one is named."""
-    assert code in CODES, f"{code} is no code of nexus_rt.errors"
+    assert code in CODES, f"{code} is no code of nexus_rt.core.errors"
 
     def same(error: BaseException) -> bool:
         assert isinstance(error, NexusError)

@@ -20,9 +20,9 @@ import openai
 import uvicorn
 from openai.types import Video
 
-from nexus_rt.errors import ModelError
-from nexus_rt.latents import LatentGrid
+from nexus_rt.core.errors import ModelError
 from nexus_rt.loading.pair_folder import MINI, _pair_defaults
+from nexus_rt.method.latents import LatentGrid
 from nexus_rt.serve.connections import bounded_protocol
 from nexus_rt.serve.generate import Clip, Task
 from nexus_rt.serve.problems import JobFailed, WorkerLost

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from nexus_rt import attention
-from nexus_rt.errors import InputError
+from nexus_rt.core.errors import InputError
+from nexus_rt.ops import attention
 from tests.refusals import refuses
 from tests.test_attention_kernel import inputs, oracle
 

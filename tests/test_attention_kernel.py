@@ -131,7 +131,7 @@ def test_what_the_kernel_does_not_take_is_refused():
 def test_the_op_keeps_torchs_rules(monkeypatch):
     monkeypatch.undo()
     torch.library.opcheck(
-        torch.ops.nexus_rt.attention.default,
+        torch.ops.nexus_rt.ops.attention.default,
         (*inputs(1, 4, 6, 2, 16, torch.float32), torch.zeros(1, 6)),
     )
 

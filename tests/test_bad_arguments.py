@@ -7,12 +7,12 @@ import torch
 
 import nexus_rt
 from nexus_rt import BlendConfig, NexusPipeline, parse_plan, save_video, time_grid
+from nexus_rt.core.size import ClipSize
 from nexus_rt.method.generator import Prompt
+from nexus_rt.method.plan import Plan, Step, StepCosts
+from nexus_rt.method.solver import TimeGrid
 from nexus_rt.method.upfb import blend, gate
-from nexus_rt.plan import Plan, Step, StepCosts
-from nexus_rt.settings import CallSettings
-from nexus_rt.size import ClipSize
-from nexus_rt.solver import TimeGrid
+from nexus_rt.pipeline.settings import CallSettings
 from tests.bad_values import parameters, raw_errors
 
 PROMPT = "a red circle"

@@ -15,17 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from nexus_rt import BlendConfig, InputError, NexusError, batch, batch_clips, prompts
-from nexus_rt.batch import Job, run
-from nexus_rt.batch_log import same_clip
+from nexus_rt import BlendConfig, InputError, NexusError
 from nexus_rt.cli import main
-from nexus_rt.encode import Prompts
-from nexus_rt.fields import LIST
-from nexus_rt.part_files import kernel
-from nexus_rt.prompts import Item, read_prompts
-from nexus_rt.settings import CallSettings, fields
-from nexus_rt.size import ClipSize
-from nexus_rt.video import read_frames, read_metadata, save_video
+from nexus_rt.core.fields import LIST
+from nexus_rt.core.part_files import kernel
+from nexus_rt.core.size import ClipSize
+from nexus_rt.media.video import read_frames, read_metadata, save_video
+from nexus_rt.pipeline import batch, batch_clips, prompts
+from nexus_rt.pipeline.batch import Job, run
+from nexus_rt.pipeline.batch_log import same_clip
+from nexus_rt.pipeline.encode import Prompts
+from nexus_rt.pipeline.prompts import Item, read_prompts
+from nexus_rt.pipeline.settings import CallSettings, fields
 from tests.refusals import refuses
 
 PROMPTS = ["a red circle", "a blue square moves left", "the panda"]
@@ -500,7 +501,7 @@ def test_an_item_is_checked_and_planned_once(tiny_pipe, tmp_path, monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    from nexus_rt import encode, pipeline
+    from nexus_rt.pipeline import encode, pipeline
 
     for name in ("prompt_lists", "check_rewrite"):
         counted(encode, name)
@@ -712,7 +713,7 @@ def test_names_of_a_text_list_stay_as_it_grows(tmp_path):
 
 
 def test_latents_are_kept_where_a_clip_cannot_be_written(tiny_pipe, tmp_path, monkeypatch):
-    from nexus_rt.models.vae import read_latents
+    from nexus_rt.components.vae import read_latents
 
     monkeypatch.setattr(
         batch_clips,

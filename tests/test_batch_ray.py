@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from nexus_rt import BlendConfig, InputError, NexusPipeline, batch_clips
-from nexus_rt.batch import Job
-from nexus_rt.batch_ray import run_on_ray
-from nexus_rt.prompts import Item
-from nexus_rt.settings import CallSettings
+from nexus_rt import BlendConfig, InputError, NexusPipeline
+from nexus_rt.pipeline import batch_clips
+from nexus_rt.pipeline.batch import Job
+from nexus_rt.pipeline.batch_ray import run_on_ray
+from nexus_rt.pipeline.prompts import Item
+from nexus_rt.pipeline.settings import CallSettings
 from tests.refusals import refuses
 
 ray = pytest.importorskip("ray")

@@ -21,9 +21,9 @@ from nexus_rt.bench.latency import Clip
 from nexus_rt.bench.page import drawing, page
 from nexus_rt.bench.presets import Preset
 from nexus_rt.cli import main
-from nexus_rt.errors import NexusError
+from nexus_rt.core.errors import NexusError
+from nexus_rt.core.size import ClipSize
 from nexus_rt.models.wan import WanConfig
-from nexus_rt.size import ClipSize
 from tests.fuzz import places
 from tests.pages import Tags, dump
 from tests.refusals import refuses

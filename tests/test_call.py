@@ -5,14 +5,14 @@ import inspect
 import pytest
 import torch
 
-import nexus_rt.call as call_module
-import nexus_rt.encode as encode_module
+import nexus_rt.pipeline.call as call_module
+import nexus_rt.pipeline.encode as encode_module
 from nexus_rt import NexusPipeline
-from nexus_rt.call import decode, denoise, draw_noise
-from nexus_rt.encode import Prompts, encode
 from nexus_rt.method import loop
 from nexus_rt.method.hooks import Hooks
-from nexus_rt.settings import CallSettings
+from nexus_rt.pipeline.call import decode, denoise, draw_noise
+from nexus_rt.pipeline.encode import Prompts, encode
+from nexus_rt.pipeline.settings import CallSettings
 from tests.refusals import refuses
 
 SHORT = dict(num_inference_steps=2, max_sequence_length=16)
@@ -147,8 +147,8 @@ def test_prompts_and_rewrite_are_checked_once_a_call(pipe, monkeypatch):
 
     counted(encode_module, "prompt_lists")
     counted(encode_module, "check_rewrite")
-    import nexus_rt.pipeline as pipeline_module
-    import nexus_rt.rewriting as rewriting_module
+    import nexus_rt.pipeline.pipeline as pipeline_module
+    import nexus_rt.pipeline.rewriting as rewriting_module
 
     counted(pipeline_module, "prompt_lists")
     counted(pipeline_module, "make_request")

@@ -8,7 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from nexus_rt.errors import ModelError
+from nexus_rt.core.errors import ModelError
 from nexus_rt.loading.checkpoint import diffusers_name, to_diffusers
 from nexus_rt.loading.source import resolve
 from nexus_rt.loading.stored import find_tensors, read_tensors

@@ -166,7 +166,7 @@ def test_latents_of_a_failed_decoding_can_be_decoded_later(
 ):
     with monkeypatch.context() as broken:
         broken.setattr(
-            "nexus_rt.models.vae.decode_whole",
+            "nexus_rt.components.vae.decode_whole",
             lambda *a, **k: (_ for _ in ()).throw(MemoryError("no memory")),
         )
         assert main(["generate", PROMPT, *pair(tiny_pair, "-o", tmp_path / "a.png")]) == 1
@@ -318,7 +318,7 @@ def test_a_fresh_seed_is_printed_and_makes_the_same_clip(tiny_pair, tmp_path, ca
     assert main([*line, str(tmp_path / "c.mp4"), "--seed", "-1"]) == 0
     a, b, c = ((tmp_path / f"{n}.mp4").read_bytes() for n in "abc")
     assert a == b != c
-    from nexus_rt.video import read_metadata
+    from nexus_rt.media.video import read_metadata
 
     made = read_metadata(tmp_path / "a.mp4")
     assert (
@@ -585,7 +585,7 @@ def line_of(command, option, value, folder):
     """A whole command line of a leaf (`COMMAND [ACTION]`) with one option set."""
     prompts = folder / "p.txt"
     prompts.write_text(PROMPT)
-    from nexus_rt.models.vae import save_latents
+    from nexus_rt.components.vae import save_latents
 
     rest = {
         "generate": [PROMPT],
@@ -632,7 +632,7 @@ def no_models(monkeypatch):
     def read(*arguments, **options):
         raise AssertionError("a model was read")
 
-    monkeypatch.setattr("nexus_rt.pipeline_models.load_models", read)
+    monkeypatch.setattr("nexus_rt.pipeline.models.load_models", read)
     monkeypatch.setattr("nexus_rt.serve.server.run_server", read)
 
 

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nexus_rt.errors import InputError
+from nexus_rt.core.errors import InputError
 from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Guidance
 from nexus_rt.method.hooks import Hooks
 from nexus_rt.method.loop import sample
-from nexus_rt.plan_text import has_clocks, parse_plan, scaled
-from nexus_rt.solver import clock_grid, euler_table, make_solver, time_grid, unipc_table
+from nexus_rt.method.plan_text import has_clocks, parse_plan, scaled
+from nexus_rt.method.solver import clock_grid, euler_table, make_solver, time_grid, unipc_table
 from tests.refusals import refuses
 
 GRID = time_grid(20, 3.0)

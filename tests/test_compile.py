@@ -12,7 +12,7 @@ TRACE = """
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-from nexus_rt import block_ops
+from nexus_rt.ops import block_ops
 from nexus_rt.kernels.attention import attention
 from nexus_rt.kernels.band_blend import band_blend
 from nexus_rt.kernels.band_filter import band_filter

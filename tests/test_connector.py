@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from nexus_rt.errors import InputError, ModelError
+from nexus_rt.core.errors import InputError, ModelError
 from nexus_rt.models.connector import (
     SPECIAL_TOKENS,
     Connector,

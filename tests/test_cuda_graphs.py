@@ -10,13 +10,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from nexus_rt import InputError, NexusPipeline, block_ops
-from nexus_rt.devices import held_by_recording, hold, recording
+from nexus_rt import InputError, NexusPipeline
+from nexus_rt.core.devices import held_by_recording, hold, recording
 from nexus_rt.engines import cuda_graphs
 from nexus_rt.engines.cuda_graphs import ReplayedEngine
 from nexus_rt.engines.exported_engine import EngineContext
 from nexus_rt.engines.tensorrt import TensorRTSessions
 from nexus_rt.engines.torch import TorchEngine
+from nexus_rt.ops import block_ops
 from tests.refusals import refuses
 
 

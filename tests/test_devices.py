@@ -12,22 +12,23 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nexus_rt import NumericsError, devices
-from nexus_rt.devices import Readings, on_device, send
+from nexus_rt import NumericsError
+from nexus_rt.core import devices
+from nexus_rt.core.devices import Readings, on_device, send
+from nexus_rt.core.size import ClipSize
 from nexus_rt.engines import cuda_graphs, onnx
 from nexus_rt.engines.cuda_graphs import ReplayedEngine
-from nexus_rt.engines.protocol import Changeable, Diagnosable, Reserving, Streamed, supports
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.memory.offload import Moved
-from nexus_rt.memory.residency import Residency, call_parts, plan_residency
 from nexus_rt.method.blend_config import BlendConfig
+from nexus_rt.method.engine import Changeable, Diagnosable, Reserving, Streamed, supports
 from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Guidance
 from nexus_rt.method.hooks import FiniteCheck, Hooks
 from nexus_rt.method.loop import sample
-from nexus_rt.plan_text import parse_plan
-from nexus_rt.size import ClipSize
-from nexus_rt.solver import time_grid
+from nexus_rt.method.plan_text import parse_plan
+from nexus_rt.method.solver import time_grid
+from nexus_rt.pipeline.residency import Residency, call_parts, plan_residency
 from tests.refusals import refuses
 
 # what makes a host wait for a device, where the tensor is on one
@@ -525,7 +526,7 @@ def test_a_session_computes_on_its_own_gpu(monkeypatch, device, provider, wanted
 
 
 def test_times_are_of_the_device_that_is_asked(monkeypatch):
-    from nexus_rt.costs import median_ms
+    from nexus_rt.pipeline.costs import median_ms
 
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import msgspec
 import pytest
 
-from nexus_rt import documents
-from nexus_rt.errors import InputError, ModelError, NexusError, choose, shorten, shown
+from nexus_rt.core import documents
+from nexus_rt.core.errors import InputError, ModelError, NexusError, choose, shorten, shown
 from tests.refusals import refuses
 
 

@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from nexus_rt import InputError, ModelError, NexusPipeline
+from nexus_rt.core.errors import DecodeError, NumericsError
+from nexus_rt.core.size import ClipSize, parse_sizes
 from nexus_rt.engines import folder as folders
 from nexus_rt.engines.command import run as engines_command
 from nexus_rt.engines.exported_engine import Sessions
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.engines.registry import engine_of, open_engine
 from nexus_rt.engines.torch import TorchEngine
-from nexus_rt.errors import DecodeError, NumericsError
 from nexus_rt.export.build import Target, export_component, export_components
 from nexus_rt.export.command import chosen_components, folders_beside
 from nexus_rt.export.components import GeneratorComponent
 from nexus_rt.export.parity import distance
 from nexus_rt.loading.pair_folder import MINI, find_pair
 from nexus_rt.loading.transformer import load_transformer
-from nexus_rt.size import ClipSize, parse_sizes
 from tests.conftest import SIZES
 from tests.refusals import refuses
 

@@ -14,11 +14,11 @@ import torch
 
 from nexus_rt import NexusPipeline
 from nexus_rt.cli import main
-from nexus_rt.cpu import instruction_sets
+from nexus_rt.core.cpu import instruction_sets
+from nexus_rt.core.errors import ModelError
 from nexus_rt.engines import aoti, registry
 from nexus_rt.engines.folder import EngineFolder, engines_root
 from nexus_rt.engines.registry import open_engine
-from nexus_rt.errors import ModelError
 from tests.conftest import SIZES
 from tests.refusals import refuses
 
@@ -214,7 +214,7 @@ def test_a_text_encoder_in_half_precision_is_refused_before_work(tiny_pair, tmp_
     ],
 )
 def test_a_compute_capability_is_one_thing_however_it_is_written(written, meant):
-    from nexus_rt.errors import InputError
+    from nexus_rt.core.errors import InputError
     from nexus_rt.export.command import capability
 
     assert capability(written) == meant

@@ -9,13 +9,13 @@ import torch
 
 from nexus_rt import InputError, ModelError, NexusPipeline
 from nexus_rt.cli import main
+from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.experts import ExpertsEngine, engines_by_name
 from nexus_rt.loading.experts import ExpertFolders, find_experts, split_source
 from nexus_rt.loading.lora import Lora
-from nexus_rt.memory.residency import MODES, MemoryUse, plan_residency
-from nexus_rt.plan_text import parse_plan
-from nexus_rt.size import ClipSize
-from nexus_rt.solver import time_grid
+from nexus_rt.method.plan_text import parse_plan
+from nexus_rt.method.solver import time_grid
+from nexus_rt.pipeline.residency import MODES, MemoryUse, plan_residency
 from tests import published
 from tests.omnivideo import original_wan_names
 from tests.refusals import refuses

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from nexus_rt import InputError, ModelError, NexusPipeline, cli
+from nexus_rt.components.vae import VideoDecoder
+from nexus_rt.core.size import ClipSize
 from nexus_rt.engines import folder as folders
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.engines.registry import engine_of
@@ -31,8 +33,6 @@ from nexus_rt.export.components import (
 )
 from nexus_rt.loading.pair_folder import find_pair
 from nexus_rt.loading.transformer import load_transformer
-from nexus_rt.models.vae import VideoDecoder
-from nexus_rt.size import ClipSize
 from tests.bad_values import parameters, raw_errors
 from tests.conftest import SIZES
 from tests.refusals import refuses

@@ -14,7 +14,7 @@ CHILD = """
 import json, sys, threading, time
 from pathlib import Path
 import torch
-from nexus_rt.size import ClipSize
+from nexus_rt.core.size import ClipSize
 from nexus_rt.export.build import Target, export_component
 from nexus_rt.export.components import GeneratorComponent
 

@@ -16,12 +16,12 @@ from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Guidance
 from nexus_rt.method.hooks import Hooks
 from nexus_rt.method.loop import sample
-from nexus_rt.plan import segments
-from nexus_rt.plan_text import parse_plan, scaled, with_own_steps
-from nexus_rt.recipes import METADATA, RECIPES, Recipe, stored_recipe, with_recipes
-from nexus_rt.request import make_plan, make_request
-from nexus_rt.settings import CallSettings, Defaults
-from nexus_rt.solver import clock_grid, listed_grid, make_solver, shifted, time_grid
+from nexus_rt.method.plan import segments
+from nexus_rt.method.plan_text import parse_plan, scaled, with_own_steps
+from nexus_rt.method.solver import clock_grid, listed_grid, make_solver, shifted, time_grid
+from nexus_rt.pipeline.recipes import METADATA, RECIPES, Recipe, stored_recipe, with_recipes
+from nexus_rt.pipeline.request import make_plan, make_request
+from nexus_rt.pipeline.settings import CallSettings, Defaults
 from tests import published
 from tests.plans import grids, in_turn
 from tests.refusals import refuses
@@ -209,7 +209,7 @@ def settings_of(part):
 @given(grids(), st.data(), st.integers(4, 60), st.integers(4, 60))
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_setting_is_lost_between_numbers_of_steps(grid, data, small, large):
-    from nexus_rt.plan_text import _merged, _parse_segments
+    from nexus_rt.method.plan_text import _merged, _parse_segments
 
     cuts = sorted(data.draw(st.lists(st.integers(0, len(grid)), max_size=2)))
     sizes = [b - a for a, b in zip([0, *cuts], [*cuts, len(grid)], strict=True)]

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nexus_rt.encodings import GGUF_BLOCKS
-from nexus_rt.errors import ModelError
+from nexus_rt.components.text import TextEncoder
+from nexus_rt.components.understanding import Template, UnderstandingModel
+from nexus_rt.components.vae import VideoDecoder
+from nexus_rt.core.errors import ModelError
 from nexus_rt.loading.finite import is_finite
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models.connector import load_connector, save_connector
-from nexus_rt.models.text import TextEncoder
-from nexus_rt.models.understanding import Template, UnderstandingModel
-from nexus_rt.models.vae import VideoDecoder
+from nexus_rt.models.encodings import GGUF_BLOCKS
 from tests.omnivideo import make_llm
 from tests.published import fp8_scaled, is_quantised, save, save_gguf, wan_state
 from tests.refusals import refuses

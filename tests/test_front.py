@@ -7,7 +7,7 @@ import pytest
 
 from nexus_rt import InputError
 from nexus_rt.cli import main
-from nexus_rt.front import Front, FrontPlan, from_front, read_front
+from nexus_rt.pipeline.front import Front, FrontPlan, from_front, read_front
 from tests.refusals import refuses
 
 ROW = dict(plan="small:4/10 large:4", ms=900.0, score=0.5, low=0.4, high=0.6)

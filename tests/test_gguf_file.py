@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from nexus_rt.errors import ModelError
-from nexus_rt.loading import gguf_file
+from nexus_rt.components.text import TextEncoder
+from nexus_rt.components.vae import VideoDecoder
+from nexus_rt.core.errors import ModelError
+from nexus_rt.loading.formats import gguf as gguf_file
 from nexus_rt.loading.stored import find_tensors, read_tensors
 from nexus_rt.loading.transformer import load_config, load_transformer
-from nexus_rt.models.text import TextEncoder
-from nexus_rt.models.vae import VideoDecoder
 from tests import published
 from tests.refusals import refuses
 from tests.test_single_files import same

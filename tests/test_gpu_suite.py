@@ -269,8 +269,8 @@ def test_estimates_are_the_roofline_s(monkeypatch):
     monkeypatch.setitem(roofline.CARDS, "h200", twice)
     after = gpu_estimates.step_s(s, large, 0), gpu_estimates.denoise_s(s, 3, 2)
     assert after == pytest.approx([x / 2 for x in before])
-    from nexus_rt.plan_text import parse_plan
-    from nexus_rt.solver import time_grid
+    from nexus_rt.method.plan_text import parse_plan
+    from nexus_rt.method.solver import time_grid
 
     plan = parse_plan("small:2 bridge:1 large:1", time_grid(gpu_clip.FEW))
     forwards = sum(s.small for s in plan.steps), sum(s.large for s in plan.steps)

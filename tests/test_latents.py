@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexus_rt import InputError
-from nexus_rt.latents import LatentGrid, random_latents
-from nexus_rt.size import ClipSize
+from nexus_rt.core.size import ClipSize
+from nexus_rt.method.latents import LatentGrid, random_latents
 from tests.refusals import refuses
 
 WAN = LatentGrid(8, 4, (1, 2, 2))

@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 
-from nexus_rt import NexusPipeline, log
+from nexus_rt import NexusPipeline
 from nexus_rt.cli import main
+from nexus_rt.core import log
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from nexus_rt.errors import DecodeError, InputError, ModelError
-from nexus_rt.models.text import TextEncoder, clean_prompt
-from nexus_rt.models.vae import VideoDecoder, read_latents
+from nexus_rt.components.text import TextEncoder, clean_prompt
+from nexus_rt.components.vae import VideoDecoder, read_latents
+from nexus_rt.core.errors import DecodeError, InputError, ModelError
 from tests.refusals import refuses
 
 PROMPTS = [
@@ -96,7 +96,7 @@ def test_bad_text_folders_and_calls(tiny_pair, tmp_path):
 @pytest.mark.parametrize("whole", [True, False])
 def test_decoding_equals_diffusers(tiny_pair, diffusers_pipe, frames, whole, monkeypatch):
     if not whole:
-        monkeypatch.setattr("nexus_rt.models.vae.WHOLE", 0)
+        monkeypatch.setattr("nexus_rt.components.vae.WHOLE", 0)
     latents = torch.randn(2, 16, frames, 4, 6)
     ours = VideoDecoder(tiny_pair / "vae", torch.float32, "cpu").decode(latents)
     vae = diffusers_pipe.vae
@@ -133,7 +133,7 @@ def test_tiles_are_used_above_the_limit_only(tiny_pair, monkeypatch):
     )
     plain = vae.decode(latents)
     assert not tiles
-    monkeypatch.setattr("nexus_rt.models.vae.TILE_ABOVE", 300 * 300)
+    monkeypatch.setattr("nexus_rt.components.vae.TILE_ABOVE", 300 * 300)
     tiled = vae.decode(latents)
     assert tiles and tiled.shape == plain.shape
     # Far from a tile's borders only the decoder's one attention, which sees a tile and not the
@@ -145,7 +145,7 @@ def test_a_decoding_failure_keeps_the_latents(tiny_pair, tmp_path, monkeypatch):
     vae = VideoDecoder(tiny_pair / "vae", torch.float32, "cpu")
     vae.load()
     monkeypatch.setattr(
-        "nexus_rt.models.vae.decode_whole",
+        "nexus_rt.components.vae.decode_whole",
         lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")),
     )
     latents = torch.randn(1, 16, 2, 4, 6)

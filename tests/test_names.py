@@ -9,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nexus_rt.errors import ModelError
+from nexus_rt.components.text import TextEncoder
+from nexus_rt.components.understanding import Template, UnderstandingModel
+from nexus_rt.components.vae import VideoDecoder
+from nexus_rt.core.errors import ModelError
 from nexus_rt.loading.checkpoint import diffusers_name, to_diffusers
 from nexus_rt.loading.convert_wan import convert_wan
 from nexus_rt.loading.lora import Changes, Lora, loras_of
@@ -17,9 +20,6 @@ from nexus_rt.loading.lora_file import read_key
 from nexus_rt.loading.names import WRAPPERS, plain_name
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models.connector import load_connector, save_connector
-from nexus_rt.models.text import TextEncoder
-from nexus_rt.models.understanding import Template, UnderstandingModel
-from nexus_rt.models.vae import VideoDecoder
 from tests.omnivideo import make_llm, original_t5_names, original_vae_names, original_wan_names
 from tests.published import fp8_scaled, save, wan_state
 from tests.refusals import refuses
@@ -348,7 +348,7 @@ def test_trained_tensors_that_would_be_left_out_are_refused(tiny_pair, tmp_path,
 
 
 def test_the_error_of_fastwan_names_its_recipe(tiny_pair, tmp_path):
-    from nexus_rt.recipes import RECIPES
+    from nexus_rt.pipeline.recipes import RECIPES
 
     name = "blocks.0.to_gate_compress.weight"
     folder = with_extra(tiny_pair / "small", tmp_path, {name: torch.zeros(32, 32)})

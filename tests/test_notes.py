@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nexus_rt.encodings import ROTATIONS, rotated
-from nexus_rt.errors import ModelError
+from nexus_rt.core.errors import ModelError
 from nexus_rt.loading import notes
 from nexus_rt.loading.stored import find_tensors, read_tensors
 from nexus_rt.loading.transformer import load_transformer
+from nexus_rt.models.encodings import ROTATIONS, rotated
 from tests import published
 from tests.refusals import refuses
 from tests.test_single_files import run, same

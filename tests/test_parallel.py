@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from nexus_rt import InputError, NexusPipeline
 from nexus_rt.bench.architectures import WAN_14B
 from nexus_rt.cli import main
+from nexus_rt.core.size import ClipSize
 from nexus_rt.models.wan import WanConfig
 from nexus_rt.parallel import watch
 from nexus_rt.parallel.layout import Layout, Mesh, make_mesh, parse_layout, split_range
@@ -26,7 +27,6 @@ from nexus_rt.parallel.sequence import Sequence
 from nexus_rt.parallel.sharing import share
 from nexus_rt.parallel.volume import Volume, step_volume
 from nexus_rt.parallel.watch import Watch
-from nexus_rt.size import ClipSize
 from tests.refusals import refuses
 
 CPU = torch.device("cpu")
@@ -154,7 +154,7 @@ def test_the_command_writes_one_file(tiny_pair, tmp_path):
             [
                 sys.executable,
                 "-c",
-                "import sys, json; from nexus_rt.video import read_made_with; "
+                "import sys, json; from nexus_rt.media.video import read_made_with; "
                 "print(json.dumps(read_made_with(sys.argv[1])))",
                 str(out),
             ],
@@ -350,8 +350,8 @@ def test_an_unshared_step_shares_nothing(tiny_pipe):
     from nexus_rt.method.generator import Generator, Prompt
     from nexus_rt.method.guidance import Guidance
     from nexus_rt.method.hooks import FiniteCheck
-    from nexus_rt.plan_text import parse_plan
-    from nexus_rt.solver import time_grid
+    from nexus_rt.method.plan_text import parse_plan
+    from nexus_rt.method.solver import time_grid
 
     step = parse_plan("small", time_grid(2)).steps[0]
     raw = torch.ones(1)

@@ -11,12 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nexus_rt import part_files
 from nexus_rt.bench.results import write_text
-from nexus_rt.errors import InputError
+from nexus_rt.core import part_files
+from nexus_rt.core.errors import InputError
+from nexus_rt.core.part_files import (
+    ABANDONED_S,
+    part_file,
+    part_folder,
+    remove_orphans,
+    scratch_folder,
+)
 from nexus_rt.loading.convert_parts import made_whole
-from nexus_rt.part_files import ABANDONED_S, part_file, part_folder, remove_orphans, scratch_folder
-from nexus_rt.video import check_output, save_video
+from nexus_rt.media.video import check_output, save_video
 from tests.refusals import refuses
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +34,7 @@ from pathlib import Path
 """
 WRITERS = {  # what a process does in the folder sys.argv[1] until it is killed
     "clip": """
-import numpy, nexus_rt.video as video
+import numpy, nexus_rt.media.video as video
 def slow(frames, part, rate, comment):
     part.write_bytes(b"half a clip"); print("ready", flush=True); time.sleep(600)
 video._mp4 = slow

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from nexus_rt.errors import ModelError
-from nexus_rt.loading.pickles import read_pickle, read_state
-from nexus_rt.loading.unpickling import MOST_MARKS, MOST_OPCODES
+from nexus_rt.core.errors import ModelError
+from nexus_rt.loading.formats.pickles import read_pickle, read_state
+from nexus_rt.loading.formats.unpickling import MOST_MARKS, MOST_OPCODES
 from tests.refusals import refuses
 
 VALUE = {

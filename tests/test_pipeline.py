@@ -17,12 +17,12 @@ from nexus_rt import (
     NexusPipeline,
     NumericsError,
 )
+from nexus_rt.core.size import ClipSize
 from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Guidance
 from nexus_rt.method.loop import sample
-from nexus_rt.plan_text import parse_plan
-from nexus_rt.size import ClipSize
-from nexus_rt.solver import time_grid
+from nexus_rt.method.plan_text import parse_plan
+from nexus_rt.method.solver import time_grid
 from tests.refusals import refuses
 
 PROMPT = "a red circle moves left"

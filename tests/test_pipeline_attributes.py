@@ -8,8 +8,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from nexus_rt import InputError, NexusError, NexusPipeline
-from nexus_rt.errors import UnknownArgument, UnknownAttribute
-from nexus_rt.pipeline_attributes import ARGUMENTS, OTHERS
+from nexus_rt.core.errors import UnknownArgument, UnknownAttribute
+from nexus_rt.pipeline.attributes import ARGUMENTS, OTHERS
 
 PROMPT = "a red circle moves left"
 QUICK = {"num_inference_steps": 2, "output_type": "latent"}

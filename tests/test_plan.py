@@ -8,15 +8,15 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from nexus_rt import plan as plans
-from nexus_rt.errors import InputError, NexusError
+from nexus_rt.core.errors import InputError, NexusError
+from nexus_rt.method import plan as plans
+from nexus_rt.method.plan import Reuse, Segment, StepCosts
+from nexus_rt.method.plan_text import check_plan, parse_plan
+from nexus_rt.method.plan_words import exact
+from nexus_rt.method.solver import make_solver, time_grid
 from nexus_rt.method.upfb import gate
-from nexus_rt.plan import Reuse, Segment, StepCosts
-from nexus_rt.plan_text import check_plan, parse_plan
-from nexus_rt.plan_words import exact
-from nexus_rt.request import make_plan
-from nexus_rt.settings import CallSettings, Defaults
-from nexus_rt.solver import make_solver, time_grid
+from nexus_rt.pipeline.request import make_plan
+from nexus_rt.pipeline.settings import CallSettings, Defaults
 from tests.plans import all_plans
 from tests.refusals import refuses
 

@@ -118,7 +118,7 @@ from tests.test_process import load_and_call
 from nexus_rt import NexusPipeline
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.method.loop import sample
-from nexus_rt.size import ClipSize
+from nexus_rt.core.size import ClipSize
 pair = {str(tiny_pair)!r}
 
 def in_child(queue):
@@ -175,7 +175,7 @@ def test_a_child_forked_after_a_call_is_told(tiny_pair, parent):
         ("pass", "fork", 2),  # it has only imported
         (PARENTS["called"], "fork", 1),  # there are no threads that the child could miss
         (
-            "from nexus_rt.process import LOADING; import threading, time; threading.Thread(target="
+            "from nexus_rt.core.process import LOADING; import threading, time; threading.Thread(target="
             "lambda: (LOADING.__enter__(), time.sleep(60)), daemon=True).start(); time.sleep(0.5)",
             "fork",
             1,

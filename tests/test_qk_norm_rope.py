@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nexus_rt.block_ops import rope_table
 from nexus_rt.kernels.formulas import apply_rope
 from nexus_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
+from nexus_rt.ops.block_ops import rope_table
 
 pytest.importorskip("triton")
 CASES = [  # grid, heads, head_dim, dtype

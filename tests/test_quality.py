@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from nexus_rt.bench import measure, quality
 from nexus_rt.bench.latency import clean_latents, middle, prediction, swap_ratio
-from nexus_rt.plan import StepCosts
-from nexus_rt.plan_text import parse_plan
-from nexus_rt.solver import make_solver, time_grid
-from nexus_rt.tracing import record, span
+from nexus_rt.core.tracing import record, span
+from nexus_rt.method.plan import StepCosts
+from nexus_rt.method.plan_text import parse_plan
+from nexus_rt.method.solver import make_solver, time_grid
 
 
 def frames(seed, shape=(2, 16, 20, 3)):

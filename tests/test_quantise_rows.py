@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nexus_rt.block_ops import choose_ops
 from nexus_rt.kernels.modulate import modulate_rows, modulate_rows_ref
 from nexus_rt.kernels.quantise_rows import quantise_rows, quantise_rows_ref
 from nexus_rt.loading.packing import pack_model
 from nexus_rt.models.wan import WanConfig, WanTransformer
+from nexus_rt.ops.block_ops import choose_ops
 from tests.interpreter import round_right
 from tests.test_modulate import inputs, oracle
 

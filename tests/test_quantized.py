@@ -7,11 +7,11 @@ import torch.nn.functional as F
 
 from nexus_rt import InputError, ModelError, NexusPipeline
 from nexus_rt.cli import main
-from nexus_rt.encodings import GGUF_BLOCKS, Scaled
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.kernels.quantise_rows import quantise_rows_ref
 from nexus_rt.loading.packing import formats_of, pack_model
 from nexus_rt.loading.transformer import load_transformer
+from nexus_rt.models.encodings import GGUF_BLOCKS, Scaled
 from nexus_rt.models.layers import Linear
 from nexus_rt.models.quantized import QuantizedLinear, Rows, joined, quantise, takes_rows
 from nexus_rt.models.quantized_products import Rows8, multiplies

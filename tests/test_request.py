@@ -12,9 +12,9 @@ from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.method.generator import Prompt
 from nexus_rt.method.hooks import Hooks
 from nexus_rt.method.loop import sample
-from nexus_rt.plan_text import parse_plan
-from nexus_rt.request import make_plan, make_request
-from nexus_rt.settings import CallSettings, Defaults
+from nexus_rt.method.plan_text import parse_plan
+from nexus_rt.pipeline.request import make_plan, make_request
+from nexus_rt.pipeline.settings import CallSettings, Defaults
 from tests.refusals import refuses
 
 PROMPT = "a red circle moves left"

@@ -11,8 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nexus_rt import InputError, NexusPipeline
+from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.torch import TorchEngine
-from nexus_rt.memory.residency import (
+from nexus_rt.method.generator import Prompt
+from nexus_rt.method.hooks import Hooks
+from nexus_rt.method.loop import sample
+from nexus_rt.method.plan_text import parse_plan
+from nexus_rt.method.solver import time_grid
+from nexus_rt.models.wan import WanConfig
+from nexus_rt.pipeline.residency import (
     MODES,
     MemoryUse,
     Residency,
@@ -20,13 +27,6 @@ from nexus_rt.memory.residency import (
     parse_bytes,
     plan_residency,
 )
-from nexus_rt.method.generator import Prompt
-from nexus_rt.method.hooks import Hooks
-from nexus_rt.method.loop import sample
-from nexus_rt.models.wan import WanConfig
-from nexus_rt.plan_text import parse_plan
-from nexus_rt.size import ClipSize
-from nexus_rt.solver import time_grid
 from tests.refusals import refuses
 
 GB = 10**9
@@ -327,8 +327,8 @@ class Lives(TorchDispatchMode):
 )
 def test_working_memory_is_what_a_forward_holds_at_most(fields, monkeypatch):
     """Every tensor's life on the meta device, the kernels' outputs as they allocate them."""
-    from nexus_rt.block_ops import Ops
     from nexus_rt.models import wan
+    from nexus_rt.ops.block_ops import Ops
 
     config = wan.WanConfig(num_layers=2, **fields)
     size, batch, tokens = ClipSize(832, 480, 17), 2, 512

@@ -7,20 +7,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nexus_rt.core.errors import InputError
+from nexus_rt.core.limits import SOLVERS
 from nexus_rt.engines.experts import ExpertsEngine
-from nexus_rt.errors import InputError
-from nexus_rt.limits import SOLVERS
 from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Guidance
 from nexus_rt.method.hooks import Hooks
 from nexus_rt.method.loop import sample
-from nexus_rt.plan import Reuse, StepCosts
-from nexus_rt.plan_text import parse_plan
-from nexus_rt.recipes import RECIPES, with_recipes
-from nexus_rt.request import make_guidance, make_plan
-from nexus_rt.reuse import extrapolate
-from nexus_rt.settings import CallSettings, Defaults
-from nexus_rt.solver import time_grid
+from nexus_rt.method.plan import Reuse, StepCosts
+from nexus_rt.method.plan_text import parse_plan
+from nexus_rt.method.reuse import extrapolate
+from nexus_rt.method.solver import time_grid
+from nexus_rt.pipeline.recipes import RECIPES, with_recipes
+from nexus_rt.pipeline.request import make_guidance, make_plan
+from nexus_rt.pipeline.settings import CallSettings, Defaults
 from tests.plans import SOLVER, all_plans
 from tests.refusals import refuses
 

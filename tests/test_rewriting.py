@@ -16,12 +16,12 @@ from nexus_rt import NexusPipeline
 from nexus_rt.bench.shapes import world
 from nexus_rt.bench.shapes.riddles import make_prompts
 from nexus_rt.cli import main
-from nexus_rt.errors import InputError, ModelError, RewriteError
+from nexus_rt.core.errors import InputError, ModelError, RewriteError
 from nexus_rt.loading.pair_folder import MINI
+from nexus_rt.media.video import read_metadata
 from nexus_rt.models.llama import LlamaBackbone, LlamaConfig, greedy
-from nexus_rt.rewriting import Cache, ChatRewriter, EndpointRewriter, rewrite_prompts
-from nexus_rt.settings import CallSettings
-from nexus_rt.video import read_metadata
+from nexus_rt.pipeline.rewriting import Cache, ChatRewriter, EndpointRewriter, rewrite_prompts
+from nexus_rt.pipeline.settings import CallSettings
 from tests.refusals import refuses
 
 QUICK = dict(width=48, height=32, num_frames=5, num_inference_steps=2, output_type="latent")
@@ -381,8 +381,8 @@ def test_options_that_do_not_go_together(options, name, tmp_path, capsys):
 
 
 def test_a_list_of_prompts_has_its_own_texts(tiny_pipe, tmp_path):
-    from nexus_rt.batch import Job, run
-    from nexus_rt.prompts import read_prompts
+    from nexus_rt.pipeline.batch import Job, run
+    from nexus_rt.pipeline.prompts import read_prompts
 
     path = tmp_path / "list.json"
     rows = [

@@ -8,12 +8,12 @@ import warnings
 import pytest
 import torch
 
-from nexus_rt.errors import ModelError
-from nexus_rt.limits import SOLVERS
+from nexus_rt.core.errors import ModelError
+from nexus_rt.core.limits import SOLVERS
 from nexus_rt.loading.pair_folder import find_pair, pair_index
 from nexus_rt.loading.scheduler import CLASSES, FIXED, WALK, find_scheduler
-from nexus_rt.request import make_plan
-from nexus_rt.settings import CallSettings, Defaults
+from nexus_rt.pipeline.request import make_plan
+from nexus_rt.pipeline.settings import CallSettings, Defaults
 from tests.refusals import refuses
 
 SIZE = dict(height=32, width=48, num_frames=5)
@@ -234,7 +234,7 @@ def test_the_large_generators_counts_and_a_difference_is_said(tiny_pair, tmp_pat
 
 def test_a_pairs_own_config_and_a_recipe_go_before(own_pair, unipc):
     """The user, a recipe, the pair, the scheduler, Wan: in this order."""
-    from nexus_rt.recipes import Recipe, with_recipes
+    from nexus_rt.pipeline.recipes import Recipe, with_recipes
 
     shutil.copytree(unipc / "scheduler", own_pair / "large" / "scheduler")
     path = own_pair / "model_index.json"

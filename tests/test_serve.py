@@ -9,7 +9,7 @@ import openai
 import pytest
 from openai.types import Model, VideoDeleteResponse
 
-from nexus_rt.errors import ModelError
+from nexus_rt.core.errors import ModelError
 from tests.serving import (
     PROMPT,
     FakeRunner,

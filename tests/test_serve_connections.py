@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from nexus_rt.errors import InputError
+from nexus_rt.core.errors import InputError
 from nexus_rt.serve import connections
 from nexus_rt.serve.connections import MAX_HEAD, Connections, client_address
 from nexus_rt.serve.settings import Settings

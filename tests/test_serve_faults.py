@@ -15,8 +15,8 @@ import openai
 import pytest
 import torch
 
-from nexus_rt.errors import DecodeError, InputError, ModelError, NexusError
-from nexus_rt.pipeline import NexusPipeline
+from nexus_rt.core.errors import DecodeError, InputError, ModelError, NexusError
+from nexus_rt.pipeline.pipeline import NexusPipeline
 from nexus_rt.serve import clips, exhaustion, schema
 from nexus_rt.serve.clips import FILES, write_clip
 from nexus_rt.serve.exhaustion import exhausted, killed_for_memory

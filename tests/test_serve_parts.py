@@ -8,11 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nexus_rt import pipeline
-from nexus_rt.encode import Prompts
-from nexus_rt.errors import InputError
+from nexus_rt.core.errors import InputError
+from nexus_rt.core.size import ClipSize
+from nexus_rt.media.video import read_frames, read_metadata, save_video
 from nexus_rt.method.blend_config import BlendConfig
-from nexus_rt.pipeline import NexusPipeline
+from nexus_rt.pipeline import pipeline
+from nexus_rt.pipeline.encode import Prompts
+from nexus_rt.pipeline.pipeline import NexusPipeline
 from nexus_rt.serve import generate, profile
 from nexus_rt.serve.events import EventBroker, sse
 from nexus_rt.serve.generate import ServedPipeline
@@ -20,8 +22,6 @@ from nexus_rt.serve.preview import LatentRGB, clean, fit, picture, shipped
 from nexus_rt.serve.prices import Prices, step_kind, units
 from nexus_rt.serve.problems import JobFailed
 from nexus_rt.serve.store import NewJob, NoRoom, QueueFull, Store
-from nexus_rt.size import ClipSize
-from nexus_rt.video import read_frames, read_metadata, save_video
 from tests.refusals import refuses
 from tests.serving import PROMPT, clip_request, planned, task
 
@@ -239,7 +239,7 @@ def test_a_straight_path_points_at_its_clean_end():
 
 
 def test_the_shipped_maps_know_their_spaces():
-    from nexus_rt.models.vae import WAN_VAE
+    from nexus_rt.components.vae import WAN_VAE
 
     pipe = NexusPipeline.from_pretrained()
     mini, wan = shipped(pipe.vae.space), shipped(WAN_VAE)
@@ -409,7 +409,7 @@ def test_loras_are_merged_for_a_job_and_taken_out_again(served, tmp_path):
 
 
 def test_failures_have_codes(served, monkeypatch):
-    from nexus_rt.errors import NumericsError
+    from nexus_rt.core.errors import NumericsError
 
     for error, code in (
         (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"),

@@ -17,8 +17,8 @@ import torch
 
 from nexus_rt.cli import main
 from nexus_rt.loading.lora import PACKAGED
-from nexus_rt.pipeline import NexusPipeline
-from nexus_rt.video import read_frames, read_metadata
+from nexus_rt.media.video import read_frames, read_metadata
+from nexus_rt.pipeline.pipeline import NexusPipeline
 from tests.serving import PROMPT, ServerProcess, ask, free_port, messages, wait_for
 
 LONG = {"plan": "reference", "num_inference_steps": 80}  # some two seconds

@@ -13,7 +13,7 @@ import pytest
 
 from nexus_rt.cli import parser
 from nexus_rt.cli.serve import served_pipeline
-from nexus_rt.errors import InputError
+from nexus_rt.core.errors import InputError
 from nexus_rt.serve.ray_runner import Cancels, RayRunner, parse_replicas
 from nexus_rt.serve.server import NexusServer
 from tests.refusals import refuses
@@ -71,7 +71,7 @@ def test_numbers_of_replicas():
 
 def hanging(folder):
     """A pair whose call hangs in its second step, ignoring cancels, once for a file "hang"."""
-    from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.pipeline.pipeline import NexusPipeline
 
     pipe = NexusPipeline.from_pretrained()
     call, file = type(pipe).__call__, Path(folder) / "hang"

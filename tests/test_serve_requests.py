@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nexus_rt import settings as call_settings
-from nexus_rt.fields import SERVER, described
+from nexus_rt.core.fields import SERVER, described
+from nexus_rt.core.size import ClipSize
 from nexus_rt.method.blend_config import BlendConfig
+from nexus_rt.pipeline import settings as call_settings
+from nexus_rt.pipeline.settings import CallSettings
 from nexus_rt.serve.forms import from_form
 from nexus_rt.serve.problems import Problem
 from nexus_rt.serve.requests import (
@@ -22,8 +24,6 @@ from nexus_rt.serve.requests import (
     read_create,
     read_remix,
 )
-from nexus_rt.settings import CallSettings
-from nexus_rt.size import ClipSize
 from tests.serving import mini_profile
 
 PROFILE = mini_profile()

@@ -11,7 +11,7 @@ import socket
 import openai
 import pytest
 
-from nexus_rt.errors import InputError
+from nexus_rt.core.errors import InputError
 from nexus_rt.serve.logs import JsonLines
 from nexus_rt.serve.server import NexusServer
 from tests.refusals import refuses
@@ -215,7 +215,7 @@ def test_inside_a_fastapi_application(tmp_path):
 
 
 def test_engines_say_what_they_were_built_for(tmp_path):
-    from nexus_rt.size import BuiltSizes, ClipSize
+    from nexus_rt.core.size import BuiltSizes, ClipSize
 
     built = (BuiltSizes("small", (ClipSize(64, 64, 17),)),)
     defaults = mini_profile().defaults.replace(plan="small")

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nexus_rt.errors import InputError, NexusError
-from nexus_rt.pipeline import NexusPipeline
+from nexus_rt.core.errors import InputError, NexusError
+from nexus_rt.pipeline.pipeline import NexusPipeline
 from nexus_rt.serve import generate, logs
 from nexus_rt.serve.prices import Prices
 from nexus_rt.serve.problems import JobFailed, WorkerLost

@@ -8,14 +8,15 @@ from typing import Annotated
 
 import pytest
 
-from nexus_rt import BlendConfig, InputError, NexusPipeline, cli, settings
+from nexus_rt import BlendConfig, InputError, NexusPipeline, cli
 from nexus_rt.cli import main
 from nexus_rt.cli.pipeline import call_settings
-from nexus_rt.errors import UnknownArgument
-from nexus_rt.fields import CLI, GENERATE, REWRITING, described, fields_of
-from nexus_rt.request import make_request
-from nexus_rt.settings import CallSettings, Defaults
-from nexus_rt.video import read_metadata
+from nexus_rt.core.errors import UnknownArgument
+from nexus_rt.core.fields import CLI, GENERATE, REWRITING, described, fields_of
+from nexus_rt.media.video import read_metadata
+from nexus_rt.pipeline import settings
+from nexus_rt.pipeline.request import make_request
+from nexus_rt.pipeline.settings import CallSettings, Defaults
 from tests.refusals import refuses
 
 FIELDS = [(CallSettings, field) for field in fields_of(CallSettings).values()]

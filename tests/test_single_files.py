@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 from nexus_rt import ModelError, NexusPipeline
 from nexus_rt.cli import main
-from nexus_rt.errors import InputError
+from nexus_rt.components.text import TextEncoder
+from nexus_rt.components.vae import VideoDecoder
+from nexus_rt.core.errors import InputError
 from nexus_rt.loading.stored import find_tensors
 from nexus_rt.loading.transformer import load_config, load_transformer
-from nexus_rt.models.text import TextEncoder
-from nexus_rt.models.vae import VideoDecoder
 from tests import published
 from tests.omnivideo import original_wan_names
 from tests.refusals import refuses

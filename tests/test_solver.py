@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
 
-from nexus_rt import solver
-from nexus_rt.errors import InputError
+from nexus_rt.core.errors import InputError
+from nexus_rt.method import solver
 from tests.refusals import refuses
 
 needs_triton = pytest.mark.skipif(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nexus_rt import InputError, ModelError, cli
+from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.export import build
 from nexus_rt.export import tensorrt as builder
@@ -18,7 +19,6 @@ from nexus_rt.export.components import (
     TextComponent,
 )
 from nexus_rt.export.dynamic_shapes import Traced
-from nexus_rt.size import ClipSize
 from tests.refusals import refuses
 
 pytest.importorskip("tensorrt_rtx")

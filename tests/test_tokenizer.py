@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nexus_rt.errors import ModelError
+from nexus_rt.core.errors import ModelError
 from nexus_rt.loading.pair_folder import MINI
 from nexus_rt.models.tokenizer import PlainTokenizer, TransformersTokenizer, load_tokenizer
 from tests.refusals import refuses

@@ -14,12 +14,12 @@ from nexus_rt.bench.tune.judging import LatentJudge, PixelJudge, StatisticsJudge
 from nexus_rt.bench.tune.search import Row, Search, interval, pareto
 from nexus_rt.bench.tune.space import Candidate, Space
 from nexus_rt.cli import main
-from nexus_rt.errors import InputError
-from nexus_rt.front import from_front, read_front
-from nexus_rt.plan import StepCosts
-from nexus_rt.plan_text import parse_plan
-from nexus_rt.size import ClipSize
-from nexus_rt.solver import time_grid
+from nexus_rt.core.errors import InputError
+from nexus_rt.core.size import ClipSize
+from nexus_rt.method.plan import StepCosts
+from nexus_rt.method.plan_text import parse_plan
+from nexus_rt.method.solver import time_grid
+from nexus_rt.pipeline.front import from_front, read_front
 from tests.refusals import refuses
 
 COSTS = StepCosts(1, 2, 6, 12)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nexus_rt.errors import ModelError
+from nexus_rt.core.errors import ModelError
 from nexus_rt.models.umt5 import Umt5Config, load_umt5, position_buckets
 from tests.refusals import refuses
 

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from nexus_rt.errors import InputError, ModelError
-from nexus_rt.models.understanding import Template, UnderstandingModel
+from nexus_rt.components.understanding import Template, UnderstandingModel
+from nexus_rt.core.errors import InputError, ModelError
 from tests.omnivideo import LLAMA3, WORDS, make_llm
 from tests.refusals import refuses
 

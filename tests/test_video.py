@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from nexus_rt.errors import InputError
-from nexus_rt.video import (
+from nexus_rt.core.errors import InputError
+from nexus_rt.media.video import (
     check_output,
     frame_rate,
     read_frames,
@@ -96,7 +96,7 @@ def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("nexus_rt.video.part_file", refuse)
+    monkeypatch.setattr("nexus_rt.media.video.part_file", refuse)
     with refuses("not_writable", "path", InputError) as caught:
         check_output(tmp_path / "a.mp4")
     assert "Permission denied" in str(caught.value)
@@ -185,7 +185,7 @@ def test_the_same_frames_give_the_same_bytes(tmp_path):
 )
 def test_x264_is_kept_from_code_that_is_not_the_same_twice(flags, asm, monkeypatch, tmp_path):
     """Only where AVX-512 is there: forced elsewhere, it would be code the processor lacks."""
-    from nexus_rt import video
+    from nexus_rt.media import video
 
     real = video.instruction_sets()
     monkeypatch.setattr(video, "instruction_sets", lambda: flags)

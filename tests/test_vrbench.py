@@ -12,7 +12,7 @@ from nexus_rt.bench.vrbench import scoring
 from nexus_rt.bench.vrbench.command import EXAMPLE
 from nexus_rt.bench.vrbench.judging import FRAMES, parse, render
 from nexus_rt.bench.vrbench.schema import Question, read_bench, read_taxonomy
-from nexus_rt.video import uniform
+from nexus_rt.media.video import uniform
 from tests.refusals import refuses
 from tests.vrbench import TAXONOMY, bench_file, first, questions
 

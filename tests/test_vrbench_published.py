@@ -23,7 +23,7 @@ from nexus_rt.bench.vrbench.protocol import Protocol
 from nexus_rt.bench.vrbench.replies import Reply, of_choice, parse
 from nexus_rt.bench.vrbench.schema import read_bench
 from nexus_rt.cli import main
-from nexus_rt.prompts import read_prompts
+from nexus_rt.pipeline.prompts import read_prompts
 from tests.refusals import refuses
 from tests.test_vrbench_judging import clips, serve  # noqa: F401 (fixtures)
 from tests.vrbench import TAXONOMY, asked_id, bench_file, reply_to, text_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from nexus_rt.errors import InputError, ModelError
+from nexus_rt.core.errors import InputError, ModelError
 from nexus_rt.loading import checkpoint
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models import wan
@@ -218,7 +218,7 @@ def test_approximate_attention_is_for_self_attention_only(name):
 
 
 def test_the_feed_forwards_gelu_is_the_tanh_form_whoever_computes_it():
-    from nexus_rt import block_ops
+    from nexus_rt.ops import block_ops
 
     x, weight, bias = torch.randn(2, 3, 8), torch.randn(16, 8), torch.randn(16)
     y = (x.double() @ weight.double().T) + bias.double()

@@ -32,7 +32,7 @@ from nexus_rt.loading.checkpoint import fused_parts
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models.layers import Linear
 from nexus_rt.models.wan import WanTransformer
-from nexus_rt.recipes import METADATA
+from nexus_rt.pipeline.recipes import METADATA
 from training.common import RUNS, Log, Schedule, load_checkpoint, save_checkpoint, set_lr
 from training.train_dit import MINI, pad_context
 from training.train_lm import sample_prompt

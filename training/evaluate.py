@@ -36,9 +36,9 @@ from nexus_rt import BlendConfig, NexusPipeline
 from nexus_rt.bench.shapes import world
 from nexus_rt.bench.shapes.checker import chance, look
 from nexus_rt.bench.shapes.riddles import make_prompts
-from nexus_rt.plan import Plan
-from nexus_rt.request import make_guidance
-from nexus_rt.settings import GUIDANCE_SETTINGS, CallSettings
+from nexus_rt.method.plan import Plan
+from nexus_rt.pipeline.request import make_guidance
+from nexus_rt.pipeline.settings import GUIDANCE_SETTINGS, CallSettings
 from training.metrics import consistency, radial_power, texture_similarity, wilson
 
 SEEDS = (61, 62, 63)  # of the reported figures; settings are chosen on others

@@ -22,10 +22,10 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from nexus_rt.bench.shapes import world
+from nexus_rt.components.context import unpad
+from nexus_rt.components.understanding import Template
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models.connector import SPECIAL_TOKENS, Connector, ConnectorConfig, save_connector
-from nexus_rt.models.context import unpad
-from nexus_rt.models.understanding import Template
 from nexus_rt.models.wan import WanTransformer
 from training.common import (
     RUNS,

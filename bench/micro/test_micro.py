@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 
-from nexus_rt.attention import attend
 from nexus_rt.bench.architectures import WAN_1_3B
 from nexus_rt.bench.naive import four_band_blend
 from nexus_rt.bench.peers import diffusers_transformer
@@ -17,9 +16,10 @@ from nexus_rt.bench.presets import random_transformer
 from nexus_rt.loading.pair_folder import MINI
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.method.blend_config import BlendConfig
+from nexus_rt.method.solver import make_solver, time_grid
 from nexus_rt.method.upfb import blend
 from nexus_rt.models.decoder import decode_whole
-from nexus_rt.solver import make_solver, time_grid
+from nexus_rt.ops.attention import attend
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import InputError
-from nexus_rt.pipeline import NexusPipeline
+from nexus_rt.core.errors import InputError
+from nexus_rt.pipeline.pipeline import NexusPipeline
 
 
 class ClipJudge(Protocol):

@@ -9,8 +9,8 @@ from nexus_rt.bench.page import STYLE, table
 from nexus_rt.bench.results import write_text
 from nexus_rt.bench.tune.search import Search
 from nexus_rt.bench.tune.space import Candidate
-from nexus_rt.front import Front, FrontPlan
-from nexus_rt.video import save_video
+from nexus_rt.media.video import save_video
+from nexus_rt.pipeline.front import Front, FrontPlan
 
 HEAD = ["plan", "rewrite", "priced ms", "wall ms a clip", "score", "95% interval", "in the search"]
 

@@ -14,16 +14,16 @@ import msgspec
 import numpy as np
 from torch import Tensor
 
-from nexus_rt import documents
 from nexus_rt.bench.tune.judging import ClipJudge, noise
 from nexus_rt.bench.tune.space import Candidate, Space
-from nexus_rt.errors import InputError, shorten
-from nexus_rt.front import Front, FrontPlan
-from nexus_rt.pipeline import NexusPipeline
-from nexus_rt.plan import StepCosts
-from nexus_rt.plan_text import parse_plan
-from nexus_rt.request import default_grid, make_guidance
-from nexus_rt.settings import CallSettings
+from nexus_rt.core import documents
+from nexus_rt.core.errors import InputError, shorten
+from nexus_rt.method.plan import StepCosts
+from nexus_rt.method.plan_text import parse_plan
+from nexus_rt.pipeline.front import Front, FrontPlan
+from nexus_rt.pipeline.pipeline import NexusPipeline
+from nexus_rt.pipeline.request import default_grid, make_guidance
+from nexus_rt.pipeline.settings import CallSettings
 
 Z = 1.96  # of a 95% interval
 STATE = "search.log"

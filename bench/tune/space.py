@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nexus_rt.plan_text import parse_plan
-from nexus_rt.solver import TimeGrid
+from nexus_rt.method.plan_text import parse_plan
+from nexus_rt.method.solver import TimeGrid
 
 RENOISE = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 

@@ -18,9 +18,9 @@ from nexus_rt.bench.vrbench.protocol import Protocol
 from nexus_rt.bench.vrbench.report import make_report, markdown, shown
 from nexus_rt.bench.vrbench.schema import read_bench, read_taxonomy
 from nexus_rt.bench.vrbench.scoring import summary
-from nexus_rt.checks import whole
-from nexus_rt.paths import as_path, check_outputs
-from nexus_rt.prompts import Item
+from nexus_rt.core.checks import whole
+from nexus_rt.core.paths import as_path, check_outputs
+from nexus_rt.pipeline.prompts import Item
 
 EXAMPLE = Path(__file__).with_name("example.json")
 

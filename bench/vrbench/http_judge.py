@@ -19,8 +19,8 @@ import numpy as np
 from nexus_rt.bench.pictures import data_url
 from nexus_rt.bench.vrbench.protocol import TOKENS, Protocol
 from nexus_rt.bench.vrbench.replies import Reply, of_choice
-from nexus_rt.errors import InputError, ModelError, NexusError, shorten, shown
-from nexus_rt.rewriting import split_url
+from nexus_rt.core.errors import InputError, ModelError, NexusError, shorten, shown
+from nexus_rt.pipeline.rewriting import split_url
 
 KEY = "OPENAI_API_KEY"
 # parameters that some servers refuse -> what they want instead; None: nothing

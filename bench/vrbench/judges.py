@@ -24,11 +24,11 @@ from nexus_rt.bench.vrbench.http_judge import (
     JudgeUnusable,
 )
 from nexus_rt.bench.vrbench.replies import Reply
-from nexus_rt.errors import InputError, ModelError, shorten
-from nexus_rt.loading.pair import default_device, default_dtype
+from nexus_rt.core.errors import InputError, ModelError, shorten
+from nexus_rt.core.paths import as_path
 from nexus_rt.loading.pretrained import pretrained
 from nexus_rt.loading.source import folder_fingerprint, require_safetensors
-from nexus_rt.paths import as_path
+from nexus_rt.pipeline.assemble import default_device, default_dtype
 
 __all__ = [
     "KEY",

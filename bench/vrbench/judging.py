@@ -24,7 +24,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-from nexus_rt import documents
 from nexus_rt.bench.results import read_as, write_text
 from nexus_rt.bench.vrbench.http_judge import Conversation, JudgeError
 from nexus_rt.bench.vrbench.judges import Judge
@@ -32,8 +31,9 @@ from nexus_rt.bench.vrbench.protocol import AGAIN, FRAMES, Protocol
 from nexus_rt.bench.vrbench.replies import CAUSES, Reply, parse
 from nexus_rt.bench.vrbench.schema import MAX_WEIGHT, Prompt, Taxonomy
 from nexus_rt.bench.vrbench.scoring import NO, UNKNOWN, YES, clip_scores
-from nexus_rt.errors import InputError, NexusError
-from nexus_rt.video import read_frames
+from nexus_rt.core import documents
+from nexus_rt.core.errors import InputError, NexusError
+from nexus_rt.media.video import read_frames
 
 __all__ = ["FILE", "FILES", "FRAMES", "ask", "judge_clips", "parse", "read_judgment", "render"]
 SCHEMA, KIND = 1, "nexus-rt vrbench"

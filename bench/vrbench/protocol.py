@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from nexus_rt.bench.vrbench.schema import Prompt
-from nexus_rt.errors import InputError, choose
-from nexus_rt.video import uniform
+from nexus_rt.core.errors import InputError, choose
+from nexus_rt.media.video import uniform
 
 PROTOCOLS = ("strict", "published")
 FRAMES, TOKENS = 16, 1024

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nexus_rt.bench.vrbench.scoring import NO, YES
-from nexus_rt.errors import readable
+from nexus_rt.core.errors import readable
 
 # of a reply: characters read, places tried for a JSON object
 MOST_TEXT, MOST_OBJECTS = (

@@ -17,10 +17,10 @@ from typing import Any
 
 import msgspec
 
-from nexus_rt import documents
-from nexus_rt.errors import InputError, shown
-from nexus_rt.paths import as_path
-from nexus_rt.prompts import (
+from nexus_rt.core import documents
+from nexus_rt.core.errors import InputError, shown
+from nexus_rt.core.paths import as_path
+from nexus_rt.pipeline.prompts import (
     category_prompts,
     check_ids,
     check_name,

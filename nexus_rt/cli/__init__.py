@@ -31,9 +31,9 @@ from nexus_rt.cli import (
 from nexus_rt.cli.arguments import real_number, whole_number
 from nexus_rt.cli.options import check_options
 from nexus_rt.cli.streams import console
-from nexus_rt.errors import InputError, NexusError, is_text, shown
-from nexus_rt.log import LEVELS, show
-from nexus_rt.paths import failed_file
+from nexus_rt.core.errors import InputError, NexusError, is_text, shown
+from nexus_rt.core.log import LEVELS, show
+from nexus_rt.core.paths import failed_file
 
 COMMANDS = {
     "generate": generate,

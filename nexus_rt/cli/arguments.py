@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from nexus_rt import settings
-from nexus_rt.errors import InputError, shown
-from nexus_rt.fields import CLI, REWRITING, Field, fields_of
-from nexus_rt.size import parse_sides
+from nexus_rt.core.errors import InputError, shown
+from nexus_rt.core.fields import CLI, REWRITING, Field, fields_of
+from nexus_rt.core.size import parse_sides
+from nexus_rt.pipeline import settings
 
 PLAN_HELP = (
     "reference | small | large | handoff=AT[,bridge=K] | auto[=TOLERANCE] | segments such as"

@@ -7,7 +7,7 @@ import sys
 
 from nexus_rt.cli.arguments import clips, models, rewriting, running, walk
 from nexus_rt.cli.pipeline import check_device, clip_settings, model_words, quiet_pipeline
-from nexus_rt.paths import as_path
+from nexus_rt.core.paths import as_path
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -21,15 +21,15 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 where a clip failed."""
-    from nexus_rt.prompts import read_prompts
+    from nexus_rt.pipeline.prompts import read_prompts
 
     return run_batch(args, read_prompts(args.prompts))
 
 
 def run_batch(args: argparse.Namespace, items: list) -> int:
     """Make the clips of a list of `Item`, here or by Ray's workers."""
-    from nexus_rt.batch import Job, parse_shard, run
-    from nexus_rt.checks import whole
+    from nexus_rt.core.checks import whole
+    from nexus_rt.pipeline.batch import Job, parse_shard, run
 
     call = clip_settings(args)
     whole("--seed", args.seed, -1, 2**64 - 1)
@@ -46,7 +46,7 @@ def run_batch(args: argparse.Namespace, items: list) -> int:
     )
     say = lambda line: print(line, file=sys.stderr, flush=True)
     if args.ray:
-        from nexus_rt.batch_ray import run_on_ray
+        from nexus_rt.pipeline.batch_ray import run_on_ray
 
         counts = run_on_ray(quiet_pipeline, args, items, job, args.workers, say)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from nexus_rt.errors import choose
+from nexus_rt.core.errors import choose
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -30,8 +30,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from nexus_rt.models.vae import read_latents
-    from nexus_rt.video import check_output, frame_rate, save_video
+    from nexus_rt.components.vae import read_latents
+    from nexus_rt.media.video import check_output, frame_rate, save_video
 
     frame_rate(args.fps, "--fps")
     output = check_output(args.output)

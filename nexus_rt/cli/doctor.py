@@ -14,7 +14,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from nexus_rt.doctor import report
+    from nexus_rt.cli.report import report
 
     print(report())
     return 0

@@ -6,7 +6,6 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from nexus_rt import settings
 from nexus_rt.cli.arguments import (
     FPS_HELP,
     SEED_HELP,
@@ -17,16 +16,17 @@ from nexus_rt.cli.arguments import (
     walk,
 )
 from nexus_rt.cli.pipeline import check_device, clip_settings, make_pipeline, model_words
-from nexus_rt.errors import InputError, NexusError
-from nexus_rt.fields import GENERATE
+from nexus_rt.core.errors import InputError, NexusError
+from nexus_rt.core.fields import GENERATE
+from nexus_rt.pipeline import settings
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nexus_rt.pipeline import NexusPipeline
-    from nexus_rt.reuse import ReuseDeviation
-    from nexus_rt.rewriting import Rewriting
-    from nexus_rt.settings import CallSettings
+    from nexus_rt.method.reuse import ReuseDeviation
+    from nexus_rt.pipeline.pipeline import NexusPipeline
+    from nexus_rt.pipeline.rewriting import Rewriting
+    from nexus_rt.pipeline.settings import CallSettings
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -65,8 +65,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from nexus_rt.checks import check_seed
-    from nexus_rt.video import check_output
+    from nexus_rt.core.checks import check_seed
+    from nexus_rt.media.video import check_output
 
     output = check_output(args.output)  # before any model is read
     call = clip_settings(args)
@@ -95,8 +95,8 @@ def _generate(
     """The clip of a pipeline, which the first of several processes writes."""
     import torch
 
-    from nexus_rt.models.vae import rescue_latents
-    from nexus_rt.video import made_with, save_video
+    from nexus_rt.components.vae import rescue_latents
+    from nexus_rt.media.video import made_with, save_video
 
     first = pipe.parallel is None or pipe.parallel.first
     pipe.set_progress_bar_config(disable=args.quiet or not first or None)

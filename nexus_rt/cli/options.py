@@ -8,8 +8,8 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nexus_rt.core.errors import InputError
 from nexus_rt.engines.backends import ENGINE_BACKENDS
-from nexus_rt.errors import InputError
 
 MODELS = (
     "weights",

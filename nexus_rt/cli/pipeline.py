@@ -7,15 +7,15 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nexus_rt import settings
-from nexus_rt.errors import InputError
-from nexus_rt.fields import fields_of
+from nexus_rt.core.errors import InputError
+from nexus_rt.core.fields import fields_of
+from nexus_rt.pipeline import settings
 
 if TYPE_CHECKING:
     from nexus_rt.loading.pair_folder import PairFolders
-    from nexus_rt.pipeline import NexusPipeline
-    from nexus_rt.rewriting import Rewriter
-    from nexus_rt.settings import CallSettings
+    from nexus_rt.pipeline.pipeline import NexusPipeline
+    from nexus_rt.pipeline.rewriting import Rewriter
+    from nexus_rt.pipeline.settings import CallSettings
 
 PARTS = ("small", "large", "vae", "text_encoder", "tokenizer", "understanding", "connector")
 MODEL_ARGUMENTS = ("engines", "pair", *PARTS, "small_lora", "large_lora")
@@ -51,7 +51,7 @@ def make_pipeline(args: argparse.Namespace) -> NexusPipeline:
     """The pipeline of the models or engines that the arguments name."""
     import torch
 
-    from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.pipeline.pipeline import NexusPipeline
 
     if args.engines:
         dtype = getattr(torch, args.dtype) if args.dtype else None
@@ -111,7 +111,7 @@ def call_settings(args: argparse.Namespace) -> CallSettings:
         values["width"], values["height"] = sides
     rewriter = getattr(args, "rewriter", None)
     if values.get("plan", "").startswith("@"):
-        from nexus_rt.front import from_front
+        from nexus_rt.pipeline.front import from_front
 
         chosen = from_front(values["plan"])
         values["plan"] = chosen.plan
@@ -130,9 +130,9 @@ def clip_settings(args: argparse.Namespace) -> CallSettings:
     Raises:
         InputError: as a call of Wan's pair with them.
     """
-    from nexus_rt.request import make_request
-    from nexus_rt.rewriting import check_rewrite
-    from nexus_rt.video import frame_rate
+    from nexus_rt.media.video import frame_rate
+    from nexus_rt.pipeline.request import make_request
+    from nexus_rt.pipeline.rewriting import check_rewrite
 
     frame_rate(args.fps, "--fps")
     call = call_settings(args)
@@ -175,7 +175,7 @@ def check_blend(blend: Mapping[str, Any]) -> None:
 
 def make_rewriter(args: argparse.Namespace, timeout: float) -> Rewriter:
     """The rewriter of `--rewriter`; timeout: seconds for one answer of an endpoint."""
-    from nexus_rt.rewriting import ChatRewriter, EndpointRewriter
+    from nexus_rt.pipeline.rewriting import ChatRewriter, EndpointRewriter
 
     if "://" in args.rewriter:
         if not args.rewriter_model:
@@ -196,7 +196,7 @@ def make_rewriter(args: argparse.Namespace, timeout: float) -> Rewriter:
 
 def check_device(name: str | None) -> None:
     """Raise an `InputError` unless tensors can be on the device; None is any."""
-    from nexus_rt.devices import as_device
+    from nexus_rt.core.devices import as_device
 
     if name is not None:
         as_device("device", name)

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 from nexus_rt.cli.arguments import models, real_number, running, walk
 from nexus_rt.cli.pipeline import call_settings, check_device, make_pipeline
-from nexus_rt.errors import InputError, shown
+from nexus_rt.core.errors import InputError, shown
 
 if TYPE_CHECKING:
     from nexus_rt.bench.roofline import Card
+    from nexus_rt.core.size import ClipSize
     from nexus_rt.method.blend_config import BlendConfig
     from nexus_rt.method.guidance import Guidance
+    from nexus_rt.method.plan import Plan, Step, StepCosts
     from nexus_rt.models.wan import WanConfig
     from nexus_rt.parallel.layout import Layout
-    from nexus_rt.pipeline import NexusPipeline
-    from nexus_rt.plan import Plan, Step, StepCosts
-    from nexus_rt.size import ClipSize
+    from nexus_rt.pipeline.pipeline import NexusPipeline
 
 FP8 = ("fp8-dynamic", "fp8-dynamic-all")  # what `--gpu` prices besides bfloat16
 
@@ -56,8 +56,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from nexus_rt.engines.experts import boundaries
-    from nexus_rt.request import make_request
-    from nexus_rt.settings import Defaults
+    from nexus_rt.pipeline.request import make_request
+    from nexus_rt.pipeline.settings import Defaults
 
     call = call_settings(args)
     check_device(args.device)
@@ -212,7 +212,7 @@ def _print_prediction(
 def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendConfig) -> None:
     """A row a step: timestep, gate, cutoff, generators, their guidance, price, their forwards, and
     what is reused."""
-    from nexus_rt.plan_words import exact
+    from nexus_rt.method.plan_words import exact
 
     gaussian = blend.split == "gaussian"
     cutoff = "sigma" if gaussian else "cutoff"
@@ -240,7 +240,7 @@ def _notes(step: Step) -> list[str]:
     notes = ["re-noised"] if step.renoise else []
     notes += [compute for g in ("small", "large") if (compute := step.compute(g)) != "full"]
     if step.threshold is not None:
-        from nexus_rt.plan_words import exact
+        from nexus_rt.method.plan_words import exact
 
         notes.append(f"velocity below {exact(step.threshold)}")
     return notes
@@ -259,7 +259,7 @@ def _print_weights(pipe: NexusPipeline) -> None:
 
 def _print_totals(plan: Plan, costs: StepCosts, guidance: Guidance) -> None:
     """The plan's forwards and price, and those of the published schedule over the same steps."""
-    from nexus_rt.plan_text import parse_plan
+    from nexus_rt.method.plan_text import parse_plan
 
     totals = []
     for each in (plan, parse_plan("reference", plan.grid)):
@@ -278,7 +278,7 @@ def _print_totals(plan: Plan, costs: StepCosts, guidance: Guidance) -> None:
 
 def parse_costs(text: str) -> StepCosts:
     """`--costs`: milliseconds of a guided step of each generator."""
-    from nexus_rt.plan import StepCosts
+    from nexus_rt.method.plan import StepCosts
 
     try:
         small, large = (real_number(x) for x in text.split(","))
@@ -296,7 +296,7 @@ def measured_costs(
     pipe: NexusPipeline, size: ClipSize, blend: BlendConfig, solver: str
 ) -> StepCosts:
     """Milliseconds of a step's parts on this machine, at a size."""
-    from nexus_rt.costs import measure_step_costs, step_calls
+    from nexus_rt.pipeline.costs import measure_step_costs, step_calls
 
     pipe.grid.check(size)
     prompts = pipe.encode("a prompt", single_frame=size.frames == 1)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from nexus_rt.cli.arguments import PLAN_HELP, models, running
 from nexus_rt.cli.pipeline import call_settings, check_device, find_models, quiet_pipeline
-from nexus_rt.errors import InputError
-from nexus_rt.paths import as_path
+from nexus_rt.core.errors import InputError
+from nexus_rt.core.paths import as_path
 
 if TYPE_CHECKING:
-    from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.pipeline.pipeline import NexusPipeline
 
 KEYS = "NEXUS_RT_API_KEY"
 
@@ -229,10 +229,10 @@ def run(args: argparse.Namespace) -> int:
             f"{error}: pip install 'nexus-rt[serve]'.", code="missing_package", param=error.name
         ) from error
 
+    from nexus_rt.core.size import ClipSize
     from nexus_rt.serve.logs import log_json
     from nexus_rt.serve.runners import ProcessRunner, Runner
     from nexus_rt.serve.server import NexusServer, run_server
-    from nexus_rt.size import ClipSize
 
     check_device(args.device)
     call = call_settings(args)

@@ -7,16 +7,16 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-from nexus_rt import settings
 from nexus_rt.cli.arguments import add_settings, add_size, models, running
 from nexus_rt.cli.pipeline import call_settings, check_device, quiet_pipeline
-from nexus_rt.errors import InputError, choose, shown
-from nexus_rt.paths import as_path
+from nexus_rt.core.errors import InputError, choose, shown
+from nexus_rt.core.paths import as_path
+from nexus_rt.pipeline import settings
 
 if TYPE_CHECKING:
-    from nexus_rt.pipeline import NexusPipeline
-    from nexus_rt.plan import StepCosts
-    from nexus_rt.size import ClipSize
+    from nexus_rt.core.size import ClipSize
+    from nexus_rt.method.plan import StepCosts
+    from nexus_rt.pipeline.pipeline import NexusPipeline
 
 JUDGES = ("pixels", "latents", "statistics", "vlm")
 
@@ -81,8 +81,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
 
-    from nexus_rt.checks import number, whole
     from nexus_rt.cli.plan import parse_costs
+    from nexus_rt.core.checks import number, whole
 
     try:
         import optuna  # noqa: F401
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     from nexus_rt.bench.tune import report
     from nexus_rt.bench.tune.search import Search
     from nexus_rt.bench.tune.space import Space
-    from nexus_rt.request import make_request
+    from nexus_rt.pipeline.request import make_request
 
     for name, value, least, most in (
         ("--trials", args.trials, 1, 100_000),
@@ -195,7 +195,7 @@ def judges(
             param="--report-prompts" if args.prompts else "--prompts",
         )
     if name in ("latents", "statistics"):
-        from nexus_rt.prompts import read_prompts
+        from nexus_rt.pipeline.prompts import read_prompts
 
         kind = LatentJudge if name == "latents" else StatisticsJudge
 

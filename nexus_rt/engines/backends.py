@@ -8,7 +8,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
-from nexus_rt.errors import UnknownArgument, shown
+from nexus_rt.core.errors import UnknownArgument, shown
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nexus_rt.core.errors import InputError, ModelError, choose
+from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.folder import EngineFolder, cached, engines_root, unusable
 from nexus_rt.engines.publish import remove
-from nexus_rt.errors import InputError, ModelError, choose
-from nexus_rt.size import ClipSize
 
 ACTIONS = ("list", "verify", "prune")
 

@@ -6,7 +6,8 @@ that most prompts share a graph; padding has a bias of minus infinity and counts
 graphs work in one pool of memory, as they never run at once, and a velocity leaves it by a copy.
 
 A graph holds addresses. Whatever it reads is held beside it and ends with it: inputs, weights, and
-what `nexus_rt.devices.hold` is told of while it is recorded, such as RoPE tables out of a cache.
+what `nexus_rt.core.devices.hold` is told of while it is recorded, such as RoPE tables out of a
+cache.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_rt.devices import on_device, recording
-from nexus_rt.engines.protocol import Wrapper
+from nexus_rt.core.devices import on_device, recording
+from nexus_rt.core.errors import InputError
 from nexus_rt.engines.tensorrt import TensorRTSessions
 from nexus_rt.engines.torch import TorchEngine
-from nexus_rt.errors import InputError
 from nexus_rt.memory.offload import release
+from nexus_rt.method.engine import Wrapper
 
 TOKENS = 64  # contexts have a multiple of as many
 KEPT = 4  # graphs an engine

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.protocol import (
+from nexus_rt.core.errors import InputError, NexusError
+from nexus_rt.core.size import BuiltSizes
+from nexus_rt.loading.lora import Lora, loras_of
+from nexus_rt.method.engine import (
     Changeable,
     Diagnosable,
     PublishedNumerics,
@@ -21,10 +24,7 @@ from nexus_rt.engines.protocol import (
     Warmable,
     supports,
 )
-from nexus_rt.errors import InputError, NexusError
-from nexus_rt.loading.lora import Lora, loras_of
-from nexus_rt.plan import EXPERTS, engine_name, expert_at
-from nexus_rt.size import BuiltSizes
+from nexus_rt.method.plan import EXPERTS, engine_name, expert_at
 
 
 @dataclass

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.protocol import warmup_noise
-from nexus_rt.errors import InputError
+from nexus_rt.core.errors import InputError
+from nexus_rt.core.size import BuiltSizes, ClipSize
+from nexus_rt.method.engine import warmup_noise
 from nexus_rt.models.wan import collapse_padding
-from nexus_rt.size import BuiltSizes, ClipSize
 
 if TYPE_CHECKING:
     from nexus_rt.engines.folder import EngineFolder

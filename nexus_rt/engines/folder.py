@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nexus_rt import documents
-from nexus_rt.cache import cache_root
+from nexus_rt.core import documents
+from nexus_rt.core.cache import cache_root
+from nexus_rt.core.errors import ModelError, shorten
+from nexus_rt.core.part_files import part_file, part_folder
 from nexus_rt.engines.manifest import SCHEMA, Manifest, Stored
-from nexus_rt.errors import ModelError, shorten
-from nexus_rt.part_files import part_file, part_folder
 
 MANIFEST = "manifest.json"
 READ_AGAIN = 64 << 20  # bytes hashed in some 40 ms

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from nexus_rt import documents
-from nexus_rt.errors import ModelError, shown
+from nexus_rt.core import documents
+from nexus_rt.core.errors import ModelError, shown
 
 SCHEMA = 1
 Side = Annotated[int, msgspec.Meta(ge=1, le=65536)]
@@ -160,7 +160,7 @@ class Stored(msgspec.Struct):
                 param="buckets",
             )
         if self.part == "vae":
-            from nexus_rt.models.vae import check_space
+            from nexus_rt.components.vae import check_space
 
             documents.check(
                 self.options.get("states"),

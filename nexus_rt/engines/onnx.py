@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.checks import whole
+from nexus_rt.core.checks import whole
+from nexus_rt.core.errors import InputError, choose
 from nexus_rt.engines.exported_engine import Sessions
-from nexus_rt.errors import InputError, choose
 
 # onnx.TensorProto's numbers
 ELEMENTS = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}

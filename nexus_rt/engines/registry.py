@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from nexus_rt.cpu import instruction_sets
+from nexus_rt.core.cpu import instruction_sets
+from nexus_rt.core.errors import ModelError, choose
 from nexus_rt.engines import aoti
 from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.engines.exported_engine import ExportedEngine, Sessions
 from nexus_rt.engines.folder import MANIFEST, EngineFolder
 from nexus_rt.engines.text_vae import EngineDecoder, EngineTextEncoder
-from nexus_rt.errors import ModelError, choose
-from nexus_rt.plan import EXPERTS
+from nexus_rt.method.plan import EXPERTS
 
 GENERATORS = ("small", "small-high", "small-low", "large", "large-high", "large-low")
 PARTS = (*GENERATORS, "vae", "text_encoder")

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.devices import held_by_recording, on_device
+from nexus_rt.core.devices import held_by_recording, on_device
+from nexus_rt.core.errors import InputError, ModelError
+from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.exported_engine import Sessions
-from nexus_rt.errors import InputError, ModelError
-from nexus_rt.size import ClipSize
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 DISTRIBUTIONS = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt-rtx", "tensorrt_rtx")}

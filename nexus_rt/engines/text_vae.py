@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nexus_rt.components.text import Tokenized
+from nexus_rt.components.vae import Decoder
+from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.exported_engine import DTYPES, Exported, Sessions
-from nexus_rt.models.text import Tokenized
-from nexus_rt.models.vae import Decoder
-from nexus_rt.size import ClipSize
 
 
 class EngineDecoder(Exported, Decoder):

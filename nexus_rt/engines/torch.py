@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.protocol import warmup_noise
-from nexus_rt.errors import InputError
+from nexus_rt.core.errors import InputError
 from nexus_rt.loading.lora import Lora
 from nexus_rt.loading.swap import LoadedFrom, set_loras
 from nexus_rt.memory.offload import Moved
 from nexus_rt.memory.pinned import pinned_bytes
 from nexus_rt.memory.streaming import BlockStream, streamed_bytes
+from nexus_rt.method.engine import warmup_noise
 from nexus_rt.models.wan import WanContext, WanTransformer
 
 

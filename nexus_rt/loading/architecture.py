@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.errors import ModelError, shorten
+from nexus_rt.core.errors import ModelError, shorten
 from nexus_rt.models.wan import IMAGE_CHANNELS, WanConfig
 
 Shapes = Mapping[str, tuple[int, ...]]

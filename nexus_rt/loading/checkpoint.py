@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from nexus_rt.errors import ModelError, shorten
+from nexus_rt.core.errors import ModelError, shorten
 from nexus_rt.loading.finite import check_finite
 from nexus_rt.loading.names import extra, some, without_spare
 from nexus_rt.loading.stored import StoredTensor, fitted, read_tensors, renamed

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_rt import documents
-from nexus_rt.errors import InputError, ModelError, shorten
+from nexus_rt.core import documents
+from nexus_rt.core.errors import InputError, ModelError, shorten
+from nexus_rt.core.paths import as_path
 from nexus_rt.loading import transformer
 from nexus_rt.loading.architecture import wan_config
 from nexus_rt.loading.checkpoint import diffusers_name, diffusers_shapes, in_diffusers_names
@@ -31,15 +32,14 @@ from nexus_rt.loading.convert_parts import (
     write_transformer,
     write_vae,
 )
+from nexus_rt.loading.formats.pickles import read_pickle, read_state
 from nexus_rt.loading.lora_file import is_image_key
 from nexus_rt.loading.names import refuse_unused
-from nexus_rt.loading.pickles import read_pickle, read_state
+from nexus_rt.loading.shards import Report, check_shapes, write_json, write_shards
 from nexus_rt.loading.stored import Index, find_tensors, read_tensors
 from nexus_rt.models.connector import SPECIAL_TOKENS, TEXT_MARKERS, Connector, ConnectorConfig
 from nexus_rt.models.wan import WanConfig, WanTransformer
-from nexus_rt.paths import as_path
-from nexus_rt.settings import Defaults
-from nexus_rt.shards import Report, check_shapes, write_json, write_shards
+from nexus_rt.pipeline.settings import Defaults
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl")
 LAYOUT = {  # part of the published folder -> where it lies

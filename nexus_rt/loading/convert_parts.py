@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import InputError, ModelError
+from nexus_rt.core.errors import InputError, ModelError
+from nexus_rt.core.part_files import part_folder
 from nexus_rt.loading.architecture import (
     t5_name,
     umt5_config,
@@ -20,12 +21,11 @@ from nexus_rt.loading.architecture import (
 )
 from nexus_rt.loading.names import refuse_unused
 from nexus_rt.loading.pretrained import is_spare
+from nexus_rt.loading.shards import Report, check_shapes, write_json, write_shards
 from nexus_rt.loading.source import read_json
 from nexus_rt.loading.stored import StoredTensor, find_tensors, read_tensors, renamed
 from nexus_rt.models.umt5 import SHARED, TIED
 from nexus_rt.models.wan import WanConfig
-from nexus_rt.part_files import part_folder
-from nexus_rt.shards import Report, check_shapes, write_json, write_shards
 
 
 def transformer_config(config: WanConfig) -> dict:

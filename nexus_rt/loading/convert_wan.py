@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.errors import InputError, ModelError, shorten
+from nexus_rt.core.errors import InputError, ModelError, shorten
+from nexus_rt.core.paths import as_path
 from nexus_rt.loading.architecture import t5_name, vae_name
 from nexus_rt.loading.checkpoint import diffusers_shapes, in_diffusers_names
 from nexus_rt.loading.convert_parts import (
@@ -39,11 +40,10 @@ from nexus_rt.loading.locate import (
 )
 from nexus_rt.loading.names import refuse_unused, without_spare
 from nexus_rt.loading.scheduler import find_scheduler
+from nexus_rt.loading.shards import Report, check_shapes, write_json
 from nexus_rt.loading.source import READABLE, read_json
 from nexus_rt.loading.stored import find_tensors
 from nexus_rt.loading.transformer import empty_transformer
-from nexus_rt.paths import as_path
-from nexus_rt.shards import Report, check_shapes, write_json
 
 T5, VAE = "encoder.block.0.layer.0.SelfAttention.q.weight", "post_quant_conv.weight"
 

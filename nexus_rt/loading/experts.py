@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.checks import number
-from nexus_rt.documents import read_object
-from nexus_rt.errors import InputError, ModelError, NexusError, shorten
+from nexus_rt.core.checks import number
+from nexus_rt.core.documents import read_object
+from nexus_rt.core.errors import InputError, ModelError, NexusError, shorten
+from nexus_rt.core.paths import as_path
 from nexus_rt.loading.locate import transformer_folder
-from nexus_rt.paths import as_path
-from nexus_rt.plan import EXPERTS
+from nexus_rt.method.plan import EXPERTS
 
 BOUNDARY = 0.875  # of Wan2.2-T2V-A14B (wan/configs/wan_t2v_A14B.py; diffusers' boundary_ratio)
 ORIGINAL = ("high_noise_model", "low_noise_model")

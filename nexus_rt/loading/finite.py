@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nexus_rt.encodings import Blocks, Scaled
-from nexus_rt.errors import ModelError, shorten
+from nexus_rt.core.errors import ModelError, shorten
 from nexus_rt.loading.stored import StoredTensor
+from nexus_rt.models.encodings import Blocks, Scaled
 
 # bytes without their sign from which on an 8-bit float is infinite or NaN
 LARGEST_BYTE = {torch.float8_e4m3fn: 126, torch.float8_e5m2: 123}

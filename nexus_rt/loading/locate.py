@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nexus_rt.errors import ModelError
+from nexus_rt.core.errors import ModelError
 from nexus_rt.loading.source import READABLE
 
 VAE_FILES = (  # by Wan, Comfy-Org and Kijai

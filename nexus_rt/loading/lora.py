@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nexus_rt.errors import InputError, ModelError, choose, shorten, shown
+from nexus_rt.core.errors import InputError, ModelError, choose, shorten, shown
 from nexus_rt.loading.checkpoint import fused_place
 from nexus_rt.loading.lora_file import (
     ENDINGS,
@@ -33,8 +33,8 @@ from nexus_rt.loading.lora_file import (
     read_scaling,
 )
 from nexus_rt.loading.stored import is_file, read_header, read_tensors
+from nexus_rt.method.plan import EXPERTS
 from nexus_rt.models.quantized import Adapter, QuantizedLinear
-from nexus_rt.plan import EXPERTS
 
 PACKAGED = Path(__file__).resolve().parents[1] / "mini" / "loras"  # found by name
 # as diffusers and PEFT name them

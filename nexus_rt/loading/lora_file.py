@@ -23,8 +23,8 @@ from typing import Any
 
 import msgspec
 
-from nexus_rt import documents
-from nexus_rt.errors import ModelError, shorten
+from nexus_rt.core import documents
+from nexus_rt.core.errors import ModelError, shorten
 from nexus_rt.loading.checkpoint import diffusers_name
 from nexus_rt.loading.names import WRAPPERS, plain_name
 from nexus_rt.loading.stored import read_metadata

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nexus_rt.errors import ModelError, shorten
+from nexus_rt.core.errors import ModelError, shorten
 
 T = TypeVar("T")
 WRAPPERS = (

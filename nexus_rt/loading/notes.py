@@ -17,10 +17,10 @@ from typing import Any
 import msgspec
 import torch
 
-from nexus_rt import documents
-from nexus_rt.encodings import ROTATIONS
-from nexus_rt.errors import ModelError, shorten
+from nexus_rt.core import documents
+from nexus_rt.core.errors import ModelError, shorten
 from nexus_rt.loading.names import plain_name
+from nexus_rt.models.encodings import ROTATIONS
 
 NOTE, METADATA, CONFIG = ".comfy_quant", "_quantization_metadata", "quantization_config"
 MAX_NOTE = 2**16  # bytes of a layer's note

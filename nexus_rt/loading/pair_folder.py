@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.errors import InputError, ModelError, choose, shorten, shown
-from nexus_rt.fields import fields_of
-from nexus_rt.latents import LatentGrid
+from nexus_rt.components.vae import vae_space
+from nexus_rt.core.errors import InputError, ModelError, choose, shorten, shown
+from nexus_rt.core.fields import fields_of
+from nexus_rt.core.log import chose
+from nexus_rt.core.size import ClipSize
 from nexus_rt.loading import transformer
 from nexus_rt.loading.experts import (
     ExpertFolders,
@@ -24,12 +26,10 @@ from nexus_rt.loading.experts import (
 from nexus_rt.loading.locate import find_vae, given_vae, has_text
 from nexus_rt.loading.scheduler import Scheduler, find_scheduler, first_scheduler
 from nexus_rt.loading.source import read_json, resolve
-from nexus_rt.log import chose
-from nexus_rt.models.vae import vae_space
+from nexus_rt.method.latents import LatentGrid
 from nexus_rt.models.wan import WanConfig
-from nexus_rt.request import make_request
-from nexus_rt.settings import CallSettings, Defaults
-from nexus_rt.size import ClipSize
+from nexus_rt.pipeline.request import make_request
+from nexus_rt.pipeline.settings import CallSettings, Defaults
 
 MINI = Path(__file__).resolve().parents[1] / "mini"
 

@@ -19,13 +19,13 @@ from typing import Any
 import msgspec
 import torch
 
-from nexus_rt.documents import read_object
-from nexus_rt.errors import ModelError, shorten
+from nexus_rt.core.documents import read_object
+from nexus_rt.core.errors import ModelError, shorten
+from nexus_rt.core.process import LOADING
 from nexus_rt.loading.checkpoint import fill_exactly
 from nexus_rt.loading.finite import is_finite
 from nexus_rt.loading.names import WRAPPED, plain_name, some
 from nexus_rt.loading.stored import StoredTensor, find_tensors, fitted, read_header
-from nexus_rt.process import LOADING
 
 # Stored beside the weights that are used, and rightly left out: vocabulary heads and the decoder of
 # an encoder-decoder, at the top of the names, and tables that are computed.

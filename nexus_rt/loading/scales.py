@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nexus_rt.documents import parse
-from nexus_rt.encodings import Scaled
-from nexus_rt.errors import ModelError, shorten
+from nexus_rt.core.documents import parse
+from nexus_rt.core.errors import ModelError, shorten
 from nexus_rt.loading import notes
 from nexus_rt.loading.names import plain_name
 from nexus_rt.loading.notes import FP8, MAX_NOTE, NOTE, Note
+from nexus_rt.models.encodings import Scaled
 
 if TYPE_CHECKING:
     from nexus_rt.loading.stored import StoredTensor

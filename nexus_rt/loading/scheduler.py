@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.checks import number
-from nexus_rt.documents import parse, read_bytes, read_object
-from nexus_rt.errors import InputError, ModelError, shorten, shown
-from nexus_rt.limits import TRAIN_STEPS
+from nexus_rt.core.checks import number
+from nexus_rt.core.documents import parse, read_bytes, read_object
+from nexus_rt.core.errors import InputError, ModelError, shorten, shown
+from nexus_rt.core.limits import TRAIN_STEPS
 from nexus_rt.loading.source import warn_unread
 
 MAX_SHIFT = 1000.0
@@ -96,7 +96,7 @@ OTHER_WALKS = {
 class Scheduler:
     """What a folder's scheduler means here.
 
-    shift: of the noise levels. solver: of `nexus_rt.solver.SOLVERS`. where: its file.
+    shift: of the noise levels. solver: of `nexus_rt.method.solver.SOLVERS`. where: its file.
     """
 
     shift: float

@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.documents import read_object
-from nexus_rt.errors import ModelError, shorten
-from nexus_rt.paths import as_path
+from nexus_rt.core.documents import read_object
+from nexus_rt.core.errors import ModelError, shorten
+from nexus_rt.core.paths import as_path
 
 PLAIN = (".safetensors", ".sft", ".gguf")  # files of weights that are data alone
 READABLE = (*PLAIN, ".bin", ".pt", ".pth", ".ckpt")

@@ -20,13 +20,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nexus_rt import documents
-from nexus_rt.documents import parse
-from nexus_rt.encodings import Encoding
-from nexus_rt.errors import ModelError, shorten
-from nexus_rt.loading import gguf_file, names, pickles, scales
+from nexus_rt.core import documents
+from nexus_rt.core.documents import parse
+from nexus_rt.core.errors import ModelError, shorten
+from nexus_rt.loading import names, scales
+from nexus_rt.loading.formats import gguf as gguf_file
+from nexus_rt.loading.formats import pickles
 from nexus_rt.loading.scales import Header
 from nexus_rt.loading.source import weights_of
+from nexus_rt.models.encodings import Encoding
 
 MAX_DIMENSIONS = 16  # torch has 64; no parameter of a model has more than 5
 MAX_SIDE = 2**48  # elements of a side, which a tensor without any elements may state freely

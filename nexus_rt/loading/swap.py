@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_rt.errors import ModelError
+from nexus_rt.core.errors import ModelError
 from nexus_rt.loading.checkpoint import diffusers_shapes, fused_place, in_diffusers_names
 from nexus_rt.loading.finite import check_finite
 from nexus_rt.loading.lora import Changes, Lora, add_beside, quantised_place

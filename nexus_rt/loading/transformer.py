@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from nexus_rt.attention import ATTENTION_NAMES
-from nexus_rt.block_ops import choose_ops
-from nexus_rt.errors import ModelError, choose, shown
-from nexus_rt.limits import MAX_SEQUENCE_LENGTH
+from nexus_rt.core.errors import ModelError, choose, shown
+from nexus_rt.core.limits import MAX_SEQUENCE_LENGTH
+from nexus_rt.core.log import chose
+from nexus_rt.core.process import computes
 from nexus_rt.loading.architecture import check_variant, wan_config
 from nexus_rt.loading.checkpoint import diffusers_shapes, fill, in_diffusers_names
 from nexus_rt.loading.locate import transformer_folder
@@ -23,9 +23,9 @@ from nexus_rt.loading.packing import Packing, check_weights, formats_of
 from nexus_rt.loading.source import read_json, warn_unread, weights_of
 from nexus_rt.loading.stored import StoredTensor, find_tensors
 from nexus_rt.loading.swap import LoadedFrom
-from nexus_rt.log import chose
 from nexus_rt.models.wan import WanConfig, WanTransformer
-from nexus_rt.process import computes
+from nexus_rt.ops.attention import ATTENTION_NAMES
+from nexus_rt.ops.block_ops import choose_ops
 
 CLASSES = ("WanTransformer3DModel", "WanModel")
 # fields of Wan's own configs -> the values that are computed here

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nexus_rt.core.process import LOADING
 from nexus_rt.memory.pinned import Arena
-from nexus_rt.process import LOADING
 
 
 def release(device: torch.device) -> None:

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from nexus_rt.errors import InputError
-from nexus_rt.fields import described, fields_of
+from nexus_rt.core.errors import InputError
+from nexus_rt.core.fields import described, fields_of
 
 MIN_WIDTH, MAX_WIDTH, MAX_ORDER = 1e-6, 1e6, 100  # of sigma and rho, and of Butterworth's order
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nexus_rt.devices import hold, send
+from nexus_rt.core.devices import hold, send
 from nexus_rt.method.blend_config import BlendConfig
 
 GAINS = {  # at rho / cutoff

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.devices import send
+from nexus_rt.core.devices import send
+from nexus_rt.core.errors import InputError
+from nexus_rt.core.tracing import span
 from nexus_rt.engines.experts import ExpertsEngine
-from nexus_rt.engines.protocol import Engine, Sharing
-from nexus_rt.errors import InputError
+from nexus_rt.method.engine import Engine, Sharing
 from nexus_rt.method.guidance import Guidance, Prediction
 from nexus_rt.method.hooks import FiniteCheck
-from nexus_rt.plan import DIFFERENCE, VELOCITY, Plan, Step
-from nexus_rt.tracing import span
+from nexus_rt.method.plan import DIFFERENCE, VELOCITY, Plan, Step
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from nexus_rt.core.limits import GUIDANCE_SCALE, Scale
 from nexus_rt.kernels.formulas import guide
-from nexus_rt.limits import GUIDANCE_SCALE, Scale
 
 if TYPE_CHECKING:
-    from nexus_rt.plan import Step
+    from nexus_rt.method.plan import Step
 
 __all__ = ["Guidance", "Prediction", "Velocity", "guide"]
 

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from nexus_rt.devices import Reading, Readings
-from nexus_rt.engines.protocol import Diagnosable, supports
-from nexus_rt.errors import Cancelled, InputError, NumericsError
-from nexus_rt.latents import Generators, renoise
-from nexus_rt.plan import Step
+from nexus_rt.core.devices import Reading, Readings
+from nexus_rt.core.errors import Cancelled, InputError, NumericsError
+from nexus_rt.method.engine import Diagnosable, supports
+from nexus_rt.method.latents import Generators, renoise
+from nexus_rt.method.plan import Step
 
 if TYPE_CHECKING:
     from nexus_rt.method.generator import Generator, Prompt
-    from nexus_rt.reuse import ReuseDeviation
+    from nexus_rt.method.reuse import ReuseDeviation
 
 MAX_UNCHECKED_STEPS = 2  # steps that may be enqueued on a GPU before one is known to be finite
 
 
 class Mover(Protocol):
-    """Moves engines between memories as a plan goes on (`nexus_rt.memory.residency`)."""
+    """Moves engines between memories as a plan goes on (`nexus_rt.pipeline.residency`)."""
 
     plan: Any
 

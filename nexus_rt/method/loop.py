@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.block_ops import choose_ops
-from nexus_rt.engines.protocol import Engine
+from nexus_rt.core.process import computes
+from nexus_rt.core.tracing import span
 from nexus_rt.method.blend_config import BlendConfig
+from nexus_rt.method.engine import Engine
 from nexus_rt.method.generator import Pending, Prompt, make_generators
 from nexus_rt.method.guidance import Guidance, Prediction, Velocity
 from nexus_rt.method.hooks import FiniteCheck, Hooks
+from nexus_rt.method.plan import Plan, Step
+from nexus_rt.method.reuse import Reused
+from nexus_rt.method.solver import make_solver
 from nexus_rt.method.upfb import combine
-from nexus_rt.plan import Plan, Step
-from nexus_rt.process import computes
-from nexus_rt.reuse import Reused
-from nexus_rt.solver import make_solver
-from nexus_rt.tracing import span
+from nexus_rt.ops.block_ops import choose_ops
 
 Predict = Callable[[Tensor, Step], Any]  # latents and a step to a velocity, or one that has begun
 

@@ -23,14 +23,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nexus_rt.block_ops import choose_ops
-from nexus_rt.checks import instance, number
-from nexus_rt.errors import InputError, choose
+from nexus_rt.core.checks import instance, number
+from nexus_rt.core.errors import InputError, choose
+from nexus_rt.core.limits import ENERGIES, GAMMA_W, TRAIN_STEPS
 from nexus_rt.kernels.formulas import EPS, target_energy
-from nexus_rt.limits import ENERGIES, GAMMA_W, TRAIN_STEPS
 from nexus_rt.method.blend_config import MAX_WIDTH, BlendConfig
 from nexus_rt.method.filters import filter_at, filtered, gaussian_taps
 from nexus_rt.method.guidance import Prediction, Velocity
+from nexus_rt.ops.block_ops import choose_ops
 
 
 def gate(timestep: float, gamma_w: float = GAMMA_W) -> float:

@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_rt.errors import InputError, ModelError, shorten, shown
+from nexus_rt.components.understanding import Template
+from nexus_rt.core.errors import InputError, ModelError, shorten, shown
 from nexus_rt.loading.checkpoint import compare, fill_exactly
 from nexus_rt.loading.finite import check_finite
 from nexus_rt.loading.source import read_json
 from nexus_rt.loading.stored import find_tensors, read_header, read_tensors
 from nexus_rt.models.layers import Linear
-from nexus_rt.models.understanding import Template
 
 SPECIAL_TOKENS = ("<img_st>", "<img_ed>", "<ipl_st>", "<ipl_ed>", "<prp_st>", "<prp_ed>")
 TEXT_MARKERS = SPECIAL_TOKENS[2:]  # what text-to-video needs of them: no visual part, no reference

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_rt.documents import check
-from nexus_rt.errors import ModelError
+from nexus_rt.core.documents import check
+from nexus_rt.core.errors import ModelError
 from nexus_rt.loading.pretrained import check_positive, fill_whole
 from nexus_rt.loading.stored import StoredTensor
 from nexus_rt.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nexus_rt.errors import ModelError, shorten
+from nexus_rt.core.errors import ModelError, shorten
 
 MAX_PIECES = 2_000_000
 MAX_BYTES = 64 * 2**20  # of a model: UMT5's has 4.5 million

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_rt.block_ops import TORCH, Ops
-from nexus_rt.encodings import Blocks, Encoding, Scaled
+from nexus_rt.models.encodings import Blocks, Encoding, Scaled
 from nexus_rt.models.quantized_products import LIMITS, Rows8, multiplies, product_of
+from nexus_rt.ops.block_ops import TORCH, Ops
 
 PIECE = 2**22  # weights that are widened at a time
 FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from nexus_rt.documents import MAX_BYTES, read_bytes, read_object
-from nexus_rt.errors import ModelError, NexusError, shorten
+from nexus_rt.core.documents import MAX_BYTES, read_bytes, read_object
+from nexus_rt.core.errors import ModelError, NexusError, shorten
+from nexus_rt.core.process import LOADING
 from nexus_rt.loading.pretrained import pretrained
-from nexus_rt.process import LOADING
 
 # transformers' names of it: before version 5, and since
 PLAIN = (

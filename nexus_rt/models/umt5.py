@@ -15,8 +15,8 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from nexus_rt.documents import check
-from nexus_rt.errors import ModelError
+from nexus_rt.core.documents import check
+from nexus_rt.core.errors import ModelError
 from nexus_rt.loading.architecture import t5_name, umt5_config
 from nexus_rt.loading.pretrained import check_config, check_positive, fill_whole
 from nexus_rt.loading.stored import StoredTensor, find_tensors, renamed

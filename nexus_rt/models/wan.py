@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_rt import documents
-from nexus_rt.attention import ATTENTION_BACKENDS, ATTENTION_NAMES, attend, takes_bias
-from nexus_rt.block_ops import TORCH, Ops, choose_ops, tanh_gelu
-from nexus_rt.errors import InputError, ModelError, choose
+from nexus_rt.core import documents
+from nexus_rt.core.errors import InputError, ModelError, choose
 from nexus_rt.models.layers import Conv3d, Linear
 from nexus_rt.models.quantized import QuantizedLinear, takes_rows
 from nexus_rt.models.quantized_products import Rows8
+from nexus_rt.ops.attention import ATTENTION_BACKENDS, ATTENTION_NAMES, attend, takes_bias
+from nexus_rt.ops.block_ops import TORCH, Ops, choose_ops, tanh_gelu
 
 # our parameter prefix -> diffusers' parameter prefixes, concatenated along the first dimension
 FUSED = {
@@ -456,8 +456,9 @@ class WanTransformer(nn.Module):
 
         Args:
             kernels: "torch", "triton", or "auto": triton where the device can.
-            attention: a backend of `nexus_rt.attention`, or "auto" or "auto-fp8". An approximate
-                one computes self-attention; cross-attention, some 2% of the work, stays exact.
+            attention: a backend of `nexus_rt.ops.attention`, or "auto" or "auto-fp8". An
+                approximate one computes self-attention; cross-attention, some 2% of the work, stays
+                exact.
 
         Raises:
             InputError: an unknown name, or triton asked for where it cannot run.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.engines.protocol import Wrapper
+from nexus_rt.method.engine import Wrapper
 from nexus_rt.parallel.layout import Mesh
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nexus_rt.devices import as_device
-from nexus_rt.errors import InputError, choose
+from nexus_rt.core.devices import as_device
+from nexus_rt.core.errors import InputError, choose
 from nexus_rt.parallel.watch import Watch
 
 STARTED_BY = "torchrun --nproc-per-node {count} -m nexus_rt.cli ... --parallel {text}"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_rt.errors import InputError
+from nexus_rt.core.errors import InputError
 from nexus_rt.parallel.layout import Mesh
 
 

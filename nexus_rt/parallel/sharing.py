@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from nexus_rt.components.vae import VideoDecoder
+from nexus_rt.core.errors import InputError
 from nexus_rt.engines.cuda_graphs import ReplayedEngine
 from nexus_rt.engines.experts import changed, engines_by_name
 from nexus_rt.engines.torch import TorchEngine
-from nexus_rt.errors import InputError
 from nexus_rt.memory.offload import release
-from nexus_rt.models.vae import VideoDecoder
 from nexus_rt.parallel.engines import GuidanceParallel, RemoteEngine, SharedGenerator
 from nexus_rt.parallel.layout import Mesh
 from nexus_rt.parallel.sequence import Sequence
@@ -22,7 +22,7 @@ from nexus_rt.parallel.strips import Strips
 from nexus_rt.parallel.watch import Watch
 
 if TYPE_CHECKING:
-    from nexus_rt.pipeline_models import PipelineModels
+    from nexus_rt.pipeline.models import PipelineModels
 
 Made = TypeVar("Made")
 OWNERS = {"small": 0, "large": 1}  # places in the pair

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from nexus_rt.core.size import ClipSize
 from nexus_rt.models.wan import WanConfig
 from nexus_rt.parallel.layout import Layout
-from nexus_rt.size import ClipSize
 
 ELEMENT = 2  # bytes of bfloat16
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nexus_rt.errors import NexusError, shorten
+from nexus_rt.core.errors import NexusError, shorten
 
 BEAT_S, SILENT_S, GRACE_S = 0.5, 5.0, 1.0
 DONE = "done"

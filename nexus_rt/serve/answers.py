@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from nexus_rt.request import GenerationRequest
+from nexus_rt.pipeline.request import GenerationRequest
 from nexus_rt.serve.prices import STAGES, Prices, step_kind
 from nexus_rt.serve.store import Job
 

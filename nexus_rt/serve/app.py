@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from nexus_rt.errors import shorten, shown
+from nexus_rt.core.errors import shorten, shown
 from nexus_rt.serve import answers
 from nexus_rt.serve.bodies import read_body
 from nexus_rt.serve.connections import bearer

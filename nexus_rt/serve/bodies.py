@@ -8,8 +8,8 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from nexus_rt import documents
-from nexus_rt.errors import InputError
+from nexus_rt.core import documents
+from nexus_rt.core.errors import InputError
 from nexus_rt.serve.forms import from_form
 from nexus_rt.serve.problems import Problem
 from nexus_rt.serve.requests import INPUTS, no_input

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nexus_rt.errors import InputError, NexusError, shorten
-from nexus_rt.request import GenerationRequest
+from nexus_rt.core.errors import InputError, NexusError, shorten
+from nexus_rt.pipeline.request import GenerationRequest
 from nexus_rt.serve import answers
 from nexus_rt.serve.clips import FILES, write_clip
 from nexus_rt.serve.events import EventBroker

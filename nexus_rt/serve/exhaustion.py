@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from nexus_rt.errors import NexusError
+from nexus_rt.core.errors import NexusError
 
 HOST = "the machine's memory does not hold it; ask for a smaller clip."
 HOST_WORDS = (

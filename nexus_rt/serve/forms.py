@@ -6,10 +6,10 @@ import json
 import re
 from typing import Any
 
-from nexus_rt import settings
-from nexus_rt.errors import shorten
-from nexus_rt.fields import SERVER
-from nexus_rt.limits import MAX_STEPS
+from nexus_rt.core.errors import shorten
+from nexus_rt.core.fields import SERVER
+from nexus_rt.core.limits import MAX_STEPS
+from nexus_rt.pipeline import settings
 from nexus_rt.serve.problems import wrong
 from nexus_rt.serve.requests import INPUTS, OWN, no_input
 

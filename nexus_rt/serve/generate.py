@@ -17,30 +17,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nexus_rt.call import decode, denoise, draw_noise
-from nexus_rt.devices import Arrival, fetch
-from nexus_rt.encode import Prompts, encode
-from nexus_rt.errors import Cancelled, DecodeError, NexusError, NumericsError, shorten
-from nexus_rt.models.text import clean_prompt
-from nexus_rt.plan import Step
-from nexus_rt.process import computes, resident_bytes
-from nexus_rt.request import GenerationRequest
-from nexus_rt.rewriting import Rewriting
+from nexus_rt.components.text import clean_prompt
+from nexus_rt.core.devices import Arrival, fetch
+from nexus_rt.core.errors import Cancelled, DecodeError, NexusError, NumericsError, shorten
+from nexus_rt.core.process import computes, resident_bytes
+from nexus_rt.core.size import ClipSize
+from nexus_rt.core.tracing import Trace, record
+from nexus_rt.media.video import contact_sheet, made_with, save_video, to_uint8
+from nexus_rt.method.plan import Step
+from nexus_rt.pipeline.call import decode, denoise, draw_noise
+from nexus_rt.pipeline.encode import Prompts, encode
+from nexus_rt.pipeline.request import GenerationRequest
+from nexus_rt.pipeline.rewriting import Rewriting
+from nexus_rt.pipeline.settings import CallSettings, Defaults
 from nexus_rt.serve.exhaustion import HOST, exhausted
 from nexus_rt.serve.preview import LatentRGB, clean, fit, picture, shipped
 from nexus_rt.serve.problems import JobFailed
 from nexus_rt.serve.profile import Profile
 from nexus_rt.serve.requests import ClipRequest
-from nexus_rt.settings import CallSettings, Defaults
-from nexus_rt.size import ClipSize
-from nexus_rt.tracing import Trace, record
-from nexus_rt.video import contact_sheet, made_with, save_video, to_uint8
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from nexus_rt.models.text import Tokenized
-    from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.components.text import Tokenized
+    from nexus_rt.pipeline.pipeline import NexusPipeline
 
 log = logging.getLogger("nexus_rt.serve")
 Event = dict[str, Any]

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nexus_rt.errors import shorten
+from nexus_rt.core.errors import shorten
 from nexus_rt.serve.exhaustion import killed_for_memory, oom_kills
 from nexus_rt.serve.worker import SIGNALS, work
 

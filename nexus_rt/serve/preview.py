@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nexus_rt import documents
-from nexus_rt.devices import send
-from nexus_rt.errors import InputError
+from nexus_rt.core import documents
+from nexus_rt.core.devices import send
+from nexus_rt.core.errors import InputError
 
 MAPS = Path(__file__).with_name("latent_rgb.json")
 

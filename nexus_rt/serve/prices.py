@@ -14,8 +14,8 @@ from itertools import accumulate
 from typing import Any
 
 from nexus_rt.method.guidance import Guidance
-from nexus_rt.plan import Step
-from nexus_rt.request import GenerationRequest
+from nexus_rt.method.plan import Step
+from nexus_rt.pipeline.request import GenerationRequest
 
 SHARE = 0.3  # of a new measurement in the running average
 STAGES = ("encode", "decode", "write")

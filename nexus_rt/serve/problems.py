@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from nexus_rt.errors import MAX_MESSAGE_CHARS, shorten, shown
+from nexus_rt.core.errors import MAX_MESSAGE_CHARS, shorten, shown
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 

@@ -6,14 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nexus_rt.errors import InputError
-from nexus_rt.limits import GENERATORS, MAX_STEPS
-from nexus_rt.request import GenerationRequest, PairProfile, check_request, make_request
+from nexus_rt.core.errors import InputError
+from nexus_rt.core.limits import GENERATORS, MAX_STEPS
+from nexus_rt.pipeline.request import GenerationRequest, PairProfile, check_request, make_request
 from nexus_rt.serve.problems import wrong
 from nexus_rt.serve.requests import SENT_AS, ClipRequest, check_steps
 
 if TYPE_CHECKING:
-    from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.pipeline.pipeline import NexusPipeline
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from nexus_rt.checks import number
-from nexus_rt.errors import InputError, NexusError, shorten, shown
+from nexus_rt.core.checks import number
+from nexus_rt.core.errors import InputError, NexusError, shorten, shown
 from nexus_rt.serve.generate import Clip, Event, ServedPipeline, Task
 from nexus_rt.serve.problems import JobFailed, WorkerLost
 from nexus_rt.serve.profile import Profile

@@ -1,8 +1,8 @@
 """What clients ask for: the body of `POST /v1/videos`, resolved and checked before it is queued.
 
 The fields of OpenAI's API, the server's own, and the settings of a call that a server takes
-(`nexus_rt.settings`); whatever else is sent is refused by name. A form's texts become the types of
-JSON first (`nexus_rt.serve.forms`), so that both are checked alike.
+(`nexus_rt.pipeline.settings`); whatever else is sent is refused by name. A form's texts become the
+types of JSON first (`nexus_rt.serve.forms`), so that both are checked alike.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 
 import msgspec
 
-from nexus_rt import settings
-from nexus_rt.checks import number, whole
-from nexus_rt.errors import InputError, shown
-from nexus_rt.fields import SERVER, Field
-from nexus_rt.limits import MAX_SEED, MAX_STEPS
-from nexus_rt.request import PairProfile
+from nexus_rt.core.checks import number, whole
+from nexus_rt.core.errors import InputError, shown
+from nexus_rt.core.fields import SERVER, Field
+from nexus_rt.core.limits import MAX_SEED, MAX_STEPS
+from nexus_rt.core.size import ClipSize, parse_sides
+from nexus_rt.media.video import frame_rate
+from nexus_rt.pipeline import settings
+from nexus_rt.pipeline.request import PairProfile
+from nexus_rt.pipeline.settings import CallSettings
 from nexus_rt.serve.problems import Problem, unknown_parameter, wrong
-from nexus_rt.settings import CallSettings
-from nexus_rt.size import ClipSize, parse_sides
-from nexus_rt.video import frame_rate
 
 MAX_PROMPT = 32_000  # characters, OpenAI's limit
 MAX_NUMBER = 1e9  # of a number in a body, either sign, before the range of its field is looked at

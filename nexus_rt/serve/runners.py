@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from nexus_rt.checks import number
-from nexus_rt.errors import NexusError
+from nexus_rt.core.checks import number
+from nexus_rt.core.errors import NexusError
 from nexus_rt.serve.generate import Clip, Event, ServedPipeline, Task
 from nexus_rt.serve.link import Link
 from nexus_rt.serve.problems import JobFailed, WorkerLost
@@ -18,7 +18,7 @@ from nexus_rt.serve.profile import Profile
 from nexus_rt.serve.worker import WarmUp
 
 if TYPE_CHECKING:
-    from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.pipeline.pipeline import NexusPipeline
 
 T = TypeVar("T")
 LOAD_TIMEOUT = 1800.0  # seconds of loading and warming up

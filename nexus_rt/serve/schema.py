@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
-from nexus_rt.errors import NexusError
+from nexus_rt.core.errors import NexusError
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from nexus_rt.errors import InputError, NexusError
-from nexus_rt.paths import as_path
+from nexus_rt.core.errors import InputError, NexusError
+from nexus_rt.core.paths import as_path
 from nexus_rt.serve.app import Api, make_app
 from nexus_rt.serve.connections import ACCEPT_BURST, bounded_protocol
 from nexus_rt.serve.dispatcher import Dispatcher
@@ -26,7 +26,7 @@ from nexus_rt.serve.settings import Settings
 from nexus_rt.serve.store import Store
 
 if TYPE_CHECKING:
-    from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.pipeline.pipeline import NexusPipeline
 
 BACKLOG = 2048  # connections that the system keeps until they are accepted
 

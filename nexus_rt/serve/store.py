@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.errors import InputError, NexusError, shorten
+from nexus_rt.core.errors import InputError, NexusError, shorten
 from nexus_rt.serve.schema import open_tables
 
 STATES = ("queued", "in_progress", "completed", "failed")

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from nexus_rt.limits import REWRITE_TIMEOUT
-from nexus_rt.request import GenerationRequest
+from nexus_rt.core.limits import REWRITE_TIMEOUT
+from nexus_rt.pipeline.request import GenerationRequest
 from nexus_rt.serve.prices import STAGES, Prices, step_kind
 
 FACTOR = 10.0  # of a price

@@ -12,15 +12,15 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from nexus_rt.errors import CODES, NexusError
-from nexus_rt.request import GenerationRequest
+from nexus_rt.core.errors import CODES, NexusError
+from nexus_rt.pipeline.request import GenerationRequest
 from nexus_rt.serve.exhaustion import HOST, exhausted
 from nexus_rt.serve.generate import Event, ServedPipeline, Task
 from nexus_rt.serve.logs import log_json
 from nexus_rt.serve.problems import JobFailed
 
 if TYPE_CHECKING:
-    from nexus_rt.pipeline import NexusPipeline
+    from nexus_rt.pipeline.pipeline import NexusPipeline
 
 log = logging.getLogger("nexus_rt.serve")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the server's to decide on
