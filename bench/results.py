@@ -13,10 +13,10 @@ import msgspec
 import numpy as np
 import torch
 
-from nexus_rt.cli.report import versions
 from nexus_rt.core import documents
 from nexus_rt.core.errors import InputError, ModelError, readable, shorten, shown
 from nexus_rt.core.part_files import part_file
+from nexus_rt.core.versions import versions
 from nexus_rt.loading.experts import GeneratorSource, transformers_of
 from nexus_rt.loading.source import folder_fingerprint
 from nexus_rt.method.plan import engine_name

@@ -17,6 +17,7 @@ from nexus_rt.core.cpu import instruction_sets
 from nexus_rt.core.errors import InputError, NexusError, choose, shorten, shown
 from nexus_rt.core.part_files import part_file
 from nexus_rt.core.paths import as_path
+from nexus_rt.core.versions import versions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -234,8 +235,6 @@ def made_with(
 ) -> dict[str, Any]:
     """What makes a clip again, as its metadata keeps it: prompt, seed, plan, options that were
     given, models, versions."""
-    from nexus_rt.cli.report import versions
-
     rest = {
         k: v if isinstance(v, (int, float, str)) else str(list(v) if isinstance(v, tuple) else v)
         for k, v in options.items()
