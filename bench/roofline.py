@@ -7,7 +7,7 @@ published rates. Predictions, not measurements; nothing is run.
 A forward is linear layers (operations), self- and cross-attention (operations), and what is bound
 by memory (bytes of the norms, RoPE and residuals); the VAE is convolutions in TF32. Each is divided
 by the rate that the card is published with, times the share of it that such work sustains
-(`Shares`). `bench/gpu_suite.py` puts these beside what it measures.
+(`Shares`). `bench/gpu/suite.py` puts these beside what it measures.
 """
 
 from __future__ import annotations

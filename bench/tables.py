@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.bench.gpu_tables import targets_table
+from nexus_rt.bench.gpu.tables import targets_table
 from nexus_rt.bench.results import read, write_text
 from nexus_rt.bench.shown import Load, Report, Suite, checked
 from nexus_rt.core.documents import read_object

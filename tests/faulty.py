@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-from nexus_rt.bench.gpu_units import Unit
+from nexus_rt.bench.gpu.units import Unit
 
 
 def units(setting):

@@ -11,31 +11,31 @@ from functools import partial
 import pytest
 import torch
 
-from nexus_rt.bench import (
-    gpu_attention,
-    gpu_clip,
-    gpu_correctness,
-    gpu_engines,
-    gpu_estimates,
-    gpu_kernels,
-    gpu_pipeline,
-    gpu_setting,
-    gpu_steps,
-    gpu_suite,
-    gpu_tables,
-    gpu_wheels,
-    roofline,
-    tables,
+from nexus_rt.bench import roofline, tables
+from nexus_rt.bench.gpu import (
+    attention,
+    clip,
+    correctness,
+    engines,
+    estimates,
+    kernels,
+    pipeline,
+    setting,
+    steps,
+    suite,
+    units,
+    wheels,
 )
-from nexus_rt.bench.gpu_setting import Setting
-from nexus_rt.bench.gpu_units import Part, run_part
+from nexus_rt.bench.gpu.setting import Setting
+from nexus_rt.bench.gpu.tables import targets, targets_table
+from nexus_rt.bench.gpu.units import Part, run_part
 from tests.interpreter import NO_LOOPS
 
 pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(NO_LOOPS is not None, reason=str(NO_LOOPS))
 FAULTY = {
     "faulty": Part("tests.faulty:units", 60),
-    "correctness": Part("nexus_rt.bench.gpu_correctness:units", 60, lanes=2),
+    "correctness": Part("nexus_rt.bench.gpu.correctness:units", 60, lanes=2),
     "hanging": Part("tests.faulty:hanging", 60, lanes=3),
     "slow": Part("tests.faulty:slow", 60),
     "unmade": Part("tests.faulty:unmade", 60),
@@ -53,9 +53,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def run(*parts, results=None, seconds=120, done=lambda results: None):
-    return gpu_suite.run(
-        Setting(True, results or {}), parts, time.monotonic() + seconds, done, FAULTY
-    )
+    return suite.run(Setting(True, results or {}), parts, time.monotonic() + seconds, done, FAULTY)
 
 
 @interpreted
@@ -64,7 +62,7 @@ def test_the_whole_suite_runs_dry(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "nexus_rt.bench.gpu_suite",
+        "nexus_rt.bench.gpu.suite",
         "--dry",
         "--out",
         str(tmp_path / "out"),
@@ -78,7 +76,7 @@ def test_the_whole_suite_runs_dry(tmp_path):
     assert said.returncode == 0, said.stderr[-2000:]
     (file,) = (tmp_path / "out").glob("*.json")
     results = json.loads(file.read_text())
-    assert results.keys() == {"run", *gpu_suite.PARTS} and results["run"]["dry"]
+    assert results.keys() == {"run", *suite.PARTS} and results["run"]["dry"]
     right = results["correctness"].values()
     assert all(row["right"] for row in right) and len(right) == 7
     elsewhere = results["correctness elsewhere"]
@@ -87,7 +85,7 @@ def test_the_whole_suite_runs_dry(tmp_path):
         "attention far 32 x2 64 keys, pointers",
         "attention far 32 x2 64 keys, descriptors",
     } <= (elsewhere.keys())
-    assert not gpu_suite.failures(results)
+    assert not suite.failures(results)
     assert all(row["ms"] > 0 and row["percent_of_roof"] > 0 for row in results["kernels"].values())
     assert {n.split()[0] for n in results["kernels"]} == {
         "band_blend",
@@ -96,10 +94,10 @@ def test_the_whole_suite_runs_dry(tmp_path):
         "modulate",
         "qk_norm_rope",
     }
-    assert gpu_attention.chosen(results["attention"], "self tiny") in ("sdpa", "flash", "math")
-    for part, kernels in (("step large", "triton"), ("step small", "torch")):
+    assert attention.chosen(results["attention"], "self tiny") in ("sdpa", "flash", "math")
+    for part, expected in (("step large", "triton"), ("step small", "torch")):
         rows = results[part]
-        assert rows["guided"]["kernels"] == kernels and rows["guided"]["ms"] > 0
+        assert rows["guided"]["kernels"] == expected and rows["guided"]["ms"] > 0
         assert rows["guided, diffusers"]["difference"] < 1e-5
         assert 1e-5 < rows["guided, fp8 linear"]["difference"] < 0.1
         assert rows["guided, PyTorch's kernels"]["difference"] < 1e-5
@@ -115,11 +113,11 @@ def test_the_whole_suite_runs_dry(tmp_path):
         and exported["build_s"] > 0
     )
     assert {f"peer {p}" for p in ("diffusers", "switch", "naive")} <= results["pipeline"].keys()
-    assert all(results["pipeline"][plan]["predicted_ms"] > 0 for plan in gpu_pipeline.PLANS)
+    assert all(results["pipeline"][plan]["predicted_ms"] > 0 for plan in pipeline.PLANS)
     assert results["vae"].keys() == {"float32", "bfloat16"}
     assert results["vae"]["float32"]["difference"] == 0
     assert 1e-5 < results["vae"]["bfloat16"]["difference"] < 0.05
-    for plan in gpu_clip.PLANS:
+    for plan in clip.PLANS:
         row = results["clip"][plan]
         assert {"small", "large", "solver", "vae", "to host", "uint8", "mp4"} <= row[
             "parts_ms"
@@ -132,7 +130,7 @@ def test_the_whole_suite_runs_dry(tmp_path):
         results["pipeline"][f"peer {p}"]["latent_error"] < 1e-3
         for p in ("diffusers", "switch", "naive")
     )
-    found = {name: value for name, _, value, _ in gpu_tables.targets(results)}
+    found = {name: value for name, _, value, _ in targets(results)}
     # on a CPU: a GPU's memory, the blend at true size, fp8 kernels, what is compiled
     missing = [n for n, v in found.items() if v is None]
     expected = ("memory", "triton-fp8", "band_blend", "compiled", "_rows")
@@ -145,7 +143,7 @@ def test_the_whole_suite_runs_dry(tmp_path):
 @interpreted
 def test_a_hang_a_crash_or_a_broken_device_costs_one_row(tmp_path):
     mark = {"date": "2026-01-02T03:04:05+00:00"}
-    done = lambda results: gpu_suite.keep(tmp_path, {"run": mark, **results})
+    done = lambda results: suite.keep(tmp_path, {"run": mark, **results})
     start = time.monotonic()
     rows = run("faulty", "correctness", done=done)["faulty"]
     assert time.monotonic() - start < 60
@@ -159,7 +157,7 @@ def test_a_hang_a_crash_or_a_broken_device_costs_one_row(tmp_path):
     assert rows["before"]["process"] != rows["after"]["process"]
     kept = json.loads((tmp_path / "2026-01-02T0304.json").read_text())
     assert kept["faulty"] == rows and all(r["right"] for r in kept["correctness"].values())
-    assert len(gpu_suite.failures(kept)) == 6
+    assert len(suite.failures(kept)) == 6
     assert "## faulty" in (tmp_path / "2026-01-02T0304.md").read_text()
 
 
@@ -178,17 +176,17 @@ def test_a_kernel_that_hangs_is_wrong_and_what_models_run_by_leaves_it_out():
     # a way to load that the runtime does not choose takes no speed from the kernel
     s = Setting(True, {"correctness": {"attention 32 x2 7 keys, descriptors": hung}})
     assert not s.wrong and s.kernels == "auto"
-    loads = gpu_attention.units(s)["self tiny: triton, descriptors"].call()
+    loads = attention.units(s)["self tiny: triton, descriptors"].call()
     assert loads == {"why": "it is wrong: see correctness"}
     tried = {"self tiny: triton": hung, "self tiny: sdpa": {"ms": 1.0, "exact": True}}
     s = Setting(True, {"attention": tried})
-    assert s.attention == "sdpa" and gpu_attention.chosen(tried, "self tiny") == "sdpa"
+    assert s.attention == "sdpa" and attention.chosen(tried, "self tiny") == "sdpa"
 
 
 def test_a_wrong_kernel_gets_no_speed():
     wrong = {"modulate 64": {"error": 0.1, "right": False}}
     s = Setting(True, {"correctness": wrong})
-    rows = gpu_kernels.kernels(s)
+    rows = kernels.kernels(s)
     assert rows["modulate tiny 12"].call() == {"refused": "it is wrong: see correctness"}
     assert rows["qk_norm_rope tiny 12"].call()["ms"] > 0
 
@@ -200,7 +198,7 @@ def test_a_wrong_kernel_is_found(monkeypatch):
     monkeypatch.setattr(
         modulate, "modulate", lambda *a, **k: tuple(t * 1.001 for t in right(*a, **k))
     )
-    rows = gpu_correctness.units(Setting(True))
+    rows = correctness.units(Setting(True))
     row = rows["modulate tiny"].call()
     assert not row["right"] and row["wrong"] == ["modulate 64", "modulate stream 64"]
     assert rows["solver_step 6x10"].call()["right"]
@@ -208,7 +206,7 @@ def test_a_wrong_kernel_is_found(monkeypatch):
 
 def test_a_kernel_that_writes_nan_is_wrong():
     bad = torch.full((2, 2), float("nan"))
-    assert not gpu_correctness.compare(bad, torch.zeros(2, 2).double(), torch.zeros(2, 2))["right"]
+    assert not correctness.compare(bad, torch.zeros(2, 2).double(), torch.zeros(2, 2))["right"]
 
 
 def test_what_the_time_does_not_reach_is_said_and_resumed(tmp_path):
@@ -219,12 +217,12 @@ def test_what_the_time_does_not_reach_is_said_and_resumed(tmp_path):
     file.write_text(
         json.dumps({"run": {}, "roofs": {"copy_gbps": {"rate": 7.0}, "x": rows["row 19"]}})
     )
-    kept = gpu_suite.resumed(file)
+    kept = suite.resumed(file)
     assert kept == {"roofs": {"copy_gbps": {"rate": 7.0}}}
-    setting = Setting(True, kept)
-    gpu_suite.run(setting, ["roofs"], time.monotonic() + 60)
-    assert setting.results["roofs"]["copy_gbps"] == {"rate": 7.0}  # not measured again
-    assert setting.results["roofs"]["matmul_tflops"]["rate"] > 0
+    s = Setting(True, kept)
+    suite.run(s, ["roofs"], time.monotonic() + 60)
+    assert s.results["roofs"]["copy_gbps"] == {"rate": 7.0}  # not measured again
+    assert s.results["roofs"]["matmul_tflops"]["rate"] > 0
 
 
 HEADLINE = [
@@ -235,24 +233,24 @@ HEADLINE = [
 
 def test_the_headline_is_made_in_the_documented_order_and_fits_the_time():
     """On the GPU's own sizes, without a GPU: labels and estimates alone."""
-    rows = gpu_suite.headline(Setting(False))
-    assert list(rows) == HEADLINE == list(gpu_suite.PARTS)[: len(HEADLINE)]
+    rows = suite.headline(Setting(False))
+    assert list(rows) == HEADLINE == list(suite.PARTS)[: len(HEADLINE)]
     assert 200 < sum(part["all"] for part in rows.values()) < 420
     for name, part in rows.items():
         assert all(seconds > 0 for seconds in part.values())
-        assert part["all"] < gpu_suite.PARTS[name].limit
-        units = gpu_suite.PARTS[name].units(Setting(False))
-        assert all(2 * u.estimate <= u.limit or u.limit >= 60 for u in units.values()), name
+        assert part["all"] < suite.PARTS[name].limit
+        rows_of = suite.PARTS[name].units(Setting(False))
+        assert all(2 * u.estimate <= u.limit or u.limit >= 60 for u in rows_of.values()), name
     assert len(rows["correctness"]) == 14 + 1 and len(rows["kernels"]) == 14 + 1
     assert set(rows["attention"]) >= {"self 14B: triton", "self 14B: cudnn"}
     assert not any("1.3B" in label or "cross" in label for label in rows["attention"])
     assert list(rows["step large"])[:2] == ["guided", "guided, diffusers"]
     assert set(rows["vae"]) == {"float32", "bfloat16", "all"}
-    assert set(rows["clip"]) == {*gpu_clip.PLANS, "diffusers' step", "diffusers' decoding", "all"}
+    assert set(rows["clip"]) == {*clip.PLANS, "diffusers' step", "diffusers' decoding", "all"}
     assert set(rows["step small"]) == {"guided", "guided, diffusers", "all"}
     assert not any("75600" in label or "90x160" in label for label in rows["kernels"])
     assert set(rows["swap"]) == {"resident", "prefetched", "all"}
-    assert gpu_suite.LIMIT_S <= 560  # of a command's 600
+    assert suite.LIMIT_S <= 560  # of a command's 600
 
 
 def test_estimates_are_the_roofline_s(monkeypatch):
@@ -261,20 +259,20 @@ def test_estimates_are_the_roofline_s(monkeypatch):
     s = Setting(False)
     large = s.configs["14B"]
     guided = roofline.predict(roofline.CARDS["h200"], roofline.SIZES["480p"])["large_guided"]
-    assert gpu_estimates.forward_s(s, large, 2) == pytest.approx(guided["total"] / 1000, rel=1e-3)
-    assert gpu_estimates.timed_s(5.0) == 10 and gpu_estimates.timed_s(1.0) == 3
-    before = gpu_estimates.step_s(s, large, 0), gpu_estimates.denoise_s(s, 3, 2)
+    assert estimates.forward_s(s, large, 2) == pytest.approx(guided["total"] / 1000, rel=1e-3)
+    assert estimates.timed_s(5.0) == 10 and estimates.timed_s(1.0) == 3
+    before = estimates.step_s(s, large, 0), estimates.denoise_s(s, 3, 2)
     card = roofline.CARDS["h200"]
     twice = replace(card, bf16=2 * card.bf16, bandwidth=2 * card.bandwidth)
     monkeypatch.setitem(roofline.CARDS, "h200", twice)
-    after = gpu_estimates.step_s(s, large, 0), gpu_estimates.denoise_s(s, 3, 2)
+    after = estimates.step_s(s, large, 0), estimates.denoise_s(s, 3, 2)
     assert after == pytest.approx([x / 2 for x in before])
     from nexus_rt.method.plan_text import parse_plan
     from nexus_rt.method.solver import time_grid
 
-    plan = parse_plan("small:2 bridge:1 large:1", time_grid(gpu_clip.FEW))
+    plan = parse_plan("small:2 bridge:1 large:1", time_grid(clip.FEW))
     forwards = sum(s.small for s in plan.steps), sum(s.large for s in plan.steps)
-    assert forwards == gpu_clip.PLANS["small:2 bridge:1 large:1"]
+    assert forwards == clip.PLANS["small:2 bridge:1 large:1"]
 
 
 def test_headline_rows_of_all_parts_come_before_the_others():
@@ -294,13 +292,13 @@ def test_a_row_that_the_time_ends_is_not_reached_and_no_failure():
     """Twice: with the headline, and with the other rows."""
     rows = run("lengthy")["lengthy"]
     assert rows == {"long": {"not_reached": "the time was over before it had ended"}}
-    assert not gpu_suite.failures({"lengthy": rows})
+    assert not suite.failures({"lengthy": rows})
 
 
 def test_a_long_run_is_timed_once(monkeypatch):
     s = Setting(True)
     s.dry = False  # its runs are counted, on a CPU
-    monkeypatch.setattr(gpu_setting, "LONG_MS", 2.0)
+    monkeypatch.setattr(setting, "LONG_MS", 2.0)
     calls = []
     s.ms(lambda: (calls.append(1), time.sleep(0.005)), 10, 0)
     assert len(calls) == 1
@@ -311,7 +309,7 @@ def test_a_long_run_is_timed_once(monkeypatch):
 def test_scores_far_below_zero_are_compared_in_every_form():
     """Whole blocks and others, every way to load, fp8: what made NaN of 0 times infinity."""
     rows = {
-        **gpu_correctness._cases(Setting(False)),
+        **correctness._cases(Setting(False)),
     }
     forms = ("auto", "pointers", "descriptors", "specialised", "ahead")
     for kernel in ("attention", "attention_fp8"):
@@ -319,19 +317,19 @@ def test_scores_far_below_zero_are_compared_in_every_form():
             for keys in (1280, 1311):
                 labels = {f"{kernel} far 128 x{heads} {keys} keys, {how}" for how in forms}
                 assert labels <= rows.keys()
-    launched = gpu_correctness.launched(Setting(False))
+    launched = correctness.launched(Setting(False))
     for row in ("attention 14B self", "attention_fp8 14B", "attention 1.3B"):
         assert any(" far " in label and "1280" in label for label in launched[row])
-    q, k, *_ = gpu_correctness._qkv(Setting(True), 2, 32, 64, False, far=True)
+    q, k, *_ = correctness._qkv(Setting(True), 2, 32, 64, False, far=True)
     scores = (q.transpose(1, 2) @ k.transpose(1, 2).mT) / 32**0.5
     assert scores.max() < -128  # in powers of two: above what float32 holds
 
 
 def test_every_case_is_in_one_part():
     s = Setting(False)
-    first = [name for names in gpu_correctness.launched(s).values() for name in names]
-    rest = gpu_correctness.units_elsewhere(s)
-    cases = gpu_correctness._cases(s)
+    first = [name for names in correctness.launched(s).values() for name in names]
+    rest = correctness.units_elsewhere(s)
+    cases = correctness._cases(s)
     assert set(first) <= cases.keys() and len(set(first)) == len(first)
     assert set(first) | rest.keys() == cases.keys() and not set(first) & rest.keys()
 
@@ -339,9 +337,9 @@ def test_every_case_is_in_one_part():
 def test_one_wrong_case_makes_its_row_wrong():
     right = {"error": 0.5, "eager_error": 1.0, "right": True}
     nan = {"error": float("nan"), "eager_error": 1.0, "right": False}
-    row = gpu_correctness._together({"a": lambda: right, "b": lambda: nan})
+    row = correctness._together({"a": lambda: right, "b": lambda: nan})
     assert not row["right"] and row["wrong"] == ["b"] and row["cases"] == 2
-    row = gpu_correctness._together({"a": lambda: right, "c": lambda: {**right, "error": 0.7}})
+    row = correctness._together({"a": lambda: right, "c": lambda: {**right, "error": 0.7}})
     assert row == {"error": 0.7, "eager_error": 1.0, "right": True, "cases": 2}
 
 
@@ -358,9 +356,9 @@ def without(tmp_path, *packages):
     }
 
 
-def suite(env, *options):
-    command = [sys.executable, "-m", "nexus_rt.bench.gpu_suite", *options]
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+def command(env, *options):
+    suite_command = [sys.executable, "-m", "nexus_rt.bench.gpu.suite", *options]
+    return subprocess.run(suite_command, capture_output=True, text=True, env=env)
 
 
 CARRIED = ("msgspec", "diffusers", "importlib_metadata", "zipp", "av")
@@ -372,7 +370,7 @@ CARRIED = ("msgspec", "diffusers", "importlib_metadata", "zipp", "av")
 def test_a_machine_without_wheels_runs_dry(tmp_path, absent):
     """What is not here is named with its wheel; no row fails for it."""
     parts = ["roofs", "vae", "clip", "kernels", "engines"]
-    done = suite(
+    done = command(
         without(tmp_path, *absent), "--dry", "--out", str(tmp_path / "out"), "--parts", *parts
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
@@ -392,41 +390,39 @@ def test_a_machine_without_wheels_runs_dry(tmp_path, absent):
 
 
 def test_without_msgspec_nothing_is_measured_and_a_sentence_says_why(tmp_path):
-    done = suite(without(tmp_path, "msgspec"), "--estimate")
+    done = command(without(tmp_path, "msgspec"), "--estimate")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "nothing was measured: msgspec is not installed here; carry msgspec-*-cp312-*.whl" in (
         done.stderr
     )
-    done = suite(without(tmp_path, "torch"), "--dry")
+    done = command(without(tmp_path, "torch"), "--dry")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "torch is not installed here" in done.stderr
 
 
 def test_a_row_that_lacks_a_package_is_made_when_it_is_carried(monkeypatch):
-    from nexus_rt.bench import gpu_units
-
     s = Setting(True)
     error = ModuleNotFoundError("No module named 'msgspec'", name="msgspec")
-    monkeypatch.setattr(gpu_setting, "absent", lambda package: f"{package} is absent")
+    monkeypatch.setattr(setting, "absent", lambda package: f"{package} is absent")
     assert s.lacking(error) == "msgspec is absent"
     assert s.lacking(ModuleNotFoundError("x", name="nothing_known")) is None
     behind = RuntimeError("the interpreter failed")
-    behind.__cause__ = TypeError(gpu_setting.NO_LOOPS)
+    behind.__cause__ = TypeError(setting.NO_LOOPS)
     assert "Triton 3.7" in s.lacking(behind) and Setting(False).lacking(behind) is None
     assert run("unequipped")["unequipped"] == {"row": {"right": True}}
-    row = {"a": {gpu_units.NOT_REACHED: "msgspec is absent"}}
+    row = {"a": {units.NOT_REACHED: "msgspec is absent"}}
     assert not Setting(True, {"correctness": row}).wrong
 
 
 def test_an_absent_package_is_named_with_its_wheel(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    assert "av is not installed here; carry av-*-cp312-abi3-*.whl" in gpu_wheels.absent("av")
-    assert not gpu_wheels.present("av") and gpu_wheels.present("json")
-    assert gpu_wheels.absent("json") is None
-    assert [line for line in gpu_wheels.shortages() if line.startswith("without the mp4: av")]
+    assert "av is not installed here; carry av-*-cp312-abi3-*.whl" in wheels.absent("av")
+    assert not wheels.present("av") and wheels.present("json")
+    assert wheels.absent("json") is None
+    assert [line for line in wheels.shortages() if line.startswith("without the mp4: av")]
     broken = type(sys)("diffusers")
     monkeypatch.setitem(sys.modules, "diffusers", broken)  # without what it should hold
-    assert "diffusers cannot be imported here (AttributeError" in gpu_wheels.absent("diffusers")
+    assert "diffusers cannot be imported here (AttributeError" in wheels.absent("diffusers")
 
 
 def test_wheels_are_fetched_for_the_other_machine_s_python(tmp_path, monkeypatch):
@@ -437,35 +433,35 @@ def test_wheels_are_fetched_for_the_other_machine_s_python(tmp_path, monkeypatch
         (tmp_path / "msgspec-1-cp312-cp312-x.whl").write_bytes(bytes(1000))
         return subprocess.CompletedProcess(command, code)
 
-    monkeypatch.setattr(gpu_wheels.subprocess, "run", download)
+    monkeypatch.setattr(wheels.subprocess, "run", download)
     code = 0
-    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--fetch-wheels", str(tmp_path), "pillow"])
-    gpu_suite.main()
+    monkeypatch.setattr(sys, "argv", ["suite", "--fetch-wheels", str(tmp_path), "pillow"])
+    suite.main()
     (command,) = seen
     assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command
     assert command[command.index("--python-version") + 1] == "3.12"
     assert command[-6:] == [*CARRIED[:2], "importlib_metadata", "zipp", "av", "pillow"]
-    monkeypatch.setattr(gpu_wheels, "MAX_BYTES", 999)
+    monkeypatch.setattr(wheels, "MAX_BYTES", 999)
     with pytest.raises(SystemExit, match="expected at most"):
-        gpu_wheels.fetch(tmp_path)
+        wheels.fetch(tmp_path)
     code = 1
     with pytest.raises(SystemExit, match="could not be downloaded"):
-        gpu_wheels.fetch(tmp_path)
+        wheels.fetch(tmp_path)
 
 
 def test_a_folder_without_wheels_or_with_a_damaged_one_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="holds no wheels"):
-        gpu_wheels.unpack(tmp_path)
+        wheels.unpack(tmp_path)
     (tmp_path / "av-1-cp312.whl").write_bytes(b"no archive")
     with pytest.raises(SystemExit, match="cannot be unpacked"):
-        gpu_wheels.unpack(tmp_path)
+        wheels.unpack(tmp_path)
 
 
 def test_onnx_asks_for_its_cuda_provider_before_it_traces(monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     made = lambda: pytest.fail("a model was made")
-    row = gpu_engines._exported(Setting(False), made, "onnx")
+    row = engines._exported(Setting(False), made, "onnx")
     assert "has no provider 'cuda'; it has CPUExecutionProvider" in row["why"]
 
 
@@ -490,23 +486,21 @@ def test_a_row_that_cannot_be_written_ends_the_run():
     def full(*row):
         raise OSError("no space left on device")
 
-    setting = Setting(True)
+    s = Setting(True)
     with pytest.raises(OSError, match="no space"):
-        run_part(
-            FAULTY["slow"], setting, partial(Setting, True), time.monotonic() + 30, full, set()
-        )
+        run_part(FAULTY["slow"], s, partial(Setting, True), time.monotonic() + 30, full, set())
 
 
 def test_an_interrupted_run_leaves_what_it_had_measured_and_no_process(tmp_path):
     program = """
 import sys, time
 from pathlib import Path
-from nexus_rt.bench import gpu_suite
-from nexus_rt.bench.gpu_setting import Setting
-from nexus_rt.bench.gpu_units import Part
+from nexus_rt.bench.gpu import suite
+from nexus_rt.bench.gpu.setting import Setting
+from nexus_rt.bench.gpu.units import Part
 mark = {"date": "2026-01-02T03:04:05+00:00"}
-done = lambda results: gpu_suite.keep(Path(sys.argv[1]), {"run": mark, **results})
-gpu_suite.run(Setting(True), ["slow"], time.monotonic() + 60, done, {"slow": Part("tests.faulty:slow", 60)})
+done = lambda results: suite.keep(Path(sys.argv[1]), {"run": mark, **results})
+suite.run(Setting(True), ["slow"], time.monotonic() + 60, done, {"slow": Part("tests.faulty:slow", 60)})
 """
     child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stderr=subprocess.PIPE)
     file, end = tmp_path / "2026-01-02T0304.json", time.monotonic() + 60
@@ -519,9 +513,9 @@ gpu_suite.run(Setting(True), ["slow"], time.monotonic() + 60, done, {"slow": Par
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["gpu_suite"])
+    monkeypatch.setattr(sys, "argv", ["suite"])
     with pytest.raises(SystemExit, match="--dry"):
-        gpu_suite.main()
+        suite.main()
 
 
 def test_wheels_are_unpacked_to_import_from(tmp_path):
@@ -529,7 +523,7 @@ def test_wheels_are_unpacked_to_import_from(tmp_path):
 
     with zipfile.ZipFile(tmp_path / "peer-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("peer/__init__.py", "NUMBER = 7\n")
-    folder = gpu_wheels.unpack(tmp_path)
+    folder = wheels.unpack(tmp_path)
     assert (folder / "peer" / "__init__.py").read_text() == "NUMBER = 7\n"
 
 
@@ -544,7 +538,7 @@ def test_a_variant_that_fails_takes_no_other_with_it(monkeypatch):
         return use(self, kernels, attention)
 
     monkeypatch.setattr(WanTransformer, "use_kernels", refuse)
-    rows = gpu_steps.small(Setting(True))
+    rows = steps.small(Setting(True))
     with pytest.raises(RuntimeError, match="out of memory"):
         rows["guided, fp8 attention"].call()
     assert rows["guided"].call()["ms"] > 0 and rows["plain"].call()["ms"] > 0
@@ -552,11 +546,11 @@ def test_a_variant_that_fails_takes_no_other_with_it(monkeypatch):
 
 def test_a_peer_is_timed_on_true_positions_and_not_on_zeros():
     """diffusers' transformer, with weights of ours: its RoPE tables, and what is kept in float32."""
-    step = gpu_steps.Step(Setting(True), "tiny", "torch")
+    step = steps.Step(Setting(True), "tiny", "torch")
     rope = step.theirs.rope
     assert float(rope.freqs_cos.abs().min()) > 0 and float(rope.freqs_sin.abs().max()) > 0.5
     step.s.dtype = torch.bfloat16
-    step = gpu_steps.Step(step.s, "tiny", "torch")
+    step = steps.Step(step.s, "tiny", "torch")
     kinds = {n: p.dtype for n, p in step.theirs.named_parameters()}
     wide = {n for n, kind in kinds.items() if kind == torch.float32}
     assert {n.split(".")[-1] for n in wide if "block" not in n} >= {"scale_shift_table"}
@@ -577,7 +571,7 @@ def test_a_peer_is_timed_on_true_positions_and_not_on_zeros():
     ],
 )
 def test_kernels_are_told_apart_by_their_names(kernel, kind):
-    assert gpu_steps.kind_of(kernel) == kind
+    assert steps.kind_of(kernel) == kind
 
 
 def test_what_was_wanted_stands_beside_what_was_measured():
@@ -612,7 +606,7 @@ def test_what_was_wanted_stands_beside_what_was_measured():
             "peer naive": {"ratio": 2},
         },
     }
-    found = {name: (value, met) for name, _, value, met in gpu_tables.targets(results)}
+    found = {name: (value, met) for name, _, value, met in targets(results)}
     assert found["band_blend 90x160, against eager"] == (pytest.approx(9), True)
     assert found["band_blend 90x160, percent of the copy"] == (71.0, False)
     assert found["band_blend 60x104, against eager"] == (None, None)
@@ -632,10 +626,8 @@ def test_what_was_wanted_stands_beside_what_was_measured():
     assert found["the step after the swap over the median, resident"] == (1.3, False)
     assert found["peak memory off the plan, percent, resident"] == (pytest.approx(3), True)
     assert found["plan reference: price off its time, percent"] == (pytest.approx(7), False)
-    assert "| at most 5 | 7 | **no** |" in gpu_tables.targets_table(results)
+    assert "| at most 5 | 7 | **no** |" in targets_table(results)
     assert all(
         value is None
-        for _, _, value, _ in gpu_tables.targets(
-            {"run": {}, "pipeline": {"all": {"failed": "late"}}}
-        )
+        for _, _, value, _ in targets({"run": {}, "pipeline": {"all": {"failed": "late"}}})
     )

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from nexus_rt import InputError
-from nexus_rt.bench import gpu_tables, roofline
+from nexus_rt.bench import roofline
 from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
 from nexus_rt.bench.estimate import forward_flops
+from nexus_rt.bench.gpu.tables import targets
 from nexus_rt.bench.roofline import CARDS, SHARES, SIZES, Shares, card_named, forward_work, parts
 from nexus_rt.cli import main
 from nexus_rt.models.wan import WanConfig
@@ -141,11 +142,11 @@ def test_predictions_stand_beside_measurements():
     )
     assert roofline.predicted_row(WAN_14B, SIZE, "NVIDIA A100", 2) is None
     results = {"run": {}, "step large": {"guided": {"ms": 5000.0, "predicted_ms": row}}}
-    found = {name: (value, met) for name, _, value, met in gpu_tables.targets(results)}
+    found = {name: (value, met) for name, _, value, met in targets(results)}
     value, met = found["step large, guided: roofline off its time, percent"]
     assert value == pytest.approx(6, abs=0.1) and met
     late = {"run": {}, "step large": {"guided": {"predicted_ms": row, "failed": "late"}}}
-    found = {name: value for name, _, value, _ in gpu_tables.targets(late)}
+    found = {name: value for name, _, value, _ in targets(late)}
     assert found["step large, guided: roofline off its time, percent"] is None
 
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from nexus_rt.bench import gpu_estimates as estimates
-from nexus_rt.bench.gpu_setting import figure
-from nexus_rt.bench.gpu_units import Unit
+from nexus_rt.bench.gpu import estimates
+from nexus_rt.bench.gpu.setting import figure
+from nexus_rt.bench.gpu.units import Unit
 
 KERNELS = {"triton": "attention", "triton-fp8": "attention_fp8"}
 KEYS = (("self", None, False), ("cross 512", 512, False), ("cross biased", 40, True))

@@ -1,10 +1,10 @@
 """Everything there is to measure on a GPU, in one run of at most nine minutes, whatever fails.
 
-    python -m nexus_rt.bench.gpu_suite --fetch-wheels wheels          # where there is a network
-    python -m nexus_rt.bench.gpu_suite --wheels wheels --out bench/results/h200    # on the GPU
-    python -m nexus_rt.bench.gpu_suite --wheels wheels --out bench/results/h200 --resume FILE
-    python -m nexus_rt.bench.gpu_suite --dry                          # on a CPU, at tiny sizes
-    python -m nexus_rt.bench.gpu_suite --estimate                     # headline rows, predicted
+    python -m nexus_rt.bench.gpu.suite --fetch-wheels wheels          # where there is a network
+    python -m nexus_rt.bench.gpu.suite --wheels wheels --out bench/results/h200    # on the GPU
+    python -m nexus_rt.bench.gpu.suite --wheels wheels --out bench/results/h200 --resume FILE
+    python -m nexus_rt.bench.gpu.suite --dry                          # on a CPU, at tiny sizes
+    python -m nexus_rt.bench.gpu.suite --estimate                     # headline rows, predicted
 
 Needs torch, triton, numpy, safetensors, transformers and the wheels of `--fetch-wheels`: msgspec,
 diffusers and its importlib_metadata, and av. The headline rows of all parts come first, in the
@@ -33,14 +33,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # other modules may come with `--wheels`, and are imported when those are there
-from nexus_rt.bench.gpu_units import NOT_REACHED, Part, failure, run_part
-from nexus_rt.bench.gpu_wheels import absent, fetch, import_from, shortages, unpack
+from nexus_rt.bench.gpu.units import NOT_REACHED, Part, failure, run_part
+from nexus_rt.bench.gpu.wheels import absent, fetch, import_from, shortages, unpack
 
 if TYPE_CHECKING:
-    from nexus_rt.bench.gpu_setting import Setting
+    from nexus_rt.bench.gpu.setting import Setting
 
 LIMIT_S = 540.0  # a command has 600 s, wheels and the first imports included
-HERE = "nexus_rt.bench.gpu_"
+HERE = "nexus_rt.bench.gpu."
 PARTS = {
     "correctness": Part(f"{HERE}correctness:units", 90, lanes=6, needs=()),
     "roofs": Part(f"{HERE}kernels:roofs", 30, needs=()),
@@ -74,7 +74,7 @@ def run(
         deadline: of the monotonic clock. done: called with all results after each row. known:
             other parts than the suite's.
     """
-    from nexus_rt.bench.gpu_setting import Setting
+    from nexus_rt.bench.gpu.setting import Setting
 
     setting.results |= {name: {} for name in parts if name not in setting.results}
     for headline in (True, False):
@@ -160,7 +160,7 @@ def keep(out: Path, results: Results) -> None:
 def page_of(results: Results) -> str:
     """The rows as markdown; rows are worth more than their page, so that no error leaves here."""
     try:
-        from nexus_rt.bench.gpu_tables import markdown
+        from nexus_rt.bench.gpu.tables import markdown
 
         return markdown(results)
     except Exception as error:
@@ -244,7 +244,7 @@ def main() -> None:
     if args.dry:
         os.environ["TRITON_INTERPRET"] = "1"
     _check_machine(args)
-    from nexus_rt.bench.gpu_setting import Setting
+    from nexus_rt.bench.gpu.setting import Setting
 
     if args.estimate:
         print(estimate_table(headline(Setting(args.dry))))

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from nexus_rt.bench import gpu_estimates as estimates
-from nexus_rt.bench.gpu_units import Unit
+from nexus_rt.bench.gpu import estimates
+from nexus_rt.bench.gpu.units import Unit
 
 FAR = 64.0  # one component of every query, and of every key with the other sign
 

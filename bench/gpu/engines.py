@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from nexus_rt.bench import gpu_estimates as estimates
-from nexus_rt.bench.gpu_setting import figure
-from nexus_rt.bench.gpu_units import Unit
+from nexus_rt.bench.gpu import estimates
+from nexus_rt.bench.gpu.setting import figure
+from nexus_rt.bench.gpu.units import Unit
 from nexus_rt.bench.presets import random_transformer
 
 # of the swap: a 14B of a quarter of its blocks, so that twelve steps take seconds

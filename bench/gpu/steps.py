@@ -10,10 +10,10 @@ from __future__ import annotations
 from functools import cache, cached_property, partial
 from typing import Any
 
-from nexus_rt.bench import gpu_estimates as estimates
-from nexus_rt.bench.gpu_setting import figure
-from nexus_rt.bench.gpu_units import NOT_REACHED, Unit
-from nexus_rt.bench.gpu_wheels import absent
+from nexus_rt.bench.gpu import estimates
+from nexus_rt.bench.gpu.setting import figure
+from nexus_rt.bench.gpu.units import NOT_REACHED, Unit
+from nexus_rt.bench.gpu.wheels import absent
 from nexus_rt.bench.presets import random_transformer
 
 BATCH = 2

@@ -6,8 +6,8 @@ from __future__ import annotations
 from functools import cache, cached_property, partial
 from typing import Any
 
-from nexus_rt.bench.gpu_units import NOT_REACHED, Unit
-from nexus_rt.bench.gpu_wheels import absent, present
+from nexus_rt.bench.gpu.units import NOT_REACHED, Unit
+from nexus_rt.bench.gpu.wheels import absent, present
 
 STEPS, PEER_STEPS = 4, 2
 # the paper's schedule, a handoff, and the large one alone; then the gate snapped, and handoffs

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from nexus_rt.bench.architectures import DRY, WAN_1_3B, WAN_14B
-from nexus_rt.bench.gpu_wheels import WHEELS, absent
+from nexus_rt.bench.gpu.wheels import WHEELS, absent
 from nexus_rt.core.devices import synchronize
 from nexus_rt.core.size import ClipSize
 from nexus_rt.kernels.attention_launch import TIMED

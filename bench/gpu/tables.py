@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from nexus_rt.bench.gpu_attention import chosen, with_ratios
+from nexus_rt.bench.gpu.attention import chosen, with_ratios
 
 EXACT_PEERS = ("sdpa", "flash", "cudnn", "fa3")
 

@@ -12,11 +12,11 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.bench import gpu_estimates as estimates
-from nexus_rt.bench.gpu_pipeline import Clip
-from nexus_rt.bench.gpu_setting import figure
-from nexus_rt.bench.gpu_units import NOT_REACHED, Unit
-from nexus_rt.bench.gpu_wheels import absent
+from nexus_rt.bench.gpu import estimates
+from nexus_rt.bench.gpu.pipeline import Clip
+from nexus_rt.bench.gpu.setting import figure
+from nexus_rt.bench.gpu.units import NOT_REACHED, Unit
+from nexus_rt.bench.gpu.wheels import absent
 
 FEW = 4  # steps of a plan without clocks
 # plan -> forwards of the small and of the large generator; few-step models run without guidance

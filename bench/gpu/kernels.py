@@ -7,9 +7,9 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-from nexus_rt.bench import gpu_estimates as estimates
-from nexus_rt.bench.gpu_setting import figure
-from nexus_rt.bench.gpu_units import Unit
+from nexus_rt.bench.gpu import estimates
+from nexus_rt.bench.gpu.setting import figure
+from nexus_rt.bench.gpu.units import Unit
 
 
 def roofs(s: Any) -> dict[str, Unit]:

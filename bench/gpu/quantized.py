@@ -6,9 +6,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from nexus_rt.bench.gpu_correctness import compare
-from nexus_rt.bench.gpu_setting import figure
-from nexus_rt.bench.gpu_units import Unit
+from nexus_rt.bench.gpu.correctness import compare
+from nexus_rt.bench.gpu.setting import figure
+from nexus_rt.bench.gpu.units import Unit
 
 
 def units(s: Any) -> dict[str, Unit]:

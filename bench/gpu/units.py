@@ -23,7 +23,7 @@ from typing import Any
 START_S = 120.0  # a worker's first sign of life: imports, where the server has none of them
 # seconds from a fork to the first unit: a CUDA context, the setting, the libraries' first calls
 WORKER_S = 4.0
-PRELOADED = ["torch", "triton", "nexus_rt.bench.gpu_setting"]
+PRELOADED = ["torch", "triton", "nexus_rt.bench.gpu.setting"]
 NOT_REACHED = "not_reached"
 
 Row = dict[str, Any]
@@ -40,7 +40,7 @@ class Unit:
     """What makes one row.
 
     limit: seconds after which it counts as hung. estimate: predicted seconds of a headline row,
-        which is made before all others (`gpu_estimates`); 0 for the others.
+        which is made before all others (`estimates`); 0 for the others.
     """
 
     call: Callable[[], Row]

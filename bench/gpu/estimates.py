@@ -52,7 +52,7 @@ def forward_s(
 
 def timed_s(seconds: float, runs: int = 2, warmup: int = 1) -> float:
     """Of a call that is warmed up and timed as `Setting.ms` does: once where it is long."""
-    from nexus_rt.bench.gpu_setting import LONG_MS
+    from nexus_rt.bench.gpu.setting import LONG_MS
 
     return seconds * (warmup + (1 if 1000 * seconds > LONG_MS else runs))
 

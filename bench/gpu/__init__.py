@@ -1,0 +1,1 @@
+"""The GPU suite: everything there is to measure on a GPU, in one run (`suite`)."""
