@@ -24,7 +24,6 @@ from nexus_rt.bench.presets import (
     random_prompt,
 )
 from nexus_rt.bench.scaling import scaling
-from nexus_rt.cli.pipeline import find_models, model_options
 from nexus_rt.core.checks import number, whole
 from nexus_rt.core.errors import InputError, ModelError, NexusError, choose
 from nexus_rt.core.limits import MAX_FRAMES, MAX_SIDE, MAX_STEPS
@@ -41,6 +40,7 @@ from nexus_rt.pipeline.assemble import default_device, default_dtype
 from nexus_rt.pipeline.pipeline import NexusPipeline
 from nexus_rt.pipeline.request import default_grid
 from nexus_rt.pipeline.settings import Defaults
+from nexus_rt.pipeline.sources import ModelSources
 
 ENGINES = ("torch", "compiled", *ENGINE_BACKENDS)
 ESTIMATES = ("auto", "never", "always")
@@ -261,15 +261,13 @@ def _configs(args: argparse.Namespace, preset: Preset) -> dict[str, dict[str, An
 
 def _real(args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
     """A pipeline of folders, a way to read it again, and the generators' folders."""
-    folders = find_models(args)[1].generators
+    sources = ModelSources.of(vars(args))
+    folders = sources.find()[1].generators
     make = lambda: NexusPipeline.from_pretrained(
-        args.pair,
-        **model_options(args),
+        **sources.keywords,
         torch_dtype=dtype,
-        device=device,
         kernels=args.kernels,
         attention=args.attention,
-        local_files_only=args.local_files_only,
     )
     return make(), make, folders
 
@@ -306,7 +304,7 @@ def _engine(
     precision = "fp32" if device.type == "cpu" else "bf16"
     target = Target(name, precision, (size,), device)
     target.builder()
-    pretrained, parts_found = find_models(args)
+    pretrained, parts_found = ModelSources.of(vars(args)).find()
     others = {"vae": parts_found.vae, "text_encoder": parts_found.text}
     exported = (
         args.parts.split(",")

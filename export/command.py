@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from nexus_rt.cli.pipeline import find_models
 from nexus_rt.core.errors import InputError, choose
 from nexus_rt.core.log import chose
 from nexus_rt.core.paths import as_path
@@ -31,6 +30,7 @@ from nexus_rt.loading.lora import Lora, loras_of, parse_loras
 from nexus_rt.loading.pair_folder import PairFolders, pair_index
 from nexus_rt.pipeline.assemble import default_device
 from nexus_rt.pipeline.recipes import find_recipes, with_recipes
+from nexus_rt.pipeline.sources import ModelSources
 
 NAMES = ("small", "large", "vae", "text_encoder")
 
@@ -72,7 +72,7 @@ def progress(parts: list[Component]) -> Iterator[Callable[[str], None]]:
 def run(args: argparse.Namespace) -> int:
     """Export what the arguments name."""
     device = default_device(args.device)
-    pretrained, pair = find_models(args)
+    pretrained, pair = ModelSources.of(vars(args)).find()
     d = pair.defaults
     usual = f"{d.width}x{d.height}x{d.num_frames}"
     sizes, ends = parse_sizes(usual if args.sizes is None else args.sizes)

@@ -12,6 +12,7 @@ from nexus_rt.core.errors import InputError, shown
 from nexus_rt.core.fields import CLI, REWRITING, Field, fields_of
 from nexus_rt.core.size import parse_sides
 from nexus_rt.pipeline import settings
+from nexus_rt.pipeline.sources import ModelSources, RunOptions
 
 PLAN_HELP = (
     "reference | small | large | handoff=AT[,bridge=K] | auto[=TOLERANCE] | segments such as"
@@ -22,7 +23,7 @@ PLAN_HELP = (
     " renoise=0.75 large:4 re-noises between; @FILE:MS takes the best plan of a front"
     " (`nexus-rt tune`) within MS"
 )
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = fields_of(RunOptions)["dtype"].choices
 SEED_HELP = (
     "0 to 2^64 - 1; the same seed gives the same video, -1 draws a fresh one and prints it"
     " (default: 0)"
@@ -84,85 +85,7 @@ def models() -> argparse.ArgumentParser:
     """Where the models are."""
     parent = argparse.ArgumentParser(add_help=False)
     group = parent.add_argument_group("models (folders in diffusers' or Wan's layout, or hub ids)")
-    group.add_argument(
-        "--pair",
-        metavar="DIR",
-        help="a folder that holds small/, large/, vae/, text_encoder/, tokenizer/",
-    )
-    group.add_argument(
-        "--small",
-        metavar="DIR",
-        help=(
-            "the small generator: a folder, a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, a"
-            " file (safetensors, GGUF), or two of these, HIGH,LOW, the experts of Wan 2.2"
-        ),
-    )
-    group.add_argument(
-        "--large",
-        metavar="DIR",
-        help="the large generator, such as Wan-AI/Wan2.1-T2V-14B-Diffusers",
-    )
-    group.add_argument(
-        "--vae", metavar="DIR", help="the VAE (default: that of --large, else of --small)"
-    )
-    group.add_argument(
-        "--text-encoder",
-        metavar="DIR",
-        help="holds text_encoder/ and tokenizer/ (default: as --vae)",
-    )
-    group.add_argument(
-        "--boundary",
-        type=float,
-        metavar="SHARE",
-        help=(
-            "of a generator of two experts: the share of the timesteps from which up the first runs"
-            " (default: its folder's, else 0.875)"
-        ),
-    )
-    group.add_argument(
-        "--tokenizer", metavar="DIR", help="the text encoder's, where it is not beside it"
-    )
-    group.add_argument(
-        "--understanding", metavar="DIR", help="the language model that steers the small generator"
-    )
-    group.add_argument(
-        "--connector",
-        metavar="DIR",
-        help="between the two (both: `nexus-rt convert omnivideo` makes them)",
-    )
-    for name in ("small", "large"):
-        group.add_argument(
-            f"--{name}-lora",
-            metavar="FILE[@SCALE]",
-            action="append",
-            default=[],
-            help=f"a LoRA to merge into the {name} generator; may be given again",
-        )
-    group.add_argument(
-        "--weights",
-        choices=("dense", "small"),
-        help=(
-            "small: keep what a checkpoint stores in 8 bits or fewer as it is stored, and widen it"
-            " layer by layer (default: dense)"
-        ),
-    )
-    group.add_argument(
-        "--quantize",
-        choices=("int8", "int8-dynamic", "fp8", "fp8-dynamic", "fp8-dynamic-all"),
-        help=(
-            "quantise the generators' matrices as they are read, a scale a row; -dynamic: the"
-            " activations too; fp8-dynamic leaves the first and the last block as they are,"
-            " fp8-dynamic-all does not"
-        ),
-    )
-    for name in ("small", "large"):
-        group.add_argument(
-            f"--{name}-recipe",
-            metavar="NAME",
-            help=f"how a few-step {name} generator is run: lightx2v-4step | fastwan-3step",
-        )
-    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    group.add_argument("--local-files-only", action="store_true", help="never ask the hub")
+    add_settings(group, fields_of(ModelSources).values(), closed=True)
     return parent
 
 
@@ -170,56 +93,35 @@ def running() -> argparse.ArgumentParser:
     """What runs the models."""
     parent = argparse.ArgumentParser(add_help=False)
     group = parent.add_argument_group("what runs them")
-    group.add_argument(
-        "--engines", metavar="DIR", help="exported engines (`nexus-rt export`) instead of models"
-    )
-    group.add_argument(
-        "--force", action="store_true", help="with --engines: load one that failed its parity gate"
-    )
-    group.add_argument(
-        "--vram",
-        metavar="SIZE",
-        help="a memory budget such as 24GB: weights come and go to keep within it",
-    )
-    group.add_argument(
-        "--cuda-graphs", action="store_true", help="record each generator's step once and replay it"
-    )
-    group.add_argument("--backend", default="torch", help="what runs the models: torch (default)")
-    group.add_argument(
-        "--kernels",
-        default="auto",
-        help="blend, solver, norms and RoPE by torch | triton | auto (default)",
-    )
-    group.add_argument(
-        "--attention",
-        default="auto",
-        help=(
-            "auto (default) | auto-fp8 | sdpa | flash | cudnn | math | triton | triton-fp8 | fa3 |"
-            " sage"
-        ),
-    )
-    group.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="data type of generators and encoders (default: bfloat16 on a GPU, float32 on a CPU)",
-    )
+    add_settings(group, fields_of(RunOptions).values(), closed=True)
     return parent
 
 
-def add_settings(group: argparse._ArgumentGroup, fields: Iterable[Field]) -> None:
-    """An option a setting; of a struct of settings, an option for each of its fields. Ranges and
-    names are left to the settings' own check, whose error suggests the nearest name."""
+def add_settings(
+    group: argparse._ActionsContainer, fields: Iterable[Field], closed: bool = False
+) -> None:
+    """An option a setting; of a struct of settings, an option for each of its fields.
+
+    Ranges and names are left to the settings' own check, whose error suggests the nearest name;
+    closed: the settings have no check, and the parser takes their names alone.
+    """
     for field in fields:
         if field.nested:
             add_settings(group, fields_of(field.kind).values())
             continue
         option = "--" + field.flag.replace("_", "-")
-        words = field.help.replace("%", "%%") + (f": {PLAN_HELP}" if field.name == "plan" else "")
+        names = field.choices if closed else ()
+        words = (field.sentence if names else field.help).replace("%", "%%")
+        words += f": {PLAN_HELP}" if field.name == "plan" else ""
+        form: dict[str, Any] = {"metavar": field.metavar}
         if field.kind is bool:
-            group.add_argument(option, action="store_true", help=words)
+            form = {"action": "store_true"}
+        elif field.kind == "texts":
+            form |= {"action": "append", "default": []}
         else:
-            kind = TYPES.get(field.kind, str)
-            group.add_argument(option, type=kind, metavar=field.metavar, help=words)
+            form |= {"type": TYPES.get(field.kind, str), "choices": names or None}
+            form["default"] = field.default if closed else None
+        group.add_argument(option, help=words, **form)
 
 
 def add_size(group: argparse._ArgumentGroup) -> None:

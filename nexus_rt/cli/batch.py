@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
 def run_batch(args: argparse.Namespace, items: list) -> int:
     """Make the clips of a list of `Item`, here or by Ray's workers."""
     from nexus_rt.core.checks import whole
-    from nexus_rt.pipeline.batch import Job, parse_shard, run
+    from nexus_rt.pipeline.batch import run
+    from nexus_rt.pipeline.batch_job import Job, parse_shard
 
     call = clip_settings(args)
     whole("--seed", args.seed, -1, 2**64 - 1)

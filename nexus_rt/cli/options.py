@@ -9,24 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nexus_rt.core.errors import InputError
+from nexus_rt.core.fields import fields_of
 from nexus_rt.engines.backends import ENGINE_BACKENDS
+from nexus_rt.pipeline.sources import ModelSources
 
-MODELS = (
-    "weights",
-    "quantize",
-    "small_recipe",
-    "large_recipe",
-    "boundary",
-    "pair",
-    "small",
-    "large",
-    "vae",
-    "text_encoder",
-    "tokenizer",
-    "understanding",
-    "connector",
-    "small_lora",
-    "large_lora",
+MODELS = tuple(
+    field.flag
+    for name, field in fields_of(ModelSources).items()
+    if name not in ("device", "local_files_only")
 )
 RUNS = ("generate", "batch", "decode", "plan", "tune", "vrbench", "serve")
 MEASURED = (

@@ -10,41 +10,14 @@ from typing import TYPE_CHECKING, Any
 from nexus_rt.core.errors import InputError
 from nexus_rt.core.fields import fields_of
 from nexus_rt.pipeline import settings
+from nexus_rt.pipeline.sources import PARTS, ModelSources, RunOptions
 
 if TYPE_CHECKING:
-    from nexus_rt.loading.pair_folder import PairFolders
     from nexus_rt.pipeline.pipeline import NexusPipeline
     from nexus_rt.pipeline.rewriting import Rewriter
     from nexus_rt.pipeline.settings import CallSettings
 
-PARTS = ("small", "large", "vae", "text_encoder", "tokenizer", "understanding", "connector")
 MODEL_ARGUMENTS = ("engines", "pair", *PARTS, "small_lora", "large_lora")
-
-
-def model_sources(args: argparse.Namespace) -> dict[str, Any]:
-    """The sources of a pair's parts that the arguments name."""
-    return {n: getattr(args, n) for n in PARTS if getattr(args, n) is not None}
-
-
-def model_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that the arguments say of the models, as `from_pretrained` takes it."""
-    names = ("small_lora", "large_lora", "small_recipe", "large_recipe")
-    own = {n: getattr(args, n) for n in names}
-    weights = args.quantize or args.weights or "dense"
-    return {**model_sources(args), **own, "boundary_ratio": args.boundary, "weights": weights}
-
-
-def find_models(args: argparse.Namespace) -> tuple[Any, PairFolders]:
-    """The pair that the arguments name, else the mini pair; and where its parts lie.
-
-    Raises:
-        ModelError, InputError: as `find_pair`.
-    """
-    from nexus_rt.loading.pair_folder import MINI, find_pair
-
-    pretrained = args.pair if args.pair or args.small or args.large else MINI
-    hub = {"local_files_only": args.local_files_only}
-    return pretrained, find_pair(pretrained, model_sources(args), hub, args.boundary)
 
 
 def make_pipeline(args: argparse.Namespace) -> NexusPipeline:
@@ -53,30 +26,20 @@ def make_pipeline(args: argparse.Namespace) -> NexusPipeline:
 
     from nexus_rt.pipeline.pipeline import NexusPipeline
 
-    if args.engines:
-        dtype = getattr(torch, args.dtype) if args.dtype else None
+    sources, options = ModelSources.of(vars(args)), RunOptions.of(vars(args))
+    shared: dict[str, Any] = {
+        "torch_dtype": getattr(torch, options.dtype) if options.dtype else None,
+        "kernels": options.kernels,
+        "vram": options.vram,
+        "cuda_graphs": options.cuda_graphs,
+        "parallel": getattr(args, "parallel", None),
+    }
+    if options.engines:
         return NexusPipeline.from_engines(
-            args.engines,
-            device=args.device,
-            torch_dtype=dtype,
-            kernels=args.kernels,
-            force=args.force,
-            vram=args.vram,
-            cuda_graphs=args.cuda_graphs,
-            parallel=getattr(args, "parallel", None),
+            options.engines, device=sources.device, force=options.force, **shared
         )
     return NexusPipeline.from_pretrained(
-        args.pair,
-        **model_options(args),
-        torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
-        device=args.device,
-        backend=args.backend,
-        kernels=args.kernels,
-        attention=args.attention,
-        local_files_only=args.local_files_only,
-        vram=args.vram,
-        cuda_graphs=args.cuda_graphs,
-        parallel=getattr(args, "parallel", None),
+        **sources.keywords, backend=options.backend, attention=options.attention, **shared
     )
 
 

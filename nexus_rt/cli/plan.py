@@ -195,11 +195,11 @@ def _print_prediction(
     card: Card, pipe: NexusPipeline | None, size: ClipSize, args: argparse.Namespace
 ) -> None:
     """What the prices are made of, and what they rest on."""
-    from nexus_rt.bench.roofline import assumptions, forward_work, memory_line, parts, vae_ms
+    from nexus_rt.bench.roofline import assumptions, forward_parts, memory_line, vae_ms
 
     configs = _configs(pipe)
     for name, config in configs.items():
-        p = parts(forward_work(config, size, *_eight_bits(args)) * 2, card)
+        p = forward_parts(config, size, card, 2, *_eight_bits(args))
         print(
             f"{name}, a guided step: linear {p.linear:.1f} ms, attention {p.attention:.1f},"
             f" memory-bound {p.memory:.1f}"
@@ -289,7 +289,7 @@ def parse_costs(text: str) -> StepCosts:
             f"--costs is {shown(text)}; expected two numbers of milliseconds, such as 750,4600.",
             param="--costs",
         )
-    return StepCosts(small / 2, small, large / 2, large)
+    return StepCosts.of_forwards({"small": small / 2, "large": large / 2})
 
 
 def measured_costs(
@@ -302,4 +302,4 @@ def measured_costs(
     prompts = pipe.encode("a prompt", single_frame=size.frames == 1)
     latents = pipe.prepare_latents(1, size)
     calls = step_calls(pipe.engines, prompts, latents, blend, solver, pipe.kernels)
-    return measure_step_costs(calls, cuda=latents.device)
+    return measure_step_costs(calls, device=latents.device)

@@ -8,9 +8,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from nexus_rt.cli.arguments import PLAN_HELP, models, running
-from nexus_rt.cli.pipeline import call_settings, check_device, find_models, quiet_pipeline
+from nexus_rt.cli.pipeline import call_settings, check_device, quiet_pipeline
 from nexus_rt.core.errors import InputError
 from nexus_rt.core.paths import as_path
+from nexus_rt.pipeline.sources import ModelSources
 
 if TYPE_CHECKING:
     from nexus_rt.pipeline.pipeline import NexusPipeline
@@ -238,7 +239,7 @@ def run(args: argparse.Namespace) -> int:
     call = call_settings(args)
     args.plan, args.rewrite = call.plan, call.rewrite  # workers read no front
     if not args.engines:
-        find_models(args)  # said before anything is started
+        ModelSources.of(vars(args)).find()  # what is missing is raised before anything is started
     runner: Runner
     if args.ray:
         from nexus_rt.serve.ray_runner import RayRunner, parse_replicas

@@ -64,7 +64,8 @@ def described(
 class Field:
     """A setting as its fronts use it.
 
-    kind: int, float, bool, str, "scale" (a number, or two), "numbers" (a list), "any", or a struct.
+    kind: int, float, bool, str, "scale" (a number, or two), "numbers" and "texts" (lists), "any",
+        or a struct.
     low, high: of its numbers. choices: of its names. optional: None is a value. default: of the
     struct, or Wan's where that is None. flag: its name on the command line and in prompt lists.
     pair: a pair may set it. nested: it is a struct of settings.
@@ -150,7 +151,8 @@ class Field:
             bool: [{"type": "boolean"}],
             int: [{**one, "type": "integer"}],
             float: [one],
-            str: [{"enum": list(self.choices)}],
+            str: [{"enum": list(self.choices)} if self.choices else {"type": "string"}],
+            "texts": [{"type": "array", "items": {"type": "string"}}],
             "any": [{"type": "string"}],
             "scale": [one, {"type": "array", "items": one, "minItems": 2, "maxItems": 2}],
             "numbers": [{"type": "array", "items": {"type": "number"}, "minItems": 1}],
@@ -174,7 +176,7 @@ class Field:
         words += f", {self.low:.12g} to {self.high:.12g}" if bounds else ""
         if self.pair and self.default is not None:
             words += f" (default: the pair's; Wan's: {self.default})"
-        elif not self.optional and self.default is not None and self.kind is not bool:
+        elif not (self.optional or self.kind in (bool, "texts") or "(default" in self.sentence):
             words += f" (default: {self.default})"
         return words
 
@@ -206,7 +208,9 @@ def _field(name: str, hint: Any, default: Any) -> Field:
         if get_origin(one) is Literal:
             choices, kinds = get_args(one), [*kinds, str]
         elif get_origin(one) is tuple:
-            kinds.append("numbers" if Ellipsis in get_args(one) else "scale")
+            first, *rest = get_args(one)
+            many = "texts" if first is str else "numbers"
+            kinds.append(many if Ellipsis in rest else "scale")
         else:
             kinds.append("any" if one is Any else one)
     optional = type(None) in kinds or "any" in kinds
