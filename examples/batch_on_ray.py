@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from nexus_rt import NexusPipeline
-from nexus_rt.pipeline.batch import Job
+from nexus_rt.pipeline.batch_job import Job
 from nexus_rt.pipeline.batch_ray import run_on_ray
 from nexus_rt.pipeline.prompts import read_prompts
 from nexus_rt.pipeline.settings import CallSettings

@@ -435,7 +435,7 @@ def make_targets(pair, steered, work):
 
     def resume():
         from nexus_rt.bench.vrbench.report import made_with
-        from nexus_rt.pipeline.batch import finished
+        from nexus_rt.pipeline.batch_log import finished
 
         finished(work / "out")
         made_with(work / "out")

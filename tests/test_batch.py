@@ -22,8 +22,9 @@ from nexus_rt.core.part_files import kernel
 from nexus_rt.core.size import ClipSize
 from nexus_rt.media.video import read_frames, read_metadata, save_video
 from nexus_rt.pipeline import batch, batch_clips, prompts
-from nexus_rt.pipeline.batch import Job, run
-from nexus_rt.pipeline.batch_log import same_clip
+from nexus_rt.pipeline.batch import run
+from nexus_rt.pipeline.batch_job import Job, parse_shard
+from nexus_rt.pipeline.batch_log import Lines, finished, same_clip
 from nexus_rt.pipeline.encode import Prompts
 from nexus_rt.pipeline.prompts import Item, read_prompts
 from nexus_rt.pipeline.settings import CallSettings, fields
@@ -157,10 +158,10 @@ def test_no_list_and_no_shard(tmp_path):
     assert str(tmp_path) in str(caught.value)
     for text in ("0/2", "3/2"):
         with refuses("out_of_range", "shard", InputError):
-            Job(tmp_path, shard=batch.parse_shard(text))
+            Job(tmp_path, shard=parse_shard(text))
     for text in ("x", "1"):
         with refuses("unreadable", "shard", InputError):
-            batch.parse_shard(text)
+            parse_shard(text)
 
 
 def test_a_job_is_one_clip_of_each_prompt(tmp_path):
@@ -336,10 +337,10 @@ def test_a_full_disk_is_one_sentence(tiny_pipe, tmp_path, monkeypatch, capsys):
     def full(self, row):
         raise NexusError(f"{self.path} cannot be written (No space left on device)")
 
-    lines = batch.Lines(tmp_path / "r" / "results.jsonl")
+    lines = Lines(tmp_path / "r" / "results.jsonl")
     with refuses("not_writable", kind=NexusError):
         lines.add({"id": "a"})  # its folder is gone
-    monkeypatch.setattr(batch.Lines, "add", full)
+    monkeypatch.setattr(Lines, "add", full)
     with pytest.raises(NexusError, match="No space left"):
         run(
             tiny_pipe,
@@ -374,6 +375,7 @@ def test_two_processes_do_not_share_a_shard(tiny_pipe, tmp_path):
         run(tiny_pipe, [Item("a", "a")], job)
 
 
+@pytest.mark.process
 def test_the_command_resumes_after_a_kill(tiny_pair, tmp_path):
     """Killed outright after the first clip; the second run makes the rest, and no clip twice."""
     prompts = written(tmp_path, "p.txt", "\n".join(["a red circle"] * 6))
@@ -580,12 +582,12 @@ def test_a_fresh_seed_of_a_batch_stays_with_its_clip(tiny_pipe, tmp_path):
     items = [Item("a", PROMPTS[0]), Item("b", PROMPTS[1], seed=-1)]
     job = Job(tmp_path, seed=-1, suffix=".png", settings=SETTINGS)
     assert run(tiny_pipe, items, job)["made"] == 2
-    seeds = {i: r["settings"]["seed"] for i, r in batch.finished(tmp_path)[0].items()}
+    seeds = {i: r["settings"]["seed"] for i, r in finished(tmp_path)[0].items()}
     assert len(set(seeds.values())) == 2 and min(seeds.values()) >= 0
     assert run(tiny_pipe, items, job)["kept"] == 2
     (tmp_path / "a.png").unlink()
     run(tiny_pipe, items, job)
-    assert {i: r["settings"]["seed"] for i, r in batch.finished(tmp_path)[0].items()} == seeds
+    assert {i: r["settings"]["seed"] for i, r in finished(tmp_path)[0].items()} == seeds
 
 
 def test_what_makes_a_clip_is_in_its_settings_and_its_path_is_not(
@@ -651,7 +653,7 @@ def test_a_clip_is_kept_by_what_its_plan_does(tiny_pipe, tmp_path):
     ):
         options = {"num_inference_steps": None} if "/4" in plan else {}
         assert (made(plan, **options), made(plan, **options)) == (1, 0), plan
-    row = batch.finished(tmp_path)[0]["a"]["settings"]
+    row = finished(tmp_path)[0]["a"]["settings"]
     assert row["plan"] == "small:1/4 large:3/shift=3 shift=5"
     walked = tiny_pipe.make_plan(row["plan"])
     assert walked.identity == row["identity"] and walked.text == row["plan"]
@@ -721,7 +723,7 @@ def test_latents_are_kept_where_a_clip_cannot_be_written(tiny_pipe, tmp_path, mo
         lambda *a, **k: (_ for _ in ()).throw(InputError("no space left")),
     )
     assert run(tiny_pipe, [Item("a", PROMPTS[0])], Job(tmp_path, settings=SETTINGS))["failed"] == 1
-    row = batch.finished(tmp_path)[0]["a"]
+    row = finished(tmp_path)[0]["a"]
     assert "The latents are saved in" in row["error"]
     assert read_latents(next(tmp_path.glob("*.safetensors"))).isfinite().all()
 
@@ -744,7 +746,7 @@ def test_an_item_that_is_no_text_fails_alone(tiny_pair, tmp_path, kind, capsys):
     quick = ["--size", "48x32", "--frames", "5", "--steps", "2", "--plan", "small:1 large:1"]
     line = ["batch", str(path), "-o", str(out), "--pair", str(tiny_pair), *quick]
     assert main(line) == 1 and "2 made, 0 kept, 4 failed" in capsys.readouterr().out
-    ended = batch.finished(out)[0]
+    ended = finished(out)[0]
     assert {n: r["status"] for n, r in ended.items()} == {
         "a": "done",
         "z": "done",
@@ -825,7 +827,7 @@ def test_a_kept_seed_that_no_generator_takes_is_drawn_again(tiny_pipe, tmp_path,
     written(tmp_path, "results.jsonl", json.dumps(row) + "\n")
     job = Job(tmp_path, seed=-1, settings=SETTINGS)
     assert run(tiny_pipe, [Item("a", PROMPTS[0])], job)["made"] == 1
-    assert 0 <= batch.finished(tmp_path)[0]["a"]["settings"]["seed"] < 2**64
+    assert 0 <= finished(tmp_path)[0]["a"]["settings"]["seed"] < 2**64
 
 
 def test_results_that_cannot_be_read_or_written_are_our_error(tiny_pipe, tmp_path):
@@ -833,12 +835,12 @@ def test_results_that_cannot_be_read_or_written_are_our_error(tiny_pipe, tmp_pat
     with refuses("unreadable", kind=InputError):
         run(tiny_pipe, [Item("a", PROMPTS[0])], Job(tmp_path, settings=SETTINGS))
     with refuses("not_writable", kind=NexusError):
-        batch.Lines(tmp_path / "none" / "results.jsonl").add({"id": "a"})
+        Lines(tmp_path / "none" / "results.jsonl").add({"id": "a"})
 
 
 @pytest.mark.parametrize("text", ["", "1", "1/", "a/b", "1/2/3", "0x1/2", "\u0661/\u0662", "1/1_0"])
 def test_a_shard_is_two_numbers(text):
     with refuses("unreadable", "shard", InputError):
-        batch.parse_shard(text)
+        parse_shard(text)
     with refuses("unreadable", "shard", InputError):
-        batch.parse_shard("1/" + "9" * 400)
+        parse_shard("1/" + "9" * 400)

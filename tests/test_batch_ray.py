@@ -9,13 +9,16 @@ import pytest
 
 from nexus_rt import BlendConfig, InputError, NexusPipeline
 from nexus_rt.pipeline import batch_clips
-from nexus_rt.pipeline.batch import Job
+from nexus_rt.pipeline.batch_job import Job
 from nexus_rt.pipeline.batch_ray import run_on_ray
 from nexus_rt.pipeline.prompts import Item
 from nexus_rt.pipeline.settings import CallSettings
+from tests.conftest import RAY_SETTINGS
+from tests.needs import needs
 from tests.refusals import refuses
 
-ray = pytest.importorskip("ray")
+needs("ray")
+pytestmark = pytest.mark.ray
 QUICK = dict(height=32, width=48, num_frames=5, num_inference_steps=2, plan="small:1 large:1")
 SETTINGS = CallSettings(**QUICK)
 
@@ -40,28 +43,11 @@ def make(models):
     return pipe
 
 
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-
-
-@pytest.fixture
-def quiet_ray(monkeypatch):
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """One Ray for several tests: a batch uses what runs already."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        yield
-        ray.shutdown()
-
-
 @pytest.mark.slow
-def test_the_example_is_a_program(tiny_pair, tmp_path, quiet_ray, monkeypatch):
+def test_the_example_is_a_program(tiny_pair, tmp_path, monkeypatch):
+    """It starts a Ray of its own."""
+    for name, value in RAY_SETTINGS.items():
+        monkeypatch.setenv(name, value)
     examples = Path(__file__).resolve().parent.parent / "examples"
     monkeypatch.setenv("PYTHONPATH", str(examples))
     monkeypatch.syspath_prepend(examples)
@@ -76,7 +62,7 @@ def test_the_example_is_a_program(tiny_pair, tmp_path, quiet_ray, monkeypatch):
     assert sorted(p.name for p in clips.glob("*.mp4")) == ["0000.mp4", "0001.mp4"]
 
 
-def test_two_workers_one_killed_no_clip_lost_or_doubled(tiny_pair, tmp_path, cluster):
+def test_two_workers_one_killed_no_clip_lost_or_doubled(tiny_pair, tmp_path, local_ray):
     items = [Item(f"c{i}", "a red circle", seed=i) for i in range(8)]
     own = {"blend": BlendConfig(split="dct"), "timesteps": (999.0, 500.0)}
     own["num_inference_steps"] = None  # not the job's
@@ -112,7 +98,7 @@ def test_two_workers_one_killed_no_clip_lost_or_doubled(tiny_pair, tmp_path, clu
     assert again == {"made": 0, "kept": 3, "failed": 0}
 
 
-def test_more_workers_than_there_is_room_for(tmp_path, cluster):
+def test_more_workers_than_there_is_room_for(tmp_path, local_ray):
     job = Job(tmp_path / "out", settings=SETTINGS)
     with refuses("out_of_range", "workers", InputError):
         run_on_ray(make, {}, [Item("a", "a")], job, 999)

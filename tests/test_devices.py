@@ -22,13 +22,15 @@ from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.memory.offload import Moved
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.engine import Changeable, Diagnosable, Reserving, Streamed, supports
+from nexus_rt.method.finite_check import FiniteCheck
 from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Guidance
-from nexus_rt.method.hooks import FiniteCheck, Hooks
+from nexus_rt.method.hooks import Hooks
 from nexus_rt.method.loop import sample
 from nexus_rt.method.plan_text import parse_plan
 from nexus_rt.method.solver import time_grid
 from nexus_rt.pipeline.residency import Residency, call_parts, plan_residency
+from tests.needs import needs
 from tests.refusals import refuses
 
 # what makes a host wait for a device, where the tensor is on one
@@ -513,7 +515,9 @@ def test_an_engine_that_wraps_another_can_do_what_that_can(tiny_pipe):
     ],
 )
 def test_a_session_computes_on_its_own_gpu(monkeypatch, device, provider, wanted):
-    ort = pytest.importorskip("onnxruntime")
+    needs("onnxruntime")
+    import onnxruntime as ort
+
     names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(ort, "get_available_providers", lambda: names)
     folder = SimpleNamespace(manifest=SimpleNamespace(part="small", files={}), path=None)
@@ -526,7 +530,7 @@ def test_a_session_computes_on_its_own_gpu(monkeypatch, device, provider, wanted
 
 
 def test_times_are_of_the_device_that_is_asked(monkeypatch):
-    from nexus_rt.pipeline.costs import median_ms
+    from nexus_rt.core.timing import median_ms
 
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))

@@ -52,6 +52,7 @@ def torchrun(count, *words):
     ],
     ids=["2 processes", "4 processes"],
 )
+@pytest.mark.process
 def test_several_processes_compute_what_one_does(layouts):
     """Bridges, lone generators, plain and guided steps; 12, 30 and 15 tokens, 4 and 6 rows."""
     count = parse_layout(layouts[0]).size
@@ -73,6 +74,7 @@ def test_several_processes_compute_what_one_does(layouts):
         ("killed", "process 1 has given no sign of life for 5 s"),
     ],
 )
+@pytest.mark.process
 def test_a_process_that_dies_ends_the_others_within_seconds(how, reason):
     """Started by hand: nothing but the processes themselves looks after them."""
     with socket.socket() as free:
@@ -107,6 +109,7 @@ def test_a_process_that_dies_ends_the_others_within_seconds(how, reason):
             child.communicate()
 
 
+@pytest.mark.process
 def test_a_process_that_cannot_load_tells_the_others(tiny_pair, tmp_path):
     """Its folder is not there; the others wait for it and say so."""
     program = """
@@ -137,6 +140,7 @@ import time; time.sleep(60)
             child.communicate()
 
 
+@pytest.mark.process
 def test_the_command_writes_one_file(tiny_pair, tmp_path):
     command = torchrun(2, "-m", "nexus_rt.cli", "generate", "a panda", "--pair", str(tiny_pair))
     options = ["--steps", "3", "--seed", "-1", "--parallel", "cfg=2", "--device", "cpu"]
@@ -223,17 +227,17 @@ def test_heads_that_cannot_be_shared_are_said():
 
 
 def test_what_a_pipeline_cannot_share_is_said(tiny_pair):
-    exported = SimpleNamespace(engines={"small": SimpleNamespace(device=CPU)})
+    exported = {"small": SimpleNamespace(device=CPU)}
     with refuses("unsupported", "parallel", InputError):
-        share(exported, mesh_of(Layout(ulysses=2)))
+        share(mesh_of(Layout(ulysses=2)), exported, None, 16, None)
     one = NexusPipeline.from_pretrained(
         large=tiny_pair / "large", vae=tiny_pair, text_encoder=tiny_pair
     )
     with refuses("missing", "small", InputError):
-        share(one, mesh_of(Layout(pair=2)))
+        one.shared(mesh_of(Layout(pair=2)))
     budget = NexusPipeline.from_pretrained(tiny_pair, vram="1GB")
     with refuses("conflict", "vram", InputError):
-        share(budget, mesh_of(Layout(pair=2)))
+        budget.shared(mesh_of(Layout(pair=2)))
 
 
 @given(st.integers(1, 5000), st.integers(1, 16))
@@ -347,9 +351,9 @@ def test_an_error_of_one_s_own_is_said_by_itself(quick):
 
 
 def test_an_unshared_step_shares_nothing(tiny_pipe):
+    from nexus_rt.method.finite_check import FiniteCheck
     from nexus_rt.method.generator import Generator, Prompt
     from nexus_rt.method.guidance import Guidance
-    from nexus_rt.method.hooks import FiniteCheck
     from nexus_rt.method.plan_text import parse_plan
     from nexus_rt.method.solver import time_grid
 

@@ -381,7 +381,8 @@ def test_options_that_do_not_go_together(options, name, tmp_path, capsys):
 
 
 def test_a_list_of_prompts_has_its_own_texts(tiny_pipe, tmp_path):
-    from nexus_rt.pipeline.batch import Job, run
+    from nexus_rt.pipeline.batch import run
+    from nexus_rt.pipeline.batch_job import Job
     from nexus_rt.pipeline.prompts import read_prompts
 
     path = tmp_path / "list.json"

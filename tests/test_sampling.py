@@ -9,9 +9,10 @@ import torch
 
 from nexus_rt.core.errors import Cancelled, InputError, NumericsError
 from nexus_rt.method.blend_config import BlendConfig
+from nexus_rt.method.finite_check import FiniteCheck
 from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Guidance
-from nexus_rt.method.hooks import FiniteCheck, Hooks
+from nexus_rt.method.hooks import Hooks
 from nexus_rt.method.loop import denoise, sample
 from nexus_rt.method.plan_text import parse_plan
 from nexus_rt.method.solver import make_solver, time_grid

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +25,15 @@ class ClipSize(NamedTuple):
     def latent(self) -> tuple[int, int, int]:
         """T, H, W of its latents (Wan's VAE: 8 pixels and 4 frames a cell)."""
         return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
+
+    @property
+    def cells(self) -> int:
+        """The number of its latents' cells."""
+        return math.prod(self.latent)
+
+    def tokens(self, patch: Sequence[int] = (1, 2, 2)) -> int:
+        """The number of its tokens in a transformer of patches of so many cells."""
+        return math.prod(side // p for side, p in zip(self.latent, patch, strict=True))
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}x{self.frames}"

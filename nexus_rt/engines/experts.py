@@ -1,7 +1,7 @@
 """A generator of two experts, an engine each: which runs is a matter of the timestep.
 
-Behind the engine protocol it is one generator. `engines_by_name` has the engines one by one, for
-what moves them between memories.
+Behind the engine protocol it is one generator; the loop runs the expert that a step of the plan
+names. `engines_by_name` has the engines one by one, for what moves them between memories.
 """
 
 from __future__ import annotations
@@ -94,12 +94,7 @@ class ExpertsEngine:
     def velocity(self, latents: Tensor, timestep: Tensor, context: ExpertsContext) -> Tensor:
         """The velocity of the timestep's expert. A timestep on a GPU is waited for: keep it on the
         CPU."""
-        return self.velocity_of(self.expert(float(timestep)), latents, timestep, context)
-
-    def velocity_of(
-        self, expert: str, latents: Tensor, timestep: Tensor, context: ExpertsContext
-    ) -> Tensor:
-        """The velocity of a named expert."""
+        expert = self.expert(float(timestep))
         engine = self.experts[expert]
         if expert not in context.prepared:
             context.prepared[expert] = engine.prepare(context.embeddings)

@@ -3,7 +3,7 @@ besides."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import torch
@@ -155,6 +155,16 @@ class Sharing(Protocol):
 
     def share(self, velocity: Tensor) -> Tensor:
         """The velocity, once it is here; until then what `velocity` returned is its place."""
+        ...
+
+
+@runtime_checkable
+class Experts(Protocol):
+    """A generator of several engines, of which each step runs the one that the plan names."""
+
+    @property
+    def experts(self) -> Mapping[str, Any]:
+        """Engines by the name of their expert, "high" or "low"."""
         ...
 
 

@@ -12,10 +12,9 @@ from torch import Tensor
 from nexus_rt.core.devices import send
 from nexus_rt.core.errors import InputError
 from nexus_rt.core.tracing import span
-from nexus_rt.engines.experts import ExpertsEngine
-from nexus_rt.method.engine import Engine, Sharing
+from nexus_rt.method.engine import Engine, Experts, Sharing
+from nexus_rt.method.finite_check import FiniteCheck
 from nexus_rt.method.guidance import Guidance, Prediction
-from nexus_rt.method.hooks import FiniteCheck
 from nexus_rt.method.plan import DIFFERENCE, VELOCITY, Plan, Step
 
 
@@ -72,7 +71,7 @@ class Generator:
     ) -> None:
         self.name, self.engine, self.prompt, self.guidance = name, engine, prompt, guidance
         self.timesteps, self.check = timesteps, check  # timesteps: of all steps, on the device
-        self.contexts: dict[bool, Any] = {}
+        self.contexts: dict[tuple[bool, str | None], Any] = {}  # by guidance and expert
 
     def __call__(self, latents: Tensor, step: Step) -> Pending:
         """Begin the prediction at a step, guided where its scale says so."""
@@ -91,14 +90,22 @@ class Generator:
         """Prepare the prompt that a step runs with."""
         compute = step.compute(self.name)
         if compute != VELOCITY:
-            self.context(self.guided(step) and compute != DIFFERENCE)
+            self.context(step, self.guided(step) and compute != DIFFERENCE)
 
-    def context(self, guided: bool) -> Any:
-        """The prepared prompt of guided steps, or of plain ones."""
-        if guided not in self.contexts:
+    def engine_of(self, step: Step) -> Engine:
+        """The engine that a step runs: of a generator of experts, the one that the plan names."""
+        expert = step.expert(self.name)
+        if expert is not None and isinstance(self.engine, Experts):
+            return self.engine.experts[expert]
+        return self.engine
+
+    def context(self, step: Step, guided: bool) -> Any:
+        """The prompt as the engine of a step prepares it, for guided steps or for plain ones."""
+        key = guided, step.expert(self.name)
+        if key not in self.contexts:
             with span("prepare", generator=self.name):
-                self.contexts[guided] = self.engine.prepare(self.prompt.batch(guided))
-        return self.contexts[guided]
+                self.contexts[key] = self.engine_of(step).prepare(self.prompt.batch(guided))
+        return self.contexts[key]
 
     def change_prompt(self, prompt: Prompt) -> None:
         """Another prompt from the next step on."""
@@ -107,18 +114,13 @@ class Generator:
     def compute(self, latents: Tensor, step: Step, guided: bool) -> Tensor:
         """Start the raw prediction: [B, ...], or [2 B, ...] where it is guided, unconditional
         samples last. If another process computes it, an empty tensor that `gather` fills."""
-        timestep, context = self.timesteps[step.index], self.context(guided)
+        timestep, context = self.timesteps[step.index], self.context(step, guided)
         with span(self.name, step=step.index):
-            expert = step.expert(self.name)
-            if expert is not None and isinstance(self.engine, ExpertsEngine):
-                return self.engine.velocity_of(expert, latents, timestep, context)
-            return self.engine.velocity(latents, timestep, context)
+            return self.engine_of(step).velocity(latents, timestep, context)
 
     def gather(self, raw: Tensor, step: Step) -> Tensor:
         """What `compute` began, once it is here; noted for the check that all is finite."""
-        engine, expert = self.engine, step.expert(self.name)
-        if expert is not None and isinstance(engine, ExpertsEngine):
-            engine = engine.experts[expert]
+        engine = self.engine_of(step)
         raw = engine.share(raw) if isinstance(engine, Sharing) else raw
         self.check.add(raw, self.name, step)
         return raw

@@ -18,9 +18,10 @@ from nexus_rt.core.process import computes
 from nexus_rt.core.tracing import span
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.engine import Engine
+from nexus_rt.method.finite_check import FiniteCheck
 from nexus_rt.method.generator import Pending, Prompt, make_generators
 from nexus_rt.method.guidance import Guidance, Prediction, Velocity
-from nexus_rt.method.hooks import FiniteCheck, Hooks
+from nexus_rt.method.hooks import Hooks
 from nexus_rt.method.plan import Plan, Step
 from nexus_rt.method.reuse import Reused
 from nexus_rt.method.solver import make_solver
@@ -140,7 +141,7 @@ def sample(
     check = FiniteCheck(engines)
     own = make_generators(plan, engines, prompts, guidance, latents.device, check)
     hooks = replace(hooks or Hooks(), generators=own, check=check)  # the caller's stay as they are
-    if hooks.residency is None or hooks.residency.plan.stays:
+    if hooks.engines_stay:
         for step in plan.steps:  # engines that come and go prepare when they first run
             for name, generator in own.items():
                 if getattr(step, name):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,6 @@ from nexus_rt.parallel.layout import Mesh
 from nexus_rt.parallel.sequence import Sequence
 from nexus_rt.parallel.strips import Strips
 from nexus_rt.parallel.watch import Watch
-
-if TYPE_CHECKING:
-    from nexus_rt.pipeline.models import PipelineModels
 
 Made = TypeVar("Made")
 OWNERS = {"small": 0, "large": 1}  # places in the pair
@@ -58,31 +55,38 @@ class Parallel:
         return torch.Generator().manual_seed(seed)
 
 
-def share(pipe: PipelineModels, mesh: Mesh) -> None:
-    """Let a pipeline's calls be shared. Every process makes the same calls.
+def share(
+    mesh: Mesh, engines: dict[str, Any], decoder: Any, channels: int, budget: int | None
+) -> Parallel:
+    """Let the calls of a pipeline be shared. Every process makes the same calls.
+
+    Args:
+        engines: by generator, "small" and "large"; changed in place.
+        decoder: of the VAE; None where there is none. channels: of the latents.
+        budget: bytes of memory within which engines come and go; None where they stay.
 
     Raises:
         InputError: something of it cannot be shared so; names it.
     """
     layout = mesh.layout
     if layout.ulysses > 1:
-        for name, engine in engines_by_name(pipe.engines).items():
+        for name, engine in engines_by_name(engines).items():
             _split_tokens(name, engine, mesh)
     if layout.pair > 1:
-        _check_pair(pipe)
-    for name, engine in pipe.engines.items():
+        _check_pair(engines, budget)
+    for name, engine in engines.items():
         if layout.cfg > 1:
             engine = changed(engine, partial(GuidanceParallel, mesh=mesh))
         if layout.pair > 1:
-            engine = changed(engine, partial(_shared, owner=OWNERS[name], mesh=mesh, pipe=pipe))
-        pipe.engines[name] = engine
+            engine = changed(
+                engine, partial(_shared, owner=OWNERS[name], mesh=mesh, channels=channels)
+            )
+        engines[name] = engine
     if layout.pair > 1:
         release(mesh.device)
-    if isinstance(pipe.vae, VideoDecoder):
-        pipe.vae.strips = Strips(mesh)
-    pipe.parallel = Parallel(mesh)
-    if not pipe.parallel.first:
-        pipe.progress = {"disable": True}
+    if isinstance(decoder, VideoDecoder):
+        decoder.strips = Strips(mesh)
+    return Parallel(mesh)
 
 
 def _split_tokens(name: str, engine: Any, mesh: Mesh) -> None:
@@ -103,15 +107,15 @@ def _split_tokens(name: str, engine: Any, mesh: Mesh) -> None:
     engine.model.share_tokens(Sequence(mesh, engine.model.config.num_attention_heads))
 
 
-def _check_pair(pipe: PipelineModels) -> None:
-    missing = [name for name in OWNERS if name not in pipe.engines]
+def _check_pair(engines: Mapping[str, Any], budget: int | None) -> None:
+    missing = [name for name in OWNERS if name not in engines]
     if missing:
         raise InputError(
             f"pair=2 puts one generator on each half, and the {missing[0]} one is not loaded.",
             code="missing",
             param=missing[0],
         )
-    if pipe.vram is not None:
+    if budget is not None:
         raise InputError(
             "pair=2 leaves each generator where it runs, and vram has them come and go; leave one"
             " of them out.",
@@ -120,8 +124,8 @@ def _check_pair(pipe: PipelineModels) -> None:
         )
 
 
-def _shared(engine: Any, owner: int, mesh: Mesh, pipe: PipelineModels) -> SharedGenerator:
+def _shared(engine: Any, owner: int, mesh: Mesh, channels: int) -> SharedGenerator:
     """A generator where it is had; elsewhere its place, its weights freed."""
     if mesh.places["pair"] != owner:
         engine = RemoteEngine(engine.device)
-    return SharedGenerator(engine, owner, mesh, pipe.channels)
+    return SharedGenerator(engine, owner, mesh, channels)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +18,12 @@ from nexus_rt.core.errors import InputError, NexusError
 from nexus_rt.core.size import ClipSize
 from nexus_rt.media.video import made_with, save_video
 from nexus_rt.pipeline import settings
+from nexus_rt.pipeline.batch_job import Job
 from nexus_rt.pipeline.call import decode, denoise, draw_noise
 from nexus_rt.pipeline.encode import Conditioning, Prompts, encode, rewriter_of
 from nexus_rt.pipeline.pipeline import NexusPipeline
 from nexus_rt.pipeline.prompts import Item
 from nexus_rt.pipeline.request import GenerationRequest
-
-if TYPE_CHECKING:
-    from nexus_rt.pipeline.batch import Job
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from typing import Any
 import msgspec
 
 from nexus_rt.core.errors import InputError
-from nexus_rt.pipeline.batch import TOGETHER, Job, open_folder, work
+from nexus_rt.pipeline.batch import TOGETHER, open_folder, work
+from nexus_rt.pipeline.batch_job import Job
 from nexus_rt.pipeline.prompts import Item
 
 ATTEMPTS = 3

@@ -375,7 +375,9 @@ class PipelineModels(Attributes):
         if mesh is not None:
             from nexus_rt.parallel.sharing import share
 
-            share(self, mesh)
+            self.parallel = share(mesh, self.engines, self.vae, self.channels, self.vram)
+            if not self.parallel.first:
+                self.progress = {"disable": True}
         return self
 
     @property

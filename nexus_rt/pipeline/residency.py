@@ -150,10 +150,9 @@ def activation_bytes(
     before it, Q, K and V as projected, Q and K with their norms and RoPE, and the output); in the
     feed-forward five beside its inner one.
     """
-    t, h, w = size.latent
     dim = architecture["num_attention_heads"] * architecture["attention_head_dim"]
     widest = max(9 * dim, 5 * dim + architecture["ffn_dim"])
-    return batch * t * (h // 2) * (w // 2) * widest * element
+    return batch * size.tokens() * widest * element
 
 
 def widened_bytes(model: Any) -> int:
@@ -316,6 +315,11 @@ class Residency:
         self.reserved: dict[str, torch.cuda.Event] = {}  # when an engine's places are free
         self.failed: dict[str, BaseException] = {}
         self.current: Phase | None = None
+
+    @property
+    def stays(self) -> bool:
+        """Whether every engine is there from the first step to the last."""
+        return self.plan.stays
 
     def enter(self, index: int) -> None:
         """Bring what a step runs, start what comes next, let go of what is over.

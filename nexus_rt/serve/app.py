@@ -7,8 +7,9 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -26,11 +27,8 @@ from nexus_rt.serve.events import sse
 from nexus_rt.serve.forms import from_form
 from nexus_rt.serve.problems import Problem, no_video, unknown_parameter, wrong
 from nexus_rt.serve.requests import ClipRequest, RequestLimits, read_create, read_remix
-from nexus_rt.serve.settings import is_loopback
+from nexus_rt.serve.settings import Settings, is_loopback
 from nexus_rt.serve.store import JOB_ID, Job
-
-if TYPE_CHECKING:
-    from nexus_rt.serve.server import NexusServer
 
 log = logging.getLogger("nexus_rt.serve")
 PAGE = Path(__file__).with_name("page")
@@ -50,13 +48,29 @@ SECURITY = {
 Handler = Callable[["Api", Request], Awaitable[Response]]
 
 
+class Served(Protocol):
+    """What the routes read of a server (`nexus_rt.serve.server.NexusServer`)."""
+
+    settings: Settings
+    created: float
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """The running server's queue."""
+        ...
+
+    def lifespan(self, app: Any = None) -> AbstractAsyncContextManager[None]:
+        """From its start to its end."""
+        ...
+
+
 class Api:
     """The endpoints of a server, which its `routes` name.
 
     alone: the server is the whole application, and looks at Host and Origin itself.
     """
 
-    def __init__(self, server: NexusServer, alone: bool) -> None:
+    def __init__(self, server: Served, alone: bool) -> None:
         self.server, self.settings, self.alone = server, server.settings, alone
 
     @property
@@ -378,7 +392,7 @@ def _broken(error: Exception) -> Problem:
     return Problem(500, "internal_error", "the server failed; its log says why.")
 
 
-def make_app(server: NexusServer, alone: bool) -> Starlette:
+def make_app(server: Served, alone: bool) -> Starlette:
     """The whole application of a server; alone: it is not mounted in another."""
 
     async def http_error(request: Request, error: Exception) -> Response:
