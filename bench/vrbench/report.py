@@ -12,7 +12,7 @@ from nexus_rt.bench.vrbench.protocol import Protocol
 from nexus_rt.bench.vrbench.schema import Taxonomy
 from nexus_rt.bench.vrbench.scoring import clip_scores, mean_interval, paired, summary
 from nexus_rt.core.errors import InputError, shorten
-from nexus_rt.pipeline.batch import finished
+from nexus_rt.pipeline.batch_log import finished
 
 
 def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
