@@ -18,7 +18,7 @@ from nexus_rt.core.errors import InputError
 from nexus_rt.core.size import ClipSize
 from nexus_rt.method.plan import StepCosts
 from nexus_rt.method.plan_text import parse_plan
-from nexus_rt.method.solver import time_grid
+from nexus_rt.method.time_grid import time_grid
 from nexus_rt.pipeline.front import from_front, read_front
 from tests.refusals import refuses
 
@@ -206,8 +206,8 @@ def test_pixels_know_right_from_wrong_and_fine_from_flat():
 
 def test_a_vlm_judge_weighs_its_answers():
     from nexus_rt.bench.vrbench.command import EXAMPLE
-    from nexus_rt.bench.vrbench.judges import Reply
     from nexus_rt.bench.vrbench.schema import read_bench, read_taxonomy
+    from nexus_rt.core.chat import Reply
 
     prompts = [p for p in read_bench(EXAMPLE, read_taxonomy()) if len(p.questions) > 1][:1]
     first = prompts[0].questions[0]

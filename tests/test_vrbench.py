@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from nexus_rt import InputError
 from nexus_rt.bench.vrbench import scoring
 from nexus_rt.bench.vrbench.command import EXAMPLE
-from nexus_rt.bench.vrbench.judging import FRAMES, parse, render
+from nexus_rt.bench.vrbench.protocol import FRAMES, STRICT
+from nexus_rt.bench.vrbench.replies import parse
 from nexus_rt.bench.vrbench.schema import Question, read_bench, read_taxonomy
 from nexus_rt.media.video import uniform
 from tests.refusals import refuses
@@ -191,7 +192,7 @@ def test_no_text_breaks_the_reader(text):
 
 def test_the_request_asks_everything_at_once():
     prompt = read_bench(EXAMPLE, TAXONOMY)[0]
-    text = render(prompt, 16)
+    text = STRICT.render(prompt, 16)
     assert all(f"{q.id} (weight {q.weight:g}): {q.text}" in text for q in prompt.questions)
     assert (
         prompt.text in text

@@ -14,11 +14,12 @@ import pytest
 from nexus_rt import InputError, ModelError, save_video
 from nexus_rt.bench.vrbench import judges, judging, protocol, report, scoring
 from nexus_rt.bench.vrbench.command import EXAMPLE
-from nexus_rt.bench.vrbench.judges import HttpJudge, JudgeError, JudgeUnusable
+from nexus_rt.bench.vrbench.judges import HttpJudge, JudgeError
 from nexus_rt.bench.vrbench.judging import judge_clips
 from nexus_rt.bench.vrbench.page import page
 from nexus_rt.bench.vrbench.schema import read_bench
 from nexus_rt.cli import main
+from nexus_rt.core.chat import ChatUnavailable
 from tests.pages import Tags, dump
 from tests.refusals import refuses
 from tests.vrbench import TAXONOMY, Server, asked_id, bench_file, first, questions, reply_to
@@ -118,7 +119,7 @@ def test_an_unreadable_answer_is_asked_once_more_then_unknown(clips, serve):
     repeated = next(b for b in server.seen if "etv" in asked_id(b) and len(b["messages"]) == 3)
     assert (
         repeated["messages"][1]["content"] == "I think so."
-        and repeated["messages"][2]["content"] == judging.AGAIN
+        and repeated["messages"][2]["content"] == protocol.AGAIN
     )
     assert found["etv_example_1"]["score"] == 1.0 and found["etv_example_1"]["unknown"] == 0
     lost = found["ccr_example_1"]
@@ -209,7 +210,7 @@ def test_a_proxy_that_cannot_be_used_is_one_sentence(clips, name, proxy, code, m
         monkeypatch.delenv(other, raising=False)
         monkeypatch.delenv(other.lower(), raising=False)
     monkeypatch.setenv(name, proxy)
-    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setitem(sys.modules, "socks", None)
     with refuses(code, "proxy") as refused:
         HttpJudge("http://judge.example/v1", "m").reply([{"role": "user", "content": []}], [])
     assert "\n" not in str(refused.value) and "secret" not in str(refused.value)
@@ -283,7 +284,7 @@ def test_a_slow_server_is_asked_about_several_clips_at_once(clips, serve):
 @pytest.mark.parametrize("status", [401, 404])
 def test_a_judge_that_refuses_us_ends_the_run(status, clips, serve):
     server = serve(lambda n, body: (status, {}, "no such model"))
-    with refuses("unreachable", kind=JudgeUnusable) as caught:
+    with refuses("unreachable", kind=ChatUnavailable) as caught:
         judged(clips, server)
     assert str(status) in str(caught.value)
     assert len(server.seen) <= 3
@@ -291,7 +292,7 @@ def test_a_judge_that_refuses_us_ends_the_run(status, clips, serve):
 
 def test_a_judge_that_is_not_there_is_said_once(clips, tmp_path, capsys):
     waits = []
-    with refuses("unreachable", kind=JudgeUnusable):
+    with refuses("unreachable", kind=ChatUnavailable):
         HttpJudge("http://127.0.0.1:9/v1", "m", wait=waits.append).reply(
             [{"role": "user", "content": []}], []
         )
@@ -311,7 +312,7 @@ def test_what_was_answered_before_a_stop_is_kept(clips, serve):
     server = serve(script)
     judge = HttpJudge(server.url, "tiny")
     prompts = read_bench(EXAMPLE, TAXONOMY)
-    with refuses("unreachable", kind=JudgeUnusable):
+    with refuses("unreachable", kind=ChatUnavailable):
         judge_clips(prompts, clips, judge, TAXONOMY, 1)
     good = serve(lambda n, body: reply_to(asked_id(body)))
     fresh = HttpJudge(good.url, "tiny")
@@ -414,7 +415,7 @@ def tiny_judge(tmp_path_factory):
 def test_a_model_of_this_process_judges(clips, tiny_judge, monkeypatch, capsys):
     """Random weights say nothing that can be read: all Unknown, asked twice, from the frames; then
     a model that answers."""
-    monkeypatch.setattr(judges, "NEW_TOKENS", 12)
+    monkeypatch.setattr(judges, "TOKENS", 12)
     line = ["vrbench", "judge", "example", str(clips), "--judge-model", str(tiny_judge)]
     assert main(line) == 0
     assert "24 of 24 answers Unknown" in capsys.readouterr().out

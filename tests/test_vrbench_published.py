@@ -17,12 +17,13 @@ import pytest
 from nexus_rt import InputError
 from nexus_rt.bench.vrbench import judging, report
 from nexus_rt.bench.vrbench.command import EXAMPLE
-from nexus_rt.bench.vrbench.judges import HttpJudge, JudgeError, JudgeUnusable
+from nexus_rt.bench.vrbench.judges import HttpJudge, JudgeError
 from nexus_rt.bench.vrbench.judging import judge_clips
 from nexus_rt.bench.vrbench.protocol import Protocol
-from nexus_rt.bench.vrbench.replies import Reply, of_choice, parse
+from nexus_rt.bench.vrbench.replies import cause_of, parse
 from nexus_rt.bench.vrbench.schema import read_bench
 from nexus_rt.cli import main
+from nexus_rt.core.chat import ChatUnavailable, Reply, of_choice
 from nexus_rt.pipeline.prompts import read_prompts
 from tests.refusals import refuses
 from tests.test_vrbench_judging import clips, serve  # noqa: F401 (fixtures)
@@ -252,9 +253,7 @@ def test_content_is_read_as_text_or_parts_and_silence_is_told_apart():
         "empty": {"message": {"content": None}, "finish_reason": "stop"},
         "unreadable": {"message": {"content": "Sure!"}},
     }
-    assert {of_choice(choice).cause: of_choice(choice).cause for choice in cases.values()} == {
-        c: c for c in cases
-    }
+    assert {c: cause_of(of_choice(choice)) for c, choice in cases.items()} == {c: c for c in cases}
 
 
 def completion(content=None, finish="stop", **message):
@@ -421,7 +420,7 @@ def test_the_key_is_kept_to_itself(serve, monkeypatch, tmp_path, capsys, clips):
     )
     monkeypatch.delenv("OPENAI_API_KEY")
     HttpJudge(server.url, "m")
-    with refuses("unreachable", kind=JudgeUnusable):
+    with refuses("unreachable", kind=ChatUnavailable):
         HttpJudge(server.url, "m").reply(TALK, [])
     assert "Authorization" not in server.headers[-1]  # .netrc has no part in it
     monkeypatch.setenv("OPENAI_API_KEY", f"{SECRET}\nX-Evil: 1")
@@ -469,6 +468,7 @@ def test_the_time_limit_is_of_the_whole_request():
     listener.close()
 
 
+@pytest.mark.process
 def test_one_interrupt_ends_a_hanging_run(clips):  # noqa: F811
     listener, url = dripping(10_000, 0.05)
     line = [

@@ -45,7 +45,7 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
                     outer.seen.append(body)
-                    outer.headers.append(dict(self.headers))
+                    outer.headers.append(self.headers)
                     number = len(outer.seen)
                     outer.busy += 1
                     outer.most = max(outer.most, outer.busy)

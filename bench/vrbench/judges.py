@@ -8,40 +8,35 @@ Temperature 0, 1,024 new tokens, as published for Qwen3-VL.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from nexus_rt.bench.pictures import data_url
 from nexus_rt.bench.vrbench import protocol as how
-from nexus_rt.bench.vrbench.http_judge import (
-    KEY,
-    TRIES,
-    Conversation,
-    HttpJudge,
-    JudgeError,
-    JudgeUnusable,
-)
-from nexus_rt.bench.vrbench.replies import Reply
-from nexus_rt.core.errors import InputError, ModelError, shorten
+from nexus_rt.bench.vrbench.protocol import STRICT, TOKENS
+from nexus_rt.core.chat import ChatClient, ChatError, Reply
+from nexus_rt.core.errors import InputError, ModelError, NexusError, shorten
 from nexus_rt.core.paths import as_path
 from nexus_rt.loading.pretrained import pretrained
 from nexus_rt.loading.source import folder_fingerprint, require_safetensors
 from nexus_rt.pipeline.assemble import default_device, default_dtype
 
-__all__ = [
-    "KEY",
-    "TRIES",
-    "HttpJudge",
-    "Judge",
-    "JudgeError",
-    "JudgeUnusable",
-    "LocalJudge",
-    "Reply",
-    "find_judge",
-]
-NEW_TOKENS = how.TOKENS
+KEY = "OPENAI_API_KEY"
+TRIES, TIMEOUT = 6, 300.0  # of a request; seconds
+MAX_PICTURES = 3_800_000  # bytes of a request's pictures
+MIN_SIDE = 32  # pixels of a picture's longest side that bytes may cost
+
+Conversation = list[dict[str, Any]]
+
+
+class JudgeError(NexusError):
+    """The judge gave no reply for one clip; another run may mend it."""
+
+    code = "unreachable"
 
 
 class Judge(Protocol):
@@ -56,6 +51,80 @@ class Judge(Protocol):
     def reply(self, talk: Conversation, frames: Sequence[np.ndarray]) -> Reply:
         """The next message of a conversation; frames: [H, W, 3] uint8 for its image parts."""
         ...
+
+
+class HttpJudge:
+    """An OpenAI-compatible endpoint, as `ChatClient`: one request a clip.
+
+    Args:
+        url: up to and including `/v1`, or the whole address of `chat/completions`.
+        model: what the server calls it.
+        timeout: seconds for the whole of a request.
+        wait: sleeps for some seconds between tries.
+        protocol: max_tokens, temperature and the size of pictures.
+
+    The key is read from `OPENAI_API_KEY`.
+    """
+
+    parallel = True
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        timeout: float = TIMEOUT,
+        tries: int = TRIES,
+        wait: Callable[[float], Any] | None = None,
+        protocol: how.Protocol = STRICT,
+    ) -> None:
+        key = os.environ.get(KEY)
+        self.client = ChatClient(url, key, timeout, tries, wait, "--judge-url", KEY)
+        self.model, self.protocol = model, protocol
+        self.name = f"{model} at {self.client.address}"
+        self.stop = self.client.stop
+
+    def _pictures(self, frames: Sequence[np.ndarray]) -> list[str]:
+        """Frames as JPEG data URLs, made smaller together until they fit a request."""
+        longest = max((max(f.shape[:2]) for f in frames), default=0)
+        side = self.protocol.picture_size or longest
+        while True:
+            heights = [
+                None if side >= longest else max(1, round(f.shape[0] * (side / longest)))
+                for f in frames
+            ]
+            urls = [data_url(f, "JPEG", h) for f, h in zip(frames, heights, strict=True)]
+            fits = sum(map(len, urls)) <= MAX_PICTURES or side <= MIN_SIDE
+            if self.protocol.picture_size or fits:
+                return urls
+            side = int(side * 0.8)
+
+    def reply(self, talk: Conversation, frames: Sequence[np.ndarray]) -> Reply:
+        """As `Judge.reply`.
+
+        Raises:
+            ChatUnavailable: no clip can be judged. JudgeError: no reply for this one.
+        """
+        urls = iter(self._pictures(frames))
+        part = lambda p: (
+            {"type": "image_url", "image_url": {"url": next(urls)}} if p["type"] == "image" else p
+        )
+        messages = []
+        for message in talk:
+            parts = [part(p) for p in message["content"]]
+            alone = len(parts) == 1 and parts[0]["type"] == "text"
+            messages.append(
+                {"role": message["role"], "content": parts[0]["text"] if alone else parts}
+            )
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "temperature": self.protocol.temperature,
+            "max_tokens": self.protocol.max_tokens or TOKENS,
+        }
+        try:
+            return self.client.reply(body)
+        except ChatError as error:
+            raise JudgeError(str(error), code=error.code) from error
 
 
 class LocalJudge:
@@ -73,9 +142,9 @@ class LocalJudge:
         folder: str | Path,
         device: Any = None,
         dtype: Any = None,
-        protocol: how.Protocol | None = None,
+        protocol: how.Protocol = STRICT,
     ) -> None:
-        self.folder, self.protocol = as_path("folder", folder), protocol or how.Protocol()
+        self.folder, self.protocol = as_path("folder", folder), protocol
         if not (self.folder / "config.json").is_file():
             raise ModelError(
                 f"{folder} holds no config.json; expected a folder with an image-text-to-text"
@@ -151,7 +220,7 @@ class LocalJudge:
             with torch.no_grad():
                 heat = self.protocol.temperature
                 sampled = {"do_sample": True, "temperature": heat} if heat else {"do_sample": False}
-                most = self.protocol.max_tokens or NEW_TOKENS
+                most = self.protocol.max_tokens or TOKENS
                 made = self._model.generate(**inputs, max_new_tokens=most, **sampled)
         except (
             RuntimeError,
@@ -177,7 +246,7 @@ def find_judge(
     model: str | None,
     device: Any = None,
     dtype: Any = None,
-    protocol: how.Protocol | None = None,
+    protocol: how.Protocol = STRICT,
 ) -> HttpJudge | LocalJudge:
     """The judge that `--judge-url` and `--judge-model` name: an endpoint where there is a URL, else
     a folder."""

@@ -9,15 +9,14 @@ costs nothing.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import queue
-import threading
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,37 +24,28 @@ import msgspec
 import numpy as np
 
 from nexus_rt.bench.results import read_as, write_text
-from nexus_rt.bench.vrbench.http_judge import Conversation, JudgeError
-from nexus_rt.bench.vrbench.judges import Judge
-from nexus_rt.bench.vrbench.protocol import AGAIN, FRAMES, Protocol
-from nexus_rt.bench.vrbench.replies import CAUSES, Reply, parse
+from nexus_rt.bench.vrbench.judges import Conversation, Judge, JudgeError
+from nexus_rt.bench.vrbench.protocol import AGAIN, STRICT, Protocol
+from nexus_rt.bench.vrbench.replies import CAUSES, Answers, cause_of, parse
 from nexus_rt.bench.vrbench.schema import MAX_WEIGHT, Prompt, Taxonomy
-from nexus_rt.bench.vrbench.scoring import NO, UNKNOWN, YES, clip_scores
+from nexus_rt.bench.vrbench.scoring import UNKNOWN, YES, clip_scores
 from nexus_rt.core import documents
-from nexus_rt.core.errors import InputError, NexusError
+from nexus_rt.core.deadline import begin
+from nexus_rt.core.errors import InputError, NexusError, readable
 from nexus_rt.media.video import read_frames
 
-__all__ = ["FILE", "FILES", "FRAMES", "ask", "judge_clips", "parse", "read_judgment", "render"]
 SCHEMA, KIND = 1, "nexus-rt vrbench"
 FILE = "judgment.json"
 # a protocol's own: scores of two are never mixed
-FILES = {
-    "strict": FILE,
-    "published": "judgment.published.json",
-}
+FILES = {"strict": FILE, "published": "judgment.published.json"}
 GRACE = 1.2  # seconds that replies on their way have when a run is stopped
 
 
-def render(prompt: Prompt, count: int, protocol: Protocol = Protocol()) -> str:  # noqa: B008 (frozen)
-    """The text of a clip's request."""
-    return protocol.render(prompt, count)
-
-
-def key_of(clip: bytes, prompt: Prompt, judge: str, protocol: Protocol = Protocol()) -> str:  # noqa: B008 (frozen)
+def key_of(clip: bytes, prompt: Prompt, judge: str, protocol: Protocol) -> str:
     """What a clip's answers are kept under."""
     asked = [
         hashlib.sha256(clip).hexdigest(),
-        render(prompt, protocol.frames, protocol),
+        protocol.render(prompt, protocol.frames),
         AGAIN,
         judge,
         *protocol.settings(),
@@ -67,22 +57,22 @@ def ask(
     judge: Judge,
     prompt: Prompt,
     frames: np.ndarray,
-    protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
-) -> dict[str, dict[str, str]]:
+    protocol: Protocol = STRICT,
+) -> Answers:
     """All of a clip's questions in one request, and once more where a reply lacks any; what is
     missing then is Unknown, with its cause.
 
     Raises:
-        JudgeError, JudgeUnusable: no reply.
+        JudgeError, ChatUnavailable: no reply.
     """
     picked = protocol.pick(frames)
     content = [
         *({"type": "image"} for _ in picked),
-        {"type": "text", "text": render(prompt, len(picked), protocol)},
+        {"type": "text", "text": protocol.render(prompt, len(picked))},
     ]
     talk: Conversation = [{"role": "user", "content": content}]
     wanted = [q.id for q in prompt.questions]
-    reply = _reply(judge, talk, picked)
+    reply = judge.reply(talk, list(picked))
     scores = parse(reply.text, wanted)
     if len(scores) < len(wanted) and reply.finish != "content_filter":
         first = reply.text or "(no content)"
@@ -90,20 +80,15 @@ def ask(
             {"role": r, "content": [{"type": "text", "text": t}]}
             for r, t in (("assistant", first), ("user", AGAIN))
         ]
-        reply = _reply(judge, talk, picked)
+        reply = judge.reply(talk, list(picked))
         scores = {**parse(reply.text, wanted), **scores}
-    shown = reply.text[:300].strip() or "nothing"
+    shown, cause = readable(reply.text[:300]).strip() or "nothing", cause_of(reply)
     left_out = {
         "answer": UNKNOWN,
-        "reason": f"{CAUSES[reply.cause]}; the judge's last reply: {shown}",
-        "cause": reply.cause,
+        "reason": f"{CAUSES[cause]}; the judge's last reply: {shown}",
+        "cause": cause,
     }
     return {q: scores.get(q, left_out) for q in wanted}
-
-
-def _reply(judge: Judge, talk: Conversation, frames: np.ndarray) -> Reply:
-    reply = judge.reply(talk, frames)
-    return reply if isinstance(reply, Reply) else Reply(str(reply))
 
 
 class _Answer(msgspec.Struct):
@@ -178,7 +163,7 @@ def find_clips(
     prompts: list[Prompt],
     folder: Path,
     judge: str,
-    protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
+    protocol: Protocol = STRICT,
 ) -> tuple[list[Clip], dict[str, str]]:
     """The clips of a folder (`clip_path`), and why the others have none."""
     if not folder.is_dir():
@@ -209,7 +194,7 @@ class _Answers(msgspec.Struct):
     answers: dict[str, _Answer]
 
 
-def _kept(path: Path, prompt: Prompt) -> dict[str, dict[str, str]] | None:
+def _kept(path: Path, prompt: Prompt) -> Answers | None:
     """Answers asked before; None where there are none, or a damaged file."""
     try:
         kept = documents.read(path, _Answers).answers
@@ -225,7 +210,7 @@ def judge_clips(
     taxonomy: Taxonomy,
     requests: int = 4,
     say: Callable[[str], None] = lambda line: None,
-    protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
+    protocol: Protocol = STRICT,
     retry_unknown: bool = False,
 ) -> dict[str, Any]:
     """Judge every prompt's clip in a folder, and write the protocol's file there.
@@ -241,7 +226,7 @@ def judge_clips(
 
     Raises:
         InputError: prompts without questions, or answers that cannot be written down.
-            JudgeUnusable: nothing can be judged; what was answered is kept.
+            ChatUnavailable: nothing can be judged; what was answered is kept.
     """
     if silent := [p.id for p in prompts if not p.questions]:
         raise InputError(
@@ -277,22 +262,19 @@ def judge_clips(
         f" {len(missing)} are missing"
     )
 
-    def one(clip: Clip) -> dict[str, dict[str, str]]:
+    def one(clip: Clip) -> Answers:
         try:
             frames = read_frames(clip.path)
         except InputError as error:
             raise Unreadable(str(error)) from error
-        answers = ask(judge, clip.prompt, frames, protocol)
         before = answers.get(clip.prompt.id, {})
-        answers = {
-            q: before[q] if before.get(q, {}).get("answer") in (YES, NO) else a
-            for q, a in answers.items()
-        }
+        known = {q: a for q, a in before.items() if a["answer"] != UNKNOWN}
+        made = ask(judge, clip.prompt, frames, protocol) | known
         _write(
             store / f"{clip.key}.json",
-            {"clip": clip.path.name, "judge": judge.name, "answers": answers},
+            {"clip": clip.path.name, "judge": judge.name, "answers": made},
         )
-        return answers
+        return made
 
     done = 0
     for clip, result in _in_threads(one, todo, requests if judge.parallel else 1, judge, say):
@@ -330,73 +312,46 @@ def judge_clips(
 
 
 def _in_threads(
-    work: Callable[[Clip], Any],
+    work: Callable[[Clip], Answers],
     todo: list[Clip],
     count: int,
     judge: Judge,
     say: Callable[[str], None],
-) -> Iterator[tuple[Clip, Any]]:
+) -> Iterator[tuple[Clip, Answers | BaseException]]:
     """Each clip with what `work` returned or raised, as it ends; in threads that a stopped process
-    does not wait for.
+    does not wait for. A clip begins when the result before it was taken.
 
     A run that is stopped gives replies on their way a moment, then leaves them.
     """
-    waiting: queue.SimpleQueue = queue.SimpleQueue()
-    ended: queue.SimpleQueue = queue.SimpleQueue()
-    stopped = threading.Event()
-    begun: set[str] = set()
-    for clip in todo:
-        waiting.put(clip)
-
-    def serve() -> None:
-        while not stopped.is_set():
-            try:
-                clip = waiting.get_nowait()
-            except queue.Empty:
-                return
-            begun.add(clip.prompt.id)
-            try:
-                result = work(clip)
-            except BaseException as error:
-                result = error
-                if not isinstance(error, (JudgeError, Unreadable)):
-                    stopped.set()  # nothing can be judged: the others need not begin
-            begun.discard(clip.prompt.id)
-            ended.put((clip, result))
-
-    threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(count, len(todo)))]
-    for thread in threads:
-        thread.start()
+    waiting, on_way = iter(todo), dict[Future[Answers], Clip]()
     try:
-        for _ in todo:
-            while True:
-                with contextlib.suppress(queue.Empty):
-                    yield ended.get(timeout=0.1)
-                    break
-                if not any(t.is_alive() for t in threads) and ended.empty():
-                    return
+        while True:
+            for clip in islice(waiting, count - len(on_way)):
+                on_way[begin(partial(work, clip))] = clip
+            if not on_way:
+                return
+            # an interrupt is seen between waits, whatever the system
+            for future in wait(on_way, 0.1, FIRST_COMPLETED).done:
+                yield on_way.pop(future), future.exception() or future.result()
     finally:
-        stopped.set()
-        until = time.monotonic() + GRACE
-        if on_way := len(begun):
+        if left := [future for future in on_way if not future.done()]:
             say(
-                f"stopping; {on_way} replies are on their way, and those that come within {GRACE:g}"
-                " s are kept"
+                f"stopping; {len(left)} replies are on their way, and those that come within"
+                f" {GRACE:g} s are kept"
             )
-            while begun and time.monotonic() < until:
-                time.sleep(0.02)
+            wait(left, GRACE)
         judge.stop()
 
 
 def _row(
     clip: Clip,
-    answers: dict[str, dict[str, str]],
+    answers: Answers,
     taxonomy: Taxonomy,
     folder: Path,
     protocol: Protocol,
 ) -> dict[str, Any]:
     prompt = clip.prompt
-    answers = {
+    rows: dict[str, dict[str, Any]] = {
         q.id: {**answers[q.id], "question": q.text, "weight": q.weight, "layer": q.layer}
         for q in prompt.questions
     }
@@ -406,8 +361,8 @@ def _row(
         "prompt": prompt.text,
         "file": clip.path.relative_to(folder).as_posix(),
         "key": clip.key,
-        "answers": answers,
-        **clip_scores(answers, taxonomy.layer_names(prompt.category), protocol.counts_unanswered),
+        "answers": rows,
+        **clip_scores(rows, taxonomy.layer_names(prompt.category), protocol.counts_unanswered),
     }
 
 

@@ -133,3 +133,6 @@ class Protocol:
             return TEMPLATE.format(**text)
         lines = {"role": prompt.role, "instructions": prompt.judge_instructions}
         return PUBLISHED.format(**text, **{k: f"{v}\n\n" if v else "" for k, v in lines.items()})
+
+
+STRICT = Protocol()

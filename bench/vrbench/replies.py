@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from nexus_rt.bench.vrbench.scoring import NO, YES
+from nexus_rt.core.chat import Reply
 from nexus_rt.core.errors import readable
 
-# of a reply: characters read, places tried for a JSON object
-MOST_TEXT, MOST_OBJECTS = (
-    200_000,
-    256,
-)
+MAX_TEXT, MAX_OBJECTS = 200_000, 256  # characters read; places tried for a JSON object
+Answers = dict[str, dict[str, str]]  # question -> its "answer" and "reason"
 START = re.compile(r'\{\s*(?=["}])')
 CAUSES = {  # why a question has no answer -> in words
     "length": "the reply was cut at the token limit (finish_reason length)",
@@ -25,53 +22,14 @@ CAUSES = {  # why a question has no answer -> in words
 }
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What a judge said. finish: the server's finish_reason; reasoning: it reasoned and wrote no
-    content."""
-
-    text: str
-    finish: str | None = None
-    reasoning: bool = False
-
-    @property
-    def cause(self) -> str:
-        """Why no answer can be read of it, as `CAUSES` names it."""
-        if self.finish in ("length", "content_filter"):
-            return self.finish
-        return "unreadable" if self.text.strip() else "reasoning" if self.reasoning else "empty"
+def cause_of(reply: Reply) -> str:
+    """Why no answer can be read of a reply, as `CAUSES` names it."""
+    if reply.finish in ("length", "content_filter"):
+        return reply.finish
+    return "unreadable" if reply.text.strip() else "reasoning" if reply.reasoning else "empty"
 
 
-def of_choice(choice: dict[str, Any]) -> Reply:
-    """The reply in a chat completion's choice: content as text or as parts, which may be null.
-
-    Raises:
-        KeyError, TypeError, AttributeError: it is no choice.
-    """
-    message = choice["message"]
-    content, finish = message.get("content"), choice.get("finish_reason")
-    if isinstance(content, list):
-        parts = [
-            p if isinstance(p, str) else p.get("text")
-            for p in content
-            if isinstance(p, (str, dict))
-        ]
-        content = "".join(p for p in parts if isinstance(p, str))
-    reasoned = any(
-        isinstance(message.get(k), str) and message[k].strip()
-        for k in ("reasoning_content", "reasoning")
-    )
-    refusal = message.get("refusal")
-    if not content and isinstance(refusal, str) and refusal:
-        content = refusal
-    return Reply(
-        readable(content) if isinstance(content, str) else "",
-        finish if isinstance(finish, str) else None,
-        reasoned,
-    )
-
-
-def parse(reply: str, wanted: list[str]) -> dict[str, dict[str, str]]:
+def parse(reply: str, wanted: list[str]) -> Answers:
     """The answers found in a reply: question -> {"answer": "Yes" | "No", "reason"}; what cannot be
     read is left out.
 
@@ -80,10 +38,11 @@ def parse(reply: str, wanted: list[str]) -> dict[str, dict[str, str]]:
     "Yes", lower case, and answers without their `answers` object. Bounded in time whatever the
     text.
     """
-    text = reply.rpartition("</think>")[2][-MOST_TEXT:]
-    decoder, best, end = json.JSONDecoder(), {}, 0
+    text = reply.rpartition("</think>")[2][-MAX_TEXT:]
+    decoder, end = json.JSONDecoder(), 0
+    best: Answers = {}
     starts = [m.start() for m in START.finditer(text)]
-    for place in starts[-MOST_OBJECTS:]:
+    for place in starts[-MAX_OBJECTS:]:
         if place < end:  # inside an object that was read
             continue
         try:
@@ -96,7 +55,7 @@ def parse(reply: str, wanted: list[str]) -> dict[str, dict[str, str]]:
     return best
 
 
-def _best(value: Any, wanted: list[str], depth: int = 3) -> dict[str, dict[str, str]]:
+def _best(value: Any, wanted: list[str], depth: int = 3) -> Answers:
     """The most answers of an object, or of the objects in it."""
     if not isinstance(value, dict):
         return {}

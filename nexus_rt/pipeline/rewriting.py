@@ -8,7 +8,6 @@ reason, so it is told the answer rather than the riddle.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -16,17 +15,24 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
-from urllib.request import Request, urlopen
 
 import torch
 
 from nexus_rt.components.understanding import MAX_ANSWER, REWRITE, UnderstandingModel
+from nexus_rt.core.chat import ChatClient
 from nexus_rt.core.checks import check_unicode
-from nexus_rt.core.errors import InputError, ModelError, RewriteError, is_text, shorten, shown
+from nexus_rt.core.deadline import begin, result_within
+from nexus_rt.core.errors import (
+    InputError,
+    ModelError,
+    NexusError,
+    RewriteError,
+    is_text,
+    shorten,
+    shown,
+)
 from nexus_rt.core.limits import REWRITE_TIMEOUT
 from nexus_rt.core.log import logger
 from nexus_rt.core.paths import as_path
@@ -38,20 +44,9 @@ from nexus_rt.pipeline.assemble import default_device, default_dtype
 from nexus_rt.pipeline.settings import is_off
 
 CACHED = 1024
-MAX_REPLY = 1 << 20  # bytes
 KEY = "NEXUS_RT_REWRITER_KEY"
 
 Rewriter = Callable[[str], str]
-
-
-def split_url(url: str) -> SplitResult | None:
-    """The parts of an http or https URL; None where it is none."""
-    try:
-        parts = urlsplit(url.strip())
-        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        return parts if fits and is_text(url) and url.strip().isprintable() else None
-    except (ValueError, AttributeError):  # of brackets, of the port; no text at all
-        return None
 
 
 @dataclass
@@ -162,33 +157,11 @@ def _ask(source: Any, prompt: str, deadline: float) -> str:
     if isinstance(source, UnderstandingModel):
         answer: Any = source.answer(prompt, deadline)
     else:
-        answer = _within(lambda: source(prompt), left)
+        answer = result_within(begin(lambda: source(prompt)), left)
     text = " ".join(answer.split()) if isinstance(answer, str) else ""
     if not text or not is_text(text):
         raise ModelError(f"the answer is {shown(answer)}; expected a text", code="rewrite_failed")
     return text
-
-
-def _within(call: Callable[[], Any], seconds: float) -> Any:
-    """A call's result, or TimeoutError; a call that hangs is left to a thread that no exit waits
-    for."""
-    result: list[Any] = []
-    error: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            result.append(call())
-        except BaseException as raised:  # handed to the caller
-            error.append(raised)
-
-    thread = threading.Thread(target=work, daemon=True, name="nexus-rt rewriting")
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer within {seconds:.1f} s")
-    if error:
-        raise error[0]
-    return result[0]
 
 
 class Cache:
@@ -312,7 +285,7 @@ class EndpointRewriter:
         timeout: seconds for one request.
 
     Raises:
-        InputError: no http or https URL.
+        InputError: no http or https URL, or a key that no header can carry.
     """
 
     def __init__(
@@ -323,41 +296,19 @@ class EndpointRewriter:
         timeout: float = REWRITE_TIMEOUT,
         system: str = REWRITE,
     ) -> None:
-        if (parts := split_url(url)) is None:
-            raise InputError(
-                f"rewriter URL {shown(url)}: expected http://HOST[:PORT]/v1.", param="url"
-            )
-        self.host = parts.netloc.rpartition("@")[2]  # without secrets
-        base = url.strip().rstrip("/")
-        self.url = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
-        self.model, self.timeout, self.system = model, timeout, system
-        self.key = os.environ.get(KEY) if api_key is None else api_key
+        key = os.environ.get(KEY) if api_key is None else api_key
+        self.client = ChatClient(url, key, timeout, key_name=KEY)
+        self.model, self.system = model, system
 
     def __repr__(self) -> str:
-        return f"EndpointRewriter({self.url!r}, {self.model!r})"
+        return f"EndpointRewriter({self.client.address!r}, {self.model!r})"
 
     def __call__(self, prompt: str) -> str:
         messages = _messages(self.system, prompt)
-        body = {"model": self.model, "messages": messages, "temperature": 0}
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = Request(self.url, json.dumps(body).encode(), headers)
         try:
-            with urlopen(request, timeout=self.timeout) as reply:
-                data = reply.read(MAX_REPLY + 1)
-            if len(data) > MAX_REPLY:
-                raise ValueError(f"an answer of more than {MAX_REPLY} bytes")
-            text = json.loads(data)["choices"][0]["message"]["content"]
-        except (
-            HTTPException,
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            RecursionError,
-        ) as error:
-            raise RewriteError(f"{self.host}: {shorten(error)}") from error
-        if not isinstance(text, str):
-            raise RewriteError(f"{self.host}: an answer without text")
-        return text
+            reply = self.client.reply({"model": self.model, "messages": messages, "temperature": 0})
+        except NexusError as error:
+            raise RewriteError(f"{self.client.host}: {error}") from error
+        if reply.refusal or not reply.text:
+            raise RewriteError(f"{self.client.host}: an answer without text")
+        return reply.text
