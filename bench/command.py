@@ -13,7 +13,7 @@ import torch
 from nexus_rt.bench import results as files
 from nexus_rt.bench.estimate import estimate, matrix_tflops
 from nexus_rt.bench.latency import Clip, Engine, quiet, suite
-from nexus_rt.bench.page import drawing, finite, page
+from nexus_rt.bench.page import drawing, page
 from nexus_rt.bench.peers import Setting, measure_peers, parse_peers
 from nexus_rt.bench.presets import (
     PROMPT,
@@ -24,6 +24,8 @@ from nexus_rt.bench.presets import (
     random_prompt,
 )
 from nexus_rt.bench.scaling import scaling
+from nexus_rt.bench.schema import report_of
+from nexus_rt.bench.terminal import text
 from nexus_rt.core.checks import number, whole
 from nexus_rt.core.errors import InputError, ModelError, NexusError, choose
 from nexus_rt.core.limits import MAX_FRAMES, MAX_SIDE, MAX_STEPS
@@ -35,7 +37,8 @@ from nexus_rt.engines.experts import changed
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.loading.packing import check_dense
 from nexus_rt.loading.pair_folder import pair_index
-from nexus_rt.method.plan_text import has_clocks, parse_plan
+from nexus_rt.method.plan_options import has_clocks
+from nexus_rt.method.plan_text import parse_plan
 from nexus_rt.pipeline.assemble import default_device, default_dtype
 from nexus_rt.pipeline.pipeline import NexusPipeline
 from nexus_rt.pipeline.request import default_grid
@@ -85,9 +88,8 @@ def run(args: argparse.Namespace) -> int:
         whole("--size", side, 1, MAX_SIDE)
     if args.tflops is not None:
         number("--tflops", args.tflops, 1e-6, 1e9)
-    measured = measure(args)
-    measured["rows"] = measured.get("rows", [])
-    print(text(measured))
+    measured = files.finite({"rows": [], **measure(args)})
+    print(text(report_of(measured)))
     write(measured, args)
     return 0
 
@@ -110,9 +112,9 @@ def write(report: dict[str, Any], args: argparse.Namespace) -> None:
         "rows": [{k: v for k, v in r.items() if k != "thumbnail"} for r in report["rows"]],
     }
     made = (
-        (args.json, lambda: json.dumps(finite(without), indent=1) + "\n"),
-        (args.html, lambda: page(finite(report))),
-        (args.plot, lambda: drawing(finite(report)) + "\n"),
+        (args.json, lambda: json.dumps(without, indent=1) + "\n"),
+        (args.html, lambda: page(report)),
+        (args.plot, lambda: drawing(report) + "\n"),
     )
     for path, content in made:
         if path:
@@ -298,7 +300,7 @@ def _engine(
             param="engines",
         )
     from nexus_rt.export.build import Target, export_components
-    from nexus_rt.export.command import chosen_components, folders_beside
+    from nexus_rt.export.components import chosen_components, folders_beside
     from nexus_rt.loading.lora import parse_loras
 
     precision = "fp32" if device.type == "cpu" else "bf16"
@@ -366,69 +368,3 @@ def _estimate(
     plans = [parse_plan(name.strip(), grid) for name in names]
     tflops = args.tflops or matrix_tflops(device, dtype)
     return estimate(configs, need, size, plans, (d.guidance_scale, d.guidance_scale), tflops)
-
-
-def text(report: dict[str, Any]) -> str:
-    """Results for a terminal."""
-    out = [*report["notes"]]
-    if "estimate" in report:
-        e = report["estimate"]
-        out += [f"{name}: {count:,} TFLOP" for name, count in e["tflop"].items()]
-        out += [
-            f"{r['plan']}: {r['steps']} steps take at least {r['denoise_ms_at_least']:,} ms at"
-            f" {e['tflops']} TFLOP/s"
-            for r in e["rows"]
-        ]
-        return "\n".join(out)
-    wide = max(12, *(len(r["plan"]) for r in report["rows"]))
-    out.append(
-        f"{'plan':{wide}} {'engine':12} {'p50 ms':>9} {'p95 ms':>9} {'denoise':>9} {'vae':>8}"
-        f" {'predicted':>9} {'PSNR dB':>9} {'SSIM':>7} {'latents':>8} {'right':>7}"
-    )
-    for r in report["rows"]:
-        if "failed" in r:
-            out.append(f"{r['plan']:{wide}} {r['engine']:12} failed: {r['failed']}")
-            continue
-        q, off = r["quality"], r.get("prediction_error")
-        shown = (
-            "identical"
-            if q.get("identical")
-            else "-"
-            if q.get("psnr_db") is None
-            else f"{q['psnr_db']:.1f}"
-        )
-        ssim = "-" if q.get("ssim") is None else f"{q['ssim']:.4f}"
-        right = f"{q['right']}/{q['count']}" if "accuracy" in q else "-"
-        vae = r["components_ms"].get("vae")
-        times = f"{r['total_duration_ms']:9.1f} {r['total_p95_ms']:9.1f} {r['denoise_ms']:9.1f}"
-        rest = (
-            f"{'-' if vae is None else f'{vae:.1f}':>8}"
-            f" {'-' if off is None else f'{100 * off:+.1f}%':>9}"
-        )
-        quality = f"{shown:>9} {ssim:>7} {q['latent_error']:8.1e} {right:>7}"
-        out.append(f"{r['plan']:{wide}} {r['engine']:12} {times} {rest} {quality}")
-    for r in report.get("peers", []):
-        if "failed" in r:
-            out.append(f"peer {r['peer']}: {r['failed']}")
-            continue
-        shown = (
-            "identical"
-            if r.get("identical")
-            else "-"
-            if r.get("psnr_db") is None
-            else f"{r['psnr_db']:.1f} dB"
-        )
-        out.append(
-            f"peer {r['peer']}: {r['theirs_ms']['p50']:.1f} ms, our {r['plan']}"
-            f" {r['ours_ms']['p50']:.1f} ms, {r['ratio']:.2f}x; latents differ by"
-            f" {r['latent_error']:.1e}, frames {shown}"
-        )
-    for axis, curves in report.get("scaling", {}).items():
-        for name, curve in curves.items():
-            if fit := curve["fit"]:
-                terms = ", ".join(
-                    f"{c:.3g} (power {p})"
-                    for c, p in zip(fit["coefficients"], fit["powers"], strict=True)
-                )
-                out.append(f"scaling over {axis}, {name}: {terms}; R2 {fit['r2']:.4f}")
-    return "\n".join(out)

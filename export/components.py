@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ import torch
 
 from nexus_rt.components.text import TextEncoder
 from nexus_rt.components.vae import VideoDecoder, vae_config, vae_space
-from nexus_rt.core.errors import InputError, ModelError
+from nexus_rt.core.errors import InputError, ModelError, choose
 from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.exported_engine import DTYPES, GRAPHS
 from nexus_rt.engines.folder import trusted_hash
@@ -27,12 +27,15 @@ from nexus_rt.export.dynamic_shapes import Traced
 from nexus_rt.export.graph import trace
 from nexus_rt.export.text_vae import decoder_states, trace_decoder, trace_text
 from nexus_rt.loading import transformer
+from nexus_rt.loading.experts import ExpertFolders, GeneratorSource, transformers_of
 from nexus_rt.loading.locate import find_text
-from nexus_rt.loading.lora import Lora, loras_hash
+from nexus_rt.loading.lora import Lora, loras_hash, loras_of
+from nexus_rt.loading.pair_folder import PairFolders
 from nexus_rt.memory.streaming import BlockStream
 from nexus_rt.models.umt5 import umt5_settings
 from nexus_rt.models.wan import WanTransformer
 
+NAMES = ("small", "large", "vae", "text_encoder")  # of what can be exported
 WEIGHTS = (".safetensors", ".sft", ".gguf", ".bin", ".pth", ".pt")
 
 
@@ -281,3 +284,66 @@ class TextComponent:
         return parity.text_answers(
             engine or TextEncoder(self.source, torch.float32, device, self.tokenizer), vocabulary
         )
+
+
+def chosen_components(
+    pair: PairFolders,
+    names: str | None,
+    loras: Mapping[str, tuple[Lora, ...]] | None = None,
+) -> list[Component]:
+    """Components of a pair to export: those named, or its generators, with what is merged into
+    them.
+
+    Raises:
+        InputError: an unknown part, or one that the pair has not.
+    """
+    chosen = [n.strip() for n in names.split(",")] if names else list(pair.generators)
+    parts: list[Component] = []
+    for name in dict.fromkeys(choose("part", n, NAMES) for n in chosen):
+        folder = {**pair.generators, "vae": pair.vae, "text_encoder": pair.text}.get(name)
+        if folder is None:
+            raise InputError(
+                f"there is no {name} here to export; pass --{name.replace('_', '-')}, or other"
+                " --parts.",
+                code="missing",
+                param=name,
+            )
+        if name == "vae":
+            parts.append(DecoderComponent(folder))
+        elif name == "text_encoder":
+            parts.append(TextComponent(folder, pair.tokenizer))
+        else:
+            parts += _generators(name, folder, (loras or {}).get(name, ()))
+    return parts
+
+
+def _generators(name: str, source: GeneratorSource, loras: Sequence[Lora]) -> list[Component]:
+    """A generator's engines: one, or one for each expert."""
+    folders = transformers_of(source)
+    own = loras_of(name, folders, loras)
+    boundary = source.boundary if isinstance(source, ExpertFolders) else None
+    return [
+        GeneratorComponent(f"{name}-{e}" if e else name, folder, tuple(own[e]), boundary)
+        for e, folder in folders.items()
+    ]
+
+
+def folders_beside(pair: PairFolders, parts: list[Component]) -> dict[str, Path]:
+    """What a folder of engines needs besides them: encoders and VAE that are not exported, and the
+    tokenizer."""
+    folders = {"vae": pair.vae, "understanding": pair.understanding, "connector": pair.connector}
+    if pair.text is not None:
+        folders |= dict(
+            zip(("text_encoder", "tokenizer"), find_text(pair.text, pair.tokenizer), strict=True)
+        )
+    exported = {p.name for p in parts}
+    beside = {name: f for name, f in folders.items() if f is not None and name not in exported}
+    for name, folder in beside.items():
+        if folder.is_file():
+            raise InputError(
+                f"the {name.replace('_', ' ')} is a single file, {folder}, and engines stand beside"
+                " folders; make one of it first: `nexus-rt convert wan`.",
+                code="unsupported",
+                param=name,
+            )
+    return beside

@@ -9,33 +9,38 @@ import pytest
 import torch
 
 from nexus_rt import InputError, ModelError, NexusPipeline
+from nexus_rt.cli.engines import maintain as engines_command
 from nexus_rt.core.errors import DecodeError, NumericsError
 from nexus_rt.core.size import ClipSize, parse_sizes
 from nexus_rt.engines import folder as folders
-from nexus_rt.engines.command import run as engines_command
 from nexus_rt.engines.exported_engine import Sessions
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.engines.registry import engine_of, open_engine
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.export.build import Target, export_component, export_components
-from nexus_rt.export.command import chosen_components, folders_beside
-from nexus_rt.export.components import GeneratorComponent
+from nexus_rt.export.components import GeneratorComponent, chosen_components, folders_beside
 from nexus_rt.export.parity import distance
 from nexus_rt.loading.pair_folder import MINI, find_pair
 from nexus_rt.loading.transformer import load_transformer
 from tests.conftest import SIZES
+from tests.needs import needs
 from tests.refusals import refuses
 
 CPU = torch.device("cpu")
 SIZE = ClipSize(48, 32, 5)
-BACKENDS = ["torch", "torch, compiled", "onnx", "onnx 20", "onnx fp16", "aoti"]
+BACKENDS = [
+    "torch",
+    pytest.param("torch, compiled", marks=pytest.mark.toolchain),
+    "onnx",
+    *(pytest.param(name, marks=pytest.mark.export) for name in ("onnx 20", "onnx fp16", "aoti")),
+]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ON_GPU = [
     pytest.param(f"{b} {p}", marks=[pytest.mark.gpu, needs_gpu])
     for b in ("tensorrt", "tensorrt-rtx")
     for p in ("fp16", "fp32")
 ]
-pytest.importorskip("onnxruntime")
+needs("onnx", "onnxscript", "onnxruntime")
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +206,7 @@ def linked(source, folder, layout):
     return target
 
 
-@pytest.mark.parametrize("backend", ["onnx", "aoti"])
+@pytest.mark.parametrize("backend", ["onnx", pytest.param("aoti", marks=pytest.mark.export)])
 @pytest.mark.parametrize(
     "layout",
     ["a hub's cache", "large ones shared", "each apart", "large ones alone", "a link to it"],
@@ -234,6 +239,7 @@ def test_a_link_to_another_file_is_found(make, tmp_path, layout):
         open_engine(target, CPU)
 
 
+@pytest.mark.export
 def test_compiled_code_is_bound_to_its_version(make, tmp_path):
     path = shutil.copytree(make("aoti").folder.path, tmp_path / "engine")
     edit(path, backend_version="2.1.0")
@@ -282,6 +288,7 @@ def exported(cache, tiny_engines):
     return tiny_engines
 
 
+@pytest.mark.export
 @pytest.mark.parametrize(
     "plan",
     [
@@ -312,6 +319,7 @@ def test_a_pipeline_of_engines_makes_the_same_video(exported, tiny_pipe, plan):
 
 
 @pytest.mark.slow
+@pytest.mark.export
 @pytest.mark.parametrize("backend", ["onnx", "aoti"])
 def test_the_mini_pair_draws_the_same_frames(backend, cache, tmp_path):
     base = NexusPipeline.from_pretrained()
@@ -327,6 +335,7 @@ def test_the_mini_pair_draws_the_same_frames(backend, cache, tmp_path):
     assert 10 * np.log10(1 / ((frames[0] - frames[1]) ** 2).mean()) >= 45
 
 
+@pytest.mark.export
 def test_more_samples_than_a_run_takes_are_run_in_turn(exported, monkeypatch):
     def make():
         pipe = NexusPipeline.from_engines(exported)
@@ -364,6 +373,7 @@ def test_more_samples_than_a_run_takes_are_run_in_turn(exported, monkeypatch):
         )
 
 
+@pytest.mark.export
 def test_an_engine_that_is_not_finite_names_the_generator(exported):
     pipe = NexusPipeline.from_engines(exported)
     pipe.set_progress_bar_config(disable=True)
@@ -378,6 +388,7 @@ def test_an_engine_that_is_not_finite_names_the_generator(exported):
     assert "small" in str(caught.value) and "step 0" in str(caught.value)
 
 
+@pytest.mark.export
 def test_a_clip_of_any_length_through_the_decoder(exported, tiny_pipe):
     decoder = NexusPipeline.from_engines(exported).vae
     for batch, frames in ((2, 1), (1, 2), (1, 4)):
@@ -391,6 +402,7 @@ def test_a_clip_of_any_length_through_the_decoder(exported, tiny_pipe):
     assert "32x32x5, 48x32x5" in str(caught.value)
 
 
+@pytest.mark.export
 def test_prompts_through_the_text_encoder(exported, tiny_pipe):
     encoder = NexusPipeline.from_engines(exported).text
     for prompts in (["a"], ["", "a red circle moves left on black background"], [""]):
@@ -417,6 +429,7 @@ def test_a_folder_without_engines_says_what_makes_them(tmp_path):
     assert "`nexus-rt export`" in str(caught.value)
 
 
+@pytest.mark.export
 def test_engines_of_two_spaces_are_refused(exported, tmp_path):
     path = shutil.copytree(exported, tmp_path / "two")
     manifest = EngineFolder.read(path / "small").manifest
@@ -425,6 +438,7 @@ def test_engines_of_two_spaces_are_refused(exported, tmp_path):
         NexusPipeline.from_engines(path)
 
 
+@pytest.mark.export
 def test_engines_without_a_common_size_are_refused(exported, tmp_path):
     path = shutil.copytree(exported, tmp_path / "two")
     edit(path / "small", buckets=[[64, 64, 5]])
@@ -433,8 +447,11 @@ def test_engines_without_a_common_size_are_refused(exported, tmp_path):
     assert "small: 64x64x5; large: 32x32x5, 48x32x5" in str(caught.value)
 
 
-def test_list_verify_and_prune(make, cache, capsys):
-    good = make("onnx").folder.path
+def test_list_verify_and_prune(make, tmp_path, monkeypatch, capsys):
+    built = make("onnx").folder.path
+    monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path))
+    cache = folders.engines_root()
+    good = shutil.copytree(built, cache / built.name)
     bad, part, failed = (cache / n for n in ("0" * 16, "1" * 16 + ".part", "2" * 16 + ".failed"))
     shutil.copytree(good, bad)
     (bad / "velocity.onnx").write_bytes(b"short")

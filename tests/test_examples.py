@@ -32,13 +32,7 @@ def loaded(name):
     return module
 
 
-@pytest.fixture
-def cache(engines_cache, monkeypatch):
-    """The cache of the tiny pair's engines, for this test too."""
-    monkeypatch.setenv("NEXUS_RT_CACHE", str(engines_cache))
-    return engines_cache
-
-
+@pytest.mark.export
 def test_onnx_runtime_alone_makes_the_same_clip(tiny_engines, tiny_pair):
     noise = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
     prompt = "a red circle moves left"
@@ -52,6 +46,7 @@ def test_onnx_runtime_alone_makes_the_same_clip(tiny_engines, tiny_pair):
     assert got.shape == wanted.shape and np.abs(got - wanted).max() < 1e-3
 
 
+@pytest.mark.export
 def test_the_example_needs_nothing_of_ours(tiny_engines, tmp_path):
     code = f"""
 import sys
@@ -64,10 +59,12 @@ exec(compile(open({str(EXAMPLES / "onnx_consumer.py")!r}).read(), "x", "exec"))
     assert np.load(tmp_path / "clip.npy").shape == (5, 32, 32, 3)
 
 
+@pytest.mark.export
 def test_graphs_are_whole_named_and_tell_nothing_of_this_machine(tiny_engines, engines_cache):
     """onnx itself opens and checks them; dynamic axes have names; one copy on this disk; no path
     inside."""
-    onnx = pytest.importorskip("onnx")
+    import onnx
+
     paths = sorted((tiny_engines).rglob("*.onnx"))
     assert len(paths) == 2 + 2 + 2 + 1  # generators, decoder, text encoder
     for path in paths:
@@ -104,8 +101,9 @@ def test_graphs_are_whole_named_and_tell_nothing_of_this_machine(tiny_engines, e
     } <= cached  # one copy: the cache has links
 
 
+@pytest.mark.export
 def test_a_second_folder_is_another_s_copy_and_both_are_whole(
-    tiny_engines, tiny_pair, cache, tmp_path, capsys
+    tiny_engines, tiny_pair, own_cache, tmp_path, capsys
 ):
     second, parts = tmp_path / "second", ("vae", "text_encoder", "large")
     line = [
@@ -128,6 +126,7 @@ def test_a_second_folder_is_another_s_copy_and_both_are_whole(
         NexusPipeline.from_engines(second)
 
 
+@pytest.mark.export
 def test_a_damaged_engine_that_kept_its_time_is_found_and_built_again(
     tiny_pair, tiny_engines, tmp_path, monkeypatch, capsys
 ):
@@ -149,7 +148,8 @@ def test_a_damaged_engine_that_kept_its_time_is_found_and_built_again(
     assert main(["engines", "verify", str(file.parent)]) == 0
 
 
-def test_aoti_without_this_package(tiny_pair, tmp_path, cache, monkeypatch):
+@pytest.mark.export
+def test_aoti_without_this_package(tiny_pair, small_aoti, own_cache, tmp_path, monkeypatch):
     """The loader that the manifest names; and an engine whose instruction sets are not here is
     refused."""
     line = [
@@ -163,8 +163,9 @@ def test_aoti_without_this_package(tiny_pair, tmp_path, cache, monkeypatch):
         "--sizes",
         ",".join(SIZES),
     ]
-    assert main([*line, "-o", str(tmp_path)]) == 0
-    manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
+    out = tmp_path / "out"
+    assert main([*line, "-o", str(out)]) == 0
+    manifest = json.loads((out / "small" / "manifest.json").read_text())
     assert (
         manifest["options"]["loader"] == aoti.LOADER
         and manifest["options"]["instruction_sets"] == instruction_sets() != []
@@ -172,16 +173,16 @@ def test_aoti_without_this_package(tiny_pair, tmp_path, cache, monkeypatch):
     code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); sys.modules['nexus_rt'] = None\n"
     code += (
         "import aoti_consumer, pathlib;"
-        f" print(tuple(aoti_consumer.main(pathlib.Path({str(tmp_path / 'small')!r})).shape))"
+        f" print(tuple(aoti_consumer.main(pathlib.Path({str(out / 'small')!r})).shape))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("(1, 16, 2, 4, 4)")
-    open_engine(tmp_path / "small", torch.device("cpu"))
+    open_engine(out / "small", torch.device("cpu"))
     monkeypatch.setattr(
         registry, "instruction_sets", lambda: manifest["options"]["instruction_sets"][1:]
     )
     with refuses("mismatch", kind=ModelError) as caught:
-        open_engine(tmp_path / "small", torch.device("cpu"))
+        open_engine(out / "small", torch.device("cpu"))
     absent = manifest["options"]["instruction_sets"][0]
     assert absent in str(caught.value) and "nexus-rt export" in str(caught.value)
 
@@ -214,8 +215,8 @@ def test_a_text_encoder_in_half_precision_is_refused_before_work(tiny_pair, tmp_
     ],
 )
 def test_a_compute_capability_is_one_thing_however_it_is_written(written, meant):
+    from nexus_rt.cli.export import capability
     from nexus_rt.core.errors import InputError
-    from nexus_rt.export.command import capability
 
     assert capability(written) == meant
     with refuses("invalid_value", "sm", InputError):
@@ -241,6 +242,8 @@ def test_a_worker_makes_clips_reports_errors_and_cancels(tiny_pair, tmp_path):
     assert long.cancelled and late.cancelled and not long.file.exists() and not late.file.exists()
 
 
+@pytest.mark.export
+@pytest.mark.process
 def test_exported_engines_are_served(tiny_engines, tmp_path):
     from tests.serving import ServerProcess, ask, wait_for
 

@@ -25,21 +25,22 @@ from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.export import build, components, contract, graph, parity
 from nexus_rt.export import onnx as onnx_builder
 from nexus_rt.export.build import Target, export_component
-from nexus_rt.export.command import chosen_components
 from nexus_rt.export.components import (
     DecoderComponent,
     GeneratorComponent,
     TextComponent,
+    chosen_components,
 )
 from nexus_rt.loading.pair_folder import find_pair
 from nexus_rt.loading.transformer import load_transformer
 from tests.bad_values import parameters, raw_errors
 from tests.conftest import SIZES
+from tests.needs import needs
 from tests.refusals import refuses
 
 CPU = torch.device("cpu")
 SIZE = ClipSize(32, 32, 5)
-pytest.importorskip("onnxruntime")
+needs("onnx", "onnxscript", "onnxruntime")
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,7 @@ def quick(monkeypatch):
     without_building(monkeypatch)
 
 
+@pytest.mark.export
 def test_one_graph_serves_several_sizes_and_holds_no_scatter(tiny_pair):
     sizes = (ClipSize(32, 32, 5), ClipSize(64, 48, 9), ClipSize(48, 32, 1))
     engine, said = export_small(tiny_pair, buckets=sizes)
@@ -124,6 +126,7 @@ def test_one_graph_serves_several_sizes_and_holds_no_scatter(tiny_pair):
     assert "32x32x1 to 64x48x9" in str(caught.value)
 
 
+@pytest.mark.export
 @pytest.mark.parametrize("part", ["generator", "decoder", "text"])
 def test_no_graph_gives_two_lengths_one_name(part, tiny_pair):
     """ONNX Runtime takes axes of one name for equal."""
@@ -140,6 +143,7 @@ def test_no_graph_gives_two_lengths_one_name(part, tiny_pair):
         assert len(names) == len(ours), name
 
 
+@pytest.mark.export
 def test_a_graph_with_two_lengths_of_one_name_is_not_written(tiny_pair, monkeypatch):
     traced = GeneratorComponent("small", tiny_pair / "small").trace(
         "fp32", [SIZE, ClipSize(48, 64, 9)], CPU, ("torch", "auto")
@@ -185,6 +189,7 @@ def wrong_rope(monkeypatch, tiny_pair):
     )
 
 
+@pytest.mark.export
 @pytest.mark.parametrize(
     "breaks", [swapped_weights, pytest.param(wrong_rope, marks=pytest.mark.slow)]
 )
@@ -260,6 +265,7 @@ def test_a_disk_that_fails_while_building_is_named(quick, tiny_pair, monkeypatch
     assert "velocity.onnx" in str(caught.value) and os.strerror(code) in str(caught.value)
 
 
+@pytest.mark.export
 def test_loading_engines_with_values_that_are_no_arguments(tiny_engines):
     load = NexusPipeline.from_engines
     names = [*parameters(load), "provider", "threads", "variant"]
@@ -326,6 +332,7 @@ def _export_in_a_process(pair, cache, queue):
     queue.put((str(engine.path), said))
 
 
+@pytest.mark.process
 def test_two_processes_build_one_engine(tiny_pair, cache):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -368,10 +375,10 @@ def test_what_is_not_installed_is_named(tiny_pair, monkeypatch):
     assert "pip install 'nexus-rt[onnx]'" in str(caught.value)
 
 
+@pytest.mark.export
 def test_the_command_makes_a_folder_that_generate_takes(
-    tiny_pair, tiny_engines, engines_cache, tmp_path, monkeypatch, capsys
+    tiny_pair, tiny_engines, own_cache, tmp_path, capsys
 ):
-    monkeypatch.setenv("NEXUS_RT_CACHE", str(engines_cache))
     out = tmp_path / "engines"
     command = ["export", "--pair", str(tiny_pair), "--sizes", ",".join(SIZES), "-o", str(out)]
     capsys.readouterr()
@@ -489,6 +496,7 @@ def test_a_decoder_that_forgets_fails_the_gate(tiny_pair):
 
 
 @pytest.mark.slow
+@pytest.mark.export
 def test_int8_engines_multiply_in_int8_and_are_compared(tiny_pair, tmp_path, monkeypatch):
     """The blocks' matrices and what runs at every step; embeddings, the head and the context stay
     as they are."""
