@@ -232,6 +232,8 @@ def test_an_endpoint_is_asked_as_openais_client_asks(endpoint, monkeypatch):
         (200, b"not json"),
         (200, {"choices": []}),
         (200, {"choices": [{"message": {"content": None}}]}),
+        (200, {"choices": [{"message": {"content": None, "refusal": "I cannot help"}}]}),
+        (302, {}),
         (200, []),
     ],
 )
@@ -269,6 +271,32 @@ def test_a_proxy_that_cannot_be_used_is_one_error(proxy, monkeypatch):
     monkeypatch.setenv("http_proxy", proxy)
     with pytest.raises(RewriteError, match="judge.example"):
         EndpointRewriter("http://user:secret@judge.example/v1", "chat")("a riddle")
+
+
+def test_a_key_is_in_no_message(endpoint, monkeypatch):
+    url, kind = endpoint
+    kind.status, kind.reply = 401, {"error": "bad key secret"}
+    with refuses("rewrite_failed", kind=RewriteError) as caught:
+        EndpointRewriter(url, "chat", " secret\n")("a riddle")
+    assert "bad key ***" in str(caught.value) and kind.asked[0][1] == "Bearer secret"
+    with refuses("invalid_value", "NEXUS_RT_REWRITER_KEY", InputError) as caught:
+        EndpointRewriter(url, "chat", "sec\nret")
+    assert "sec" not in str(caught.value)
+
+
+def test_a_server_that_takes_no_temperature(endpoint):
+    url, kind = endpoint
+    answer = kind.do_POST
+
+    def picky(self):
+        body = kind.asked and kind.asked[-1][2]
+        kind.status = 400 if not body else 200
+        kind.reply = Endpoint.reply if body else {"error": "temperature is not supported"}
+        answer(self)
+
+    kind.do_POST = picky
+    assert EndpointRewriter(url, "chat")("a riddle") == "a red circle"
+    assert ["temperature" in body for *_, body in kind.asked] == [True, False]
 
 
 @pytest.mark.parametrize(

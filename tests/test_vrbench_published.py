@@ -295,6 +295,26 @@ def test_causes_are_in_the_record_and_unknown_is_asked_again(clips, serve, capsy
     assert main(judge_line(clips, server)) == 0 and len(server.seen) == 8
 
 
+def test_what_was_answered_stays_when_a_clip_is_asked_about_again(clips, serve):  # noqa: F811
+    """The second run answers everything with No; only what was Unknown becomes it."""
+    second = {"on": False}
+    half = json.dumps({"answers": {f"q{i}": "Yes" for i in range(1, 5)}})
+
+    def script(n, body):
+        return reply_to(asked_id(body), "No") if second["on"] else half
+
+    server = serve(script)
+    prompts = read_bench(EXAMPLE, TAXONOMY)
+    judge = HttpJudge(server.url, "t")
+    judge_clips(prompts, clips, judge, TAXONOMY)
+    second["on"] = True
+    for _ in range(2):  # and a third run asks nothing
+        found = judge_clips(prompts, clips, judge, TAXONOMY, retry_unknown=True)["clips"]
+        for row in found.values():
+            assert [a["answer"] for a in row["answers"].values()] == ["Yes"] * 4 + ["No"] * 4
+    assert len(server.seen) == 9
+
+
 def test_the_request_s_numbers_are_the_user_s(clips, serve, capsys):  # noqa: F811
     server = serve(lambda n, body: reply_to(asked_id(body)))
     options = ["--max-tokens", 77, "--temperature", 0.5, "--frames", 3, "--picture-size", 24]
@@ -400,17 +420,13 @@ def test_the_key_is_kept_to_itself(serve, monkeypatch, tmp_path, capsys, clips):
         and {h["Authorization"] for h in server.headers} == {f"Bearer {SECRET}"}
     )
     assert not any(SECRET in p.read_text(errors="replace") for p in clips.rglob("*") if p.is_file())
-    paths = []
     azure = serve(lambda n, body: "fine")
-    handler = azure.http.RequestHandlerClass
-    right = handler.do_POST
-    monkeypatch.setattr(handler, "do_POST", lambda self: (paths.append(self.path), right(self))[1])
     url = (
         azure.url.replace("http://", "http://user:word@").removesuffix("/v1")
         + "/openai/deployments/d?api-version=2024-10-21&code=s3cret"
     )
     judge = HttpJudge(url, "m")
-    assert judge.reply(TALK, []).text == "fine" and paths == [
+    assert judge.reply(TALK, []).text == "fine" and azure.paths == [
         "/openai/deployments/d/chat/completions?api-version=2024-10-21&code=s3cret"
     ]
     assert (

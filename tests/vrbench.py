@@ -37,7 +37,8 @@ class Server:
     text), or bytes."""
 
     def __init__(self, script):
-        self.seen, self.headers, self.busy, self.most, outer = [], [], 0, 0, self
+        self.seen, self.headers, self.paths, self.busy, self.most = [], [], [], 0, 0
+        outer = self
         lock = threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -46,6 +47,7 @@ class Server:
                 with lock:
                     outer.seen.append(body)
                     outer.headers.append(self.headers)
+                    outer.paths.append(self.path)
                     number = len(outer.seen)
                     outer.busy += 1
                     outer.most = max(outer.most, outer.busy)

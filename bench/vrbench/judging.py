@@ -27,7 +27,7 @@ from nexus_rt.bench.results import read_as, write_text
 from nexus_rt.bench.vrbench.judges import Conversation, Judge, JudgeError
 from nexus_rt.bench.vrbench.protocol import AGAIN, STRICT, Protocol
 from nexus_rt.bench.vrbench.replies import CAUSES, Answers, cause_of, parse
-from nexus_rt.bench.vrbench.schema import MAX_WEIGHT, Prompt, Taxonomy
+from nexus_rt.bench.vrbench.schema import Prompt, Taxonomy, Weight
 from nexus_rt.bench.vrbench.scoring import UNKNOWN, YES, clip_scores
 from nexus_rt.core import documents
 from nexus_rt.core.deadline import begin
@@ -106,7 +106,7 @@ class _Answer(msgspec.Struct):
 
 class _Asked(_Answer, kw_only=True):
     question: str
-    weight: Annotated[float, msgspec.Meta(ge=0, le=MAX_WEIGHT)]
+    weight: Weight
     layer: Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -340,7 +340,7 @@ def _in_threads(
                 f" {GRACE:g} s are kept"
             )
             wait(left, GRACE)
-        judge.stop()
+            judge.stop()
 
 
 def _row(

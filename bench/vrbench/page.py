@@ -77,10 +77,10 @@ def page(report: dict[str, Any], taxonomy: Taxonomy) -> str:
         head = ["", *(escape(r["name"]) for r in runs)]
         body += [
             f"<h2>{escape(title)}</h2>",
-            table(head, [[escape(n), *map(escape, cells)] for n, cells in rows]),
+            table(head, [[escape(n), *map(escape, row)] for n, row in rows]),
         ]
     if lost := absent(report):
-        rows = [[escape(cell) for cell in row] for row in lost]
-        body += ["<h2>Without answers</h2>", table(["run", "prompt", "why"], rows, 3)]
+        cells = [[escape(cell) for cell in row] for row in lost]
+        body += ["<h2>Without answers</h2>", table(["run", "prompt", "why"], cells, 3)]
     body += ["<h2>Clips</h2>", *(clip_details(report, name) for name in names)]
     return document("VR-Bench", body, OWN)

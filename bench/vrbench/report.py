@@ -14,6 +14,10 @@ from nexus_rt.bench.vrbench.scoring import clip_scores, mean_interval, paired, s
 from nexus_rt.core.errors import InputError, shorten
 from nexus_rt.pipeline.batch_log import finished
 
+ESCAPES = str.maketrans(
+    {"<": "&lt;", ">": "&gt;", "&": "&amp;", **{mark: f"\\{mark}" for mark in "\\`*_{}[]|"}}
+)
+
 
 def make_report(runs: list[Path], taxonomy: Taxonomy) -> dict[str, Any]:
     """{"runs": [{"name", "judge", "protocol", "scores", "against_first", "clips", "missing",
@@ -111,13 +115,13 @@ def _names(folders: list[Path]) -> list[str]:
     return [f"{i + 1}: {w.name}" for i, w in enumerate(whole)]
 
 
-def shown(score: dict[str, Any]) -> str:
-    """A mean and its interval."""
+def shown(score: dict[str, Any], sign: str = "") -> str:
+    """A mean and its interval; sign: "+" for a difference."""
     if score["mean"] is None:
         return "-"
-    return f"{score['mean']:.4f}" + (
-        "" if score["low"] is None else f" [{score['low']:.4f}, {score['high']:.4f}]"
-    )
+    number = lambda key: f"{score[key]:{sign}.4f}"
+    mean = number("mean")
+    return mean if score["low"] is None else f"{mean} [{number('low')}, {number('high')}]"
 
 
 def sections(
@@ -146,7 +150,7 @@ def sections(
     if len(runs) > 1:
         counted = lambda a: f"{a['better']}, {a['same']}, {a['worse']}"
         for name, words in (
-            (f"minus {runs[0]['name']}, paired", _signed),
+            (f"minus {runs[0]['name']}, paired", lambda a: shown(a, "+")),
             ("better, same, worse", counted),
         ):
             compared = [
@@ -175,14 +179,6 @@ def _titled(code: str, taxonomy: Taxonomy) -> str:
     return f"{code} {taxonomy.names[code]}" if code in taxonomy.names else code
 
 
-def _signed(score: dict[str, Any]) -> str:
-    if score["mean"] is None:
-        return "-"
-    return f"{score['mean']:+.4f}" + (
-        "" if score["low"] is None else f" [{score['low']:+.4f}, {score['high']:+.4f}]"
-    )
-
-
 def absent(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(run, id, why) of every prompt without answers."""
     return [
@@ -204,12 +200,7 @@ def introduction(run: dict[str, Any]) -> str:
 
 def _escaped(text: str) -> str:
     """Text as markdown shows it, HTML and table marks included."""
-    for mark in "\\`*_{}[]<>|&":
-        text = text.replace(
-            mark,
-            "\\" + mark if mark not in "<>&" else {"<": "&lt;", ">": "&gt;", "&": "&amp;"}[mark],
-        )
-    return " ".join(text.split())
+    return " ".join(text.translate(ESCAPES).split())
 
 
 def markdown(report: dict[str, Any], taxonomy: Taxonomy) -> str:

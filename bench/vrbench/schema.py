@@ -13,7 +13,7 @@ import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -31,6 +31,7 @@ from nexus_rt.pipeline.prompts import (
 
 LAYERS = 3
 MAX_WEIGHT = 1e9  # the sum of many stays a number
+Weight = Annotated[float, msgspec.Meta(ge=0, le=MAX_WEIGHT)]
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,47 @@ class _Taxonomy(msgspec.Struct):
 
     categories: dict[str, _Category]
     groups: dict[str, list[str]]
+
+
+class _Question(msgspec.Struct):
+    id: str
+    question: str
+    weight: Weight
+    importance_score: Weight | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"q[1-9][0-9]{0,5}", self.id):
+            raise InputError(f'id is {shown(self.id)}; expected "q1", "q2", ...', param="id")
+        if not self.question.strip():
+            raise InputError("question is empty; expected text", code="missing", param="question")
+
+
+class _Evaluation(msgspec.Struct):
+    """A prompt's `evaluation`, but for its texts."""
+
+    evaluation_questions: list[_Question]
+
+    def __post_init__(self) -> None:
+        ids = [q.id for q in self.evaluation_questions]
+        if not ids:
+            raise InputError(
+                "evaluation_questions is empty; expected questions",
+                code="missing",
+                param="evaluation_questions",
+            )
+        if len(set(ids)) < len(ids):
+            twice = max(ids, key=ids.count)
+            raise InputError(
+                f"question {twice!r} is there twice; expected each once",
+                code="duplicate",
+                param="id",
+            )
+        if sum(q.weight for q in self.evaluation_questions) <= 0:
+            raise InputError(
+                "the weights sum to zero; expected one above zero at least",
+                code="out_of_range",
+                param="weight",
+            )
 
 
 def read_taxonomy(path: str | Path | None = None) -> Taxonomy:
@@ -186,15 +228,8 @@ def _file(path: Path, taxonomy: Taxonomy) -> list[Prompt]:
 def _folder_name(name: str) -> str:
     """A category's name where it can be a folder's, else nothing."""
     plain = name.strip()
-    return (
-        plain
-        if plain
-        and "/" not in plain
-        and "\\" not in plain
-        and plain not in (".", "..")
-        and len(plain) < 200
-        else ""
-    )
+    fits = plain not in (".", "..") and not set("/\\") & set(plain) and len(plain) < 200
+    return plain if fits else ""
 
 
 def _text(row: dict[str, Any], name: str, where: str) -> str:
@@ -223,79 +258,12 @@ def _prompt(row: dict[str, Any], where: str, category: str, principle: str) -> P
     if row.get("evaluation") is None:
         return prompt
     evaluation, place = row["evaluation"], f"{where}.evaluation"
-    if not isinstance(evaluation, dict):
-        raise InputError(
-            f"{place} is a {type(evaluation).__name__}; expected an object.",
-            code="invalid_type",
-            param="evaluation",
-        )
-    rows = evaluation.get("evaluation_questions")
-    if not isinstance(rows, list) or not rows:
-        raise InputError(
-            f"{place}.evaluation_questions is {shown(rows)}; expected an array of questions.",
-            code="invalid_type" if rows else "missing",
-            param="evaluation_questions",
-        )
+    checked = documents.check(evaluation, _Evaluation, place, InputError, "mend it")
     questions = tuple(
-        _question(q, f"{place}.evaluation_questions[{i}]") for i, q in enumerate(rows)
+        Question(q.id, q.question.strip(), q.weight, q.importance_score)
+        for q in checked.evaluation_questions
     )
-    ids = [q.id for q in questions]
-    if len(set(ids)) < len(ids):
-        raise InputError(
-            f"{place}.evaluation_questions: id {max(ids, key=ids.count)!r} is there twice; expected"
-            " each once.",
-            code="duplicate",
-            param="id",
-        )
-    if sum(q.weight for q in questions) <= 0:
-        raise InputError(
-            f"{place}.evaluation_questions: the weights sum to zero; expected one above zero at"
-            " least.",
-            code="out_of_range",
-            param="weight",
-        )
     instruction, behaviour = (
         _text(evaluation, name, place) for name in ("overall_instruction", "evaluation_description")
     )
     return replace(prompt, instruction=instruction, behaviour=behaviour, questions=questions)
-
-
-def _number(value: Any) -> bool:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_WEIGHT
-    )
-
-
-def _question(row: Any, where: str) -> Question:
-    if not isinstance(row, dict):
-        raise InputError(
-            f"{where} is a {type(row).__name__}; expected an object.",
-            code="invalid_type",
-            param="evaluation_questions",
-        )
-    if not isinstance(row.get("id"), str) or not re.fullmatch(r"q[1-9][0-9]{0,5}", row["id"]):
-        raise InputError(
-            f'{where}.id is {shown(row.get("id"))}; expected "q1", "q2", ...', param="id"
-        )
-    if not isinstance(row.get("question"), str) or not row["question"].strip():
-        raise InputError(
-            f"{where}.question is {shown(row.get('question'))}; expected text.",
-            code="missing" if isinstance(row.get("question", ""), str) else "invalid_type",
-            param="question",
-        )
-    if not _number(row.get("weight")):
-        raise InputError(
-            f"{where}.weight is {shown(row.get('weight'))}; expected a number from 0 to"
-            f" {MAX_WEIGHT:g}.",
-            code="out_of_range",
-            param="weight",
-        )
-    importance = row.get("importance_score")
-    if importance is not None and not _number(importance):
-        raise InputError(
-            f"{where}.importance_score is {shown(importance)}; expected a number from 0 to"
-            f" {MAX_WEIGHT:g}.",
-            code="out_of_range",
-            param="importance_score",
-        )
-    return Question(row["id"], row["question"].strip(), float(row["weight"]), importance)
