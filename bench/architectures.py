@@ -1,7 +1,13 @@
 """Architectures of the random generators that are measured: Wan 2.1's two, and one to try with."""
 
-WAN_1_3B = dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30)
-WAN_14B = dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40)
-DRY = dict(
+from typing import Any
+
+WAN_1_3B: dict[str, Any] = dict(
+    num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30
+)
+WAN_14B: dict[str, Any] = dict(
+    num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40
+)
+DRY: dict[str, Any] = dict(
     num_attention_heads=2, attention_head_dim=32, ffn_dim=96, num_layers=2, text_dim=48, freq_dim=32
 )

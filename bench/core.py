@@ -16,21 +16,27 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
-from nexus_rt.bench.naive import four_band_blend
+from nexus_rt.bench.measure import ratio_of
 from nexus_rt.core.part_files import scratch_folder
 from nexus_rt.core.size import ClipSize
+from nexus_rt.core.timing import elapsed_ms, in_turn, median_ms
 from nexus_rt.method.blend_config import BlendConfig
-from nexus_rt.method.upfb import blend
-from nexus_rt.pipeline.costs import median_ms
+from nexus_rt.method.upfb import blend, published_blend
+
+PROMPT = "a striped red circle moves left on a black background"
+CLI = (sys.executable, "-m", "nexus_rt.cli")
+Bench = tuple[Callable[[int], dict[str, Any]], int]  # what measures, and how many runs it counts
 
 
-def machine() -> dict:
+def machine() -> dict[str, Any]:
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -41,34 +47,44 @@ def machine() -> dict:
     }
 
 
-def paired(ours: Callable, theirs: Callable, runs: int) -> dict:
+def paired(ours: Callable, theirs: Callable, runs: int) -> dict[str, Any]:
     """Run two calls in turn; medians in ms and the median of their ratio, pair by pair (above 1:
     ours is faster)."""
-    ours(), theirs()
-    pairs = [(median_ms(ours, 1, 0), median_ms(theirs, 1, 0)) for _ in range(runs)]
+    ms = in_turn({"ours": ours, "theirs": theirs}, elapsed_ms, runs, 1)
     return {
-        "ours_ms": round(median(a for a, _ in pairs), 3),
-        "theirs_ms": round(median(b for _, b in pairs), 3),
-        "ratio": round(median(b / a for a, b in pairs), 2),
+        "ours_ms": round(median(ms["ours"]), 3),
+        "theirs_ms": round(median(ms["theirs"]), 3),
+        "ratio": round(ratio_of(ms["ours"], ms["theirs"]), 2),
         "runs": runs,
     }
 
 
-def bench_blend(runs: int) -> dict:
+def output_of(program: str, *arguments: object) -> str:
+    """What a program prints, in a Python process of its own."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def generate_s(folder: str | Path, *options: str) -> float:
+    """Seconds of `nexus-rt generate` as a process, from the shell to an mp4 in a folder."""
+    command = [*CLI, "generate", PROMPT, "-o", f"{folder}/a.mp4", "--quiet", *options]
+    start = time.perf_counter()
+    subprocess.run(command, check=True)
+    return time.perf_counter() - start
+
+
+def bench_blend(runs: int) -> dict[str, Any]:
     """One filter on one tensor against the four bands as published, at 480p x 81 frames."""
     torch.manual_seed(0)
     v_small, v_large = torch.randn(2, 1, 16, 21, 60, 104)
-    expected = four_band_blend(v_small, v_large, 0.6)
+    four_bands = lambda: published_blend(v_small, v_large, 0.6, BlendConfig())
+    expected = four_bands()
     error = ((blend(v_small, v_large, 0.6) - expected).abs().max() / expected.abs().max()).item()
     if error > 1e-5:
         raise SystemExit(f"the two forms differ by {error:.1e}: no speed is worth that")
-    timing = paired(
-        lambda: blend(v_small, v_large, 0.6), lambda: four_band_blend(v_small, v_large, 0.6), runs
-    )
+    timing = paired(lambda: blend(v_small, v_large, 0.6), four_bands, runs)
     extra = {
-        split: round(
-            median_ms(lambda s=split: blend(v_small, v_large, 0.6, BlendConfig(split=s)), 5), 3
-        )
+        split: round(median_ms(partial(blend, v_small, v_large, 0.6, BlendConfig(split=split))), 3)
         for split in ("fft", "dct")
     }
     return {
@@ -80,7 +96,7 @@ def bench_blend(runs: int) -> dict:
 
 
 @torch.inference_mode()
-def bench_dit(runs: int) -> dict:
+def bench_dit(runs: int) -> dict[str, Any]:
     """A guided step of the mini large DiT against diffusers' transformer on the same weights,
     prompt and latents."""
     from diffusers import WanTransformer3DModel
@@ -92,7 +108,7 @@ def bench_dit(runs: int) -> dict:
     pipe = NexusPipeline.from_pretrained()
     ours = load_transformer(MINI / "large", torch.float32)
     theirs = WanTransformer3DModel.from_pretrained(MINI / "large", torch_dtype=torch.float32).eval()
-    embeds = torch.cat(pipe.encode_prompt("a striped red circle moves left on a black background"))
+    embeds = torch.cat(pipe.encode_prompt(PROMPT))
     d = pipe.defaults
     latents = pipe.prepare_latents(1, ClipSize.of_defaults(d)).repeat(2, 1, 1, 1, 1)
     timestep, context = torch.tensor([700, 700]), ours.prepare_context(embeds)
@@ -144,10 +160,13 @@ def synthetic_folder(folder: Path, gigabytes: float, dtype: torch.dtype) -> None
 
     dim, ffn = 1536, 8960
     layers = max(1, round(gigabytes * 1e9 / dtype.itemsize / (8 * dim * dim + 2 * dim * ffn)))
-    fields = dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=ffn, num_layers=layers)
+    fields: dict[str, Any] = dict(
+        num_attention_heads=12, attention_head_dim=128, ffn_dim=ffn, num_layers=layers
+    )
     with torch.device("meta"):
         shapes = diffusers_shapes(WanTransformer(WanConfig(**fields)))
-    names, weight_map, shards = list(shapes), {}, 5
+    names, shards = list(shapes), 5
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         file = f"diffusion_pytorch_model-{i + 1:05d}-of-{shards:05d}.safetensors"
         part = names[len(names) * i // shards : len(names) * (i + 1) // shards]
@@ -161,7 +180,7 @@ def synthetic_folder(folder: Path, gigabytes: float, dtype: torch.dtype) -> None
     )
 
 
-def bench_load(runs: int, gigabytes: float = 2.2) -> dict:
+def bench_load(runs: int, gigabytes: float = 2.2) -> dict[str, Any]:
     """Peak resident memory of loading, above what the process had before, over the bytes of the
     loaded weights."""
     if not Path("/proc/self/statm").exists():
@@ -171,20 +190,12 @@ def bench_load(runs: int, gigabytes: float = 2.2) -> dict:
             f"load a sharded folder of {gigabytes} GB, peak resident memory over the weights' bytes"
         )
     }
-    for stored, asked in ((torch.bfloat16, "bfloat16"), (torch.float32, "bfloat16")):
+    for stored, target in ((torch.bfloat16, "bfloat16"), (torch.float32, "bfloat16")):
         with scratch_folder("nexus-rt-bench") as folder:
             synthetic_folder(folder, gigabytes, stored)
-            out = [
-                subprocess.run(
-                    [sys.executable, "-c", LOAD, folder, asked],
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                ).stdout.split()
-                for _ in range(min(runs, 3))
-            ]
+            out = [output_of(LOAD, folder, target).split() for _ in range(min(runs, 3))]
         ratios = [(int(peak) - int(base)) / int(weights) for base, peak, weights, _ in out]
-        result[f"{str(stored)[6:]} as {asked}"] = {
+        result[f"{str(stored)[6:]} as {target}"] = {
             "peak_ratio": round(max(ratios), 3),
             "weights_bytes": int(out[0][2]),
             "seconds": round(median(float(o[3]) for o in out), 2),
@@ -211,45 +222,26 @@ class Timed:
         return self._timed(self.engine.velocity, *args)
 
 
-def bench_mini(runs: int) -> dict:
+def bench_mini(runs: int) -> dict[str, Any]:
     """`nexus-rt generate PROMPT` as a process, and what the loop costs outside the two DiTs."""
     from nexus_rt.method.loop import sample
     from nexus_rt.pipeline.pipeline import NexusPipeline
     from nexus_rt.pipeline.request import make_guidance
     from nexus_rt.pipeline.settings import CallSettings
 
-    prompt = "a striped red circle moves left on a black background"
-    walls = []
     with scratch_folder("nexus-rt-bench") as folder:
-        for _ in range(runs):
-            start = time.perf_counter()
-            command = [
-                sys.executable,
-                "-m",
-                "nexus_rt.cli",
-                "generate",
-                prompt,
-                "-o",
-                f"{folder}/a.mp4",
-                "--quiet",
-            ]
-            subprocess.run(command, check=True)
-            walls.append(time.perf_counter() - start)
+        walls = [generate_s(folder) for _ in range(runs)]
     pipe = NexusPipeline.from_pretrained()
-    prompts = pipe.encode(prompt)
+    prompts = pipe.encode(PROMPT)
     d, shares = pipe.defaults, {}
     guidance = make_guidance(CallSettings(), d)
     noise = pipe.prepare_latents(1, ClipSize.of_defaults(d), torch.Generator().manual_seed(0))
-    start = time.perf_counter()
-    pipe.decode(noise)
-    decode = time.perf_counter() - start
+    decode = elapsed_ms(lambda: pipe.decode(noise)) / 1000
     for spec in (d.plan, "reference"):
         plan, own = pipe.make_plan(spec), []
         for _ in range(max(3, runs)):
             engines = {n: Timed(e) for n, e in pipe.engines.items()}
-            start = time.perf_counter()
-            sample(noise, plan, engines, prompts, guidance)
-            whole = time.perf_counter() - start
+            whole = elapsed_ms(partial(sample, noise, plan, engines, prompts, guidance)) / 1000
             own.append((whole, 1 - sum(e.seconds for e in engines.values()) / whole))
         shares[plan.name] = {
             "denoise_s": round(median(w for w, _ in own), 3),
@@ -265,7 +257,7 @@ def bench_mini(runs: int) -> dict:
     }
 
 
-BENCHES = {
+BENCHES: dict[str, Bench] = {
     "blend": (bench_blend, 20),
     "dit": (bench_dit, 20),
     "load": (bench_load, 3),
@@ -273,7 +265,7 @@ BENCHES = {
 }
 
 
-def main(benches: dict[str, tuple[Callable[[int], dict], int]], doc: str | None) -> None:
+def main(benches: Mapping[str, Bench], doc: str | None) -> None:
     """The command line of a module of benches: name -> what measures it, and how many runs it
     counts."""
     parser = argparse.ArgumentParser(

@@ -37,8 +37,8 @@ from nexus_rt.media.video import save_video
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.generator import Prompt
 from nexus_rt.method.plan import Plan, StepCosts
-from nexus_rt.method.plan_text import has_clocks
-from nexus_rt.method.solver import TimeGrid
+from nexus_rt.method.plan_options import has_clocks
+from nexus_rt.method.time_grid import TimeGrid
 from nexus_rt.pipeline.costs import measure_step_costs, step_calls
 from nexus_rt.pipeline.pipeline import NexusPipeline
 from nexus_rt.pipeline.request import make_guidance
@@ -95,13 +95,18 @@ def prompts_of(pipe: NexusPipeline, clip: Clip) -> dict[str, Prompt]:
     return dict.fromkeys(pipe.engines, Prompt(*clip.embeds.values()))
 
 
+def denoised(pipe: NexusPipeline, clip: Clip, plan: Plan) -> Any:
+    """A clip's final latents by a plan."""
+    noise = clip.noise(pipe)
+    return pipe(plan=plan, latents=noise, output_type="latent", **clip.inputs).frames
+
+
 def generate(
     pipe: NexusPipeline, plan: str, clip: Clip, folder: Path
 ) -> tuple[Tensor, np.ndarray | None]:
     """One clip from the prompt to an mp4 in `folder`: its latents, and its frames where there is a
     VAE."""
-    walked, noise = clip.plan(pipe, plan), clip.noise(pipe)
-    latents = pipe(plan=walked, latents=noise, output_type="latent", **clip.inputs).frames
+    latents = denoised(pipe, clip, clip.plan(pipe, plan))
     if pipe.vae is None:
         return latents, None
     frames = pipe.decode(latents, "np", rescue=folder)

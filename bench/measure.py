@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import statistics
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from nexus_rt.core.devices import synchronize
 from nexus_rt.core.process import resident_bytes
+from nexus_rt.core.timing import elapsed_ms, in_turn
 from nexus_rt.core.tracing import Trace, record
+
+K = TypeVar("K")
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -37,15 +39,20 @@ class HostPeak:
             self._thread.start()
         return self
 
+    def _look(self) -> None:
+        now = resident_bytes()
+        if self.bytes is not None and now is not None:
+            self.bytes = max(self.bytes, now)
+
     def _watch(self) -> None:
         while not self._over.wait(0.02):
-            self.bytes = max(self.bytes, resident_bytes())
+            self._look()
 
     def __exit__(self, *failure: object) -> None:
         self._over.set()
         if self.bytes is not None:
             self._thread.join()
-            self.bytes = max(self.bytes, resident_bytes())
+            self._look()
 
 
 def joules(device: torch.device) -> float | None:
@@ -81,13 +88,12 @@ def measured(call: Callable[[], Any], device: torch.device) -> Run:
     synchronize(device)
     before = joules(device)
     with HostPeak() as host, record(device) as trace:
-        start = time.perf_counter()
-        result = call()
-        synchronize(device)
-        total = 1000 * (time.perf_counter() - start)
+        results: list[Any] = []
+        total = elapsed_ms(lambda: results.append(call()), device)
     after = joules(device)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return Run(result, total, trace, host.bytes, peak, None if before is None else after - before)
+    energy = None if before is None or after is None else after - before
+    return Run(results[0], total, trace, host.bytes, peak, energy)
 
 
 def step_durations(trace: Trace) -> list[float]:
@@ -97,23 +103,19 @@ def step_durations(trace: Trace) -> list[float]:
 
 
 def interleaved(
-    calls: dict[Any, Callable[[], Any]],
+    calls: Mapping[K, Callable[[], Any]],
     device: torch.device,
     runs: int,
     warmup: int,
     between: Callable[[], Any] = lambda: None,
-) -> dict[Any, list[Run]]:
-    """Every call `runs` times after `warmup`, in turn, so that what the machine does besides falls
-    on all of them; `between` is called once a counted round."""
-    by_call: dict[Any, list[Run]] = {name: [] for name in calls}
-    for i in range(warmup + runs):
-        for name, call in calls.items():
-            run = measured(call, device)
-            if i >= warmup:
-                by_call[name].append(run)
-        if i >= warmup:
-            between()
-    return by_call
+) -> dict[K, list[Run]]:
+    """Every call `runs` times after `warmup`, in turn; `between` is called once a counted round."""
+    return in_turn(calls, lambda call: measured(call, device), runs, warmup, between)
+
+
+def ratio_of(ours_ms: Sequence[float], theirs_ms: Sequence[float]) -> float:
+    """How many times faster ours is: the median of the ratios, pair by pair."""
+    return statistics.median(b / a for a, b in zip(ours_ms, theirs_ms, strict=True))
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:

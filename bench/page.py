@@ -3,11 +3,12 @@ written here is escaped."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from nexus_rt.bench.shown import Report, checked
+from nexus_rt.bench.cells import Cells, done, machine, names, terms
+from nexus_rt.bench.schema import Curve, Fit, Peer, Quality, Row, report_of, unit_of
 
 COLOURS = {
     "small": "#2a9d8f",
@@ -29,6 +30,35 @@ BEFORE, AFTER = (
     ("vae", "encode-to-mp4"),
 )
 CEILING = 60.0  # decibels
+CELLS = Cells("—", ",.1f", " dB", ("<b>", "</b>"))
+ROWS = {  # figure -> title
+    "plan": "plan",
+    "engine": "engine",
+    "p50": "p50 ms",
+    "p95": "p95 ms",
+    "denoise": "denoise ms",
+    "vae": "vae ms",
+    "cold": "cold ms",
+    "preview": "preview ms",
+    "swap": "swap",
+    "predicted": "predicted",
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "error": "latent error",
+    "right": "accuracy",
+    "host": "host peak",
+    "device": "device peak",
+}
+PEERS = {
+    "peer": "peer",
+    "plan": "our plan",
+    "ours": "ours ms",
+    "theirs": "theirs ms",
+    "ratio": "theirs / ours",
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "error": "latent difference",
+}
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1180px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2rem}
@@ -57,112 +87,23 @@ def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _quality(row: dict[str, Any]) -> list[str]:
-    q = row["quality"]
-    shown = "identical" if q.get("identical") else figure(q.get("psnr_db"), 1, " dB")
-    accuracy = f"{q['right']}/{q['count']}" if q.get("accuracy") is not None else "—"
-    return [shown, figure(q.get("ssim"), 4), _error(q), accuracy]
-
-
-def _error(q: dict[str, Any]) -> str:
-    return "—" if q.get("latent_error") is None else f"{q['latent_error']:.1e}"
-
-
-def _done(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that did not fail."""
-    return [r for r in rows if r.get("failed") is None]
-
-
-def _megabytes(count: int | None) -> str:
-    return "—" if count is None else f"{count / 1e6:,.0f} MB"
-
-
-def rows_table(rows: list[dict[str, Any]]) -> str:
-    head = [
-        "plan",
-        "engine",
-        "p50 ms",
-        "p95 ms",
-        "denoise ms",
-        "vae ms",
-        "cold ms",
-        "preview ms",
-        "swap",
-        "predicted",
-        "PSNR",
-        "SSIM",
-        "latent error",
-        "accuracy",
-        "host peak",
-        "device peak",
-    ]
+def _rows_table(rows: Sequence[Row | Peer], columns: Mapping[str, str]) -> str:
+    """A table of rows, one that failed with why; columns: name of a figure -> its title."""
     body = []
-    for r in rows:
-        name = [escape(r["plan"]), escape(r["engine"])]
-        if r.get("failed") is not None:
-            body.append(
-                [*name, f'<span class="bad">{escape(r["failed"])}</span>', *[""] * (len(head) - 3)]
-            )
-            continue
-        off = r.get("prediction_error")
-        body.append(
-            [
-                *name,
-                figure(r["total_duration_ms"]),
-                figure(r["total_p95_ms"]),
-                figure(r["denoise_ms"]),
-                figure(r.get("components_ms", {}).get("vae")),
-                figure(r.get("cold_ms"), 0),
-                figure(r.get("first_preview_ms")),
-                figure(r.get("swap_ratio"), 2),
-                "—" if off is None else f"{100 * off:+.1f}%",
-                *_quality(r),
-                _megabytes(r.get("peak_host_bytes")),
-                _megabytes(r.get("peak_device_bytes")),
-            ]
-        )
-    return table(head, body, 2)
+    for row in rows:
+        if row.failed is not None:
+            start = [*map(escape, names(row)), f'<span class="bad">{escape(row.failed)}</span>']
+            body.append([*start, *[""] * (len(columns) - len(start))])
+        else:
+            cells = CELLS.figures(row)
+            body.append([cells[n] if n == "ratio" else escape(cells[n]) for n in columns])
+    return table(list(columns.values()), body, 2)
 
 
-def peers_table(rows: list[dict[str, Any]]) -> str:
-    head = [
-        "peer",
-        "our plan",
-        "ours ms",
-        "theirs ms",
-        "theirs / ours",
-        "PSNR",
-        "SSIM",
-        "latent difference",
-    ]
-    body = []
-    for r in rows:
-        if r.get("failed") is not None:
-            body.append(
-                [escape(r["peer"]), f'<span class="bad">{escape(r["failed"])}</span>', *[""] * 6]
-            )
-            continue
-        same = "" if r["same_mathematics"] else " (another plan)"
-        shown = "identical" if r.get("identical") else figure(r.get("psnr_db"), 1, " dB")
-        body.append(
-            [
-                escape(r["peer"]),
-                escape(r["plan"]) + same,
-                figure(r["ours_ms"]["p50"]),
-                figure(r["theirs_ms"]["p50"]),
-                f"<b>{r['ratio']:.2f}x</b>",
-                shown,
-                figure(r.get("ssim"), 4),
-                _error(r),
-            ]
-        )
-    return table(head, body, 2)
-
-
-def key(names: list[str]) -> str:
+def key(parts: list[str]) -> str:
     items = (
         f'<span><i style="background:{COLOURS.get(n, "#888")}"></i>{escape(n)}</span>'
-        for n in names
+        for n in parts
     )
     return '<p class="key">' + "".join(items) + "</p>"
 
@@ -183,22 +124,18 @@ def _bars(
     return "".join(out)
 
 
-def timeline(rows: list[dict[str, Any]]) -> str:
+def timeline(rows: list[Row]) -> str:
     """A bar a row: what comes before the steps, every step in the colour of what it ran, what comes
     after."""
-    rows = _done(rows)
     left, width, pitch = 230, 900, 26
-    longest = max((r["total_duration_ms"] for r in rows), default=1.0)
+    longest = max((r.total_duration_ms for r in rows), default=1.0)
     scale, out = width / longest, []
     for i, r in enumerate(rows):
-        parts, y = r.get("components_ms", {}), 8 + i * pitch
+        parts, y = r.components_ms, 8 + i * pitch
         pieces = [(n, parts[n], n) for n in BEFORE if n in parts]
-        pieces += [
-            (s["runs"], s["duration_ms"], f"step {s['step']} ({s['runs']})")
-            for s in r.get("denoise_steps_ms", [])
-        ]
+        pieces += [(s.runs, s.duration_ms, f"step {s.step} ({s.runs})") for s in r.denoise_steps_ms]
         pieces += [(n, parts[n], n) for n in AFTER if n in parts]
-        label = f"{r['plan']} on {r['engine']}"
+        label = f"{r.plan} on {r.engine}"
         out.append(
             f'<text x="{left - 8}" y="{y + 14}" text-anchor="end"'
             f' font-size="12">{escape(label[:36])}</text>'
@@ -214,19 +151,22 @@ def timeline(rows: list[dict[str, Any]]) -> str:
     return _svg(left + width + 40, y + 16, "".join(out))
 
 
-def scatter(rows: list[dict[str, Any]]) -> str:
+def _height(q: Quality) -> float | None:
+    """Decibels, at most CEILING; None where they are not known."""
+    if q.identical:
+        return CEILING
+    return None if q.psnr_db is None else min(q.psnr_db, CEILING)
+
+
+def scatter(rows: list[Row]) -> str:
     """Every row's time against its frames' PSNR to the reference, numbered; above CEILING no eye
     tells them apart."""
-    known = lambda q: q.get("identical") or q.get("psnr_db") is not None
-    shown = [r for r in _done(rows) if known(r["quality"])]
+    shown = [(r, value) for r in rows if (value := _height(r.quality)) is not None]
     if not shown:
         return ""
     left, top, width, height = 60, 24, 620, 300
-    heights = [
-        CEILING if r["quality"].get("identical") else min(r["quality"]["psnr_db"], CEILING)
-        for r in shown
-    ]
-    low, slowest = min([*heights, 20.0]) - 5, 1.1 * max(r["total_duration_ms"] for r in shown)
+    low = min(20.0, *(value for _, value in shown)) - 5
+    slowest = 1.1 * max(r.total_duration_ms for r, _ in shown)
     out = [
         f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#bbb"/>'
     ]
@@ -241,15 +181,13 @@ def scatter(rows: list[dict[str, Any]]) -> str:
             f'<text x="{x:.0f}" y="{top + height + 16}" text-anchor="middle" font-size="11"'
             f' fill="#666">{ms:.0f}</text>'
         )
-    engines = list(dict.fromkeys(r["engine"] for r in shown))
+    engines = list(dict.fromkeys(r.engine for r, _ in shown))
     palette = ["#264653", "#e76f51", "#2a9d8f", "#b08900", "#6d6875"]
-    for i, (r, value) in enumerate(zip(shown, heights, strict=True)):
-        x = left + width * r["total_duration_ms"] / slowest
+    for i, (r, value) in enumerate(shown):
+        x = left + width * r.total_duration_ms / slowest
         y = top + height * (1 - (value - low) / (CEILING - low))
-        fill = palette[engines.index(r["engine"]) % len(palette)]
-        title = escape(f"{i + 1} {r['plan']} on {r['engine']}")
-        q = r["quality"]
-        quality = "identical" if q.get("identical") else f"{q['psnr_db']:.1f} dB"
+        fill = palette[engines.index(r.engine) % len(palette)]
+        title = escape(f"{i + 1} {r.plan} on {r.engine}")
         out.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="{fill}"'
             f' fill-opacity=".85"><title>{title}</title></circle>'
@@ -261,7 +199,7 @@ def scatter(rows: list[dict[str, Any]]) -> str:
         out.append(
             f'<text x="{left + width + 20}" y="{top + 12 + 17 * i}" font-size="12"'
             f' fill="{fill}">{title}: '
-            f"{r['total_duration_ms']:.0f} ms, {quality}</text>"
+            f"{r.total_duration_ms:.0f} ms, {CELLS.psnr(r.quality, ' dB')}</text>"
         )
     middle = left + width / 2
     out.append(
@@ -277,7 +215,7 @@ def scatter(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def lines(points: list[tuple[float, float]], fit: dict[str, Any] | None, x_name: str) -> str:
+def lines(points: list[tuple[float, float]], fit: Fit | None, x_name: str) -> str:
     """Measured points and the fitted curve."""
     if len(points) < 2:
         return ""
@@ -290,7 +228,7 @@ def lines(points: list[tuple[float, float]], fit: dict[str, Any] | None, x_name:
     ]
     if fit:
         curve = [
-            (x, sum(c * x**p for c, p in zip(fit["coefficients"], fit["powers"], strict=True)))
+            (x, sum(c * x**p for c, p in zip(fit.coefficients, fit.powers, strict=True)))
             for x in (wide * i / 40 for i in range(41))
         ]
         path = " ".join(at(x, min(max(y, 0), tall)) for x, y in curve)
@@ -325,22 +263,17 @@ def _svg(width: float, height: float, inside: str) -> str:
     )
 
 
-def _scaling(scaling: dict[str, Any]) -> str:
+def _scaling(scaling: Mapping[str, Mapping[str, Curve]]) -> str:
     out = []
     for axis, curves in scaling.items():
+        unit = unit_of(axis)
         for name, curve in curves.items():
-            x = "steps" if axis == "steps" else "tokens"
-            points = [(p[x], p["ms"]) for p in curve["points"]]
-            fit = curve.get("fit")
-            words = "too few points to fit"
+            points = [(x, p.ms) for p in curve.points if (x := p.at(unit)) is not None]
+            fit, words = curve.fit, "too few points to fit"
             if fit:
-                terms = " + ".join(
-                    f"{c:.3g}" + ("" if p == 0 else f" {x}" + (f"^{p}" if p > 1 else ""))
-                    for c, p in zip(fit["coefficients"], fit["powers"], strict=True)
-                )
-                words = f"ms = {terms} (R² {fit['r2']:.4f})"
+                words = f"ms = {terms(fit, unit)} (R² {fit.r2:.4f})"
             out.append(
-                f"<figure>{lines(points, fit, x)}<figcaption>{escape(f'over {axis}, {name}: {words}')}</figcaption></figure>"
+                f"<figure>{lines(points, fit, unit)}<figcaption>{escape(f'over {axis}, {name}: {words}')}</figcaption></figure>"
             )
     return f'<h2>Scaling</h2><div class="clips">{"".join(out)}</div>'
 
@@ -368,60 +301,56 @@ def page(results: dict[str, Any]) -> str:
     Raises:
         ModelError: the results are none.
     """
-    checked(results, Report, "the results")
-    mark, rows = results["fingerprint"], results.get("rows", [])
-    hardware = mark["hardware"]
-    machine = (
-        f"{hardware.get('gpu') or hardware.get('processor', '')}, {hardware['threads']} threads"
-    )
+    report = report_of(results, "the results")
+    mark, rows = report.fingerprint, done(report.rows)
     body = [
-        f"<h1>Latency: {escape(str(results.get('preset', '')))}</h1>",
+        f"<h1>Latency: {escape(report.preset)}</h1>",
         (
-            f'<p class="note">{escape(machine)}; {escape(mark["when"])};'
-            f" <code>{escape(mark['command'])}</code></p>"
+            f'<p class="note">{escape(machine(mark))}; {escape(mark.when)};'
+            f" <code>{escape(mark.command)}</code></p>"
         ),
-        *(f'<p class="note">{escape(note)}</p>' for note in results.get("notes", [])),
+        *(f'<p class="note">{escape(note)}</p>' for note in report.notes),
     ]
-    if results.get("prompt"):
-        body.append(f"<p>Prompt: {escape(results['prompt'])}</p>")
-    if e := results.get("estimate"):
+    if report.prompt:
+        body.append(f"<p>Prompt: {escape(report.prompt)}</p>")
+    if report.estimate is not None:
         made = [
-            [escape(r["plan"]), str(r["steps"]), figure(r.get("denoise_ms_at_least"))]
-            for r in e["rows"]
+            [escape(r.plan), str(r.steps), CELLS.time(r.denoise_ms_at_least)]
+            for r in report.estimate.rows
         ]
         body += [
             "<h2>Estimate</h2>",
             table(["plan", "steps", "denoising takes at least, ms"], made),
         ]
-    if rows:
-        names = [n for n in COLOURS if n in ("both", "small", "large", *BEFORE, *AFTER)]
+    if report.rows:
+        parts = [n for n in COLOURS if n in ("both", "small", "large", *BEFORE, *AFTER)]
         body += [
             "<h2>Plans and engines</h2>",
-            rows_table(rows),
+            _rows_table(report.rows, ROWS),
             "<h2>Where the time goes</h2>",
-            key(names),
+            key(parts),
             timeline(rows),
         ]
         if drawn := scatter(rows):
             body += ["<h2>Speed and quality</h2>", drawn]
-    if results.get("peers"):
-        body += ["<h2>Peers, in the same run</h2>", peers_table(results["peers"])]
-    if results.get("scaling"):
-        body.append(_scaling(results["scaling"]))
-    if pictures := [r for r in rows if r.get("thumbnail")]:
+    if report.peers:
+        body += ["<h2>Peers, in the same run</h2>", _rows_table(report.peers, PEERS)]
+    if report.scaling:
+        body.append(_scaling(report.scaling))
+    if pictures := [(r, r.thumbnail) for r in report.rows if r.thumbnail]:
         body.append('<h2>Clips</h2><div class="clips">')
         body += [
-            f'<figure><img src="{escape(r["thumbnail"], quote=True)}"'
-            f' alt="frames"><figcaption>{escape(r["plan"])} on '
-            f"{escape(r['engine'])}: {figure(r.get('total_duration_ms'))} ms</figcaption></figure>"
-            for r in pictures
+            f'<figure><img src="{escape(url, quote=True)}"'
+            f' alt="frames"><figcaption>{escape(r.plan)} on '
+            f"{escape(r.engine)}: {CELLS.time(r.total_duration_ms or None)} ms</figcaption></figure>"
+            for r, url in pictures
         ]
         body.append("</div>")
-    kept = ", ".join(f"{k} {v}" for k, v in mark.get("versions", {}).items())
+    kept = ", ".join(f"{k} {v}" for k, v in mark.versions.items())
     body.append(
-        f'<p class="note">{escape(kept)}; weights {escape(str(mark.get("weights") or "random"))}</p>'
+        f'<p class="note">{escape(kept)}; weights {escape(str(mark.weights or "random"))}</p>'
     )
-    return document(f"Latency: {results.get('preset', '')}", body)
+    return document(f"Latency: {report.preset}", body)
 
 
 def drawing(results: dict[str, Any]) -> str:
@@ -430,19 +359,9 @@ def drawing(results: dict[str, Any]) -> str:
     Raises:
         ModelError: the results are none.
     """
-    checked(results, Report, "the results")
-    rows = _done(results.get("rows", []))
+    rows = done(report_of(results, "the results").rows)
     height = 40 + 26 * len(rows)
     parts = [timeline(rows).replace("<svg ", '<svg x="0" y="0" ', 1)]
     if drawn := scatter(rows):
         parts.append(drawn.replace("<svg ", f'<svg x="0" y="{height}" ', 1))
     return _svg(1180, height + (380 if len(parts) > 1 else 0), "".join(parts))
-
-
-def finite(value: Any) -> Any:
-    """The same without infinities and NaN, which JSON has not."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value

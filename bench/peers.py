@@ -16,7 +16,6 @@ import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.bench.latency import scales_of
-from nexus_rt.bench.measure import interleaved, summary
-from nexus_rt.bench.naive import four_band_blend
+from nexus_rt.bench.measure import interleaved, ratio_of, summary
 from nexus_rt.bench.quality import distance
 from nexus_rt.components.context import unpad
 from nexus_rt.core.errors import InputError, choose
@@ -33,9 +31,11 @@ from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.experts import ExpertsEngine
 from nexus_rt.loading.checkpoint import to_diffusers
 from nexus_rt.loading.packing import check_dense
+from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.plan import Plan
-from nexus_rt.method.plan_text import has_clocks
+from nexus_rt.method.plan_options import has_clocks
 from nexus_rt.method.solver import make_solver
+from nexus_rt.method.upfb import published_blend
 from nexus_rt.models.wan import WanTransformer
 from nexus_rt.pipeline.pipeline import NexusPipeline
 
@@ -297,7 +297,9 @@ class Peers:
                             rows = connect.pack(unpad(rows[0]), connect(hidden[branch])[0])[None]
                         pair.append(velocity(name, latents, t, rows))
                     velocities[name] = pair[-1] + scale * (pair[0] - pair[-1])
-                blended = four_band_blend(velocities["small"], velocities["large"], step.w)
+                blended = published_blend(
+                    velocities["small"], velocities["large"], step.w, BlendConfig()
+                )
                 latents = solve(step.index, blended, latents)
             if own or vae is None:
                 return latents, pipe.decode(latents, "np") if pipe.vae is not None else None
@@ -375,9 +377,7 @@ def measure_peers(
                     "same_mathematics": p == plan,
                     "ours_ms": summary(ms),
                     "theirs_ms": summary(their_ms),
-                    "ratio": float(
-                        f"{median(b / a for a, b in zip(ms, their_ms, strict=True)):.4g}"
-                    ),
+                    "ratio": float(f"{ratio_of(ms, their_ms):.4g}"),
                     **distances[p],
                 }
             )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
+from nexus_rt.bench.work import weight_bytes
 from nexus_rt.components.vae import WAN_VAE, VideoDecoder, in_channels_last
 from nexus_rt.core.errors import choose
 from nexus_rt.core.size import ClipSize
@@ -192,11 +193,7 @@ def need_of(
     do not."""
     parts, working = {}, 0
     for name, config in configs.items():
-        with torch.device("meta"):
-            model = WanTransformer(WanConfig(**config))
-        parts[name] = sum(
-            p.numel() * (4 if any(part in n for part in KEEP_FP32) else dtype.itemsize)
-            for n, p in model.named_parameters()
-        )
-        working = max(working, activation_bytes(asdict(model.config), size, 2, dtype.itemsize))
+        architecture = WanConfig(**config)
+        parts[name] = weight_bytes(architecture, dtype.itemsize, KEEP_FP32)
+        working = max(working, activation_bytes(asdict(architecture), size, 2, dtype.itemsize))
     return Need(parts, working, free_bytes(device))

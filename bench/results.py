@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 
+from nexus_rt.bench.cells import done
+from nexus_rt.bench.schema import Fingerprint, Row, report_of
 from nexus_rt.core import documents
 from nexus_rt.core.errors import InputError, ModelError, readable, shorten, shown
 from nexus_rt.core.part_files import part_file
 from nexus_rt.core.versions import versions
 from nexus_rt.loading.experts import GeneratorSource, transformers_of
 from nexus_rt.loading.source import folder_fingerprint
-from nexus_rt.method.plan import engine_name
+from nexus_rt.method.step import engine_name
 
 SCHEMA, KIND = 1, "nexus-rt bench"
 NOISE = 0.02  # a slowdown that counts, beyond what the runs' own spread explains
@@ -46,7 +48,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "system": platform.system(),
     }
     if device.type == "cuda":
-        gpu = torch.cuda.get_gpu(device)
+        gpu = torch.cuda.get_device_properties(device)
         settings |= {
             "gpu": gpu.name,
             "gpu_bytes": gpu.total_memory,
@@ -94,55 +96,10 @@ def write_text(path: Path, text: str) -> None:
         ) from error
 
 
-MAX_RUNS = 10_000  # of a row: the interval of a ratio draws them 2,000 times
-Milliseconds = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
-
-
-class _Quality(msgspec.Struct):
-    psnr_db: float | None = None
-    identical: bool | None = None
-    accuracy: float | None = None
-
-
-class _Row(msgspec.Struct):
-    """A row as far as two files are compared."""
-
-    plan: str
-    engine: str
-    size: list[int]
-    steps: int
-    failed: str | None = None
-    total_runs_ms: Annotated[list[Milliseconds], msgspec.Meta(max_length=MAX_RUNS)] = []
-    total_duration_ms: Milliseconds | None = None
-    quality: _Quality | None = None
-    peak_host_bytes: float | None = None
-    peak_device_bytes: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.failed is None and (
-            not self.total_runs_ms or None in (self.total_duration_ms, self.quality)
-        ):
-            raise ValueError(f"row {self.plan} on {self.engine} has neither times nor a failure")
-
-
-class _Fingerprint(msgspec.Struct):
-    hardware: dict[str, Any]
-    versions: dict[str, Any] = {}
-    weights: dict[str, Any] = {}
-    device: str = ""
-
-
-class Results(msgspec.Struct):
-    """A results file: what `bench compare` reads of it."""
-
-    rows: list[_Row]
-    fingerprint: _Fingerprint
-
-
 def read(path: str | Path) -> dict[str, Any]:
     """A results file; errors as `read_as`."""
     results = read_as(Path(path), KIND, SCHEMA, "`nexus-rt bench --json`", "measure again")
-    documents.check(results, Results, str(path), remedy="measure again")
+    report_of(results, str(path))
     return results
 
 
@@ -191,29 +148,25 @@ def ratio_interval(
     return median(after) / median(before), float(low), float(high)
 
 
-def _key(row: dict[str, Any]) -> tuple:
-    return row["plan"], row["engine"], tuple(row["size"]), row["steps"]
+def _key(row: Row) -> tuple[Any, ...]:
+    return row.plan, row.engine, tuple(row.size), row.steps
 
 
-def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What two fingerprints differ in: machine, device, versions, weights."""
-    differences = []
-    for group, names in (
-        ("hardware", ("processor", "gpu", "cores", "threads", "system")),
-        ("versions", None),
-        ("weights", None),
+def differences(before: Fingerprint, after: Fingerprint) -> list[str]:
+    """What two fingerprints differ in: machine, versions, weights, device."""
+    pairs = [
+        (name, getattr(before.hardware, name), getattr(after.hardware, name))
+        for name in ("processor", "gpu", "cores", "threads", "system")
+    ]
+    for title, a, b in (
+        ("", before.versions, after.versions),
+        ("weights of ", before.weights, after.weights),
     ):
-        a, b = before.get(group, {}), after.get(group, {})
-        for name in names or sorted(a.keys() | b.keys()):
-            if a.get(name) != b.get(name):
-                kind = "weights of " if group == "weights" else ""
-                differences.append(
-                    f"{kind}{name} differs ({shorten(a.get(name), 60)} and"
-                    f" {shorten(b.get(name), 60)})"
-                )
-    if before.get("device") != after.get("device"):
-        differences.append(f"device differs ({before.get('device')} and {after.get('device')})")
-    return differences
+        pairs += [(f"{title}{name}", a.get(name), b.get(name)) for name in sorted({*a, *b})]
+    pairs.append(("device", before.device, after.device))
+    return [
+        f"{name} differs ({shorten(a, 60)} and {shorten(b, 60)})" for name, a, b in pairs if a != b
+    ]
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -224,47 +177,63 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], l
     PSNR_DB decibels, or its accuracy by more than ACCURACY.
 
     Raises:
-        InputError: no row is in both.
+        InputError: no row is in both. ModelError: results are none.
     """
-    lines, worse = [], []
-    old = {_key(r): r for r in before["rows"] if r.get("failed") is None}
-    shared = [r for r in after["rows"] if _key(r) in old]
+    a, b = (report_of(results, "the results") for results in (before, after))
+    worse: list[str] = []
+    old = {_key(r): r for r in done(a.rows)}
+    shared = [r for r in b.rows if _key(r) in old]
     if not shared:
         raise InputError(
             "the two files have no plan and engine in common at one size and number of steps;"
             " nothing to compare.",
             code="mismatch",
         )
-    lines += [
+    lines = [
         f"note: {d}; what follows compares that as well"
-        for d in differences(before["fingerprint"], after["fingerprint"])
+        for d in differences(a.fingerprint, b.fingerprint)
     ]
     for row in shared:
-        was, title = old[_key(row)], f"{row['plan']} on {row['engine']}"
-        if row.get("failed") is not None:
-            worse.append(f"{title}: failed ({row['failed']})")
+        was, title = old[_key(row)], f"{row.plan} on {row.engine}"
+        if row.failed is not None:
+            worse.append(f"{title}: failed ({row.failed})")
             continue
-        ratio, low, high = ratio_interval(was["total_runs_ms"], row["total_runs_ms"])
+        ratio, low, high = ratio_interval(was.total_runs_ms, row.total_runs_ms)
         line = (
-            f"{title}: {was['total_duration_ms']:.1f} -> {row['total_duration_ms']:.1f} ms,"
+            f"{title}: {was.total_duration_ms:.1f} -> {row.total_duration_ms:.1f} ms,"
             f" {ratio:.3f}x [{low:.3f}, {high:.3f}]"
         )
         lines.append(line)
         if low > 1 + NOISE:
             worse.append(f"{line}: slower")
-        for name in ("peak_host_bytes", "peak_device_bytes"):
-            a, b = was.get(name), row.get(name)
-            if a and b and b > a * (1 + MEMORY):
-                worse.append(f"{title}: {name} {a / 1e6:.0f} -> {b / 1e6:.0f} MB")
-        a, b = was["quality"].get("psnr_db"), row["quality"].get("psnr_db")
-        if b is not None and not row["quality"].get("identical") and (a is None or b < a - PSNR_DB):
-            worse.append(
-                f"{title}: PSNR to the reference {'identical' if a is None else f'{a:.1f}'} ->"
-                f" {b:.1f} dB"
-            )
-        a, b = (r["quality"].get("accuracy") for r in (was, row))
-        if a is not None and b is not None and b < a - ACCURACY:
-            worse.append(f"{title}: accuracy {a:.2f} -> {b:.2f}")
-    gone = [k for k in old if k not in {_key(r) for r in after["rows"]}]
-    lines += [f"{k[0]} on {k[1]}: not in the second file" for k in gone]
+        worse += [f"{title}: {words}" for words in _losses(was, row)]
+    gone = old.keys() - {_key(r) for r in b.rows}
+    lines += [f"{k[0]} on {k[1]}: not in the second file" for k in old if k in gone]
     return lines, worse
+
+
+def _losses(was: Row, row: Row) -> list[str]:
+    """What of a row's memory and quality became worse."""
+    losses = []
+    for name in ("peak_host_bytes", "peak_device_bytes"):
+        a, b = getattr(was, name), getattr(row, name)
+        if a and b and b > a * (1 + MEMORY):
+            losses.append(f"{name} {a / 1e6:.0f} -> {b / 1e6:.0f} MB")
+    before, after = was.quality, row.quality
+    a, b = before.psnr_db, after.psnr_db
+    if b is not None and not after.identical and (a is None or b < a - PSNR_DB):
+        known = "identical" if a is None else f"{a:.1f}"
+        losses.append(f"PSNR to the reference {known} -> {b:.1f} dB")
+    a, b = before.accuracy, after.accuracy
+    if a is not None and b is not None and b < a - ACCURACY:
+        losses.append(f"accuracy {a:.2f} -> {b:.2f}")
+    return losses
+
+
+def finite(value: Any) -> Any:
+    """The same without infinities and NaN, which JSON has not."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -13,12 +13,13 @@ by the rate that the card is published with, times the share of it that such wor
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
+from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
+from nexus_rt.bench.work import Work, decode_flops, forward_work, weight_bytes
 from nexus_rt.core.errors import choose
 from nexus_rt.core.limits import Scale
 from nexus_rt.core.size import ClipSize
@@ -28,6 +29,7 @@ from nexus_rt.parallel.layout import Layout, parse_layout
 from nexus_rt.parallel.volume import step_volume
 
 TERA = 1e12
+_decode_flops = lru_cache(maxsize=8)(decode_flops)
 
 
 @dataclass(frozen=True)
@@ -84,21 +86,6 @@ SHARES = Shares()
 
 
 @dataclass(frozen=True)
-class Work:
-    """Of one forward of some samples: operations of linear layers and attention, by what multiplies
-    them, and bytes of what is bound by memory."""
-
-    linear: float = 0.0
-    linear_fp8: float = 0.0
-    attention: float = 0.0
-    attention_fp8: float = 0.0
-    bytes: float = 0.0
-
-    def __mul__(self, samples: float) -> Work:
-        return Work(**{f.name: samples * getattr(self, f.name) for f in fields(self)})
-
-
-@dataclass(frozen=True)
 class Parts:
     """Milliseconds of a forward by kind."""
 
@@ -115,45 +102,6 @@ class Parts:
         return {k: round(v, 2) for k, v in {**asdict(self), "total": self.total}.items()}
 
 
-def tokens_of(config: WanConfig, size: ClipSize) -> int:
-    """Tokens of a clip in a transformer."""
-    return math.prod(side // p for side, p in zip(size.latent, config.patch_size, strict=True))
-
-
-def forward_work(
-    config: WanConfig,
-    size: ClipSize,
-    fp8: str | None = None,
-    fp8_attention: bool = False,
-    text: int = 41,
-) -> Work:
-    """One forward of one sample, its context prepared.
-
-    Args:
-        fp8: "fp8-dynamic" (all blocks but the first and the last) or "fp8-dynamic-all".
-        text: keys of the cross-attention; those of a prompt of 40 words and one for its padding.
-    """
-    length, dim, layers = tokens_of(config, size), config.dim, config.num_layers
-    block = 2 * length * (6 * dim * dim + 2 * dim * config.ffn_dim)
-    small = {"fp8-dynamic": layers - 2 if layers > 2 else layers, "fp8-dynamic-all": layers}.get(
-        fp8 or "", 0
-    )
-    patch = math.prod(config.patch_size)
-    ends = 2 * length * dim * patch * (config.in_channels + config.out_channels)
-    own = 4 * length * length * dim * layers
-    cross = 4 * length * text * dim * layers
-    # elements of a block, of 2 bytes: three norms with their residuals, Q and K normed and turned,
-    # the cross-attention's Q normed
-    moved = (4 + 4 + 4 + 4 + 2) * length * dim * 2 * layers
-    return Work(
-        linear=block * (layers - small) + ends,
-        linear_fp8=block * small,
-        attention=cross + (0 if fp8_attention else own),
-        attention_fp8=own if fp8_attention else 0,
-        bytes=moved,
-    )
-
-
 def parts(work: Work, card: Card, shares: Shares = SHARES) -> Parts:
     """Milliseconds of some work on a card."""
     ms = lambda operations, rate, share: 1000 * operations / (rate * TERA * share)
@@ -163,6 +111,18 @@ def parts(work: Work, card: Card, shares: Shares = SHARES) -> Parts:
         + ms(work.attention_fp8, card.fp8, shares.fp8_attention),
         1000 * work.bytes / (card.bandwidth * shares.memory),
     )
+
+
+def forward_parts(
+    config: WanConfig,
+    size: ClipSize,
+    card: Card,
+    samples: float,
+    fp8: str | None = None,
+    fp8_attention: bool = False,
+) -> Parts:
+    """Milliseconds of one forward of some samples on a card; arguments as of `forward_work`."""
+    return parts(forward_work(config, size, fp8, fp8_attention) * samples, card)
 
 
 def step_costs(
@@ -175,23 +135,16 @@ def step_costs(
 ) -> StepCosts:
     """Predicted prices of a step's parts, milliseconds, what several cards send included; a
     generator that is not there costs 0."""
-    prices = dict.fromkeys(("small", "small_guided", "large", "large_guided"), 0.0)
+    prices = {}
     for name, config in configs.items():
         for key, guided in ((name, False), (f"{name}_guided", True)):
             own, sent = shared_parts(config, size, card, layout, guided, fp8, fp8_attention)
             prices[key] = own.total + sent
     channels = next(iter(configs.values())).in_channels
-    elements = channels * math.prod(size.latent)
+    elements = channels * size.cells
     by = 1000 / (card.bandwidth * SHARES.memory)
     # both generators' predictions in bf16, guided; the latents, velocity and history in float32
     return StepCosts(**prices, blend=(4 * 2 + 4) * elements * by, solver=8 * 4 * elements * by)
-
-
-@lru_cache(maxsize=8)
-def _decode_flops(size: ClipSize) -> int:
-    from nexus_rt.bench.estimate import decode_flops
-
-    return decode_flops(size)
 
 
 def vae_ms(size: ClipSize, card: Card, shares: Shares = SHARES) -> float:
@@ -210,9 +163,9 @@ def card_of(name: str) -> Card:
 
 def card_named(device: str) -> Card | None:
     """The card that a driver's name means, such as "NVIDIA H100 80GB HBM3"; None of another."""
-    said = device.upper().replace(" ", "")
-    found = [key for key in CARDS if key.upper() in said]
-    return CARDS[found[0]] if found and "PCIE" not in said else None
+    name = device.upper().replace(" ", "")
+    keys = [key for key in CARDS if key.upper() in name]
+    return CARDS[keys[0]] if keys and "PCIE" not in name else None
 
 
 def assumptions(card: Card, shares: Shares = SHARES) -> list[str]:
@@ -242,8 +195,7 @@ def predicted_row(
     if card is None:
         return None
     kind = "fp8-dynamic" if fp8 else None
-    work = forward_work(WanConfig(**config), size, kind, fp8_attention)
-    return parts(work * samples, card).row()
+    return forward_parts(WanConfig(**config), size, card, samples, kind, fp8_attention).row()
 
 
 def memory_line(configs: Mapping[str, WanConfig], size: ClipSize, card: Card) -> str:
@@ -261,16 +213,6 @@ def memory_line(configs: Mapping[str, WanConfig], size: ClipSize, card: Card) ->
     )
 
 
-def weight_bytes(config: WanConfig) -> int:
-    """Bytes of a transformer's parameters in bf16."""
-    import torch
-
-    from nexus_rt.models.wan import WanTransformer
-
-    with torch.device("meta"):
-        return sum(2 * p.numel() for p in WanTransformer(config).parameters())
-
-
 def shared_parts(
     config: WanConfig,
     size: ClipSize,
@@ -284,9 +226,9 @@ def shared_parts(
     sends, none of it hidden behind the other."""
     samples = 2 if guided else 1
     own = (1 if layout.cfg == 2 and guided else samples) / layout.ulysses
-    work = forward_work(config, size, fp8, fp8_attention) * own
     sent = step_volume(layout, config, size, guided).total
-    return parts(work, card), 1000 * sent / card.link
+    computed = forward_parts(config, size, card, own, fp8, fp8_attention)
+    return computed, 1000 * sent / card.link
 
 
 def shared_price(plan: Plan, costs: StepCosts, layout: Layout, small: Scale, large: Scale) -> float:
@@ -307,10 +249,9 @@ LAYOUTS = ("cfg=1", "cfg=2", "cfg=2,ulysses=2", "cfg=2,ulysses=4", "pair=2,cfg=2
 def scaling_table(key: str = "h200") -> str:
     """Markdown: one clip on one to eight cards, predicted from bytes: a guided step of the 14B, and
     the published schedule, where pair=2 has both generators run at once."""
-    from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
     from nexus_rt.core.limits import GUIDANCE_SCALE
     from nexus_rt.method.plan_text import parse_plan
-    from nexus_rt.method.solver import time_grid
+    from nexus_rt.method.time_grid import time_grid
 
     card, size = CARDS[key], SIZES["480p"]
     configs = {"small": WanConfig(**WAN_1_3B), "large": WanConfig(**WAN_14B)}
@@ -320,7 +261,7 @@ def scaling_table(key: str = "h200") -> str:
         " of one card's speed | `reference`, s |",
         "|---|---|---|---|---|---|",
     ]
-    one = parts(forward_work(configs["large"], size) * 2, card).total
+    one = forward_parts(configs["large"], size, card, 2).total
     for text in LAYOUTS:
         layout = parse_layout(text)
         own, sent = shared_parts(configs["large"], size, card, layout)
@@ -342,10 +283,10 @@ SIZES = {"480p": ClipSize(832, 480, 81), "720p": ClipSize(1280, 720, 81)}
 def predict(card: Card, size: ClipSize, fp8: bool = False) -> dict[str, Any]:
     """Wan's 1.3B and 14B on a card: a guided step of the large one by kind, and the plans' seconds,
     denoising and decoding."""
-    from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
     from nexus_rt.core.limits import GUIDANCE_SCALE
-    from nexus_rt.method.plan_text import has_clocks, parse_plan
-    from nexus_rt.method.solver import time_grid
+    from nexus_rt.method.plan_options import has_clocks
+    from nexus_rt.method.plan_text import parse_plan
+    from nexus_rt.method.time_grid import time_grid
 
     configs = {"small": WanConfig(**WAN_1_3B), "large": WanConfig(**WAN_14B)}
     kind = "fp8-dynamic" if fp8 else None
@@ -356,9 +297,8 @@ def predict(card: Card, size: ClipSize, fp8: bool = False) -> dict[str, Any]:
         plan = parse_plan(name, time_grid(50)) if not has_clocks(name) else _clocked(name)
         ms = plan.price(costs, GUIDANCE_SCALE, GUIDANCE_SCALE)
         seconds[name] = round(ms / 1000, 1)
-    work = forward_work(configs["large"], size, kind, fp8) * 2
     return {
-        "large_guided": parts(work, card).row(),
+        "large_guided": forward_parts(configs["large"], size, card, 2, kind, fp8).row(),
         "vae_s": round(decode / 1000, 1),
         "denoise_s": seconds,
     }

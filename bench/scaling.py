@@ -9,14 +9,15 @@ no such term), a clip as `fixed + each steps`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from nexus_rt.bench.latency import Clip, prompts_of
+from nexus_rt.bench.latency import Clip, denoised, prompts_of
 from nexus_rt.core.size import ClipSize
-from nexus_rt.pipeline.costs import median_ms
+from nexus_rt.core.timing import median_ms
 from nexus_rt.pipeline.pipeline import NexusPipeline
 
 # shares of the clip's
@@ -40,6 +41,15 @@ def fit(x: list[float], y: list[float], powers: tuple[int, ...]) -> dict[str, An
         "coefficients": [float(c / scale**p) for c, p in zip(coefficients, powers, strict=True)],
         "r2": round(1 - rest, 5),
     }
+
+
+def curve(
+    points: list[dict[str, float]], unit: str, powers: tuple[int, ...], left_out: list[list[int]]
+) -> dict[str, Any]:
+    """Points and what fits them over their `unit`; no fit of as few as its coefficients."""
+    x, ms = [p[unit] for p in points], [p["ms"] for p in points]
+    line = fit(x, ms, powers) if len(points) > len(powers) else None
+    return {"points": points, "fit": line, "out_of_memory": left_out}
 
 
 def _near(value: float, unit: int, least: int) -> int:
@@ -67,66 +77,46 @@ def scaling(
 
     A point that runs out of memory is left out and named.
     """
-    prompts, axes = prompts_of(pipe, clip), {}
-    cuda = pipe.device.type == "cuda"
+    prompts = prompts_of(pipe, clip)
+    axes: dict[str, dict[str, Any]] = {}
     timestep = torch.tensor(500.0, device=pipe.device)
-    for axis, points in variants(pipe, clip).items():
+    for axis, clips in variants(pipe, clip).items():
         say(f"scaling over {axis}")
         for name, engine in pipe.engines.items():
-            rows, left_out = [], []
-            for batch, size in points:
-                prompt = prompts[name]
-                pair = torch.cat(
-                    [
-                        prompt.conditional.repeat(batch, 1, 1),
-                        prompt.unconditional.repeat(batch, 1, 1),
-                    ]
-                )
+            points: list[dict[str, float]] = []
+            left_out: list[list[int]] = []
+            for batch, size in clips:
+                rows_of_prompt = [
+                    rows.repeat(batch, 1, 1)
+                    for rows in (prompts[name].conditional, prompts[name].unconditional)
+                    if rows is not None
+                ]
                 try:
-                    context = engine.prepare(pair)
+                    context = engine.prepare(torch.cat(rows_of_prompt))
                     noise = pipe.prepare_latents(batch, size, torch.Generator().manual_seed(0))
-                    call = lambda e=engine, x=noise, c=context: e.velocity(x, timestep, c)
-                    ms = median_ms(call, repeats, 1, cuda)
+                    call = partial(engine.velocity, noise, timestep, context)
+                    ms = median_ms(call, repeats, 1, pipe.device)
                 except torch.OutOfMemoryError:
                     left_out.append([batch, *size])
                     continue
-                t, h, w = noise.shape[-3:]
-                p = pipe.patch
-                tokens = 2 * batch * (t // p[0]) * (h // p[1]) * (w // p[2])
-                rows.append(
+                points.append(
                     {
                         "batch": batch,
                         "frames": size.frames,
                         "height": size.height,
                         "width": size.width,
-                        "tokens": tokens,
+                        "tokens": 2 * batch * size.tokens(pipe.patch),
                         "ms": round(ms, 3),
                     }
                 )
             powers = (0, 1) if axis == "batch" else (0, 1, 2)
-            line = (
-                fit([r["tokens"] for r in rows], [r["ms"] for r in rows], powers)
-                if len(rows) > len(powers)
-                else None
-            )
-            axes.setdefault(axis, {})[name] = {
-                "points": rows,
-                "fit": line,
-                "out_of_memory": left_out,
-            }
+            axes.setdefault(axis, {})[name] = curve(points, "tokens", powers, left_out)
     say("scaling over steps")
-    rows = []
+    points = []
     for count in dict.fromkeys(_near(clip.steps * s, 1, 2) for s in STEPS):
         plan = pipe.make_plan(None, count)
-        call = lambda p=plan: pipe(
-            plan=p, latents=clip.noise(pipe), output_type="latent", **clip.inputs
-        )
-        rows.append(
-            {"steps": count, "ms": round(median_ms(call, max(2, repeats // 2), 1, cuda), 3)}
-        )
-    line = (
-        fit([r["steps"] for r in rows], [r["ms"] for r in rows], (0, 1)) if len(rows) > 2 else None
-    )
+        ms = median_ms(partial(denoised, pipe, clip, plan), max(2, repeats // 2), 1, pipe.device)
+        points.append({"steps": count, "ms": round(ms, 3)})
     name = pipe.defaults.plan if len(pipe.engines) > 1 else next(iter(pipe.engines))
-    axes["steps"] = {name: {"points": rows, "fit": line, "out_of_memory": []}}
+    axes["steps"] = {name: curve(points, "steps", (0, 1), [])}
     return axes

@@ -240,7 +240,7 @@ def measure_parts(runs: int) -> dict[str, dict[str, float]]:
     """Milliseconds a clip of the mini pair in batches, and of a preview at two sizes."""
     import torch
 
-    from nexus_rt.pipeline.costs import medians_ms
+    from nexus_rt.core.timing import medians_ms
     from nexus_rt.pipeline.pipeline import NexusPipeline
     from nexus_rt.serve.generate import ServedPipeline, Task, warmup_request
     from nexus_rt.serve.preview import picture

@@ -11,21 +11,19 @@ import json
 import os
 import random
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 
-from nexus_rt.bench.core import main
+from nexus_rt.bench.core import CLI, PROMPT, Bench, generate_s, main, output_of
+from nexus_rt.core.timing import elapsed_ms, in_turn
 
-PROMPT = "a striped red circle moves left on a black background"
-CLI = (sys.executable, "-m", "nexus_rt.cli")
 SIZES = ((64, 64, 17), (64, 64, 5), (48, 64, 9), (32, 32, 13))  # width, height, frames, of the soak
 
 PARTS = """
@@ -82,18 +80,14 @@ def bench_command(runs: int) -> dict:
     """`nexus-rt generate` as a process: PyTorch, and ONNX engines. A run first fills the page
     cache."""
     with tempfile.TemporaryDirectory() as folder:
-        ways = {"torch": [], "onnx engines": ["--engines", str(_exported("onnx", Path(folder)))]}
-        walls: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(runs + 1):
-            for name, options in ways.items():
-                start = time.perf_counter()
-                subprocess.run(
-                    [*CLI, "generate", PROMPT, "-o", f"{folder}/a.mp4", "--quiet", *options],
-                    check=True,
-                )
-                walls[name].append(time.perf_counter() - start)
+        engines = str(_exported("onnx", Path(folder)))
+        ways = {
+            "torch": partial(generate_s, folder),
+            "onnx engines": partial(generate_s, folder, "--engines", engines),
+        }
+        walls = in_turn(ways, lambda generate: generate(), runs, 1)
     return {
-        n: {"wall_s": round(median(w[1:]), 2), "max_s": round(max(w[1:]), 2), "runs": runs}
+        n: {"wall_s": round(median(w), 2), "max_s": round(max(w), 2), "runs": runs}
         for n, w in walls.items()
     }
 
@@ -103,11 +97,8 @@ def bench_parts(runs: int) -> dict:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(runs + 1):
-            command = [sys.executable, "-c", PARTS, PROMPT, f"{folder}/a.mp4", str(time.time())]
             start = time.perf_counter()
-            parts = json.loads(
-                subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            )
+            parts = json.loads(output_of(PARTS, PROMPT, f"{folder}/a.mp4", time.time()))
             wall = time.perf_counter() - start
             rows.append({**parts, "end of Python": wall - sum(parts.values())})
     return {part: round(median(f[part] for f in rows[1:]), 3) for part in rows[0]}
@@ -132,9 +123,8 @@ def bench_calls(runs: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         pipe = _pipeline("torch", Path(folder))
         for i in range(10):
-            start = time.perf_counter()
-            pipe(PROMPT, generator=torch.Generator().manual_seed(i))
-            rows.append(round(1000 * (time.perf_counter() - start), 1))
+            call = partial(pipe, PROMPT, generator=torch.Generator().manual_seed(i))
+            rows.append(round(elapsed_ms(call), 1))
     return {"calls_ms": rows, "second_over_tenth": round(rows[1] / rows[-1], 2)}
 
 
@@ -179,7 +169,7 @@ def bench_soak(runs: int) -> dict:
     return report
 
 
-BENCHES: dict[str, tuple[Callable[[int], dict], int]] = {
+BENCHES: dict[str, Bench] = {
     "command": (bench_command, 5),
     "parts": (bench_parts, 5),
     "calls": (bench_calls, 1),

@@ -11,12 +11,24 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nexus_rt.bench.cells import Cells, done, machine, names, terms
 from nexus_rt.bench.gpu.tables import targets_table
 from nexus_rt.bench.results import read, write_text
-from nexus_rt.bench.shown import Load, Report, Suite, checked
+from nexus_rt.bench.schema import (
+    Curve,
+    Fingerprint,
+    Load,
+    Peer,
+    Row,
+    Suite,
+    read_as,
+    report_of,
+    unit_of,
+)
 from nexus_rt.core.documents import read_object
 from nexus_rt.core.errors import InputError, ModelError, NexusError
 
@@ -27,20 +39,29 @@ PEERS = {
     "diffusers": "diffusers' `WanPipeline`",
     "diffusers+compile": "the same, `torch.compile`d",
 }
-
-
-def _psnr(q: dict[str, Any]) -> str:
-    return (
-        "identical"
-        if q.get("identical")
-        else "-"
-        if q.get("psnr_db") is None
-        else f"{q['psnr_db']:.1f}"
-    )
-
-
-def _error(q: dict[str, Any]) -> str:
-    return "-" if q.get("latent_error") is None else f"{q['latent_error']:.1e}"
+CELLS = Cells(ms=".0f", strong=("**", "**"))
+ROW_COLUMNS = {  # figures -> title
+    "plan": "plan",
+    "engine": "engine",
+    "p50, p95": "end to end, ms (p50, p95)",
+    "denoise": "denoising",
+    "vae": "VAE",
+    "preview": "preview",
+    "predicted": "predicted",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "error": "latent error",
+    "right": "riddles",
+}
+PEER_COLUMNS = {
+    "peer": "peer",
+    "plan": "ours",
+    "theirs": "theirs, ms",
+    "ours": "ours, ms",
+    "ratio": "ratio",
+    "psnr": "frames, dB",
+    "error": "latents differ by",
+}
 
 
 def _line(cells: list[str]) -> str:
@@ -51,189 +72,131 @@ def _head(*names: str) -> str:
     return _line(list(names)) + "\n" + "|---" * len(names) + "|"
 
 
-def _row(r: dict[str, Any]) -> str:
-    if r.get("failed") is not None:
-        return _line([r["plan"], r["engine"], r["failed"], *[""] * 8])
-    q, off, preview = r["quality"], r.get("prediction_error"), r.get("first_preview_ms")
-    return _line(
-        [
-            r["plan"],
-            r["engine"],
-            f"{r['total_duration_ms']:.0f}, {r['total_p95_ms']:.0f}",
-            f"{r['denoise_ms']:.0f}",
-            f"{r.get('components_ms', {}).get('vae', 0):.0f}",
-            "-" if preview is None else f"{preview:.0f}",
-            "-" if off is None else f"{100 * off:+.1f}%",
-            _psnr(q),
-            "-" if q.get("ssim") is None else f"{q['ssim']:.4f}",
-            _error(q),
-            f"{q['right']}/{q['count']}" if q.get("accuracy") is not None else "-",
-        ]
-    )
-
-
-def _peer(r: dict[str, Any]) -> str:
-    if r.get("failed") is not None:
-        return _line([r["peer"], r["failed"], *[""] * 5])
-    plan = r["plan"] if r["same_mathematics"] else f"{r['plan']} (another plan)"
-    times = f"{r['theirs_ms']['p50']:.0f}", f"{r['ours_ms']['p50']:.0f}"
-    return _line([r["peer"], plan, *times, f"**{r['ratio']:.2f}x**", _psnr(r), _error(r)])
-
-
-def _fits(scaling: dict[str, Any]) -> list[str]:
-    lines = []
-    for axis, curves in scaling.items():
-        for name, curve in curves.items():
-            if fit := curve.get("fit"):
-                n = "steps" if axis == "steps" else "tokens"
-                terms = [
-                    f"{c:.3g}" + ("", f" {n}", f" {n}²")[p]
-                    for c, p in zip(fit["coefficients"], fit["powers"], strict=True)
-                ]
-                lines.append(_line([axis, name, " + ".join(terms), f"{fit['r2']:.4f}"]))
+def _rows(rows: Sequence[Row | Peer], columns: Mapping[str, str]) -> list[str]:
+    """The lines of rows, one that failed with why; columns: name of a figure -> its title."""
+    lines = [_head(*columns.values())]
+    for row in rows:
+        if row.failed is not None:
+            start = [*names(row), row.failed]
+            lines.append(_line([*start, *[""] * (len(columns) - len(start))]))
+        else:
+            cells = CELLS.figures(row)  # a column of two figures is named "a, b"
+            lines.append(_line([", ".join(cells[n] for n in name.split(", ")) for name in columns]))
     return lines
 
 
-def headline(report: dict[str, Any]) -> str:
+def _fits(scaling: Mapping[str, Mapping[str, Curve]]) -> list[str]:
+    return [
+        _line([axis, name, terms(fit, unit_of(axis)), f"{fit.r2:.4f}"])
+        for axis, curves in scaling.items()
+        for name, curve in curves.items()
+        if (fit := curve.fit) is not None
+    ]
+
+
+def headline(document: dict[str, Any]) -> str:
     """Our plans against their peers (another clip against the first of them alone), and the engines
     of the first plan, as markdown.
 
     Raises:
         ModelError: the report is none, or has no row.
     """
-    checked(report, Report, "the report")
-    if not report.get("rows"):
+    report = report_of(document)
+    if not report.rows:
         raise ModelError("the report has no row; measure again.", code="missing", param="rows")
-    done = lambda rows: [r for r in rows if r.get("failed") is None]
-    ours = [r for r in done(report.get("peers", [])) if r["peer"] in PEERS]
-    ours = [r for r in ours if r["same_mathematics"] or r["peer"] != "naive-ours"]
+    ours = [r for r in done(report.peers) if r.peer in PEERS]
+    ours = [r for r in ours if r.same_mathematics or r.peer != "naive-ours"]
     out = (
         [_head("ours", "against, in the same run", "ms", "theirs", "ratio", "frames")]
         if ours
         else []
     )
     right = {
-        r["plan"]: f", {r['quality']['right']}/{r['quality']['count']} riddles"
-        for r in done(report["rows"])
-        if r["quality"].get("accuracy") is not None
+        r.plan: f", {CELLS.right(r.quality)} riddles"
+        for r in done(report.rows)
+        if r.quality.accuracy is not None
     }
-    for r in sorted(ours, key=lambda r: (not r["same_mathematics"], list(PEERS).index(r["peer"]))):
-        shown = (
-            _psnr(r)
-            + (" dB" if r.get("psnr_db") is not None else "")
-            + ("" if r["same_mathematics"] else ", another clip")
-        )
-        times = f"{r['ours_ms']['p50']:.0f}", f"{r['theirs_ms']['p50']:.0f}"
-        ratio = f"**{r['ratio']:.2f}x**"
-        out.append(
-            _line(
-                [
-                    f"`{r['plan']}`",
-                    PEERS[r["peer"]],
-                    *times,
-                    ratio,
-                    shown + right.get(r["plan"], ""),
-                ]
-            )
-        )
-    first = report["rows"][0]["plan"]
-    rows = [r for r in done(report["rows"]) if r["plan"] == first]
+    for r in sorted(ours, key=lambda r: (not r.same_mathematics, list(PEERS).index(r.peer))):
+        cells = CELLS.figures(r)
+        frames = CELLS.psnr(r, " dB") + ("" if r.same_mathematics else ", another clip")
+        figures = [cells[name] for name in ("ours", "theirs", "ratio")]
+        out.append(_line([f"`{r.plan}`", PEERS[r.peer], *figures, frames + right.get(r.plan, "")]))
+    first = report.rows[0].plan
     out += [
         *[""] * bool(out),
         _head(f"engine, plan `{first}`", "denoising, ms", "VAE", "whole call"),
     ]
-    for r in rows:
-        vae = r.get("components_ms", {}).get("vae", 0)
-        times = (r["denoise_ms"], vae, r["total_duration_ms"])
-        out.append(_line([r["engine"], *(f"{t:.0f}" for t in times)]))
-    return f"{_made(report)}\n\n" + "\n".join(out) + "\n"
+    for cells in (CELLS.figures(r) for r in done(report.rows) if r.plan == first):
+        out.append(_line([cells[name] for name in ("engine", "denoise", "vae", "p50")]))
+    return f"{_made(report.fingerprint)}\n\n" + "\n".join(out) + "\n"
 
 
-def _made(report: dict[str, Any]) -> str:
-    mark = report["fingerprint"]
-    h, v = mark["hardware"], mark.get("versions", {})
-    made = (
-        f"{h.get('gpu') or h.get('processor', '')}, {h['threads']} threads, torch"
-        f" {v.get('torch', 'unknown')},"
-        f" {mark['when'][:10]}"
-    )
-    return f"{made}; `{mark['command']}`"
+def _made(mark: Fingerprint) -> str:
+    torch = mark.versions.get("torch", "unknown")
+    return f"{machine(mark)}, torch {torch}, {mark.when[:10]}; `{mark.command}`"
 
 
-def tables(report: dict[str, Any]) -> str:
+def tables(document: dict[str, Any]) -> str:
     """Plans and engines, peers, and scaling, as markdown.
 
     Raises:
         ModelError: the report is none.
     """
-    checked(report, Report, "the report")
-    names = (
-        "plan",
-        "engine",
-        "end to end, ms (p50, p95)",
-        "denoising",
-        "VAE",
-        "preview",
-        "predicted",
-        "PSNR, dB",
-        "SSIM",
-        "latent error",
-        "riddles",
-    )
-    out = [_made(report), "", _head(*names), *(_row(r) for r in report.get("rows", []))]
-    if report.get("peers"):
-        head = _head(
-            "peer", "ours", "theirs, ms", "ours, ms", "ratio", "frames, dB", "latents differ by"
-        )
-        out += ["", head, *(_peer(r) for r in report["peers"])]
-    if fits := _fits(report.get("scaling", {})):
+    report = report_of(document)
+    out = [_made(report.fingerprint), "", *_rows(report.rows, ROW_COLUMNS)]
+    if report.peers:
+        out += ["", *_rows(report.peers, PEER_COLUMNS)]
+    if fits := _fits(report.scaling):
         out += ["", _head("over", "of", "milliseconds", "R2"), *fits]
     return "\n".join(out) + "\n"
 
 
-def load_table(report: dict[str, Any]) -> str:
+def load_table(document: dict[str, Any]) -> str:
     """What a server did under load (`nexus_rt.bench.serve`).
 
     Raises:
         ModelError: the report is none.
     """
-    checked(report, Load, "the report")
-    churn, held, lost = report["churn"], report["connections"], report["lost"]
-    gets = lambda ms: f"{ms['p50']:.2f}, {ms['p95']:.2f}, {ms['p99']:.2f}"
+    report = read_as(document, Load, "the report")
+    churn, held, lost = report.churn, report.connections, report.lost
+    gets = lambda ms: f"{ms.p50:.2f}, {ms.p95:.2f}, {ms.p99:.2f}"
     rows = [
-        ("GET of a job, nothing else going on, ms (p50, p95, p99)", gets(report["quiet_get_ms"])),
+        ("GET of a job, nothing else going on, ms (p50, p95, p99)", gets(report.quiet_get_ms)),
         (
-            f"{churn['jobs']} jobs queued and cancelled on 8 connections",
-            f"{churn['jobs_per_second']:.0f} a second",
+            f"{churn.jobs} jobs queued and cancelled on 8 connections",
+            f"{churn.jobs_per_second:.0f} a second",
         ),
-        ("GET meanwhile, ms", gets(churn["get_ms"])),
+        ("GET meanwhile, ms", gets(churn.get_ms)),
         (
             "the server's memory before, half-way and after, MB",
-            ", ".join(f"{m:.1f}" for m in churn["rss_mb"]),
+            ", ".join(f"{m:.1f}" for m in churn.rss_mb),
         ),
-        ("its slope over the second half", f"{churn['slope_kb_per_job']:.3f} kB a job"),
+        ("its slope over the second half", f"{churn.slope_kb_per_job:.3f} kB a job"),
         (
-            f"GET beside {held['open']} open connections and running jobs, ms",
-            gets(held["get_ms"]),
+            f"GET beside {held.open} open connections and running jobs, ms",
+            gets(held.get_ms),
         ),
-        ("memory before and with them, MB", ", ".join(f"{m:.1f}" for m in held["rss_mb"])),
+        ("memory before and with them, MB", ", ".join(f"{m:.1f}" for m in held.rss_mb)),
         (
             "broken bodies, by answer",
-            ", ".join(f"{n} x {status}" for status, n in report["malformed"].items()),
+            ", ".join(f"{n} x {status}" for status, n in report.malformed.items()),
         ),
         (
             "jobs accepted, ended, lost",
-            ", ".join(f"{lost[n]:.0f}" for n in ("submitted", "ended", "lost")),
+            f"{lost.submitted:.0f}, {lost.ended:.0f}, {lost.lost:.0f}",
         ),
     ]
-    if parts := report.get("parts"):
+    if parts := report.parts:
         numbers = lambda values: ", ".join(f"{ms:g} ({name})" for name, ms in values.items())
         rows += [
-            ("a clip by itself, in twos, in fours, ms", numbers(parts["batch_ms_a_clip"])),
-            ("one preview, ms", numbers(parts["preview_ms"])),
+            ("a clip by itself, in twos, in fours, ms", numbers(parts.batch_ms_a_clip)),
+            ("one preview, ms", numbers(parts.preview_ms)),
         ]
     return (
-        "\n".join([_made(report), "", _head("", "measured"), *(_line([*r]) for r in rows)]) + "\n"
+        "\n".join(
+            [_made(report.fingerprint), "", _head("", "measured"), *(_line([*r]) for r in rows)]
+        )
+        + "\n"
     )
 
 
@@ -256,16 +219,16 @@ def made_of(path: Path) -> str:
     report = read_object(path)
     if "run" not in report:
         return tables(read(path))
-    run = checked(report, Suite, str(path))["run"]
-    rows = {part: checked(rows, dict[str, Any], f"{path}: {part}") for part, rows in report.items()}
+    run = read_as(report, Suite, str(path)).run
+    rows = {part: read_as(rows, dict[str, Any], f"{path}: {part}") for part, rows in report.items()}
     made = [
-        run.get("gpu") or "CPU, dry: no speed here means anything",
-        f"torch {run['torch']}",
-        f"triton {run.get('triton')}",
-        run["date"][:10],
-        f"commit {run['commit']}",
+        run.gpu or "CPU, dry: no speed here means anything",
+        f"torch {run.torch}",
+        f"triton {run.triton}",
+        run.date[:10],
+        f"commit {run.commit}",
     ]
-    return f"{', '.join(made)}; `{run['command']}`\n\n{targets_table(rows)}\n"
+    return f"{', '.join(made)}; `{run.command}`\n\n{targets_table(rows)}\n"
 
 
 def main() -> None:

@@ -10,15 +10,13 @@ of the mini pair against those of its own weights, the same noise.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from nexus_rt.bench.core import main, paired, synthetic_folder
+from nexus_rt.bench.core import Bench, main, output_of, paired, synthetic_folder
 from nexus_rt.bench.quality import psnr
 from nexus_rt.loading.packing import WEIGHTS
 from nexus_rt.loading.transformer import load_transformer
@@ -72,14 +70,7 @@ def bench_shape(runs: int) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         random_folder(folder)
-        memory = lambda kind: int(
-            subprocess.run(
-                [sys.executable, "-c", PROCESS, name, kind],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
+        memory = lambda kind: int(output_of(PROCESS, name, kind))
         result["dense"] = {"peak_rss_gb": round(memory("dense") / 1e9, 2)}
         dense = forward(load_transformer(folder, torch.bfloat16))
         want = dense().float()
@@ -119,7 +110,7 @@ def bench_pair(runs: int) -> dict:
     return result
 
 
-BENCHES = {"shape": (bench_shape, 5), "pair": (bench_pair, 3)}
+BENCHES: dict[str, Bench] = {"shape": (bench_shape, 5), "pair": (bench_pair, 3)}
 
 if __name__ == "__main__":
     main(BENCHES, __doc__)

@@ -5,7 +5,6 @@ import copy
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from nexus_rt import InputError, ModelError, NexusPipeline
-from nexus_rt.bench import command, estimate, peers, presets, results, scaling, tables
+from nexus_rt.bench import command, peers, presets, results, scaling, tables, work
 from nexus_rt.bench.architectures import DRY
 from nexus_rt.bench.latency import Clip
 from nexus_rt.bench.page import drawing, page
@@ -25,6 +24,7 @@ from nexus_rt.core.errors import NexusError
 from nexus_rt.core.size import ClipSize
 from nexus_rt.models.wan import WanConfig
 from tests.fuzz import places
+from tests.needs import program
 from tests.pages import Tags, dump
 from tests.refusals import refuses
 
@@ -274,7 +274,7 @@ def test_arithmetic_is_that_of_the_layers():
     ends = n * d * 16 * 4 * 2
     time_ = config.freq_dim * d + d * d + 6 * d * d
     by_hand = 2 * (config.num_layers * block + ends + time_)
-    counted = estimate.forward_flops(TINY["large"], size)
+    counted = work.forward_flops(TINY["large"], size)
     assert counted == pytest.approx(by_hand, rel=0.01)
 
 
@@ -393,10 +393,10 @@ def test_the_page_is_one_file_and_escapes_everything(measured):
     )
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no headless browser here")
+@pytest.mark.browser
 def test_a_browser_shows_the_page(measured, tmp_path):
     (tmp_path / "a.html").write_text(page(hostile(measured[1])))
-    shown = dump("chromium", tmp_path / "a.html", tmp_path / "profile")
+    shown = dump(program("chromium"), tmp_path / "a.html", tmp_path / "profile")
     assert (
         "<title>Latency: " in shown and "<title>owned" not in shown and "<h2>Scaling</h2>" in shown
     )
@@ -587,4 +587,4 @@ def test_a_row_that_failed_with_null_did_not_fail(measured):
     assert results.compare({**report, "rows": rows}, report)[1] == []
     many = [{**rows[0], "total_runs_ms": [1.0] * 10_001}]
     with refuses("too_large", "rows[0].total_runs_ms", ModelError):
-        results.documents.check({**report, "rows": many}, results.Results, "F")
+        results.report_of({**report, "rows": many}, "F")

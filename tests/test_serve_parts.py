@@ -19,7 +19,7 @@ from nexus_rt.serve import generate, profile
 from nexus_rt.serve.events import EventBroker, sse
 from nexus_rt.serve.generate import ServedPipeline
 from nexus_rt.serve.preview import LatentRGB, clean, fit, picture, shipped
-from nexus_rt.serve.prices import Prices, step_kind, units
+from nexus_rt.serve.prices import Prices, step_kinds, units
 from nexus_rt.serve.problems import JobFailed
 from nexus_rt.serve.store import NewJob, NoRoom, QueueFull, Store
 from tests.refusals import refuses
@@ -193,7 +193,7 @@ def test_prices_of_what_ran_of_another_size_and_of_another_kind():
     prices.observe("large:1", cells, 30.0)
     for stage in ("encode", "decode", "write"):
         prices.observe(stage, cells, 5.0)
-    kinds = [step_kind(s, request.guidance) for s in request.plan.steps]
+    kinds = step_kinds(request)
     expected = {"small:2": 10.0, "large:1": 30.0, "small:2 large:1": 2 * 5.0 + 30.0}
     assert set(kinds) == set(expected)
     assert prices.steps(request) == pytest.approx([expected[k] for k in kinds])

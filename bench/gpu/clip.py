@@ -69,7 +69,7 @@ def _decoded(made: Any, dtype: str) -> dict:
     how far its frames are from float32's."""
     import torch
 
-    from nexus_rt.bench.estimate import decode_flops
+    from nexus_rt.bench.work import decode_flops
 
     if why := absent("diffusers"):
         return {NOT_REACHED: why}
@@ -112,7 +112,7 @@ class FewStep(Clip):
         """A clip to an mp4; path None: to the frames that would be written."""
         from nexus_rt.core.tracing import span
         from nexus_rt.media.video import as_output, save_video, to_uint8
-        from nexus_rt.method.plan_text import has_clocks
+        from nexus_rt.method.plan_options import has_clocks
 
         latents = self.latents(plan, None if has_clocks(plan) else FEW)
         if self.vae is None:

@@ -150,7 +150,7 @@ class Pair:
         from nexus_rt.engines.torch import TorchEngine
         from nexus_rt.method.generator import Prompt
         from nexus_rt.method.plan_text import parse_plan
-        from nexus_rt.method.solver import time_grid
+        from nexus_rt.method.time_grid import time_grid
 
         self.s, self.engines = s, {}
         for role, config in shortened(s).items():

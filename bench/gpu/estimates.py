@@ -32,7 +32,7 @@ def compile_s(variants: int) -> float:
 
 def weights_s(*configs: dict[str, Any]) -> float:
     """Of making transformers of random weights."""
-    from nexus_rt.bench.roofline import weight_bytes
+    from nexus_rt.bench.work import weight_bytes
     from nexus_rt.models.wan import WanConfig
 
     return sum(weight_bytes(WanConfig(**c)) for c in configs) / WEIGHTS_RATE
@@ -42,12 +42,12 @@ def forward_s(
     s: Any, config: dict[str, Any], samples: int, fp8: bool = False, fp8_attention: bool = False
 ) -> float:
     """Of a forward of so many samples, as the roofline has it."""
-    from nexus_rt.bench.roofline import CARDS, forward_work, parts
+    from nexus_rt.bench.roofline import CARDS, forward_parts
     from nexus_rt.models.wan import WanConfig
 
     kind = "fp8-dynamic" if fp8 else None
-    work = forward_work(WanConfig(**config), s.size, kind, fp8_attention)
-    return parts(work * samples, CARDS[CARD]).total / 1000
+    own = forward_parts(WanConfig(**config), s.size, CARDS[CARD], samples, kind, fp8_attention)
+    return own.total / 1000
 
 
 def timed_s(seconds: float, runs: int = 2, warmup: int = 1) -> float:
@@ -59,11 +59,12 @@ def timed_s(seconds: float, runs: int = 2, warmup: int = 1) -> float:
 
 def attention_s(s: Any, config: dict[str, Any], samples: int = 1) -> float:
     """Of one self-attention of a generator."""
-    from nexus_rt.bench.roofline import CARDS, SHARES, TERA
+    from nexus_rt.bench.roofline import CARDS, parts
+    from nexus_rt.bench.work import Work, attention_flops
 
     dim = config["num_attention_heads"] * config["attention_head_dim"]
-    flops = 4 * samples * s.tokens**2 * dim
-    return flops / (CARDS[CARD].bf16 * TERA * SHARES.attention)
+    work = Work(attention=samples * attention_flops(s.tokens, s.tokens, dim))
+    return parts(work, CARDS[CARD]).total / 1000
 
 
 def trial_s(s: Any, config: dict[str, Any], samples: int) -> float:

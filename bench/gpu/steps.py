@@ -60,7 +60,7 @@ class Step:
 
     def flops(self, batch: int) -> float:
         """Of a forward's matrix products and attention."""
-        from nexus_rt.bench.roofline import forward_work
+        from nexus_rt.bench.work import forward_work
 
         work = forward_work(self.model.config, self.s.size)
         return batch * (work.linear + work.attention)

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 
 from nexus_rt.bench.architectures import WAN_1_3B
-from nexus_rt.bench.naive import four_band_blend
 from nexus_rt.bench.peers import diffusers_transformer
 from nexus_rt.bench.presets import random_transformer
 from nexus_rt.loading.pair_folder import MINI
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.method.blend_config import BlendConfig
-from nexus_rt.method.solver import make_solver, time_grid
-from nexus_rt.method.upfb import blend
+from nexus_rt.method.solver import make_solver
+from nexus_rt.method.time_grid import time_grid
+from nexus_rt.method.upfb import blend, published_blend
 from nexus_rt.models.decoder import decode_whole
 from nexus_rt.ops.attention import attend
 
@@ -57,11 +57,11 @@ def test_blend(benchmark, split):
     )
     benchmark.group = "blend, 1x16x21x60x104"
     if split == "four bands":
-        call = lambda: four_band_blend(a, b, 0.6)
+        call = lambda: published_blend(a, b, 0.6, BlendConfig())
     else:
         call = lambda: blend(a, b, 0.6, BlendConfig(split=split))
     if split == "gaussian":
-        close(call(), four_band_blend(a, b, 0.6), 1e-4)
+        close(call(), published_blend(a, b, 0.6, BlendConfig()), 1e-4)
     assert torch.isfinite(benchmark(synchronous(call))).all()
 
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from nexus_rt.core.size import ClipSize
     from nexus_rt.method.blend_config import BlendConfig
     from nexus_rt.method.guidance import Guidance
-    from nexus_rt.method.plan import Plan, Step, StepCosts
+    from nexus_rt.method.plan import Plan, StepCosts
+    from nexus_rt.method.step import Step
     from nexus_rt.models.wan import WanConfig
     from nexus_rt.parallel.layout import Layout
     from nexus_rt.pipeline.pipeline import NexusPipeline
@@ -212,7 +213,7 @@ def _print_prediction(
 def _print_steps(plan: Plan, costs: StepCosts, guidance: Guidance, blend: BlendConfig) -> None:
     """A row a step: timestep, gate, cutoff, generators, their guidance, price, their forwards, and
     what is reused."""
-    from nexus_rt.method.plan_words import exact
+    from nexus_rt.method.plan_options import exact
 
     gaussian = blend.split == "gaussian"
     cutoff = "sigma" if gaussian else "cutoff"
@@ -240,7 +241,7 @@ def _notes(step: Step) -> list[str]:
     notes = ["re-noised"] if step.renoise else []
     notes += [compute for g in ("small", "large") if (compute := step.compute(g)) != "full"]
     if step.threshold is not None:
-        from nexus_rt.method.plan_words import exact
+        from nexus_rt.method.plan_options import exact
 
         notes.append(f"velocity below {exact(step.threshold)}")
     return notes

@@ -16,7 +16,6 @@ import contextlib
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -30,10 +29,10 @@ from torch import Tensor
 
 from nexus_rt.core import documents
 from nexus_rt.core.cache import cache_root
-from nexus_rt.core.devices import synchronize
 from nexus_rt.core.errors import InputError, NexusError, choose
 from nexus_rt.core.log import chose
 from nexus_rt.core.part_files import part_file
+from nexus_rt.core.timing import elapsed_ms, median_ms
 from nexus_rt.ops.block_ops import cannot_run_triton
 
 EDGE_ROWS = 16  # first queries, and last, that a candidate is compared with float32 on
@@ -397,7 +396,7 @@ class Trial:
             if not math.isfinite(float(out.sum(dtype=torch.float32))):
                 return {"why": "its result holds NaN or infinity"}
             call = lambda n=name: ATTENTION_BACKENDS[n].run(*self.tensors)  # type: ignore[misc]
-            ms = _once(call, self.case.device)
+            ms = elapsed_ms(call, self.case.device)
             if ms < CHEAP_MS or ms <= HOPELESS * self.best:
                 ms = _milliseconds(call, self.case.device)
         except (RuntimeError, ValueError) as problem:  # a library that says no only when it is run
@@ -452,15 +451,7 @@ def _float32(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 def _milliseconds(call: Callable[[], Tensor], device: torch.device) -> float:
     """Median of `RUNS` runs."""
-    return round(sorted(_once(call, device) for _ in range(RUNS))[RUNS // 2], 4)
-
-
-def _once(call: Callable[[], Tensor], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return 1000 * (time.perf_counter() - start)
+    return round(median_ms(call, RUNS, 0, device), 4)
 
 
 def cache_file() -> Path:

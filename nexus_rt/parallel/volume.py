@@ -34,12 +34,11 @@ def step_volume(layout: Layout, config: WanConfig, size: ClipSize, guided: bool)
     n, samples = layout.ulysses, 2 if guided else 1
     halved = layout.cfg == 2 and guided
     own = 1 if halved else samples  # samples that a process computes
-    sides = zip(size.latent, config.patch_size, strict=True)
-    share = -(-math.prod(side // p for side, p in sides) // n)  # tokens of a process
+    share = -(-size.tokens(config.patch_size) // n)  # tokens of a process
     elsewhere = (n - 1) / n
     attention = 4 * share * config.dim * elsewhere * config.num_layers
     head = share * config.out_channels * math.prod(config.patch_size) * (n - 1)
-    plane = config.out_channels * math.prod(size.latent)
+    plane = config.out_channels * size.cells
     return Volume(
         int(own * ELEMENT * (attention + head)) if n > 1 else 0,
         plane * ELEMENT if halved else 0,

@@ -3,57 +3,22 @@ device of the run."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from statistics import median
 
 import torch
 from torch import Tensor
 
-from nexus_rt.core.devices import synchronize
+from nexus_rt.core.timing import CPU, medians_ms
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.engine import Engine
 from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Prediction
 from nexus_rt.method.plan import StepCosts
-from nexus_rt.method.solver import make_solver, time_grid
+from nexus_rt.method.solver import make_solver
+from nexus_rt.method.time_grid import time_grid
 from nexus_rt.method.upfb import combine
 from nexus_rt.ops.block_ops import choose_ops
-
-
-def medians_ms(
-    calls: Mapping[str, Callable[[], object]],
-    repeats: int = 5,
-    warmup: int = 2,
-    cuda: bool | torch.device = False,
-) -> dict[str, float]:
-    """Median milliseconds of every call, taken in turn, so that each finds the caches as the others
-    leave them.
-
-    cuda: the device to wait for; True is the current GPU.
-    """
-    device = cuda if isinstance(cuda, torch.device) else torch.device("cuda" if cuda else "cpu")
-    durations: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(warmup + repeats):
-        for name, call in calls.items():
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            if i >= warmup:
-                durations[name].append(1000 * (time.perf_counter() - start))
-    return {name: median(values) for name, values in durations.items()}
-
-
-def median_ms(
-    call: Callable[[], object],
-    repeats: int = 5,
-    warmup: int = 2,
-    cuda: bool | torch.device = False,
-) -> float:
-    """Median milliseconds of a call."""
-    return medians_ms({"": call}, repeats, warmup, cuda)[""]
 
 
 def step_calls(
@@ -91,10 +56,9 @@ def step_calls(
 @torch.no_grad()
 def measure_step_costs(
     calls: Mapping[str, Callable[[], object]],
-    repeats: int = 5,
+    runs: int = 5,
     warmup: int = 2,
-    cuda: bool | torch.device = False,
+    device: torch.device = CPU,
 ) -> StepCosts:
     """Prices of `step_calls`, taken in turn. An engine that is not there costs 0."""
-    nothing = {"small": 0.0, "small_guided": 0.0, "large": 0.0, "large_guided": 0.0}
-    return StepCosts(**nothing | medians_ms(calls, repeats, warmup, cuda))
+    return StepCosts(**medians_ms(calls, runs, warmup, device))

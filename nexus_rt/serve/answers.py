@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from nexus_rt.pipeline.request import GenerationRequest
-from nexus_rt.serve.prices import STAGES, Prices, step_kind
+from nexus_rt.serve.prices import STAGES, Prices, step_kinds
 from nexus_rt.serve.store import Job
 
 
@@ -50,9 +49,10 @@ def model(name: str, created: float) -> dict[str, Any]:
 
 def plan(planned: GenerationRequest, prices: Prices) -> dict[str, Any]:
     """A plan step by step, with what the cost model knows of its price (milliseconds, or null)."""
-    cells = math.prod(planned.size.latent)
+    cells = planned.size.cells
     rows = []
-    for step, ms in zip(planned.plan.steps, prices.steps(planned), strict=True):
+    priced = zip(planned.plan.steps, step_kinds(planned), prices.steps(planned), strict=True)
+    for step, kind, ms in priced:
         forwards = {
             g: planned.plan.forwards(step, g, getattr(planned.guidance, g))
             for g in planned.plan.generators
@@ -64,7 +64,7 @@ def plan(planned: GenerationRequest, prices: Prices) -> dict[str, Any]:
                 "phase": step.alone or "bridge",
                 "runs": step.runs,
                 "small_weight": round(step.w, 4),
-                "kind": step_kind(step, planned.guidance),
+                "kind": kind,
                 "forwards": forwards,
                 "ms": None if ms is None else round(ms, 2),
             }

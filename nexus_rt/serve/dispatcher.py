@@ -25,7 +25,7 @@ from nexus_rt.serve.clips import FILES, write_clip
 from nexus_rt.serve.events import EventBroker
 from nexus_rt.serve.generate import Clip, Event, Task
 from nexus_rt.serve.metrics import Metrics
-from nexus_rt.serve.prices import Prices, step_kind, units
+from nexus_rt.serve.prices import Prices, step_kinds, units
 from nexus_rt.serve.problems import JobFailed, Problem, WorkerLost, wrong
 from nexus_rt.serve.profile import Profile
 from nexus_rt.serve.requests import ClipRequest
@@ -457,8 +457,7 @@ class Dispatcher:
         if clip.perf["meta"]["batch"] == 1:
             self.prices.learn(planned, clip.perf)
             await self.call(self.store.note, "steps", self.prices.as_row())
-        kinds = {s.index: step_kind(s, planned.guidance) for s in planned.plan.steps}
-        self.metrics.finished(clip.perf, kinds)
+        self.metrics.finished(clip.perf, dict(enumerate(step_kinds(planned))))
         self.metrics.ended.labels("completed").inc()
         milliseconds = round(clip.perf["total_duration_ms"], 1)
         log.info("completed", extra={"job": job.id, "ms": milliseconds})

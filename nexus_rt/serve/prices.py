@@ -13,18 +13,19 @@ from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
-from nexus_rt.method.guidance import Guidance
-from nexus_rt.method.plan import Step
 from nexus_rt.pipeline.request import GenerationRequest
 
 SHARE = 0.3  # of a new measurement in the running average
 STAGES = ("encode", "decode", "write")
 
 
-def step_kind(step: Step, guidance: Guidance) -> str:
-    """What runs in a step, as its price is kept: "small:2 large:1"."""
-    counts = [(g, step.forwards(g, guidance.at(step, g))) for g in ("small", "large")]
-    return " ".join(f"{g}:{n}" for g, n in counts if n) or "reused"
+def step_kinds(request: GenerationRequest) -> list[str]:
+    """What runs in each step of a plan, as its price is kept: "small:2 large:1"."""
+    plan, guidance, kinds = request.plan, request.guidance, []
+    for step in plan.steps:
+        counts = [(g, plan.forwards(step, g, getattr(guidance, g))) for g in ("small", "large")]
+        kinds.append(" ".join(f"{g}:{n}" for g, n in counts if n) or "reused")
+    return kinds
 
 
 def _forwards(kind: str) -> dict[str, int]:
@@ -92,19 +93,19 @@ class Prices:
 
     def steps(self, request: GenerationRequest) -> list[float | None]:
         """The price of every step of a plan."""
-        cells = math.prod(request.size.latent)
-        kinds = [step_kind(s, request.guidance) for s in request.plan.steps]
+        cells = request.size.cells
+        kinds = step_kinds(request)
         known = {kind: self.ms(kind, cells) for kind in set(kinds)}
         return [known[kind] for kind in kinds]
 
     def learn(self, request: GenerationRequest, perf: Mapping[str, Any]) -> None:
         """What a finished job measured (`Clip.perf`), of a clip by itself."""
-        cells = math.prod(request.size.latent)
+        cells = request.size.cells
         rows = {row["step"]: row["duration_ms"] for row in perf["denoise_steps_ms"]}
-        for step in request.plan.steps:
+        for index, kind in enumerate(step_kinds(request)):
             # the first step of a call also prepares
-            if step.index in rows and (step.index or len(rows) == 1):
-                self.observe(step_kind(step, request.guidance), cells, rows[step.index])
+            if index in rows and (index or len(rows) == 1):
+                self.observe(kind, cells, rows[index])
         for row in perf["steps"]:
             if row["name"] in STAGES:
                 self.observe(row["name"], cells, row["duration_ms"])
@@ -112,7 +113,7 @@ class Prices:
     def left(self, request: GenerationRequest) -> list[float] | None:
         """Milliseconds left of a job after 0, 1, ... steps, the first of which is the whole; None
         where a price is not known."""
-        cells = math.prod(request.size.latent)
+        cells = request.size.cells
         steps = self.steps(request)
         encode, *rest = (self.ms(stage, cells) for stage in STAGES)
         after = [ms for ms in (*rest, *reversed(steps)) if ms is not None]
@@ -130,4 +131,4 @@ class Prices:
 def units(request: GenerationRequest) -> float:
     """Work where no price is known: forwards, a large one ten small ones, times latent cells."""
     counts = request.plan.evaluations(request.guidance.small, request.guidance.large)
-    return (counts["small"] + 10 * counts["large"]) * math.prod(request.size.latent)
+    return (counts["small"] + 10 * counts["large"]) * request.size.cells

@@ -8,7 +8,7 @@ from typing import Any
 
 from nexus_rt.core.limits import REWRITE_TIMEOUT
 from nexus_rt.pipeline.request import GenerationRequest
-from nexus_rt.serve.prices import STAGES, Prices, step_kind
+from nexus_rt.serve.prices import STAGES, Prices, step_kinds
 
 FACTOR = 10.0  # of a price
 MIN_SECONDS = 60.0  # of a priced step or stage
@@ -41,8 +41,8 @@ class Bounds:
         step_timeout: float | None = None,
     ) -> Bounds:
         """The bounds of a call of `batch` clips."""
-        cells = math.prod(request.size.latent)
-        kinds = [step_kind(step, request.guidance) for step in request.plan.steps]
+        cells = request.size.cells
+        kinds = step_kinds(request)
         known = {kind: prices.bound(kind, cells) for kind in {*kinds, *STAGES}}
         known = {kind: None if ms is None else batch * ms for kind, ms in known.items()}
         steps = tuple(known[kind] for kind in kinds)
