@@ -8,7 +8,8 @@ import shutil
 import pytest
 import torch
 
-from tests.interpreter import NO_LOOPS, met
+from tests import built
+from tests.needs import needs
 
 # before any kernel is decorated: they run in Triton's interpreter
 if not torch.cuda.is_available():
@@ -18,63 +19,32 @@ TRANSFORMERS = {
     "small": dict(num_attention_heads=2, attention_head_dim=16, num_layers=1, ffn_dim=48),
     "large": dict(num_attention_heads=2, attention_head_dim=24, num_layers=2, ffn_dim=96),
 }
+UNFINISHED = shutil.ignore_patterns("*.part", "*.lock", "hashes")  # of an engine cache
 SIZES = ("32x32x5", "48x32x5")  # of the tiny pair's engines
-# Files whose tests share engines, which one process of several builds; and groups that take long,
-# which begin first.
-SHARED = ("test_engines.py", "test_examples.py", "test_export.py", "test_swap.py")
-LONG = (
-    "test_engines.py",
-    "test_gpu_suite.py",
-    "test_tensorrt.py",
-    "test_batch_ray.py",
-    "test_aot.py",
-    "test_process.py",
-)
+# The marks of pyproject.toml that the default run leaves out: their tests take longest and begin
+# first.
+GROUPS = ("toolchain", "export", "ray", "process", "packaging", "browser")
+RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 WORDS = "a the red blue circle square moves left right on black background panda".split()
 
 
-def group(name):
-    """What one process of `pytest -n 2 --dist loadfile` runs: a file, or the files that share
-    engines."""
-    return SHARED[0] if name in SHARED else name
-
-
 def pytest_collection_modifyitems(items):
-    order = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: order.get(group(item.path.name), len(LONG)))
+    """One worker runs a whole file, whose tests share fixtures, and one all tests on a Ray."""
+    order = {name: place for place, name in enumerate(GROUPS)}
+    first = {}
+    for item in items:
+        places = [order[m.name] for m in item.iter_markers() if m.name in order]
+        first[item.path] = min(first.get(item.path, len(order)), *places, len(order))
+        group = "ray" if item.get_closest_marker("ray") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: first[item.path])
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    """A kernel that this Triton cannot interpret is no fault of the kernel's."""
-    try:
-        return (yield)
-    except Exception as error:
-        if NO_LOOPS and met(error):
-            pytest.skip(NO_LOOPS)
-        raise
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    from xdist.scheduler import LoadFileScheduling
-
-    class Groups(LoadFileScheduling):
-        def _split_scope(self, nodeid):
-            return group(nodeid.split("::")[0].rpartition("/")[2])
-
-    config.option.loadscopereorder = False  # the order of above
-    return Groups(config, log) if config.getvalue("dist") == "loadfile" else None
-
-
-@pytest.fixture(scope="session")
-def tiny_pair(tmp_path_factory):
-    """A pair folder: small/, large/, vae/, text_encoder/, tokenizer/, model_index.json."""
+def make_pair(root):
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-    root = tmp_path_factory.mktemp("pair")
     torch.manual_seed(11)
     for name, config in TRANSFORMERS.items():
         WanTransformer3DModel(text_dim=32, freq_dim=32, **config).save_pretrained(root / name)
@@ -107,7 +77,14 @@ def tiny_pair(tmp_path_factory):
         "defaults": {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 6},
     }
     (root / "model_index.json").write_text(json.dumps(index))
-    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory):
+    """A pair folder: small/, large/, vae/, text_encoder/, tokenizer/, model_index.json."""
+    made = built.once("pair", make_pair)
+    ignore = shutil.ignore_patterns(built.COMPLETE)
+    return shutil.copytree(made, tmp_path_factory.mktemp("tiny") / "pair", ignore=ignore)
 
 
 @pytest.fixture
@@ -126,21 +103,78 @@ def tiny_pipe(tiny_pair):
 
 
 @pytest.fixture(scope="session")
-def engines_cache(tmp_path_factory):
-    """What NEXUS_RT_CACHE is set to where engines of the tiny pair are wanted and not their
-    building."""
-    return tmp_path_factory.mktemp("engines") / "cache"
+def mini_pipe():
+    """The packaged pair. Tests leave it as it is."""
+    from nexus_rt import NexusPipeline
+
+    pipe = NexusPipeline.from_pretrained(device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def engines_cache():
+    """`NEXUS_RT_CACHE` where engines of the tiny pair are wanted and not their building. Tests
+    export from it into no folder of their own: the engine would move there."""
+    path = built.folder() / "cache"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@pytest.fixture
+def own_cache(engines_cache, tmp_path, monkeypatch):
+    """`NEXUS_RT_CACHE` of one test, with a copy of what `engines_cache` holds now."""
+    copy = shutil.copytree(engines_cache, tmp_path / "cache", ignore=UNFINISHED)
+    monkeypatch.setenv("NEXUS_RT_CACHE", str(copy))
+    return copy
 
 
 @pytest.fixture(scope="session")
 def tiny_engines(tiny_pair, engines_cache):
     """The output folder of `nexus-rt export`: every part of the tiny pair, for ONNX Runtime."""
-    pytest.importorskip("onnxruntime")
+    needs("onnx", "onnxscript", "onnxruntime")
     from nexus_rt.cli import main
 
-    out = engines_cache.parent / "out"
+    def export(out):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NEXUS_RT_CACHE", str(engines_cache))
+            line = ["export", "--pair", str(tiny_pair), "--parts", "small,large,vae,text_encoder"]
+            assert main([*line, "--sizes", ",".join(SIZES), "-o", str(out)]) == 0
+
+    return built.once("engines", export)
+
+
+@pytest.fixture(scope="session")
+def small_aoti(tiny_pair, engines_cache):
+    """The small tiny generator, built by AOTInductor in `engines_cache`."""
+    needs("onnx", "onnxscript", "onnxruntime")
+    from nexus_rt.core.size import ClipSize
+    from nexus_rt.export.build import Target, export_component
+    from nexus_rt.export.components import GeneratorComponent
+
+    target = Target("aoti", "fp32", tuple(map(ClipSize.parse, SIZES)), torch.device("cpu"))
+    part = GeneratorComponent("small", tiny_pair / "small")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEXUS_RT_CACHE", str(engines_cache))
-        line = ["export", "--pair", str(tiny_pair), "--parts", "small,large,vae,text_encoder"]
-        assert main([*line, "--sizes", ",".join(SIZES), "-o", str(out)]) == 0
-    return out
+        return export_component(part, target, "nexus-rt export")
+
+
+@pytest.fixture(scope="session")
+def ray_of_session():
+    needs("ray")
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in RAY_SETTINGS.items():
+            patch.setenv(name, value)
+        yield ray
+        ray.shutdown()
+
+
+@pytest.fixture
+def local_ray(ray_of_session):
+    """A Ray of two processors: one for all tests, unless a test before ended it."""
+    if not ray_of_session.is_initialized():
+        ray_of_session.init(
+            num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+        )

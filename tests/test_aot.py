@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton")
+from tests.needs import needs
 
-
+needs("triton")
+pytestmark = pytest.mark.toolchain
 ALL = (80, 90, 100, 120)
 
 

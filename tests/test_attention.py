@@ -11,6 +11,7 @@ import torch
 
 from nexus_rt.core.errors import InputError
 from nexus_rt.ops import attention
+from tests.needs import needs
 from tests.refusals import refuses
 from tests.test_attention_kernel import inputs, oracle
 
@@ -94,7 +95,7 @@ def test_reasons_on_a_gpu(name, change, words):
 
 
 def test_triton_says_which_head_sizes_it_takes():
-    pytest.importorskip("triton")
+    needs("triton")
     assert "16, 32, 64, 128, not 24" in attention.ATTENTION_BACKENDS["triton"].why_not(
         case(head_dim=24)
     )

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 
 from nexus_rt.kernels.attention_fp8 import _quantise, attention_fp8, attention_fp8_ref, quantise_ref
 from tests.interpreter import round_right
+from tests.needs import needs
 from tests.test_attention_kernel import extreme, inputs, oracle
 
-triton = pytest.importorskip("triton")
+needs("triton")
 # What rounding Q, K', V and the shares to four significant bits may cost, as a share of the
 # output's RMS. The scores of these inputs (q and k of variance 4) are three times as wide as a
 # normed transformer's, so their errors are too.

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from nexus_rt.kernels.attention import _check, attention, attention_ref
 from nexus_rt.kernels.attention_launch import HEAD_DIMS, SHORT, TIMED, resolve_loads
+from tests.needs import needs
 
-pytest.importorskip("triton")
+needs("triton")
 CASES = [  # B, Lq, Lk, heads, head_dim, dtype
     (1, 130, 200, 2, 128, torch.float16),
     (2, 63, 77, 1, 64, torch.float16),

@@ -9,8 +9,9 @@ import nexus_rt
 from nexus_rt import BlendConfig, NexusPipeline, parse_plan, save_video, time_grid
 from nexus_rt.core.size import ClipSize
 from nexus_rt.method.generator import Prompt
-from nexus_rt.method.plan import Plan, Step, StepCosts
-from nexus_rt.method.solver import TimeGrid
+from nexus_rt.method.plan import Plan, StepCosts
+from nexus_rt.method.step import Step
+from nexus_rt.method.time_grid import TimeGrid
 from nexus_rt.method.upfb import blend, gate
 from nexus_rt.pipeline.settings import CallSettings
 from tests.bad_values import parameters, raw_errors

@@ -11,10 +11,11 @@ from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.filters import split_filter
 from nexus_rt.method.guidance import Prediction
 from nexus_rt.method.upfb import blend, combine
+from tests.needs import needs
 from tests.refusals import refuses
 from tests.test_upfb import gaussian_lf, oracle, radial_lf
 
-pytest.importorskip("triton")
+needs("triton")
 # the interpreter computes bfloat16 wrongly; the GPU suite checks it
 DTYPES = [
     torch.float32,

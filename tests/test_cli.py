@@ -259,6 +259,7 @@ def test_help_is_enough(capsys):
         assert option in text
 
 
+@pytest.mark.process
 def test_an_interrupt_leaves_no_file_and_exits_130(tiny_pair, tmp_path):
     """A real process on a terminal, and a real signal in the middle of the loop."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -521,6 +522,7 @@ def test_options_are_those_of_the_line_alone():
     assert all({r.option, *r.others} - {""} <= names for r in TABLE)
 
 
+@pytest.mark.process
 def test_a_process_ends_with_its_code_its_output_and_what_was_registered(tmp_path):
     """It is not taken apart, so that the end costs nothing; what others asked for at the end is
     done all the same."""
@@ -676,6 +678,7 @@ def test_an_argument_that_is_no_text_is_refused(option, word, no_models, capsys)
     assert main(["generate", word]) == 2
 
 
+@pytest.mark.process
 def test_bytes_of_another_encoding_are_refused_in_a_process(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "nexus_rt.cli", "generate", b"\xff\xfe"], capture_output=True

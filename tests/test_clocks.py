@@ -12,8 +12,11 @@ from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Guidance
 from nexus_rt.method.hooks import Hooks
 from nexus_rt.method.loop import sample
-from nexus_rt.method.plan_text import has_clocks, parse_plan, scaled
-from nexus_rt.method.solver import clock_grid, euler_table, make_solver, time_grid, unipc_table
+from nexus_rt.method.plan_options import has_clocks
+from nexus_rt.method.plan_scaling import scaled
+from nexus_rt.method.plan_text import parse_plan
+from nexus_rt.method.solver import euler_table, make_solver, unipc_table
+from nexus_rt.method.time_grid import clock_grid, time_grid
 from tests.refusals import refuses
 
 GRID = time_grid(20, 3.0)

@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton")
+from tests.needs import needs
+
+needs("triton")
+pytestmark = pytest.mark.toolchain
 TRACE = """
 import torch
 from torch._dynamo.backends.common import aot_autograd

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.needs import needs
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -26,9 +28,9 @@ def test_every_link_of_a_page_leads_somewhere(page):
         )
 
 
+@pytest.mark.toolchain
 def test_the_documentation_builds(tmp_path):
-    pytest.importorskip("mkdocs")
-    pytest.importorskip("mkdocstrings")
+    needs("mkdocs", "mkdocstrings")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)],
         capture_output=True,

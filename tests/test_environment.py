@@ -230,6 +230,7 @@ def run(words, folder, shell="", **environment):
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.process
 def test_closed_descriptors_are_not_the_clips(tiny_pair, tmp_path, closed):
     """A file that a process opens would be its descriptor 1, with what is printed in it."""
     words = f"generate '{PROMPT}' --pair {tiny_pair} --steps 2 -o a.mp4"
@@ -238,6 +239,7 @@ def test_closed_descriptors_are_not_the_clips(tiny_pair, tmp_path, closed):
     assert read_frames(tmp_path / "a.mp4").shape == (5, 32, 48, 3)
 
 
+@pytest.mark.process
 def test_a_path_that_the_console_cannot_encode(tiny_pair, tmp_path):
     words = f"generate '{PROMPT}' --pair {tiny_pair} --steps 2 -o クリップ.mp4"
     done = run(words, tmp_path, PYTHONIOENCODING="cp1252")
@@ -249,6 +251,7 @@ def test_a_path_that_the_console_cannot_encode(tiny_pair, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.process
 def test_a_full_standard_output_is_one_sentence(tmp_path):
     done = run("doctor", tmp_path, "> /dev/full")
     assert done.returncode == 1 and b"No space left" in done.stderr

@@ -14,9 +14,10 @@ from nexus_rt.engines.experts import ExpertsEngine, engines_by_name
 from nexus_rt.loading.experts import ExpertFolders, find_experts, split_source
 from nexus_rt.loading.lora import Lora
 from nexus_rt.method.plan_text import parse_plan
-from nexus_rt.method.solver import time_grid
+from nexus_rt.method.time_grid import time_grid
 from nexus_rt.pipeline.residency import MODES, MemoryUse, plan_residency
 from tests import published
+from tests.needs import needs
 from tests.omnivideo import original_wan_names
 from tests.refusals import refuses
 
@@ -290,8 +291,9 @@ def test_halves_of_a_generator_are_refused(a14b, tmp_path, tiny_pair):
 
 
 @pytest.mark.slow
+@pytest.mark.export
 def test_experts_are_exported_an_engine_each(a14b, tiny_pair, pipe, tmp_path, monkeypatch):
-    pytest.importorskip("onnxruntime")
+    needs("onnx", "onnxscript", "onnxruntime")
     monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "engines"
     command = ["export", "--large", str(a14b), "--boundary", "0.8", "--sizes", "48x32x5"]

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-pytest.importorskip("onnxruntime")
+from tests.needs import needs
 
+needs("onnx", "onnxscript", "onnxruntime")
+pytestmark = pytest.mark.export
 CHILD = """
 import json, sys, threading, time
 from pathlib import Path

@@ -16,13 +16,16 @@ from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Guidance
 from nexus_rt.method.hooks import Hooks
 from nexus_rt.method.loop import sample
-from nexus_rt.method.plan import segments
-from nexus_rt.method.plan_text import parse_plan, scaled, with_own_steps
-from nexus_rt.method.solver import clock_grid, listed_grid, make_solver, shifted, time_grid
+from nexus_rt.method.plan_scaling import scaled, with_own_steps
+from nexus_rt.method.plan_text import parse_plan
+from nexus_rt.method.segments import segments
+from nexus_rt.method.solver import make_solver
+from nexus_rt.method.time_grid import clock_grid, listed_grid, shifted, time_grid
 from nexus_rt.pipeline.recipes import METADATA, RECIPES, Recipe, stored_recipe, with_recipes
 from nexus_rt.pipeline.request import make_plan, make_request
 from nexus_rt.pipeline.settings import CallSettings, Defaults
 from tests import published
+from tests.needs import needs
 from tests.plans import grids, in_turn
 from tests.refusals import refuses
 
@@ -209,7 +212,8 @@ def settings_of(part):
 @given(grids(), st.data(), st.integers(4, 60), st.integers(4, 60))
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_setting_is_lost_between_numbers_of_steps(grid, data, small, large):
-    from nexus_rt.method.plan_text import _merged, _parse_segments
+    from nexus_rt.method.plan_scaling import merged
+    from nexus_rt.method.plan_text import parse_segments
 
     cuts = sorted(data.draw(st.lists(st.integers(0, len(grid)), max_size=2)))
     sizes = [b - a for a, b in zip([0, *cuts], [*cuts, len(grid)], strict=True)]
@@ -223,7 +227,7 @@ def test_no_setting_is_lost_between_numbers_of_steps(grid, data, small, large):
         known = ("both generators at a step", "would have none", "a small and a large", "draws new")
         assert any(reason in str(error) for reason in known), error
         return
-    before, after = _merged(_parse_segments(plan.name, len(grid))), _parse_segments(words, None)
+    before, after = merged(parse_segments(plan.name, len(grid))), parse_segments(words, None)
     assert [settings_of(p) for p in before] == [settings_of(p) for p in after]
     for old, new in zip(before, after, strict=True):
         if old.guided:
@@ -240,7 +244,7 @@ def test_no_setting_is_lost_between_numbers_of_steps(grid, data, small, large):
         over = scaled(words, steps)
         assert len(parse_plan(over, time_grid(1, 5.0))) == steps
         kept = [settings_of(replace(p, shift=None, renoise=None)) for p in after]
-        assert all(settings_of(p) in kept for p in _parse_segments(over, None))
+        assert all(settings_of(p) in kept for p in parse_segments(over, None))
 
 
 def test_a_recipes_steps_keep_the_plans_settings():
@@ -425,8 +429,9 @@ def test_the_command_line(tiny_pair, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.export
 def test_engines_keep_the_recipe(tiny_pair, tmp_path, monkeypatch):
-    pytest.importorskip("onnxruntime")
+    needs("onnx", "onnxscript", "onnxruntime")
     monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))
     command = ["export", "--pair", str(tiny_pair), "--parts", "large", "--sizes", "48x32x5"]
     out = tmp_path / "engines"

@@ -16,6 +16,7 @@ from nexus_rt.loading.finite import is_finite
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models.connector import load_connector, save_connector
 from nexus_rt.models.encodings import GGUF_BLOCKS
+from tests.needs import needs
 from tests.omnivideo import make_llm
 from tests.published import fp8_scaled, is_quantised, save, save_gguf, wan_state
 from tests.refusals import refuses
@@ -117,7 +118,7 @@ def test_values_beyond_float32(tmp_path, kept):
 @pytest.mark.parametrize("kind", GGUF_BLOCKS)
 def test_scales_of_gguf_blocks(tmp_path, kind, kept):
     """Every float16 of a block, in the last block of a matrix."""
-    pytest.importorskip("gguf")
+    needs("gguf")
     from nexus_rt.loading.stored import find_tensors
 
     file, block = tmp_path / "x.gguf", GGUF_BLOCKS[kind]

@@ -29,10 +29,9 @@ from nexus_rt.bench.gpu import (
 from nexus_rt.bench.gpu.setting import Setting
 from nexus_rt.bench.gpu.tables import targets, targets_table
 from nexus_rt.bench.gpu.units import Part, run_part
-from tests.interpreter import NO_LOOPS
+from tests.needs import needs
 
-pytest.importorskip("triton")
-interpreted = pytest.mark.skipif(NO_LOOPS is not None, reason=str(NO_LOOPS))
+needs("triton")
 FAULTY = {
     "faulty": Part("tests.faulty:units", 60),
     "correctness": Part("nexus_rt.bench.gpu.correctness:units", 60, lanes=2),
@@ -56,8 +55,8 @@ def run(*parts, results=None, seconds=120, done=lambda results: None):
     return suite.run(Setting(True, results or {}), parts, time.monotonic() + seconds, done, FAULTY)
 
 
-@interpreted
 @pytest.mark.slow
+@pytest.mark.process
 def test_the_whole_suite_runs_dry(tmp_path):
     command = [
         sys.executable,
@@ -140,7 +139,7 @@ def test_the_whole_suite_runs_dry(tmp_path):
     assert "CPU, dry: no speed here means anything" in text and "of_best_exact 1" in text
 
 
-@interpreted
+@pytest.mark.process
 def test_a_hang_a_crash_or_a_broken_device_costs_one_row(tmp_path):
     mark = {"date": "2026-01-02T03:04:05+00:00"}
     done = lambda results: suite.keep(tmp_path, {"run": mark, **results})
@@ -161,6 +160,7 @@ def test_a_hang_a_crash_or_a_broken_device_costs_one_row(tmp_path):
     assert "## faulty" in (tmp_path / "2026-01-02T0304.md").read_text()
 
 
+@pytest.mark.process
 def test_lanes_hang_beside_each_other():
     start = time.monotonic()
     rows = run("hanging")["hanging"]
@@ -209,6 +209,7 @@ def test_a_kernel_that_writes_nan_is_wrong():
     assert not correctness.compare(bad, torch.zeros(2, 2).double(), torch.zeros(2, 2))["right"]
 
 
+@pytest.mark.process
 def test_what_the_time_does_not_reach_is_said_and_resumed(tmp_path):
     rows = run("short")["short"]
     late = {n for n, r in rows.items() if r == {"not_reached": "the time was over"}}
@@ -268,13 +269,14 @@ def test_estimates_are_the_roofline_s(monkeypatch):
     after = estimates.step_s(s, large, 0), estimates.denoise_s(s, 3, 2)
     assert after == pytest.approx([x / 2 for x in before])
     from nexus_rt.method.plan_text import parse_plan
-    from nexus_rt.method.solver import time_grid
+    from nexus_rt.method.time_grid import time_grid
 
     plan = parse_plan("small:2 bridge:1 large:1", time_grid(clip.FEW))
     forwards = sum(s.small for s in plan.steps), sum(s.large for s in plan.steps)
     assert forwards == clip.PLANS["small:2 bridge:1 large:1"]
 
 
+@pytest.mark.process
 def test_headline_rows_of_all_parts_come_before_the_others():
     order = []
     note = lambda results: order.append(
@@ -288,6 +290,7 @@ def test_headline_rows_of_all_parts_come_before_the_others():
     assert seen == ["mixed: first", "mixed too: first", "mixed: other", "mixed too: other"]
 
 
+@pytest.mark.process
 def test_a_row_that_the_time_ends_is_not_reached_and_no_failure():
     """Twice: with the headline, and with the other rows."""
     rows = run("lengthy")["lengthy"]
@@ -364,9 +367,9 @@ def command(env, *options):
 CARRIED = ("msgspec", "diffusers", "importlib_metadata", "zipp", "av")
 
 
-@interpreted
 @pytest.mark.parametrize("absent", [CARRIED, CARRIED[1:], ("requests",)])
 @pytest.mark.slow
+@pytest.mark.process
 def test_a_machine_without_wheels_runs_dry(tmp_path, absent):
     """What is not here is named with its wheel; no row fails for it."""
     parts = ["roofs", "vae", "clip", "kernels", "engines"]
@@ -389,6 +392,7 @@ def test_a_machine_without_wheels_runs_dry(tmp_path, absent):
     assert wheel in results["clip"]["diffusers' step"]["not_reached"]
 
 
+@pytest.mark.process
 def test_without_msgspec_nothing_is_measured_and_a_sentence_says_why(tmp_path):
     done = command(without(tmp_path, "msgspec"), "--estimate")
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -400,6 +404,7 @@ def test_without_msgspec_nothing_is_measured_and_a_sentence_says_why(tmp_path):
     assert "torch is not installed here" in done.stderr
 
 
+@pytest.mark.process
 def test_a_row_that_lacks_a_package_is_made_when_it_is_carried(monkeypatch):
     s = Setting(True)
     error = ModuleNotFoundError("No module named 'msgspec'", name="msgspec")
@@ -458,7 +463,9 @@ def test_a_folder_without_wheels_or_with_a_damaged_one_is_refused(tmp_path):
 
 
 def test_onnx_asks_for_its_cuda_provider_before_it_traces(monkeypatch):
-    onnxruntime = pytest.importorskip("onnxruntime")
+    needs("onnxruntime")
+    import onnxruntime
+
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     made = lambda: pytest.fail("a model was made")
     row = engines._exported(Setting(False), made, "onnx")
@@ -470,12 +477,14 @@ def test_rows_after_the_deadline_are_not_begun():
     assert all("not_reached" in r for part in rows.values() for r in part.values())
 
 
+@pytest.mark.process
 def test_a_process_that_cannot_begin_says_why(monkeypatch):
     monkeypatch.setenv("NEXUS_RT_TEST_PARENT", str(os.getpid()))
     rows = run("unmade")["unmade"]
     assert rows == {"row": {"failed": "no process for it: ImportError: no such library"}}
 
 
+@pytest.mark.process
 def test_a_part_without_labels_leaves_the_others(monkeypatch):
     monkeypatch.setitem(FAULTY, "gone", Part("tests.no_such_module:units", 10))
     results = run("gone", "hanging", seconds=5)
@@ -491,6 +500,7 @@ def test_a_row_that_cannot_be_written_ends_the_run():
         run_part(FAULTY["slow"], s, partial(Setting, True), time.monotonic() + 30, full, set())
 
 
+@pytest.mark.process
 def test_an_interrupted_run_leaves_what_it_had_measured_and_no_process(tmp_path):
     program = """
 import sys, time

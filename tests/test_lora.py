@@ -10,6 +10,7 @@ from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.loading.checkpoint import to_diffusers
 from nexus_rt.loading.lora import Lora, loras_hash, parse_loras
 from nexus_rt.loading.transformer import load_transformer
+from tests.needs import needs
 from tests.refusals import refuses
 
 RANK, Q = 2, "blocks.0.self_attn.q"
@@ -178,10 +179,11 @@ def test_files_and_scales_are_checked_before_anything_is_read(tiny_pair, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.export
 def test_an_engine_of_a_merged_model_is_another_engine_and_says_so(
     halves, tiny_pair, tmp_path, monkeypatch
 ):
-    pytest.importorskip("onnxruntime")
+    needs("onnx", "onnxscript", "onnxruntime")
     from nexus_rt import cli
     from nexus_rt.engines.folder import EngineFolder
 

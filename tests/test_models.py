@@ -278,6 +278,7 @@ def test_our_tree_of_the_vae_is_diffusers_own(config):
     }
 
 
+@pytest.mark.packaging
 def test_a_small_clip_needs_no_diffusers(tiny_pair):
     code = f"""if True:
         import sys

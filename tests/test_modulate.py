@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from nexus_rt.kernels.modulate import modulate, modulate_ref
+from tests.needs import needs
 
-pytest.importorskip("triton")
+needs("triton")
 # the interpreter computes bfloat16 wrongly; the GPU suite checks it
 DTYPES = [
     torch.float32,

@@ -20,6 +20,7 @@ from nexus_rt.loading.lora_file import read_key
 from nexus_rt.loading.names import WRAPPERS, plain_name
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models.connector import load_connector, save_connector
+from tests.needs import needs
 from tests.omnivideo import make_llm, original_t5_names, original_vae_names, original_wan_names
 from tests.published import fp8_scaled, save, wan_state
 from tests.refusals import refuses
@@ -102,7 +103,9 @@ def test_scales_follow_their_weights(tmp_path):
 
 
 def test_gguf_and_pickles(tmp_path):
-    gguf = pytest.importorskip("gguf")
+    needs("gguf")
+    import gguf
+
     state = wan_state()
     plain = load_transformer(save(state, tmp_path / "a.safetensors"), torch.float32).state_dict()
     names = {k: f"model.{k}".replace("blocks.1.", "blocks.1._orig_mod.") for k in state}

@@ -355,7 +355,7 @@ def test_an_unshared_step_shares_nothing(tiny_pipe):
     from nexus_rt.method.generator import Generator, Prompt
     from nexus_rt.method.guidance import Guidance
     from nexus_rt.method.plan_text import parse_plan
-    from nexus_rt.method.solver import time_grid
+    from nexus_rt.method.time_grid import time_grid
 
     step = parse_plan("small", time_grid(2)).steps[0]
     raw = torch.ones(1)

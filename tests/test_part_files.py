@@ -95,6 +95,7 @@ def first_of_a_process(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.process
 def test_a_living_writers_part_stays_and_a_killed_ones_goes(kind, tmp_path):
     with writing(kind, tmp_path):
         assert len(parts(tmp_path)) == 1
@@ -112,6 +113,7 @@ def can_unshare():
 
 
 @pytest.mark.skipif(not can_unshare(), reason="no process namespaces here")
+@pytest.mark.process
 def test_a_writer_in_another_container_is_seen(tmp_path):
     """Its process id means nothing here: it is 1 there."""
     with writing("clip", tmp_path, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"):

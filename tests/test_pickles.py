@@ -387,6 +387,7 @@ def fuzz(folder, count, seed):
     return done.stdout
 
 
+@pytest.mark.process
 def test_mutations_run_nothing(tmp_path):
     """In a process whose audit hook stops it at exec, compile, imports, processes and files opened
     for writing."""
@@ -395,6 +396,7 @@ def test_mutations_run_nothing(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_twenty_thousand_mutations_run_nothing(tmp_path):
     for seed in range(1, 5):
         fuzz(seeds(tmp_path), 5000, seed)

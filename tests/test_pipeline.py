@@ -22,7 +22,8 @@ from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Guidance
 from nexus_rt.method.loop import sample
 from nexus_rt.method.plan_text import parse_plan
-from nexus_rt.method.solver import time_grid
+from nexus_rt.method.time_grid import time_grid
+from tests.needs import needs
 from tests.refusals import refuses
 
 PROMPT = "a red circle moves left"
@@ -386,7 +387,7 @@ def test_low_precision_generators_run(tiny_pair):
 def test_triton_kernels_make_the_same_latents(tiny_pair, tiny_pipe):
     """Text to latents with every kernel of the runtime, interpreted: DiT, attention, blend,
     solver."""
-    pytest.importorskip("triton")
+    needs("triton")
     fused = NexusPipeline.from_pretrained(tiny_pair, kernels="triton")
     fused.set_progress_bar_config(disable=True)
     options = dict(

@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from nexus_rt.core.errors import InputError, NexusError
-from nexus_rt.method import plan as plans
-from nexus_rt.method.plan import Reuse, Segment, StepCosts
+from nexus_rt.method.plan import StepCosts
+from nexus_rt.method.plan_options import exact
 from nexus_rt.method.plan_text import check_plan, parse_plan
-from nexus_rt.method.plan_words import exact
-from nexus_rt.method.solver import make_solver, time_grid
+from nexus_rt.method.segments import Reuse, Segment, segments
+from nexus_rt.method.solver import make_solver
+from nexus_rt.method.time_grid import time_grid
 from nexus_rt.method.upfb import gate
 from nexus_rt.pipeline.request import make_plan
 from nexus_rt.pipeline.settings import CallSettings, Defaults
@@ -48,7 +49,7 @@ def sandwiches(draw):
 @settings(max_examples=150, deadline=None)
 def test_segments_cover_the_schedule_exactly_once(case):
     parts, grid = case
-    plan = plans.segments(grid, parts)
+    plan = segments(grid, parts)
     assert [s.index for s in plan.steps] == list(range(len(grid)))
     assert [s.timestep for s in plan.steps] == list(grid.timesteps)
     position = 0
@@ -64,7 +65,7 @@ def test_segments_cover_the_schedule_exactly_once(case):
 @settings(max_examples=150, deadline=None)
 def test_weight_is_continuous_across_bridges(case):
     parts, grid = case
-    plan = plans.segments(grid, parts)
+    plan = segments(grid, parts)
     position = 0
     for i, part in enumerate(parts):
         if part.generator == "bridge" and part.steps:
@@ -83,7 +84,7 @@ def test_weight_is_continuous_across_bridges(case):
 @settings(max_examples=100, deadline=None)
 def test_price_is_the_sum_of_what_runs(case, small_scale, large_scale):
     parts, grid = case
-    plan = plans.segments(grid, parts)
+    plan = segments(grid, parts)
     expected, forwards = 0.0, {"small": 0, "large": 0}
     for i, part in enumerate(parts):
         sides = {
@@ -463,7 +464,7 @@ def test_segments_are_checked_where_they_are_made():
             Reuse(**wrong)
     for own in (dict(clock=9), dict(renoise=0.5), dict(shift=3.0)):
         with refuses("conflict", next(iter(own)), InputError):
-            plans.segments(time_grid(4), [Segment("large", 4, **own)])
+            segments(time_grid(4), [Segment("large", 4, **own)])
 
 
 def test_a_call_and_a_plans_text_say_one_thing():

@@ -25,6 +25,7 @@ def load_and_call(pair):
     return pipe("a red circle", generator=torch.Generator().manual_seed(0), **CALL).frames
 
 
+@pytest.mark.process
 def test_eight_threads_load_and_call_at_once(tiny_pair):
     """In a fresh process, so that first imports race too; then the host builds a module of its
     own."""
@@ -159,11 +160,13 @@ REFUSED = "NexusError: this process was forked from process"
 
 
 @pytest.mark.parametrize("child", CHILDREN)
+@pytest.mark.process
 def test_a_child_forked_after_loading_is_told_at_whatever_it_does_first(tiny_pair, child):
     assert outcome(tiny_pair, PARENTS["loaded"], CHILDREN[child]).startswith(REFUSED)
 
 
 @pytest.mark.parametrize("parent", ["called", "one thread, then two"])
+@pytest.mark.process
 def test_a_child_forked_after_a_call_is_told(tiny_pair, parent):
     assert outcome(tiny_pair, PARENTS[parent], CHILDREN["call"]).startswith(REFUSED)
 
@@ -183,6 +186,7 @@ def test_a_child_forked_after_a_call_is_told(tiny_pair, parent):
     ],
     ids=["spawned", "forked before", "one thread", "while another thread loads"],
 )
+@pytest.mark.process
 def test_other_children_work(tiny_pair, parent, method, threads):
     child = CHILDREN["load and call"]
     assert outcome(tiny_pair, parent, child, method, threads).startswith("right")
@@ -232,6 +236,7 @@ def test_load_and_call_change_nothing_and_print_nothing(tiny_pair, capfd, tmp_pa
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.process
 def test_importing_the_package_changes_nothing():
     code = f"""
 import os, signal, sys, warnings, logging

@@ -6,8 +6,9 @@ import torch
 from nexus_rt.kernels.formulas import apply_rope
 from nexus_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from nexus_rt.ops.block_ops import rope_table
+from tests.needs import needs
 
-pytest.importorskip("triton")
+needs("triton")
 CASES = [  # grid, heads, head_dim, dtype
     ((1, 2, 3), 12, 128, torch.float32),
     ((2, 1, 2), 40, 128, torch.float16),

@@ -16,7 +16,8 @@ from nexus_rt.bench.latency import clean_latents, middle, prediction, swap_ratio
 from nexus_rt.core.tracing import record, span
 from nexus_rt.method.plan import StepCosts
 from nexus_rt.method.plan_text import parse_plan
-from nexus_rt.method.solver import make_solver, time_grid
+from nexus_rt.method.solver import make_solver
+from nexus_rt.method.time_grid import time_grid
 
 
 def frames(seed, shape=(2, 16, 20, 3)):

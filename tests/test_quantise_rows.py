@@ -13,9 +13,10 @@ from nexus_rt.loading.packing import pack_model
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from nexus_rt.ops.block_ops import choose_ops
 from tests.interpreter import round_right
+from tests.needs import needs
 from tests.test_modulate import inputs, oracle
 
-pytest.importorskip("triton")
+needs("triton")
 
 
 @pytest.fixture(autouse=True)

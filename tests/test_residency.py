@@ -17,7 +17,7 @@ from nexus_rt.method.generator import Prompt
 from nexus_rt.method.hooks import Hooks
 from nexus_rt.method.loop import sample
 from nexus_rt.method.plan_text import parse_plan
-from nexus_rt.method.solver import time_grid
+from nexus_rt.method.time_grid import time_grid
 from nexus_rt.models.wan import WanConfig
 from nexus_rt.pipeline.residency import (
     MODES,

@@ -14,10 +14,11 @@ from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Guidance
 from nexus_rt.method.hooks import Hooks
 from nexus_rt.method.loop import sample
-from nexus_rt.method.plan import Reuse, StepCosts
+from nexus_rt.method.plan import StepCosts
 from nexus_rt.method.plan_text import parse_plan
 from nexus_rt.method.reuse import extrapolate
-from nexus_rt.method.solver import time_grid
+from nexus_rt.method.segments import Reuse
+from nexus_rt.method.time_grid import time_grid
 from nexus_rt.pipeline.recipes import RECIPES, with_recipes
 from nexus_rt.pipeline.request import make_guidance, make_plan
 from nexus_rt.pipeline.settings import CallSettings, Defaults

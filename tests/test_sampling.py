@@ -15,7 +15,8 @@ from nexus_rt.method.guidance import Guidance
 from nexus_rt.method.hooks import Hooks
 from nexus_rt.method.loop import denoise, sample
 from nexus_rt.method.plan_text import parse_plan
-from nexus_rt.method.solver import make_solver, time_grid
+from nexus_rt.method.solver import make_solver
+from nexus_rt.method.time_grid import time_grid
 from nexus_rt.method.upfb import blend
 from tests.refusals import refuses
 from tests.test_upfb import oracle

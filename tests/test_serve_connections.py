@@ -368,6 +368,7 @@ def limited(tmp_path, files, plain, held=0):
 
 
 @pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.process
 def test_few_descriptors_are_never_used_up(tmp_path, plain):
     with limited(tmp_path, 256, plain) as (address, _, log), contextlib.ExitStack() as stack:
         for _ in range(600):
@@ -381,6 +382,7 @@ def test_few_descriptors_are_never_used_up(tmp_path, plain):
 
 
 @pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.process
 def test_a_server_without_descriptors_does_not_spin(tmp_path, plain):
     """Where something else has used them up."""
 

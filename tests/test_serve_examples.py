@@ -47,6 +47,7 @@ def run(server, *command, key=KEY):
 
 
 @pytest.mark.parametrize("program", ["client.py", "client.mjs", "curl.sh"])
+@pytest.mark.process
 def test_the_clients_make_a_clip(server, tmp_path, program):
     runs = {"client.py": sys.executable, "client.mjs": node(), "curl.sh": shutil.which("sh")}
     if runs[program] is None or (program == "curl.sh" and not shutil.which("curl")):

@@ -1,26 +1,29 @@
 """The page in a headless browser: the system's Chromium, driven by Playwright."""
 
-import shutil
-
 import pytest
 
+from tests.needs import needs, program
 from tests.serving import PROMPT, FakeRunner, ServerProcess, fake, wait_for
 
-sync_api = pytest.importorskip("playwright.sync_api")
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason="no Chromium here (apt-get install chromium)"
-)
+needs("playwright")
+pytestmark = pytest.mark.browser
+
+
+def expect(locator):
+    from playwright.sync_api import expect
+
+    return expect(locator)
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_api.sync_playwright() as playwright:
+    from playwright.sync_api import sync_playwright
+
+    path = program("chromium", "chromium-browser", "google-chrome")
+    with sync_playwright() as playwright:
         # a container's root has no sandbox, and its /dev/shm is small
         started = playwright.chromium.launch(
-            executable_path=BROWSER, args=["--no-sandbox", "--disable-dev-shm-usage"]
+            executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"]
         )
         yield started
         started.close()
@@ -97,9 +100,9 @@ def test_a_clip_by_keyboard_alone(browser, address):
         for word in ("reference", "7", "64x64, 17 frames", "denoise", "cpu", "video_"):
             assert word in facts
         page.wait_for_selector("#clip-video[src^='blob:']")
-        sync_api.expect(page.locator("#clip-video")).to_have_js_property("readyState", 4)
+        expect(page.locator("#clip-video")).to_have_js_property("readyState", 4)
         page.keyboard.press("Escape")
-        sync_api.expect(page.locator("#clip-dialog")).not_to_be_visible()
+        expect(page.locator("#clip-dialog")).not_to_be_visible()
         assert page.locator("#gallery .card:focus").count() == 1  # where it was opened
 
 
@@ -114,12 +117,12 @@ def test_the_plan_is_drawn_and_priced_before_it_runs(browser, address):
         assert "timestep 999" in page.locator("#plan-a rect.small title").first.text_content()
         page.fill("#plan", "handoff=0.5")
         page.fill("#num_inference_steps", "12")
-        sync_api.expect(page.locator("#plan-a rect:not(.other)")).to_have_count(12)
+        expect(page.locator("#plan-a rect:not(.other)")).to_have_count(12)
         assert page.locator("#plan-a rect.bridge").count() >= 1
         page.fill("#plan", "fast")
-        sync_api.expect(caption).to_contain_text("unknown plan 'fast'")
+        expect(caption).to_contain_text("unknown plan 'fast'")
         page.fill("#plan_b", "large")
-        sync_api.expect(page.locator("#plan-b rect.large")).to_have_count(12)
+        expect(page.locator("#plan-b rect.large")).to_have_count(12)
 
 
 def test_cancel_and_a_reload_in_between(browser, address):
@@ -146,15 +149,15 @@ def test_two_plans_side_by_side_on_one_seed(browser, address):
         page.click("#go")
         for i in (1, 2):
             page.wait_for_selector(f"#pair .card:nth-child({i}) video[src^='blob:']")
-        sync_api.expect(page.locator("#pair .state").nth(1)).to_contain_text("seed")
-        sync_api.expect(page.locator("#pair .state").nth(0)).to_contain_text("seed")
+        expect(page.locator("#pair .state").nth(1)).to_contain_text("seed")
+        expect(page.locator("#pair .state").nth(0)).to_contain_text("seed")
         words = page.locator("#pair .state").all_inner_texts()
         assert words[0].startswith("small:") and words[1].startswith("large:")
         seeds = {text.rpartition("seed ")[2] for text in words}
         assert len(seeds) == 1 and seeds.pop().isdigit()
         for i in range(2):
             video = page.locator("#pair video").nth(i)
-            sync_api.expect(video).to_have_js_property("readyState", 4)
+            expect(video).to_have_js_property("readyState", 4)
         page.click("#together")
         moving = page.locator("#pair video")
         wait_for(lambda: all(moving.nth(i).evaluate("e => !e.paused") for i in range(2)))
@@ -169,11 +172,11 @@ def test_what_is_wrong_is_said_beside_the_button(browser, address):
         page.fill("#size", "65x64")
         page.click("#go")
         alert = page.get_by_role("alert")
-        sync_api.expect(alert).to_contain_text("multiple of 16, such as 64 or 80")
+        expect(alert).to_contain_text("multiple of 16, such as 64 or 80")
         assert page.locator("#size[aria-invalid='true']").count() == 1
         page.fill("#size", "64x64")
         page.click("#go")
-        sync_api.expect(alert).to_be_empty()
+        expect(alert).to_be_empty()
 
 
 def test_hostile_prompts_are_text(browser, tmp_path):
@@ -234,4 +237,4 @@ def test_deleting_and_using_settings_again(browser, address):
         page.locator("#gallery .card").first.click()
         page.wait_for_selector("#clip-facts dd")
         page.click("#clip-delete")
-        sync_api.expect(page.locator("#gallery .card")).to_have_count(before - 1)
+        expect(page.locator("#gallery .card")).to_have_count(before - 1)

@@ -62,6 +62,7 @@ def server(tmp_path_factory):
 KEY = "from-the-environment"
 
 
+@pytest.mark.process
 def test_the_clip_is_what_generate_makes(server, tmp_path):
     c = client(server, KEY)
     done = c.videos.create_and_poll(prompt=PROMPT, extra_body={"seed": 5}, poll_interval_ms=50)
@@ -94,6 +95,7 @@ def bearer():
     return {"Authorization": f"Bearer {KEY}"}
 
 
+@pytest.mark.process
 def test_previews_and_the_time_left_as_it_runs(server):
     c = client(server, KEY)
     job = c.videos.create(prompt=PROMPT, extra_body={"plan": "reference"})
@@ -112,6 +114,7 @@ def test_previews_and_the_time_left_as_it_runs(server):
     assert left[0] < 20 * total  # of the warm-up, on a machine that does other things too
 
 
+@pytest.mark.process
 def test_loras_by_name(server):
     c = client(server, KEY)
     body = {"seed": 5, "lora": "few_step", "plan": "small:8 large:*@1", "num_inference_steps": 11}
@@ -121,6 +124,7 @@ def test_loras_by_name(server):
     assert perf["meta"]["loras"] == ["large:few_step@1"]
 
 
+@pytest.mark.process
 def test_cancel_stops_the_worker_within_a_step(server):
     c = client(server, KEY)
     job = c.videos.create(prompt=PROMPT, extra_body={**LONG, "num_inference_steps": 400})
@@ -133,6 +137,7 @@ def test_cancel_stops_the_worker_within_a_step(server):
     assert after.status == "completed" and time.monotonic() - began < 4.0  # not 400 steps
 
 
+@pytest.mark.process
 def test_a_killed_worker_costs_nothing_but_time(server):
     c = client(server, KEY)
     job = c.videos.create(prompt=PROMPT, extra_body=LONG)
@@ -147,6 +152,7 @@ def test_a_killed_worker_costs_nothing_but_time(server):
     assert "nexus_rt_workers_lost_total 1.0" in text
 
 
+@pytest.mark.process
 def test_two_at_a_time_are_one_batch(server):
     c = client(server, KEY)
     first = c.videos.create(prompt=PROMPT, extra_body=LONG)
@@ -161,6 +167,7 @@ def test_two_at_a_time_are_one_batch(server):
     assert batches == [2, 2]
 
 
+@pytest.mark.process
 def test_the_log_is_json_without_prompts_or_keys(server):
     rows = server.rows()
     assert {"ready", "queued", "completed", "failed", "request", "worker lost: "
@@ -169,6 +176,7 @@ def test_the_log_is_json_without_prompts_or_keys(server):
     assert "striped" not in text and KEY not in text
 
 
+@pytest.mark.process
 def test_a_second_signal_ends_at_once(server):
     job = client(server, KEY).videos.create(prompt=PROMPT, extra_body={**LONG, "priority": 9})
     stream = messages(server.address, f"/v1/videos/{job.id}/events", bearer())
@@ -182,6 +190,7 @@ def test_a_second_signal_ends_at_once(server):
     assert "Traceback" not in server.log.read_text() and "leaked" not in server.log.read_text()
 
 
+@pytest.mark.process
 def test_killed_in_a_job_it_restarts_with_nothing_lost(tmp_path):
     port = free_port()
     with ServerProcess(tmp_path / "store", port=port) as first:

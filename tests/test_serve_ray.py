@@ -16,50 +16,42 @@ from nexus_rt.cli.serve import served_pipeline
 from nexus_rt.core.errors import InputError
 from nexus_rt.serve.ray_runner import Cancels, RayRunner, parse_replicas
 from nexus_rt.serve.server import NexusServer
+from tests.needs import needs
 from tests.refusals import refuses
 from tests.serving import PROMPT, ServerProcess, ask, messages, serving, wait_for
-
-ray = pytest.importorskip("ray")
-pytest.importorskip("ray.serve")
 
 LONG = {"plan": "reference", "num_inference_steps": 2000}
 SHORT = {"plan": "reference", "num_inference_steps": 40}
 
 
-def test_the_queue_brings_a_second_replica_and_one_is_killed_in_a_job(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+@pytest.mark.ray
+def test_the_queue_brings_a_second_replica_and_one_is_killed_in_a_job(tmp_path, local_ray):
     args = parser().parse_args(["serve", "--ray", "--replicas", "1-2", "--no-warmup"])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        low, high = parse_replicas(args.replicas)
-        runner = RayRunner(served_pipeline, args, low, high, warmup=not args.no_warmup)
-        server = NexusServer(runner, tmp_path / "store", max_steps=2000)
-        with serving(server) as address:
-            wait_for(lambda: server.dispatcher.ready or server.dispatcher.problem, 90)
-            assert server.dispatcher.problem is None
-            c = openai.OpenAI(base_url=f"{address}/v1", api_key="none-asked", max_retries=0)
-            holds = c.videos.create(prompt=PROMPT, extra_body=LONG).id
-            wait_for(lambda: holds in runner.pids)
-            job = c.videos.create(prompt=PROMPT, extra_body=SHORT).id
-            wait_for(lambda: job in runner.pids, 60)  # the second replica
-            assert runner.pids[job] != runner.pids[holds]
-            stream = messages(address, f"/v1/videos/{job}/events")
-            next(e for k, e in stream if k == "step")
-            os.kill(runner.pids[job], signal.SIGKILL)
-            assert c.videos.retrieve(holds).status == "in_progress"
-            # a cancel frees its replica within a step, and the lost job has one again
-            assert c.post(f"/videos/{holds}/cancel", cast_to=object)["status"] == "failed"
-            done = c.videos.poll(job, poll_interval_ms=50)
-            assert done.status == "completed", done.error
-            ends = [k for k, _ in stream if k in ("completed", "failed")]
-            assert ends == ["completed"]  # once
-            lost = server.dispatcher.store.get(job)
-            assert (lost.attempts, lost.losses) == (2, 1)
-            assert c.videos.create_and_poll(prompt=PROMPT, poll_interval_ms=50).status == (
-                "completed"
-            )
-    finally:
-        ray.shutdown()
+    low, high = parse_replicas(args.replicas)
+    runner = RayRunner(served_pipeline, args, low, high, warmup=not args.no_warmup)
+    server = NexusServer(runner, tmp_path / "store", max_steps=2000)
+    with serving(server) as address:
+        wait_for(lambda: server.dispatcher.ready or server.dispatcher.problem, 90)
+        assert server.dispatcher.problem is None
+        c = openai.OpenAI(base_url=f"{address}/v1", api_key="none-asked", max_retries=0)
+        holds = c.videos.create(prompt=PROMPT, extra_body=LONG).id
+        wait_for(lambda: holds in runner.pids)
+        job = c.videos.create(prompt=PROMPT, extra_body=SHORT).id
+        wait_for(lambda: job in runner.pids, 60)  # the second replica
+        assert runner.pids[job] != runner.pids[holds]
+        stream = messages(address, f"/v1/videos/{job}/events")
+        next(e for k, e in stream if k == "step")
+        os.kill(runner.pids[job], signal.SIGKILL)
+        assert c.videos.retrieve(holds).status == "in_progress"
+        # a cancel frees its replica within a step, and the lost job has one again
+        assert c.post(f"/videos/{holds}/cancel", cast_to=object)["status"] == "failed"
+        done = c.videos.poll(job, poll_interval_ms=50)
+        assert done.status == "completed", done.error
+        ends = [k for k, _ in stream if k in ("completed", "failed")]
+        assert ends == ["completed"]  # once
+        lost = server.dispatcher.store.get(job)
+        assert (lost.attempts, lost.losses) == (2, 1)
+        assert c.videos.create_and_poll(prompt=PROMPT, poll_interval_ms=50).status == ("completed")
 
 
 def test_numbers_of_replicas():
@@ -92,29 +84,25 @@ def hanging(folder):
 
 
 @pytest.mark.slow
-def test_a_replica_that_hangs_is_killed_and_another_takes_the_next_job(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        runner = RayRunner(hanging, str(tmp_path), warmup=False)
-        server = NexusServer(runner, tmp_path / "store", step_timeout=2.0)
-        with serving(server) as address:
-            wait_for(lambda: server.dispatcher.ready or server.dispatcher.problem, 90)
-            assert server.dispatcher.problem is None
-            c = openai.OpenAI(base_url=f"{address}/v1", api_key="none-asked", max_retries=0)
-            (tmp_path / "hang").touch()
-            job = c.videos.create(prompt=PROMPT).id
-            wait_for(lambda: not (tmp_path / "hang").exists(), 30)
-            pid = runner.pids[job]
-            assert c.post(f"/videos/{job}/cancel", cast_to=object)["status"] == "failed"
-            done = c.videos.create_and_poll(prompt=PROMPT, poll_interval_ms=50)
-            assert done.status == "completed", done.error
-            assert c.videos.retrieve(job).error.code == "cancelled"
-            assert not Path(f"/proc/{pid}").exists()
-            text = ask(address, "/metrics")[2].decode()
-            assert "nexus_rt_workers_hung_total 1.0" in text
-    finally:
-        ray.shutdown()
+@pytest.mark.ray
+def test_a_replica_that_hangs_is_killed_and_another_takes_the_next_job(tmp_path, local_ray):
+    runner = RayRunner(hanging, str(tmp_path), warmup=False)
+    server = NexusServer(runner, tmp_path / "store", step_timeout=2.0)
+    with serving(server) as address:
+        wait_for(lambda: server.dispatcher.ready or server.dispatcher.problem, 90)
+        assert server.dispatcher.problem is None
+        c = openai.OpenAI(base_url=f"{address}/v1", api_key="none-asked", max_retries=0)
+        (tmp_path / "hang").touch()
+        job = c.videos.create(prompt=PROMPT).id
+        wait_for(lambda: not (tmp_path / "hang").exists(), 30)
+        pid = runner.pids[job]
+        assert c.post(f"/videos/{job}/cancel", cast_to=object)["status"] == "failed"
+        done = c.videos.create_and_poll(prompt=PROMPT, poll_interval_ms=50)
+        assert done.status == "completed", done.error
+        assert c.videos.retrieve(job).error.code == "cancelled"
+        assert not Path(f"/proc/{pid}").exists()
+        text = ask(address, "/metrics")[2].decode()
+        assert "nexus_rt_workers_hung_total 1.0" in text
 
 
 def test_cancels_reach_those_who_wait_for_them():
@@ -138,8 +126,10 @@ def test_cancels_reach_those_who_wait_for_them():
 
 @pytest.mark.parametrize("grace", ["0", "60"])
 @pytest.mark.slow
+@pytest.mark.ray
 def test_sigterm_ends_a_server_of_replicas_in_order(tmp_path, grace):
     """Ray's core has a handler of its own for SIGTERM, which aborts."""
+    needs("ray")
     env = {"RAY_USAGE_STATS_ENABLED": "0"}
     arguments = ["--ray", "--no-warmup", "--grace", grace, "--max-steps", "2000"]
     steps = {"0": 2000, "60": 60}[grace]

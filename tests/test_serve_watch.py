@@ -380,6 +380,7 @@ def children():
 
 
 @linux
+@pytest.mark.process
 def test_a_real_worker_that_hangs_is_killed_and_begun_again(tmp_path):
     runner = ProcessRunner(hanging, str(tmp_path), warmup=True)
     server = NexusServer(runner, tmp_path / "store", step_timeout=1.0, attempts=3)
@@ -408,6 +409,7 @@ def test_a_real_worker_that_hangs_is_killed_and_begun_again(tmp_path):
 
 
 @linux
+@pytest.mark.process
 def test_loading_that_hangs_ends_within_its_own_bound(tmp_path):
     (tmp_path / "load").touch()
 
@@ -459,6 +461,7 @@ def deaf(folder):
 
 
 @linux
+@pytest.mark.process
 def test_thousands_of_cancels_to_a_worker_that_does_not_read_leave_the_loop_free(tmp_path):
     """A socket's buffer takes some 278 of them."""
 
@@ -515,6 +518,7 @@ def test_a_job_is_cancelled_once_however_often_it_is_asked(tmp_path):
 
 
 @linux
+@pytest.mark.process
 def test_a_hung_workers_server_that_is_killed_leaves_no_orphan(tmp_path):
     """Not one of its threads hears that the pipe has ended."""
     import subprocess

@@ -10,7 +10,8 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from nexus_rt.core.errors import InputError
-from nexus_rt.method import solver
+from nexus_rt.method.solver import make_solver
+from nexus_rt.method.time_grid import TimeGrid, time_grid
 from tests.refusals import refuses
 
 needs_triton = pytest.mark.skipif(
@@ -20,7 +21,7 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.mark.parametrize("steps, shift", [(1, 5.0), (4, 3.0), (50, 5.0), (50, 1.0), (30, 8.0)])
 def test_grid_follows_the_formula(steps, shift):
-    grid = solver.time_grid(steps, shift)
+    grid = time_grid(steps, shift)
     assert len(grid) == steps and grid.sigmas[-1] == 0.0 and len(grid.sigmas) == steps + 1
     for i in range(steps):
         s = 0.999 * (1 - i / steps)
@@ -30,7 +31,7 @@ def test_grid_follows_the_formula(steps, shift):
 
 
 def test_grid_of_the_published_schedule():
-    grid = solver.time_grid(50, 5.0)
+    grid = time_grid(50, 5.0)
     assert (
         grid.timesteps[:3] == (999, 995, 991)
         and grid.timesteps[0] == 999
@@ -51,7 +52,7 @@ def test_grid_of_the_published_schedule():
 )
 def test_steps_must_be_a_positive_whole_number(steps, code):
     with refuses(code, "num_inference_steps", InputError):
-        solver.time_grid(steps)
+        time_grid(steps)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_steps_must_be_a_positive_whole_number(steps, code):
 )
 def test_shift_must_be_positive(shift, code):
     with refuses(code, "shift", InputError):
-        solver.time_grid(10, shift)
+        time_grid(10, shift)
 
 
 def field(x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -72,7 +73,7 @@ def field(x: torch.Tensor, sigma: float) -> torch.Tensor:
     return torch.sin(1.7 * x + sigma) + 0.3 * x * sigma - 0.2
 
 
-def diffusers_solver(grid: solver.TimeGrid) -> UniPCMultistepScheduler:
+def diffusers_solver(grid: TimeGrid) -> UniPCMultistepScheduler:
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
@@ -93,8 +94,8 @@ def diffusers_solver(grid: solver.TimeGrid) -> UniPCMultistepScheduler:
     "steps, shift", [(1, 5.0), (2, 5.0), (3, 3.0), (8, 1.0), (50, 5.0), (50, 3.0), (200, 5.0)]
 )
 def test_unipc_equals_diffusers_on_the_same_grid(steps, shift, fused):
-    grid = solver.time_grid(steps, shift)
-    theirs, ours = diffusers_solver(grid), solver.make_solver("unipc", grid, fused)
+    grid = time_grid(steps, shift)
+    theirs, ours = diffusers_solver(grid), make_solver("unipc", grid, fused)
     torch.manual_seed(0)
     x = y = torch.randn(2, 16, 3, 5, 7)
     for i, t in enumerate(theirs.timesteps):
@@ -111,8 +112,8 @@ def test_order_of_convergence(name, order):
     # From sigma 0.9: UniPC's log-SNR steps are unbounded at both ends of the schedule.
     def error(n: int) -> float:
         sigmas = tuple(float(s) for s in np.linspace(0.9, 0.1, n + 1))
-        grid = solver.TimeGrid(sigmas, tuple(int(1000 * s) for s in sigmas[:-1]))
-        x, s = torch.ones(1, dtype=torch.float64), solver.make_solver(name, grid)
+        grid = TimeGrid(sigmas, tuple(int(1000 * s) for s in sigmas[:-1]))
+        x, s = torch.ones(1, dtype=torch.float64), make_solver(name, grid)
         for i in range(n):
             x = s.step(i, x, -x)
         return abs(float(x) - math.exp(0.8))
@@ -123,7 +124,7 @@ def test_order_of_convergence(name, order):
 def test_only_what_the_next_step_reads_is_kept():
     """The last step keeps nothing, Euler never does: memory that a decoder can use."""
     for name, most in (("unipc", 3), ("euler", 0)):
-        solve, x = solver.make_solver(name, solver.time_grid(4)), torch.zeros(1, 2)
+        solve, x = make_solver(name, time_grid(4)), torch.zeros(1, 2)
         sizes = []
         for i in range(4):
             x = solve.step(i, x, x)
@@ -133,4 +134,4 @@ def test_only_what_the_next_step_reads_is_kept():
 
 def test_unknown_solver_names_the_nearest():
     with pytest.raises(InputError, match="did you mean 'unipc'"):
-        solver.make_solver("unipcm", solver.time_grid(4))
+        make_solver("unipcm", time_grid(4))

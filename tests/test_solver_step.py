@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from nexus_rt.kernels.solver_step import ENERGIES, energy_factor, solver_step, solver_step_ref
+from tests.needs import needs
 
-pytest.importorskip("triton")
+needs("triton")
 SHAPES = [(1, 2, 1, 60, 104), (2, 3, 2, 17, 23), (3, 1)]
 SCALARS = [0.9, 0.7, -0.2, 0.35, 0.11, 0.83, 0.4, -0.09]
 

@@ -148,6 +148,7 @@ def test_a_pipeline_changes_its_loras(tiny_pair, tmp_path):
         only.set_loras(large=loras["large"])
 
 
+@pytest.mark.export
 def test_exported_engines_say_why_not(tiny_pair, tiny_engines, tmp_path):
     key = "transformer.blocks.0.attn1.to_v"
     state = {f"{key}.lora_A.weight": torch.ones(2, 32), f"{key}.lora_B.weight": torch.ones(32, 2)}

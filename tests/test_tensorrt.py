@@ -19,9 +19,11 @@ from nexus_rt.export.components import (
     TextComponent,
 )
 from nexus_rt.export.dynamic_shapes import Traced
+from tests.needs import needs
 from tests.refusals import refuses
 
-pytest.importorskip("tensorrt_rtx")
+needs("tensorrt_rtx", "onnx", "onnxscript")
+pytestmark = pytest.mark.toolchain
 CPU = torch.device("cpu")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 

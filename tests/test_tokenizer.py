@@ -83,6 +83,7 @@ def test_damaged_ones_are_one_sentence(tmp_path, text):
         load_tokenizer(tmp_path, "tokenizer")
 
 
+@pytest.mark.packaging
 def test_the_mini_pair_generates_without_transformers_diffusers_or_the_compiler(tmp_path):
     """Their imports take longer than its clip does: from the shell to an mp4 is mostly imports."""
     code = (

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("triton")
 from nexus_rt.kernels import triton_op
 from nexus_rt.kernels.attention import attention
 from nexus_rt.kernels.attention_fp8 import attention_fp8
@@ -14,7 +13,9 @@ from nexus_rt.kernels.band_filter import band_filter
 from nexus_rt.kernels.modulate import modulate
 from nexus_rt.kernels.qk_norm_rope import qk_norm_rope
 from nexus_rt.kernels.solver_step import solver_step
-from tests.interpreter import MESSAGE, met, no_loops
+from tests.needs import needs
+
+needs("triton")
 
 
 def test_the_current_gpu_is_the_tensor_s(monkeypatch):
@@ -82,30 +83,3 @@ def test_every_kernel_is_launched_where_its_tensors_are(name, monkeypatch):
     )
     calls(device)[name]()
     assert launched and set(launched) == {device}
-
-
-@pytest.mark.parametrize(
-    ("triton", "numpy", "works"),
-    [
-        ((3, 7), (2, 4), True),
-        ((3, 7), (2, 5), True),
-        ((3, 6), (2, 3), True),
-        ((3, 6), (2, 4), False),
-        ((3, 6), (2, 5), False),
-        ((3, 10), (2, 5), True),
-        (None, (2, 4), True),
-    ],
-)
-def test_what_the_interpreter_cannot_run_is_told_by_the_releases(triton, numpy, works):
-    assert (no_loops(triton, numpy) is None) == works
-
-
-def test_only_that_failure_is_skipped():
-    try:
-        try:
-            raise TypeError(MESSAGE)
-        except TypeError as inner:
-            raise RuntimeError("InterpreterError") from inner
-    except RuntimeError as error:
-        assert met(error)
-    assert not met(TypeError("another")) and not met(None)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.needs import needs
+
 ROOT = Path(__file__).resolve().parent.parent
 SNIPPET = """
 from nexus_rt.bench.tables import headline
@@ -29,8 +31,9 @@ follow_imports = skip
 """
 
 
+@pytest.mark.toolchain
 def test_the_checker_knows_the_types_of_all_four(tmp_path):
-    pytest.importorskip("mypy")
+    needs("mypy")
     (tmp_path / "mypy.ini").write_text(CONFIG)
     (tmp_path / "snippet.py").write_text(SNIPPET)
     command = [

@@ -10,6 +10,7 @@ from nexus_rt.core.errors import InputError, ModelError
 from nexus_rt.loading import checkpoint
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models import wan
+from tests.needs import needs
 from tests.refusals import refuses
 
 GRIDS = [(1, 6, 10), (5, 8, 14), (3, 2, 2), (2, 4, 6)]  # T, H, W in latent cells
@@ -145,7 +146,7 @@ def test_published_sizes_have_diffusers_names_and_shapes(config):
 def test_triton_kernels_compute_the_same(index):
     """The whole forward by Triton's interpreter, scalar and per-sample timesteps, with and without
     the affine norm."""
-    pytest.importorskip("triton")
+    needs("triton")
     torch.manual_seed(4)
     model = wan.WanTransformer(wan.WanConfig.from_dict(CONFIGS[index])).eval()
     for p in model.parameters():
@@ -170,7 +171,7 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch):
     with refuses("unknown_name", "kernels", InputError) as error:
         model.use_kernels("tritn")
     assert "'triton'" in str(error.value)
-    pytest.importorskip("triton")
+    needs("triton")
     monkeypatch.setattr("nexus_rt.kernels.triton_op.INTERPRETED", False)
     assert model.use_kernels("auto").ops.name == "torch"
     with refuses("unsupported", "kernels", InputError) as error:
