@@ -21,7 +21,7 @@ from nexus_rt.method.generator import Prompt
 from nexus_rt.method.guidance import Guidance
 from nexus_rt.method.loop import sample
 from nexus_rt.method.plan_text import parse_plan
-from nexus_rt.method.solver import time_grid
+from nexus_rt.method.time_grid import time_grid
 
 TIMESTEPS = (967.0, 500.0, 50.0)
 STEPS = 4

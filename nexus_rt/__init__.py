@@ -14,14 +14,14 @@ _EXPORTS = {
     "NexusOutput": "pipeline.pipeline",
     "Prompt": "method.generator",
     "Plan": "method.plan",
-    "Step": "method.plan",
+    "Step": "method.step",
     "StepCosts": "method.plan",
     "parse_plan": "method.plan_text",
     "gate": "method.upfb",
     "BlendConfig": "method.blend_config",
     "blend": "method.upfb",
-    "TimeGrid": "method.solver",
-    "time_grid": "method.solver",
+    "TimeGrid": "method.time_grid",
+    "time_grid": "method.time_grid",
     "save_video": "media.video",
     "NexusError": "core.errors",
     "InputError": "core.errors",
@@ -44,9 +44,10 @@ if TYPE_CHECKING:
     from nexus_rt.media.video import save_video
     from nexus_rt.method.blend_config import BlendConfig
     from nexus_rt.method.generator import Prompt
-    from nexus_rt.method.plan import Plan, Step, StepCosts
+    from nexus_rt.method.plan import Plan, StepCosts
     from nexus_rt.method.plan_text import parse_plan
-    from nexus_rt.method.solver import TimeGrid, time_grid
+    from nexus_rt.method.step import Step
+    from nexus_rt.method.time_grid import TimeGrid, time_grid
     from nexus_rt.method.upfb import blend, gate
     from nexus_rt.pipeline.pipeline import NexusOutput, NexusPipeline
 

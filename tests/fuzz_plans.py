@@ -8,7 +8,8 @@ import numpy as np
 
 from nexus_rt.core.errors import NexusError
 from nexus_rt.method.plan_text import check_plan, parse_plan
-from nexus_rt.method.solver import make_solver, time_grid
+from nexus_rt.method.solver import make_solver
+from nexus_rt.method.time_grid import time_grid
 from nexus_rt.pipeline.front import from_front
 from nexus_rt.pipeline.recipes import METADATA, Recipe, stored_recipe, with_recipes
 from nexus_rt.pipeline.request import make_plan

@@ -1,12 +1,14 @@
 """Hypothesis strategies of plans in all their forms, over all kinds of schedules."""
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from nexus_rt.core.errors import InputError
 from nexus_rt.core.limits import SOLVERS
-from nexus_rt.method import plan as plans
-from nexus_rt.method.plan import Reuse, Segment
-from nexus_rt.method.solver import TimeGrid, listed_grid, time_grid
+from nexus_rt.method.named_plans import UNITS, auto, handoff, reference
+from nexus_rt.method.segments import Reuse, Segment, clocked, segments
+from nexus_rt.method.time_grid import TimeGrid, listed_grid, time_grid
 
 NONE = st.none()
 SHIFTS = st.floats(0.5, 12.0)
@@ -92,34 +94,34 @@ def bases(draw):
         for i, part in enumerate(draw(in_turn(sizes, True))):
             ends = i + 1 == len(sizes)
             made.append(
-                plans.replace(
+                replace(
                     part,
                     clock=None if ends and draw(st.booleans()) else part.steps,
                 )
             )
         for i in range(len(sizes) - 1):
             if draw(st.booleans()):
-                made[i + 1] = plans.replace(made[i + 1], renoise=draw(st.floats(0.01, 0.99)))
+                made[i + 1] = replace(made[i + 1], renoise=draw(st.floats(0.01, 0.99)))
             else:
                 clock = made[i].steps + draw(st.integers(1, 9))
-                made[i] = plans.replace(made[i], clock=clock)
-        return plans.clocked(made, draw(SHIFTS))
+                made[i] = replace(made[i], clock=clock)
+        return clocked(made, draw(SHIFTS))
     grid = draw(grids())
     gamma_w = draw(st.just(0.3) | st.floats(0.01, 3.0))
     if form == "reference":
-        return plans.reference(grid, gamma_w)
+        return reference(grid, gamma_w)
     if form == "auto":
-        return plans.auto(grid, draw(st.just(0.02) | st.floats(0.0, 0.499)), gamma_w)
+        return auto(grid, draw(st.just(0.02) | st.floats(0.0, 0.499)), gamma_w)
     if form == "handoff":
-        unit = draw(st.sampled_from(plans.UNITS))
+        unit = draw(st.sampled_from(UNITS))
         places = {"timestep": grid.timesteps, "sigma": grid.sigmas[:-1], "fraction": (0.3,)}
         at = draw(st.sampled_from(places[unit]) | st.floats(0.0, 1000 if unit == "timestep" else 1))
-        return plans.handoff(grid, at, unit, draw(NONE | st.integers(0, 5)))
+        return handoff(grid, at, unit, draw(NONE | st.integers(0, 5)))
     if form == "alone":
-        return plans.segments(grid, [Segment(draw(GENERATOR), len(grid))])
+        return segments(grid, [Segment(draw(GENERATOR), len(grid))])
     cuts = draw(st.lists(st.integers(0, len(grid)), max_size=3).map(sorted))
     sizes = [b - a for a, b in zip([0, *cuts], [*cuts, len(grid)], strict=True)]
-    return plans.segments(grid, draw(in_turn(sizes)))
+    return segments(grid, draw(in_turn(sizes)))
 
 
 @st.composite
@@ -141,4 +143,4 @@ def all_plans(draw, base=None):
     try:
         return draw(changed(base) if base is not None else changed())
     except InputError:
-        return plans.reference(time_grid(draw(st.integers(1, 9))))
+        return reference(time_grid(draw(st.integers(1, 9))))

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexus_rt.core.errors import InputError
+from nexus_rt.kernels.formulas import guide
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.filters import split_filter
-from nexus_rt.method.guidance import Prediction, guide
+from nexus_rt.method.guidance import Prediction
 from nexus_rt.method.upfb import (
     blend,
     combine,

@@ -17,7 +17,7 @@ import math
 import os
 from pathlib import Path
 
-from nexus_rt.method.plan_text import has_clocks
+from nexus_rt.method.plan_options import has_clocks
 from training.evaluate import Row, evaluate
 
 OLD = "handoff=0.65,rewrite=off"  # the default before there were clocks and rewriting

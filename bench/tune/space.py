@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from nexus_rt.method.plan_text import parse_plan
-from nexus_rt.method.solver import TimeGrid
+from nexus_rt.method.time_grid import TimeGrid
 
+Rewrite = Literal["auto", "off"]
 RENOISE = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 
 
@@ -16,7 +17,7 @@ class Candidate:
     """A plan's words, and whether the large generator reads the rewritten prompt."""
 
     plan: str
-    rewrite: str = "off"
+    rewrite: Rewrite = "off"
 
     @property
     def key(self) -> str:
@@ -57,7 +58,7 @@ class Space:
         else:
             sigma = trial.suggest_categorical("renoise", list(RENOISE))
             words = f"small:{steps} renoise={sigma:g} {tail}"
-        rewrite = "off"
+        rewrite: Rewrite = "off"
         if self.rewrite:
             rewrite = trial.suggest_categorical("rewrite", ["auto", "off"])
         return Candidate(parse_plan(words, grid).name, rewrite)

@@ -24,7 +24,7 @@ from nexus_rt.method.engine import (
     Warmable,
     supports,
 )
-from nexus_rt.method.plan import EXPERTS, engine_name, expert_at
+from nexus_rt.method.step import EXPERTS, engine_name, expert_at
 
 
 @dataclass

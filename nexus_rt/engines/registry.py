@@ -15,7 +15,7 @@ from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.engines.exported_engine import ExportedEngine, Sessions
 from nexus_rt.engines.folder import MANIFEST, EngineFolder
 from nexus_rt.engines.text_vae import EngineDecoder, EngineTextEncoder
-from nexus_rt.method.plan import EXPERTS
+from nexus_rt.method.step import EXPERTS
 
 GENERATORS = ("small", "small-high", "small-low", "large", "large-high", "large-low")
 PARTS = (*GENERATORS, "vae", "text_encoder")

@@ -11,7 +11,7 @@ from nexus_rt.core.documents import read_object
 from nexus_rt.core.errors import InputError, ModelError, NexusError, shorten
 from nexus_rt.core.paths import as_path
 from nexus_rt.loading.locate import transformer_folder
-from nexus_rt.method.plan import EXPERTS
+from nexus_rt.method.step import EXPERTS
 
 BOUNDARY = 0.875  # of Wan2.2-T2V-A14B (wan/configs/wan_t2v_A14B.py; diffusers' boundary_ratio)
 ORIGINAL = ("high_noise_model", "low_noise_model")

@@ -33,7 +33,7 @@ from nexus_rt.loading.lora_file import (
     read_scaling,
 )
 from nexus_rt.loading.stored import is_file, read_header, read_tensors
-from nexus_rt.method.plan import EXPERTS
+from nexus_rt.method.step import EXPERTS
 from nexus_rt.models.quantized import Adapter, QuantizedLinear
 
 PACKAGED = Path(__file__).resolve().parents[1] / "mini" / "loras"  # found by name

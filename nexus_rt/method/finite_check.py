@@ -14,7 +14,7 @@ from torch import Tensor
 from nexus_rt.core.devices import Reading, Readings
 from nexus_rt.core.errors import NumericsError
 from nexus_rt.method.engine import Diagnosable, supports
-from nexus_rt.method.plan import Step
+from nexus_rt.method.step import Step
 
 MAX_UNCHECKED_STEPS = 2  # steps that may be enqueued on a GPU before one is known to be finite
 

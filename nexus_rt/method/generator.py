@@ -15,7 +15,8 @@ from nexus_rt.core.tracing import span
 from nexus_rt.method.engine import Engine, Experts, Sharing
 from nexus_rt.method.finite_check import FiniteCheck
 from nexus_rt.method.guidance import Guidance, Prediction
-from nexus_rt.method.plan import DIFFERENCE, VELOCITY, Plan, Step
+from nexus_rt.method.plan import Plan
+from nexus_rt.method.step import DIFFERENCE, VELOCITY, Step
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,12 @@ kernels apply them as they read, and `tensor()` applies them in PyTorch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from nexus_rt.core.limits import GUIDANCE_SCALE, Scale
 from nexus_rt.kernels.formulas import guide
-
-if TYPE_CHECKING:
-    from nexus_rt.method.plan import Step
-
-__all__ = ["Guidance", "Prediction", "Velocity", "guide"]
+from nexus_rt.method.step import Step
 
 
 def _scale(value: Scale) -> Scale:

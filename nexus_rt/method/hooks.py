@@ -13,8 +13,8 @@ from nexus_rt.core.errors import Cancelled, InputError
 from nexus_rt.method.finite_check import FiniteCheck
 from nexus_rt.method.generator import Generator, Prompt
 from nexus_rt.method.latents import Generators, renoise
-from nexus_rt.method.plan import Step
 from nexus_rt.method.reuse import ReuseDeviation
+from nexus_rt.method.step import Step
 
 
 class Mover(Protocol):

@@ -22,9 +22,10 @@ from nexus_rt.method.finite_check import FiniteCheck
 from nexus_rt.method.generator import Pending, Prompt, make_generators
 from nexus_rt.method.guidance import Guidance, Prediction, Velocity
 from nexus_rt.method.hooks import Hooks
-from nexus_rt.method.plan import Plan, Step
+from nexus_rt.method.plan import Plan
 from nexus_rt.method.reuse import Reused
 from nexus_rt.method.solver import make_solver
+from nexus_rt.method.step import Step
 from nexus_rt.method.upfb import combine
 from nexus_rt.ops.block_ops import choose_ops
 

@@ -1,33 +1,21 @@
-"""Plans: which generator runs at which step, with what weight, and what that costs.
+"""A plan: which generator runs at which step, and what that costs.
 
-A plan is made before the first step and does not change. `segments` is the general form; `small`,
-`large` and `handoff` are shorthands of it; `reference` and `auto` follow the gate. A plan's name is
-its exact text, which `nexus_rt.method.plan_text` reads.
+A plan is made before the first step and does not change. `nexus_rt.method.named_plans` and
+`nexus_rt.method.segments` make plans; a plan's name is its exact text, which
+`nexus_rt.method.plan_text` reads.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 
-from nexus_rt.core.checks import number, whole
+from nexus_rt.core.checks import number
 from nexus_rt.core.errors import InputError, choose, shorten
-from nexus_rt.core.limits import (
-    ENERGIES,
-    GAMMA_W,
-    GENERATORS,
-    MAX_GAMMA_W,
-    MAX_GUIDANCE,
-    MAX_STEPS,
-    MIN_GAMMA_W,
-    SOLVERS,
-    TRAIN_STEPS,
-    Scale,
-)
-from nexus_rt.method.plan_words import (
+from nexus_rt.core.limits import ENERGIES, GENERATORS, SOLVERS, Scale
+from nexus_rt.method.plan_options import (
     base_name,
     exact,
     has_clocks,
@@ -35,132 +23,30 @@ from nexus_rt.method.plan_words import (
     split_words,
     with_options,
 )
-from nexus_rt.method.solver import (
-    TimeGrid,
-    check_shift,
-    clock_grid,
-)
-from nexus_rt.method.upfb import gate
-
-FULL, DIFFERENCE, VELOCITY = "full", "difference", "velocity"
-PLANS = ("reference", "small", "large", "handoff", "auto")
-UNITS = ("timestep", "fraction", "sigma")
-TOLERANCE = 0.02  # of `auto`
-MAX_CHANGE = 10.0  # of a velocity that is reused, relative
-EXPERTS = ("high", "low")  # of a generator that has two: for high noise, and for low
-
-
-def expert_at(timestep: float, boundary: float) -> str:
-    """The expert of a timestep: "high" from the share `boundary` of the training timesteps up."""
-    return EXPERTS[timestep < boundary * TRAIN_STEPS]
-
-
-def engine_name(generator: str, expert: str | None) -> str:
-    """The name of the engine that runs a generator's expert, such as "large:high"."""
-    return f"{generator}:{expert}" if expert else generator
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a plan.
-
-    w: the small generator's weight. small, large: which generators run. energy: how the blend's RMS
-        is set.
-    guidance_small, guidance_large: this step's own guidance scale, None for the call's.
-    blended: False where a lone generator's velocity is used as it is.
-    compute_small, compute_large: "full", or what is reused: "difference" (the guidance difference,
-        so that only the conditional forward runs) or "velocity" (nothing runs; see
-        `nexus_rt.method.reuse`).
-    threshold: the lone generator's velocity is reused while its estimated relative change stays
-        below this; None where the step is computed as written.
-    renoise: the step begins on re-noised latents, `(1 - sigma) x + sigma eps`.
-    expert_small, expert_large: which expert runs, "high" or "low", of a generator that has them.
-    solver: what walks the step; None for the call's.
-    """
-
-    index: int
-    timestep: float
-    sigma: float
-    w: float
-    small: bool
-    large: bool
-    energy: str = "progressive"
-    guidance_small: float | None = None
-    guidance_large: float | None = None
-    blended: bool = True
-    compute_small: str = FULL
-    compute_large: str = FULL
-    threshold: float | None = None
-    renoise: bool = False
-    expert_small: str | None = None
-    expert_large: str | None = None
-    solver: str | None = None
-
-    def scale(self, generator: str, default: Scale) -> float:
-        """The guidance scale of "small" or "large": this step's own, else the call's, of which a
-        generator of experts may have one each."""
-        own = self.guidance_small if generator == "small" else self.guidance_large
-        if own is not None:
-            return float(own)
-        if isinstance(default, tuple):
-            return float(default[EXPERTS.index(self.expert(generator) or EXPERTS[0])])
-        return float(default)
-
-    @property
-    def alone(self) -> str | None:
-        """The generator that runs by itself; None where both do."""
-        return None if self.small and self.large else "small" if self.small else "large"
-
-    def expert(self, generator: str) -> str | None:
-        """The expert of "small" or "large" that runs; None where the generator has none."""
-        return self.expert_small if generator == "small" else self.expert_large
-
-    @property
-    def engines(self) -> tuple[str, ...]:
-        """Names of the engines that run, in the order small, large; experts as in
-        "large:high"."""
-        return tuple(engine_name(g, self.expert(g)) for g in ("small", "large") if getattr(self, g))
-
-    def compute(self, generator: str) -> str:
-        """What is computed of "small" or "large"."""
-        return self.compute_small if generator == "small" else self.compute_large
-
-    def extrapolates(self, generator: str) -> bool:
-        """Whether it may extrapolate a generator's velocity from earlier ones."""
-        lone = getattr(self, generator) and self.threshold is not None
-        return lone or self.compute(generator) == VELOCITY
-
-    def reuses(self, generator: str) -> bool:
-        """Whether it may reuse what a generator computed before."""
-        return self.extrapolates(generator) or self.compute(generator) == DIFFERENCE
-
-    def forwards(self, generator: str, scale: float) -> int:
-        """Forward passes of a generator at this guidance scale; a step with a threshold counts as
-        computed."""
-        if not getattr(self, generator) or self.compute(generator) == VELOCITY:
-            return 0
-        return 1 if scale == 1.0 or self.compute(generator) == DIFFERENCE else 2
-
-    @property
-    def runs(self) -> str:
-        """What runs, for reading: "small", "large" or "both"; experts by their names."""
-        both = self.small and self.large and not (self.expert_small or self.expert_large)
-        return "both" if both else "+".join(self.engines)
+from nexus_rt.method.step import DIFFERENCE, FULL, VELOCITY, Step, expert_at
+from nexus_rt.method.time_grid import TimeGrid
 
 
 @dataclass(frozen=True)
 class StepCosts:
     """Milliseconds of one step's parts at the batch, size and device of the run.
 
-    `small`, `large`: one forward without guidance; `*_guided`: with it (a batch of two).
+    `small`, `large`: one forward without guidance; `*_guided`: with it (a batch of two); 0 of a
+    generator that is not there.
     """
 
-    small: float
-    small_guided: float
-    large: float
-    large_guided: float
+    small: float = 0.0
+    small_guided: float = 0.0
+    large: float = 0.0
+    large_guided: float = 0.0
     blend: float = 0.0
     solver: float = 0.0
+
+    @classmethod
+    def of_forwards(cls, forwards: Mapping[str, float]) -> StepCosts:
+        """The prices of one forward of each generator alone; a guided step is two of them."""
+        guided = {f"{name}_guided": 2 * ms for name, ms in forwards.items()}
+        return cls(**forwards, **guided)
 
 
 @dataclass(frozen=True)
@@ -397,354 +283,3 @@ class Plan:
     def price(self, costs: StepCosts, guidance_small: Scale, guidance_large: Scale) -> float:
         """Milliseconds of the whole denoising loop."""
         return sum(self.step_price(s, costs, guidance_small, guidance_large) for s in self.steps)
-
-
-def reference(grid: TimeGrid, gamma_w: float = GAMMA_W) -> Plan:
-    """Both generators at every step, w from the gate, energy `reference`: the published
-    schedule."""
-    name = with_options("reference", _gate_option(gamma_w))
-    steps = [
-        Step(i, t, s, gate(t, gamma_w), True, True, "reference")
-        for i, (t, s) in enumerate(zip(grid.timesteps, grid.sigmas, strict=False))
-    ]
-    return Plan(name, tuple(steps), grid)
-
-
-def _gate_option(gamma_w: float) -> dict[str, str]:
-    """The option of a plan whose gate is another than the published."""
-    number("gamma_w", gamma_w, MIN_GAMMA_W, MAX_GAMMA_W)
-    return {} if gamma_w == GAMMA_W else {"gamma-w": exact(gamma_w)}
-
-
-def auto(grid: TimeGrid, tolerance: float = TOLERANCE, gamma_w: float = GAMMA_W) -> Plan:
-    """w from the gate, snapped to 0 below `tolerance` and to 1 above `1 - tolerance`; what has no
-    share does not run."""
-    number("tolerance", tolerance, -MAX_STEPS, MAX_STEPS)
-    if not 0 <= tolerance < 0.5:
-        raise InputError(
-            f"auto's tolerance is {tolerance}; expected a weight from 0 up to (not including) 0.5.",
-            code="out_of_range",
-            param="tolerance",
-        )
-    name = with_options(f"auto={exact(tolerance)}", _gate_option(gamma_w))
-    steps = []
-    for i, (t, s) in enumerate(zip(grid.timesteps, grid.sigmas, strict=False)):
-        w = gate(t, gamma_w)
-        w = 0.0 if w < tolerance else 1.0 if w > 1 - tolerance else w
-        steps.append(Step(i, t, s, w, w > 0, w < 1, "progressive", blended=w > 0))
-    return Plan(name, tuple(steps), grid)
-
-
-@dataclass(frozen=True)
-class Reuse:
-    """What of a generator is computed at some steps of a segment and reused between.
-
-    every: its velocity, at every k-th step and at the last. guidance_every: its guidance
-    difference, at every k-th of the guided steps that are computed. threshold: its velocity, while
-    the estimated change stays below; excludes `every`.
-    """
-
-    every: int = 1
-    guidance_every: int = 1
-    threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        whole("every", self.every, 1, MAX_STEPS)
-        whole("guidance-every", self.guidance_every, 1, MAX_STEPS)
-        if self.threshold is None:
-            return
-        number("adaptive", self.threshold, -MAX_STEPS, MAX_STEPS)
-        if not 0 < self.threshold <= MAX_CHANGE:
-            raise InputError(
-                f"adaptive is {exact(self.threshold)}; expected the relative change that may be"
-                f" estimated, above 0 and at most {MAX_CHANGE:g}, such as 0.05.",
-                code="out_of_range",
-                param="adaptive",
-            )
-        if self.every != 1:
-            raise InputError(
-                "every= fixes which steps are computed and adaptive= finds them; expected one of"
-                " the two.",
-                code="conflict",
-                param="adaptive",
-            )
-
-    def compute(
-        self, count: int, guided: tuple[int, int] | None = None
-    ) -> list[tuple[str, float | None]]:
-        """What each step of a segment of `count` computes, and its threshold. guided: first and
-        last (exclusive) of the guided steps, None for all."""
-        rows: list[tuple[str, float | None]] = []
-        computed = 0  # of the guided steps
-        for j in range(count):
-            if j % self.every and j < count - 1:
-                rows.append((VELOCITY, None))
-                continue
-            # An extrapolation needs two velocities, and the last step sets the finish.
-            threshold = self.threshold if 2 <= j < count - 1 else None
-            inside = guided is None or guided[0] <= j < guided[1]
-            reused = inside and computed % self.guidance_every
-            rows.append((DIFFERENCE if reused else FULL, threshold))
-            computed += inside
-        return rows
-
-
-@dataclass(frozen=True)
-class Segment:
-    """`generator` ("small", "large" or "bridge") for a number of steps.
-
-    guidance: a scale of its own, None for the call's. guided: first and last (exclusive) of its
-    steps with guidance, None for all; the others have a scale of 1. clock: how many steps its clock
-    has in all; None where the schedule is one clock for all. renoise: the sigma that it begins at,
-    on re-noised latents. shift: of its clock, None for the schedule's. solver: what walks it, None
-    for the call's.
-    """
-
-    generator: str
-    steps: int
-    guidance: float | None = None
-    guided: tuple[int, int] | None = None
-    reuse: Reuse = Reuse()
-    clock: int | None = None
-    renoise: float | None = None
-    shift: float | None = None
-    solver: str | None = None
-
-    def __post_init__(self) -> None:
-        choose("segment", self.generator, (*GENERATORS, "bridge"))
-        whole("a segment's steps", self.steps, 0, MAX_STEPS)
-        if self.guidance is not None:
-            number("a segment's guidance", self.guidance, -MAX_GUIDANCE, MAX_GUIDANCE)
-        if self.guided is not None:
-            first, end = (whole("a guided step", i, 0, MAX_STEPS) for i in self.guided)
-            if not first < end or first >= self.steps:
-                raise InputError(
-                    f"segment {self.generator}:{self.steps} is guided from step {first} to {end} of"
-                    f" {self.steps}; expected an interval inside, such as [0:40%].",
-                    code="out_of_range",
-                    param="guided",
-                )
-            object.__setattr__(self, "guided", (first, min(end, self.steps)))
-        if self.clock is not None:
-            whole("clock", self.clock, 1, MAX_STEPS)
-        if self.renoise is not None:
-            number("renoise", self.renoise, -MAX_STEPS, MAX_STEPS)  # its range: `clock_grid`
-        if self.shift is not None:
-            check_shift(self.shift)
-        if self.solver is not None:
-            choose("solver", self.solver, SOLVERS)
-        if self.generator == "bridge" and (self.reuse != Reuse() or self.guided):
-            raise InputError(
-                f"{shorten(self, 80)!r}: both generators run in a bridge; guidance intervals and"
-                f" reuse"
-                " go with small and large segments.",
-                code="conflict",
-                param="guided" if self.guided else "reuse",
-            )
-
-    def __str__(self) -> str:
-        """As a plan's words have it."""
-        text = f"{self.generator}:{self.steps}" + (f"/{self.clock}" if self.clock else "")
-        if self.guidance is not None or self.guided:
-            text += "@" + ("" if self.guidance is None else exact(self.guidance))
-        text += f"[{self.guided[0]}:{self.guided[1]}]" if self.guided else ""
-        for name, value in (
-            ("every", self.reuse.every),
-            ("guidance-every", self.reuse.guidance_every),
-        ):
-            text += f"/{name}={value}" if value != 1 else ""
-        if self.reuse.threshold is not None:
-            text += f"/adaptive={exact(self.reuse.threshold)}"
-        text += "" if self.shift is None else f"/shift={exact(self.shift)}"
-        text += "" if self.solver is None else f"/solver={self.solver}"
-        return text if self.renoise is None else f"renoise={exact(self.renoise)} {text}"
-
-    def scale(self, j: int) -> float | None:
-        """The guidance scale of its step j, None for the call's."""
-        inside = self.guided is None or self.guided[0] <= j < self.guided[1]
-        return self.guidance if inside else 1.0
-
-
-def segments(grid: TimeGrid, parts: Sequence[Segment], name: str | None = None) -> Plan:
-    """The general plan: generators in turn, `bridge` a cosine ramp of w between its neighbours,
-    both running.
-
-    Raises:
-        InputError: the segments do not cover the schedule exactly, a bridge lacks two different
-            neighbours, or a segment has a clock, or a shift or renoise, which go with clocks.
-    """
-    for part in parts:
-        if part.shift is not None:
-            raise InputError(
-                f"{str(part)!r} has a shift of its own, and the plan one schedule for all; give"
-                " each generator a clock, such as small:4/10 large:4/shift=3.",
-                code="conflict",
-                param="shift",
-            )
-        if part.clock is not None or part.renoise is not None:
-            raise InputError(
-                f"{str(part)!r} has a clock or begins on re-noised latents, and the plan one"
-                " schedule for all; make it with `clocked`.",
-                code="conflict",
-                param="renoise" if part.clock is None else "clock",
-            )
-    parts = [p for p in parts if p.steps > 0]
-    total = sum(p.steps for p in parts)
-    if total != len(grid):
-        raise InputError(
-            f"the segments have {total} steps, the schedule {len(grid)}; make them add up, or let"
-            " one take the rest ('large:*').",
-            code="mismatch",
-            param="steps",
-        )
-    return _in_turn(grid, parts, name)
-
-
-def clocked(parts: Sequence[Segment], shift: float) -> Plan:
-    """A plan in which each segment walks a clock of its own (`nexus_rt.method.solver.clock_grid`);
-    a segment without one walks it to the end."""
-    clocks = [(p.steps, p.clock or p.steps) for p in parts]
-    renoise = {i: p.renoise for i, p in enumerate(parts) if p.renoise is not None}
-    grid = clock_grid(clocks, shift, renoise, [p.shift for p in parts])
-    one = len(parts) == 1 and parts[0].clock is None
-    return _in_turn(grid, [replace(p, clock=p.steps) for p in parts] if one else parts)
-
-
-def _in_turn(grid: TimeGrid, parts: Sequence[Segment], name: str | None = None) -> Plan:
-    """The plan of segments that cover a grid."""
-    steps: list[Step] = []
-    for k, part in enumerate(parts):
-        steps += (
-            _bridge(grid, parts, k, len(steps))
-            if part.generator == "bridge"
-            else _lone(grid, part, len(steps))
-        )
-    plan = Plan(name or " ".join(map(str, parts)), tuple(steps), grid)
-    return plan.with_solvers({})  # where every segment has one, the plan is walked by them
-
-
-def _lone(grid: TimeGrid, part: Segment, first: int) -> list[Step]:
-    """The steps of one generator alone."""
-    small, steps = part.generator == "small", []
-    for j, (compute, threshold) in enumerate(part.reuse.compute(part.steps, part.guided)):
-        i, scale = first + j, part.scale(j)
-        computes = (compute, FULL) if small else (FULL, compute)
-        steps.append(
-            Step(
-                i,
-                grid.timesteps[i],
-                grid.sigmas[i],
-                1.0 if small else 0.0,
-                small,
-                not small,
-                "progressive",
-                scale,
-                scale,
-                False,
-                *computes,
-                threshold,
-                part.renoise is not None and j == 0,
-                solver=part.solver,
-            )
-        )
-    return steps
-
-
-def _bridge(grid: TimeGrid, parts: Sequence[Segment], k: int, first: int) -> list[Step]:
-    """The steps of segment k, a bridge: w a cosine ramp, both generators running, each under its
-    own segment's guidance unless the bridge has one."""
-    part = parts[k]
-    sides = [parts[j].generator if 0 <= j < len(parts) else None for j in (k - 1, k + 1)]
-    if sorted(map(str, sides)) != ["large", "small"]:
-        raise InputError(
-            "a bridge stands between a small and a large segment, one on each side.",
-            param="bridge",
-        )
-    before, after = parts[k - 1].scale(parts[k - 1].steps - 1), parts[k + 1].scale(0)
-    small, large = (before, after) if sides[0] == "small" else (after, before)
-    steps = []
-    for j in range(part.steps):
-        w = (1 + math.cos(math.pi * (j + 1) / (part.steps + 1))) / 2
-        w = w if sides[0] == "small" else 1 - w
-        i, own = first + j, part.guidance
-        scales = (small, large) if own is None else (own, own)
-        steps.append(
-            Step(
-                i,
-                grid.timesteps[i],
-                grid.sigmas[i],
-                w,
-                True,
-                True,
-                "progressive",
-                *scales,
-                renoise=part.renoise is not None and j == 0,
-                solver=part.solver,
-            )
-        )
-    return steps
-
-
-def handoff(grid: TimeGrid, at: float, unit: str = "timestep", bridge: int | None = None) -> Plan:
-    """The small generator alone, a cosine ramp over `bridge` steps, then the large one alone.
-
-    Args:
-        at: where the small one stops running alone: a timestep (it runs while t >= at, as
-            diffusers' boundary has it), a fraction of the steps, or a sigma, as `unit` says.
-        bridge: steps with both; the default is a tenth of the schedule, at most what is left.
-    """
-    n = len(grid)
-    choose("handoff unit", unit, UNITS)
-    number("handoff", at, -1e9, 1e9)
-    if bridge is not None:
-        whole("bridge", bridge, -MAX_STEPS, MAX_STEPS)
-    if unit == "fraction":
-        alone, inside = round(at * n), 0 < at < 1
-    elif unit == "sigma":
-        alone, inside = (
-            sum(s >= at for s in grid.sigmas[:-1]),
-            grid.sigmas[n - 1] < at <= grid.sigmas[0],
-        )
-    else:
-        alone, inside = (
-            sum(t >= at for t in grid.timesteps),
-            grid.timesteps[-1] < at <= grid.timesteps[0],
-        )
-    if not inside:
-        spans = {
-            "fraction": "between 0 and 1 (exclusive)",
-            "sigma": f"above {grid.sigmas[n - 1]:.4f} and up to {grid.sigmas[0]:.4f}",
-            "timestep": f"above {grid.timesteps[-1]} and up to {grid.timesteps[0]}",
-        }
-        raise InputError(
-            f"handoff at {unit} {exact(at)} lies outside the schedule of {n} steps; expected"
-            f" {spans[unit]}, or plan 'small' or 'large'.",
-            code="out_of_range",
-            param="handoff",
-        )
-    bridge = max(0, min(max(1, round(n / 10)), n - alone - 1)) if bridge is None else bridge
-    if bridge < 0 or alone + bridge > n - (bridge > 0):
-        raise InputError(
-            f"a bridge of {bridge} steps after {alone} small ones leaves none of the {n} for the"
-            " large one.",
-            code="out_of_range",
-            param="bridge",
-        )
-    if bridge and not alone:
-        raise InputError(
-            f"handoff at {unit} {exact(at)} leaves the small generator no step of its own in {n};"
-            " hand over later.",
-            param="handoff",
-        )
-    parts = [
-        Segment("small", alone),
-        Segment("bridge", bridge),
-        Segment("large", n - alone - bridge),
-    ]
-    where = exact(at) if unit == default_unit(at) else f"{unit}:{exact(at)}"
-    return segments(grid, parts, f"handoff={where},bridge={bridge}")
-
-
-def default_unit(at: float) -> str:
-    """The unit of a handoff's number where its text has none."""
-    return "fraction" if at < 1 else "timestep"

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from nexus_rt.method.generator import Generator, Pending
 from nexus_rt.method.guidance import Prediction
-from nexus_rt.method.plan import DIFFERENCE, FULL, VELOCITY, Plan, Step
+from nexus_rt.method.plan import Plan
+from nexus_rt.method.step import DIFFERENCE, FULL, VELOCITY, Step
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from nexus_rt.method.engine import Engine, PublishedNumerics, Sized, supports
 from nexus_rt.method.hooks import CallbackResult, Hooks
 from nexus_rt.method.latents import Generators, LatentGrid, check_latents, random_latents
 from nexus_rt.method.loop import sample
-from nexus_rt.method.plan import Plan, Step
+from nexus_rt.method.plan import Plan
+from nexus_rt.method.step import Step
 from nexus_rt.pipeline.request import GenerationRequest, PairProfile
 from nexus_rt.pipeline.residency import (
     MemoryUse,

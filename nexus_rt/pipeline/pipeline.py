@@ -32,8 +32,9 @@ from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.generator import Prompt
 from nexus_rt.method.hooks import CallbackResult, Hooks
 from nexus_rt.method.latents import Generators, LatentGrid, check_generators, check_latents
-from nexus_rt.method.plan import Plan, Step
+from nexus_rt.method.plan import Plan
 from nexus_rt.method.reuse import ReuseDeviation
+from nexus_rt.method.step import Step
 from nexus_rt.parallel.layout import broadcast_failure
 from nexus_rt.pipeline.attributes import named_arguments
 from nexus_rt.pipeline.call import (

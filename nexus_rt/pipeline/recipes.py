@@ -20,7 +20,7 @@ from nexus_rt.loading.experts import GeneratorSource, transformers_of
 from nexus_rt.loading.lora import Lora
 from nexus_rt.loading.stored import read_metadata
 from nexus_rt.method.plan_text import check_plan
-from nexus_rt.method.solver import listed_grid
+from nexus_rt.method.time_grid import listed_grid
 from nexus_rt.pipeline.settings import GUIDANCE_SETTINGS, Defaults
 
 METADATA = "nexus_rt.recipe"

@@ -13,8 +13,7 @@ from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.guidance import Guidance
 from nexus_rt.method.latents import LatentGrid
 from nexus_rt.method.plan import Plan
-from nexus_rt.method.plan_text import parse_plan, scaled, with_own_steps, with_shifts
-from nexus_rt.method.plan_words import (
+from nexus_rt.method.plan_options import (
     SCHEDULE,
     base_name,
     has_clocks,
@@ -22,7 +21,10 @@ from nexus_rt.method.plan_words import (
     real,
     split_words,
 )
-from nexus_rt.method.solver import TimeGrid, check_solver, listed_grid, time_grid
+from nexus_rt.method.plan_scaling import scaled, with_own_steps, with_shifts
+from nexus_rt.method.plan_text import parse_plan
+from nexus_rt.method.solver import check_solver
+from nexus_rt.method.time_grid import TimeGrid, listed_grid, time_grid
 from nexus_rt.pipeline.settings import GUIDANCE_SETTINGS, CallSettings, Defaults
 
 BLEND = BlendConfig()  # the published split

@@ -24,7 +24,7 @@ from nexus_rt.core.process import computes, resident_bytes
 from nexus_rt.core.size import ClipSize
 from nexus_rt.core.tracing import Trace, record
 from nexus_rt.media.video import contact_sheet, made_with, save_video, to_uint8
-from nexus_rt.method.plan import Step
+from nexus_rt.method.step import Step
 from nexus_rt.pipeline.call import decode, denoise, draw_noise
 from nexus_rt.pipeline.encode import Prompts, encode
 from nexus_rt.pipeline.request import GenerationRequest

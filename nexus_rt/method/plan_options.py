@@ -1,5 +1,4 @@
-"""The words of a plan's text: exact numbers, the options that follow the generators, and the
-schedule.
+"""The options in the text of a plan, the schedule among them, and how numbers are written there.
 
 A plan's text is what runs, `handoff=0.3,bridge=5` or segments, then options as `key=value` in the
 order of `OPTIONS`, then the schedule as in `SCHEDULE`. What a number's word says is the number
@@ -15,7 +14,7 @@ from itertools import pairwise
 
 from nexus_rt.core.errors import InputError, shorten, shown
 from nexus_rt.core.limits import MAX_STEPS, TRAIN_STEPS
-from nexus_rt.method.solver import TimeGrid, check_levels, time_grid
+from nexus_rt.method.time_grid import TimeGrid, check_levels, time_grid
 
 NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?"
 AMOUNT = r"[0-9]+(?:\.[0-9]+)?%|[0-9]+"
