@@ -22,9 +22,13 @@ EXTRAS = {
     "fastapi": "dev",
     "mypy": "dev",
     "playwright": "dev",
+    "setuptools": "dev",
 }
 
-MINIMUM = {"triton": (3, 7)}  # earlier interpreters run no loops with run-time bounds
+MINIMUM = {
+    "triton": (3, 7),  # earlier interpreters run no loops with run-time bounds
+    "setuptools": (77, 0),  # earlier ones read no license expression
+}
 
 
 def missing(*modules: str) -> str | None:

@@ -8,11 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nexus_rt.kernels.attention import _check, attention, attention_ref
+from nexus_rt.kernels.attention import attention, attention_ref, check_attention
 from nexus_rt.kernels.attention_launch import HEAD_DIMS, SHORT, TIMED, resolve_loads
+from tests.more import more
 from tests.needs import needs
 
 needs("triton")
+REST = sorted({*TIMED} - {"auto", "descriptors"})  # of the ways to load
 CASES = [  # B, Lq, Lk, heads, head_dim, dtype
     (1, 130, 200, 2, 128, torch.float16),
     (2, 63, 77, 1, 64, torch.float16),
@@ -132,7 +134,7 @@ def test_what_the_kernel_does_not_take_is_refused():
 def test_the_op_keeps_torchs_rules(monkeypatch):
     monkeypatch.undo()
     torch.library.opcheck(
-        torch.ops.nexus_rt.ops.attention.default,
+        torch.ops.nexus_rt.attention.default,
         (*inputs(1, 4, 6, 2, 16, torch.float32), torch.zeros(1, 6)),
     )
 
@@ -152,7 +154,7 @@ def test_what_is_beyond_the_grid_is_refused(shape):
     with pytest.raises(
         ValueError, match="beyond the grid: up to 2.31 tokens in all and 65535 samples x heads"
     ):
-        _check(t, t, t, None)
+        check_attention(t, t, t, None)
 
 
 PADDED = [loads for loads in TIMED if loads not in ("auto", "pointers")]
@@ -272,9 +274,9 @@ def extreme(draw, head_dims=HEAD_DIMS, dtypes=(torch.float16, torch.float32)):
     return q.to(dtype), k.to(dtype).contiguous(), v.to(dtype)
 
 
-@pytest.mark.parametrize("loads", TIMED)
+@pytest.mark.parametrize("loads", ["auto", "descriptors", *more(*REST)])
 @given(case=extreme())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_finite_inputs_of_any_size_give_the_formula(loads, case):
     q, k, v = case
     if q.dtype == torch.float32 and loads not in ("auto", "pointers"):

@@ -2,6 +2,7 @@
 anyone else."""
 
 import ast
+import ast
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.needs import needs
 
 ROOT = Path(__file__).resolve().parent.parent
 USE = """
@@ -41,6 +44,7 @@ def python(code, cwd, *flags, path=None):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A copy of the tracked sources: a build leaves nothing in the checkout."""
+    needs("setuptools")
     copy = tmp_path_factory.mktemp("source")
     for name in (
         "nexus_rt",

@@ -1,5 +1,5 @@
-"""Static tools find every module: the runtime's own, and kernels, export and bench, which stand at
-the repository's top."""
+"""Static tools find every module of an installed package: kernels, export and bench too, which stand
+at the repository's top."""
 
 import subprocess
 import sys
@@ -33,7 +33,10 @@ follow_imports = skip
 
 @pytest.mark.toolchain
 def test_the_checker_knows_the_types_of_all_four(tmp_path):
-    needs("mypy")
+    needs("mypy", "setuptools")
+    tree = tmp_path / "tree"
+    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tree)]
+    subprocess.run(build, check=True, cwd=ROOT, capture_output=True)
     (tmp_path / "mypy.ini").write_text(CONFIG)
     (tmp_path / "snippet.py").write_text(SNIPPET)
     command = [
@@ -46,7 +49,7 @@ def test_the_checker_knows_the_types_of_all_four(tmp_path):
         str(tmp_path / "cache"),
     ]
     done = subprocess.run(
-        [*command, str(tmp_path / "snippet.py")], capture_output=True, text=True, cwd=ROOT
+        [*command, str(tmp_path / "snippet.py")], capture_output=True, text=True, cwd=tree
     )
     found = [
         line.split("Revealed type is ")[1]
