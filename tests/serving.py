@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import openai
@@ -21,7 +21,7 @@ import uvicorn
 from openai.types import Video
 
 from nexus_rt.core.errors import ModelError
-from nexus_rt.loading.pair_folder import MINI, _pair_defaults
+from nexus_rt.loading.pair_folder import MINI, find_pair
 from nexus_rt.method.latents import LatentGrid
 from nexus_rt.serve.connections import bounded_protocol
 from nexus_rt.serve.generate import Clip, Task
@@ -65,10 +65,15 @@ def check_video(row):
     return row
 
 
+@cache
+def mini_defaults():
+    return find_pair(MINI, {}, {}).defaults
+
+
 def mini_profile(**changes) -> Profile:
     """The mini pair's, without loading it."""
     values = {
-        "defaults": _pair_defaults(MINI),
+        "defaults": mini_defaults(),
         "grid": LatentGrid(8, 4, (1, 2, 2)),
         "generators": ("small", "large"),
         "boundaries": {},

@@ -16,13 +16,12 @@ from tests.refusals import refuses
 from tests.test_attention_kernel import inputs, oracle
 
 CPU = torch.device("cpu")
+SDPA = attention.ATTENTION_BACKENDS["sdpa"].run
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("NEXUS_RT_CACHE", str(tmp_path / "cache"))
-    attention._chosen.clear()
-    attention._fit.clear()
     return tmp_path / "cache" / "attention.json"
 
 
@@ -109,13 +108,11 @@ def test_auto_on_a_cpu_does_not_measure(cache):
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_fastest_right_one_is_chosen_and_the_reasons_kept(cache, monkeypatch, biased):
     def slow(q, k, v, bias):
-        import time
-
         time.sleep(0.02)
-        return attention._sdpa(q, k, v, bias)
+        return SDPA(q, k, v, bias)
 
     def wrong(q, k, v, bias):
-        return attention._sdpa(q, k, v, bias) + 0.01
+        return SDPA(q, k, v, bias) + 0.01
 
     def broken(q, k, v, bias):
         raise RuntimeError("no kernel for this shape\nmore")
@@ -136,20 +133,24 @@ def test_the_fastest_right_one_is_chosen_and_the_reasons_kept(cache, monkeypatch
 
 
 def test_a_decision_is_made_once_and_read_from_disk(cache, monkeypatch):
-    first = attention.decide(case(), ["sdpa", "math"])
-    monkeypatch.setattr(attention, "_milliseconds", lambda *a: pytest.fail("measured again"))
-    assert attention.decide(case(), ["sdpa", "math"]) == first
+    runs = []
+    counted = attention.Backend(lambda *args: (runs.append(1), SDPA(*args))[1], lambda case: None)
+    monkeypatch.setitem(attention.ATTENTION_BACKENDS, "sdpa", counted)
+
+    def runs_of(case):
+        before = len(runs)
+        decision = attention.decide(case, ["sdpa", "math"])
+        return len(runs) - before, decision
+
+    measured, first = runs_of(case())
+    assert measured and runs_of(case()) == (0, first)
     # another case is another question
-    for other in (
-        case(queries=21),
-        case(biased=True),
-        case(dtype=torch.float16),
-    ):
-        with pytest.raises(pytest.fail.Exception):
-            attention.decide(other, ["sdpa", "math"])
-    monkeypatch.setattr(attention, "_machine", lambda device: ["torch 0"])
-    with pytest.raises(pytest.fail.Exception):  # and so are other versions
-        attention.decide(case(), ["sdpa", "math"])
+    for other in (case(queries=21), case(biased=True), case(dtype=torch.float16)):
+        assert runs_of(other)[0]
+    version = f"torch {torch.__version__}"
+    assert all(version in json.loads(key) for key in json.loads(cache.read_text()))
+    cache.write_text(cache.read_text().replace(version, "torch 0"))
+    assert runs_of(case())[0]  # and so are other versions
 
 
 def test_a_damaged_or_forbidden_cache_costs_a_measurement_only(cache, monkeypatch):
@@ -179,8 +180,11 @@ def test_approximate_backends_are_not_in_auto():
 def test_an_approximate_backend_is_held_to_its_stated_error(
     cache, monkeypatch, share, taken, exact
 ):
+    ran = []
+
     def near(q, k, v, bias):
-        out = attention.ATTENTION_BACKENDS["sdpa"].run(q, k, v, bias)
+        ran.append("near")
+        out = SDPA(q, k, v, bias)
         return out + share * out.square().mean().sqrt() * torch.randn(
             out.shape, generator=torch.Generator().manual_seed(0)
         )
@@ -188,11 +192,13 @@ def test_an_approximate_backend_is_held_to_its_stated_error(
     monkeypatch.setitem(
         attention.ATTENTION_BACKENDS, "near", attention.Backend(near, lambda case: None, exact)
     )
-    monkeypatch.setattr(
-        attention,
-        "_milliseconds",
-        lambda call, device: 1.0 if "'near'" in str(call.__defaults__) else 2.0,
-    )
+
+    def milliseconds(call, *rest):
+        ran.clear()
+        call()
+        return 1.0 if ran else 2.0
+
+    monkeypatch.setattr(attention, "median_ms", milliseconds)
     result = attention.decide(case(), ["sdpa", "near"])
     if taken and not exact:
         assert result["chosen"] == "near" and result["candidates"]["near"][
@@ -264,7 +270,7 @@ def damage(where):
     """Attention that is wrong in one place: a fraction of heads, samples or rows, or one value."""
 
     def run(q, k, v, bias):
-        out = attention._sdpa(q, k, v, bias).clone()
+        out = SDPA(q, k, v, bias).clone()
         rows, heads = out.shape[1:3]
         if where == "last head":
             out[:, :, -1] = out[:, :, 0]
@@ -329,10 +335,11 @@ def test_cudnn_takes_odd_lengths_from_its_9_15_1(monkeypatch, cudnn, cuda, queri
 
 def test_math_is_not_tried_where_its_scores_are_large():
     asked = attention.Case(1, 32760, 32760, 40, 128, torch.bfloat16, torch.device("cpu"), False)
-    why = attention._scores_why("math", asked)
-    assert "171.7 GB" in why and attention._scores_why("sdpa", asked) is None
+    trial = attention.Trial(asked, (None,) * 4, None, None, 0.0)  # refused before it is run
+    assert "171.7 GB" in trial.measure("math")["why"]
+    assert "171.7 GB" not in trial.measure("flash").get("why", "")
     small = attention.Case(1, 64, 64, 40, 128, torch.bfloat16, torch.device("cpu"), False)
-    assert attention._scores_why("math", small) is None
+    assert "ms" in attention.Trial.of(small).measure("math")
 
 
 def test_our_kernel_is_refused_in_float32_on_a_gpu(monkeypatch):

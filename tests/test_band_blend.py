@@ -11,23 +11,21 @@ from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.filters import split_filter
 from nexus_rt.method.guidance import Prediction
 from nexus_rt.method.upfb import blend, combine
+from tests.more import more
 from tests.needs import needs
 from tests.refusals import refuses
 from tests.test_upfb import gaussian_lf, oracle, radial_lf
 
 needs("triton")
 # the interpreter computes bfloat16 wrongly; the GPU suite checks it
-DTYPES = [
-    torch.float32,
-    torch.float16,
-]
+DTYPES = [torch.float32, torch.float16]
 SHAPES = [
     (1, 2, 1, 60, 104),
     (2, 3, 2, 17, 23),
     (3, 5, 1, 8, 8),
     (1, 1, 1, 5, 2),
     (1, 1, 2, 1, 1),
-    (1, 2, 1, 9, 300),
+    *more((1, 2, 1, 9, 300)),
 ]
 SUBSETS = [
     "both guided",
@@ -118,7 +116,7 @@ def test_the_stencil_is_the_formula(shape, dtype, subset):
     sums_are(sums, (v_small, v_large, wanted))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, *more(torch.float16)])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     "subset, split, lowpass",
@@ -147,7 +145,7 @@ def test_the_filter_is_the_formula(shape, dtype, subset, split, lowpass):
 @pytest.mark.parametrize(
     "split, lowpass", [("gaussian", "gaussian"), ("fft", "gaussian"), ("dct", "butterworth")]
 )
-@pytest.mark.parametrize("w", [0.0, 0.1, 0.93, 1.0])
+@pytest.mark.parametrize("w", [0.0, 0.93, *more(0.1, 1.0)])
 def test_the_whole_blend_is_the_published_formula(split, lowpass, energy, w):
     g = torch.Generator().manual_seed(3)
     small, large = (torch.randn(2, 3, 2, 17, 23, generator=g) for _ in range(2))

@@ -17,10 +17,9 @@ import torch
 from nexus_rt import InputError, ModelError, NexusPipeline, save_video
 from nexus_rt.cli import COMMANDS, main
 from nexus_rt.cli.streams import console
-from nexus_rt.core.cache import cache_root
 from nexus_rt.core.checks import number, whole
 from nexus_rt.core.devices import as_device, as_dtype
-from nexus_rt.core.paths import as_path, check_folder, check_outputs, failed_file
+from nexus_rt.core.paths import as_path, cache_root, check_folder, check_outputs, failed_file
 from nexus_rt.core.progress import progress_bar
 from nexus_rt.core.tracing import record
 from nexus_rt.loading.shards import write_shards
@@ -419,7 +418,7 @@ def test_a_frame_that_cannot_be_encoded_is_an_error_of_ours(tmp_path, monkeypatc
     def refuse(*arguments):
         raise LookupError("no encoder libx264")
 
-    monkeypatch.setattr("nexus_rt.media.video._mp4", refuse)
+    monkeypatch.setattr(av, "open", refuse)
     with refuses("failed") as caught:
         save_video(np.zeros((1, 16, 16, 3), np.uint8), tmp_path / "a.mp4")
     assert "no encoder libx264" in str(caught.value)

@@ -295,17 +295,20 @@ def test_a_small_clip_needs_no_diffusers(tiny_pair):
 def test_both_trees_of_the_vae_share_their_weights_and_agree(tiny_pair):
     vae = VideoDecoder(tiny_pair / "vae", torch.float32, "cpu")
     z = torch.randn(1, 16, 2, 4, 6)
+    mean, std = (
+        torch.tensor(vae.space[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std")
+    )
+
+    def whole():
+        with torch.no_grad():
+            frames = vae.model.decode(z * std + mean, return_dict=False)[0]
+        return frames.add(1).div(2).clamp(0, 1).transpose(1, 2)
+
     small = vae.decode(z)
     assert type(vae.model).__name__ == "AutoencoderKLWan"
-    held = dict(vae._held.named_parameters())
-    assert all(p is held[name] for name, p in vae.model.named_parameters())
-    mean, std = vae._statistics(z.device)
-    with torch.no_grad():
-        whole = (
-            vae.model.decode(z * std + mean, return_dict=False)[0]
-            .add(1)
-            .div(2)
-            .clamp(0, 1)
-            .transpose(1, 2)
-        )
-    torch.testing.assert_close(small, whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(small, whole(), atol=1e-5, rtol=0)
+    for parameter in vae.model.parameters():
+        parameter.data.mul_(0.9)
+    changed = vae.decode(z)
+    assert (changed - small).abs().max() > 1e-3
+    torch.testing.assert_close(changed, whole(), atol=1e-5, rtol=0)

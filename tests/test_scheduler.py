@@ -4,13 +4,15 @@ what is not computed here is refused or said."""
 import json
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nexus_rt.core.errors import ModelError
 from nexus_rt.core.limits import SOLVERS
-from nexus_rt.loading.pair_folder import find_pair, pair_index
+from nexus_rt.core.size import ClipSize
+from nexus_rt.loading.pair_folder import exported_pair, find_pair, pair_index
 from nexus_rt.loading.scheduler import CLASSES, FIXED, WALK, find_scheduler
 from nexus_rt.pipeline.request import make_plan
 from nexus_rt.pipeline.settings import CallSettings, Defaults
@@ -271,9 +273,12 @@ def test_engines_keep_the_schedule(unipc, own_pair, tmp_path):
     assert index["defaults"]["shift"] == 3.0 and index["defaults"]["solver"] == "unipc"
     (tmp_path / "engines").mkdir()
     (tmp_path / "engines" / "model_index.json").write_text(json.dumps(index))
-    from nexus_rt.loading.pair_folder import _pair_defaults
-
-    assert _pair_defaults(tmp_path / "engines") == defaults
+    same = dict.fromkeys(("in_channels", "out_channels", "patch_size", "text_dim"), 1)
+    manifest = SimpleNamespace(architecture=same)
+    size = ClipSize(48, 32, 5)
+    engine = SimpleNamespace(folder=SimpleNamespace(manifest=manifest), buckets=[size])
+    exported = exported_pair(tmp_path / "engines", {"large": engine})
+    assert exported.defaults == defaults.replace(**size.options)
     assert pair_index(None, Defaults()) is None
     own = find_pair(own_pair, {}, {}).defaults
     assert pair_index(own_pair, own) == own_pair / "model_index.json"

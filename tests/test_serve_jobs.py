@@ -1,6 +1,7 @@
 """The queue, what runs, and who watches it."""
 
 import asyncio
+import contextlib
 import json
 import sqlite3
 import time
@@ -159,7 +160,7 @@ def test_a_full_disk_fails_the_job_and_not_the_server(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(of, "_keep", full)
+            patch.setattr("nexus_rt.serve.dispatcher.write_clip", full)
             failed = c.videos.create_and_poll(prompt="x")
             assert failed.error.code == "storage_full" and "No space" in failed.error.message
         with monkeypatch.context() as patch:
@@ -194,14 +195,14 @@ def test_an_end_that_cannot_be_written_down_is_made_up_for(tmp_path, monkeypatch
 
 
 def test_requests_of_another_version_fail_alone(tmp_path):
-    with fake(tmp_path) as (address, server, runner):
+    with fake(tmp_path) as (address, _, runner):
         runner.gate = asyncio.Event()
         c = client(address)
         c.videos.create(prompt="running")
         wait_for(lambda: runner.begun)
         old, fine = c.videos.create(prompt="old"), c.videos.create(prompt="fine")
         rows = {"prompt": "old", "model": "m", "width": 64, "height": 64, "seconds": "1"}
-        with server.dispatcher.store._write() as db:
+        with contextlib.closing(sqlite3.connect(tmp_path / "store" / "jobs.sqlite")) as db, db:
             db.execute("UPDATE jobs SET request = ? WHERE id = ?", (json.dumps(rows), old.id))
         runner.gate.set()
         assert c.videos.poll(old.id).error.code == "invalid_value"

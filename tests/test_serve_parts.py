@@ -1,5 +1,7 @@
 import asyncio
+import contextlib
 import math
+import sqlite3
 import time
 
 import numpy as np
@@ -13,7 +15,7 @@ from nexus_rt.core.size import ClipSize
 from nexus_rt.media.video import read_frames, read_metadata, save_video
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.pipeline import pipeline
-from nexus_rt.pipeline.encode import Prompts
+from nexus_rt.pipeline.inputs import Prompts
 from nexus_rt.pipeline.pipeline import NexusPipeline
 from nexus_rt.serve import generate, profile
 from nexus_rt.serve.events import EventBroker, sse
@@ -137,7 +139,7 @@ def test_a_key_that_was_idle_saves_up_nothing(tmp_path):
 
 def test_ten_thousand_waiting_jobs_are_claimed_quickly(tmp_path):
     store = Store(tmp_path)
-    with store._write() as db:
+    with contextlib.closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db, db:
         db.executemany(
             "INSERT INTO jobs (id, owner, status, priority, cost, room, created_at, deadline_at,"
             " batch_key, request) VALUES (?, ?, 'queued', 0, 1, 1, 0, 1e12, '', '{}')",
