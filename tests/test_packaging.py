@@ -2,7 +2,6 @@
 anyone else."""
 
 import ast
-import ast
 import os
 import subprocess
 import sys
