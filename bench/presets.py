@@ -20,8 +20,8 @@ from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.loading.checkpoint import KEEP_FP32
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from nexus_rt.pipeline.assemble import Loaded
+from nexus_rt.pipeline.memory_use import activation_bytes
 from nexus_rt.pipeline.pipeline import NexusPipeline
-from nexus_rt.pipeline.residency import activation_bytes
 from nexus_rt.pipeline.settings import Defaults
 
 PROMPT = (
@@ -89,9 +89,10 @@ class RandomDecoder(VideoDecoder):
         return 6 * self.config.get("base_dim", 96) * 4 * size.width * size.height * 4
 
     def _make(self) -> nn.Module:
-        from diffusers import AutoencoderKLWan
+        import diffusers
 
-        return AutoencoderKLWan(**self.config)
+        made: Any = diffusers.AutoencoderKLWan(**self.config)
+        return made
 
     def _read(self) -> nn.Module:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):

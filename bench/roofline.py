@@ -200,7 +200,8 @@ def predicted_row(
 
 def memory_line(configs: Mapping[str, WanConfig], size: ClipSize, card: Card) -> str:
     """Bytes of the generators in bf16 and of their working memory, beside the card's."""
-    from nexus_rt.pipeline.residency import activation_bytes, amount
+    from nexus_rt.core.amounts import amount
+    from nexus_rt.pipeline.memory_use import activation_bytes
 
     weights = {name: weight_bytes(config) for name, config in configs.items()}
     working = max(activation_bytes(asdict(config), size) for config in configs.values())

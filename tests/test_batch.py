@@ -25,7 +25,7 @@ from nexus_rt.pipeline import batch, batch_clips, prompts
 from nexus_rt.pipeline.batch import run
 from nexus_rt.pipeline.batch_job import Job, parse_shard
 from nexus_rt.pipeline.batch_log import Lines, finished, same_clip
-from nexus_rt.pipeline.encode import Prompts
+from nexus_rt.pipeline.inputs import Prompts
 from nexus_rt.pipeline.prompts import Item, read_prompts
 from nexus_rt.pipeline.settings import CallSettings, fields
 from tests.refusals import refuses
@@ -503,10 +503,10 @@ def test_an_item_is_checked_and_planned_once(tiny_pipe, tmp_path, monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    from nexus_rt.pipeline import encode, pipeline
+    from nexus_rt.pipeline import inputs, pipeline
 
     for name in ("prompt_lists", "check_rewrite"):
-        counted(encode, name)
+        counted(inputs, name)
     for name in ("make_request", "check_request"):
         counted(pipeline, name)
     items = [Item("a", "a"), Item("b", "b"), Item("c", "c", settings={"shift": 4.0})]

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import nexus_rt.pipeline.call as call_module
-import nexus_rt.pipeline.encode as encode_module
 from nexus_rt import NexusPipeline
 from nexus_rt.method import loop
 from nexus_rt.method.hooks import Hooks
 from nexus_rt.pipeline.call import decode, denoise, draw_noise
-from nexus_rt.pipeline.encode import Prompts, encode
+from nexus_rt.pipeline.encode import encode
+from nexus_rt.pipeline.inputs import Prompts
 from nexus_rt.pipeline.settings import CallSettings
 from tests.refusals import refuses
 
@@ -145,11 +145,12 @@ def test_prompts_and_rewrite_are_checked_once_a_call(pipe, monkeypatch):
 
         monkeypatch.setattr(module, name, count)
 
-    counted(encode_module, "prompt_lists")
-    counted(encode_module, "check_rewrite")
+    import nexus_rt.pipeline.inputs as inputs_module
     import nexus_rt.pipeline.pipeline as pipeline_module
     import nexus_rt.pipeline.rewriting as rewriting_module
 
+    counted(inputs_module, "prompt_lists")
+    counted(inputs_module, "check_rewrite")
     counted(pipeline_module, "prompt_lists")
     counted(pipeline_module, "make_request")
     counted(rewriting_module, "check_rewrite")

@@ -29,7 +29,8 @@ from nexus_rt.method.hooks import Hooks
 from nexus_rt.method.loop import sample
 from nexus_rt.method.plan_text import parse_plan
 from nexus_rt.method.time_grid import time_grid
-from nexus_rt.pipeline.residency import Residency, call_parts, plan_residency
+from nexus_rt.pipeline.memory_use import call_parts
+from nexus_rt.pipeline.residency import Residency, plan_residency
 from tests.needs import needs
 from tests.refusals import refuses
 

@@ -15,7 +15,8 @@ from nexus_rt.loading.experts import ExpertFolders, find_experts, split_source
 from nexus_rt.loading.lora import Lora
 from nexus_rt.method.plan_text import parse_plan
 from nexus_rt.method.time_grid import time_grid
-from nexus_rt.pipeline.residency import MODES, MemoryUse, plan_residency
+from nexus_rt.pipeline.memory_use import MemoryUse
+from nexus_rt.pipeline.residency import MODES, plan_residency
 from tests import published
 from tests.needs import needs
 from tests.omnivideo import original_wan_names

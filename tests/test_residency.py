@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nexus_rt import InputError, NexusPipeline
+from nexus_rt.core.amounts import parse_bytes
 from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.method.generator import Prompt
@@ -19,14 +20,8 @@ from nexus_rt.method.loop import sample
 from nexus_rt.method.plan_text import parse_plan
 from nexus_rt.method.time_grid import time_grid
 from nexus_rt.models.wan import WanConfig
-from nexus_rt.pipeline.residency import (
-    MODES,
-    MemoryUse,
-    Residency,
-    activation_bytes,
-    parse_bytes,
-    plan_residency,
-)
+from nexus_rt.pipeline.memory_use import MemoryUse, activation_bytes
+from nexus_rt.pipeline.residency import MODES, Residency, plan_residency
 from tests.refusals import refuses
 
 GB = 10**9

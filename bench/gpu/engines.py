@@ -170,7 +170,8 @@ class Pair:
         from nexus_rt.method.guidance import Guidance
         from nexus_rt.method.hooks import Hooks
         from nexus_rt.method.loop import sample
-        from nexus_rt.pipeline.residency import Residency, call_parts, plan_residency
+        from nexus_rt.pipeline.memory_use import call_parts
+        from nexus_rt.pipeline.residency import Residency, plan_residency
 
         for engine in self.engines.values():
             engine.unload()
@@ -220,7 +221,8 @@ class _Clock:
     """Milliseconds between ticks: by events on a GPU, so that nothing waits."""
 
     def __init__(self, cuda: bool) -> None:
-        self.cuda, self.marks = cuda, []
+        self.cuda = cuda
+        self.marks: list[Any] = []  # events, or seconds
         self.tick()
 
     def tick(self) -> None:

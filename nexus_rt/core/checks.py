@@ -1,4 +1,5 @@
-"""Checks of a call's arguments: each says what was wrong, what was expected, and what to do."""
+"""Checks of one value each, which a caller names: an error says what was wrong, what was expected,
+and what to do. The bounds of a setting are in `nexus_rt.core.limits`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import os
 from typing import Any, TypeVar
 
 from nexus_rt.core.errors import InputError, is_text, shorten, shown
-from nexus_rt.core.limits import MAX_PROMPT, MAX_SEED
+from nexus_rt.core.limits import MAX_SEED
 
 T = TypeVar("T")
 
@@ -102,60 +103,6 @@ def instance(name: str, value: Any, kind: type[T], expected: str) -> T:
             f"{name} is {shown(value)}; expected {expected}.", code="invalid_type", param=name
         )
     return value
-
-
-def prompt_lists(prompt: Any, negative: Any) -> tuple[list[str], list[str] | None]:
-    """Prompts as a list, and as many negative prompts (None: none was given).
-
-    Raises:
-        InputError: anything but text or a list of texts, an empty list, or other counts.
-    """
-    prompts = _texts("prompt", prompt)
-    if negative is None or (isinstance(negative, (str, list, tuple)) and not negative):
-        return prompts, None
-    negatives = _texts("negative_prompt", negative)
-    negatives = negatives * len(prompts) if isinstance(negative, str) else negatives
-    if len(negatives) != len(prompts):
-        raise InputError(
-            f"{len(negatives)} negative prompts for {len(prompts)} prompts; pass one for each, or"
-            " one for all.",
-            code="mismatch",
-            param="negative_prompt",
-        )
-    return prompts, negatives if any(negatives) else None
-
-
-def _texts(name: str, value: Any) -> list[str]:
-    texts = (
-        [value]
-        if isinstance(value, str)
-        else list(value)
-        if isinstance(value, (list, tuple))
-        else None
-    )
-    if texts is None or not all(isinstance(t, str) for t in texts):
-        odd = value if texts is None else next(t for t in texts if not isinstance(t, str))
-        raise InputError(
-            f"{name} holds {shown(odd)}; expected text, or a list of texts.",
-            code="invalid_type",
-            param=name,
-        )
-    each = [name] if isinstance(value, str) else [f"{name}[{i}]" for i in range(len(texts))]
-    if not texts:
-        raise InputError(
-            f"the {name.removeprefix('negative_')} list is empty; pass at least one prompt.",
-            code="missing",
-            param=name,
-        )
-    for place, text in zip(each, texts, strict=True):
-        if len(text) > MAX_PROMPT:
-            raise InputError(
-                f"the {place} has {len(text)} characters; expected at most {MAX_PROMPT}.",
-                code="too_large",
-                param=name,
-            )
-        check_unicode(f"the {place}", text, name)
-    return texts
 
 
 def check_unicode(name: str, text: str, param: str | None = None) -> None:

@@ -1,5 +1,5 @@
-"""Ranges and names that several rooms share, without a framework: plans, settings, command line and
-server read them here."""
+"""The bounds of settings, their published values, and the names to choose from: constants that
+several rooms read, and no code."""
 
 from __future__ import annotations
 

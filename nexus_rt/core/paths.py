@@ -1,4 +1,4 @@
-"""Paths as callers write them, and the folders of a user that a system may not have."""
+"""Paths as callers write them, and the folders that this package keeps things in."""
 
 from __future__ import annotations
 
@@ -67,6 +67,17 @@ def user_cache() -> Path:
             code="not_writable",
         )
     return folder
+
+
+def cache_root() -> Path:
+    """The folder of what this package measures and builds: `NEXUS_RT_CACHE`, else one in the user's
+    cache folder. It need not exist.
+
+    Raises:
+        InputError: `NEXUS_RT_CACHE` is no path, or no folder of the user's own can be named.
+    """
+    base = os.environ.get("NEXUS_RT_CACHE")
+    return as_path("NEXUS_RT_CACHE", base) if base else user_cache() / "nexus_rt"
 
 
 def failed_file(what: str, error: OSError) -> str:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from nexus_rt.core import documents
-from nexus_rt.core.cache import cache_root
 from nexus_rt.core.errors import ModelError, shorten
 from nexus_rt.core.part_files import part_file, part_folder
+from nexus_rt.core.paths import cache_root
 from nexus_rt.engines.manifest import SCHEMA, Manifest, Stored
 
 MANIFEST = "manifest.json"

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_rt.core import documents
-from nexus_rt.core.cache import cache_root
 from nexus_rt.core.errors import InputError, NexusError, choose
 from nexus_rt.core.log import chose
 from nexus_rt.core.part_files import part_file
+from nexus_rt.core.paths import cache_root
 from nexus_rt.core.timing import elapsed_ms, median_ms
 from nexus_rt.ops.block_ops import cannot_run_triton
 

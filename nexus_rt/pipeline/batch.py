@@ -32,7 +32,8 @@ from nexus_rt.pipeline.batch_clips import (
 )
 from nexus_rt.pipeline.batch_job import Job
 from nexus_rt.pipeline.batch_log import Lines, finished, same_clip
-from nexus_rt.pipeline.encode import Prompts, rewriter_of
+from nexus_rt.pipeline.encode import rewriter_of
+from nexus_rt.pipeline.inputs import Prompts
 from nexus_rt.pipeline.pipeline import NexusPipeline
 from nexus_rt.pipeline.prompts import Item
 from nexus_rt.pipeline.request import GenerationRequest

@@ -20,7 +20,8 @@ from nexus_rt.media.video import made_with, save_video
 from nexus_rt.pipeline import settings
 from nexus_rt.pipeline.batch_job import Job
 from nexus_rt.pipeline.call import decode, denoise, draw_noise
-from nexus_rt.pipeline.encode import Conditioning, Prompts, encode, rewriter_of
+from nexus_rt.pipeline.encode import Conditioning, encode, rewriter_of
+from nexus_rt.pipeline.inputs import Prompts
 from nexus_rt.pipeline.pipeline import NexusPipeline
 from nexus_rt.pipeline.prompts import Item
 from nexus_rt.pipeline.request import GenerationRequest

@@ -1,163 +1,22 @@
-"""What the generators of a call read: its prompts, checked once, and their `Conditioning`."""
+"""What the generators of a call read: its prompts, encoded to their `Conditioning`."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nexus_rt.core.checks import prompt_lists
-from nexus_rt.core.errors import InputError, ModelError, choose, shorten, shown
+from nexus_rt.core.errors import InputError, ModelError
 from nexus_rt.core.limits import MAX_SEQUENCE_LENGTH
 from nexus_rt.method.generator import Prompt
-from nexus_rt.pipeline.call import Components
+from nexus_rt.pipeline.components import Components
+from nexus_rt.pipeline.inputs import Embeds, Prompts
 from nexus_rt.pipeline.request import GenerationRequest
-from nexus_rt.pipeline.rewriting import Rewriting, check_rewrite, rewrite_prompts
-from nexus_rt.pipeline.settings import CallSettings, is_off
-
-EMBEDS = (
-    "prompt_embeds",
-    "prompt_embeds_2",
-    "negative_prompt_embeds",
-    "context_embeds",
-    "negative_context_embeds",
-)
-CALLBACK_TENSORS = ("latents", *EMBEDS)
-Embeds = Mapping[str, Tensor | None]
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """A call's prompts, all checked.
-
-    texts: None where embeddings are given instead. negatives: None where none was given. embeds:
-    those that were given, a row a prompt, under the call's names.
-    """
-
-    texts: list[str] | None
-    negatives: list[str] | None = None
-    embeds: Embeds = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls, prompt: Any, negative: Any, settings: CallSettings, embeds: Embeds | None = None
-    ) -> Prompts:
-        """A call's prompts and what it says of rewriting them.
-
-        Raises:
-            InputError: neither text nor embeddings or both, negatives that are not for them,
-                embeddings of other counts or lengths, or a rewrite that does not fit them.
-        """
-        given = {name: (embeds or {}).get(name) for name in EMBEDS}
-        text, no_text = given["prompt_embeds"], given["negative_prompt_embeds"]
-        if negative is not None and not isinstance(negative, (str, list, tuple)):
-            raise InputError(
-                f"negative_prompt holds {shown(negative)}; expected text, or a list of texts.",
-                code="invalid_type",
-                param="negative_prompt",
-            )
-        if (prompt is None) == (text is None):
-            raise _either("prompt", "prompt_embeds", "missing" if text is None else "conflict")
-        if negative and no_text is not None:
-            raise _either("negative_prompt", "negative_prompt_embeds", "conflict")
-        check_embeddings(given)
-        if prompt is None:
-            if negative:
-                raise InputError(
-                    "negative_prompt goes with prompt; pass negative_prompt_embeds beside"
-                    " prompt_embeds.",
-                    code="conflict",
-                    param="negative_prompt",
-                )
-            check_rewrite(settings.rewrite, None)
-            return cls(None, None, given)
-        texts, negatives = prompt_lists(prompt, negative)
-        for name in ("negative_prompt_embeds", "context_embeds", "prompt_embeds_2"):
-            if (value := given[name]) is not None and len(value) != len(texts):
-                raise InputError(
-                    f"{name} are for {len(value)} prompts of {len(texts)}; expected one for each.",
-                    code="mismatch",
-                    param=name,
-                )
-        if no_text is not None and no_text.shape[1] != settings.max_sequence_length:
-            raise InputError(
-                f"negative_prompt_embeds have {no_text.shape[1]} tokens; expected"
-                f" {settings.max_sequence_length}, as the prompt's.",
-                code="mismatch",
-                param="negative_prompt_embeds",
-            )
-        check_rewrite(settings.rewrite, len(texts))
-        return cls(texts, negatives, given)
-
-    def __len__(self) -> int:
-        """The number of prompts."""
-        if self.texts is not None:
-            return len(self.texts)
-        text = self.embeds["prompt_embeds"]
-        assert text is not None  # checked by `of`
-        return len(text)
-
-
-def check_embeddings(given: dict[str, Tensor | None]) -> None:
-    """Raise unless embeddings are [B, L, D] and a negative one is like its positive (NaN is the
-    first step's to name).
-
-    given: under the call's own names, the texts and the two contexts.
-    """
-    for name, value in given.items():
-        if value is None:
-            continue
-        if (
-            not isinstance(value, Tensor)
-            or value.ndim != 3
-            or not value.is_floating_point()
-            or 0 in value.shape
-        ):
-            words = (
-                f"{list(value.shape)} of {value.dtype}"
-                if isinstance(value, Tensor)
-                else shown(value)
-            )
-            raise InputError(
-                f"{name} is {words}; expected a tensor of embeddings [batch, tokens, width].",
-                code="invalid_type",
-                param=name,
-            )
-    for name in ("prompt_embeds", "context_embeds"):
-        positive, negative = given.get(name), given.get(f"negative_{name}")
-        if negative is not None and positive is not None and negative.shape != positive.shape:
-            raise InputError(
-                f"negative_{name} has shape {list(negative.shape)} and {name}"
-                f" {list(positive.shape)}; expected the same: one for each video, padded to one"
-                " length.",
-                code="mismatch",
-                param=f"negative_{name}",
-            )
-    second, first = given.get("prompt_embeds_2"), given.get("prompt_embeds")
-    if second is not None and first is not None and second.shape != first.shape:
-        raise InputError(
-            f"prompt_embeds_2 has shape {list(second.shape)} and prompt_embeds {list(first.shape)};"
-            " expected the same: the large generator's text for the same prompts.",
-            code="mismatch",
-            param="prompt_embeds_2",
-        )
-    text, context = given.get("prompt_embeds"), given.get("context_embeds")
-    if text is not None and context is not None and len(text) != len(context):
-        raise InputError(
-            f"prompt_embeds are for {len(text)} prompts and context_embeds for {len(context)};"
-            " expected as many.",
-            code="mismatch",
-            param="context_embeds",
-        )
-
-
-def _either(text: str, embeds: str, code: str) -> InputError:
-    """The error for neither or both of a text and its embeddings."""
-    return InputError(f"pass either {text} or {embeds}, and not both.", code=code, param=text)
+from nexus_rt.pipeline.rewriting import Rewriting, rewrite_prompts
+from nexus_rt.pipeline.settings import is_off
 
 
 @dataclass(frozen=True)
@@ -336,49 +195,3 @@ def rewrite(
     seconds = request.settings.rewrite_timeout
     ask = lambda: rewrite_prompts(texts, source, model, components.answers, seconds)
     return ask() if components.parallel is None else components.parallel.of_first(ask)
-
-
-def callback_tensors(callback: Any, names: Any) -> tuple[str, ...]:
-    """Names of the tensors that a callback is called with.
-
-    An object with `tensor_inputs`, as diffusers' `PipelineCallback` and `MultiPipelineCallbacks`
-    have them, names its own; `names` other than the default are added to them.
-
-    Raises:
-        InputError: it cannot be called, or there are no tensors of such names.
-    """
-    if callback is None and isinstance(names, tuple) and names == ("latents",):
-        return names
-    if callback is not None and not callable(callback):
-        raise InputError(
-            f"callback_on_step_end is {shown(callback)}; expected a function.",
-            code="invalid_type",
-            param="callback_on_step_end",
-        )
-    wanted = _names("callback_on_step_end_tensor_inputs", names)
-    if inspect.getattr_static(callback, "tensor_inputs", None) is None:
-        return wanted
-    kind = type(callback).__name__
-    try:
-        own = callback.tensor_inputs
-    except Exception as error:  # diffusers' base class has a property that raises
-        raise InputError(
-            f"the {kind} has no tensor_inputs that can be read ({shorten(error, 120)}); set them to"
-            " a list of names, such as ['latents'].",
-            param="callback_on_step_end",
-        ) from error
-    mine = _names(f"{kind}.tensor_inputs", own)
-    return mine if wanted == ("latents",) else tuple(dict.fromkeys((*mine, *wanted)))
-
-
-def _names(argument: str, value: Any) -> tuple[str, ...]:
-    """Names of callback tensors, once each."""
-    if not isinstance(value, (list, tuple)):
-        raise InputError(
-            f"{argument} is {shown(value)}; expected a list of names.",
-            code="invalid_type",
-            param=argument,
-        )
-    return tuple(
-        dict.fromkeys(choose("callback tensor", n, CALLBACK_TENSORS, argument) for n in value)
-    )

@@ -11,18 +11,17 @@ import torch
 from nexus_rt.components.context import ContextEncoder
 from nexus_rt.components.text import Tokenized
 from nexus_rt.components.vae import Decoder
+from nexus_rt.core.amounts import parse_bytes
 from nexus_rt.core.checks import instance, number, optional_text, switch
-from nexus_rt.core.devices import as_device, as_dtype
 from nexus_rt.core.errors import InputError, choose, shown
 from nexus_rt.core.paths import as_path
 from nexus_rt.core.process import LOADING, computes
 from nexus_rt.engines.experts import change_loras, engines_by_name
-from nexus_rt.loading.lora import Lora, LoraSource, loras_hash, parse_loras
+from nexus_rt.loading.lora import Lora, LoraSource, loras_hash
 from nexus_rt.loading.packing import check_weights, formats_of
 from nexus_rt.loading.pair_folder import MINI, find_pair
-from nexus_rt.ops.attention import ATTENTION_NAMES
-from nexus_rt.ops.block_ops import KERNELS
 from nexus_rt.parallel.layout import Mesh, broadcast_failure, mesh_of
+from nexus_rt.pipeline.arguments import check_options, check_source, read_loras
 from nexus_rt.pipeline.assemble import (
     Loaded,
     default_device,
@@ -33,7 +32,6 @@ from nexus_rt.pipeline.assemble import (
 from nexus_rt.pipeline.attributes import Attributes, named_arguments
 from nexus_rt.pipeline.call import Run
 from nexus_rt.pipeline.recipes import find_recipes, with_recipes
-from nexus_rt.pipeline.residency import parse_bytes
 from nexus_rt.pipeline.rewriting import Cache
 from nexus_rt.pipeline.settings import Defaults
 
@@ -44,68 +42,6 @@ if TYPE_CHECKING:
 
 Generator = str | Path | tuple[str | Path, str | Path]  # a source, or those of two experts
 GENERATOR_BACKENDS = ("torch",)  # engine backends that can run a generator
-
-
-def _source(name: str, value: Any) -> None:
-    """Raise unless a model's source is a path or a hub id, or, of a generator, two of them."""
-    pair = name in ("small", "large") and isinstance(value, (tuple, list))
-    for one in value if pair else (value,):
-        if one is not None and not isinstance(one, (str, Path)):
-            raise InputError(
-                f"{name} is {shown(one)}; expected a folder, a file or a hub id.",
-                code="invalid_type",
-                param=name,
-            )
-        if isinstance(one, str) and not one.strip():
-            raise InputError(f"{name} is empty; expected a folder, a file or a hub id.", param=name)
-        for part in str(one).split(",") if one is not None else ():
-            as_path(name, part)
-
-
-def _loras(name: str, source: Any) -> tuple[Lora, ...]:
-    """The LoRAs of one of a call's arguments."""
-    several = source if isinstance(source, (list, tuple)) else (source,)
-    for one in several:
-        if not isinstance(one, (str, Path, Lora)):
-            raise InputError(
-                f"{name} holds {shown(one)}; expected FILE or FILE@SCALE, or a list of them.",
-                code="invalid_type",
-                param=name,
-            )
-    return parse_loras(several)
-
-
-def _settings(
-    device: str | torch.device | None,
-    torch_dtype: torch.dtype | None,
-    keep_encoders: bool,
-    kernels: str,
-    attention: str,
-    vae_tiling: bool | str,
-    vram: str | int | None,
-    cuda_graphs: bool,
-) -> torch.device | None:
-    """The device, if one is named, once all settings that both loaders have are valid.
-
-    Raises:
-        InputError: one of them is not.
-    """
-    if torch_dtype is not None:
-        as_dtype("torch_dtype", torch_dtype)
-    switch("keep_encoders", keep_encoders)
-    switch("cuda_graphs", cuda_graphs)
-    choose("kernels", kernels, KERNELS)
-    choose("attention", attention, ATTENTION_NAMES)
-    if not isinstance(vae_tiling, bool) and not (
-        isinstance(vae_tiling, str) and vae_tiling == "auto"
-    ):
-        raise InputError(
-            f"vae_tiling is {shown(vae_tiling)}; expected True, False or 'auto'.",
-            param="vae_tiling",
-        )
-    if vram is not None:
-        parse_bytes(vram)
-    return None if device is None else as_device("device", device)
 
 
 class PipelineModels(Attributes):
@@ -266,12 +202,12 @@ class PipelineModels(Attributes):
             ModelError: a folder is no model, is damaged, or the two are not of one latent space.
         """
         vram = None if vram is None else parse_bytes(vram)  # before any model is read
-        models: dict[str, Any] = {"pretrained": pretrained, "small": small, "large": large}
-        models |= {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        models |= {"understanding": understanding, "connector": connector}
-        for name, source in models.items():
-            _source(name, source)
-        device = _settings(
+        parts: dict[str, Any] = {"small": small, "large": large, "vae": vae}
+        parts |= {"text_encoder": text_encoder, "tokenizer": tokenizer}
+        parts |= {"understanding": understanding, "connector": connector}
+        for name, source in {"pretrained": pretrained, **parts}.items():
+            check_source(name, source)
+        device = check_options(
             device, torch_dtype, keep_encoders, kernels, attention, vae_tiling, vram, cuda_graphs
         )
         if boundary_ratio is not None:
@@ -294,31 +230,22 @@ class PipelineModels(Attributes):
             loras = {
                 n: own
                 for n, sources in (("small", small_lora), ("large", large_lora))
-                if (own := _loras(f"{n}_lora", sources))
+                if (own := read_loras(f"{n}_lora", sources))
             }
-            given = {"small": small, "large": large, "vae": vae}
-            given |= {"text_encoder": text_encoder, "tokenizer": tokenizer}
-            steering = {"understanding": understanding, "connector": connector}
             if pretrained is None and small is None and large is None:
                 pretrained = MINI
             hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, revision=revision)
-            parts = find_pair(
-                pretrained,
-                {k: v for k, v in {**given, **steering}.items() if v is not None},
-                hub,
-                boundary_ratio,
-            )
-            dtype, first = (
-                default_dtype(torch_dtype, device),
-                torch.device("cpu") if vram else device,
-            )
+            named = {name: source for name, source in parts.items() if source is not None}
+            pair = find_pair(pretrained, named, hub, boundary_ratio)
+            dtype = default_dtype(torch_dtype, device)
+            first = torch.device("cpu") if vram else device
             with LOADING:
                 loaded = load_models(
-                    parts, dtype, device, first, kernels, attention, vae_tiling, loras, weights
+                    pair, dtype, device, first, kernels, attention, vae_tiling, loras, weights
                 )
             recipes = {"small": small_recipe, "large": large_recipe}
             loaded.defaults = with_recipes(
-                loaded.defaults, find_recipes(parts.generators, loras, recipes)
+                loaded.defaults, find_recipes(pair.generators, loras, recipes)
             )
             return cls(
                 loaded.replayed() if cuda_graphs else loaded, device, keep_encoders, kernels, vram
@@ -356,7 +283,7 @@ class PipelineModels(Attributes):
         """
         vram = None if vram is None else parse_bytes(vram)  # before any model is read
         root = as_path("folder", folder)
-        device = _settings(
+        device = check_options(
             device, torch_dtype, keep_encoders, kernels, "auto", vae_tiling, vram, cuda_graphs
         )
         switch("force", force)
@@ -402,7 +329,9 @@ class PipelineModels(Attributes):
                 weights in the artefact.
             ModelError: a LoRA that does not fit; nothing has changed then.
         """
-        asked = {n: _loras(n, s) for n, s in (("small", small), ("large", large)) if s is not None}
+        asked = {
+            n: read_loras(n, s) for n, s in (("small", small), ("large", large)) if s is not None
+        }
         computes()
         with self._calling:
             change_loras(self.engines, asked)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.core.checks import instance, number, prompt_lists, switch, whole
-from nexus_rt.core.errors import Cancelled, InputError, choose, shown
+from nexus_rt.core.amounts import parse_bytes
+from nexus_rt.core.checks import instance, number, switch, whole
+from nexus_rt.core.errors import Cancelled, InputError, choose
 from nexus_rt.core.limits import (
     MAX_SEQUENCE_LENGTH,
     MAX_TIMEOUT,
@@ -30,27 +31,16 @@ from nexus_rt.core.size import BuiltSizes, ClipSize
 from nexus_rt.engines.experts import boundaries
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.generator import Prompt
-from nexus_rt.method.hooks import CallbackResult, Hooks
+from nexus_rt.method.hooks import Hooks
 from nexus_rt.method.latents import Generators, LatentGrid, check_generators, check_latents
 from nexus_rt.method.plan import Plan
 from nexus_rt.method.reuse import ReuseDeviation
-from nexus_rt.method.step import Step
 from nexus_rt.parallel.layout import broadcast_failure
 from nexus_rt.pipeline.attributes import named_arguments
-from nexus_rt.pipeline.call import (
-    Components,
-    decode,
-    decode_latents,
-    denoise,
-    draw_noise,
-    no_vae,
-)
+from nexus_rt.pipeline.call import decode, decode_latents, denoise, draw_noise, no_vae
+from nexus_rt.pipeline.callback import StepCallback, callback_tensors
+from nexus_rt.pipeline.components import Components
 from nexus_rt.pipeline.encode import (
-    EMBEDS,
-    Conditioning,
-    Prompts,
-    callback_tensors,
-    check_embeddings,
     encode,
     encode_contexts,
     encode_texts,
@@ -58,6 +48,8 @@ from nexus_rt.pipeline.encode import (
     rewriter_of,
     steers,
 )
+from nexus_rt.pipeline.inputs import EMBEDS, Prompts, check_embeddings, prompt_lists
+from nexus_rt.pipeline.memory_use import MemoryUse
 from nexus_rt.pipeline.models import PipelineModels
 from nexus_rt.pipeline.request import (
     GenerationRequest,
@@ -66,7 +58,7 @@ from nexus_rt.pipeline.request import (
     check_size,
     make_request,
 )
-from nexus_rt.pipeline.residency import MemoryUse, ResidencyPlan, parse_bytes
+from nexus_rt.pipeline.residency import ResidencyPlan
 from nexus_rt.pipeline.rewriting import Rewriter, Rewriting, check_rewrite
 from nexus_rt.pipeline.settings import CallSettings
 
@@ -432,7 +424,7 @@ class NexusPipeline(PipelineModels):
                 noise = draw_noise(components, request.size, videos, generator)
             on_step = None
             if callback_on_step_end is not None:
-                on_step = _Callback(self, callback_on_step_end, tensors, conditioning)
+                on_step = StepCallback(self, callback_on_step_end, tensors, conditioning)
             hooks = replace(
                 hooks, on_step=on_step, noise_rng=generator, reuse_deviations=deviations
             )
@@ -503,55 +495,3 @@ class NexusPipeline(PipelineModels):
         switch("truncate", truncate)
         place = None if rescue is None else as_path("rescue", rescue)
         return decode_latents(self.components, latents, output_type, place, truncate)
-
-
-class _Callback:
-    """A caller's `callback_on_step_end` as a hook of the loop."""
-
-    def __init__(
-        self,
-        pipe: NexusPipeline,
-        callback: Callable[[NexusPipeline, int, int, dict], dict | None],
-        tensors: Sequence[str],
-        conditioning: Conditioning,
-    ) -> None:
-        self.pipe, self.callback, self.tensors, self.conditioning = (
-            pipe,
-            callback,
-            tensors,
-            conditioning,
-        )
-
-    def __call__(self, step: Step, latents: Tensor) -> CallbackResult | None:
-        """Ask it; new embeddings are read from the next step on.
-
-        Raises:
-            InputError: it returned anything but a dictionary of tensors like those there are.
-        """
-        known = {"latents": latents, **self.conditioning.embeds}
-        tensors = {name: known[name] for name in self.tensors}
-        result = self.callback(self.pipe, step.index, step.timestep, tensors)  # type: ignore[arg-type]
-        if result is None:
-            return None
-        if not isinstance(result, dict):
-            raise InputError(
-                f"the callback returned {shown(result)}; expected a dictionary of tensors.",
-                code="invalid_type",
-                param="callback_on_step_end",
-            )
-        for name, value in result.items():
-            choose("callback tensor", name, known, "callback_on_step_end")
-            there = known[name]
-            if not isinstance(value, Tensor) or there is None or value.shape != there.shape:
-                shape = None if there is None else list(there.shape)
-                returned = list(value.shape) if isinstance(value, Tensor) else shown(value)
-                raise InputError(
-                    f"the callback returned {name} as {returned}; expected a tensor of shape"
-                    f" {shape}.",
-                    code="mismatch",
-                    param=name,
-                )
-        new = {n: v for n, v in result.items() if n != "latents" and v is not known[n]}
-        self.conditioning = self.conditioning.changed(new)
-        prompts = self.conditioning.prompts(self.pipe.engines) if new else None
-        return CallbackResult(result.get("latents"), prompts)

@@ -12,51 +12,27 @@ streamed    as swapped, and an engine that can comes block by block as it runs: 
             slower at every step.
 
 Peaks are weights plus one block of working memory, which engines share as they never run at once.
-The working memory is an estimate (`activation_bytes`), not a measurement.
+The working memory is an estimate (`nexus_rt.pipeline.memory_use`), not a measurement.
 """
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
+from nexus_rt.core.amounts import amount
 from nexus_rt.core.devices import on_device
-from nexus_rt.core.errors import InputError, shorten
+from nexus_rt.core.errors import InputError
 from nexus_rt.core.log import chose
-from nexus_rt.core.size import ClipSize
 from nexus_rt.core.tracing import span
 from nexus_rt.method.engine import Reserving, Resident, Streamed, supports
 from nexus_rt.method.plan import Plan
-from nexus_rt.models.quantized import QuantizedLinear
+from nexus_rt.pipeline.memory_use import MemoryUse
 
 MODES = ("resident", "freed", "prefetched", "swapped", "streamed")
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 1e3,
-    "MB": 1e6,
-    "GB": 1e9,
-    "TB": 1e12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
-
-
-@dataclass(frozen=True)
-class MemoryUse:
-    """Something that takes memory: bytes of its weights, of what it needs to run, of its weights
-    while they are streamed (None: it cannot be), and of pinned host memory once it has left."""
-
-    weights: int
-    working: int = 0
-    streamed: int | None = None
-    host: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,91 +85,6 @@ class ResidencyPlan:
                 *([f"pinned host memory: {amount(self.host)}"] if self.host else []),
             ]
         )
-
-
-def parse_bytes(text: str | float, name: str = "vram") -> int:
-    """ "24GB", "22.5GiB", "800MB" or a number of bytes.
-
-    Raises:
-        InputError: none of these, less than a byte, or more than any address space.
-    """
-    shown = shorten(text, 80)
-    match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)\s*", shown)
-    if not match or match[2].upper() not in UNITS:
-        raise InputError(
-            f"memory {shown!r} is not an amount; expected one such as 24GB or 22GiB.", param=name
-        )
-    count = int(float(match[1]) * UNITS[match[2].upper()])
-    if not 1 <= count < 2**63:
-        raise InputError(
-            f"memory {shown!r} is {'less than a byte' if count < 1 else 'beyond 2^63 bytes'};"
-            " expected one such as 24GB or 22GiB.",
-            code="out_of_range",
-            param=name,
-        )
-    return count
-
-
-def amount(count: int) -> str:
-    """Bytes for reading: 28.01 GB, 3.4 MB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def activation_bytes(
-    architecture: Mapping[str, int], size: ClipSize, batch: int = 2, element: int = 2
-) -> int:
-    """An estimate of a Wan transformer's working memory with our kernels: the widest point of a
-    block, as counted by following every tensor's life on the meta device
-    (tests/test_residency.py).
-
-    In self-attention nine widths are alive (the stream and what is still added to it, the stream
-    before it, Q, K and V as projected, Q and K with their norms and RoPE, and the output); in the
-    feed-forward five beside its inner one.
-    """
-    dim = architecture["num_attention_heads"] * architecture["attention_head_dim"]
-    widest = max(9 * dim, 5 * dim + architecture["ffn_dim"])
-    return batch * size.tokens() * widest * element
-
-
-def widened_bytes(model: Any) -> int:
-    """Bytes of the largest matrix that a transformer widens as it runs; 0 where all are dense."""
-    sizes = [
-        m.in_features * m.out_features * m.compute_dtype.itemsize
-        for m in model.modules()
-        if isinstance(m, QuantizedLinear)
-    ]
-    return max(sizes, default=0)
-
-
-def call_parts(
-    engines: Mapping[str, Any], others: Mapping[str, Any], size: ClipSize, batch: int = 2
-) -> dict[str, MemoryUse]:
-    """What a call holds in memory.
-
-    Args:
-        engines: by name. others: whatever else has `nbytes`: encoders, and under "vae" a
-            decoder, which has `working_bytes(size)` too. batch: samples of a step,
-            unconditional twins counted.
-    """
-    parts = {name: MemoryUse(other.nbytes) for name, other in others.items()}
-    for name, engine in engines.items():
-        exported = getattr(engine, "folder", None)
-        if exported is not None:
-            architecture, element = exported.manifest.architecture, engine.dtype.itemsize
-        else:
-            architecture, element = asdict(engine.model.config), engine.model.dtype.itemsize
-        working = activation_bytes(architecture, size, batch, element)
-        if exported is None:
-            working += widened_bytes(engine.model)
-        parts[name] = MemoryUse(
-            engine.nbytes,
-            working,
-            getattr(engine, "streamed_bytes", None),
-            getattr(engine, "host_bytes", 0),
-        )
-    if "vae" in others:
-        parts["vae"] = MemoryUse(others["vae"].nbytes, others["vae"].working_bytes(size))
-    return parts
 
 
 def is_engine(part: str) -> bool:

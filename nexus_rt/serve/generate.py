@@ -26,7 +26,8 @@ from nexus_rt.core.tracing import Trace, record
 from nexus_rt.media.video import contact_sheet, made_with, save_video, to_uint8
 from nexus_rt.method.step import Step
 from nexus_rt.pipeline.call import decode, denoise, draw_noise
-from nexus_rt.pipeline.encode import Prompts, encode
+from nexus_rt.pipeline.encode import encode
+from nexus_rt.pipeline.inputs import Prompts
 from nexus_rt.pipeline.request import GenerationRequest
 from nexus_rt.pipeline.rewriting import Rewriting
 from nexus_rt.pipeline.settings import CallSettings, Defaults

@@ -9,12 +9,12 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nexus_rt.core.amounts import parse_bytes
 from nexus_rt.core.checks import number, whole
 from nexus_rt.core.errors import InputError, shown
 from nexus_rt.core.limits import MAX_STEPS
 from nexus_rt.core.size import ClipSize
 from nexus_rt.media.video import frame_rate
-from nexus_rt.pipeline.residency import parse_bytes
 
 MODEL = "nexus-rt"
 MIN_KEY = 8  # characters of an API key
