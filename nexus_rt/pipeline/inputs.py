@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nexus_rt.core.checks import check_unicode
+from nexus_rt.core.checks import check_unicode, instance
 from nexus_rt.core.errors import InputError, shown
 from nexus_rt.core.limits import MAX_PROMPT
 from nexus_rt.pipeline.rewriting import check_rewrite
@@ -200,6 +200,18 @@ def check_embeddings(given: dict[str, Tensor | None]) -> None:
             " expected as many.",
             code="mismatch",
             param="context_embeds",
+        )
+
+
+def check_rows(name: str, embeds: Any, videos: int) -> None:
+    """Raise unless embeddings are [B, L, D] of as many videos."""
+    instance(name, embeds, Tensor, "a tensor of embeddings [batch, tokens, width]")
+    check_embeddings({name: embeds})
+    if len(embeds) != videos:
+        raise InputError(
+            f"{name} are for {len(embeds)} videos of {videos}; expected one for each.",
+            code="mismatch",
+            param=name,
         )
 
 

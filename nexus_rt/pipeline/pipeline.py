@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nexus_rt.core.amounts import parse_bytes
 from nexus_rt.core.checks import instance, number, switch, whole
-from nexus_rt.core.errors import Cancelled, InputError, choose
+from nexus_rt.core.errors import Cancelled, choose
 from nexus_rt.core.limits import (
     MAX_SEQUENCE_LENGTH,
     MAX_TIMEOUT,
@@ -48,7 +48,7 @@ from nexus_rt.pipeline.encode import (
     rewriter_of,
     steers,
 )
-from nexus_rt.pipeline.inputs import EMBEDS, Prompts, check_embeddings, prompt_lists
+from nexus_rt.pipeline.inputs import EMBEDS, Prompts, check_rows, prompt_lists
 from nexus_rt.pipeline.memory_use import MemoryUse
 from nexus_rt.pipeline.models import PipelineModels
 from nexus_rt.pipeline.request import (
@@ -259,15 +259,7 @@ class NexusPipeline(PipelineModels):
             ("prompt_embeds", prompt_embeds),
             ("negative_prompt_embeds", negative_prompt_embeds),
         ):
-            instance(name, embeds, Tensor, "a tensor of embeddings [batch, tokens, width]")
-            check_embeddings({name: embeds})
-            if len(embeds) != len(texts) * every:
-                raise InputError(
-                    f"{name} are for {len(embeds)} videos of {len(texts) * every}; expected one"
-                    " for each.",
-                    code="mismatch",
-                    param=name,
-                )
+            check_rows(name, embeds, len(texts) * every)
         positive, negative = encode_contexts(
             self.components,
             texts,
