@@ -3,6 +3,7 @@ it takes of them.
 
     python -m nexus_rt.bench.aot                       # a Markdown table: registers, spills, ...
     python -m nexus_rt.bench.aot --arch 90 --json -    # one architecture, as JSON
+    python -m nexus_rt.bench.aot --arch 90 --loops attention    # the inner loops of such names
 
 Needs triton, no GPU and no driver: Triton compiles to PTX, and the `ptxas` it ships assembles that
 for sm_80, sm_90a, sm_100a and sm_120a and prints what the program uses. Occupancy is computed from
@@ -128,10 +129,9 @@ def compile_variant(variant, arch: int) -> dict:
             check=True,
         ).stderr
         loop = inner_loop(disassemble(cubin)) if variant.label.startswith("attention") else None
-    registers, shared = (
-        int(re.search(r"Used (\d+) registers", output)[1]),
-        int(compiled.metadata.shared),
-    )
+    used = re.search(r"Used (\d+) registers", output)
+    assert used is not None  # `ptxas -v` says so of every program
+    registers, shared = int(used[1]), int(compiled.metadata.shared)
     # warp groups of a specialised kernel are counted there
     threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)
     warps = int(threads[1]) // 32 if threads else variant.num_warps
@@ -193,6 +193,23 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def loops_table(rows: list[dict]) -> str:
+    """Markdown, a line a variant and architecture: registers / spilled bytes, and the instructions
+    of the inner loop."""
+    lines = [
+        "| variant | arch | registers | instructions | products | of them, by kind |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        loop = row["loop"] or {"instructions": "-", "products": "-", "kinds": {}}
+        kinds = ", ".join(f"{k} {n}" for k, n in loop["kinds"].items())
+        lines.append(
+            f"| {row['variant']} | {row['arch']} | {row['registers']} / {row['spilled_bytes']} |"
+            f" {loop['instructions']} | {loop['products']} | {kinds} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -201,6 +218,11 @@ def main() -> None:
         "--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES)
     )
     parser.add_argument("--json", metavar="FILE", help="also write JSON ('-': only print it)")
+    parser.add_argument(
+        "--loops",
+        metavar="NAME",
+        help="the inner loops of the variants whose names begin so, instead of the table",
+    )
     args = parser.parse_args()
     from nexus_rt.kernels.triton_op import INTERPRETED, triton
 
@@ -210,14 +232,14 @@ def main() -> None:
         (i, arch)
         for i, v in enumerate(all_variants())
         for arch in args.arch
-        if arch in (v.arches or ARCHITECTURES)
+        if arch in (v.arches or ARCHITECTURES) and v.label.startswith(args.loops or "")
     ]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         rows = list(pool.map(_compile_one, todo))
     if args.json == "-":
         json.dump(rows, sys.stdout)
         return
-    print(table(rows))
+    print(loops_table(rows) if args.loops else table(rows))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
 

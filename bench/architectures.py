@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from nexus_rt.core.size import ClipSize
+
 WAN_1_3B: dict[str, Any] = dict(
     num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30
 )
@@ -11,3 +13,5 @@ WAN_14B: dict[str, Any] = dict(
 DRY: dict[str, Any] = dict(
     num_attention_heads=2, attention_head_dim=32, ffn_dim=96, num_layers=2, text_dim=48, freq_dim=32
 )
+WAN = {"small": WAN_1_3B, "large": WAN_14B}
+SIZES = {"480p": ClipSize(832, 480, 81), "720p": ClipSize(1280, 720, 81)}  # of Wan's clips

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from nexus_rt.bench import results as files
 from nexus_rt.bench.estimate import estimate, matrix_tflops
 from nexus_rt.bench.latency import Clip, Engine, quiet, suite
 from nexus_rt.bench.page import drawing, page
-from nexus_rt.bench.peers import Setting, measure_peers, parse_peers
+from nexus_rt.bench.peers import measure_peers, parse_peers
 from nexus_rt.bench.presets import (
     PROMPT,
-    Preset,
+    Need,
     find_preset,
     need_of,
     random_pipeline,
@@ -35,14 +37,15 @@ from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.engines.experts import changed
 from nexus_rt.engines.torch import TorchEngine
+from nexus_rt.loading.experts import GeneratorSource
 from nexus_rt.loading.packing import check_dense
 from nexus_rt.loading.pair_folder import pair_index
 from nexus_rt.method.plan_options import has_clocks
 from nexus_rt.method.plan_text import parse_plan
 from nexus_rt.pipeline.assemble import default_device, default_dtype
 from nexus_rt.pipeline.pipeline import NexusPipeline
-from nexus_rt.pipeline.request import default_grid
-from nexus_rt.pipeline.settings import Defaults
+from nexus_rt.pipeline.request import default_grid, make_guidance
+from nexus_rt.pipeline.settings import CallSettings, Defaults
 from nexus_rt.pipeline.sources import ModelSources
 
 ENGINES = ("torch", "compiled", *ENGINE_BACKENDS)
@@ -128,7 +131,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     engines = [choose("engine", e.strip(), ENGINES) for e in args.engines.split(",")]
     device = default_device(args.device)
     dtype = default_dtype(getattr(torch, args.dtype) if args.dtype else None, device)
-    real = args.pair or args.small or args.large or preset.configs is None
+    named = args.pair or args.small or args.large
+    configs = None if named else preset.configs
+    real = configs is None  # weights of folders
     notes: list[str] = []
     report: dict[str, Any] = {
         "schema": files.SCHEMA,
@@ -137,16 +142,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "notes": notes,
     }
     mark = lambda weights: files.fingerprint(device, weights, args.line)
-    if real:
+    prompt: str | None = None
+    embeds: dict[str, torch.Tensor] = {}
+    make: Callable[[], NexusPipeline] | None = None
+    if configs is None:
         pipe, make, folders = _real(args, device, dtype)
-        report["fingerprint"], prompt, embeds = (
-            mark(files.weights_fingerprint(folders)),
-            args.prompt or PROMPT,
-            {},
-        )
+        report["fingerprint"] = mark(files.weights_fingerprint(folders))
+        prompt = args.prompt or PROMPT
     else:
-        size = _size(args, preset.size)
-        configs = _configs(args, preset)
+        size = _size(args, preset.size or ClipSize.of_defaults(Defaults()))
+        configs = _configs(args, configs)
         need = need_of(configs, dtype, device, size)
         if args.estimate == "always" or need.short:
             sentence = need.sentence(preset.name, device)
@@ -165,19 +170,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             }
         notes.append(RANDOM)
         say(RANDOM)
-        pipe, make, folders, prompt = random_pipeline(configs, dtype, device, size), None, {}, None
+        pipe = random_pipeline(configs, dtype, device, size)
         embeds, report["fingerprint"] = random_prompt(pipe, dtype), mark({})
     quiet(pipe)
     d = pipe.defaults
-    size = _size(args, preset.size or ClipSize(d.width, d.height, d.num_frames))
+    own = ClipSize.of_defaults(d)
+    size = _size(args, preset.size or own)
     steps = len(default_grid(d, args.steps))
     pipe.grid.check(size)
-    shipped = real and not (args.pair or args.small or args.large)
-    riddles = (
-        args.accuracy
-        if shipped and len(pipe.engines) > 1 and size == ClipSize(d.width, d.height, d.num_frames)
-        else 0
-    )
+    shipped = real and not named and len(pipe.engines) > 1
+    riddles = args.accuracy if shipped and size == own else 0
     clip = Clip(size, steps, args.seed, prompt, embeds, riddles)
     plans = _plans(args.plans, pipe)
     for name in plans:  # a plan that does not parse is raised before anything is measured
@@ -208,19 +210,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         report |= suite(wanted or made, plans, clip, args.runs, args.warmup, traces, say)
         report["rows"] += failed
     if peers:
-        setting = Setting(
-            size,
-            steps,
-            args.seed,
-            prompt,
-            embeds or _embeds(pipe, prompt),
-        )
+        embeds = embeds or _embeds(pipe, prompt or PROMPT)
+        both = replace(clip, embeds=embeds)
         rows = []
         for name in peers:
             say(f"peer: {name}")
-            rows += measure_peers(
-                pipe, (name,), setting, args.runs, max(1, args.warmup), tuple(plans)
-            )
+            rows += measure_peers(pipe, (name,), both, args.runs, max(1, args.warmup), tuple(plans))
         report["peers"] = rows
     if args.scaling:
         report["scaling"] = scaling(pipe, clip, args.runs, say)
@@ -253,15 +248,19 @@ def _plan_names(text: str) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def _configs(args: argparse.Namespace, preset: Preset) -> dict[str, dict[str, Any]]:
+def _configs(
+    args: argparse.Namespace, configs: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """Architectures of the generators that the plans run: with `--plans large` the small one is not
     made."""
-    asked = _plan_names(args.plans) if args.plans else []
-    alone = [n for n in preset.configs if asked and all(p == n for p in asked)]
-    return {n: c for n, c in preset.configs.items() if not alone or n in alone}
+    plans = _plan_names(args.plans) if args.plans else []
+    alone = [n for n in configs if plans and all(p == n for p in plans)]
+    return {n: c for n, c in configs.items() if not alone or n in alone}
 
 
-def _real(args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
+def _real(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> tuple[NexusPipeline, Callable[[], NexusPipeline], dict[str, GeneratorSource]]:
     """A pipeline of folders, a way to read it again, and the generators' folders."""
     sources = ModelSources.of(vars(args))
     folders = sources.find()[1].generators
@@ -359,7 +358,12 @@ def _embeds(pipe: NexusPipeline, prompt: str) -> dict[str, torch.Tensor]:
 
 
 def _estimate(
-    args, configs, need, size: ClipSize, device: torch.device, dtype: torch.dtype
+    args: argparse.Namespace,
+    configs: dict[str, dict[str, Any]],
+    need: Need,
+    size: ClipSize,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     d = Defaults()
     grid = default_grid(d, args.steps)
@@ -367,4 +371,5 @@ def _estimate(
     names = args.plans.split(",") if args.plans else both
     plans = [parse_plan(name.strip(), grid) for name in names]
     tflops = args.tflops or matrix_tflops(device, dtype)
-    return estimate(configs, need, size, plans, (d.guidance_scale, d.guidance_scale), tflops)
+    guidance = make_guidance(CallSettings(), d)
+    return estimate(configs, need, size, plans, (guidance.small, guidance.large), tflops)

@@ -11,6 +11,7 @@ import torch
 
 from nexus_rt.bench.presets import Need
 from nexus_rt.bench.work import decode_flops, forward_flops
+from nexus_rt.core.limits import Scale
 from nexus_rt.core.size import ClipSize
 from nexus_rt.core.timing import median_ms
 from nexus_rt.method.plan import Plan, StepCosts
@@ -28,7 +29,7 @@ def estimate(
     need: Need,
     size: ClipSize,
     plans: list[Plan],
-    scales: tuple[float, float],
+    scales: tuple[Scale, Scale],
     tflops: float,
 ) -> dict[str, Any]:
     """TFLOP by part, and the time each plan's denoising takes at least at `tflops`.

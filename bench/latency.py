@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +31,7 @@ from nexus_rt.bench.pictures import thumbnail
 from nexus_rt.bench.quality import distance, mini_accuracy
 from nexus_rt.core.devices import synchronize
 from nexus_rt.core.errors import Cancelled
+from nexus_rt.core.limits import Scale
 from nexus_rt.core.part_files import scratch_folder
 from nexus_rt.core.size import ClipSize
 from nexus_rt.core.tracing import span
@@ -102,17 +104,25 @@ def denoised(pipe: NexusPipeline, clip: Clip, plan: Plan) -> Any:
 
 
 def generate(
-    pipe: NexusPipeline, plan: str, clip: Clip, folder: Path
+    pipe: NexusPipeline, plan: str, clip: Clip, folder: Path | None
 ) -> tuple[Tensor, np.ndarray | None]:
     """One clip from the prompt to an mp4 in `folder`: its latents, and its frames where there is a
-    VAE."""
+    VAE. folder None: frames are not written."""
     latents = denoised(pipe, clip, clip.plan(pipe, plan))
     if pipe.vae is None:
         return latents, None
     frames = pipe.decode(latents, "np", rescue=folder)
-    with span("encode-to-mp4"):
-        save_video(frames[0], folder / "clip.mp4")
+    if folder is not None:
+        with span("encode-to-mp4"):
+            save_video(frames[0], folder / "clip.mp4")
     return latents, frames[0]
+
+
+def read_and_generate(
+    make: Callable[[], NexusPipeline], plan: str, clip: Clip, folder: Path
+) -> tuple[Tensor, np.ndarray | None]:
+    """A pipeline's first clip."""
+    return generate(quiet(make()), plan, clip, folder)
 
 
 def clean_latents(noise: Tensor, after: Tensor, grid: TimeGrid) -> Tensor:
@@ -124,13 +134,13 @@ def clean_latents(noise: Tensor, after: Tensor, grid: TimeGrid) -> Tensor:
 def first_preview(pipe: NexusPipeline, plan: str, clip: Clip) -> float | None:
     """Milliseconds to the first picture that can be shown: the clean latents that the first step's
     velocity points at, of which the first frame is decoded."""
-    if pipe.vae is None:
+    if (vae := pipe.vae) is None:
         return None
     noise, walked = clip.noise(pipe), clip.plan(pipe, plan)
     done: list[float] = []
 
     def look(pipe: NexusPipeline, index: int, timestep: int, tensors: dict[str, Tensor]) -> dict:
-        pipe.vae.decode(clean_latents(noise, tensors["latents"], walked.grid)[:, :, :1])
+        vae.decode(clean_latents(noise, tensors["latents"], walked.grid)[:, :, :1])
         synchronize(pipe.device)
         done.append(1000 * (time.perf_counter() - start))
         pipe.cancel()
@@ -172,7 +182,7 @@ def middle(costs: list[StepCosts]) -> StepCosts:
     )
 
 
-def scales_of(pipe: NexusPipeline) -> tuple[float, float]:
+def scales_of(pipe: NexusPipeline) -> tuple[Scale, Scale]:
     """The pair's own guidance scales, of the small and of the large generator."""
     own = make_guidance(CallSettings(), pipe.defaults)
     return own.small, own.large
@@ -250,18 +260,15 @@ def suite(
         measure_step_costs(parts, 1, 1)
         price = lambda: all_costs.append(measure_step_costs(parts, 3, 0, base.device))
         calls = {
-            (e.name, p): lambda e=e, p=p: generate(e.pipe, p, clip, folder)
-            for e in engines
-            for p in plans
+            (e.name, p): partial(generate, e.pipe, p, clip, folder) for e in engines for p in plans
         }
         cold: dict[str, float | None] = {}
         for e in engines:
             say(f"{e.name}: cold")
             cold[e.name] = None
             if e.make is not None:
-                cold[e.name] = measured(
-                    lambda e=e: generate(quiet(e.make()), plans[0], clip, folder), base.device
-                ).total_ms
+                first = partial(read_and_generate, e.make, plans[0], clip, folder)
+                cold[e.name] = measured(first, base.device).total_ms
         say(f"{len(calls)} rows, {warmup} + {runs} runs of each in turn")
         timed = interleaved(calls, base.device, runs, warmup, price)
         for e in engines:
@@ -298,7 +305,7 @@ def suite(
 
 
 def prediction(
-    plan: Plan, costs: StepCosts, scales: tuple[float, float], measured_ms: float
+    plan: Plan, costs: StepCosts, scales: tuple[Scale, Scale], measured_ms: float
 ) -> dict[str, float]:
     """The price of a plan's denoising and how far it is from what was measured, as a share of the
     latter."""

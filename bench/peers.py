@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,23 +22,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nexus_rt.bench.latency import scales_of
+from nexus_rt.bench.failures import failure
+from nexus_rt.bench.latency import Clip, scales_of
 from nexus_rt.bench.measure import interleaved, ratio_of, summary
 from nexus_rt.bench.quality import distance
 from nexus_rt.components.context import unpad
 from nexus_rt.core.errors import InputError, choose
-from nexus_rt.core.size import ClipSize
+from nexus_rt.core.limits import Scale
 from nexus_rt.engines.experts import ExpertsEngine
 from nexus_rt.loading.checkpoint import to_diffusers
 from nexus_rt.loading.packing import check_dense
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.plan import Plan
-from nexus_rt.method.plan_options import has_clocks
 from nexus_rt.method.solver import make_solver
 from nexus_rt.method.upfb import published_blend
 from nexus_rt.models.wan import WanTransformer
 from nexus_rt.pipeline.pipeline import NexusPipeline
 
+Call = Callable[[], tuple[Tensor, Any]]  # final latents, and frames where there is a VAE
 PEERS = ("diffusers", "diffusers+compile", "switch", "switch+compile", "naive", "naive-ours")
 SWITCH_AT = 0.3  # of the steps
 
@@ -54,17 +55,6 @@ def parse_peers(text: str | None) -> tuple[str, ...]:
                 groups.get(name.strip()) or (choose("peer", name.strip(), PEERS),)
             )
     return tuple(chosen)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One clip: its plan's steps, its seed and its prompt. prompt None: embeddings are given."""
-
-    size: ClipSize
-    steps: int
-    seed: int
-    prompt: str | None
-    embeds: dict[str, Tensor]
 
 
 def diffusers_transformer(model: WanTransformer) -> Any:
@@ -84,7 +74,7 @@ def diffusers_transformer(model: WanTransformer) -> Any:
         if k in inspect.signature(WanTransformer3DModel.__init__).parameters
     }
     with torch.device("meta"):
-        theirs = WanTransformer3DModel(**taken)
+        theirs: Any = WanTransformer3DModel(**taken)
     theirs.load_state_dict(to_diffusers(dict(model.named_parameters())), assign=True)
     c = theirs.config
     theirs.rope = WanRotaryPosEmbed(c.attention_head_dim, c.patch_size, c.rope_max_seq_len).to(
@@ -99,17 +89,33 @@ def diffusers_decoder(decoder: Any) -> Any:
     return copy.deepcopy(decoder.model).to(memory_format=torch.contiguous_format)
 
 
+@torch.no_grad()
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """A clip in [-1, 1], [B, 3, F, H, W], by diffusers' VAE."""
+    mean, std = (
+        torch.tensor(vae.config[name]).view(1, -1, 1, 1, 1).to(latents)
+        for name in ("latents_mean", "latents_std")
+    )
+    video: Tensor = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+    return video
+
+
 class Peers:
     """The others, made of a PyTorch pipeline when they are first asked for."""
 
-    def __init__(self, pipe: NexusPipeline, setting: Setting, scales: tuple[float, float]) -> None:
-        self.pipe, self.setting, self.scales = pipe, setting, scales
+    def __init__(self, pipe: NexusPipeline, clip: Clip, scales: tuple[Scale, Scale]) -> None:
+        self.pipe, self.clip, self.scales = pipe, clip, scales
         self.models: dict[str, Any] = {}
         self.vae: Any = None
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The prompt, or its embeddings, as a call of ours takes them."""
+        own = self.clip
+        return {"prompt": own.prompt} if own.prompt else own.embeds
+
     def noise(self) -> Tensor:
-        generator = torch.Generator().manual_seed(self.setting.seed)
-        return self.pipe.prepare_latents(1, self.setting.size, generator)
+        return self.clip.noise(self.pipe)
 
     def transformer(self, name: str) -> Any:
         if name not in self.pipe.engines:
@@ -136,11 +142,12 @@ class Peers:
         its own grid differs by up to 5e-3 in sigma, and another grid is another clip."""
         from diffusers import UniPCMultistepScheduler
 
-        grid = self.pipe.make_plan("large", self.setting.steps).grid
+        grid = self.pipe.make_plan("large", self.clip.steps).grid
 
         class OnOurGrid(UniPCMultistepScheduler):
             def set_timesteps(self, count: int, device: Any = None, **ignored: Any) -> None:
-                super().set_timesteps(count, device=device)
+                parent: Any = super()
+                parent.set_timesteps(count, device=device)
                 self.sigmas = torch.tensor(grid.sigmas)
                 self.timesteps = torch.tensor(grid.timesteps, device=device)
 
@@ -159,16 +166,13 @@ class Peers:
             velocity, scheduler.timesteps[index], latents, return_dict=False
         )[0]
 
-    def ours(self, plan: str, **prompt: Any) -> Callable[[], tuple[Tensor, np.ndarray | None]]:
+    def ours(self, plan: str, **prompt: Any) -> Call:
         """A call of our pipeline: final latents and frames."""
-        width, height, frames = self.setting.size
 
         def call() -> tuple[Tensor, np.ndarray | None]:
             latents = self.pipe(
-                height=height,
-                width=width,
-                num_frames=frames,
-                num_inference_steps=None if has_clocks(plan) else self.setting.steps,
+                **self.clip.size.options,
+                num_inference_steps=self.clip.steps_of(plan),
                 plan=plan,
                 latents=self.noise(),
                 output_type="latent",
@@ -182,7 +186,7 @@ class Peers:
 
     def embeddings(self) -> dict[str, Tensor]:
         """Embeddings for both sides; both of our generators read the text, as theirs do."""
-        embeds = self.setting.embeds
+        embeds = self.clip.embeds
         if self.pipe.context is not None:
             names = {
                 "context_embeds": "prompt_embeds",
@@ -191,14 +195,13 @@ class Peers:
             embeds = {**embeds, **{ours: embeds[name] for ours, name in names.items()}}
         return embeds
 
-    def wan_pipeline(self, switch: bool, compiled: bool) -> tuple[Callable, Callable, str]:
+    def wan_pipeline(self, switch: bool, compiled: bool) -> tuple[Call, Call, str]:
         """Ours, diffusers' pipeline, and our plan."""
         from diffusers import WanPipeline
 
-        width, height, frames = self.setting.size
-        grid = self.pipe.make_plan("large", self.setting.steps).grid
+        grid = self.pipe.make_plan("large", self.clip.steps).grid
         at, guidance = (
-            max(1, round(SWITCH_AT * self.setting.steps)),
+            max(1, round(SWITCH_AT * self.clip.steps)),
             {"guidance_scale": self.scales[1]},
         )
         plan, parts = "large", {"transformer": self.transformer("large")}
@@ -218,18 +221,16 @@ class Peers:
                     parts[name] = copy.copy(parts[name])
                     parts[name].compile()
         vae = self.decoder()
-        theirs = WanPipeline(
+        theirs: Any = WanPipeline(
             tokenizer=None, text_encoder=None, vae=vae, scheduler=self.scheduler(), **parts
         )
         theirs.set_progress_bar_config(disable=True)
-        embeds = self.setting.embeds
+        embeds = self.clip.embeds
 
         def call() -> tuple[Tensor, np.ndarray | None]:
             latents = theirs(
-                height=height,
-                width=width,
-                num_frames=frames,
-                num_inference_steps=self.setting.steps,
+                **self.clip.size.options,
+                num_inference_steps=self.clip.steps,
                 latents=self.noise(),
                 output_type="latent",
                 **guidance,
@@ -237,23 +238,40 @@ class Peers:
             ).frames
             if vae is None:
                 return latents, None
-            mean, std = (
-                torch.tensor(vae.config[k]).view(1, -1, 1, 1, 1)
-                for k in ("latents_mean", "latents_std")
-            )
-            with torch.no_grad():
-                video = vae.decode(
-                    (latents * std.to(latents) + mean.to(latents)).to(vae.dtype), return_dict=False
-                )[0]
+            video = decoded(vae, latents)
             return latents, theirs.video_processor.postprocess_video(video, output_type="np")
 
         return self.ours(plan, **self.embeddings()), call, plan
 
-    def naive(self, own: bool) -> tuple[Callable, Callable, str]:
+    def connected(self) -> Callable[[int, Tensor], Tensor]:
+        """(branch, text embeddings) -> the small generator's context, its connector run anew;
+        branch 0 is conditional.
+
+        Raises:
+            InputError: there is no text, which the understanding model reads.
+        """
+        from nexus_rt.components.text import clean_prompt
+
+        context: Any = self.pipe.context
+        if self.clip.prompt is None:
+            raise InputError(
+                "the small generator is steered by a prompt's text, and embeddings are given",
+                code="missing",
+                param="prompt",
+            )
+        connect, read = context.connector, context.understanding.hidden_states
+        stored = connect.unconditional_hidden
+        hidden = (
+            read(clean_prompt(self.clip.prompt)),
+            read("") if stored is None else stored.reshape(1, -1, stored.shape[-1]),
+        )
+        return lambda branch, rows: connect.pack(unpad(rows[0]), connect(hidden[branch])[0])[None]
+
+    def naive(self, own: bool) -> tuple[Call, Call, str]:
         """Ours, the paper's schedule written down: both generators at every step, each guided by
         two calls, the connector run for every one of the small one's, four bands a blend."""
-        pipe, setting = self.pipe, self.setting
-        plan = pipe.make_plan("reference", setting.steps)
+        pipe, clip = self.pipe, self.clip
+        plan = pipe.make_plan("reference", clip.steps)
         models = {
             n: pipe.engines[n].model if own else self.transformer(n) for n in ("small", "large")
         }
@@ -267,34 +285,19 @@ class Peers:
 
         @torch.no_grad()
         def call() -> tuple[Tensor, np.ndarray | None]:
-            text = (
-                pipe.encode_prompt(setting.prompt)
-                if setting.prompt
-                else tuple(setting.embeds.values())
-            )
-            connect, hidden = None, None
-            if pipe.context is not None:
-                connect, stored = (
-                    pipe.context.connector,
-                    pipe.context.connector.unconditional_hidden,
-                )
-                from nexus_rt.components.text import clean_prompt
-
-                say = pipe.context.understanding.hidden_states
-                hidden = (
-                    say(clean_prompt(setting.prompt)),
-                    say("") if stored is None else stored.reshape(1, -1, stored.shape[-1]),
-                )
+            text = pipe.encode_prompt(clip.prompt) if clip.prompt else tuple(clip.embeds.values())
+            steered = None if pipe.context is None else self.connected()
             latents, velocities = self.noise(), {}
             solve = self.stepper(plan, latents.device)
             for step in plan.steps:
                 t = torch.tensor(step.timestep, device=latents.device)
-                for name, scale in zip(("small", "large"), self.scales, strict=True):
+                for name, default in zip(("small", "large"), self.scales, strict=True):
+                    scale = step.scale(name, default)
                     pair = []
                     for branch in (0, 1) if scale != 1.0 else (0,):
                         rows = text[branch]
-                        if name == "small" and connect is not None:
-                            rows = connect.pack(unpad(rows[0]), connect(hidden[branch])[0])[None]
+                        if name == "small" and steered is not None:
+                            rows = steered(branch, rows)
                         pair.append(velocity(name, latents, t, rows))
                     velocities[name] = pair[-1] + scale * (pair[0] - pair[-1])
                 blended = published_blend(
@@ -303,20 +306,13 @@ class Peers:
                 latents = solve(step.index, blended, latents)
             if own or vae is None:
                 return latents, pipe.decode(latents, "np") if pipe.vae is not None else None
-            mean, std = (
-                torch.tensor(vae.config[k]).view(1, -1, 1, 1, 1).to(latents)
-                for k in ("latents_mean", "latents_std")
-            )
-            video = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
-            return (
-                latents,
-                video.add(1).div(2).clamp(0, 1).permute(0, 2, 3, 4, 1).float().cpu().numpy(),
-            )
+            frames = decoded(vae, latents).add(1).div(2).clamp(0, 1).permute(0, 2, 3, 4, 1)
+            return latents, frames.float().cpu().numpy()
 
-        prompt = {"prompt": setting.prompt, "rewrite": "off"} if setting.prompt else setting.embeds
+        prompt = {**self.inputs, "rewrite": "off"} if clip.prompt else clip.embeds
         return self.ours("reference", **prompt), call, "reference"
 
-    def pair(self, name: str) -> tuple[Callable, Callable, str]:
+    def pair(self, name: str) -> tuple[Call, Call, str]:
         kind, _, compiled = name.partition("+")
         if kind.startswith("naive"):
             return self.naive(own=kind == "naive-ours")
@@ -326,7 +322,7 @@ class Peers:
 def measure_peers(
     pipe: NexusPipeline,
     names: tuple[str, ...],
-    setting: Setting,
+    clip: Clip,
     runs: int,
     warmup: int,
     others: tuple[str, ...] = (),
@@ -338,34 +334,26 @@ def measure_peers(
         Rows {"peer", "plan", "ours_ms", "theirs_ms", "ratio" (theirs over ours, the median over
         pairs), "difference", "psnr_db", ...}, or {"peer", "failed": why}.
     """
-    made, rows = Peers(pipe, setting, scales_of(pipe)), []
+    made = Peers(pipe, clip, scales_of(pipe))
+    rows: list[dict[str, Any]] = []
     for name in names:
         try:
             ours, theirs, plan = made.pair(name)
-            calls = {plan: ours}
+            calls: dict[str, Call] = {plan: ours}
             if name.startswith("naive"):
-                prompt = {"prompt": setting.prompt} if setting.prompt else setting.embeds
-                calls |= {p: made.ours(p, **prompt) for p in others if p != plan}
-            wanted, wanted_frames = theirs()
-            distances = {p: distance(*call(), wanted, wanted_frames) for p, call in calls.items()}
+                calls |= {p: made.ours(p, **made.inputs) for p in others if p != plan}
+            wanted, distances = theirs(), {}
+            for p, call in calls.items():
+                latents, frames = call()
+                distances[p] = distance(latents, frames, *wanted)
             timed = interleaved({**calls, "": theirs}, pipe.device, runs, warmup)
         except ImportError as error:
             rows.append(
                 {"peer": name, "failed": f"{error.name or 'a package'} is not installed here"}
             )
             continue
-        except (
-            Exception
-        ) as error:  # a peer that does not run is a row that says so, not the end of the others
-            rows.append(
-                {
-                    "peer": name,
-                    "failed": (
-                        f"{type(error).__name__}:"
-                        f" {(str(error).strip() or 'no message').splitlines()[0]}"
-                    ),
-                }
-            )
+        except Exception as error:  # a row that says so, not the end of the others
+            rows.append({"peer": name, "failed": failure(error)})
             continue
         their_ms = [r.total_ms for r in timed[""]]
         for p in calls:

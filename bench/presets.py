@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
+from nexus_rt.bench.architectures import SIZES, WAN
 from nexus_rt.bench.work import weight_bytes
 from nexus_rt.components.vae import WAN_VAE, VideoDecoder, in_channels_last
 from nexus_rt.core.errors import choose
@@ -43,8 +43,7 @@ class Preset:
 
 PRESETS = {
     "mini": Preset("mini"),
-    "wan-480p": Preset("wan-480p", ClipSize(832, 480, 81), {"small": WAN_1_3B, "large": WAN_14B}),
-    "wan-720p": Preset("wan-720p", ClipSize(1280, 720, 81), {"small": WAN_1_3B, "large": WAN_14B}),
+    **{f"wan-{name}": Preset(f"wan-{name}", size, WAN) for name, size in SIZES.items()},
 }
 
 

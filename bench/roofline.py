@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
+from nexus_rt.bench.architectures import SIZES, WAN
 from nexus_rt.bench.work import Work, decode_flops, forward_work, weight_bytes
 from nexus_rt.core.errors import choose
 from nexus_rt.core.limits import Scale
@@ -29,6 +29,7 @@ from nexus_rt.parallel.layout import Layout, parse_layout
 from nexus_rt.parallel.volume import step_volume
 
 TERA = 1e12
+PAIR = {name: WanConfig(**config) for name, config in WAN.items()}
 _decode_flops = lru_cache(maxsize=8)(decode_flops)
 
 
@@ -255,19 +256,18 @@ def scaling_table(key: str = "h200") -> str:
     from nexus_rt.method.time_grid import time_grid
 
     card, size = CARDS[key], SIZES["480p"]
-    configs = {"small": WanConfig(**WAN_1_3B), "large": WanConfig(**WAN_14B)}
     plan = parse_plan("reference", time_grid(50))
     lines = [
         "| cards | layout | 14B guided step, s: computing + sending | sent a card and step |"
         " of one card's speed | `reference`, s |",
         "|---|---|---|---|---|---|",
     ]
-    one = forward_parts(configs["large"], size, card, 2).total
+    one = forward_parts(PAIR["large"], size, card, 2).total
     for text in LAYOUTS:
         layout = parse_layout(text)
-        own, sent = shared_parts(configs["large"], size, card, layout)
-        volume = step_volume(layout, configs["large"], size, True).total
-        costs = step_costs(configs, size, card, layout=layout)
+        own, sent = shared_parts(PAIR["large"], size, card, layout)
+        volume = step_volume(layout, PAIR["large"], size, True).total
+        costs = step_costs(PAIR, size, card, layout=layout)
         whole = shared_price(plan, costs, layout, GUIDANCE_SCALE, GUIDANCE_SCALE)
         lines.append(
             f"| {layout.size} | {text if layout.size > 1 else 'one'} |"
@@ -278,7 +278,6 @@ def scaling_table(key: str = "h200") -> str:
 
 
 PLANS = ("reference", "handoff=0.3", "large", "small:4/10 large:4")
-SIZES = {"480p": ClipSize(832, 480, 81), "720p": ClipSize(1280, 720, 81)}
 
 
 def predict(card: Card, size: ClipSize, fp8: bool = False) -> dict[str, Any]:
@@ -289,9 +288,8 @@ def predict(card: Card, size: ClipSize, fp8: bool = False) -> dict[str, Any]:
     from nexus_rt.method.plan_text import parse_plan
     from nexus_rt.method.time_grid import time_grid
 
-    configs = {"small": WanConfig(**WAN_1_3B), "large": WanConfig(**WAN_14B)}
     kind = "fp8-dynamic" if fp8 else None
-    costs = step_costs(configs, size, card, kind, fp8)
+    costs = step_costs(PAIR, size, card, kind, fp8)
     decode = vae_ms(size, card)
     seconds = {}
     for name in PLANS:
@@ -299,7 +297,7 @@ def predict(card: Card, size: ClipSize, fp8: bool = False) -> dict[str, Any]:
         ms = plan.price(costs, GUIDANCE_SCALE, GUIDANCE_SCALE)
         seconds[name] = round(ms / 1000, 1)
     return {
-        "large_guided": forward_parts(configs["large"], size, card, 2, kind, fp8).row(),
+        "large_guided": forward_parts(PAIR["large"], size, card, 2, kind, fp8).row(),
         "vae_s": round(decode / 1000, 1),
         "denoise_s": seconds,
     }

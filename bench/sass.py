@@ -1,6 +1,5 @@
-"""What a program's innermost loop costs, read from its machine code.
-
-    python -m nexus_rt.bench.sass attention --arch 90       # variants whose name begins so
+"""What a program's innermost loop costs, read from its machine code
+(`python -m nexus_rt.bench.aot --loops attention`).
 
 Needs triton, no GPU: `nvdisasm`, which Triton ships, writes out what `ptxas` assembled. The loop is
 the innermost one with the most matrix products: from the target of a backward branch to the branch.
@@ -10,8 +9,6 @@ matrix units.
 
 from __future__ import annotations
 
-import argparse
-import os
 import re
 import subprocess
 from collections import Counter
@@ -73,10 +70,10 @@ def inner_loop(text: str) -> Loop | None:
     code: list[tuple[str, str]] = []  # (name, operands)
     labels: dict[str, int] = {}
     for line in text.splitlines():
-        if found := LABEL.match(line):
-            labels[found[1]] = len(code)
-        elif found := LINE.match(line):
-            code.append((found[2].split(".")[0], found[3]))
+        if label := LABEL.match(line):
+            labels[label[1]] = len(code)
+        elif match := LINE.match(line):
+            code.append((match[2].split(".")[0], match[3]))
     loops = []
     for at, (name, operands) in enumerate(code):
         target = re.search(r"\.L_x_\d+", operands)
@@ -90,35 +87,5 @@ def inner_loop(text: str) -> Loop | None:
     # with no loop inside; else, as a wait may be one, with none that has products
     inner = [loop for loop in busy if not within(loop, loops)]
     inner = inner or [loop for loop in busy if not within(loop, busy)]
-    found = [Loop(Counter(n for n, _ in code[a : b + 1] if n != "NOP")) for a, b in inner]
-    return max(found, key=lambda loop: (loop.products, loop.instructions), default=None)
-
-
-def main() -> None:
-    from nexus_rt.bench.aot import ARCHITECTURES, all_variants, compile_variant
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("name", nargs="?", default="attention", help="how a variant's name begins")
-    parser.add_argument("--arch", type=int, default=90, choices=ARCHITECTURES)
-    args = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("machine code needs the compiler: leave TRITON_INTERPRET out")
-    print("| variant | registers | instructions | products | of them, by kind |")
-    print("|---|---|---|---|---|")
-    for variant in all_variants():
-        if not variant.label.startswith(args.name) or args.arch not in (variant.arches or [90]):
-            continue
-        row = compile_variant(variant, args.arch)
-        kinds = ", ".join(f"{k} {n}" for k, n in (row["loop"] or {}).get("kinds", {}).items())
-        loop = row["loop"] or {"instructions": "-", "products": "-"}
-        print(
-            f"| {row['variant']} | {row['registers']} / {row['spilled_bytes']} |"
-            f" {loop['instructions']} | {loop['products']} | {kinds} |",
-            flush=True,
-        )
-
-
-if __name__ == "__main__":
-    main()
+    counted = [Loop(Counter(n for n, _ in code[a : b + 1] if n != "NOP")) for a, b in inner]
+    return max(counted, key=lambda loop: (loop.products, loop.instructions), default=None)

@@ -156,7 +156,8 @@ BROKEN = (
 
 async def malformed(port: int, count: int) -> dict[str, int]:
     """Broken bodies; how they were answered."""
-    connection, answers, rng = Connection(port), {}, random.Random(0)
+    connection, rng = Connection(port), random.Random(0)
+    answers: dict[str, int] = {}
     for i in range(count):
         body, kind = BROKEN[i % len(BROKEN)]
         cut = body[: rng.randint(0, len(body))]

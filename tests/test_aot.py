@@ -172,3 +172,12 @@ def test_the_inner_loop_is_read_from_the_machine_code():
     waits = inner_loop(LISTING.split(".L_x_3:")[0])
     assert (waits.instructions, waits.products) == (6, 1) and waits.kinds()["waits"] == 1
     assert inner_loop("") is None
+
+
+def test_a_table_of_loops_has_the_instructions_of_each(rows):
+    from nexus_rt.bench.aot import loops_table
+
+    row = next(r for r in rows if r["loop"])
+    line = loops_table([row]).splitlines()[-1]
+    assert line.startswith(f"| {row['variant']} | {row['arch']} | {row['registers']} / ")
+    assert f"| {row['loop']['instructions']} | {row['loop']['products']} | " in line

@@ -165,8 +165,8 @@ def test_the_connector_is_part_of_the_naive_schedule():
             strict=True,
         )
     )
-    setting = peers.Setting(ClipSize(64, 64, 17), 4, 0, presets.PROMPT, embeds)
-    for row in peers.measure_peers(pipe, ("naive", "naive-ours", "diffusers"), setting, 1, 0):
+    clip = Clip(ClipSize(64, 64, 17), 4, 0, presets.PROMPT, embeds)
+    for row in peers.measure_peers(pipe, ("naive", "naive-ours", "diffusers"), clip, 1, 0):
         assert row["latent_error"] < 1e-3 and row["psnr_db"] >= 45
 
 
@@ -174,14 +174,14 @@ def test_a_peer_that_is_not_installed_or_cannot_run_is_a_row(tiny_pipe, monkeypa
     embeds = dict(
         zip(("prompt_embeds", "negative_prompt_embeds"), tiny_pipe.encode_prompt("a"), strict=True)
     )
-    setting = peers.Setting(ClipSize(48, 32, 5), 2, 0, "a", embeds)
+    clip = Clip(ClipSize(48, 32, 5), 2, 0, "a", embeds)
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    (row,) = peers.measure_peers(tiny_pipe, ("diffusers",), setting, 1, 0)
+    (row,) = peers.measure_peers(tiny_pipe, ("diffusers",), clip, 1, 0)
     assert row == {"peer": "diffusers", "failed": "diffusers is not installed here"}
     monkeypatch.undo()
     alone = copy.copy(tiny_pipe)
     alone.engines = {"large": tiny_pipe.engines["large"]}
-    (row,) = peers.measure_peers(alone, ("switch",), setting, 1, 0)
+    (row,) = peers.measure_peers(alone, ("switch",), clip, 1, 0)
     assert "it runs the small generator, which is not loaded" in row["failed"]
 
 
@@ -455,10 +455,10 @@ def test_the_naive_schedule_without_diffusers_is_the_same(tiny_pipe, monkeypatch
     """Our DiTs and our UniPC: a machine without diffusers has a schedule to compare with too."""
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     told, none = tiny_pipe.encode_prompt("a red circle")
-    setting = peers.Setting(
+    clip = Clip(
         ClipSize(48, 32, 5), 4, 0, None, {"prompt_embeds": told, "negative_prompt_embeds": none}
     )
-    (row,) = peers.measure_peers(tiny_pipe, ("naive-ours",), setting, 1, 0)
+    (row,) = peers.measure_peers(tiny_pipe, ("naive-ours",), clip, 1, 0)
     assert row["latent_error"] < 1e-5 and row["ratio"] > 0
 
 

@@ -14,11 +14,13 @@ import torch
 from nexus_rt.bench import roofline, tables
 from nexus_rt.bench.gpu import (
     attention,
+    cases,
     clip,
     correctness,
     engines,
     estimates,
     kernels,
+    oracles,
     pipeline,
     setting,
     steps,
@@ -206,7 +208,7 @@ def test_a_wrong_kernel_is_found(monkeypatch):
 
 def test_a_kernel_that_writes_nan_is_wrong():
     bad = torch.full((2, 2), float("nan"))
-    assert not correctness.compare(bad, torch.zeros(2, 2).double(), torch.zeros(2, 2))["right"]
+    assert not oracles.compare(bad, torch.zeros(2, 2).double(), torch.zeros(2, 2))["right"]
 
 
 @pytest.mark.process
@@ -312,7 +314,7 @@ def test_a_long_run_is_timed_once(monkeypatch):
 def test_scores_far_below_zero_are_compared_in_every_form():
     """Whole blocks and others, every way to load, fp8: what made NaN of 0 times infinity."""
     rows = {
-        **correctness._cases(Setting(False)),
+        **cases.cases(Setting(False)),
     }
     forms = ("auto", "pointers", "descriptors", "specialised", "ahead")
     for kernel in ("attention", "attention_fp8"):
@@ -323,7 +325,7 @@ def test_scores_far_below_zero_are_compared_in_every_form():
     launched = correctness.launched(Setting(False))
     for row in ("attention 14B self", "attention_fp8 14B", "attention 1.3B"):
         assert any(" far " in label and "1280" in label for label in launched[row])
-    q, k, *_ = correctness._qkv(Setting(True), 2, 32, 64, False, far=True)
+    q, k, *_ = cases.qkv(Setting(True), 2, 32, 64, False, far=True)
     scores = (q.transpose(1, 2) @ k.transpose(1, 2).mT) / 32**0.5
     assert scores.max() < -128  # in powers of two: above what float32 holds
 
@@ -332,17 +334,17 @@ def test_every_case_is_in_one_part():
     s = Setting(False)
     first = [name for names in correctness.launched(s).values() for name in names]
     rest = correctness.units_elsewhere(s)
-    cases = correctness._cases(s)
-    assert set(first) <= cases.keys() and len(set(first)) == len(first)
-    assert set(first) | rest.keys() == cases.keys() and not set(first) & rest.keys()
+    known = cases.cases(s)
+    assert set(first) <= known.keys() and len(set(first)) == len(first)
+    assert set(first) | rest.keys() == known.keys() and not set(first) & rest.keys()
 
 
 def test_one_wrong_case_makes_its_row_wrong():
     right = {"error": 0.5, "eager_error": 1.0, "right": True}
     nan = {"error": float("nan"), "eager_error": 1.0, "right": False}
-    row = correctness._together({"a": lambda: right, "b": lambda: nan})
+    row = correctness.together({"a": lambda: right, "b": lambda: nan})
     assert not row["right"] and row["wrong"] == ["b"] and row["cases"] == 2
-    row = correctness._together({"a": lambda: right, "c": lambda: {**right, "error": 0.7}})
+    row = correctness.together({"a": lambda: right, "c": lambda: {**right, "error": 0.7}})
     assert row == {"error": 0.7, "eager_error": 1.0, "right": True, "cases": 2}
 
 

@@ -8,9 +8,9 @@ import torch
 
 from nexus_rt import InputError
 from nexus_rt.bench import roofline
-from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
+from nexus_rt.bench.architectures import SIZES, WAN_1_3B, WAN_14B
 from nexus_rt.bench.gpu.tables import targets
-from nexus_rt.bench.roofline import CARDS, SHARES, SIZES, Shares, card_named, parts
+from nexus_rt.bench.roofline import CARDS, SHARES, Shares, card_named, parts
 from nexus_rt.bench.work import forward_flops, forward_work
 from nexus_rt.cli import main
 from nexus_rt.models.wan import WanConfig

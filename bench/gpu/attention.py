@@ -9,7 +9,6 @@ from typing import Any
 from nexus_rt.bench.gpu import estimates
 from nexus_rt.bench.gpu.setting import figure
 from nexus_rt.bench.gpu.units import Unit
-from nexus_rt.bench.work import attention_flops
 
 KERNELS = {"triton": "attention", "triton-fp8": "attention_fp8"}
 KEYS = (("self", None, False), ("cross 512", 512, False), ("cross biased", 40, True))
@@ -55,6 +54,7 @@ def _order(backend: str) -> int:
 
 
 def _rates(s: Any, case: Any, backend: str, ms: float) -> dict:
+    from nexus_rt.bench.work import attention_flops
     from nexus_rt.ops.attention import ATTENTION_BACKENDS
 
     flops = case.batch * attention_flops(case.queries, case.keys, case.heads * case.head_dim)

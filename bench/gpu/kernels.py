@@ -11,6 +11,8 @@ from nexus_rt.bench.gpu import estimates
 from nexus_rt.bench.gpu.setting import figure
 from nexus_rt.bench.gpu.units import Unit
 
+Four = tuple[Any, Any, Any, Any]  # predictions: conditional and unconditional, of both generators
+
 
 def roofs(s: Any) -> dict[str, Unit]:
     """The machine, copy bandwidth (read + write) of 1 GiB, and the rates of a large product
@@ -56,29 +58,32 @@ def _copy(s: Any) -> dict:
     return {"rate": figure(2 * x.nbytes / ms / 1e6), "ms": figure(ms)}
 
 
-def _operands(s: Any) -> tuple:
+def _operands(s: Any) -> tuple[Any, Any]:
     n = 64 if s.dry else 8192
-    return n, s.random(n, n), s.random(n, n)
+    return s.random(n, n), s.random(n, n)
+
+
+def _product(s: Any, n: int, call: Callable[[], Any]) -> dict:
+    """The rate of a product of n x n matrices, TFLOP/s."""
+    ms = s.ms(call, 20)
+    return {"rate": figure(2 * n**3 / ms / 1e9), "ms": figure(ms)}
 
 
 def _matmul(s: Any) -> dict:
-    n, a, b = _operands(s)
-    ms = s.ms(lambda: a @ b, 20)
-    return {"rate": figure(2 * n**3 / ms / 1e9), "ms": figure(ms)}
+    a, b = _operands(s)
+    return _product(s, len(a), lambda: a @ b)
 
 
 def _tf32_matmul(s: Any) -> dict:
     import torch
 
-    n, a, b = _operands(s)
-    a, b = a.float(), b.float()
+    a, b = (t.float() for t in _operands(s))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        ms = s.ms(lambda: a @ b, 20)
+        return _product(s, len(a), lambda: a @ b)
     finally:
         torch.set_float32_matmul_precision(before)
-    return {"rate": figure(2 * n**3 / ms / 1e9), "ms": figure(ms)}
 
 
 def _fp8_matmul(s: Any, by_row: bool, fast: bool) -> dict:
@@ -86,18 +91,15 @@ def _fp8_matmul(s: Any, by_row: bool, fast: bool) -> dict:
 
     from nexus_rt.models.quantized_products import multiplies
 
-    n, a, b = _operands(s)
-    a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
+    a, b = (t.to(torch.float8_e4m3fn) for t in _operands(s))
+    n, b = len(a), b.T
     if by_row and not multiplies(a):
         return {"why": "this PyTorch multiplies 8-bit floats with a scale a row on GPUs alone"}
     rows = torch.rand(n, 1, device=s.device) + 0.5
     one = torch.ones((), device=s.device)
     scales = (rows, rows.T.contiguous()) if by_row else (one, one)
-    ms = s.ms(
-        lambda: torch._scaled_mm(a, b, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast),
-        20,
-    )
-    return {"rate": figure(2 * n**3 / ms / 1e9), "ms": figure(ms)}
+    options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": fast}
+    return _product(s, n, lambda: torch._scaled_mm(a, b, *scales, **options))
 
 
 def kernels(s: Any) -> dict[str, Unit]:
@@ -210,22 +212,25 @@ def loop_calls(s: Any) -> dict[str, Callable[[], tuple]]:
     return calls
 
 
-def _predictions(s: Any, height: int, width: int) -> list:
-    return [s.random(1, 16, 3 if s.dry else 21, height, width) for _ in range(4)]
+def _predictions(s: Any, height: int, width: int) -> Four:
+    small, small_u, large, large_u = (
+        s.random(1, 16, 3 if s.dry else 21, height, width) for _ in range(4)
+    )
+    return small, small_u, large, large_u
 
 
-def _moved(four: list) -> int:
+def _moved(four: Four) -> int:
     return sum(t.nbytes for t in four) + 4 * four[0].numel()
 
 
-def _band_blend(four: Callable[[], list]) -> tuple:
+def _band_blend(four: Callable[[], Four]) -> tuple:
     from nexus_rt.kernels.band_blend import band_blend, band_blend_ref
 
     args = (*four(), (5.0, 5.0), 0.4, 0.42, 0.18, 0.2)
     return band_blend, band_blend_ref, args, _moved(four())
 
 
-def _band_filter(s: Any, four: Callable[[], list], lowpass: str) -> tuple:
+def _band_filter(s: Any, four: Callable[[], Four], lowpass: str) -> tuple:
     from nexus_rt.kernels.band_filter import band_filter, band_filter_ref
     from nexus_rt.method.filters import split_filter
 
@@ -234,7 +239,7 @@ def _band_filter(s: Any, four: Callable[[], list], lowpass: str) -> tuple:
     return band_filter, band_filter_ref, args, _moved(four())
 
 
-def _solver_step(s: Any, four: Callable[[], list]) -> tuple:
+def _solver_step(s: Any, four: Callable[[], Four]) -> tuple:
     import torch
 
     from nexus_rt.kernels.band_blend import band_blend

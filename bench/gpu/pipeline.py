@@ -93,11 +93,12 @@ def _plan(made: Any, plan: str) -> dict:
 
 
 def _peer(made: Any, name: str) -> dict:
-    from nexus_rt.bench.peers import Setting, measure_peers
+    from nexus_rt.bench.latency import Clip
+    from nexus_rt.bench.peers import measure_peers
 
     if name not in PEER_WITHOUT_DIFFUSERS and (why := absent("diffusers")):
         return {NOT_REACHED: why}
     own = made()
-    setting = Setting(own.s.size, PEER_STEPS, 0, None, own.embeds)
-    (row,) = measure_peers(own.pipe, (name,), setting, 1, 0)
+    clip = Clip(own.s.size, PEER_STEPS, embeds=own.embeds)
+    (row,) = measure_peers(own.pipe, (name,), clip, 1, 0)
     return row

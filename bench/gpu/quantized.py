@@ -6,7 +6,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from nexus_rt.bench.gpu.correctness import compare
+from nexus_rt.bench.gpu.oracles import compare
 from nexus_rt.bench.gpu.setting import figure
 from nexus_rt.bench.gpu.units import Unit
 
@@ -41,12 +41,14 @@ def _dense(s: Any) -> dict:
 def _quantized(s: Any, kind: str, activations: bool) -> dict:
     from torch.nn.functional import linear
 
+    from nexus_rt.models.encodings import Scaled
     from nexus_rt.models.quantized import QuantizedLinear, quantise
     from nexus_rt.models.quantized_products import multiplies, scaled_rows
 
     weight, bias, x = _layer(s)
     checked = x[:, :1311]
     kept = quantise(weight, kind)
+    assert isinstance(kept.encoding, Scaled)  # both kinds have a scale a row
     dense = kept.raw.double() * kept.encoding.scale.double()
     layer, inputs = QuantizedLinear([kept], weight.shape[1], bias, activations), checked
     if activations and multiplies(kept.raw):

@@ -4,7 +4,6 @@ so far, and how a call is timed."""
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -14,6 +13,7 @@ from nexus_rt.bench.architectures import DRY, WAN_1_3B, WAN_14B
 from nexus_rt.bench.gpu.wheels import WHEELS, absent
 from nexus_rt.core.devices import synchronize
 from nexus_rt.core.size import ClipSize
+from nexus_rt.core.timing import elapsed_ms
 from nexus_rt.kernels.attention_launch import TIMED
 
 CONFIGS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
@@ -167,9 +167,7 @@ class Setting:
         if self.device.type != "cuda":
             times: list[float] = []
             while len(times) < runs and not (times and times[0] > LONG_MS):
-                start = time.perf_counter()
-                call()
-                times.append(1000 * (time.perf_counter() - start))
+                times.append(elapsed_ms(call))
             return median(times)
         if graph:
             captured = torch.cuda.CUDAGraph()

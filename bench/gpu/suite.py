@@ -33,7 +33,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # other modules may come with `--wheels`, and are imported when those are there
-from nexus_rt.bench.gpu.units import NOT_REACHED, Part, failure, run_part
+from nexus_rt.bench.failures import failure
+from nexus_rt.bench.gpu.units import NOT_REACHED, Part, run_part
 from nexus_rt.bench.gpu.wheels import absent, fetch, import_from, shortages, unpack
 
 if TYPE_CHECKING:

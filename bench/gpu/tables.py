@@ -118,16 +118,16 @@ def targets(results: dict[str, Any]) -> Iterator[tuple[str, str, float | None, b
         yield row(f"{name}, a guided step against the best compiled", "at least", 1, ratio, "x")
     for part in ("step large", "step small"):
         for kind in ("guided", "guided, fp8 linear", "guided, fp8 linear and attention"):
-            said = _number(results, part, kind, "predicted_ms", "total")
-            if said is not None:
-                ratio = _ratio(said, _number(results, part, kind, "ms"))
+            predicted = _number(results, part, kind, "predicted_ms", "total")
+            if predicted is not None:
+                ratio = _ratio(predicted, _number(results, part, kind, "ms"))
                 off = None if ratio is None else 100 * abs(ratio - 1)
                 yield row(f"{part}, {kind}: roofline off its time, percent", "at most", 15, off)
     for mode, most in (("resident", 1.10), ("prefetched", 1.25)):
         value = _number(results, "swap", mode, "first_over_median")
         yield row(f"the step after the swap over the median, {mode}", "at most", most, value)
-        part = _number(results, "swap", mode, "planned_over_peak")
-        off = None if part is None else 100 * abs(part - 1)
+        planned = _number(results, "swap", mode, "planned_over_peak")
+        off = None if planned is None else 100 * abs(planned - 1)
         yield row(f"peak memory off the plan, percent, {mode}", "at most", 5, off)
     for name in results.get("pipeline", {}):
         off = _number(results, "pipeline", name, "prediction_error")

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
 
+from nexus_rt.bench.failures import failure
+
 START_S = 120.0  # a worker's first sign of life: imports, where the server has none of them
 # seconds from a fork to the first unit: a CUDA context, the setting, the libraries' first calls
 WORKER_S = 4.0
@@ -28,11 +30,6 @@ NOT_REACHED = "not_reached"
 
 Row = dict[str, Any]
 Note = Callable[[str, Row], None]
-
-
-def failure(error: BaseException, most: int = 300) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:most]}"
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,8 @@ class _Lanes:
         self, part: Part, make: Callable[[], Any], labels: dict[str, Unit], deadline: float
     ) -> None:
         self.part, self.make, self.units, self.deadline = part, make, labels, deadline
-        self.todo, self.workers = deque(labels), set()
+        self.todo = deque(labels)
+        self.workers: set[Worker] = set()
         self.over = False
         self.broken: Exception | None = None  # what taking a row down raised
         self.lock = threading.Lock()

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from nexus_rt.bench.failures import first_line
+
 # package to import -> its wheel, and what is lacking without it
 WHEELS = {
     "msgspec": ("msgspec-*-cp312-*.whl", "all rows but the kernels' own"),
@@ -46,17 +48,16 @@ def absent(package: str) -> str | None:
     except ModuleNotFoundError as error:
         name = (error.name or package).partition(".")[0]
         if not name.isidentifier():  # a sentence, of a missing distribution
-            return f"{package} cannot be imported here: {_line(error)}; carry that wheel too: {HOW}"
+            why = first_line(error, 200)
+            return f"{package} cannot be imported here: {why}; carry that wheel too: {HOW}"
         wheel = WHEELS.get(name, (f"{name}-*.whl",))[0]
         for_it = "" if name == package else f", which {package} imports,"
         return f"{name}{for_it} is not installed here; carry {wheel}: {HOW}"
     except Exception as error:  # what a package's own checks raise
-        return f"{package} cannot be imported here ({type(error).__name__}: {_line(error)})"
+        return (
+            f"{package} cannot be imported here ({type(error).__name__}: {first_line(error, 200)})"
+        )
     return None
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0][:200]
 
 
 def present(package: str) -> bool:

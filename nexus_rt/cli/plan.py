@@ -173,9 +173,9 @@ def _configs(pipe: NexusPipeline | None) -> dict[str, WanConfig]:
     from nexus_rt.models.wan import WanConfig
 
     if pipe is None:
-        from nexus_rt.bench.architectures import WAN_1_3B, WAN_14B
+        from nexus_rt.bench.roofline import PAIR
 
-        return {n: WanConfig.from_dict(c) for n, c in (("small", WAN_1_3B), ("large", WAN_14B))}
+        return PAIR
     configs = {}
     for name, engine in pipe.engines.items():
         exported = getattr(engine, "folder", None)
