@@ -302,7 +302,8 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -
     return torch.einsum("bhqk,bkhd->bqhd", score.softmax(-1), v.float()).to(q.dtype)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+def check_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    """Raise a `ValueError` unless the kernel takes these tensors."""
     if (
         q.ndim != 4
         or k.ndim != 4
@@ -413,7 +414,7 @@ def launch_attention(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, loads: str = "auto"
 ) -> Tensor:
-    _check(q, k, v, bias)
+    check_attention(q, k, v, bias)
     loads = resolve_loads(loads, q, k, v, bias is not None)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel():

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from nexus_rt.kernels.attention import (
-    _check,
     attention_ref,
+    check_attention,
     kernel_variants,
     launch_attention,
 )
@@ -209,7 +209,7 @@ def _quantise(
 def _attention_fp8(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, loads: str = "auto"
 ) -> Tensor:
-    _check(q, k, v, bias)
+    check_attention(q, k, v, bias)
     if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] not in FP8_HEAD_DIMS:
         expected = f"float16 or bfloat16, head_dim {', '.join(map(str, FP8_HEAD_DIMS))}"
         raise ValueError(

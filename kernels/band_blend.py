@@ -227,17 +227,14 @@ def check_predictions(
         )
     if large is None and large_u is not None:
         raise ValueError(f"{op}: large_u without large has nothing to guide.")
-    for name, t, own in (
-        ("small", small, small),
-        ("small_u", small_u, small),
-        ("large", large, large),
-        ("large_u", large_u, large),
-    ):
-        if t is None:
+    for name, own, unconditional in (("small", small, small_u), ("large", large, large_u)):
+        if own is None:
             continue
         if own.dtype not in DTYPES:
-            raise ValueError(f"{op}: {name} is {t.dtype}; expected float32, float16 or bfloat16.")
-        check_tensor(op, name, t, small.shape, own.dtype, small.device)
+            raise ValueError(f"{op}: {name} is {own.dtype}; expected float32, float16 or bfloat16.")
+        check_tensor(op, name, own, small.shape, own.dtype, small.device)
+        if unconditional is not None:
+            check_tensor(op, f"{name}_u", unconditional, small.shape, own.dtype, small.device)
     if max(small.shape[-2:]) > MAX_SIDE or small.shape[0] > 65535:
         raise ValueError(
             f"{op}: shape {tuple(small.shape)} is beyond the grid: sides up to {MAX_SIDE}, 65535"

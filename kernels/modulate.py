@@ -22,7 +22,6 @@ from nexus_rt.kernels import formulas
 from nexus_rt.kernels.quantise_rows import quantise_rows_ref
 from nexus_rt.kernels.triton_op import (
     DTYPES,
-    MAX_ROW,
     Variant,
     check_rows,
     check_tensor,
@@ -139,17 +138,16 @@ def modulate_ref(
     return formulas.modulate(x, scale, shift, eps, y, gate)
 
 
-def _check(x: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, gate: Tensor | None) -> None:
+def check_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, gate: Tensor | None
+) -> None:
+    """Raise a `ValueError` unless the kernel takes these tensors."""
     if x.ndim != 3 or x.dtype not in DTYPES:
         raise ValueError(
             f"modulate: x is {x.dtype} {tuple(x.shape)}; expected [B, L, D] in float32, float16 or"
             " bfloat16."
         )
-    if x.shape[-1] > MAX_ROW:
-        raise ValueError(
-            f"modulate: D is {x.shape[-1]}; a row is kept in registers, up to {MAX_ROW}."
-        )
-    check_rows("modulate", x.shape[0] * x.shape[1])
+    check_rows("modulate", x.shape[0] * x.shape[1], x.shape[2])
     if y is None and gate is not None:
         raise ValueError("modulate: a gate without y has nothing to gate.")
     if scale.shape != shift.shape:
@@ -169,7 +167,8 @@ def _check(x: Tensor, scale: Tensor, shift: Tensor, y: Tensor | None, gate: Tens
             check_tensor("modulate", name, t, x.shape, x.dtype, x.device)
 
 
-def _run(
+@kernel_op("modulate")
+def _modulate(
     x: Tensor,
     scale: Tensor,
     shift: Tensor,
@@ -179,7 +178,7 @@ def _run(
     quantised: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The new stream (empty without y), the norm, and its rows' scales (empty unless quantised)."""
-    _check(x, scale, shift, y, gate)
+    check_modulate(x, scale, shift, y, gate)
     rows, dim = x.shape[0] * x.shape[1], x.shape[2]
     out = x.new_empty(rows, dim, dtype=torch.float8_e4m3fn) if quantised else torch.empty_like(x)
     row_scale = x.new_empty(rows if quantised else 0, 1, dtype=torch.float32)
@@ -209,21 +208,15 @@ def _run(
     return total, out, row_scale
 
 
-@kernel_op("modulate")
-def _modulate(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-    y: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return _run(x, scale, shift, eps, y, gate, False)[:2]
-
-
 @_modulate.register_fake
-def _(x, scale, shift, eps, y=None, gate=None):
-    return (torch.empty_like(x) if y is not None else x.new_empty(0)), torch.empty_like(x)
+def _(x, scale, shift, eps, y, gate, quantised):
+    rows = x.shape[0] * x.shape[1]
+    norm = x.new_empty(rows, x.shape[2], dtype=torch.float8_e4m3fn) if quantised else None
+    return (
+        x.new_empty(0) if y is None else torch.empty_like(x),
+        torch.empty_like(x) if norm is None else norm,
+        x.new_empty(rows if quantised else 0, 1, dtype=torch.float32),
+    )
 
 
 def modulate(
@@ -248,30 +241,8 @@ def modulate(
     Raises:
         ValueError: a shape, dtype, device or stride that the kernel does not take; says which.
     """
-    total, out = _modulate(x, scale, shift, eps, y, gate)
+    total, out, _ = _modulate(x, scale, shift, eps, y, gate, False)
     return (x if y is None else total), out
-
-
-@kernel_op("modulate_rows")
-def _modulate_rows(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-    y: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _run(x, scale, shift, eps, y, gate, True)
-
-
-@_modulate_rows.register_fake
-def _(x, scale, shift, eps, y=None, gate=None):
-    rows = x.shape[0] * x.shape[1]
-    return (
-        torch.empty_like(x) if y is not None else x.new_empty(0),
-        x.new_empty(rows, x.shape[2], dtype=torch.float8_e4m3fn),
-        x.new_empty(rows, 1, dtype=torch.float32),
-    )
 
 
 def modulate_rows(
@@ -284,7 +255,7 @@ def modulate_rows(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`modulate`, the norm as 8-bit rows: (x', (e4m3 [B L, D], scales [B L, 1] float32)), as
     `quantise_rows` writes them; arguments and errors as there."""
-    total, out, row_scale = _modulate_rows(x, scale, shift, eps, y, gate)
+    total, out, row_scale = _modulate(x, scale, shift, eps, y, gate, True)
     return (x if y is None else total), (out, row_scale)
 
 

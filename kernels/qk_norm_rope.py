@@ -17,7 +17,6 @@ from torch import Tensor
 from nexus_rt.kernels import formulas
 from nexus_rt.kernels.triton_op import (
     DTYPES,
-    MAX_ROW,
     Variant,
     check_rows,
     check_tensor,
@@ -134,9 +133,7 @@ def _check(
             f"qk_norm_rope: the last dimension {qkv.shape[-1]} is not 3 x {heads} heads of an even"
             " size."
         )
-    if dim > MAX_ROW:
-        raise ValueError(f"qk_norm_rope: D is {dim}; a row is kept in registers, up to {MAX_ROW}.")
-    check_rows("qk_norm_rope", qkv.shape[0] * qkv.shape[1])
+    check_rows("qk_norm_rope", qkv.shape[0] * qkv.shape[1], dim)
     table = (qkv.shape[1], dim // heads // 2)
     for name, t, shape in (
         ("qkv", qkv, qkv.shape),

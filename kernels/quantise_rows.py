@@ -16,7 +16,6 @@ from torch import Tensor
 
 from nexus_rt.kernels.triton_op import (
     DTYPES,
-    MAX_ROW,
     Variant,
     check_rows,
     check_tensor,
@@ -107,11 +106,9 @@ def _quantise_rows(x: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
             f"quantise_rows: x is {x.dtype} {tuple(x.shape)}; expected [..., D] in float32, float16"
             " or bfloat16."
         )
-    if dim > MAX_ROW:
-        raise ValueError(f"quantise_rows: D is {dim}; a row is kept in registers, up to {MAX_ROW}.")
-    check_tensor("quantise_rows", "x", x, x.shape, x.dtype, x.device)
     rows = x.numel() // max(1, dim)
-    check_rows("quantise_rows", rows)
+    check_rows("quantise_rows", rows, dim)
+    check_tensor("quantise_rows", "x", x, x.shape, x.dtype, x.device)
     out = x.new_empty(rows, dim, dtype=torch.float8_e4m3fn)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     if rows and dim:

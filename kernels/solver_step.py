@@ -199,6 +199,7 @@ def solver_step_ref(
     """The formula in plain PyTorch, float32; arguments as in `solver_step`."""
     v = guide(velocity, velocity_u, guidance)
     if energy != "none":
+        assert sums is not None
         v = v * energy_factor(sums, x[0].numel(), energy, w).view(-1, *[1] * (x.ndim - 1))
     sigma, c, p = scalars[0], scalars[1:5], scalars[5:]
     clean = x - sigma * v

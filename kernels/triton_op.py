@@ -113,12 +113,15 @@ def check_tensor(
         )
 
 
-def check_rows(op: str, rows: int) -> None:
-    """A row a program: the grid's first side ends at 2^31 (elements are indexed in 64 bits).
+def check_rows(op: str, rows: int, dim: int) -> None:
+    """A row a program: the grid's first side ends at 2^31 (elements are indexed in 64 bits), and a
+    row is kept in registers.
 
     Raises:
-        ValueError: more rows than that.
+        ValueError: more rows than that, or longer ones.
     """
+    if dim > MAX_ROW:
+        raise ValueError(f"{op}: D is {dim}; a row is kept in registers, up to {MAX_ROW}.")
     if rows >= 2**31:
         raise ValueError(
             f"{op}: {rows} tokens in all are beyond the grid of 2^31; run samples in smaller"

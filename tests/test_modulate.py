@@ -133,12 +133,14 @@ def test_the_op_keeps_torchs_rules(mode, monkeypatch):
     monkeypatch.undo()
     x, y, scale, shift, gate = inputs((2, 3, 32), torch.float32)
     extra = (y, gate) if mode == "gated" else (None, None)
-    torch.library.opcheck(torch.ops.nexus_rt.modulate.default, (x, scale, shift, 1e-6, *extra))
+    torch.library.opcheck(
+        torch.ops.nexus_rt.modulate.default, (x, scale, shift, 1e-6, *extra, False)
+    )
 
 
 def test_more_rows_than_the_grid_are_refused():
-    from nexus_rt.kernels.modulate import _check
+    from nexus_rt.kernels.modulate import check_modulate
 
     x, scale = torch.empty(2, 2**30, 8, device="meta"), torch.empty(1, 8, device="meta")
     with pytest.raises(ValueError, match="2147483648 tokens in all are beyond the grid"):
-        _check(x, scale, scale, None, None)
+        check_modulate(x, scale, scale, None, None)

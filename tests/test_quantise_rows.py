@@ -103,7 +103,7 @@ def test_the_ops_keep_torchs_rules():
     for gelu in (False, True):
         torch.library.opcheck(torch.ops.nexus_rt.quantise_rows.default, (x, gelu))
     torch.library.opcheck(
-        torch.ops.nexus_rt.modulate_rows.default, (x, scale, shift, 1e-6, y, gate)
+        torch.ops.nexus_rt.modulate.default, (x, scale, shift, 1e-6, y, gate, True)
     )
 
 
