@@ -3,9 +3,9 @@
 import json
 import re
 
+import diffusers
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from nexus_rt.core.errors import ModelError
@@ -24,7 +24,7 @@ NAME = "diffusion_pytorch_model"
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(1)
-    WanTransformer3DModel(**CONFIG).save_pretrained(tmp_path)
+    diffusers.WanTransformer3DModel(**CONFIG).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -95,7 +95,9 @@ def test_the_original_wan_layout_loads_the_same_model(folder, tmp_path_factory):
 
 def test_shards_load_the_same_model(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("sharded")
-    WanTransformer3DModel.from_pretrained(folder).save_pretrained(other, max_shard_size="40KB")
+    diffusers.WanTransformer3DModel.from_pretrained(folder).save_pretrained(
+        other, max_shard_size="40KB"
+    )
     assert len(list(other.glob("*.safetensors"))) > 2
     assert torch.equal(
         run(load_transformer(other, torch.float32)), run(load_transformer(folder, torch.float32))
@@ -104,7 +106,9 @@ def test_shards_load_the_same_model(folder, tmp_path_factory):
 
 def test_a_stored_dtype_is_converted(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("bf16")
-    WanTransformer3DModel.from_pretrained(folder).to(torch.bfloat16).save_pretrained(other)
+    diffusers.WanTransformer3DModel.from_pretrained(folder).to(torch.bfloat16).save_pretrained(
+        other
+    )
     model = load_transformer(other, torch.float32)
     exact = load_transformer(folder, torch.float32)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -149,7 +153,9 @@ def test_a_corrupted_header(folder):
 
 def test_a_missing_shard(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("lost")
-    WanTransformer3DModel.from_pretrained(folder).save_pretrained(other, max_shard_size="40KB")
+    diffusers.WanTransformer3DModel.from_pretrained(folder).save_pretrained(
+        other, max_shard_size="40KB"
+    )
     lost = sorted(other.glob("*.safetensors"))[1]
     lost.unlink()
     with refuses("not_found", kind=ModelError) as error:

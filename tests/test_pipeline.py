@@ -3,10 +3,10 @@
 import contextlib
 import json
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 
 from nexus_rt import (
     BlendConfig,
@@ -104,7 +104,7 @@ def test_the_large_plan_is_diffusers_pipeline_on_this_grid(tiny_pair, tiny_pipe)
     got = tiny_pipe(
         PROMPT, generator=seeded(), plan="large", output_type="latent", num_inference_steps=8
     ).frames
-    transformer = WanTransformer3DModel.from_pretrained(tiny_pair / "large").eval()
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(tiny_pair / "large").eval()
     grid = time_grid(8, 5.0)
     scheduler, x = diffusers_solver(grid), torch.randn(1, 16, 2, 4, 6, generator=seeded())
     cond, uncond = tiny_pipe.text.encode([PROMPT, ""]).split(1)

@@ -4,10 +4,10 @@ grid."""
 import importlib.util
 import math
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
 
 from nexus_rt.core.errors import InputError
 from nexus_rt.method.solver import make_solver
@@ -73,8 +73,8 @@ def field(x: torch.Tensor, sigma: float) -> torch.Tensor:
     return torch.sin(1.7 * x + sigma) + 0.3 * x * sigma - 0.2
 
 
-def diffusers_solver(grid: TimeGrid) -> UniPCMultistepScheduler:
-    scheduler = UniPCMultistepScheduler(
+def diffusers_solver(grid: TimeGrid) -> "diffusers.UniPCMultistepScheduler":
+    scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
         solver_order=2,

@@ -2,9 +2,9 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 
 from nexus_rt.core.errors import InputError, ModelError
 from nexus_rt.loading import checkpoint
@@ -42,9 +42,9 @@ CONFIGS = [
 ]
 
 
-def reference(config: dict, seed: int = 0) -> WanTransformer3DModel:
+def reference(config: dict, seed: int = 0) -> "diffusers.WanTransformer3DModel":
     torch.manual_seed(seed)
-    model = WanTransformer3DModel(**config).eval()
+    model = diffusers.WanTransformer3DModel(**config).eval()
     # every parameter away from its neutral start (norm weights are ones, biases small)
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)
@@ -96,7 +96,9 @@ def test_low_precision_loses_no_more_than_diffusers(tmp_path):
     theirs.save_pretrained(tmp_path)
     exact = load_transformer(tmp_path, dtype=torch.float32)
     low = load_transformer(tmp_path, dtype=torch.bfloat16)
-    theirs_low = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    theirs_low = diffusers.WanTransformer3DModel.from_pretrained(
+        tmp_path, torch_dtype=torch.bfloat16
+    )
     latents, context, timestep = (
         torch.randn(2, 16, 5, 8, 14),
         padded_context(2, 32),
@@ -134,7 +136,10 @@ def test_collapsed_padding_counts_what_it_stands_for():
 )
 def test_published_sizes_have_diffusers_names_and_shapes(config):
     with torch.device("meta"):
-        theirs, ours = WanTransformer3DModel(**config), wan.WanTransformer(wan.WanConfig(**config))
+        theirs, ours = (
+            diffusers.WanTransformer3DModel(**config),
+            wan.WanTransformer(wan.WanConfig(**config)),
+        )
     assert checkpoint.diffusers_shapes(ours) == {
         k: tuple(p.shape) for k, p in theirs.named_parameters()
     }
