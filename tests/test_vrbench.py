@@ -61,7 +61,7 @@ def test_the_published_taxonomy():
         (
             lambda s: first(s)["evaluation"].update(evaluation_questions=[]),
             "missing",
-            "evaluation.evaluation_questions",
+            "prompts[0].evaluation is not as expected: evaluation_questions is empty",
         ),
         (
             lambda s: questions(s)[1].update(id="two"),

@@ -108,7 +108,7 @@ def look(frames: np.ndarray) -> Seen:
         chroma = rgb.max(1) - rgb.min(1)
         hues.append(_hue(rgb)[chroma > 0.15])
         weights.append(chroma[chroma > 0.15])
-    shape = max(scores, key=scores.get)
+    shape = max(scores, key=lambda k: scores[k])
     hue, weight = np.concatenate(hues), np.concatenate(weights)
     colour = None
     if len(hue):

@@ -12,12 +12,15 @@ alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from nexus_rt.bench.shapes.world import COLOURS, MOTIONS, SHAPES, Scene, caption, sample_scene
 
+T = TypeVar("T")
 NUMBERS = (
     "no",
     "one",
@@ -117,15 +120,15 @@ def _sum(total: int, rng: np.random.Generator) -> str:
     return f"{NUMBERS[a]} {sign} {NUMBERS[b]}"
 
 
-def _other(names, own: str, rng: np.random.Generator) -> str:
+def _other(names: Iterable[str], own: str, rng: np.random.Generator) -> str:
     return str(rng.choice([n for n in names if n != own]))
 
 
-def _one(options, rng: np.random.Generator):
+def _one(options: Sequence[T], rng: np.random.Generator) -> T:
     return options[int(rng.integers(len(options)))]
 
 
-def _negation(names, own: str, rng: np.random.Generator) -> str:
+def _negation(names: Iterable[str], own: str, rng: np.random.Generator) -> str:
     other = _other(names, own, rng)
     return _one(
         (
@@ -208,17 +211,18 @@ def sample_kinds(
     """Kinds for the three fields: in training each plain with a probability, and never a held-out
     triple; in testing always a held-out one."""
     while True:
-        kinds = tuple(
+        shape, colour, motion = (
             "plain" if training and rng.random() < plain else str(rng.choice(k))
             for k in KINDS.values()
         )
+        kinds = shape, colour, motion
         if held_out(kinds) != training:
             return kinds
 
 
 def words() -> list[str]:
     """Every word of the grammar."""
-    rng, words = np.random.default_rng(0), {}
+    rng, words = np.random.default_rng(0), dict[str, None]()
     for k in range(6000):
         text = riddle(
             Scene(

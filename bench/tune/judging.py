@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nexus_rt.components.vae import VideoDecoder
 from nexus_rt.core.errors import InputError
 from nexus_rt.pipeline.pipeline import NexusPipeline
+from nexus_rt.pipeline.settings import CallSettings
 
 
 class ClipJudge(Protocol):
@@ -45,7 +47,14 @@ class PixelJudge:
     def __init__(self, pipe: NexusPipeline, count: int, seed: int) -> None:
         from nexus_rt.bench.shapes import riddles
 
-        self.pipe = pipe
+        if not isinstance(pipe.vae, VideoDecoder):
+            raise InputError(
+                "the judge pixels encodes true renderings, and this pair has no VAE of weights;"
+                " pass another pair or another judge.",
+                code="unsupported",
+                param="judge",
+            )
+        self.pipe, self.vae = pipe, pipe.vae
         self.riddles = riddles.make_prompts("riddles", seed, count)
         self.prompts = [r.text for r in self.riddles]
         self.seed, self.true = seed, dict[int, np.ndarray]()
@@ -55,11 +64,11 @@ class PixelJudge:
         from nexus_rt.bench.shapes import spectrum, world
 
         if place not in self.true:
-            d, rng = self.pipe.defaults, np.random.default_rng([self.seed, place, 3])
-            drawn = world.render(self.riddles[place].scene, rng, d.num_frames, d.height)
+            size = self.pipe.request(CallSettings()).size
+            rng = np.random.default_rng([self.seed, place, 3])
+            drawn = world.render(self.riddles[place].scene, rng, size.frames, size.height)
             video = torch.from_numpy(drawn).float().transpose(0, 1)[None]
-            assert self.pipe.vae is not None
-            clip = self.pipe.decode(self.pipe.vae.encode(video))[0]  # type: ignore[attr-defined]
+            clip = self.pipe.decode(self.vae.encode(video))[0]
             self.true[place] = spectrum.spectrum(clip[::4])
         return self.true[place]
 

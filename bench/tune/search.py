@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from torch import Tensor
 
 from nexus_rt.bench.tune.judging import ClipJudge, noise
-from nexus_rt.bench.tune.space import Candidate, Space
+from nexus_rt.bench.tune.space import Candidate, Rewrite, Space
 from nexus_rt.core import documents
 from nexus_rt.core.errors import InputError, shorten
 from nexus_rt.method.plan import StepCosts
@@ -33,7 +33,7 @@ class Judged(msgspec.Struct):
     """What the journal keeps of a judged plan."""
 
     plan: str
-    rewrite: Literal["auto", "off"]
+    rewrite: Rewrite
     scores: list[Annotated[float, msgspec.Meta(ge=0, le=1)]]
     wall_ms: Annotated[float, msgspec.Meta(ge=0, le=1e15)] = 0.0
 
@@ -84,13 +84,12 @@ class Search:
 
     def latents(self, candidate: Candidate, judge: ClipJudge, places: Sequence[int]) -> Tensor:
         """A candidate's clips of some prompts, each from its own noise: latents [B, C, T, H, W]."""
-        rewrite = {"rewrite": candidate.rewrite} if self.space.rewrite else {}
         return self.pipe(
             [judge.prompts[i] for i in places],
             plan=parse_plan(candidate.plan, self.grid),
             generator=noise(places, self.seed),
             output_type="latent",
-            **rewrite,
+            rewrite=candidate.rewrite if self.space.rewrite else None,
             **self.options,
         ).frames
 
@@ -246,7 +245,7 @@ class Search:
             scores, wall = self.judge(row.candidate, self.report, places)
             reported.append(_front_plan(row.candidate, row.price, scores, wall, row.score))
         d = self.pipe.defaults
-        own = Candidate(d.plan, d.rewrite or "off")
+        own = Candidate(d.plan, "auto" if d.rewrite == "auto" else "off")
         scores, wall = self.judge(own, self.report, places)
         default = _front_plan(own, self.price(own.plan), scores, wall, None)
         reported.sort(key=lambda p: p.ms)
