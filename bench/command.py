@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     shipped = real and not named and len(pipe.engines) > 1
     riddles = args.accuracy if shipped and size == own else 0
     clip = Clip(size, steps, args.seed, prompt, embeds, riddles)
-    plans = _plans(args.plans, pipe)
+    plans = _plans(args.plans, pipe.engines, d.plan)
     for name in plans:  # a plan that does not parse is raised before anything is measured
         pipe.make_plan(name, None if has_clocks(name) else steps)
     report |= {"prompt": prompt, "size": list(size), "steps": steps, "seed": args.seed}
@@ -227,13 +227,12 @@ def _size(args: argparse.Namespace, usual: ClipSize) -> ClipSize:
     return ClipSize(width, height, args.frames or usual.frames)
 
 
-def _plans(text: str | None, pipe: NexusPipeline) -> list[str]:
-    """Plans of `--plans`, or those that tell a pair's price."""
+def _plans(text: str | None, generators: Iterable[str], plan: str) -> list[str]:
+    """Plans of `--plans`, or those that tell a pair's price, `plan` its own."""
     if text:
         return _plan_names(text)
-    if len(pipe.engines) < 2:
-        return list(pipe.engines)
-    return list(dict.fromkeys(["reference", pipe.defaults.plan, "auto=0.02"]))
+    names = list(generators)
+    return names if len(names) < 2 else list(dict.fromkeys(["reference", plan, "auto=0.02"]))
 
 
 def _plan_names(text: str) -> list[str]:
@@ -367,9 +366,7 @@ def _estimate(
 ) -> dict[str, Any]:
     d = Defaults()
     grid = default_grid(d, args.steps)
-    both = ["reference", d.plan, "auto=0.02"] if len(configs) > 1 else list(configs)
-    names = args.plans.split(",") if args.plans else both
-    plans = [parse_plan(name.strip(), grid) for name in names]
+    plans = [parse_plan(name, grid) for name in _plans(args.plans, configs, d.plan)]
     tflops = args.tflops or matrix_tflops(device, dtype)
     guidance = make_guidance(CallSettings(), d)
     return estimate(configs, need, size, plans, (guidance.small, guidance.large), tflops)

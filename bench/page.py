@@ -30,6 +30,7 @@ BEFORE, AFTER = (
     ("vae", "encode-to-mp4"),
 )
 CEILING = 60.0  # decibels
+INK = "#222"
 CELLS = Cells("—", ",.1f", " dB", ("<b>", "</b>"))
 ROWS = {  # figure -> title
     "plan": "plan",
@@ -136,18 +137,11 @@ def timeline(rows: list[Row]) -> str:
         pieces += [(s.runs, s.duration_ms, f"step {s.step} ({s.runs})") for s in r.denoise_steps_ms]
         pieces += [(n, parts[n], n) for n in AFTER if n in parts]
         label = f"{r.plan} on {r.engine}"
-        out.append(
-            f'<text x="{left - 8}" y="{y + 14}" text-anchor="end"'
-            f' font-size="12">{escape(label[:36])}</text>'
-        )
+        out.append(_text(left - 8, y + 14, label[:36], 12, "end", INK))
         out.append(_bars(pieces, scale, y, 18, left))
     y = 14 + len(rows) * pitch
     for share in (0, 0.25, 0.5, 0.75, 1):
-        x = left + share * width
-        out.append(
-            f'<text x="{x:.0f}" y="{y + 8}" text-anchor="middle" font-size="11"'
-            f' fill="#666">{share * longest:.0f} ms</text>'
-        )
+        out.append(_text(left + share * width, y + 8, f"{share * longest:.0f} ms"))
     return _svg(left + width + 40, y + 16, "".join(out))
 
 
@@ -167,49 +161,26 @@ def scatter(rows: list[Row]) -> str:
     left, top, width, height = 60, 24, 620, 300
     low = min(20.0, *(value for _, value in shown)) - 5
     slowest = 1.1 * max(r.total_duration_ms for r, _ in shown)
-    out = [
-        f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#bbb"/>'
-    ]
-    for i in range(5):
-        value, ms = low + (CEILING - low) * i / 4, slowest * i / 4
-        y, x = top + height * (1 - i / 4), left + width * i / 4
-        out.append(
-            f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end" font-size="11"'
-            f' fill="#666">{value:.0f}</text>'
-        )
-        out.append(
-            f'<text x="{x:.0f}" y="{top + height + 16}" text-anchor="middle" font-size="11"'
-            f' fill="#666">{ms:.0f}</text>'
-        )
+    out = _axes((left, top, width, height), (0, slowest), (low, CEILING), 5, 11)
     engines = list(dict.fromkeys(r.engine for r, _ in shown))
     palette = ["#264653", "#e76f51", "#2a9d8f", "#b08900", "#6d6875"]
     for i, (r, value) in enumerate(shown):
         x = left + width * r.total_duration_ms / slowest
         y = top + height * (1 - (value - low) / (CEILING - low))
         fill = palette[engines.index(r.engine) % len(palette)]
-        title = escape(f"{i + 1} {r.plan} on {r.engine}")
-        out.append(
+        title = f"{i + 1} {r.plan} on {r.engine}"
+        figures = f"{r.total_duration_ms:.0f} ms, {CELLS.psnr(r.quality, ' dB')}"
+        out += [
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="{fill}"'
-            f' fill-opacity=".85"><title>{title}</title></circle>'
-        )
-        out.append(
-            f'<text x="{x:.1f}" y="{y + 3.5:.1f}" text-anchor="middle" font-size="10"'
-            f' fill="#fff">{i + 1}</text>'
-        )
-        out.append(
-            f'<text x="{left + width + 20}" y="{top + 12 + 17 * i}" font-size="12"'
-            f' fill="{fill}">{title}: '
-            f"{r.total_duration_ms:.0f} ms, {CELLS.psnr(r.quality, ' dB')}</text>"
-        )
-    middle = left + width / 2
-    out.append(
-        f'<text x="{middle}" y="{top + height + 34}" text-anchor="middle" font-size="12">end to'
-        " end, ms</text>"
-    )
-    out.append(
-        f'<text x="14" y="{top - 10}" font-size="12">PSNR to the reference plan, dB (top:'
-        f" {CEILING:.0f} up)</text>"
-    )
+            f' fill-opacity=".85"><title>{escape(title)}</title></circle>',
+            _text(x, y + 3.5, f"{i + 1}", 10, fill="#fff"),
+            _text(left + width + 20, top + 12 + 17 * i, f"{title}: {figures}", 12, "start", fill),
+        ]
+    words = f"PSNR to the reference plan, dB (top: {CEILING:.0f} up)"
+    out += [
+        _text(left + width / 2, top + height + 34, "end to end, ms", 12, fill=INK),
+        _text(14, top - 10, words, 12, "start", INK),
+    ]
     return _svg(
         left + width + 400, max(top + height + 44, top + 20 + 17 * len(shown)), "".join(out)
     )
@@ -223,9 +194,7 @@ def lines(points: list[tuple[float, float]], fit: Fit | None, x_name: str) -> st
     xs, ys = zip(*points, strict=True)
     wide, tall = 1.05 * max(xs), 1.1 * max(ys) or 1.0
     at = lambda x, y: f"{left + width * x / wide:.1f},{top + height * (1 - y / tall):.1f}"
-    out = [
-        f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#bbb"/>'
-    ]
+    out = _axes((left, top, width, height), (0, wide), (0, tall), 3, 10)
     if fit:
         curve = [
             (x, sum(c * x**p for c, p in zip(fit.coefficients, fit.powers, strict=True)))
@@ -239,20 +208,44 @@ def lines(points: list[tuple[float, float]], fit: Fit | None, x_name: str) -> st
             f'<circle cx="{px}" cy="{py}" r="3.5" fill="#264653"><title>{x:g}: {y:g}'
             " ms</title></circle>"
         )
-    for i in range(3):
-        out.append(
-            f'<text x="{left - 5}" y="{top + height * (1 - i / 2) + 4:.0f}" text-anchor="end"'
-            f' font-size="10" fill="#666">{tall * i / 2:.0f}</text>'
-        )
-        out.append(
-            f'<text x="{left + width * i / 2:.0f}" y="{top + height + 13}" text-anchor="middle"'
-            f' font-size="10" fill="#666">{wide * i / 2:.0f}</text>'
-        )
-    out.append(
-        f'<text x="{left + width / 2}" y="{top + height + 27}" text-anchor="middle"'
-        f' font-size="11">{escape(x_name)}</text>'
-    )
+    out.append(_text(left + width / 2, top + height + 27, x_name, fill=INK))
     return _svg(left + width + 20, top + height + 34, "".join(out))
+
+
+def _text(
+    x: float, y: float, words: str, size: int = 11, anchor: str = "middle", fill: str = "#666"
+) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"'
+        f' fill="{fill}">{escape(words)}</text>'
+    )
+
+
+def _axes(
+    box: tuple[float, float, float, float],
+    across: tuple[float, float],
+    up: tuple[float, float],
+    count: int,
+    size: int,
+) -> list[str]:
+    """A frame and `count` numbers along its lower and its left side.
+
+    Args:
+        box: left, top, width and height. across, up: the values at its ends.
+    """
+    left, top, width, height = box
+    out = [
+        f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#bbb"/>'
+    ]
+    for i in range(count):
+        share = i / (count - 1)
+        x, y = left + width * share, top + height * (1 - share)
+        across_here, up_here = (a + (b - a) * share for a, b in (across, up))
+        out += [
+            _text(left - 6, y + 4, f"{up_here:.0f}", size, "end"),
+            _text(x, top + height + size + 4, f"{across_here:.0f}", size),
+        ]
+    return out
 
 
 def _svg(width: float, height: float, inside: str) -> str:

@@ -168,17 +168,17 @@ class Peers:
 
     def ours(self, plan: str, **prompt: Any) -> Call:
         """A call of our pipeline: final latents and frames."""
+        inputs: dict[str, Any] = {**self.clip.size.options, **prompt}
 
         def call() -> tuple[Tensor, np.ndarray | None]:
             latents = self.pipe(
-                **self.clip.size.options,
                 num_inference_steps=self.clip.steps_of(plan),
                 plan=plan,
                 latents=self.noise(),
                 output_type="latent",
                 guidance_scale=self.scales[0],
                 guidance_scale_2=self.scales[1],
-                **prompt,
+                **inputs,
             ).frames
             return latents, self.pipe.decode(latents, "np") if self.pipe.vae is not None else None
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -588,3 +589,10 @@ def test_a_row_that_failed_with_null_did_not_fail(measured):
     many = [{**rows[0], "total_runs_ms": [1.0] * 10_001}]
     with refuses("too_large", "rows[0].total_runs_ms", ModelError):
         results.report_of({**report, "rows": many}, "F")
+
+
+def test_the_hardware_of_a_gpu_is_named(monkeypatch):
+    made = SimpleNamespace(name="NVIDIA H200", total_memory=141 * 10**9, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: made)
+    found = results.hardware(torch.device("cuda"))
+    assert (found["gpu"], found["gpu_bytes"], found["sm"]) == ("NVIDIA H200", 141 * 10**9, "9.0")

@@ -82,7 +82,7 @@ def together(calls: Cases) -> dict[str, Any]:
 
     def badness(name: str) -> tuple[bool, float]:
         row = rows[name]
-        error = float(row.get("error", row.get("relative_error", math.inf)))
+        error = float(row["error" if "error" in row else "relative_error"])
         return not row["right"], math.inf if math.isnan(error) else error
 
     worst = rows[max(rows, key=badness)]
