@@ -155,7 +155,7 @@ def synthetic_folder(folder: Path, gigabytes: float, dtype: torch.dtype) -> None
     pattern."""
     from safetensors.torch import save_file
 
-    from nexus_rt.loading.checkpoint import diffusers_shapes
+    from nexus_rt.loading.layouts import diffusers_shapes
     from nexus_rt.models.wan import WanConfig, WanTransformer
 
     dim, ffn = 1536, 8960

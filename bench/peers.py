@@ -30,7 +30,7 @@ from nexus_rt.components.context import unpad
 from nexus_rt.core.errors import InputError, choose
 from nexus_rt.core.limits import Scale
 from nexus_rt.engines.experts import ExpertsEngine
-from nexus_rt.loading.checkpoint import to_diffusers
+from nexus_rt.loading.layouts import to_diffusers
 from nexus_rt.loading.packing import check_dense
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.method.plan import Plan
@@ -250,7 +250,7 @@ class Peers:
         Raises:
             InputError: there is no text, which the understanding model reads.
         """
-        from nexus_rt.components.text import clean_prompt
+        from nexus_rt.models.coders import clean_prompt
 
         context: Any = self.pipe.context
         if self.clip.prompt is None:

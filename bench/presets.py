@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from nexus_rt.bench.architectures import SIZES, WAN
 from nexus_rt.bench.work import weight_bytes
-from nexus_rt.components.vae import WAN_VAE, VideoDecoder, in_channels_last
+from nexus_rt.components.vae import VideoDecoder
 from nexus_rt.core.errors import choose
 from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.loading.checkpoint import KEEP_FP32
 from nexus_rt.models.wan import WanConfig, WanTransformer
+from nexus_rt.models.wan_vae import WAN_VAE, in_channels_last
 from nexus_rt.pipeline.assemble import Loaded
 from nexus_rt.pipeline.memory_use import activation_bytes
 from nexus_rt.pipeline.pipeline import NexusPipeline

@@ -20,7 +20,7 @@ from nexus_rt.core.errors import InputError, ModelError, readable, shorten, show
 from nexus_rt.core.part_files import part_file
 from nexus_rt.core.versions import versions
 from nexus_rt.loading.experts import GeneratorSource, transformers_of
-from nexus_rt.loading.source import folder_fingerprint
+from nexus_rt.loading.locate import folder_fingerprint
 from nexus_rt.method.step import engine_name
 
 SCHEMA, KIND = 1, "nexus-rt bench"

@@ -36,7 +36,7 @@ from nexus_rt.export.components import Component, weights_bytes, weights_hash
 from nexus_rt.export.contract import contract
 from nexus_rt.export.dynamic_shapes import Traced
 from nexus_rt.export.parity import gate
-from nexus_rt.loading.shards import write_json
+from nexus_rt.loading.config import write_json
 from nexus_rt.memory.offload import release
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from nexus_rt.components.text import TextEncoder
-from nexus_rt.components.vae import VideoDecoder, vae_config, vae_space
+from nexus_rt.components.vae import VideoDecoder
 from nexus_rt.core.errors import InputError, ModelError, choose
 from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.exported_engine import DTYPES, GRAPHS
@@ -31,8 +31,9 @@ from nexus_rt.loading.experts import ExpertFolders, GeneratorSource, transformer
 from nexus_rt.loading.locate import find_text
 from nexus_rt.loading.lora import Lora, loras_hash, loras_of
 from nexus_rt.loading.pair_folder import PairFolders
+from nexus_rt.loading.umt5 import umt5_settings
+from nexus_rt.loading.vae import vae_config, vae_space
 from nexus_rt.memory.streaming import BlockStream
-from nexus_rt.models.umt5 import umt5_settings
 from nexus_rt.models.wan import WanTransformer
 
 NAMES = ("small", "large", "vae", "text_encoder")  # of what can be exported

@@ -248,18 +248,23 @@ def make_targets(pair, steered, work):
     from nexus_rt.bench import results
     from nexus_rt.bench.vrbench import judging, schema
     from nexus_rt.bench.vrbench.command import EXAMPLE
-    from nexus_rt.components.understanding import Template, UnderstandingModel
-    from nexus_rt.components.vae import VideoDecoder, read_latents, save_latents, vae_space
+    from nexus_rt.components.understanding import UnderstandingModel
+    from nexus_rt.components.vae import VideoDecoder
     from nexus_rt.engines.folder import EngineFolder
     from nexus_rt.engines.torch import TorchEngine
+    from nexus_rt.loading.config import read_json
+    from nexus_rt.loading.connector import load_connector
+    from nexus_rt.loading.formats.safetensors import read_header
     from nexus_rt.loading.lora import Lora
     from nexus_rt.loading.pair_folder import find_pair
-    from nexus_rt.loading.source import read_json
-    from nexus_rt.loading.stored import find_tensors, read_header
+    from nexus_rt.loading.tensors import find_tensors
+    from nexus_rt.loading.tokenizer import load_tokenizer
     from nexus_rt.loading.transformer import load_config, load_transformer
-    from nexus_rt.models.connector import ConnectorConfig, load_connector
-    from nexus_rt.models.tokenizer import load_tokenizer
-    from nexus_rt.models.umt5 import load_umt5
+    from nexus_rt.loading.umt5 import load_umt5
+    from nexus_rt.loading.vae import vae_space
+    from nexus_rt.media.latents import read_latents, save_latents
+    from nexus_rt.models.connector import ConnectorConfig
+    from nexus_rt.models.template import Template
     from nexus_rt.pipeline.prompts import read_prompts
 
     root = shutil.copytree(pair, work / "pair")

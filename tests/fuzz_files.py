@@ -161,11 +161,12 @@ def make_targets(pair, work, target, mutated):
 
     from nexus_rt.components.text import TextEncoder
     from nexus_rt.components.vae import VideoDecoder
+    from nexus_rt.loading.formats.stored import read_tensors
     from nexus_rt.loading.lora import Changes, Lora
-    from nexus_rt.loading.stored import find_tensors, read_tensors
+    from nexus_rt.loading.tensors import find_tensors
+    from nexus_rt.loading.tokenizer import load_tokenizer
     from nexus_rt.loading.transformer import load_transformer
     from nexus_rt.models.pieces import tokenizer_of
-    from nexus_rt.models.tokenizer import load_tokenizer
     from tests.test_single_files import spiece_model
 
     class File(target):

@@ -715,7 +715,7 @@ def test_names_of_a_text_list_stay_as_it_grows(tmp_path):
 
 
 def test_latents_are_kept_where_a_clip_cannot_be_written(tiny_pipe, tmp_path, monkeypatch):
-    from nexus_rt.components.vae import read_latents
+    from nexus_rt.media.latents import read_latents
 
     monkeypatch.setattr(
         batch_clips,

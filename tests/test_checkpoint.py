@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nexus_rt.core.errors import ModelError
-from nexus_rt.loading.checkpoint import diffusers_name, to_diffusers
+from nexus_rt.loading.formats.stored import read_tensors
+from nexus_rt.loading.layouts import diffusers_name, to_diffusers
 from nexus_rt.loading.source import resolve
-from nexus_rt.loading.stored import find_tensors, read_tensors
+from nexus_rt.loading.tensors import find_tensors
 from nexus_rt.loading.transformer import load_transformer
 from tests.refusals import refuses
 

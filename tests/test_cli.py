@@ -587,7 +587,7 @@ def line_of(command, option, value, folder):
     """A whole command line of a leaf (`COMMAND [ACTION]`) with one option set."""
     prompts = folder / "p.txt"
     prompts.write_text(PROMPT)
-    from nexus_rt.components.vae import save_latents
+    from nexus_rt.media.latents import save_latents
 
     rest = {
         "generate": [PROMPT],

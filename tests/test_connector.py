@@ -10,13 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from nexus_rt.core.errors import InputError, ModelError
-from nexus_rt.models.connector import (
-    SPECIAL_TOKENS,
-    Connector,
-    ConnectorConfig,
-    load_connector,
-    save_connector,
-)
+from nexus_rt.loading.connector import load_connector, save_connector
+from nexus_rt.models.connector import SPECIAL_TOKENS, Connector, ConnectorConfig
 from tests.refusals import refuses
 
 TINY = ConnectorConfig(

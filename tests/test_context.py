@@ -9,7 +9,8 @@ import torch
 from nexus_rt import NexusPipeline
 from nexus_rt.components.context import unpad
 from nexus_rt.core.errors import InputError, ModelError
-from nexus_rt.models.connector import SPECIAL_TOKENS, Connector, ConnectorConfig, save_connector
+from nexus_rt.loading.connector import save_connector
+from nexus_rt.models.connector import SPECIAL_TOKENS, Connector, ConnectorConfig
 from tests.omnivideo import make_llm
 from tests.refusals import refuses
 

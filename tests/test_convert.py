@@ -12,11 +12,12 @@ import torch
 from nexus_rt import NexusPipeline
 from nexus_rt.cli import main
 from nexus_rt.core.errors import InputError, ModelError
-from nexus_rt.loading.architecture import t5_name
 from nexus_rt.loading.convert import LAYOUT, convert_omnivideo
 from nexus_rt.loading.formats.pickles import read_pickle
-from nexus_rt.loading.shards import write_shards
-from nexus_rt.loading.stored import find_tensors, read_tensors
+from nexus_rt.loading.formats.safetensors import write_shards
+from nexus_rt.loading.formats.stored import read_tensors
+from nexus_rt.loading.layouts import t5_name
+from nexus_rt.loading.tensors import find_tensors
 from tests.omnivideo import make_published, original_t5_names, original_vae_names
 from tests.refusals import refuses
 

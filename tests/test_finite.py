@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nexus_rt.components.text import TextEncoder
-from nexus_rt.components.understanding import Template, UnderstandingModel
+from nexus_rt.components.understanding import UnderstandingModel
 from nexus_rt.components.vae import VideoDecoder
 from nexus_rt.core.errors import ModelError
+from nexus_rt.loading.connector import load_connector, save_connector
 from nexus_rt.loading.finite import is_finite
 from nexus_rt.loading.transformer import load_transformer
-from nexus_rt.models.connector import load_connector, save_connector
 from nexus_rt.models.encodings import GGUF_BLOCKS
+from nexus_rt.models.template import Template
 from tests.needs import needs
 from tests.omnivideo import make_llm
 from tests.published import fp8_scaled, is_quantised, save, save_gguf, wan_state
@@ -119,7 +120,7 @@ def test_values_beyond_float32(tmp_path, kept):
 def test_scales_of_gguf_blocks(tmp_path, kind, kept):
     """Every float16 of a block, in the last block of a matrix."""
     needs("gguf")
-    from nexus_rt.loading.stored import find_tensors
+    from nexus_rt.loading.tensors import find_tensors
 
     file, block = tmp_path / "x.gguf", GGUF_BLOCKS[kind]
     save_gguf(wan_state(), file, [kind])

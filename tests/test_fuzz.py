@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from nexus_rt.models.connector import SPECIAL_TOKENS, Connector, ConnectorConfig, save_connector
+from nexus_rt.loading.connector import save_connector
+from nexus_rt.models.connector import SPECIAL_TOKENS, Connector, ConnectorConfig
 from tests import fuzz
 from tests.more import more
 

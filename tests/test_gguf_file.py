@@ -11,7 +11,8 @@ from nexus_rt.components.text import TextEncoder
 from nexus_rt.components.vae import VideoDecoder
 from nexus_rt.core.errors import ModelError
 from nexus_rt.loading.formats import gguf as gguf_file
-from nexus_rt.loading.stored import find_tensors, read_tensors
+from nexus_rt.loading.formats.stored import read_tensors
+from nexus_rt.loading.tensors import find_tensors
 from nexus_rt.loading.transformer import load_config, load_transformer
 from tests import published
 from tests.refusals import refuses

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
-from nexus_rt.components.understanding import Template, UnderstandingModel
+from nexus_rt.components.understanding import UnderstandingModel
 from nexus_rt.core.errors import ModelError
-from nexus_rt.models.llama import LlamaBackbone, is_native, load_llama
+from nexus_rt.loading.llama import load_llama
+from nexus_rt.models.llama import LlamaBackbone, is_native
+from nexus_rt.models.template import Template
 from tests.omnivideo import make_llm
 from tests.refusals import refuses
 

@@ -9,7 +9,7 @@ from nexus_rt import InputError, ModelError, NexusPipeline
 from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.export.components import GeneratorComponent
-from nexus_rt.loading.checkpoint import to_diffusers
+from nexus_rt.loading.layouts import to_diffusers
 from nexus_rt.loading.lora import Lora, loras_hash, parse_loras
 from nexus_rt.loading.transformer import load_transformer
 from tests.needs import needs

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from nexus_rt.components.text import TextEncoder, clean_prompt
-from nexus_rt.components.vae import VideoDecoder, read_latents
+from nexus_rt.components.text import TextEncoder
+from nexus_rt.components.vae import VideoDecoder
 from nexus_rt.core.errors import DecodeError, InputError, ModelError
+from nexus_rt.media.latents import read_latents
+from nexus_rt.models.coders import clean_prompt
 from tests.refusals import refuses
 
 PROMPTS = [

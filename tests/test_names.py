@@ -10,16 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nexus_rt.components.text import TextEncoder
-from nexus_rt.components.understanding import Template, UnderstandingModel
+from nexus_rt.components.understanding import UnderstandingModel
 from nexus_rt.components.vae import VideoDecoder
 from nexus_rt.core.errors import ModelError
-from nexus_rt.loading.checkpoint import diffusers_name, to_diffusers
+from nexus_rt.loading.connector import load_connector, save_connector
 from nexus_rt.loading.convert_wan import convert_wan
+from nexus_rt.loading.layouts import diffusers_name, to_diffusers
 from nexus_rt.loading.lora import Changes, Lora, loras_of
 from nexus_rt.loading.lora_file import read_key
 from nexus_rt.loading.names import WRAPPERS, plain_name
 from nexus_rt.loading.transformer import load_transformer
-from nexus_rt.models.connector import load_connector, save_connector
+from nexus_rt.models.template import Template
 from tests.needs import needs
 from tests.omnivideo import make_llm, original_t5_names, original_vae_names, original_wan_names
 from tests.published import fp8_scaled, save, wan_state

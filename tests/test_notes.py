@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from nexus_rt.core.errors import ModelError
 from nexus_rt.loading import notes
-from nexus_rt.loading.stored import find_tensors, read_tensors
+from nexus_rt.loading.formats.stored import read_tensors
+from nexus_rt.loading.tensors import find_tensors
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models.encodings import ROTATIONS, rotated
 from tests import published

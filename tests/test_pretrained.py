@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nexus_rt.components.text import TextEncoder
-from nexus_rt.components.understanding import Template, UnderstandingModel
+from nexus_rt.components.understanding import UnderstandingModel
 from nexus_rt.core.errors import ModelError
 from nexus_rt.loading import pretrained as module
 from nexus_rt.loading.pretrained import pretrained
+from nexus_rt.models.template import Template
 from tests.omnivideo import make_llm
 from tests.refusals import refuses
 

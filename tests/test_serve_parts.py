@@ -241,7 +241,7 @@ def test_a_straight_path_points_at_its_clean_end():
 
 
 def test_the_shipped_maps_know_their_spaces():
-    from nexus_rt.components.vae import WAN_VAE
+    from nexus_rt.models.wan_vae import WAN_VAE
 
     pipe = NexusPipeline.from_pretrained()
     mini, wan = shipped(pipe.vae.space), shipped(WAN_VAE)

@@ -12,7 +12,7 @@ from nexus_rt.cli import main
 from nexus_rt.components.text import TextEncoder
 from nexus_rt.components.vae import VideoDecoder
 from nexus_rt.core.errors import InputError
-from nexus_rt.loading.stored import find_tensors
+from nexus_rt.loading.tensors import find_tensors
 from nexus_rt.loading.transformer import load_config, load_transformer
 from tests import published
 from tests.omnivideo import original_wan_names
@@ -136,7 +136,7 @@ def test_a_reshaped_gguf_tensor_has_its_own_shape_again(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     stored = find_tensors(tmp_path / "x.gguf")["odd.weight"]
-    from nexus_rt.loading.stored import read_tensors
+    from nexus_rt.loading.formats.stored import read_tensors
 
     ((_, got),) = read_tensors([("odd.weight", stored)])
     want = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.Q4_K).reshape(24, 96)
@@ -508,7 +508,7 @@ def spiece_model(kind=1):
 
 
 def test_comfyuis_text_encoder_carries_its_tokenizer(tiny_pair, tmp_path):
-    from nexus_rt.models.tokenizer import load_tokenizer
+    from nexus_rt.loading.tokenizer import load_tokenizer
 
     theirs = load_file(tiny_pair / "text_encoder" / "model.safetensors")
     write = lambda data: published.save(
@@ -574,7 +574,7 @@ OTHER_PIECES = ("one piece", "nothing")  # whole messages, and no model of UMT5'
 def test_a_damaged_sentencepiece_model_is_one_sentence_and_takes_no_memory(tmp_path, case):
     import tracemalloc
 
-    from nexus_rt.models.tokenizer import load_tokenizer
+    from nexus_rt.loading.tokenizer import load_tokenizer
 
     tensor = torch.tensor(list(PIECES[case]), dtype=torch.uint8)
     file = published.save({"spiece_model": tensor}, tmp_path / "umt5.safetensors")
@@ -601,7 +601,7 @@ def test_a_damaged_sentencepiece_model_is_one_sentence_and_takes_no_memory(tmp_p
     ],
 )
 def test_a_sentencepiece_model_of_another_type_is_named(tmp_path, tensor):
-    from nexus_rt.models.tokenizer import load_tokenizer
+    from nexus_rt.loading.tokenizer import load_tokenizer
 
     file = published.save({"spiece_model": tensor}, tmp_path / "umt5.safetensors")
     with refuses("invalid_type", kind=ModelError):
@@ -674,7 +674,7 @@ def test_a_block_of_a_huge_number_builds_nothing(tiny_pair, tmp_path, number):
 def test_absurd_headers_of_safetensors_are_one_sentence(tmp_path):
     import json
 
-    from nexus_rt.loading.stored import read_header
+    from nexus_rt.loading.formats.safetensors import read_header
 
     file = tmp_path / "x.safetensors"
     one = lambda **fields: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **fields}

@@ -10,7 +10,8 @@ import pytest
 
 from nexus_rt.core.errors import ModelError
 from nexus_rt.loading.pair_folder import MINI
-from nexus_rt.models.tokenizer import PlainTokenizer, TransformersTokenizer, load_tokenizer
+from nexus_rt.loading.tokenizer import load_tokenizer, of_transformers
+from nexus_rt.models.tokenizer import PlainTokenizer
 from tests.refusals import refuses
 
 TEXTS = [
@@ -29,7 +30,7 @@ TEXTS = [
 def test_ids_are_those_of_transformers(part, limit, special):
     ours, theirs = (
         load_tokenizer(MINI / part, "tokenizer"),
-        TransformersTokenizer(MINI / part, "tokenizer"),
+        of_transformers(MINI / part, "tokenizer"),
     )
     assert isinstance(ours, PlainTokenizer)
     for text in TEXTS:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nexus_rt.core.errors import ModelError
-from nexus_rt.models.umt5 import Umt5Config, load_umt5, position_buckets
+from nexus_rt.loading.umt5 import load_umt5
+from nexus_rt.models.umt5 import Umt5Config, position_buckets
 from tests.refusals import refuses
 
 CPU = torch.device("cpu")

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from nexus_rt.components.understanding import Template, UnderstandingModel
+from nexus_rt.components.understanding import UnderstandingModel
 from nexus_rt.core.errors import InputError, ModelError
+from nexus_rt.models.template import Template
 from tests.omnivideo import LLAMA3, WORDS, make_llm
 from tests.refusals import refuses
 

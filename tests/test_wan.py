@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nexus_rt.core.errors import InputError, ModelError
-from nexus_rt.loading import checkpoint
+from nexus_rt.loading import layouts
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models import wan
 from tests.needs import needs
@@ -140,11 +140,11 @@ def test_published_sizes_have_diffusers_names_and_shapes(config):
             diffusers.WanTransformer3DModel(**config),
             wan.WanTransformer(wan.WanConfig(**config)),
         )
-    assert checkpoint.diffusers_shapes(ours) == {
+    assert layouts.diffusers_shapes(ours) == {
         k: tuple(p.shape) for k, p in theirs.named_parameters()
     }
-    split = checkpoint.to_diffusers(ours.state_dict())
-    assert {k: tuple(v.shape) for k, v in split.items()} == checkpoint.diffusers_shapes(ours)
+    split = layouts.to_diffusers(ours.state_dict())
+    assert {k: tuple(v.shape) for k, v in split.items()} == layouts.diffusers_shapes(ours)
 
 
 @pytest.mark.parametrize("index", range(len(CONFIGS)))

@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 from nexus_rt import NexusPipeline
 from nexus_rt.bench.shapes import world
 from nexus_rt.bench.shapes.checker import look
-from nexus_rt.loading.checkpoint import fused_parts
+from nexus_rt.loading.layouts import fused_parts
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models.layers import Linear
 from nexus_rt.models.wan import WanTransformer

@@ -23,9 +23,10 @@ from transformers import AutoModel, AutoTokenizer
 
 from nexus_rt.bench.shapes import world
 from nexus_rt.components.context import unpad
-from nexus_rt.components.understanding import Template
+from nexus_rt.loading.connector import save_connector
 from nexus_rt.loading.transformer import load_transformer
-from nexus_rt.models.connector import SPECIAL_TOKENS, Connector, ConnectorConfig, save_connector
+from nexus_rt.models.connector import SPECIAL_TOKENS, Connector, ConnectorConfig
+from nexus_rt.models.template import Template
 from nexus_rt.models.wan import WanTransformer
 from training.common import (
     RUNS,

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from nexus_rt.bench.shapes import world
-from nexus_rt.loading.checkpoint import to_diffusers
 from nexus_rt.loading.convert_parts import transformer_config
+from nexus_rt.loading.layouts import to_diffusers
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from training.common import (

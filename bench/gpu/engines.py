@@ -263,7 +263,7 @@ def _saved(s: Any, config: dict, folder: Path) -> Path:
 
     from safetensors.torch import save_file
 
-    from nexus_rt.loading.checkpoint import to_diffusers
+    from nexus_rt.loading.layouts import to_diffusers
 
     model = random_transformer(config, s.dtype, s.device)
     folder.mkdir()

@@ -21,8 +21,8 @@ from nexus_rt.bench.vrbench.protocol import STRICT, TOKENS
 from nexus_rt.core.chat import ChatClient, ChatError, Reply
 from nexus_rt.core.errors import InputError, ModelError, NexusError, shorten
 from nexus_rt.core.paths import as_path
+from nexus_rt.loading.locate import folder_fingerprint, require_safetensors
 from nexus_rt.loading.pretrained import pretrained
-from nexus_rt.loading.source import folder_fingerprint, require_safetensors
 from nexus_rt.pipeline.assemble import default_device, default_dtype
 
 KEY = "OPENAI_API_KEY"

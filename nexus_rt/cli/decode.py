@@ -30,7 +30,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from nexus_rt.components.vae import read_latents
+    from nexus_rt.media.latents import read_latents
     from nexus_rt.media.video import check_output, frame_rate, save_video
 
     frame_rate(args.fps, "--fps")

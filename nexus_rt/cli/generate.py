@@ -95,7 +95,7 @@ def _generate(
     """The clip of a pipeline, which the first of several processes writes."""
     import torch
 
-    from nexus_rt.components.vae import rescue_latents
+    from nexus_rt.media.latents import rescue_latents
     from nexus_rt.media.video import made_with, save_video
 
     first = pipe.parallel is None or pipe.parallel.first

@@ -11,9 +11,11 @@ from torch import Tensor
 from nexus_rt.components.understanding import UnderstandingModel
 from nexus_rt.core.errors import ModelError, shown
 from nexus_rt.core.tracing import span
-from nexus_rt.loading.source import folder_bytes, read_json
+from nexus_rt.loading.config import read_json
+from nexus_rt.loading.connector import load_connector, read_config
+from nexus_rt.loading.locate import folder_bytes
 from nexus_rt.memory.offload import Lazy
-from nexus_rt.models.connector import Connector, ConnectorConfig, load_connector
+from nexus_rt.models.connector import Connector
 
 
 def unpad(text: Tensor) -> Tensor:
@@ -35,7 +37,7 @@ class ContextEncoder(Lazy):
         self, understanding: Path, connector: Path, dtype: torch.dtype, device: str | torch.device
     ) -> None:
         self.folder, self.dtype, self.device = Path(connector), dtype, torch.device(device)
-        self.config = ConnectorConfig.from_dict(read_json(self.folder / "config.json"))
+        self.config = read_config(self.folder)
         self.understanding = UnderstandingModel(understanding, self.config.template, dtype, device)
         config = read_json(Path(understanding) / "config.json")
         inner = config.get("text_config")

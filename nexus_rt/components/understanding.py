@@ -9,107 +9,28 @@ prompt is set into `Template.chat` instead, and the model's own causal head answ
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nexus_rt.core.documents import read_object
-from nexus_rt.core.errors import InputError, ModelError, shorten, shown
+from nexus_rt.core.errors import InputError, ModelError
 from nexus_rt.core.tracing import span
-from nexus_rt.loading.finite import check_finite
-from nexus_rt.loading.pretrained import check_config, pretrained
-from nexus_rt.loading.source import folder_bytes, require_safetensors
-from nexus_rt.loading.stored import find_tensors, read_tensors
+from nexus_rt.loading.checkpoint import read_checked
+from nexus_rt.loading.config import check_config, read_optional
+from nexus_rt.loading.llama import load_llama
+from nexus_rt.loading.locate import folder_bytes, require_safetensors
+from nexus_rt.loading.pretrained import pretrained
+from nexus_rt.loading.tensors import find_tensors
+from nexus_rt.loading.tokenizer import load_tokenizer
 from nexus_rt.memory.offload import Lazy
-from nexus_rt.models.llama import LlamaBackbone, greedy, is_native, load_llama
-from nexus_rt.models.tokenizer import Tokenizer, load_tokenizer
+from nexus_rt.models.llama import LlamaBackbone, greedy, is_native
+from nexus_rt.models.template import Template
+from nexus_rt.models.tokenizer import Tokenizer
 
-SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content"
-    " that the user provides, and assist the user with a variety of tasks using natural language."
-)
-REWRITE = (
-    "Say what the user's request shows as one plain description of a video: the things in it, how"
-    " they look and how they move. Work out what is only hinted at. Answer with the description"
-    " alone."
-)
 MAX_ANSWER = 256  # tokens
 ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>")  # of a turn, in the usual chat formats
-_CHAT = (
-    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n" + REWRITE + "<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n"
-)
-_LLAMA3 = (
-    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n" + SYSTEM + "<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\nGenerate {kind} about:\n{prompt}<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n{marker}<|end_of_text|>"
-)
-
-
-def _llama3(kind: str, marker: str) -> str:
-    return _LLAMA3.replace("{kind}", kind).replace("{marker}", marker)
-
-
-@dataclass(frozen=True)
-class Template:
-    """What a prompt is set into, `{prompt}` marking its place; by default Omni-Video's, in Llama
-    3's chat format. chat: what it is set into to be answered in words."""
-
-    video: str = _llama3("a video", "[GEN_VID]")
-    image: str = _llama3("an image", "[GEN_IMG]")  # for a single frame
-    video_marker: str = "[GEN_VID]"
-    image_marker: str = "[GEN_IMG]"
-    chat: str = _CHAT
-
-    def __post_init__(self) -> None:
-        for name, marker in (
-            ("video", self.video_marker),
-            ("image", self.image_marker),
-            ("chat", None),
-        ):
-            text = getattr(self, name)
-            if text.count("{prompt}") != 1:
-                raise ModelError(
-                    f"the {name} template has {text.count('{prompt}')} prompt slots; expected"
-                    " exactly one '{prompt}'.",
-                    code="invalid_value",
-                    param=name,
-                )
-            if marker is not None and (not marker or marker not in text):
-                raise ModelError(
-                    f"the {name} template lacks its marker {shorten(marker, 80)}; it must end in"
-                    f" it.",
-                    code="missing",
-                    param=name,
-                )
-
-    @classmethod
-    def from_dict(cls, values: dict) -> Template:
-        """Read the `template` object of a connector's config."""
-        if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
-            raise ModelError(
-                "the template is no object of texts; expected video, image, their markers and"
-                " chat.",
-                code="invalid_type",
-                param="template",
-            )
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ModelError(
-                f"the template sets an unknown {shown(unknown[0])}; expected video, image,"
-                " their markers and chat.",
-                code="unknown_name",
-                param=shorten(unknown[0], 60),
-            )
-        return cls(**values)
-
-    def render(self, prompt: str, single_frame: bool = False) -> str:
-        """The text the model reads."""
-        return (self.image if single_frame else self.video).replace("{prompt}", prompt)
 
 
 class UnderstandingModel(Lazy):
@@ -250,17 +171,12 @@ class UnderstandingModel(Lazy):
                     " use a causal language model's folder, or another rewriter.",
                     code="missing",
                 )
-            for name, tensor in read_tensors(head.items()):
-                value = tensor.to(self.device, self.dtype, copy=True)
-                check_finite(name, head[name], value, tensor)
-                self.head = value
-        assert self.head is not None
+            self.head = dict(read_checked(head, self.dtype, self.device))["lm_head.weight"]
         return self.head
 
     def _stops(self) -> set[int]:
         """Tokens that end an answer."""
-        path = self.folder / "generation_config.json"
-        ends = read_object(path).get("eos_token_id") if path.is_file() else None
+        ends = read_optional(self.folder / "generation_config.json").get("eos_token_id")
         stops = {self.tokenizer.eos_id, *(ends if isinstance(ends, list) else [ends])}
         stops |= {self.tokenizer.token_id(name) for name in ENDS}
         return {token for token in stops if isinstance(token, int)}

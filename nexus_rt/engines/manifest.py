@@ -160,7 +160,7 @@ class Stored(msgspec.Struct):
                 param="buckets",
             )
         if self.part == "vae":
-            from nexus_rt.components.vae import check_space
+            from nexus_rt.models.wan_vae import check_space
 
             documents.check(
                 self.options.get("states"),

@@ -3,15 +3,16 @@ sessions."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nexus_rt.components.text import Tokenized
-from nexus_rt.components.vae import Decoder
 from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.exported_engine import DTYPES, Exported, Sessions
+from nexus_rt.loading.tokenizer import load_tokenizer
+from nexus_rt.models.coders import Decoder, Tokenized
 
 
 class EngineDecoder(Exported, Decoder):
@@ -83,7 +84,8 @@ class EngineTextEncoder(Exported, Tokenized):
 
     def __init__(self, sessions: Sessions, tokenizer: Path) -> None:
         Exported.__init__(self, sessions)
-        Tokenized.__init__(self, tokenizer, DTYPES[sessions.folder.manifest.precision], self.device)
+        read = partial(load_tokenizer, tokenizer, "text encoder's tokenizer")
+        Tokenized.__init__(self, read, DTYPES[sessions.folder.manifest.precision], self.device)
 
     def drop(self) -> None:
         self.unload()

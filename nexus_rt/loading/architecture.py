@@ -116,44 +116,26 @@ def _family(names: Iterable[str]) -> str:
     return ""
 
 
-T5_NAMES = [  # Wan's own UMT5 -> transformers' UMT5EncoderModel
-    (r"^token_embedding\.", "shared."),
-    (r"^norm\.", "encoder.final_layer_norm."),
-    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
-    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
-    (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
-    (
-        r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
-        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
-    ),
-    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
-    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
-    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
-    # llama.cpp's, as GGUF files have them
-    (r"^token_embd\.", "shared."),
-    (r"^enc\.output_norm\.", "encoder.final_layer_norm."),
-    (r"^enc\.blk\.(\d+)\.attn_norm\.", r"encoder.block.\1.layer.0.layer_norm."),
-    (r"^enc\.blk\.(\d+)\.ffn_norm\.", r"encoder.block.\1.layer.1.layer_norm."),
-    (r"^enc\.blk\.(\d+)\.attn_([qkvo])\.", r"encoder.block.\1.layer.0.SelfAttention.\2."),
-    (
-        r"^enc\.blk\.(\d+)\.attn_rel_b\.",
-        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
-    ),
-    (r"^enc\.blk\.(\d+)\.ffn_gate\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
-    (r"^enc\.blk\.(\d+)\.ffn_up\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
-    (r"^enc\.blk\.(\d+)\.ffn_down\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
-]
+def wan_vae_config(shapes: Shapes, where: Path | str) -> dict[str, Any]:
+    """diffusers' `config.json` of Wan 2.1's VAE, given its shapes in diffusers' names.
 
-
-def t5_name(name: str) -> str:
-    """A parameter of a UMT5 encoder in transformers' names, given Wan's own, llama.cpp's or
-    theirs."""
-    name = re.sub(
-        r"^(?:(?:model|text_encoder|(?:text_encoders?\.)?umt5xxl\.transformer)\.)+", "", name
-    )
-    for pattern, replacement in T5_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+    Raises:
+        ModelError: no VAE of Wan 2.1's kind.
+    """
+    if any(re.search(r"\.(avg_shortcut|upsamples\.\d+\.upsamples)\.", name) for name in shapes):
+        raise ModelError(
+            f"{where} is Wan 2.2's VAE (48 channels, of the TI2V-5B model); Wan 2.1 and"
+            " Wan2.2-T2V-A14B draw in Wan 2.1's latent space: expected Wan2.1_VAE.",
+            code="unsupported",
+        )
+    try:
+        base, latent = shapes["encoder.conv_in.weight"], shapes["post_quant_conv.weight"]
+        return {"_class_name": "AutoencoderKLWan", "base_dim": base[0], "z_dim": latent[0]}
+    except (KeyError, IndexError) as error:
+        raise ModelError(
+            f"{where} is no Wan VAE: it lacks {error}; expected Wan2.1_VAE, or diffusers'"
+            " AutoencoderKLWan."
+        ) from None
 
 
 def umt5_config(shapes: Shapes, where: Path | str) -> dict[str, Any]:
@@ -187,57 +169,4 @@ def umt5_config(shapes: Shapes, where: Path | str) -> dict[str, Any]:
         raise ModelError(
             f"{where} is no UMT5 encoder of Wan's{hint}: it lacks {error}; expected"
             " umt5-xxl's encoder, such as models_t5_umt5-xxl-enc-bf16."
-        ) from None
-
-
-VAE_NAMES = [  # Wan's own VAE -> diffusers' AutoencoderKLWan
-    (r"^conv1\.", "quant_conv."),
-    (r"^conv2\.", "post_quant_conv."),
-    (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
-    (r"^(encoder|decoder)\.head\.0\.", r"\1.norm_out."),
-    (r"^(encoder|decoder)\.head\.2\.", r"\1.conv_out."),
-    (r"^(encoder|decoder)\.middle\.0\.", r"\1.mid_block.resnets.0."),
-    (r"^(encoder|decoder)\.middle\.1\.", r"\1.mid_block.attentions.0."),
-    (r"^(encoder|decoder)\.middle\.2\.", r"\1.mid_block.resnets.1."),
-    (r"^encoder\.downsamples\.", "encoder.down_blocks."),
-    (r"\.residual\.0\.", ".norm1."),
-    (r"\.residual\.2\.", ".conv1."),
-    (r"\.residual\.3\.", ".norm2."),
-    (r"\.residual\.6\.", ".conv2."),
-    (r"\.shortcut\.", ".conv_shortcut."),
-]
-RESIDUALS = 2  # of a stage; the decoder has one more, and then its up-sampler
-
-
-def vae_name(name: str) -> str:
-    """A parameter of Wan 2.1's VAE in diffusers' names, given Wan's own or theirs."""
-    name = re.sub(r"^(?:(?:vae|first_stage_model)\.)+", "", name)
-    for pattern, replacement in VAE_NAMES:
-        name = re.sub(pattern, replacement, name)
-    if match := re.match(r"^decoder\.upsamples\.(\d+)\.(.*)", name):
-        stage, place = divmod(int(match[1]), RESIDUALS + 2)
-        inner = f"resnets.{place}" if place <= RESIDUALS else "upsamplers.0"
-        name = f"decoder.up_blocks.{stage}.{inner}.{match[2]}"
-    return name
-
-
-def wan_vae_config(shapes: Shapes, where: Path | str) -> dict[str, Any]:
-    """diffusers' `config.json` of Wan 2.1's VAE, given its shapes in diffusers' names.
-
-    Raises:
-        ModelError: no VAE of Wan 2.1's kind.
-    """
-    if any(re.search(r"\.(avg_shortcut|upsamples\.\d+\.upsamples)\.", name) for name in shapes):
-        raise ModelError(
-            f"{where} is Wan 2.2's VAE (48 channels, of the TI2V-5B model); Wan 2.1 and"
-            " Wan2.2-T2V-A14B draw in Wan 2.1's latent space: expected Wan2.1_VAE.",
-            code="unsupported",
-        )
-    try:
-        base, latent = shapes["encoder.conv_in.weight"], shapes["post_quant_conv.weight"]
-        return {"_class_name": "AutoencoderKLWan", "base_dim": base[0], "z_dim": latent[0]}
-    except (KeyError, IndexError) as error:
-        raise ModelError(
-            f"{where} is no Wan VAE: it lacks {error}; expected Wan2.1_VAE, or diffusers'"
-            " AutoencoderKLWan."
         ) from None

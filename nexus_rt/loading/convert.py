@@ -24,24 +24,29 @@ from nexus_rt.core.errors import InputError, ModelError, shorten
 from nexus_rt.core.paths import as_path
 from nexus_rt.loading import transformer
 from nexus_rt.loading.architecture import wan_config
-from nexus_rt.loading.checkpoint import diffusers_name, diffusers_shapes, in_diffusers_names
+from nexus_rt.loading.config import write_json
+from nexus_rt.loading.connector import save_config
 from nexus_rt.loading.convert_config import check_inside, connector_config, unconditional_rows
 from nexus_rt.loading.convert_parts import (
+    Report,
+    check_shapes,
     made_whole,
     write_text_encoder,
     write_transformer,
     write_vae,
 )
 from nexus_rt.loading.formats.pickles import read_pickle, read_state
+from nexus_rt.loading.formats.safetensors import Index, write_shards
+from nexus_rt.loading.formats.stored import read_tensors
+from nexus_rt.loading.layouts import diffusers_name, diffusers_shapes
+from nexus_rt.loading.locate import PICKLES
 from nexus_rt.loading.lora_file import is_image_key
 from nexus_rt.loading.names import refuse_unused
-from nexus_rt.loading.shards import Report, check_shapes, write_json, write_shards
-from nexus_rt.loading.stored import Index, find_tensors, read_tensors
+from nexus_rt.loading.tensors import find_tensors, renamed
 from nexus_rt.models.connector import SPECIAL_TOKENS, TEXT_MARKERS, Connector, ConnectorConfig
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from nexus_rt.pipeline.settings import Defaults
 
-PICKLED = (".bin", ".pt", ".pth", ".pkl")
 LAYOUT = {  # part of the published folder -> where it lies
     "transformer": "transformer/model.pt",
     "adapter": "adapter/model.pt",
@@ -113,7 +118,7 @@ class Omnivideo:
         if folder.is_dir():
             config, stored = (
                 transformer.load_config(folder),
-                in_diffusers_names(find_tensors(folder)),
+                renamed(find_tensors(folder), diffusers_name),
             )
         else:
             config, stored = self._alone(over, folder), {}
@@ -176,7 +181,7 @@ class Omnivideo:
         )
         folder = self.target / "connector"
         write_shards(folder, "model", ((k, v) for k, v in merged.items() if k in wanted))
-        config.save(folder)
+        save_config(config, folder)
         for name, (own, over) in sources.items():
             left = [k for k in own if f"{name}.{k}" not in wanted]
             self.report.add(
@@ -259,7 +264,7 @@ class Omnivideo:
         skipped = []
         for file in sorted(folder.iterdir()):
             if (
-                file.suffix in PICKLED
+                file.suffix in PICKLES
                 or not file.is_file()
                 or (not safe and file.name.endswith(".bin.index.json"))
             ):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.components.understanding import Template
 from nexus_rt.core.errors import ModelError
 from nexus_rt.models.connector import ConnectorConfig
+from nexus_rt.models.template import Template
 
 
 def unconditional_rows(value: Any, width: int, where: str) -> tuple[Tensor, str]:

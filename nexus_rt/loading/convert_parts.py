@@ -1,10 +1,12 @@
 """The parts of a converted checkpoint, written in diffusers' layout: transformer, text encoder,
-VAE; and the folder that appears only when it is complete."""
+VAE; the account of what became of every key; and the folder that appears only when it is
+complete."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,68 @@ from torch import Tensor
 
 from nexus_rt.core.errors import InputError, ModelError
 from nexus_rt.core.part_files import part_folder
-from nexus_rt.loading.architecture import (
-    t5_name,
-    umt5_config,
-    vae_name,
-    wan_vae_config,
-)
+from nexus_rt.loading.architecture import umt5_config, wan_vae_config
+from nexus_rt.loading.config import read_json, write_json
+from nexus_rt.loading.formats.safetensors import write_shards
+from nexus_rt.loading.formats.stored import StoredTensor, read_tensors
+from nexus_rt.loading.layouts import t5_name, vae_name
 from nexus_rt.loading.names import refuse_unused
 from nexus_rt.loading.pretrained import is_spare
-from nexus_rt.loading.shards import Report, check_shapes, write_json, write_shards
-from nexus_rt.loading.source import read_json
-from nexus_rt.loading.stored import StoredTensor, find_tensors, read_tensors, renamed
+from nexus_rt.loading.tensors import find_tensors, renamed
 from nexus_rt.models.umt5 import SHARED, TIED
 from nexus_rt.models.wan import WanConfig
+
+
+@dataclass
+class Report:
+    """What became of every key, by source file."""
+
+    used: dict[str, int] = field(default_factory=dict)
+    overridden: dict[str, list[str]] = field(default_factory=dict)
+    unused: dict[str, list[str]] = field(default_factory=dict)
+    # source -> what was absent, or which form it had
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def add(
+        self, source: str, used: int, overridden: Iterable[str] = (), unused: Iterable[str] = ()
+    ) -> None:
+        self.used[source] = used
+        for kept, names in ((self.overridden, overridden), (self.unused, unused)):
+            if listed := sorted(names):
+                kept[source] = listed
+
+    def __str__(self) -> str:
+        lines = []
+        for source, count in self.used.items():
+            over, left = self.overridden.get(source, []), self.unused.get(source, [])
+            extra = [f"{len(over)} overridden by the whole model's"] if over else []
+            extra += (
+                [f"{len(left)} unused ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})"]
+                if left
+                else []
+            )
+            lines.append(f"{source}: {count} used" + "".join(f", {e}" for e in extra))
+        lines += [f"{source}: {note}" for source, note in self.notes.items()]
+        return "\n".join(lines)
+
+
+def check_shapes(
+    source: Path, got: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
+) -> None:
+    """Raise unless every wanted tensor is there with its shape."""
+    lost = sorted(wanted.keys() - got.keys())
+    if lost:
+        absent = "" if source.exists() else " is missing, and what is there"
+        raise ModelError(
+            f"{source}{absent} lacks {len(lost)} tensors ({', '.join(lost[:3])}); get the published"
+            " files again.",
+            code="missing" if source.exists() else "not_found",
+        )
+    for name, shape in wanted.items():
+        if got[name] != tuple(shape):
+            raise ModelError(
+                f"{source}: {name} has shape {got[name]}; expected {tuple(shape)}.", code="mismatch"
+            )
 
 
 def transformer_config(config: WanConfig) -> dict:

@@ -19,9 +19,10 @@ from typing import Any
 
 from nexus_rt.core.errors import InputError, ModelError, shorten
 from nexus_rt.core.paths import as_path
-from nexus_rt.loading.architecture import t5_name, vae_name
-from nexus_rt.loading.checkpoint import diffusers_shapes, in_diffusers_names
+from nexus_rt.loading.config import read_optional, write_json
 from nexus_rt.loading.convert_parts import (
+    Report,
+    check_shapes,
     made_whole,
     plain,
     write_text_encoder,
@@ -29,7 +30,9 @@ from nexus_rt.loading.convert_parts import (
     write_vae,
 )
 from nexus_rt.loading.experts import find_experts
+from nexus_rt.loading.layouts import diffusers_name, diffusers_shapes, t5_name, vae_name
 from nexus_rt.loading.locate import (
+    READABLE,
     TOKENIZERS,
     VAE_FILES,
     find_text,
@@ -40,9 +43,7 @@ from nexus_rt.loading.locate import (
 )
 from nexus_rt.loading.names import refuse_unused, without_spare
 from nexus_rt.loading.scheduler import find_scheduler
-from nexus_rt.loading.shards import Report, check_shapes, write_json
-from nexus_rt.loading.source import READABLE, read_json
-from nexus_rt.loading.stored import find_tensors
+from nexus_rt.loading.tensors import find_tensors, renamed
 from nexus_rt.loading.transformer import empty_transformer
 
 T5, VAE = "encoder.block.0.layer.0.SelfAttention.q.weight", "post_quant_conv.weight"
@@ -61,7 +62,7 @@ def kind_of(source: Path) -> str:
 def _transformer(target: Path, source: Path, label: str, report: Report) -> None:
     """A transformer's folder of a folder or file."""
     model, tensors = empty_transformer(source)
-    stored = in_diffusers_names(tensors)
+    stored = renamed(tensors, diffusers_name)
     wanted = diffusers_shapes(model)
     used = without_spare(stored, wanted, source)
     refuse_unused(used.keys() - wanted.keys(), source, "transformer")
@@ -140,8 +141,7 @@ def _schedule(part: Path, source: Path, index: dict[str, Any]) -> None:
         return
     (part / "scheduler").mkdir()
     shutil.copy2(source / "scheduler" / "scheduler_config.json", part / "scheduler")
-    own = source / "model_index.json"
-    stored = read_json(own) if own.is_file() else {}
+    stored = read_optional(source / "model_index.json")
     index |= {k: stored[k] for k in ("scheduler",) if k in stored}
 
 

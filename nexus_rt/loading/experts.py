@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nexus_rt.core.checks import number
-from nexus_rt.core.documents import read_object
 from nexus_rt.core.errors import InputError, ModelError, NexusError, shorten
 from nexus_rt.core.paths import as_path
+from nexus_rt.loading.config import read_optional
 from nexus_rt.loading.locate import transformer_folder
 from nexus_rt.method.step import EXPERTS
 
@@ -57,8 +57,7 @@ def find_experts(folder: Path) -> ExpertFolders | None:
         return ExpertFolders(first, second)
     if not (folder / "transformer_2").is_dir():
         return None
-    index = read_object(folder / "model_index.json") if _indexed(folder) else {}
-    boundary = index.get("boundary_ratio")
+    boundary = read_optional(folder / "model_index.json").get("boundary_ratio")
     if boundary is None:
         raise ModelError(
             f"{folder} holds transformer_2/ and its model_index.json no boundary_ratio; expected"
@@ -71,10 +70,6 @@ def find_experts(folder: Path) -> ExpertFolders | None:
         folder / "transformer_2",
         check_boundary(boundary, f"{folder}/model_index.json's boundary_ratio", ModelError),
     )
-
-
-def _indexed(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file()
 
 
 def check_boundary(value: Any, name: str, error: type[NexusError] = InputError) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.core.errors import ModelError, shorten
-from nexus_rt.loading.stored import StoredTensor
+from nexus_rt.loading.formats.stored import StoredTensor
 from nexus_rt.models.encodings import Blocks, Scaled
 
 # bytes without their sign from which on an 8-bit float is infinite or NaN

@@ -1,13 +1,21 @@
-"""Where the parts of a published checkpoint lie: in diffusers' layout, in Wan's own, or as single
-files."""
+"""Which files of a folder here hold which part of a checkpoint, by the names that publishers use:
+in diffusers' layout, in Wan's own, or as single files.
+
+Files alone: their tensors are `nexus_rt.loading.tensors`', and how a hub id becomes a folder is
+`nexus_rt.loading.source`'s.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
-from nexus_rt.core.errors import ModelError
-from nexus_rt.loading.source import READABLE
+from nexus_rt.core.errors import ModelError, shorten
+from nexus_rt.loading.formats.safetensors import read_header
 
+PLAIN = (".safetensors", ".sft", ".gguf")  # files of weights that are data alone
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+READABLE = (*PLAIN, *PICKLES[:-1])  # a .pkl may hold anything
 VAE_FILES = (  # by Wan, Comfy-Org and Kijai
     "Wan2.1_VAE.safetensors",
     "wan_2.1_vae.safetensors",
@@ -22,7 +30,81 @@ TEXT_FILES = (
     "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
     "models_t5_umt5-xxl-enc-bf16.pth",
 )
+WEIGHT_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 TOKENIZERS = ("tokenizer", "google/umt5-xxl", "umt5-xxl", "umt5_xxl_tokenizer")
+
+
+def weights_of(source: Path) -> list[Path]:
+    """The files of weights in a folder, or a file itself."""
+    if source.is_file():
+        return [source]
+    return sorted(p for p in source.glob("*") if p.suffix in PLAIN)
+
+
+def folder_bytes(source: Path) -> int:
+    """Bytes of the weights stored in a folder or file."""
+    return sum(p.stat().st_size for p in weights_of(source))
+
+
+def folder_fingerprint(source: Path) -> str:
+    """A short hash of a folder's weight files, or a file: names, sizes, and the first and last MiB
+    of each."""
+    digest = hashlib.sha256()
+    for path in weights_of(source):
+        with open(path, "rb") as file:
+            head = file.read(1 << 20)
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + head + file.read())
+    return digest.hexdigest()[:16]
+
+
+def require_safetensors(folder: Path) -> None:
+    """Raise a `ModelError` where a transformers folder has no safetensors."""
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} holds no safetensors; convert its weights (pickles are not read here).",
+            code="missing",
+        )
+
+
+def weight_files(source: Path) -> list[Path]:
+    """The files that hold a model's weights: a file itself; of a folder the published names, an
+    index and its shards, or the only file of a kind that is read.
+
+    Raises:
+        ModelError: none, only pickles (which have to be named), or several of which none is
+            published under that name.
+    """
+    if source.is_file():
+        return [source]
+    for name in WEIGHT_NAMES:
+        for variant in ("", ".fp16", ".bf16"):
+            for file in (f"{name}.safetensors.index{variant}.json", f"{name}{variant}.safetensors"):
+                if (source / file).is_file():
+                    return [source / file]
+    several = weights_of(source)
+    if len(several) > 1:
+        raise ModelError(
+            f"{source} holds {len(several)} files of weights"
+            f" ({shorten(', '.join(p.name for p in several[:3]))}, ...) and no index; name the"
+            f" one to"
+            f" read: {several[0]}."
+        )
+    if several:
+        return several
+    pickled = sorted(p.name for e in PICKLES for p in source.glob(f"*{e}"))
+    if pickled:
+        raise ModelError(
+            f"{source} holds only pickled weights ({', '.join(pickled[:3])}), which can run code"
+            " when read; name the file, which is then read without running it, or convert the"
+            " checkpoint first (`nexus-rt convert`).",
+            code="unsafe",
+        )
+    raise ModelError(
+        f"{source} holds no weights: expected {WEIGHT_NAMES[0]}.safetensors or its index of"
+        " shards.",
+        code="missing" if source.exists() else "not_found",
+    )
 
 
 def _named(folder: Path, names: tuple[str, ...]) -> Path | None:
@@ -123,6 +205,4 @@ def _holds_model(folder: Path) -> bool:
 
 def _carries_pieces(file: Path) -> bool:
     """Whether a file carries its sentencepiece model, as ComfyUI's do."""
-    from nexus_rt.loading.stored import read_header
-
     return "spiece_model" in read_header(file, integers=True)

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from nexus_rt.core.errors import InputError, ModelError, choose, shorten, shown
-from nexus_rt.loading.checkpoint import fused_place
+from nexus_rt.loading.formats.safetensors import is_file, read_header
+from nexus_rt.loading.formats.stored import read_tensors
+from nexus_rt.loading.layouts import fused_place
 from nexus_rt.loading.lora_file import (
     ENDINGS,
     SECOND,
@@ -32,7 +34,6 @@ from nexus_rt.loading.lora_file import (
     read_key,
     read_scaling,
 )
-from nexus_rt.loading.stored import is_file, read_header, read_tensors
 from nexus_rt.method.step import EXPERTS
 from nexus_rt.models.quantized import Adapter, QuantizedLinear
 

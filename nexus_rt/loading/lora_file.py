@@ -25,9 +25,9 @@ import msgspec
 
 from nexus_rt.core import documents
 from nexus_rt.core.errors import ModelError, shorten
-from nexus_rt.loading.checkpoint import diffusers_name
+from nexus_rt.loading.formats.safetensors import read_metadata
+from nexus_rt.loading.layouts import diffusers_name
 from nexus_rt.loading.names import WRAPPERS, plain_name
-from nexus_rt.loading.stored import read_metadata
 
 ENDINGS = {  # of a key -> what it is, and what is missing of the parameter's name
     ".lora_A.weight": ("down", ".weight"),

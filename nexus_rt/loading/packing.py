@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from nexus_rt.core.errors import InputError, ModelError, choose
-from nexus_rt.loading.checkpoint import fused_parts
 from nexus_rt.loading.finite import check_finite, check_kept
+from nexus_rt.loading.formats.stored import StoredTensor
+from nexus_rt.loading.layouts import fused_parts
 from nexus_rt.loading.scales import FP8
-from nexus_rt.loading.stored import StoredTensor
 from nexus_rt.models.encodings import Scaled
 from nexus_rt.models.layers import Linear
 from nexus_rt.models.quantized import QuantizedLinear, Rows, quantise

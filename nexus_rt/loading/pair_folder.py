@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.components.vae import vae_space
 from nexus_rt.core.errors import InputError, ModelError, choose, shorten, shown
 from nexus_rt.core.fields import fields_of
 from nexus_rt.core.log import chose
 from nexus_rt.core.size import ClipSize
 from nexus_rt.loading import transformer
+from nexus_rt.loading.config import read_json
 from nexus_rt.loading.experts import (
     ExpertFolders,
     GeneratorSource,
@@ -25,7 +25,8 @@ from nexus_rt.loading.experts import (
 )
 from nexus_rt.loading.locate import find_vae, given_vae, has_text
 from nexus_rt.loading.scheduler import Scheduler, find_scheduler, first_scheduler
-from nexus_rt.loading.source import read_json, resolve
+from nexus_rt.loading.source import resolve
+from nexus_rt.loading.vae import vae_space
 from nexus_rt.method.latents import LatentGrid
 from nexus_rt.models.wan import WanConfig
 from nexus_rt.pipeline.request import make_request

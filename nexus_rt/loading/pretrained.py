@@ -16,36 +16,23 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
-from nexus_rt.core.documents import read_object
 from nexus_rt.core.errors import ModelError, shorten
 from nexus_rt.core.process import LOADING
 from nexus_rt.loading.checkpoint import fill_exactly
+from nexus_rt.loading.config import check_config, read_optional
 from nexus_rt.loading.finite import is_finite
+from nexus_rt.loading.formats.safetensors import read_header
+from nexus_rt.loading.formats.stored import StoredTensor
 from nexus_rt.loading.names import WRAPPED, plain_name, some
-from nexus_rt.loading.stored import StoredTensor, find_tensors, fitted, read_header
+from nexus_rt.loading.tensors import find_tensors, fitted
 
 # Stored beside the weights that are used, and rightly left out: vocabulary heads and the decoder of
 # an encoder-decoder, at the top of the names, and tables that are computed.
 SPARE = re.compile(
     r"^(?:(?:model|base_model|language_model|text_model|transformer)\.)*(?:lm_head|decoder|score)\."
     r"|(?:^|\.)(?:rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)$"
-)
-# A layer count or width above these is no model's, and building its modules alone would hang or
-# exhaust the machine.
-MOST_LAYERS, MOST_WIDTH = 1024, 2**24
-HARMLESS_LARGE = (
-    "theta",
-    "max_position",
-    "model_max_length",
-    "seed",
-    "token",
-    "length",
-    "bytes",
-    "size_in",
-    "factor",
 )
 
 
@@ -104,67 +91,10 @@ def _pretrained(
     return model.to(device).eval()
 
 
-def check_config(folder: Path, what: str) -> dict[str, Any]:
-    """A transformers folder's `config.json` ({} where there is none), refused where it reaches for
-    code or is absurd.
-
-    Raises:
-        ModelError: an attention implementation from elsewhere, layer counts or widths of no model.
-    """
-    path = folder / "config.json"
-    config = read_object(path) if path.is_file() else {}
-    for where, value in _leaves(config):
-        key = where.rpartition(".")[2]
-        if (
-            "implementation" in key
-            and isinstance(value, str)
-            and not value.replace("_", "").replace("|", "").isalnum()
-        ):
-            raise ModelError(
-                f"{path} sets {where}={shorten(value, 80)!r}, code from elsewhere; this runtime"
-                f" runs"
-                " none: remove the field.",
-                code="unsafe",
-                param=shorten(where, 120),
-            )
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            layers = any(word in key for word in ("layers", "blocks", "n_layer", "depth"))
-            limit = MOST_LAYERS if layers else MOST_WIDTH
-            large = not layers and any(word in key for word in HARMLESS_LARGE)
-            if not large and (abs(value) > limit or not math.isfinite(value)):
-                raise ModelError(
-                    f"{path} sets {where}={value:.6g}; expected at most {limit}: the {what} is no"
-                    " such model.",
-                    code="out_of_range",
-                    param=shorten(where, 120),
-                )
-    return config
-
-
-def check_positive(config: msgspec.Struct) -> None:
-    """Raise a `ModelError` that names a number of a config which is not positive or is absurd."""
-    for name in config.__struct_fields__:
-        value = getattr(config, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and not 0 < value < 2**31:
-            raise ModelError(
-                f"{name} is {value}; expected a positive number.", code="out_of_range", param=name
-            )
-
-
-def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Every plain value of a document with its dotted place."""
-    if isinstance(value, (dict, list)):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(inner, f"{where}.{key}" if where else str(key))
-    else:
-        yield where, value
-
-
 def _check_size(folder: Path, what: str) -> None:
     """Raise where config.json asks for far more parameters than the files hold: they would be made
     up."""
-    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_optional(folder / "config.json")
     inner = config.get("text_config")
     text: dict[str, Any] = inner if isinstance(inner, dict) else config
     number = lambda *names: next((v for n in names if isinstance(v := text.get(n), int)), 1)

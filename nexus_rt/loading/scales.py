@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +20,11 @@ from torch import Tensor
 from nexus_rt.core.documents import parse
 from nexus_rt.core.errors import ModelError, shorten
 from nexus_rt.loading import notes
+from nexus_rt.loading.formats.stored import StoredTensor, read_tensor
 from nexus_rt.loading.names import plain_name
 from nexus_rt.loading.notes import FP8, MAX_NOTE, NOTE, Note
 from nexus_rt.models.encodings import Scaled
 
-if TYPE_CHECKING:
-    from nexus_rt.loading.stored import StoredTensor
-
-Read = Callable[["StoredTensor"], Tensor]
 SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 ACTIVATIONS = (".scale_input", ".input_scale")
 ZEROS = ".weight_zero_point"  # compressed-tensors writes them where they are all zero, too
@@ -68,13 +65,11 @@ class Header:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def pair(
-    tensors: Mapping[str, StoredTensor], headers: Sequence[Header], read: Read
-) -> dict[str, StoredTensor]:
+def pair(tensors: Mapping[str, StoredTensor], headers: Sequence[Header]) -> dict[str, StoredTensor]:
     """Weights with their scales as encodings; scales, markers and notes are gone from the result.
 
     Args:
-        headers: of the files, and the config beside them. read: a tensor's values.
+        headers: of the files, and the config beside them.
 
     Raises:
         ModelError: a quantisation that is not read or a note that is not understood, a scale
@@ -82,7 +77,7 @@ def pair(
             file of scaled ones, or whole numbers without a scale.
     """
     refuse_unread(tensors)
-    layers = _notes(tensors, headers, read)
+    layers = _notes(tensors, headers)
     whole = _whole(headers)
     weights: dict[str, StoredTensor] = {}
     scaled: dict[str, str] = {}
@@ -101,7 +96,7 @@ def pair(
                 code="missing",
             )
         if ending == ZEROS:
-            _refuse_zeros(name, stored, read)
+            _refuse_zeros(name, stored)
         elif ending in SCALES and _is_quantised(tensors[weight], layers.get(weight)):
             if weight in scaled:
                 raise ModelError(
@@ -112,12 +107,12 @@ def pair(
                 )
             scaled[weight] = name
         elif ending in SCALES:
-            _refuse_factor(name, stored, tensors[weight], read)
+            _refuse_factor(name, stored, tensors[weight])
     for weight, note in layers.items():
         weights[weight] = _as_noted(weight, weights[weight], note)
     for weight, name in scaled.items():
         weights[weight] = _scaled(
-            weight, weights[weight], _scale(name, tensors[name], read), layers.get(weight, whole)
+            weight, weights[weight], _scale(name, tensors[name]), layers.get(weight, whole)
         )
     _refuse_missing(weights, _reason(tensors, layers, scaled, whole))
     return weights
@@ -138,9 +133,7 @@ def refuse_unread(names: Mapping[str, Any]) -> None:
                 )
 
 
-def _notes(
-    tensors: Mapping[str, StoredTensor], headers: Sequence[Header], read: Read
-) -> dict[str, Note]:
+def _notes(tensors: Mapping[str, StoredTensor], headers: Sequence[Header]) -> dict[str, Note]:
     """Notes by weight: of the tensors beside the weights, and of the headers."""
     stated: list[tuple[str, str, Mapping[str, Any]]] = []
     for header in headers:
@@ -159,7 +152,7 @@ def _notes(
                 f" {MAX_NOTE} bytes.",
                 code="invalid_type",
             )
-        text = bytes(read(stored).flatten().tolist())
+        text = bytes(read_tensor(stored).flatten().tolist())
         stated.append((name.removesuffix(NOTE), where, notes.layer_note(parse(text, where), where)))
     found = notes.by_layer(stated, (n for n in tensors if n.endswith(".weight")))
     if not any(note.rotation for note in found.values()):
@@ -190,7 +183,7 @@ def _kind(dtype: torch.dtype) -> str:
     return FP8.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def _scale(name: str, stored: StoredTensor, read: Read) -> Tensor:
+def _scale(name: str, stored: StoredTensor) -> Tensor:
     """A scale in float32."""
     where = f"{stored.path}: {shorten(name, 120)}"
     if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
@@ -199,15 +192,15 @@ def _scale(name: str, stored: StoredTensor, read: Read) -> Tensor:
             " float32, bfloat16 or float16.",
             code="unsupported",
         )
-    scale = read(stored).float()
+    scale = read_tensor(stored).float()
     if not bool(scale.isfinite().all()):
         raise ModelError(f"{where} holds NaN or infinity; get the file again.", code="not_finite")
     return scale
 
 
-def _refuse_zeros(name: str, stored: StoredTensor, read: Read) -> None:
+def _refuse_zeros(name: str, stored: StoredTensor) -> None:
     """Raise where zero points are not all zero."""
-    if bool(read(stored).any()):
+    if bool(read_tensor(stored).any()):
         raise ModelError(
             f"{stored.path}: {shorten(name, 120)} is of an asymmetric (with zero points)"
             f" quantisation,"
@@ -216,9 +209,9 @@ def _refuse_zeros(name: str, stored: StoredTensor, read: Read) -> None:
         )
 
 
-def _refuse_factor(name: str, stored: StoredTensor, weight: StoredTensor, read: Read) -> None:
+def _refuse_factor(name: str, stored: StoredTensor, weight: StoredTensor) -> None:
     """Raise where a weight that is not quantised has a scale that changes it."""
-    if bool((_scale(name, stored, read) != 1).any()):
+    if bool((_scale(name, stored) != 1).any()):
         raise ModelError(
             f"{stored.path}: {shorten(name, 120)} scales a weight that is stored as"
             f" {_kind(weight.dtype)}; expected one of 8 bits, or no scale: get the file again.",

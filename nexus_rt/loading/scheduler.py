@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from nexus_rt.core.checks import number
-from nexus_rt.core.documents import parse, read_bytes, read_object
+from nexus_rt.core.documents import parse, read_bytes
 from nexus_rt.core.errors import InputError, ModelError, shorten, shown
 from nexus_rt.core.limits import TRAIN_STEPS
-from nexus_rt.loading.source import warn_unread
+from nexus_rt.loading.config import read_optional, warn_unread
 
 MAX_SHIFT = 1000.0
 # diffusers' class -> its name of the shift, and our solver; None where ours is another one
@@ -125,8 +125,7 @@ def find_scheduler(folder: Path) -> Scheduler | None:
 
 def _class_of(folder: Path) -> str | None:
     """The scheduler's class in a folder's `model_index.json`, by which diffusers reads it."""
-    index = folder / "model_index.json"
-    entry = read_object(index).get("scheduler") if index.is_file() else None
+    entry = read_optional(folder / "model_index.json").get("scheduler")
     if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str):
         return entry[1]
     return None

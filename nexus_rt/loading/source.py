@@ -1,19 +1,16 @@
-"""Where a model is: a folder here or a hub id, its JSON files, and what identifies its weights."""
+"""From what a caller names, a folder, a file of weights or a hub id, to a path on this machine.
+
+The path alone: what lies there is `nexus_rt.loading.locate`'s.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import warnings
-from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
-from nexus_rt.core.documents import read_object
 from nexus_rt.core.errors import ModelError, shorten
 from nexus_rt.core.paths import as_path
+from nexus_rt.loading.locate import READABLE
 
-PLAIN = (".safetensors", ".sft", ".gguf")  # files of weights that are data alone
-READABLE = (*PLAIN, ".bin", ".pt", ".pth", ".ckpt")
 OTHERS = {  # of files that are no weights of ours -> what to do
     ".onnx": "an ONNX graph; pass the folder that `nexus-rt export` made to --engines",
     ".engine": "a TensorRT engine; pass the folder that `nexus-rt export` made to --engines",
@@ -95,57 +92,3 @@ def resolve(
             code="not_found",
             param="source",
         ) from error
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object, or a `ModelError` that names the file."""
-    if not path.is_file():
-        raise ModelError(
-            f"{path.parent} is not a model folder: it has no {path.name}.", code="not_found"
-        )
-    return read_object(path)
-
-
-def warn_unread(config: Mapping[str, Any], known: Collection[str], where: Path) -> None:
-    """Warn of a config's fields that are set and that nothing here reads."""
-    strange = [f for f, v in config.items() if not f.startswith("_") and f not in known and v]
-    if strange:
-        warnings.warn(
-            f"{where}: fields that are not read here: {shorten(', '.join(strange), 120)}; the"
-            f" model of"
-            " a fork may compute another clip with them.",
-            stacklevel=3,
-        )
-
-
-def weights_of(source: Path) -> list[Path]:
-    """The files of weights in a folder, or a file itself."""
-    if source.is_file():
-        return [source]
-    return sorted(p for p in source.glob("*") if p.suffix in PLAIN)
-
-
-def folder_bytes(source: Path) -> int:
-    """Bytes of the weights stored in a folder or file."""
-    return sum(p.stat().st_size for p in weights_of(source))
-
-
-def folder_fingerprint(source: Path) -> str:
-    """A short hash of a folder's weight files, or a file: names, sizes, and the first and last MiB
-    of each."""
-    digest = hashlib.sha256()
-    for path in weights_of(source):
-        with open(path, "rb") as file:
-            head = file.read(1 << 20)
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(f"{path.name} {path.stat().st_size} ".encode() + head + file.read())
-    return digest.hexdigest()[:16]
-
-
-def require_safetensors(folder: Path) -> None:
-    """Raise a `ModelError` where a transformers folder has no safetensors."""
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{folder} holds no safetensors; convert its weights (pickles are not read here).",
-            code="missing",
-        )

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from nexus_rt.core.errors import ModelError
-from nexus_rt.loading.checkpoint import diffusers_shapes, fused_place, in_diffusers_names
 from nexus_rt.loading.finite import check_finite
+from nexus_rt.loading.formats.stored import read_tensors
+from nexus_rt.loading.layouts import diffusers_name, diffusers_shapes, fused_place
 from nexus_rt.loading.lora import Changes, Lora, add_beside, quantised_place
 from nexus_rt.loading.packing import quantised_as
-from nexus_rt.loading.stored import find_tensors, read_tensors
+from nexus_rt.loading.tensors import find_tensors, renamed
 from nexus_rt.models.quantized import QuantizedLinear, quantise
 from nexus_rt.models.wan import WanTransformer
 
@@ -57,7 +58,7 @@ def set_loras(model: WanTransformer, loaded: LoadedFrom, loras: Sequence[Lora]) 
     stored = {}
     if names - beside:
         try:
-            stored = in_diffusers_names(find_tensors(loaded.folder))
+            stored = renamed(find_tensors(loaded.folder), diffusers_name)
         except ModelError as error:
             raise ModelError(
                 f"LoRAs are changed by reading {loaded.folder} again, which fails: {error}",

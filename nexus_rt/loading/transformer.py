@@ -16,18 +16,19 @@ from nexus_rt.core.limits import MAX_SEQUENCE_LENGTH
 from nexus_rt.core.log import chose
 from nexus_rt.core.process import computes
 from nexus_rt.loading.architecture import check_variant, wan_config
-from nexus_rt.loading.checkpoint import diffusers_shapes, fill, in_diffusers_names
-from nexus_rt.loading.locate import transformer_folder
+from nexus_rt.loading.checkpoint import fill
+from nexus_rt.loading.config import WAN_CLASSES, config_of, read_json, warn_unread
+from nexus_rt.loading.formats.stored import StoredTensor
+from nexus_rt.loading.layouts import diffusers_name, diffusers_shapes
+from nexus_rt.loading.locate import transformer_folder, weights_of
 from nexus_rt.loading.lora import Changes, Lora, add_beside
 from nexus_rt.loading.packing import Packing, check_weights, formats_of
-from nexus_rt.loading.source import read_json, warn_unread, weights_of
-from nexus_rt.loading.stored import StoredTensor, find_tensors
 from nexus_rt.loading.swap import LoadedFrom
+from nexus_rt.loading.tensors import find_tensors, renamed
 from nexus_rt.models.wan import WanConfig, WanTransformer
 from nexus_rt.ops.attention import ATTENTION_NAMES
 from nexus_rt.ops.block_ops import choose_ops
 
-CLASSES = ("WanTransformer3DModel", "WanModel")
 # fields of Wan's own configs -> the values that are computed here
 FIXED: dict[str, tuple[Any, ...]] = {
     "window_size": ([-1, -1],),
@@ -44,11 +45,9 @@ FIELDS = {  # of `config.json`, diffusers' and Wan's own
 def config_file(source: Path) -> Path | None:
     """The `config.json` of a transformer's folder, or beside its file where it is a Wan's; None
     where the weights alone say what they are."""
-    if source.is_dir():
-        path = source / "config.json"
-        return path if path.is_file() or not weights_of(source) else None
-    path = source.with_name("config.json")
-    return path if path.is_file() and read_json(path).get("_class_name") in CLASSES else None
+    path = config_of(source)
+    empty = path is None and source.is_dir() and not weights_of(source)
+    return source / "config.json" if empty else path
 
 
 def load_config(source: Path, tensors: Mapping[str, StoredTensor] | None = None) -> WanConfig:
@@ -60,11 +59,11 @@ def load_config(source: Path, tensors: Mapping[str, StoredTensor] | None = None)
     """
     path = config_file(source)
     if path is None:
-        stored = in_diffusers_names(find_tensors(source) if tensors is None else tensors)
+        stored = renamed(find_tensors(source) if tensors is None else tensors, diffusers_name)
         return wan_config({name: t.shape for name, t in stored.items()}, source)
     config = read_json(path)
     name = config.get("_class_name", "WanModel")
-    if name not in CLASSES:
+    if name not in WAN_CLASSES:
         raise ModelError(
             f"{source} holds a {name}; expected a WanTransformer3DModel (or Wan's own WanModel).",
             code="unsupported",

@@ -11,22 +11,16 @@ Everything here depends on the prompt alone: it runs once per prompt and never p
 
 from __future__ import annotations
 
-import json
 import warnings
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_rt.components.understanding import Template
 from nexus_rt.core.errors import InputError, ModelError, shorten, shown
-from nexus_rt.loading.checkpoint import compare, fill_exactly
-from nexus_rt.loading.finite import check_finite
-from nexus_rt.loading.source import read_json
-from nexus_rt.loading.stored import find_tensors, read_header, read_tensors
 from nexus_rt.models.layers import Linear
+from nexus_rt.models.template import Template
 
 SPECIAL_TOKENS = ("<img_st>", "<img_ed>", "<ipl_st>", "<ipl_ed>", "<prp_st>", "<prp_ed>")
 TEXT_MARKERS = SPECIAL_TOKENS[2:]  # what text-to-video needs of them: no visual part, no reference
@@ -103,13 +97,6 @@ class ConnectorConfig:
                     param=name,
                 )
         return checked
-
-    def save(self, folder: Path) -> None:
-        """Write `config.json` into a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(
-            json.dumps({"_class_name": "Connector", **asdict(self)}, indent=2) + "\n"
-        )
 
 
 class Attention(nn.Module):
@@ -336,65 +323,3 @@ class Connector(nn.Module):
             )
         rows = self.special_tokens[name]
         return rows if rows.ndim == 2 else rows.reshape(-1, self.config.text_dim)
-
-
-def save_connector(
-    connector: Connector, folder: str | Path, dtype: torch.dtype = torch.bfloat16
-) -> None:
-    """Write a connector folder: `config.json`, `model`, `special_tokens` and `unconditional`, all
-    safetensors."""
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    connector.config.save(folder)
-    own = lambda tensors: {k: v.detach().to(dtype).contiguous().clone() for k, v in tensors.items()}
-    meta = {"format": "pt"}
-    save_file(own(connector.state_dict()), folder / "model.safetensors", meta)
-    save_file(own(connector.special_tokens), folder / "special_tokens.safetensors", meta)
-    unconditional = {"text": connector.unconditional_text, "hidden": connector.unconditional_hidden}
-    save_file(
-        own({k: v for k, v in unconditional.items() if v is not None}),
-        folder / "unconditional.safetensors",
-        meta,
-    )
-
-
-def load_connector(
-    folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
-) -> Connector:
-    """Load a connector folder; each tensor goes straight from the mapped file to its place.
-
-    Raises:
-        ModelError: not a connector folder, a parameter is missing or of another shape, or a special
-            token is missing.
-    """
-    folder, device = Path(folder), torch.device(device)
-    config = ConnectorConfig.from_dict(read_json(folder / "config.json"))
-    with torch.device("meta"):
-        connector = Connector(config)
-    stored = find_tensors(folder)
-    compare(stored, connector, folder, "connector")
-    fill_exactly(connector, stored, dtype, device)
-    connector.special_tokens = _rows(folder / "special_tokens.safetensors", dtype, device)
-    lost = [t for t in TEXT_MARKERS if t not in connector.special_tokens]
-    if lost:
-        raise ModelError(
-            f"{folder}/special_tokens.safetensors lacks {', '.join(lost)}; convert the checkpoint"
-            " again.",
-            code="missing",
-        )
-    file = folder / "unconditional.safetensors"
-    rows = _rows(file, dtype, device) if file.is_file() else {}
-    connector.unconditional_text, connector.unconditional_hidden = (
-        rows.get("text"),
-        rows.get("hidden"),
-    )
-    return connector.eval()
-
-
-def _rows(path: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    stored, rows = read_header(path), {}
-    for name, tensor in read_tensors(stored.items()):
-        rows[name] = tensor.to(device, dtype, copy=True)
-        check_finite(name, stored[name], rows[name], tensor)
-    return rows

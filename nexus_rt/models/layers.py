@@ -1,14 +1,17 @@
 """Layers that are built on the meta device without random numbers: drawing them there imports
 PyTorch's compiler, which takes longer than a small clip. On other devices they are PyTorch's
-own."""
+own. And what several networks' configurations share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nexus_rt.core.errors import ModelError
 
 
 class Linear(nn.Linear):
@@ -63,3 +66,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+
+
+def check_positive(config: msgspec.Struct) -> None:
+    """Raise a `ModelError` that names a number of a config which is not positive or is absurd."""
+    for name in config.__struct_fields__:
+        value = getattr(config, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and not 0 < value < 2**31:
+            raise ModelError(
+                f"{name} is {value}; expected a positive number.", code="out_of_range", param=name
+            )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,9 +19,7 @@ from torch import Tensor, nn
 
 from nexus_rt.core.documents import check
 from nexus_rt.core.errors import ModelError
-from nexus_rt.loading.pretrained import check_positive, fill_whole
-from nexus_rt.loading.stored import StoredTensor
-from nexus_rt.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
+from nexus_rt.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, check_positive
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -281,33 +278,3 @@ def greedy(
         new.append(token)
         row = torch.tensor([[token]], device=device)
     return new
-
-
-def load_llama(
-    folder: Path, config: dict[str, Any], dtype: torch.dtype, device: torch.device
-) -> LlamaBackbone:
-    """The backbone from a folder of transformers' layout, given its `config.json` (see
-    `is_native`).
-
-    Raises:
-        ModelError: an impossible config, weights that are missing, foreign or of other shapes.
-    """
-    checked = check(
-        config, LlamaConfig, str(folder / "config.json"), remedy="download the folder again"
-    )
-    checked.rope  # noqa: B018  # refused now, not at the first prompt
-    with torch.device("meta"):
-        model = LlamaBackbone(checked)
-    return fill_whole(model, folder, "understanding model", dtype, device, _bare).eval()
-
-
-def _bare(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The names without the prefix that a model with a head stores."""
-    named = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    if len(named) < len(tensors):
-        raise ModelError(
-            "some weights are stored twice, with and without the prefix 'model.'; download the"
-            " folder again.",
-            code="duplicate",
-        )
-    return named

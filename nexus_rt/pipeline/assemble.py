@@ -21,9 +21,9 @@ from nexus_rt.engines.experts import ExpertsEngine, changed, joined
 from nexus_rt.engines.registry import GENERATORS, open_engines
 from nexus_rt.engines.text_vae import EngineDecoder, EngineTextEncoder
 from nexus_rt.engines.torch import TorchEngine
-from nexus_rt.loading import source, transformer
+from nexus_rt.loading import transformer
 from nexus_rt.loading.experts import ExpertFolders, GeneratorSource, transformers_of
-from nexus_rt.loading.locate import find_text
+from nexus_rt.loading.locate import find_text, folder_fingerprint
 from nexus_rt.loading.lora import Lora, loras_hash, loras_of
 from nexus_rt.loading.pair_folder import PairFolders, exported_pair
 from nexus_rt.pipeline.settings import Defaults
@@ -164,7 +164,7 @@ def load_models(
 
 def _fingerprint(generator: GeneratorSource) -> str:
     """What identifies a generator's weights: of each expert, and where they change over."""
-    files = [source.folder_fingerprint(f) for f in transformers_of(generator).values()]
+    files = [folder_fingerprint(f) for f in transformers_of(generator).values()]
     if isinstance(generator, ExpertFolders):
         files.append(f"boundary={generator.boundary:g}")
     return " ".join(files)
@@ -178,7 +178,7 @@ def _coder_identity(parts: PairFolders, dtype: torch.dtype) -> dict[str, str]:
         name: "float32" if name == "vae" else str(dtype).removeprefix("torch.") for name in folders
     }
     return {
-        name: f"{source.folder_fingerprint(folder)} {kind[name]}"
+        name: f"{folder_fingerprint(folder)} {kind[name]}"
         for name, folder in folders.items()
         if folder
     }

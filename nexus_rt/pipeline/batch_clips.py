@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_rt.components.vae import rescue_latents
 from nexus_rt.core.errors import InputError, NexusError
 from nexus_rt.core.size import ClipSize
+from nexus_rt.media.latents import rescue_latents
 from nexus_rt.media.video import made_with, save_video
 from nexus_rt.pipeline import settings
 from nexus_rt.pipeline.batch_job import Job

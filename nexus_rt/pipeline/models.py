@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nexus_rt.components.context import ContextEncoder
-from nexus_rt.components.text import Tokenized
-from nexus_rt.components.vae import Decoder
 from nexus_rt.core.amounts import parse_bytes
 from nexus_rt.core.checks import instance, number, optional_text, switch
 from nexus_rt.core.errors import InputError, choose, shown
@@ -20,6 +18,8 @@ from nexus_rt.engines.experts import change_loras, engines_by_name
 from nexus_rt.loading.lora import Lora, LoraSource, loras_hash
 from nexus_rt.loading.packing import check_weights, formats_of
 from nexus_rt.loading.pair_folder import MINI, find_pair
+from nexus_rt.models.coders import Tokenized
+from nexus_rt.models.wan_vae import Decoder
 from nexus_rt.parallel.layout import Mesh, broadcast_failure, mesh_of
 from nexus_rt.pipeline.arguments import check_options, check_source, read_loras
 from nexus_rt.pipeline.assemble import (

@@ -17,8 +17,8 @@ from nexus_rt.core.checks import number, whole
 from nexus_rt.core.errors import InputError, ModelError, choose, shown
 from nexus_rt.core.limits import MAX_GUIDANCE, MAX_SHIFT, MIN_SHIFT, SOLVERS
 from nexus_rt.loading.experts import GeneratorSource, transformers_of
+from nexus_rt.loading.formats.safetensors import read_metadata
 from nexus_rt.loading.lora import Lora
-from nexus_rt.loading.stored import read_metadata
 from nexus_rt.method.plan_text import check_plan
 from nexus_rt.method.time_grid import listed_grid
 from nexus_rt.pipeline.settings import GUIDANCE_SETTINGS, Defaults

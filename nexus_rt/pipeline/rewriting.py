@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from nexus_rt.components.understanding import MAX_ANSWER, REWRITE, UnderstandingModel
+from nexus_rt.components.understanding import MAX_ANSWER, UnderstandingModel
 from nexus_rt.core.chat import ChatClient
 from nexus_rt.core.checks import check_unicode
 from nexus_rt.core.deadline import begin, result_within
@@ -37,9 +37,11 @@ from nexus_rt.core.limits import REWRITE_TIMEOUT
 from nexus_rt.core.log import logger
 from nexus_rt.core.paths import as_path
 from nexus_rt.core.tracing import span
-from nexus_rt.loading.pretrained import check_config, pretrained
-from nexus_rt.loading.source import require_safetensors
+from nexus_rt.loading.config import check_config
+from nexus_rt.loading.locate import require_safetensors
+from nexus_rt.loading.pretrained import pretrained
 from nexus_rt.memory.offload import release
+from nexus_rt.models.template import REWRITE
 from nexus_rt.pipeline.assemble import default_device, default_dtype
 from nexus_rt.pipeline.settings import is_off
 

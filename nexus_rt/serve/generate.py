@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nexus_rt.components.text import clean_prompt
 from nexus_rt.core.devices import Arrival, fetch
 from nexus_rt.core.errors import Cancelled, DecodeError, NexusError, NumericsError, shorten
 from nexus_rt.core.process import computes, resident_bytes
@@ -25,6 +24,7 @@ from nexus_rt.core.size import ClipSize
 from nexus_rt.core.tracing import Trace, record
 from nexus_rt.media.video import contact_sheet, made_with, save_video, to_uint8
 from nexus_rt.method.step import Step
+from nexus_rt.models.coders import clean_prompt
 from nexus_rt.pipeline.call import decode, denoise, draw_noise
 from nexus_rt.pipeline.encode import encode
 from nexus_rt.pipeline.inputs import Prompts
@@ -40,7 +40,7 @@ from nexus_rt.serve.requests import ClipRequest
 if TYPE_CHECKING:
     import numpy as np
 
-    from nexus_rt.components.text import Tokenized
+    from nexus_rt.models.coders import Tokenized
     from nexus_rt.pipeline.pipeline import NexusPipeline
 
 log = logging.getLogger("nexus_rt.serve")

@@ -14,14 +14,15 @@ import math
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from nexus_rt.core.errors import ModelError, shorten
+from nexus_rt.loading.formats.stored import MAX_SIDE, StoredTensor
 from nexus_rt.loading.notes import refuse_rotation
-from nexus_rt.models.encodings import GGUF_BLOCKS, Encoding
+from nexus_rt.models.encodings import GGUF_BLOCKS
 
 PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
 TYPES = {  # ggml's numbers of its types
@@ -69,20 +70,8 @@ SCALARS = {
 }
 STRING, ARRAY = 8, 9
 MOST_TENSORS, MOST_KEYS, MOST_NAME, MOST_DIMENSIONS = 100_000, 100_000, 1024, 8
-MAX_SIDE = 2**48  # elements of a side, which a tensor without any elements may state freely
 TABLES = (".modulation", "scale_shift_table")  # Wan's, of three dimensions: (1, rows, d)
 SHAPE = "comfy.gguf.orig_shape."  # of tensors that ComfyUI-GGUF's converter reshaped
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """Where a tensor lies, and its encoding where its type has one."""
-
-    start: int
-    stop: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    encoding: Encoding | None
 
 
 class _Damaged(Exception):
@@ -147,7 +136,7 @@ class _Cursor:
         return None
 
 
-def read(path: Path) -> dict[str, GgufTensor]:
+def read(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a GGUF file by name, shapes as PyTorch counts them (rows first).
 
     Raises:
@@ -166,7 +155,7 @@ def read(path: Path) -> dict[str, GgufTensor]:
         ) from error
 
 
-def _read(path: Path, cursor: _Cursor, size: int) -> dict[str, GgufTensor]:
+def _read(path: Path, cursor: _Cursor, size: int) -> dict[str, StoredTensor]:
     if cursor.take(4) != b"GGUF":
         raise _Damaged("it does not begin with GGUF")
     if (version := cursor.number("I")) not in (2, 3):
@@ -189,7 +178,7 @@ def _read(path: Path, cursor: _Cursor, size: int) -> dict[str, GgufTensor]:
     if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
         raise _Damaged(f"its alignment is {shorten(alignment, 40)}")
     begin = -(-cursor.at // alignment) * alignment
-    found: dict[str, GgufTensor] = {}
+    found: dict[str, StoredTensor] = {}
     for name, shape, kind, offset in rows:
         if name in found:
             raise _Damaged(f"{shorten(name, 120)} is there twice", "duplicate")
@@ -211,7 +200,9 @@ def _read(path: Path, cursor: _Cursor, size: int) -> dict[str, GgufTensor]:
     }
 
 
-def _whole(name: str, shape: tuple[int, ...], tensors: Mapping[str, GgufTensor]) -> tuple[int, ...]:
+def _whole(
+    name: str, shape: tuple[int, ...], tensors: Mapping[str, StoredTensor]
+) -> tuple[int, ...]:
     """The shape that a tensor had before ggml.
 
     A convolution's number of outputs is its bias's; the order of the elements is the same in all
@@ -238,7 +229,7 @@ def _tensor(
     start: int,
     size: int,
     metadata: dict[str, object],
-) -> GgufTensor:
+) -> StoredTensor:
     known = TYPES.get(kind, f"number {kind}")
     if kind not in PLAIN and known not in GGUF_BLOCKS:
         raise ModelError(
@@ -268,4 +259,4 @@ def _tensor(
         length = count // encoding.values * encoding.size
     if start + length > size:
         raise _Damaged(f"{shorten(name, 120)} reaches beyond its end")
-    return GgufTensor(start, start + length, dtype, final, encoding)
+    return StoredTensor(path, start, start + length, dtype, final, encoding)
