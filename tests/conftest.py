@@ -28,6 +28,7 @@ RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_Z
 WORDS = "a the red blue circle square moves left right on black background panda".split()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """One worker runs a whole file, whose tests share fixtures, and one all tests on a Ray."""
     order = {name: place for place, name in enumerate(GROUPS)}

@@ -66,8 +66,8 @@ def test_methods(pipe, name):
     assert raw_errors(method, base, parameters(method)) == {}
 
 
-def test_contexts():
-    pipe = NexusPipeline.from_pretrained()
+def test_contexts(mini_pipe):
+    pipe = mini_pipe
     text, no_text = pipe.encode_prompt(PROMPT)
     base = {"prompt": PROMPT, "prompt_embeds": text, "negative_prompt_embeds": no_text}
     method = pipe.encode_context

@@ -415,7 +415,7 @@ class OldFrameClass:
 
 
 def test_a_frame_that_cannot_be_encoded_is_an_error_of_ours(tmp_path, monkeypatch):
-    def refuse(*arguments):
+    def refuse(*arguments, **options):
         raise LookupError("no encoder libx264")
 
     monkeypatch.setattr(av, "open", refuse)

@@ -121,7 +121,8 @@ def test_another_architecture_still_loads(tmp_path):
     assert not isinstance(model.model, LlamaBackbone)
     ids = torch.tensor([model.tokenizer.encode(model.template.render("panda"), special=False)])
     end, pad = model.tokenizer.eos_id, model.tokenizer.pad_id
-    mask = (ids != (end if pad is None else pad)).long()  # the end token stands in for padding
+    padding = end if pad is None else pad  # the end token stands in for a padding token
+    mask = torch.ones_like(ids) if padding is None else (ids != padding).long()
     with torch.no_grad():
         wanted = theirs.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     assert torch.allclose(got, wanted, atol=1e-6)

@@ -12,13 +12,12 @@ from nexus_rt.bench.shapes.checker import look
 from nexus_rt.bench.shapes.riddles import make_prompts
 from nexus_rt.cli import main
 from nexus_rt.loading.pair_folder import MINI
+from tests.more import more
 
 
-@pytest.fixture(scope="module")
-def mini():
-    pipe = NexusPipeline.from_pretrained()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+@pytest.fixture
+def mini(mini_pipe):
+    return mini_pipe
 
 
 def test_it_stays_small():
@@ -96,7 +95,7 @@ def test_the_vae_keeps_what_the_checker_sees(mini):
         )
 
 
-@pytest.mark.parametrize("kind", ["captions", "riddles"])
+@pytest.mark.parametrize("kind", ["captions", *more("riddles")])
 def test_the_bridged_pair_shows_what_it_is_asked_for(mini, kind):
     """A guard against a broken pair; how often it is right over hundreds of prompts is in
     training/README.md."""
@@ -107,6 +106,7 @@ def test_the_bridged_pair_shows_what_it_is_asked_for(mini, kind):
     assert colour >= 0.8 and motion >= 0.8 and shape >= 0.5  # chance: 0.17, 0.2, 0.2
 
 
+@pytest.mark.exhaustive
 def test_the_large_generator_alone_does_not_reason(mini):
     prompts = make_prompts("riddles", 1, 12)
     frames = mini(
@@ -143,6 +143,7 @@ def test_the_command_runs_it_by_default(tmp_path):
         assert [(f.width, f.height) for f in container.decode(video=0)] == [(64, 64)] * 17
 
 
+@pytest.mark.exhaustive
 def test_the_few_step_lora_draws_what_was_meant():
     """8 small and 3 unguided large forwards by the recipe in its header; of the large generator
     itself in as many steps far fewer are right (training/README.md)."""

@@ -73,7 +73,7 @@ def test_one_generator_reaches_the_exact_solution():
             pytest.param("triton", *rest, marks=needs_triton)
             for rest in (("unipc", "gaussian"), ("euler", "gaussian"))
         ),
-        pytest.param("triton", "unipc", "dct", marks=needs_triton),
+        pytest.param("triton", "unipc", "dct", marks=[needs_triton, pytest.mark.exhaustive]),
     ],
 )
 @pytest.mark.parametrize(

@@ -377,6 +377,7 @@ def starving(vmstat):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.process
 def test_a_worker_without_host_memory_fails_its_job_once(tmp_path, monkeypatch):
     vmstat = tmp_path / "vmstat"
     vmstat.write_text("oom_kill 7\n")
@@ -411,6 +412,7 @@ def no_memory(kind):
 
 
 @pytest.mark.parametrize("kind", ["python", "cpp"])
+@pytest.mark.process
 def test_models_that_host_memory_does_not_hold_are_said_to_be_so(kind):
     async def run():
         runner = ProcessRunner(no_memory, kind)
