@@ -1,392 +1,362 @@
-"""A pickle interpreter that knows tensors, arrays and containers, and calls nothing that a pickle
+"""A pickle interpreter that makes tensors, arrays and containers, and calls nothing that a pickle
 names.
 
-The opcodes are walked one by one; a name is looked up in a table of the functions of
-`pickle_values`, each of which checks its arguments and builds its value from bytes of checked
-length. No object of a pickle's own is ever made, changed or called: Python's unpickler, numpy's
-`_reconstruct` and dtype states are not used, since each can be led to run code.
+The opcodes are walked one by one; a global is a key of `GLOBALS`, whose functions check what they
+are called with. Python's unpickler, numpy's `_reconstruct` and dtype states are not used, since
+each can be led to run code.
 """
 
 from __future__ import annotations
 
 import codecs
-import io
 import pickletools
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import IO, Any, cast
+from dataclasses import dataclass
+from typing import IO, Any
 
+import numpy as np
 import torch
-
-from nexus_rt.loading.formats.pickle_values import (
-    MOST_DIMENSIONS,
-    ArrayDtype,
-    Name,
-    PendingArray,
-    UnpicklingError,
-    array,
-    device,
-    dtype,
-    elements,
-    empty_or_bytes,
-    frombuffer,
-    key_of,
-    latin1,
-    ordered,
-    rebuild_parameter,
-    rebuild_tensor_v2,
-    rebuild_tensor_v3,
-    reconstruct,
-    refuse,
-    scalar,
-    size,
-)
+from torch import Tensor
+from torch.storage import TypedStorage
 
 for _codec in ("raw_unicode_escape", "unicode_escape", "cp437", "latin1", "ascii"):
     codecs.lookup(_codec)  # now, and not while a file is read: an import runs code
-# A checkpoint of a thousand tensors has thirty thousand instructions; of these limits' sizes,
-# seconds go by.
-MOST_OPCODES, MOST_MARKS, MOST_NESTED = 2_000_000, 256, 2
-
-DTYPES = {  # torch's names, as globals and as `<Name>Storage`
-    "float64": ("Double", torch.float64),
-    "float32": ("Float", torch.float32),
-    "float16": ("Half", torch.float16),
-    "bfloat16": ("BFloat16", torch.bfloat16),
-    "int64": ("Long", torch.int64),
-    "int32": ("Int", torch.int32),
-    "int16": ("Short", torch.int16),
-    "int8": ("Char", torch.int8),
-    "uint8": ("Byte", torch.uint8),
-    "bool": ("Bool", torch.bool),
-    "complex64": ("ComplexFloat", torch.complex64),
-    "complex128": ("ComplexDouble", torch.complex128),
-    "float8_e4m3fn": ("", torch.float8_e4m3fn),
-    "float8_e5m2": ("", torch.float8_e5m2),
-    "uint16": ("", torch.uint16),
-    "uint32": ("", torch.uint32),
-    "uint64": ("", torch.uint64),
-}
-STORAGES = {f"{storage}Storage": dtype for storage, dtype in DTYPES.values() if storage}
+# A checkpoint of a thousand tensors has thirty thousand instructions; of this limit's size, seconds
+# go by.
+MAX_OPCODES, MAX_MARKS = 2_000_000, 256
+MAX_TUPLES = 20_000  # that torch's reader is given: it hashes nested ones on the C stack
+MAX_COPIED = 1 << 20  # items and bytes that a pickle may copy beyond its own length
+PLAIN = (str, bytes, int, float, bool, type(None))
 
 
-FUNCTIONS: dict[tuple[str, str], Callable] = {
-    ("collections", "OrderedDict"): ordered,
-    ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_tensor_v3"): rebuild_tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
-    ("torch", "Size"): size,
-    ("torch", "device"): device,
-    ("numpy", "dtype"): dtype,
-    ("_codecs", "encode"): latin1,
+class Refused(ValueError):
+    """Why a pickle is refused, with the `code` of the error that it becomes."""
+
+    def __init__(self, why: str, code: str = "damaged") -> None:
+        super().__init__(why)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function that a pickle may name."""
+
+    call: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class StorageKind:
+    """The class of a storage."""
+
+    dtype: torch.dtype
+
+
+@dataclass
+class ArrayDtype:
+    """A numpy dtype by value, before and after its state."""
+
+    code: str
+    order: str
+
+
+@dataclass
+class PendingArray:
+    """What `_reconstruct` makes; its state makes the array, which replaces it."""
+
+    key: int | None = None
+
+
+def _key(value: Any) -> Any:
+    """A dictionary's key or a set's item: plain, or a flat tuple of plain values, so that hashing
+    it takes no time."""
+    flat = isinstance(value, tuple) and len(value) <= 64
+    if not all(isinstance(v, PLAIN) for v in (value if flat else [value])):
+        raise Refused(f"a key is a {type(value).__name__}; expected text or numbers")
+    return value
+
+
+def _keys(values: list | tuple = ()) -> list[Any]:
+    if not isinstance(values, (list, tuple)):
+        raise Refused("a set has odd arguments")
+    return [_key(v) for v in values]
+
+
+def _ordered(pairs: list | tuple = ()) -> OrderedDict:
+    return OrderedDict(zip(_keys([k for k, _ in pairs]), [v for _, v in pairs], strict=True))
+
+
+def _tensor(rebuild: Callable) -> Function:
+    def rebuilt(storage: Any, offset: Any, *rest: Any) -> Tensor:
+        if not isinstance(storage, TypedStorage) or isinstance(offset, bool):
+            raise Refused("a tensor has other arguments than torch writes")
+        return rebuild(storage, offset, *rest)
+
+    return Function(rebuilt)
+
+
+def _parameter(tensor: Any, requires_grad: Any, hooks: Any) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise Refused("a parameter is no tensor")
+    return tensor
+
+
+def _latin1(text: str, encoding: str = "latin1") -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise Refused("an encoding is not the one that arrays are pickled with", "unsafe")
+    return text.encode("latin1")
+
+
+def as_bytes(data: Any = b"") -> bytes:
+    """`bytes()` of nothing or of bytes; never of a length."""
+    if not isinstance(data, (bytes, bytearray)):
+        raise Refused("bytes have odd arguments")
+    return bytes(data)
+
+
+def _dtype(code: Any, align: Any = False, copy: Any = True) -> ArrayDtype:
+    """`numpy.dtype(code, False, True)`: a number or bool of a fixed size, and nothing else."""
+    if not isinstance(code, str):
+        raise Refused("a numpy dtype has odd arguments")
+    plain = code.lstrip("<>|=").replace("?", "b1")
+    if plain not in "f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1".split():
+        raise Refused(f"numpy dtype {plain[:20]!r} is no plain number", "unsafe")
+    return ArrayDtype(plain, ">" if code[0] == ">" else "<")
+
+
+def _array(data: Any, kind: Any, shape: Any, order: str = "C") -> np.ndarray:
+    if not isinstance(kind, ArrayDtype) or not isinstance(data, (bytes, bytearray)):
+        raise Refused("an array is not of numbers", "unsafe")
+    if kind.code == "b1" and set(data) - {0, 1}:
+        raise Refused("an array of bools holds other bytes")
+    array = np.frombuffer(bytearray(data), kind.order + kind.code).reshape(shape, order=order)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _reconstruct(kind: Any, shape: Any, code: Any) -> PendingArray:
+    if kind is not np.ndarray:
+        raise Refused("an array is rebuilt of something else", "unsafe")
+    return PendingArray()
+
+
+DTYPES = [
+    getattr(torch, name)
+    for name in (
+        "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128"
+        " float8_e4m3fn float8_e5m2 uint16 uint32 uint64"
+    ).split()
+]
+STORAGES = "Double Float Half BFloat16 Long Int Short Char Byte Bool ComplexFloat ComplexDouble"
+UNTYPED = StorageKind(torch.uint8)
+TENSORS: dict[str, Any] = {
+    **{str(dtype): dtype for dtype in DTYPES},
     **{
-        (m, n): elements(k)
-        for m in ("builtins", "__builtin__")
-        for n, k in (("set", set), ("frozenset", frozenset))
+        f"torch.{name}Storage": StorageKind(dtype)
+        for name, dtype in zip(STORAGES.split(), DTYPES, strict=False)
     },
-    **{(m, "bytes"): empty_or_bytes for m in ("builtins", "__builtin__")},
-    **{(m, "bytearray"): empty_or_bytes for m in ("builtins", "__builtin__")},
-    **{
-        (f"{core}.multiarray", n): f
-        for core in ("numpy.core", "numpy._core")
-        for n, f in (("_reconstruct", reconstruct), ("scalar", scalar))
-    },
-    **{(f"{core}.numeric", "_frombuffer"): frombuffer for core in ("numpy.core", "numpy._core")},
+    "torch.storage.UntypedStorage": UNTYPED,
+    "torch.Size": Function(torch.Size),
+    "torch.device": Function(torch.device),
+    "torch._utils._rebuild_tensor_v2": _tensor(torch._utils._rebuild_tensor_v2),
+    "torch._utils._rebuild_tensor_v3": _tensor(torch._utils._rebuild_tensor_v3),
+    "torch._utils._rebuild_parameter": Function(_parameter),
+    "collections.OrderedDict": Function(_ordered),
 }
-VALUES: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): Name("numpy", "ndarray"),
-    **{("torch", name): kind for name, (_, kind) in DTYPES.items()},
+BUILTINS = {
+    "set": Function(lambda items=(): set(_keys(items))),
+    "frozenset": Function(lambda items=(): frozenset(_keys(items))),
+    "bytes": Function(as_bytes),
+    "bytearray": Function(as_bytes),
 }
+NUMPY = {
+    "multiarray._reconstruct": Function(_reconstruct),
+    "multiarray.scalar": Function(lambda kind, data: _array(data, kind, ())[()]),
+    "numeric._frombuffer": Function(_array),
+}
+GLOBALS: dict[str, Any] = {
+    **TENSORS,
+    **{f"{module}.{k}": v for module in ("builtins", "__builtin__") for k, v in BUILTINS.items()},
+    **{f"numpy.{core}.{k}": v for core in ("core", "_core") for k, v in NUMPY.items()},
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": Function(_dtype),
+    "_codecs.encode": Function(_latin1),
+}
+LITERALS = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING BINBYTES"
+    " SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 FLOAT"
+    " BINFLOAT".split()
+)
+CONSTANTS: dict[str, Callable[[], Any]] = {
+    **{"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False},
+    **{"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_SET": set},
+}
+PUTS, GETS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), ("GET", "BINGET", "LONG_BINGET")
+FROM_MARK = frozenset("TUPLE LIST DICT FROZENSET APPENDS SETITEMS ADDITEMS".split())
+FROM_STACK = {"APPEND": 1, "SETITEM": 2, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-class Interpreter:
-    """One pickle's opcodes to its value.
+class Unpickler:
+    """The next pickle of a file, as `torch.load` expects it of a `pickle_module`."""
 
-    Args:
-        persistent: turns a persistent id (a tuple) into a storage, where the format has them.
-        load_bytes: reads what plain `pickle` keeps of a storage: a whole `torch.save` of it.
-    """
+    persistent_load: Callable[[tuple], Any] | None = None
 
-    def __init__(
-        self,
-        persistent: Callable[[Any], Any] | None = None,
-        load_bytes: Callable[[bytes], Any] | None = None,
-    ) -> None:
-        self.persistent, self.load_bytes = persistent, load_bytes
+    def __init__(self, file: IO[bytes], **options: Any) -> None:
+        self.file, self.copied = file, 0
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
 
-    def run(self, file: io.BufferedIOBase | io.RawIOBase) -> Any:
-        """The value of the next pickle of a file.
+    def find_class(self, module: str, name: str) -> Any:
+        where = f"{module}.{name}"
+        if where not in GLOBALS:
+            raise Refused(f"it asks for {where[:120]}, which is no tensor or container", "unsafe")
+        return GLOBALS[where]
+
+    def load(self) -> Any:
+        """Its value.
 
         Raises:
-            pickle.UnpicklingError: it asks for anything but tensors, arrays and containers, or is
-                damaged.
+            Refused: it asks for anything but tensors, arrays and containers, or is damaged; where
+                its stack or memo lacks a value, IndexError or KeyError.
         """
-        stack: list[Any] = []
-        marks: list[list[Any]] = []
-        memo: dict[int, Any] = {}
-        try:
-            for number, (opcode, argument, _) in enumerate(
-                pickletools.genops(cast(IO[bytes], file))
-            ):
-                if number > MOST_OPCODES:
-                    raise refuse(f"it has more than {MOST_OPCODES} instructions", "too_large")
-                name = opcode.name
-                if name == "STOP":
-                    if len(stack) != 1 or marks:
-                        raise refuse("it does not end in one value")
-                    value = finished(stack[0])
-                    check_depth(value)
-                    return value
-                stack = self._step(name, argument, stack, marks, memo)
-        except UnpicklingError:
-            raise
-        except (
-            ValueError,
-            IndexError,
-            KeyError,
-            TypeError,
-            OverflowError,
-            RecursionError,
-            AttributeError,
-        ) as error:
-            raise refuse(f"it is damaged ({type(error).__name__}: {str(error)[:120]})") from None
-        raise refuse("it ends before its last instruction")
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(self.file)):
+            if count > MAX_OPCODES:
+                raise Refused(f"it has more than {MAX_OPCODES} instructions", "too_large")
+            if opcode.name == "STOP":
+                break
+            self._step(opcode.name, argument)
+        if len(self.stack) != 1 or self.marks:
+            raise Refused("it does not end in one value")
+        return self.stack[0]
 
-    def _step(self, name: str, argument: Any, stack: list, marks: list, memo: dict) -> list:
-        """One instruction; returns the stack, which a mark starts anew."""
-        if name in ("PROTO", "FRAME"):
-            return stack
+    def _step(self, name: str, argument: Any) -> None:
+        stack, items = self.stack, []
+        if name in FROM_MARK:
+            items, self.stack = stack, self.marks.pop()
+            stack = self.stack
+        elif count := FROM_STACK.get(name):
+            items = [stack.pop() for _ in range(count)][::-1]
         if name in LITERALS:
             stack.append(argument)
         elif name in CONSTANTS:
             stack.append(CONSTANTS[name]())
+        elif name in PUTS:
+            key = len(self.memo) if argument is None else argument
+            self.memo[key] = stack[-1]
+            if isinstance(stack[-1], PendingArray):
+                stack[-1].key = key
+        elif name in GETS:
+            stack.append(self.memo[argument])
+        elif name.startswith("TUPLE"):
+            stack.append(tuple(items))
         elif name == "MARK":
-            if len(marks) >= MOST_MARKS:
-                raise refuse(
-                    f"it opens more than {MOST_MARKS} containers in one another", "too_large"
+            if len(self.marks) == MAX_MARKS:
+                raise Refused(
+                    f"it opens more than {MAX_MARKS} containers in one another", "too_large"
                 )
-            marks.append(stack)
-            return []
-        elif name in FROM_MARK:
-            items, stack = stack, marks.pop()
-            FROM_MARK[name](stack, items)
-        elif name in FIXED:
-            FIXED[name](stack)
-        elif name == "POP":
-            if stack:
-                stack.pop()
-            else:
-                return marks.pop()
-        elif name == "POP_MARK":
-            return marks.pop()
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
+            self.marks.append(stack)
+            self.stack = []
+        elif name == "LIST":
+            stack.append(items)
+        elif name == "FROZENSET":
+            stack.append(frozenset(_keys(items)))
+        elif name in ("APPEND", "APPENDS") and type(stack[-1]) is list:
+            stack[-1].extend(items)
+        elif name == "ADDITEMS" and type(stack[-1]) is set:
+            stack[-1].update(_keys(items))
+        elif name in ("DICT", "SETITEM", "SETITEMS"):
+            if name == "DICT":
+                stack.append({})
+            if not isinstance(stack[-1], dict):
+                raise Refused("it sets items of what is no dictionary")
+            stack[-1].update(zip(_keys(items[::2]), items[1::2], strict=True))
+        elif name == "POP" and stack:
+            stack.pop()
+        elif name in ("POP", "POP_MARK"):
+            self.stack = self.marks.pop()
+        elif name == "DUP":
+            stack.append(stack[-1])
         elif name == "GLOBAL":
-            stack.append(self._named(*argument.split(" ", 1)))
+            stack.append(self.find_class(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
-            stack.append(self._named(module, attribute))
+            stack.append(self.find_class(str(module), str(attribute)))
         elif name == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
-            stack.append(self._call(function, arguments))
+            if not isinstance(function, Function) or not isinstance(arguments, tuple):
+                raise Refused("it calls something that is no function", "unsafe")
+            self._copy(arguments)
+            stack.append(function.call(*arguments))
         elif name == "BUILD":
-            state = stack.pop()
-            build(stack[-1], state)
-        elif name in ("PERSID", "BINPERSID"):
-            identity = stack.pop() if name == "BINPERSID" else argument
-            if self.persistent is None:
-                raise refuse("it refers to objects outside itself", "unsafe")
-            stack.append(self.persistent(identity))
-        else:
-            raise refuse(f"it uses {name}, which no tensor or container needs", "unsafe")
-        return stack
+            self._build(stack.pop())
+        elif name == "BINPERSID":
+            stack.append(self._storage(stack.pop()))
+        elif name not in ("PROTO", "FRAME"):
+            raise Refused(f"it uses {name}, which no tensor or container needs", "unsafe")
 
-    def _named(self, module: Any, name: Any) -> Any:
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise refuse("it names something by no text")
-        where = module, name
-        if where in VALUES:
-            return VALUES[where]
-        storage = module in ("torch", "torch.storage") and (
-            name in STORAGES or name in ("UntypedStorage", "TypedStorage")
-        )
+    def _copy(self, values: tuple) -> None:
+        """Count what a function copies of its arguments: a pickle that names a large value many
+        times must not fill the memory."""
+        copied = (list, tuple, dict, str, bytes, bytearray)
+        self.copied += sum(len(v) for v in values if isinstance(v, copied))
+        if self.copied > self.file.tell() + MAX_COPIED:
+            raise Refused("it copies its values more often than it holds them", "too_large")
+
+    def _build(self, state: Any) -> None:
+        """BUILD: the state of an array (version, shape, dtype, column-major, data) or of a dtype
+        (version, order, ...), by value; of an ordered dictionary nothing (torch's `_metadata`)."""
+        target = self.stack[-1]
+        if isinstance(target, PendingArray):
+            self._copy(state)
+            shape, kind, fortran, data = state[-4:]
+            self.stack[-1] = _array(data, kind, shape, "F" if fortran else "C")
+            if target.key is not None:
+                self.memo[target.key] = self.stack[-1]
+        elif isinstance(target, ArrayDtype):
+            if state[1] not in ("<", ">", "|", "=") or state[2:] != (None, None, None, -1, -1, 0):
+                raise Refused("a numpy dtype's state is not that of a plain number", "unsafe")
+            target.order = ">" if state[1] == ">" else "<"
+        elif not isinstance(target, OrderedDict):
+            raise Refused(f"it sets attributes of a {type(target).__name__}", "unsafe")
+
+    def _storage(self, identity: Any) -> Any:
+        """Of ("storage", class, key, location, count[, view])."""
+        if self.persistent_load is None:
+            raise Refused("it refers to objects outside itself", "unsafe")
+        kind, _, key, _, count, *view = identity
+        if kind != "storage" or not isinstance(key, str) or not isinstance(count, int):
+            raise Refused("it refers to something that is no storage")
+        if view not in ([], [None]):
+            raise Refused(
+                "a storage is a view of another, as torch wrote them long ago", "unsupported"
+            )
+        return self.persistent_load(identity)
+
+
+def is_plain_state(file: IO[bytes]) -> bool:
+    """Whether the next pickle of a file is one that torch's `weights_only` reader may be given:
+    tensors, text and numbers, and no value but text used twice.
+
+    The hash of a tuple that is used twice, in a tuple that is used twice ..., takes 2^depth steps;
+    a list that is used many times is copied as often. Without, time and memory are of the pickle's
+    length.
+    """
+    words: set[int] = set()  # the memo's keys of globals and text
+    top, tuples = "", 0
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        name = opcode.name
+        tuples += name.startswith("TUPLE")
+        if count > MAX_OPCODES:
+            raise Refused(f"it has more than {MAX_OPCODES} instructions", "too_large")
+        if name in PUTS:
+            (words.add if top in ("GLOBAL", "BINUNICODE", *GETS) else words.discard)(argument)
+            continue
         if (
-            where in FUNCTIONS
-            or storage
-            or (where == ("torch.storage", "_load_from_bytes") and self.load_bytes)
+            (name == "PROTO" and argument != 2)
+            or (name == "GLOBAL" and argument.replace(" ", ".", 1) not in TENSORS)
+            or (name in GETS and argument not in words)
+            or tuples > MAX_TUPLES
         ):
-            return Name(module, name)
-        raise refuse(f"it asks for {Name(module, name)}, which is no tensor or container", "unsafe")
-
-    def _call(self, function: Any, arguments: Any) -> Any:
-        if not isinstance(function, Name) or not isinstance(arguments, tuple):
-            raise refuse("it calls something that is no function", "unsafe")
-        arguments = tuple(finished(a) for a in arguments)
-        if (function.module, function.name) == ("torch.storage", "_load_from_bytes"):
-            if (
-                self.load_bytes is None
-                or len(arguments) != 1
-                or not isinstance(arguments[0], (bytes, bytearray))
-            ):
-                raise refuse("a storage's bytes are none")
-            return self.load_bytes(bytes(arguments[0]))
-        known = FUNCTIONS.get((function.module, function.name))
-        if known is None:
-            raise refuse(f"it calls {function}, which is no function of tensors", "unsafe")
-        return known(*arguments)
-
-
-def finished(value: Any) -> Any:
-    """A value; an array that was filled is itself."""
-    if isinstance(value, PendingArray):
-        if value.value is None:
-            raise refuse("an array has no state")
-        return value.value
-    return value
-
-
-def check_depth(value: Any) -> None:
-    """Raise where containers are nested deeper than any code of ours walks, or hold themselves."""
-    layer: list[Any] = [value]
-    seen: set[int] = set()
-    for _ in range(MOST_DIMENSIONS):
-        inner = [
-            x
-            for v in layer
-            if isinstance(v, (dict, list, tuple))
-            for x in (v.values() if isinstance(v, dict) else v)
-        ]
-        layer = list(
-            {
-                id(x): x for x in inner if isinstance(x, (dict, list, tuple)) and id(x) not in seen
-            }.values()
-        )
-        seen |= set(map(id, layer))
-        if not layer:
-            return
-    raise refuse(f"its containers are nested more than {MOST_DIMENSIONS} deep", "too_large")
-
-
-def build(target: Any, state: Any) -> None:
-    """BUILD: the state of an array or of a dtype, by value; of an ordered dictionary nothing
-    (torch's `_metadata`)."""
-    if isinstance(target, PendingArray):
-        if not isinstance(state, tuple) or len(state) not in (4, 5):
-            raise refuse("an array's state is none")
-        shape, kind, fortran, data = state[-4:]
-        if isinstance(data, list) or not isinstance(fortran, (bool, int)):
-            raise refuse("an array holds objects", "unsafe")
-        target.value = array(kind, data, shape, "F" if fortran else "C")
-    elif isinstance(target, ArrayDtype):
-        plain = (
-            isinstance(state, tuple) and len(state) in (8, 9) and state[1] in ("<", ">", "|", "=")
-        )
-        if (
-            not plain
-            or any(s is not None for s in state[2:5])
-            or any(s not in (-1, 0) for s in state[5:8])
-            or state[8:] not in ((), (None,))
-        ):
-            raise refuse("a numpy dtype's state is not that of a plain number", "unsafe")
-        target.order = ">" if state[1] == ">" else "<"
-    elif not (isinstance(target, OrderedDict) and isinstance(state, dict)):
-        raise refuse(f"it sets attributes of a {type(target).__name__}", "unsafe")
-
-
-def _extend(stack: list, items: list) -> None:
-    if not stack or type(stack[-1]) is not list:
-        raise refuse("it appends to what is no list")
-    stack[-1].extend(map(finished, items))
-
-
-def _set_items(stack: list, items: list) -> None:
-    if not stack or not isinstance(stack[-1], dict) or len(items) % 2:
-        raise refuse("it sets items of what is no dictionary")
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        stack[-1][key_of(key)] = finished(value)
-
-
-def _add_items(stack: list, items: list) -> None:
-    if not stack or type(stack[-1]) is not set:
-        raise refuse("it adds to what is no set")
-    stack[-1].update(key_of(v) for v in items)
-
-
-def _made_dict(stack: list, items: list) -> None:
-    stack.append({})
-    _set_items(stack, items)
-
-
-def _tuple(count: int) -> Callable[[list], None]:
-    def made(stack: list) -> None:
-        if len(stack) < count:
-            raise refuse("a tuple lacks its items")
-        items = tuple(map(finished, stack[len(stack) - count :]))
-        del stack[len(stack) - count :]
-        stack.append(items)
-
-    return made
-
-
-def _set_item(stack: list) -> None:
-    value, key = stack.pop(), stack.pop()
-    _set_items(stack, [key, value])
-
-
-def _append(stack: list) -> None:
-    value = stack.pop()
-    _extend(stack, [value])
-
-
-LITERALS = {
-    "INT",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "LONG",
-    "LONG1",
-    "LONG4",
-    "STRING",
-    "BINSTRING",
-    "SHORT_BINSTRING",
-    "BINBYTES",
-    "SHORT_BINBYTES",
-    "BINBYTES8",
-    "BYTEARRAY8",
-    "UNICODE",
-    "SHORT_BINUNICODE",
-    "BINUNICODE",
-    "BINUNICODE8",
-    "FLOAT",
-    "BINFLOAT",
-}
-CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_DICT": dict,
-    "EMPTY_SET": set,
-}
-FROM_MARK: dict[str, Callable[[list, list], None]] = {
-    "APPENDS": _extend,
-    "SETITEMS": _set_items,
-    "ADDITEMS": _add_items,
-    "DICT": _made_dict,
-    "LIST": lambda stack, items: stack.append(list(map(finished, items))),
-    "TUPLE": lambda stack, items: stack.append(tuple(map(finished, items))),
-    "FROZENSET": lambda stack, items: stack.append(frozenset(key_of(v) for v in items)),
-}
-FIXED: dict[str, Callable[[list], None]] = {
-    "TUPLE1": _tuple(1),
-    "TUPLE2": _tuple(2),
-    "TUPLE3": _tuple(3),
-    "SETITEM": _set_item,
-    "APPEND": _append,
-    "DUP": lambda stack: stack.append(stack[-1]),
-}
+            return False
+        top = name
+    return True
