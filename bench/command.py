@@ -39,10 +39,10 @@ from nexus_rt.engines.experts import changed
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.loading.experts import GeneratorSource
 from nexus_rt.loading.packing import check_dense
-from nexus_rt.loading.pair_folder import pair_index
 from nexus_rt.method.plan_options import has_clocks
 from nexus_rt.method.plan_text import parse_plan
 from nexus_rt.pipeline.assemble import default_device, default_dtype
+from nexus_rt.pipeline.defaults import pair_defaults, pair_index
 from nexus_rt.pipeline.pipeline import NexusPipeline
 from nexus_rt.pipeline.request import default_grid, make_guidance
 from nexus_rt.pipeline.settings import CallSettings, Defaults
@@ -317,7 +317,7 @@ def _engine(
         if (sources := getattr(args, f"{n}_lora"))
     }
     parts = chosen_components(parts_found, ",".join(exported), loras)
-    index = pair_index(Path(pretrained) if pretrained else None, parts_found.defaults)
+    index = pair_index(Path(pretrained) if pretrained else None, pair_defaults(parts_found.stated))
     export_components(
         parts,
         folders_beside(parts_found, parts),

@@ -265,6 +265,7 @@ def make_targets(pair, steered, work):
     from nexus_rt.media.latents import read_latents, save_latents
     from nexus_rt.models.connector import ConnectorConfig
     from nexus_rt.models.template import Template
+    from nexus_rt.pipeline.defaults import pair_defaults
     from nexus_rt.pipeline.prompts import read_prompts
 
     root = shutil.copytree(pair, work / "pair")
@@ -452,7 +453,11 @@ def make_targets(pair, steered, work):
             ),
             lambda: load_config(work / "wan"),
         ),
-        Target("model_index.json", root / "model_index.json", lambda: find_pair(root, {}, {})),
+        Target(
+            "model_index.json",
+            root / "model_index.json",
+            lambda: pair_defaults(find_pair(root, {}, {}).stated),
+        ),
         Target(
             "VAE config.json",
             root / "vae" / "config.json",

@@ -23,6 +23,7 @@ from openai.types import Video
 from nexus_rt.core.errors import ModelError
 from nexus_rt.loading.pair_folder import MINI, find_pair
 from nexus_rt.method.latents import LatentGrid
+from nexus_rt.pipeline.defaults import pair_defaults
 from nexus_rt.serve.connections import bounded_protocol
 from nexus_rt.serve.generate import Clip, Task
 from nexus_rt.serve.problems import JobFailed, WorkerLost
@@ -67,7 +68,7 @@ def check_video(row):
 
 @cache
 def mini_defaults():
-    return find_pair(MINI, {}, {}).defaults
+    return pair_defaults(find_pair(MINI, {}, {}).stated)
 
 
 def mini_profile(**changes) -> Profile:

@@ -421,6 +421,7 @@ def test_a_conversion_keeps_the_schedule(tiny_pair, tmp_path):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from nexus_rt.loading.pair_folder import find_pair
+    from nexus_rt.pipeline.defaults import pair_defaults
 
     source = tmp_path / "wan"
     for part in ("vae", "text_encoder", "tokenizer"):
@@ -441,7 +442,8 @@ def test_a_conversion_keeps_the_schedule(tiny_pair, tmp_path):
             json.loads((r / part / "config.json").read_text()) for r in (source, tmp_path / "out")
         ]
         assert all(configs[0][f] == configs[1][f] for f in fields), part
-    assert (found.defaults.shift, found.defaults.solver) == (8.0, "euler")
+    defaults = pair_defaults(found.stated)
+    assert (defaults.shift, defaults.solver) == (8.0, "euler")
     assert same(
         load_transformer(tmp_path / "out", torch.float32).state_dict(),
         load_transformer(tiny_pair / "small", torch.float32).state_dict(),

@@ -12,8 +12,9 @@ import torch
 from nexus_rt.core.errors import ModelError
 from nexus_rt.core.limits import SOLVERS
 from nexus_rt.core.size import ClipSize
-from nexus_rt.loading.pair_folder import exported_pair, find_pair, pair_index
+from nexus_rt.loading.pair_folder import find_pair
 from nexus_rt.loading.scheduler import CLASSES, FIXED, WALK, find_scheduler
+from nexus_rt.pipeline.defaults import exported_pair, pair_defaults, pair_index
 from nexus_rt.pipeline.request import make_plan
 from nexus_rt.pipeline.settings import CallSettings, Defaults
 from tests.refusals import refuses
@@ -77,7 +78,7 @@ def test_what_diffusers_saves_is_taken(tiny_pair, tmp_path, name, options, shift
         warnings.simplefilter("error")
         found = find_scheduler(root)
     assert (found.shift, found.solver) == (shift, solver)
-    defaults = find_pair(None, {"large": root}, {}).defaults
+    defaults = pair_defaults(find_pair(None, {"large": root}, {}).stated)
     assert (defaults.shift, defaults.solver) == (shift, solver)
 
 
@@ -113,7 +114,7 @@ def test_a_call_walks_the_folders_schedule(unipc, tmp_path):
 
 
 def test_as_published_and_a_list_go_before(unipc):
-    defaults = find_pair(None, {"large": unipc}, {}).defaults
+    defaults = pair_defaults(find_pair(None, {"large": unipc}, {}).stated)
     assert make_plan(CallSettings(plan="large"), defaults).grid.shift == 3.0
     assert make_plan(CallSettings(plan="large", shift=4.0), defaults).grid.shift == 4.0
     assert make_plan(CallSettings(as_published=True), defaults).grid.shift == 5.0
@@ -144,7 +145,7 @@ def test_other_noise_levels_and_predictions_are_refused(unipc, field):
             find_pair(None, {"large": unipc}, {})
         # the way out
         assert "transformer/" in str(error.value)
-    assert find_pair(None, {"large": unipc / "transformer"}, {}).defaults == Defaults()
+    assert pair_defaults(find_pair(None, {"large": unipc / "transformer"}, {}).stated) == Defaults()
 
 
 @pytest.mark.parametrize(
@@ -227,10 +228,10 @@ def test_the_large_generators_counts_and_a_difference_is_said(tiny_pair, tmp_pat
     with pytest.warns(
         UserWarning, match="differ .shift 3.0 and 5.0, solver unipc and euler.; the first"
     ):
-        defaults = find_pair(None, {"large": unipc, "small": small}, {}).defaults
+        defaults = pair_defaults(find_pair(None, {"large": unipc, "small": small}, {}).stated)
     assert (defaults.shift, defaults.solver) == (3.0, "unipc")
     shutil.rmtree(unipc / "scheduler")
-    defaults = find_pair(None, {"large": unipc, "small": small}, {}).defaults
+    defaults = pair_defaults(find_pair(None, {"large": unipc, "small": small}, {}).stated)
     assert (defaults.shift, defaults.solver) == (5.0, "euler")
 
 
@@ -241,10 +242,10 @@ def test_a_pairs_own_config_and_a_recipe_go_before(own_pair, unipc):
     shutil.copytree(unipc / "scheduler", own_pair / "large" / "scheduler")
     path = own_pair / "model_index.json"
     index = json.loads(path.read_text())
-    assert find_pair(own_pair, {}, {}).defaults.shift == 3.0
+    assert pair_defaults(find_pair(own_pair, {}, {}).stated).shift == 3.0
     index["defaults"] |= {"shift": 2.0, "solver": "euler"}
     path.write_text(json.dumps(index))
-    defaults = find_pair(own_pair, {}, {}).defaults
+    defaults = pair_defaults(find_pair(own_pair, {}, {}).stated)
     assert (defaults.shift, defaults.solver) == (2.0, "euler")
     assert defaults.num_inference_steps == 6  # the rest is the pair's
     recipe = with_recipes(defaults, {"large": Recipe(4, (1000, 750, 500, 250), 7.0, 1.0, "euler")})
@@ -257,18 +258,18 @@ def test_a_pairs_own_config_and_a_recipe_go_before(own_pair, unipc):
     shutil.copytree(unipc / "scheduler", own_pair / "scheduler")
     index["defaults"].pop("shift")
     path.write_text(json.dumps(index))
-    assert find_pair(own_pair, {}, {}).defaults.shift == 3.0  # of the pair's own folder
+    assert pair_defaults(find_pair(own_pair, {}, {}).stated).shift == 3.0  # of the pair's own folder
 
 
 def test_the_mini_pair_stays_as_it_is():
     from nexus_rt.loading.pair_folder import MINI
 
-    defaults = find_pair(MINI, {}, {}).defaults
+    defaults = pair_defaults(find_pair(MINI, {}, {}).stated)
     assert (defaults.shift, defaults.solver) == (3.0, None)
 
 
 def test_engines_keep_the_schedule(unipc, own_pair, tmp_path):
-    defaults = find_pair(None, {"large": unipc}, {}).defaults
+    defaults = pair_defaults(find_pair(None, {"large": unipc}, {}).stated)
     index = pair_index(None, defaults)
     assert index["defaults"]["shift"] == 3.0 and index["defaults"]["solver"] == "unipc"
     (tmp_path / "engines").mkdir()
@@ -277,10 +278,10 @@ def test_engines_keep_the_schedule(unipc, own_pair, tmp_path):
     manifest = SimpleNamespace(architecture=same)
     size = ClipSize(48, 32, 5)
     engine = SimpleNamespace(folder=SimpleNamespace(manifest=manifest), buckets=[size])
-    exported = exported_pair(tmp_path / "engines", {"large": engine})
-    assert exported.defaults == defaults.replace(**size.options)
+    _, exported = exported_pair(tmp_path / "engines", {"large": engine})
+    assert exported == defaults.replace(**size.options)
     assert pair_index(None, Defaults()) is None
-    own = find_pair(own_pair, {}, {}).defaults
+    own = pair_defaults(find_pair(own_pair, {}, {}).stated)
     assert pair_index(own_pair, own) == own_pair / "model_index.json"
 
 
@@ -296,5 +297,5 @@ def test_an_unknown_default_solver_is_refused(own_pair):
     index["defaults"]["solver"] = "heun"
     path.write_text(json.dumps(index))
     with refuses("unknown_name", kind=ModelError) as error:
-        find_pair(own_pair, {}, {})
+        pair_defaults(find_pair(own_pair, {}, {}).stated)
     assert "heun" in str(error.value)

@@ -87,14 +87,14 @@ def run(args: argparse.Namespace) -> int:
     from nexus_rt.export.build import Target, export_components
     from nexus_rt.export.components import chosen_components, folders_beside
     from nexus_rt.loading.lora import parse_loras
-    from nexus_rt.loading.pair_folder import pair_index
     from nexus_rt.pipeline.assemble import default_device
+    from nexus_rt.pipeline.defaults import pair_defaults, pair_index
     from nexus_rt.pipeline.recipes import find_recipes, with_recipes
 
     check_device(args.device)
     device = default_device(args.device)
     pretrained, pair = ModelSources.of(vars(args)).find()
-    d = pair.defaults
+    d = pair_defaults(pair.stated)
     usual = f"{d.width}x{d.height}x{d.num_frames}"
     sizes, ends = parse_sizes(usual if args.sizes is None else args.sizes)
     precision = args.precision or ("fp32" if device.type == "cpu" else "bf16")
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     names = {"small": args.small_recipe, "large": args.large_recipe}
     recipes = find_recipes(pair.generators, loras, names)
     # engines are run as what they were made of
-    defaults = with_recipes(pair.defaults, recipes)
+    defaults = with_recipes(d, recipes)
     index = pair_index(Path(pretrained) if pretrained else None, defaults)
     output = as_path("--output", args.output)
     with progress(parts) as say:

@@ -231,6 +231,7 @@ def run(args: argparse.Namespace) -> int:
         ) from error
 
     from nexus_rt.core.size import ClipSize
+    from nexus_rt.pipeline.defaults import pair_defaults
     from nexus_rt.serve.logs import log_json
     from nexus_rt.serve.runners import ProcessRunner, Runner
     from nexus_rt.serve.server import NexusServer, run_server
@@ -239,7 +240,8 @@ def run(args: argparse.Namespace) -> int:
     call = call_settings(args)
     args.plan, args.rewrite = call.plan, call.rewrite  # workers read no front
     if not args.engines:
-        ModelSources.of(vars(args)).find()  # what is missing is raised before anything is started
+        # what is missing is raised before anything is started
+        pair_defaults(ModelSources.of(vars(args)).find()[1].stated)
     runner: Runner
     if args.ray:
         from nexus_rt.serve.ray_runner import RayRunner, parse_replicas

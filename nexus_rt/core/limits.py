@@ -16,6 +16,7 @@ MAX_PROMPT = 100_000  # characters of a prompt
 MAX_SEED = 2**64 - 1
 MIN_TIMEOUT, MAX_TIMEOUT = 1e-3, 1e6  # seconds
 
+PLAN = "handoff=0.3"  # of a call where neither it nor its pair has one
 GAMMA_W = 0.3  # the paper's exponent of the gate
 # The paper's code writes v_c + s (v_c - v_u) with s = 5.0; diffusers' scale is g = s + 1 = 6.0.
 GUIDANCE_SCALE = 6.0

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nexus_rt.core import documents
 from nexus_rt.core.errors import InputError, ModelError, shorten
+from nexus_rt.core.limits import PLAN
 from nexus_rt.core.paths import as_path
 from nexus_rt.loading import transformer
 from nexus_rt.loading.architecture import wan_config
@@ -45,7 +46,6 @@ from nexus_rt.loading.names import refuse_unused
 from nexus_rt.loading.tensors import find_tensors, renamed
 from nexus_rt.models.connector import SPECIAL_TOKENS, TEXT_MARKERS, Connector, ConnectorConfig
 from nexus_rt.models.wan import WanConfig, WanTransformer
-from nexus_rt.pipeline.settings import Defaults
 
 LAYOUT = {  # part of the published folder -> where it lies
     "transformer": "transformer/model.pt",
@@ -325,7 +325,7 @@ class Omnivideo:
         # The published scripts run both generators at every step: `--plan reference --as-published`
         # does as they do. A pair's default is the faster handoff, and is whatever its
         # model_index.json says.
-        index = {"_class_name": "NexusPipeline", "defaults": {"plan": Defaults().plan}}
+        index = {"_class_name": "NexusPipeline", "defaults": {"plan": PLAN}}
         write_json(self.target / "model_index.json", index)
         report = {"source": "omnivideo", **vars(self.report)}
         write_json(self.target / "conversion.json", report)

@@ -1,17 +1,15 @@
-"""The parts of a pair: which folder each comes from, and whether they belong together."""
+"""The parts of a pair: which folder each comes from, whether they belong together, and what its
+files say of its calls."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nexus_rt.core.errors import InputError, ModelError, choose, shorten, shown
-from nexus_rt.core.fields import fields_of
-from nexus_rt.core.log import chose
-from nexus_rt.core.size import ClipSize
+from nexus_rt.core.errors import InputError, ModelError, shorten
 from nexus_rt.loading import transformer
 from nexus_rt.loading.config import read_json
 from nexus_rt.loading.experts import (
@@ -27,12 +25,22 @@ from nexus_rt.loading.locate import find_vae, given_vae, has_text
 from nexus_rt.loading.scheduler import Scheduler, find_scheduler, first_scheduler
 from nexus_rt.loading.source import resolve
 from nexus_rt.loading.vae import vae_space
-from nexus_rt.method.latents import LatentGrid
 from nexus_rt.models.wan import WanConfig
-from nexus_rt.pipeline.request import make_request
-from nexus_rt.pipeline.settings import CallSettings, Defaults
 
 MINI = Path(__file__).resolve().parents[1] / "mini"
+
+
+@dataclass(frozen=True)
+class StatedDefaults:
+    """What a pair's files say of its calls, as it stands there.
+
+    index: its `model_index.json`, None for a pair without one. values: that file's "defaults".
+    scheduler: the one that counts of those of its folders.
+    """
+
+    index: Path | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Scheduler | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class PairFolders:
     text: Path | None
     understanding: Path | None
     connector: Path | None
-    defaults: Defaults
+    stated: StatedDefaults
     tokenizer: Path | None = None
 
     def check_width(self, width: int) -> None:
@@ -114,9 +122,14 @@ def _same_space(folders: Mapping[str, GeneratorSource], vaes: dict[str, Path]) -
         )
 
 
-def _pair_values(root: Path) -> dict[str, Any]:
-    """The defaults that a pair folder's `model_index.json` sets."""
-    index = read_json(root / "model_index.json")
+def read_stated(root: Path) -> StatedDefaults:
+    """The defaults that a pair folder's `model_index.json` sets.
+
+    Raises:
+        ModelError: it is of one model and no pair, or its defaults are no object.
+    """
+    path = root / "model_index.json"
+    index = read_json(path)
     if index.get("_class_name") != "NexusPipeline":
         raise ModelError(
             f"{root} holds a {index.get('_class_name')}, one model and no pair; pass it as small="
@@ -125,68 +138,30 @@ def _pair_values(root: Path) -> dict[str, Any]:
             param="pretrained",
         )
     values = index.get("defaults", {})
-    where = f"{root}/model_index.json"
     if not isinstance(values, dict):
         raise ModelError(
-            f"{where} has defaults that are a {type(values).__name__}; expected an object.",
+            f"{path} has defaults that are a {type(values).__name__}; expected an object.",
             code="invalid_type",
             param="defaults",
         )
-    if unknown := values.keys() - set(Defaults.names()):
-        raise ModelError(
-            f"{where} sets an unknown default {shown(sorted(unknown)[0])}; expected some of"
-            f" {', '.join(Defaults.names())}.",
-            code="unknown_name",
-        )
-    for name, field in fields_of(Defaults).items():
-        if name in values and values[name] is None and field.default is not None:
-            raise ModelError(
-                f"{where} sets {name} to null; expected a value, or leave it out.",
-                code="invalid_type",
-                param=name,
-            )
-    try:
-        made = Defaults(**values)
-    except InputError as error:
-        raise ModelError(
-            f"{where} sets a default that no call can use: {error}", code=error.code
-        ) from error
-    return {name: getattr(made, name) for name in values}
+    return StatedDefaults(path, values)
 
 
-def _pair_defaults(root: Path, scheduler: Scheduler | None = None) -> Defaults:
-    """What a pair folder's `model_index.json` sets, over what its scheduler does."""
-    where = f"{root}/model_index.json"
-    defaults = _scheduled(scheduler).replace(**_pair_values(root))
-    try:
-        make_request(CallSettings(), defaults)
-        choose("rewrite", defaults.rewrite or "off", ("auto", "off"))
-        LatentGrid(1, 1, (1, 1, 1)).check(ClipSize.of_defaults(defaults))
-    except InputError as error:
-        raise ModelError(f"{where} sets a default that no call can use: {error}") from error
-    return defaults
+def _stated(root: Path | None, found: Mapping[str, tuple[Path, ...]]) -> StatedDefaults:
+    """A pair's own defaults, and the scheduler of its generators.
 
-
-def _scheduled(scheduler: Scheduler | None) -> Defaults:
-    """Wan's defaults with the shift and the solver of a folder's scheduler."""
-    if scheduler is None:
-        return Defaults()
-    chose("shift", f"{scheduler.shift:.6g}", str(scheduler.where), once=True)
-    chose("solver", scheduler.solver, str(scheduler.where), once=True)
-    return Defaults.of({"shift": scheduler.shift, "solver": scheduler.solver})
-
-
-def pair_index(root: Path | None, defaults: Defaults) -> Path | dict[str, Any] | None:
-    """What the `model_index.json` beside exported engines says: the pair's own file where that sets
-    these defaults, else them; None where they are Wan's."""
-    own = None if root is None else root / "model_index.json"
-    if own is not None and own.is_file():
-        if _pair_defaults(own.parent) == defaults:
-            return own
-    elif defaults == Defaults():
-        return None
-    values = {n: v for n in Defaults.names() if (v := getattr(defaults, n)) is not None}
-    return {"_class_name": "NexusPipeline", "defaults": values}
+    root: of a pair's folder. found: the generators' folders or files.
+    """
+    for sources in found.values():
+        for source in sources:
+            _check_pipeline(source)
+    large, small = (
+        next((s for f in found.get(n, ()) if (s := find_scheduler(f)) is not None), None)
+        for n in ("large", "small")
+    )
+    stated = StatedDefaults() if root is None else read_stated(root)
+    own = None if root is None else find_scheduler(root)
+    return replace(stated, scheduler=first_scheduler((large, own, small), stated.values))
 
 
 PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline")  # of diffusers, with these transformers
@@ -225,62 +200,6 @@ def _steering(
         return dict.fromkeys(sources)
     folders = {n: resolve(s, (n,), **hub) for n, s in sources.items() if s is not None}
     return {n: f / n if (f / n / "config.json").is_file() else f for n, f in folders.items()}
-
-
-def exported_pair(root: Path, engines: dict[str, Any]) -> PairFolders:
-    """The encoders and the VAE beside exported engines, and the pair's defaults: a size they were
-    built for.
-
-    Raises:
-        ModelError: the engines are not of one latent space.
-    """
-    architectures = [e.folder.manifest.architecture for e in engines.values()]
-    for field in ("in_channels", "out_channels", "patch_size", "text_dim"):
-        values = {str(a[field]) for a in architectures}
-        if len(values) > 1:
-            raise ModelError(
-                f"{root}: the engines are not of one latent space: their {field} are"
-                f" {' and '.join(values)}.",
-                code="mismatch",
-                param=field,
-            )
-    at = lambda part: root / part if (root / part / "config.json").is_file() else None
-    defaults = _pair_defaults(root) if (root / "model_index.json").is_file() else Defaults()
-    sizes = [
-        b
-        for b in next(iter(engines.values())).buckets
-        if all(b in e.buckets for e in engines.values())
-    ]
-    if not sizes:
-        each = "; ".join(f"{n}: {', '.join(map(str, e.buckets))}" for n, e in engines.items())
-        raise ModelError(
-            f"{root}: the engines have no size in common ({each}); export both with the same"
-            " --sizes.",
-            code="mismatch",
-            param="buckets",
-        )
-    if (defaults.width, defaults.height, defaults.num_frames) not in sizes:
-        defaults = defaults.replace(**sizes[0].options)
-    text = root if at("text_encoder") else None
-    return PairFolders({}, at("vae"), text, at("understanding"), at("connector"), defaults)
-
-
-def _defaults_of(root: Path | None, found: Mapping[str, tuple[Path, ...]]) -> Defaults:
-    """A pair's defaults: its own, over those of its generators' schedulers.
-
-    root: of a pair's folder. found: the generators' folders or files.
-    """
-    for sources in found.values():
-        for source in sources:
-            _check_pipeline(source)
-    large, small = (
-        next((s for f in found.get(n, ()) if (s := find_scheduler(f)) is not None), None)
-        for n in ("large", "small")
-    )
-    own = None if root is None else find_scheduler(root)
-    values = {} if root is None else _pair_values(root)
-    scheduler = first_scheduler((large, own, small), values)
-    return _scheduled(scheduler) if root is None else _pair_defaults(root, scheduler)
 
 
 GENERATOR_FOLDERS = ("transformer", "transformer_2", "high_noise_model", "low_noise_model", "vae")
@@ -338,7 +257,7 @@ def find_pair(
     else:
         names = [n for n in ("large", "small") if n in found]
         sources = [(split_source(given[n])[0], found[n][0]) for n in names]
-    defaults = _defaults_of(root, found)
+    stated = _stated(root, found)
     folders = {n: _generator(f, boundary) for n, f in found.items()}
     if boundary is not None and not any(isinstance(f, ExpertFolders) for f in folders.values()):
         raise InputError(
@@ -372,7 +291,7 @@ def find_pair(
         folders,
         vae,
         text,
-        defaults=defaults,
+        stated=stated,
         tokenizer=tokenizer,
         **_steering(root, given, "small" in folders, hub),
     )

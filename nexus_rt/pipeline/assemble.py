@@ -25,7 +25,8 @@ from nexus_rt.loading import transformer
 from nexus_rt.loading.experts import ExpertFolders, GeneratorSource, transformers_of
 from nexus_rt.loading.locate import find_text, folder_fingerprint
 from nexus_rt.loading.lora import Lora, loras_hash, loras_of
-from nexus_rt.loading.pair_folder import PairFolders, exported_pair
+from nexus_rt.loading.pair_folder import PairFolders
+from nexus_rt.pipeline.defaults import exported_pair, pair_defaults
 from nexus_rt.pipeline.settings import Defaults
 
 
@@ -115,6 +116,7 @@ def load_models(
     Raises:
         ModelError: a folder is no model, is damaged, or the connector is of another width.
     """
+    defaults = pair_defaults(parts.stated)
     context, text, vae = _coders(parts, dtype, device, tiling)
     if context is not None:
         parts.check_width(context.text_dim)
@@ -156,7 +158,7 @@ def load_models(
         text,
         vae,
         context,
-        parts.defaults,
+        defaults,
         space,
         identity | _coder_identity(parts, dtype),
     )
@@ -199,7 +201,7 @@ def load_engines(
     """
     opened = open_engines(root, device, force, **options)
     engines = {n: opened[n] for n in GENERATORS if n in opened}
-    parts = exported_pair(root, engines)
+    parts, defaults = exported_pair(root, engines)
     context, text, vae = _coders(parts, dtype, device, tiling)
     a = next(iter(engines.values())).folder.manifest.architecture
     space = a["in_channels"], tuple(a["patch_size"])
@@ -213,7 +215,7 @@ def load_engines(
         experts = [n for n in engines if n.startswith(f"{name}-")]
         if experts:
             identity[name] = " ".join(identity.pop(n) for n in experts)
-    return Loaded(generators, text, vae, context, parts.defaults, space, identity)
+    return Loaded(generators, text, vae, context, defaults, space, identity)
 
 
 def _artefacts(engine: Any) -> str:

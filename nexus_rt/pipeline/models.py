@@ -91,7 +91,7 @@ class PipelineModels(Attributes):
         if name == "keep_encoders":
             return switch(name, value)
         if name == "defaults":
-            return instance(name, value, Defaults, "a nexus_rt.loading.pair_folder.Defaults")
+            return instance(name, value, Defaults, "a nexus_rt.pipeline.settings.Defaults")
         if name == "progress":
             return instance(name, value, dict, "a dictionary of tqdm's options")
         if name == "engines":

@@ -41,6 +41,7 @@ from nexus_rt.core.limits import (
     MIN_GAMMA_W,
     MIN_SHIFT,
     MIN_TIMEOUT,
+    PLAN,
     REWRITE_TIMEOUT,
     Scale,
 )
@@ -144,7 +145,7 @@ class CallSettings(msgspec.Struct, frozen=True, kw_only=True):
         described(
             "plan: which generator runs at which step",
             metavar="PLAN",
-            default="handoff=0.3",
+            default=PLAN,
             pair=True,
         ),
     ] = None
