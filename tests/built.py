@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import time
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +18,8 @@ from nexus_rt.core.cpu import instruction_sets
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("nexus_rt", "kernels", "export", "tests/conftest.py")
 PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
-MAX_STATES = 3  # of the sources
+MAX_STATES = 3  # of the sources,
+MIN_AGE_S = 3600.0  # beside those that a run may still use
 COMPLETE = ".complete"
 
 
@@ -53,14 +55,15 @@ def store() -> Path:
 
 @cache
 def folder() -> Path:
-    """The folder of this state. The oldest states beyond `MAX_STATES` are removed."""
+    """The folder of this state. Beyond `MAX_STATES` the oldest states are removed."""
     own = store() / state()
     with locked(store() / ".lock"):
         own.mkdir(exist_ok=True)
         os.utime(own)
         states = [p for p in store().iterdir() if p.is_dir()]
         for old in sorted(states, key=lambda p: p.stat().st_mtime)[:-MAX_STATES]:
-            shutil.rmtree(old, ignore_errors=True)
+            if time.time() - old.stat().st_mtime > MIN_AGE_S:
+                shutil.rmtree(old, ignore_errors=True)
     return own
 
 

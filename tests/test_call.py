@@ -7,6 +7,7 @@ import torch
 
 import nexus_rt.pipeline.call as call_module
 from nexus_rt import NexusPipeline
+from nexus_rt.core.errors import Cancelled
 from nexus_rt.method import loop
 from nexus_rt.method.hooks import Hooks
 from nexus_rt.pipeline.call import decode, denoise, draw_noise
@@ -20,7 +21,6 @@ SHORT = dict(num_inference_steps=2, max_sequence_length=16)
 
 @pytest.fixture
 def pipe(tiny_pipe):
-    tiny_pipe._run.cancel.clear()  # another file's test may have ended in a cancelled call
     return tiny_pipe
 
 
@@ -75,12 +75,15 @@ def test_conditioning_is_a_row_a_video(pipe):
 
 
 def test_encode_stops_when_it_is_cancelled(pipe):
-    pipe.cancel()
-    try:
-        with refuses("cancelled"):
-            encode(*stages(pipe), pipe._check_cancelled)
-    finally:
-        pipe._run.cancel.clear()
+    heard = []
+
+    def stop(stage, rewriting):
+        heard.append(stage)
+        raise Cancelled("stopped, as the caller wants")
+
+    with refuses("cancelled", kind=Cancelled):
+        encode(*stages(pipe), stop)
+    assert heard == ["encoded"]
 
 
 def test_noise_is_drawn_by_the_given_generator(pipe):

@@ -493,6 +493,7 @@ def test_a_part_without_labels_leaves_the_others(monkeypatch):
     assert "ModuleNotFoundError" in results["gone"]["all"]["failed"] and results["hanging"]
 
 
+@pytest.mark.process
 def test_a_row_that_cannot_be_written_ends_the_run():
     def full(*row):
         raise OSError("no space left on device")

@@ -12,10 +12,11 @@ from nexus_rt.bench.shapes.riddles import make_prompts
 
 def test_sums_add_up():
     rng = np.random.default_rng(0)
-    for total in riddles.CORNERS.values():
+    for shape, total in riddles.CORNERS.items():
         seen = set()
         for _ in range(200):
-            a, sign, b = riddles._sum(total, rng).split()
+            phrase = riddles.shape_phrase(shape, "sum", rng)
+            a, sign, b = phrase.removeprefix("the shape with ").removesuffix(" corners").split()
             a, b = riddles.NUMBERS.index(a), riddles.NUMBERS.index(b)
             assert (a + b if sign == "plus" else a - b) == total and min(a, b) >= 0
             seen.add((a, sign, b))

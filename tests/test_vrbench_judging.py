@@ -415,6 +415,8 @@ def tiny_judge(tmp_path_factory):
 def test_a_model_of_this_process_judges(clips, tiny_judge, monkeypatch, capsys):
     """Random weights say nothing that can be read: all Unknown, asked twice, from the frames; then
     a model that answers."""
+    from transformers import GenerationMixin, ProcessorMixin
+
     monkeypatch.setattr(judges, "TOKENS", 12)
     line = ["vrbench", "judge", "example", str(clips), "--judge-model", str(tiny_judge)]
     assert main(line) == 0
@@ -433,13 +435,13 @@ def test_a_model_of_this_process_judges(clips, tiny_judge, monkeypatch, capsys):
     dark, light = np.zeros((32, 48, 3), np.uint8), np.full((32, 48, 3), 255, np.uint8)
     assert judge.reply(talk, [dark, light]) == judge.reply(talk, [dark, light])  # greedy
     seen = []
-    right = judge._model.generate
+    right = GenerationMixin.generate
 
-    def generate(**inputs):
+    def generate(model, **inputs):
         seen.append(inputs)
-        return right(**inputs)
+        return right(model, **inputs)
 
-    monkeypatch.setattr(judge._model, "generate", generate)
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
     judge.reply(talk, [dark, light])
     assert (
         seen[0]["pixel_values"].shape[0] == 2
@@ -447,7 +449,7 @@ def test_a_model_of_this_process_judges(clips, tiny_judge, monkeypatch, capsys):
         and seen[0]["max_new_tokens"] == 12
     )
     assert not np.allclose(*seen[0]["pixel_values"].float().cpu().numpy())
-    monkeypatch.setattr(judge._processor, "batch_decode", lambda *a, **k: [reply_to("x")])
+    monkeypatch.setattr(ProcessorMixin, "batch_decode", lambda *a, **k: [reply_to("x")])
     prompt = read_bench(EXAMPLE, TAXONOMY)[0]
     assert {a["answer"] for a in judging.ask(judge, prompt, np.stack([dark, light])).values()} == {
         "Yes"

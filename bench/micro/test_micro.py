@@ -1,5 +1,5 @@
 """Micro-benchmarks, each beside its peer and compared with it first:
-`pytest bench/ --benchmark-only`.
+`pytest bench/ -n 0 --benchmark-only`.
 
 Sizes are those of 480p and 81 frames on a GPU, of the mini pair on a CPU.
 """
