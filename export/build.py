@@ -34,7 +34,6 @@ from nexus_rt.engines.publish import publish, remove
 from nexus_rt.engines.registry import engine_of
 from nexus_rt.export.components import Component, weights_bytes, weights_hash
 from nexus_rt.export.contract import contract
-from nexus_rt.export.dynamic_shapes import Traced
 from nexus_rt.export.parity import gate
 from nexus_rt.loading.config import write_json
 from nexus_rt.memory.offload import release
@@ -141,7 +140,7 @@ def export_component(
         options={
             **options,
             **part.options(),
-            **getattr(builder, "options", lambda target: {})(target),
+            **(builder.options(target) if hasattr(builder, "options") else {}),
         },
     )
     check_folder(engines_root(), "set NEXUS_RT_CACHE to a folder that you may write to")
@@ -247,9 +246,7 @@ def _artefacts(
         raise ModelError(
             f"{name}: it cannot be traced: {_first_line(error)}", code="unsupported"
         ) from error
-    (marks / "contract.json").write_text(
-        json.dumps({g: contract(t) for g, t in traced.items() if isinstance(t, Traced)})
-    )
+    (marks / "contract.json").write_text(json.dumps({g: contract(t) for g, t in traced.items()}))
     for graph in todo:
         say(f"{name}: building {graph} ({target.backend}, {target.precision})")
         shutil.rmtree(aside, ignore_errors=True)
@@ -268,8 +265,8 @@ def _artefacts(
             os.replace(file, work / file.name)
         (marks / graph).touch()
     shutil.rmtree(aside, ignore_errors=True)
-    for graph in traced.values():
-        graph.forget()
+    for each in traced.values():
+        each.forget()
     del traced
     release(target.device)
 
@@ -285,13 +282,7 @@ def _kernels(target: Target) -> tuple[str, str]:
         # before 2.13 the scratch in which a kernel builds its descriptors is allocated for one
         # block only
         return "triton", (
-            "triton"
-            if tuple(map(int, torch.__version__.split(".")[:2]))
-            >= (
-                2,
-                13,
-            )
-            else "sdpa"
+            "triton" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13) else "sdpa"
         )
     return "torch", "auto"
 

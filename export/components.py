@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -40,48 +41,55 @@ NAMES = ("small", "large", "vae", "text_encoder")  # of what can be exported
 WEIGHTS = (".safetensors", ".sft", ".gguf", ".bin", ".pth", ".pt")
 
 
-class Component(Protocol):
+class Component(ABC):
     """Something that becomes an engine.
 
-    name: as in `Manifest.part`. folder: of its weights. sized: whether an engine is for certain
-        sizes.
+    name: as in `Manifest.part`. source: folder or file that it is loaded from. sized: whether an
+        engine is for certain sizes.
     """
 
     name: str
-    sized: bool
+    source: Path
+    sized = True
 
     @property
-    def folder(self) -> Path: ...
+    def folder(self) -> Path:
+        """Of its weights."""
+        return self.source
 
-    def architecture(self) -> dict[str, Any]: ...
+    @abstractmethod
+    def architecture(self) -> dict[str, Any]:
+        """What its engine must have been made of, for the manifest."""
 
+    @abstractmethod
     def graphs(self) -> dict[str, list[str]]:
         """Names of the graphs, and of their inputs in order."""
-        ...
 
     def options(self) -> dict[str, Any]:
         """What the runtime needs to know besides."""
-        ...
+        return {}
 
     def merged(self) -> str | None:
         """A hash of what is merged into the weights, or None."""
-        ...
+        return None
 
-    def precision(self, asked: str) -> str:
-        """The precision it is built in where the generators' is `asked`."""
-        ...
+    def precision(self, wanted: str) -> str:
+        """The precision it is built in where the generators' is `wanted`."""
+        return wanted
 
+    @abstractmethod
     def trace(
         self,
         precision: str,
         buckets: list[ClipSize],
         device: torch.device,
         kernels: tuple[str, str],
-    ) -> dict[str, Traced]: ...
+    ) -> dict[str, Traced]:
+        """The graphs by name; kernels: of a generator, and its attention."""
 
+    @abstractmethod
     def answers(self, engine: Any, buckets: list[ClipSize], device: torch.device) -> parity.Answers:
-        """What the parity gate asks, by an engine, or by PyTorch in float32 (None)."""
-        ...
+        """The parity gate's answers, by an engine, or by PyTorch in float32 (None)."""
 
 
 def _weights(source: Path) -> list[Path]:
@@ -127,7 +135,7 @@ def _reference(folder: Path, device: torch.device, loras: Sequence[Lora] = ()) -
 
 
 @dataclass(frozen=True)
-class GeneratorComponent:
+class GeneratorComponent(Component):
     """A generator: name "small" or "large", folder or file of its transformer, what is merged into
     it; or an expert of one, such as "large-high", and where the two change over."""
 
@@ -135,7 +143,6 @@ class GeneratorComponent:
     source: Path
     loras: tuple[Lora, ...] = ()
     boundary: float | None = None
-    sized = True
 
     @property
     def folder(self) -> Path:
@@ -152,9 +159,6 @@ class GeneratorComponent:
 
     def merged(self) -> str | None:
         return loras_hash({self.name: self.loras})
-
-    def precision(self, asked: str) -> str:
-        return asked
 
     def trace(
         self,
@@ -176,17 +180,16 @@ class GeneratorComponent:
 
 
 @dataclass(frozen=True)
-class DecoderComponent:
+class DecoderComponent(Component):
     """The VAE's decoder. It is built in float32 where bfloat16 is asked for: eight bits would band
     the colours."""
 
     source: Path
     name = "vae"
-    sized = True
 
-    @property
-    def folder(self) -> Path:
-        return self.source
+    def decoder(self, dtype: torch.dtype, device: torch.device) -> VideoDecoder:
+        """The decoder in PyTorch."""
+        return VideoDecoder(self.source, dtype, device, tiling=False)
 
     def architecture(self) -> dict[str, Any]:
         return vae_space(self.source)
@@ -204,11 +207,8 @@ class DecoderComponent:
             vae = AutoencoderKLWan.from_config(vae_config(self.source))
         return {"states": [list(s) for s in decoder_states(vae)]}
 
-    def merged(self) -> str | None:
-        return None
-
-    def precision(self, asked: str) -> str:
-        return "fp32" if asked in ("bf16", "int8") else asked
+    def precision(self, wanted: str) -> str:
+        return "fp32" if wanted in ("bf16", "int8") else wanted
 
     def trace(
         self,
@@ -217,18 +217,16 @@ class DecoderComponent:
         device: torch.device,
         kernels: tuple[str, str],
     ) -> dict[str, Traced]:
-        decoder = VideoDecoder(self.source, DTYPES[precision], device)
+        decoder = self.decoder(DTYPES[precision], device)
         decoder.load()
         return trace_decoder(decoder.model, buckets)
 
     def answers(self, engine: Any, buckets: list[ClipSize], device: torch.device) -> parity.Answers:
-        return parity.decoder_answers(
-            engine or VideoDecoder(self.source, torch.float32, device, tiling=False), buckets
-        )
+        return parity.decoder_answers(engine or self.decoder(torch.float32, device), buckets)
 
 
 @dataclass(frozen=True)
-class TextComponent:
+class TextComponent(Component):
     """The text encoder, as `nexus_rt.loading.locate.find_text` finds it."""
 
     source: Path
@@ -239,6 +237,10 @@ class TextComponent:
     @property
     def folder(self) -> Path:
         return find_text(self.source, self.tokenizer)[0]
+
+    def encoder(self, dtype: torch.dtype, device: torch.device) -> TextEncoder:
+        """The encoder in PyTorch."""
+        return TextEncoder(self.source, dtype, device, self.tokenizer)
 
     def architecture(self) -> dict[str, Any]:
         config = umt5_settings(self.folder)
@@ -251,23 +253,17 @@ class TextComponent:
     def graphs(self) -> dict[str, list[str]]:
         return {"encode": ["ids", "mask"]}
 
-    def options(self) -> dict[str, Any]:
-        return {}
-
-    def merged(self) -> str | None:
-        return None
-
-    def precision(self, asked: str) -> str:
-        if asked == "int8":
+    def precision(self, wanted: str) -> str:
+        if wanted == "int8":
             return "fp32"
-        if asked == "fp16":
+        if wanted == "fp16":
             raise InputError(
                 "the text encoder is not exported in fp16: UMT5's activations leave its range."
                 " Export it with --precision fp32 (or bf16 on a GPU), or leave it out of --parts.",
                 code="unsupported",
                 param="precision",
             )
-        return asked
+        return wanted
 
     def trace(
         self,
@@ -276,15 +272,13 @@ class TextComponent:
         device: torch.device,
         kernels: tuple[str, str],
     ) -> dict[str, Traced]:
-        encoder = TextEncoder(self.source, DTYPES[precision], device, self.tokenizer)
+        encoder = self.encoder(DTYPES[precision], device)
         encoder.load()
         return trace_text(encoder.model)
 
     def answers(self, engine: Any, buckets: list[ClipSize], device: torch.device) -> parity.Answers:
         vocabulary = self.architecture()["vocab_size"]
-        return parity.text_answers(
-            engine or TextEncoder(self.source, torch.float32, device, self.tokenizer), vocabulary
-        )
+        return parity.text_answers(engine or self.encoder(torch.float32, device), vocabulary)
 
 
 def chosen_components(
@@ -301,20 +295,19 @@ def chosen_components(
     chosen = [n.strip() for n in names.split(",")] if names else list(pair.generators)
     parts: list[Component] = []
     for name in dict.fromkeys(choose("part", n, NAMES) for n in chosen):
-        folder = {**pair.generators, "vae": pair.vae, "text_encoder": pair.text}.get(name)
-        if folder is None:
+        if name == "vae" and pair.vae is not None:
+            parts.append(DecoderComponent(pair.vae))
+        elif name == "text_encoder" and pair.text is not None:
+            parts.append(TextComponent(pair.text, pair.tokenizer))
+        elif name in pair.generators:
+            parts += _generators(name, pair.generators[name], (loras or {}).get(name, ()))
+        else:
             raise InputError(
                 f"there is no {name} here to export; pass --{name.replace('_', '-')}, or other"
                 " --parts.",
                 code="missing",
                 param=name,
             )
-        if name == "vae":
-            parts.append(DecoderComponent(folder))
-        elif name == "text_encoder":
-            parts.append(TextComponent(folder, pair.tokenizer))
-        else:
-            parts += _generators(name, folder, (loras or {}).get(name, ()))
     return parts
 
 

@@ -49,6 +49,12 @@ def public(dimension: str) -> str:
     return dimension
 
 
+def _placeholders(traced: Traced) -> list[Node]:
+    """The program's nodes of the inputs, in order; weights come before them."""
+    every = [n for n in traced.program.graph.nodes if n.op == "placeholder"]
+    return every[-len(traced.inputs) :]
+
+
 def symbols(traced: Traced) -> dict[str, str]:
     """The program's own names of dynamic dimensions (`s22`, `2*s5`) -> ours.
 
@@ -57,10 +63,7 @@ def symbols(traced: Traced) -> dict[str, str]:
             and gives a smaller tensor's memory to a larger one.
     """
     texts: dict[str, str] = {}
-    placeholders = [n for n in traced.program.graph.nodes if n.op == "placeholder"][
-        -len(traced.inputs) :
-    ]
-    for node, shape in zip(placeholders, traced.shapes.values(), strict=True):
+    for node, shape in zip(_placeholders(traced), traced.shapes.values(), strict=True):
         value = node.meta.get("val")
         for own, ours in zip(getattr(value, "shape", ()), shape, strict=False):
             if not isinstance(own, int) and isinstance(ours, str):
@@ -105,16 +108,13 @@ def contract(traced: Traced) -> dict[str, list[dict[str, Any]]]:
     each, in order."""
     names = symbols(traced)
     inputs = []
-    for (name, tensor), shape in zip(traced.inputs.items(), traced.shapes.values(), strict=True):
-        entry = _entry(name, tensor, names)
-        known = [n for n in traced.program.graph.nodes if n.op == "placeholder"][
-            -len(traced.inputs) :
-        ]
-        value = known[list(traced.inputs).index(name)].meta.get("val")
-        entry["shape"] = (
-            _entry(name, value, names)["shape"] if hasattr(value, "shape") else [*shape]
-        )
-        inputs.append(entry)
+    nodes = zip(traced.inputs.items(), traced.shapes.values(), _placeholders(traced), strict=True)
+    for (name, tensor), shape, node in nodes:
+        value = node.meta.get("val")
+        if hasattr(value, "shape"):
+            inputs.append(_entry(name, value, names))
+        else:
+            inputs.append({**_entry(name, tensor, names), "shape": [*shape]})
     (output,) = [n for n in traced.program.graph.nodes if n.op == "output"]
     values = [a.meta["val"] for a in output.args[0] if isinstance(a, Node)][-len(traced.outputs) :]
     return {

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ from torch.export import export
 from nexus_rt.core.size import ClipSize
 from nexus_rt.export.dynamic_shapes import Shape, Symbols, Traced
 from nexus_rt.kernels.formulas import rope_angles, rope_tables
-from nexus_rt.models.wan import WanContext, WanTransformer
-from nexus_rt.ops.block_ops import TORCH
+from nexus_rt.models.wan import Attention, Block, WanContext, WanTransformer
+from nexus_rt.ops.block_ops import TORCH, Ops
 
 
 def rope_in_graph(
@@ -42,12 +43,13 @@ class ContextGraph(nn.Module):
     def __init__(self, model: WanTransformer) -> None:
         super().__init__()
         self.embedder = model.condition_embedder.text_embedder
-        self.attentions = nn.ModuleList(block.attn2 for block in model.blocks)
+        blocks = (cast(Block, block) for block in model.blocks)
+        self.attentions = nn.ModuleList(block.attn2 for block in blocks)
         self.text = model.condition_embedder.text
 
     def forward(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
         embedded = self.text(embeds)
-        pairs = [attention.keys_values(embedded) for attention in self.attentions]
+        pairs = [cast(Attention, each).keys_values(embedded) for each in self.attentions]
         return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
 
@@ -144,7 +146,8 @@ def rope_in_graphs(model: WanTransformer) -> Iterator[None]:
         _use(model, own)
 
 
-def _use(model: WanTransformer, ops) -> None:
-    for module in model.modules():
+def _use(model: WanTransformer, ops: Ops) -> None:
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "ops"):
             module.ops = ops

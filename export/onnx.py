@@ -53,7 +53,9 @@ def check_target(target: Target) -> None:
 
 
 def version(target: Target) -> str:
-    return backend.version()
+    installed = backend.version()
+    assert installed is not None  # by `check_packages`
+    return installed
 
 
 def built_for(target: Target) -> dict[str, Any]:
@@ -126,8 +128,8 @@ def _publish(model: Any, names: dict[str, str]) -> None:
     import onnx_ir as ir
 
     def named(value: Any) -> None:
-        shape = getattr(value, "shape", None)
-        for axis, dim in enumerate(shape or ()):
+        shape: Any = getattr(value, "shape", None)
+        for axis, dim in enumerate(() if shape is None else shape):
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
                 shape[axis] = ir.SymbolicDim(contract.rename(str(dim.value), names))
 
@@ -168,6 +170,7 @@ def write(graph: str, traced: Traced, folder: Path, opset: int) -> None:
                 input_names=list(traced.inputs),
                 output_names=list(traced.outputs),
             )
+            assert program is not None  # None is of the exporter before dynamo
             _publish(program.model, contract.symbols(traced))
             program.save(str(path), external_data=True)
             # the exporter keeps graphs, and with them weights

@@ -9,6 +9,7 @@ activations to a precision costs, with room: float32 engines differ in the order
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def two_of(buckets: list[ClipSize]) -> list[ClipSize]:
     return [buckets[0], *buckets[1:][-1:]]
 
 
-def _after_steps(run, channels: int, bucket: ClipSize) -> Answers:
+def _after_steps(run: Callable[[], Tensor], channels: int, bucket: ClipSize) -> Answers:
     """Latents after a short run; NaN where a velocity is not finite."""
     try:
         latents = run().cpu()
@@ -79,7 +80,7 @@ def generator_answers(
 ) -> Answers:
     """Velocities, and the latents of a guided run."""
     prompt = prompt_like(architecture["text_dim"], device)
-    context = engine.prepare(torch.cat([prompt.conditional, prompt.unconditional]))
+    context = engine.prepare(prompt.batch(guided=True))
     channels, answers = architecture["in_channels"], {}
     for bucket in two_of(buckets):
         latents = noise(channels, bucket, device)
@@ -122,7 +123,7 @@ def text_answers(encoder: Any, vocabulary: int) -> Answers:
 def judge(got: Answers, wanted: Answers, precision: str) -> dict[str, Any]:
     """The manifest's "parity": passed, why not, thresholds, and every comparison made."""
     cosine, error = THRESHOLDS[precision]
-    rows: dict[str, dict] = {}
+    rows: dict[str, dict[str, Any]] = {}
     why = ""
     for name, reference in wanted.items():
         row = rows[name] = distance(got[name], reference)
@@ -134,7 +135,12 @@ def judge(got: Answers, wanted: Answers, precision: str) -> dict[str, Any]:
             why = f"{name}: cosine {row['cosine']:.6f}, relative error {row['relative_error']:.2e}"
             if not torch.isfinite(got[name]).all():
                 why = f"{name}: it is not finite"
-    thresholds = {"cosine": cosine, "relative_error": error}
+    return _verdict(why, precision, rows)
+
+
+def _verdict(why: str, precision: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The manifest's "parity"; why: an engine is not the model, "" where it is."""
+    thresholds = dict(zip(("cosine", "relative_error"), THRESHOLDS[precision], strict=True))
     return {"passed": not why, "why": why, "thresholds": thresholds, "rows": rows}
 
 
@@ -150,12 +156,5 @@ def gate(
             got = part.answers(engine, buckets, device)
         except RuntimeError as problem:
             message = (str(problem).strip() or "no message").splitlines()[0][:300]
-            cosine, error = THRESHOLDS[precision]
-            thresholds = {"cosine": cosine, "relative_error": error}
-            return {
-                "passed": False,
-                "why": f"it does not run: {message}",
-                "thresholds": thresholds,
-                "rows": {},
-            }
+            return _verdict(f"it does not run: {message}", precision, {})
     return judge(got, wanted, precision)

@@ -63,7 +63,9 @@ def check_target(target: Target) -> None:
 
 
 def version(target: Target) -> str:
-    return backend.version(target.backend)
+    installed = backend.version(target.backend)
+    assert installed is not None  # by `check_target`
+    return installed
 
 
 def built_for(target: Target) -> dict[str, Any]:
