@@ -113,6 +113,7 @@ def test_the_command_line_prints_the_experts(a14b, capsys):
 def test_an_expert_is_used_where_it_should_be(pipe):
     """Each engine sees its own timesteps, and prepares its own context once."""
     seen = {name: [] for name in engines_by_name(pipe.engines)}
+    prepared = []
 
     class Watched:
         def __init__(self, name, engine):
@@ -120,6 +121,10 @@ def test_an_expert_is_used_where_it_should_be(pipe):
 
         def __getattr__(self, attribute):
             return getattr(self.engine, attribute)
+
+        def prepare(self, context):
+            prepared.append(self.name)
+            return self.engine.prepare(context)
 
         def velocity(self, latents, timestep, context):
             seen[self.name].append(int(timestep))
@@ -139,6 +144,7 @@ def test_an_expert_is_used_where_it_should_be(pipe):
     assert seen["large:high"] and all(t >= 875 for t in seen["large:high"])
     assert seen["large:low"] and all(t < 875 for t in seen["large:low"])
     assert len(seen["large:high"] + seen["large:low"]) == 8
+    assert prepared == ["large:high", "large:low"]
 
 
 def test_both_layouts_and_two_files_are_one_generator(a14b, pipe, tiny_pair, tmp_path):

@@ -21,8 +21,9 @@ from starlette.routing import Route
 from nexus_rt.core.errors import shorten, shown
 from nexus_rt.serve import answers
 from nexus_rt.serve.bodies import read_body
+from nexus_rt.serve.clips import FILES
 from nexus_rt.serve.connections import bearer
-from nexus_rt.serve.dispatcher import FILES, Dispatcher
+from nexus_rt.serve.dispatcher import Dispatcher
 from nexus_rt.serve.events import sse
 from nexus_rt.serve.forms import from_form
 from nexus_rt.serve.problems import Problem, no_video, unknown_parameter, wrong
