@@ -2,8 +2,12 @@
 or call anything."""
 
 import collections
+import faulthandler
+import multiprocessing
 import os
 import pickle
+import resource
+import signal
 import struct
 import subprocess
 import sys
@@ -194,6 +198,154 @@ def rebuilt(offset, size, stride):
     return pickle.dumps(Tensor(), 2)
 
 
+def repacked(path, instructions):
+    """A torch.save zip with other instructions, and right checksums."""
+    rezipped(saved(path), lambda n, d: instructions if n.endswith("data.pkl") else d)
+    return path / "a.pt"
+
+
+def nested(depth):
+    """A dictionary whose key is a pair of one pair twice, of one pair twice ...: 2^depth hashes."""
+    pairs = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(depth))
+    return opcodes(b"K\x01K\x02\x86q\x00", pairs, b"}h%cNs" % depth)
+
+
+def expanded(size, stride):
+    """The thousand numbers of a.pt's record as a tensor of another shape."""
+    size, stride = (b"\x8a\x08" + struct.pack("<q", n) + b"\x85" for n in (size, stride))
+    storage = text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"M\xe8\x03"
+    return opcodes(
+        b"ctorch._utils\n_rebuild_tensor_v2\n((" + storage + b"tQK\x00" + size + stride,
+        b"\x89ccollections\nOrderedDict\n)RtR",
+    )
+
+
+def flipped(path):
+    data = bytearray(saved(path).read_bytes())
+    data[data.index(struct.pack("<3f", 500, 501, 502)) + 3] ^= 1
+    (path / "a.pt").write_bytes(data)
+
+
+def cut(path):
+    rezipped(saved(path), lambda n, d: d[:-400] if n.endswith("data/0") else d)
+
+
+def torch_reads(path, mapped=True):
+    return torch.load(path / "a.pt", weights_only=True, mmap=mapped)
+
+
+@pytest.mark.parametrize("damage", [flipped, cut])
+def test_torch_reads_damaged_records_as_other_numbers(tmp_path, damage):
+    damage(tmp_path)
+    assert not torch.equal(torch_reads(tmp_path)["x"], torch.arange(1000.0))
+    with refuses("damaged", kind=ModelError):
+        read_pickle(tmp_path / "a.pt")
+
+
+def test_torch_maps_compressed_records_as_they_are(tmp_path):
+    value = torch.arange(4096).to(torch.uint8) % 16
+    random = torch.randint(0, 256, (4096,), dtype=torch.uint8, generator=torch.Generator())
+    rezipped(saved(tmp_path, {"x": value, "y": random}), compression=zipfile.ZIP_DEFLATED)
+    assert not torch.equal(torch_reads(tmp_path)["x"], value)
+    assert torch.equal(read_pickle(tmp_path / "a.pt")["x"], value)
+
+
+@pytest.mark.parametrize(
+    "instructions, read, code",
+    [
+        (expanded(10**12, 0), lambda t: t.numel() == 10**12, "damaged"),
+        (opcodes(call("builtins", "bytearray", b"J\x00\x00\x00\x10\x85")), len, "damaged"),
+    ],
+    ids=["a tensor of 4 TB", "256 MiB of zeros"],
+)
+def test_torch_makes_what_fills_the_memory(tmp_path, instructions, read, code):
+    path = repacked(tmp_path, instructions)
+    assert path.stat().st_size < 10_000 and read(torch_reads(tmp_path))
+    with refuses(code, kind=ModelError):
+        read_pickle(path)
+
+
+def torch_reads_on_a_small_stack(path):
+    faulthandler.disable()
+    resource.setrlimit(resource.RLIMIT_STACK, (1 << 20, 1 << 20))
+    torch_reads(path)
+
+
+@pytest.mark.parametrize(
+    "instructions, exits",
+    [(nested(60), -signal.SIGKILL), (opcodes(b"}K\x01", b"\x85" * 10**5, b"Ns"), -signal.SIGSEGV)],
+    ids=["takes 2^60 hashes", "overflows the stack"],
+)
+def test_a_key_stops_torch(tmp_path, instructions, exits):
+    path = repacked(tmp_path, instructions)
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=torch_reads_on_a_small_stack, args=(tmp_path,))
+    process.start()
+    process.join(2 if exits == -signal.SIGKILL else 60)
+    process.kill()
+    process.join()
+    assert process.exitcode == exits
+    with refuses("damaged", kind=ModelError) as error:
+        read_pickle(path)
+    assert "a key is a tuple" in str(error.value)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("kind", ["a plain pickle", "arrays in a zip", "tensors in a zip"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_torch_refuses_what_is_read_here(tmp_path, kind, protocol):
+    tensors, array = {"x": torch.arange(6.0), "n": 7}, np.arange(6.0)
+    value = {**tensors, "a": array} if kind == "arrays in a zip" else tensors
+    if kind == "a plain pickle":
+        (tmp_path / "a.pt").write_bytes(pickle.dumps(value, protocol))
+    else:
+        torch.save(value, tmp_path / "a.pt", pickle_protocol=protocol)
+    taken = kind == "tensors in a zip" and protocol == 2
+    if not taken:
+        with pytest.raises(pickle.UnpicklingError):
+            torch_reads(tmp_path, mapped=kind != "a plain pickle")
+    got = read_pickle(tmp_path / "a.pt")
+    assert got.keys() == value.keys() and all(same(got[k], v) for k, v in value.items())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_checkpoints_go_through_torch(tmp_path, monkeypatch, zipped):
+    linear = torch.nn.Linear(3, 2).requires_grad_(True)
+    value = {"model": linear.state_dict(), "step": 7, "more": [linear.weight, {"rate": 0.5}]}
+    torch.save(value, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    calls, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: calls.append(k) or load(*a, **k))
+    got = read_pickle(tmp_path / "a.pt")
+    assert [k["weights_only"] for k in calls] == [True]
+    assert torch.equal(got["model"]["weight"], linear.weight) and got["step"] == 7
+    assert not got["more"][0].requires_grad and got["more"][1] == {"rate": 0.5}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux names its mapped files")
+@pytest.mark.parametrize("more", [{}, {"array": np.arange(3)}], ids=["torch's", "ours"])
+def test_tensors_of_a_zip_stay_on_disk(tmp_path, more):
+    path = saved(tmp_path, {"x": torch.arange(1000.0), **more})
+    got = read_pickle(path)
+    with open("/proc/self/maps") as maps:
+        assert str(path) in maps.read()
+    got["x"][0] = 5  # a page of its own
+    assert read_pickle(path)["x"][0] == 0
+
+
+def test_a_tensor_that_is_used_twice_is_one_tensor_still(tmp_path):
+    shared = torch.arange(4.0)
+    got = read_pickle(saved(tmp_path, {"a": shared, "b": shared, "c": (1, 2)}))
+    assert got["a"] is got["b"] and torch.equal(got["a"], shared) and got["c"] == (1, 2)
+
+
+def test_values_are_not_copied_more_often_than_they_are_written(tmp_path):
+    numbers = b"".join(b"J" + struct.pack("<i", i) for i in range(100_000))
+    copies = b"c__builtin__\nset\nh\x00\x85R" * 30
+    path = repacked(tmp_path, opcodes(b"]q\x00(", numbers, b"e]", copies, b"\x86"))
+    with refuses("too_large", kind=ModelError):
+        read_pickle(path)
+
+
 COMMAND = "touch owned"
 DTYPE = call("numpy", "dtype", text("O8") + b"K\x00K\x01\x87")
 TRICKS = {
@@ -367,6 +519,7 @@ def seeds(folder):
     for protocol in (2, 5):
         (folder / f"p{protocol}.seed").write_bytes(pickle.dumps(VALUE, protocol))
     torch.save(VALUE, folder / "zip.seed")
+    torch.save({"x": torch.arange(6.0), "n": {"y": torch.ones(2, 2)}}, folder / "state.seed")
     torch.save({"x": torch.arange(6.0)}, folder / "old.seed", _use_new_zipfile_serialization=False)
     return folder
 
