@@ -82,6 +82,7 @@ def without_building(monkeypatch):
     monkeypatch.setattr(
         build, "engine_of", lambda folder, device: SimpleNamespace(unload=lambda: None)
     )
+    monkeypatch.setattr(build, "contract", lambda traced: {})
     monkeypatch.setattr(build, "gate", lambda *args: {"passed": True, "why": "", "rows": {}})
 
 
