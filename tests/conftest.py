@@ -28,16 +28,13 @@ RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_Z
 WORDS = "a the red blue circle square moves left right on black background panda".split()
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """One worker runs a whole file, whose tests share fixtures, and one all tests on a Ray."""
+    """Files with tests of `GROUPS` begin first: one worker runs a whole file."""
     order = {name: place for place, name in enumerate(GROUPS)}
     first = {}
     for item in items:
         places = [order[m.name] for m in item.iter_markers() if m.name in order]
         first[item.path] = min(first.get(item.path, len(order)), *places, len(order))
-        group = "ray" if item.get_closest_marker("ray") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: first[item.path])
 
 
