@@ -156,7 +156,8 @@ def synthetic_folder(folder: Path, gigabytes: float, dtype: torch.dtype) -> None
     from safetensors.torch import save_file
 
     from nexus_rt.loading.layouts import diffusers_shapes
-    from nexus_rt.models.wan import WanConfig, WanTransformer
+    from nexus_rt.models.wan import WanTransformer
+    from nexus_rt.models.wan_config import WanConfig
 
     dim, ffn = 1536, 8960
     layers = max(1, round(gigabytes * 1e9 / dtype.itemsize / (8 * dim * dim + 2 * dim * ffn)))

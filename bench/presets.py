@@ -18,7 +18,8 @@ from nexus_rt.core.errors import choose
 from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.loading.checkpoint import KEEP_FP32
-from nexus_rt.models.wan import WanConfig, WanTransformer
+from nexus_rt.models.wan import WanTransformer
+from nexus_rt.models.wan_config import WanConfig
 from nexus_rt.models.wan_vae import WAN_VAE, in_channels_last
 from nexus_rt.pipeline.assemble import Loaded
 from nexus_rt.pipeline.memory_use import activation_bytes

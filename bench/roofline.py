@@ -24,7 +24,7 @@ from nexus_rt.core.errors import choose
 from nexus_rt.core.limits import Scale
 from nexus_rt.core.size import ClipSize
 from nexus_rt.method.plan import Plan, StepCosts
-from nexus_rt.models.wan import WanConfig
+from nexus_rt.models.wan_config import WanConfig
 from nexus_rt.parallel.layout import Layout, parse_layout
 from nexus_rt.parallel.volume import step_volume
 

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nexus_rt.core.size import ClipSize
 from nexus_rt.models.decoder import decode_whole
-from nexus_rt.models.wan import WanConfig, WanTransformer
+from nexus_rt.models.wan import WanTransformer
+from nexus_rt.models.wan_config import WanConfig
 from nexus_rt.models.wan_vae import WanVae
 
 

@@ -162,7 +162,8 @@ def make_targets(pair, work, target, mutated):
     from nexus_rt.components.text import TextEncoder
     from nexus_rt.components.vae import VideoDecoder
     from nexus_rt.loading.formats.stored import read_tensors
-    from nexus_rt.loading.lora import Changes, Lora
+    from nexus_rt.loading.lora import Lora
+    from nexus_rt.loading.lora_changes import Changes
     from nexus_rt.loading.tensors import find_tensors
     from nexus_rt.loading.tokenizer import load_tokenizer
     from nexus_rt.loading.transformer import load_transformer

@@ -23,7 +23,7 @@ from nexus_rt.bench.presets import Preset
 from nexus_rt.cli import main
 from nexus_rt.core.errors import NexusError
 from nexus_rt.core.size import ClipSize
-from nexus_rt.models.wan import WanConfig
+from nexus_rt.models.wan_config import WanConfig
 from tests.fuzz import places
 from tests.needs import program
 from tests.pages import Tags, dump

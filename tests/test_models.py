@@ -218,7 +218,7 @@ VAE_DAMAGE = {
         None,
         "unknown",
     ),
-    "another width": (lambda s, c: c.update(base_dim=8), "mismatch", None, "has shape"),
+    "another width": (lambda s, c: c.update(base_dim=8), "mismatch", None, "of another shape"),
     "more blocks": (lambda s, c: c.update(num_res_blocks=2), "mismatch", None, "missing"),
     "absurd": (lambda s, c: c.update(num_res_blocks=10**9), "out_of_range", "num_res_blocks", ""),
     "not a number": (lambda s, c: c.update(base_dim="96"), "invalid_type", "base_dim", ""),

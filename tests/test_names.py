@@ -16,7 +16,8 @@ from nexus_rt.core.errors import ModelError
 from nexus_rt.loading.connector import load_connector, save_connector
 from nexus_rt.loading.convert_wan import convert_wan
 from nexus_rt.loading.layouts import diffusers_name, to_diffusers
-from nexus_rt.loading.lora import Changes, Lora, loras_of
+from nexus_rt.loading.lora import Lora, loras_of
+from nexus_rt.loading.lora_changes import Changes
 from nexus_rt.loading.lora_file import read_key
 from nexus_rt.loading.names import WRAPPERS, plain_name
 from nexus_rt.loading.transformer import load_transformer
@@ -334,9 +335,9 @@ EXTRA = {  # of checkpoints of other architectures -> what the error names
     "blocks.0.self_attn.to_gate_compress.weight": "video sparse attention",
     "blocks.0.attn1.to_q.lora_A.default.weight": "a LoRA that was not merged",
     "model_ema.blocks.0.attn1.to_q.weight": "moving average",
-    "blocks.0.attn1.gate.weight": "unknown 1",
-    "clip_projection.weight": "unknown 1",
-    "decay.weight": "unknown 1",
+    "blocks.0.attn1.gate.weight": "unknown are 1",
+    "clip_projection.weight": "unknown are 1",
+    "decay.weight": "unknown are 1",
 }
 
 

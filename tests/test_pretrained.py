@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from nexus_rt.components.text import TextEncoder
 from nexus_rt.components.understanding import UnderstandingModel
 from nexus_rt.core.errors import ModelError
-from nexus_rt.loading import pretrained as module
+from nexus_rt.loading import names
 from nexus_rt.loading.pretrained import pretrained
 from nexus_rt.models.template import Template
 from tests.omnivideo import make_llm
@@ -245,11 +245,11 @@ def test_only_names_that_are_spare_are_spare():
         "model.rotary_emb.inv_freq",
         "decoder.x.weight",
     ):
-        assert module.is_spare(name), name
+        assert names.is_spare(name), name
     for name in (
         "lm_head.weight_scale",
         "encoder.x.weight",
         "encoder.block.0.score.weight",
         "layers.0.decoder.weight",
     ):
-        assert not module.is_spare(name), name
+        assert not names.is_spare(name), name

@@ -10,7 +10,8 @@ import torch
 from nexus_rt.kernels.modulate import modulate_rows, modulate_rows_ref
 from nexus_rt.kernels.quantise_rows import quantise_rows, quantise_rows_ref
 from nexus_rt.loading.packing import pack_model
-from nexus_rt.models.wan import WanConfig, WanTransformer
+from nexus_rt.models.wan import WanTransformer
+from nexus_rt.models.wan_config import WanConfig
 from nexus_rt.ops.block_ops import choose_ops
 from tests.interpreter import round_right
 from tests.needs import needs

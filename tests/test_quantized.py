@@ -15,7 +15,8 @@ from nexus_rt.models.encodings import GGUF_BLOCKS, Scaled
 from nexus_rt.models.layers import Linear
 from nexus_rt.models.quantized import QuantizedLinear, Rows, joined, quantise, takes_rows
 from nexus_rt.models.quantized_products import Rows8, multiplies
-from nexus_rt.models.wan import WanConfig, WanTransformer
+from nexus_rt.models.wan import WanTransformer
+from nexus_rt.models.wan_config import WanConfig
 from tests import published
 from tests.refusals import refuses
 from tests.test_single_files import run

@@ -19,7 +19,7 @@ from nexus_rt.method.hooks import Hooks
 from nexus_rt.method.loop import sample
 from nexus_rt.method.plan_text import parse_plan
 from nexus_rt.method.time_grid import time_grid
-from nexus_rt.models.wan import WanConfig
+from nexus_rt.models.wan_config import WanConfig
 from nexus_rt.pipeline.memory_use import MemoryUse, activation_bytes
 from nexus_rt.pipeline.residency import MODES, Residency, plan_residency
 from tests.refusals import refuses
@@ -325,7 +325,7 @@ def test_working_memory_is_what_a_forward_holds_at_most(fields, monkeypatch):
     from nexus_rt.models import wan
     from nexus_rt.ops.block_ops import Ops
 
-    config = wan.WanConfig(num_layers=2, **fields)
+    config = WanConfig(num_layers=2, **fields)
     size, batch, tokens = ClipSize(832, 480, 17), 2, 512
     new = torch.empty_like
 

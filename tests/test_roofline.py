@@ -13,7 +13,7 @@ from nexus_rt.bench.gpu.tables import targets
 from nexus_rt.bench.roofline import CARDS, SHARES, Shares, card_named, parts
 from nexus_rt.bench.work import forward_flops, forward_work
 from nexus_rt.cli import main
-from nexus_rt.models.wan import WanConfig
+from nexus_rt.models.wan_config import WanConfig
 from tests.refusals import refuses
 
 H100, SIZE = CARDS["h100"], SIZES["480p"]

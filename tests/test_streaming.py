@@ -6,7 +6,8 @@ import torch
 
 from nexus_rt.engines.torch import TorchEngine
 from nexus_rt.memory.streaming import BlockStream, streamed_bytes
-from nexus_rt.models.wan import WanConfig, WanTransformer
+from nexus_rt.models.wan import WanTransformer
+from nexus_rt.models.wan_config import WanConfig
 
 CPU = torch.device("cpu")
 

@@ -160,7 +160,8 @@ def test_exported_engines_say_why_not(tiny_pair, tiny_engines, tmp_path):
 
 def test_pinned_memory_is_packed_into_arenas():
     """A 14B model's tensors, as PyTorch's own allocator would round them and as arenas do."""
-    from nexus_rt.models.wan import WanConfig, WanTransformer
+    from nexus_rt.models.wan import WanTransformer
+    from nexus_rt.models.wan_config import WanConfig
 
     with torch.device("meta"):
         model = WanTransformer(WanConfig())

@@ -10,6 +10,7 @@ from nexus_rt.core.errors import InputError, ModelError
 from nexus_rt.loading import layouts
 from nexus_rt.loading.transformer import load_transformer
 from nexus_rt.models import wan
+from nexus_rt.models.wan_config import WanConfig
 from tests.needs import needs
 from tests.refusals import refuses
 
@@ -138,7 +139,7 @@ def test_published_sizes_have_diffusers_names_and_shapes(config):
     with torch.device("meta"):
         theirs, ours = (
             diffusers.WanTransformer3DModel(**config),
-            wan.WanTransformer(wan.WanConfig(**config)),
+            wan.WanTransformer(WanConfig(**config)),
         )
     assert layouts.diffusers_shapes(ours) == {
         k: tuple(p.shape) for k, p in theirs.named_parameters()
@@ -153,7 +154,7 @@ def test_triton_kernels_compute_the_same(index):
     the affine norm."""
     needs("triton")
     torch.manual_seed(4)
-    model = wan.WanTransformer(wan.WanConfig.from_dict(CONFIGS[index])).eval()
+    model = wan.WanTransformer(WanConfig.from_dict(CONFIGS[index])).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     latents = torch.randn(2, model.config.in_channels, 2, 2, 4)
@@ -168,7 +169,7 @@ def test_triton_kernels_compute_the_same(index):
 
 
 def test_kernels_that_cannot_run_are_refused(monkeypatch):
-    model = wan.WanTransformer(wan.WanConfig.from_dict(CONFIGS[0]))
+    model = wan.WanTransformer(WanConfig.from_dict(CONFIGS[0]))
     assert model.use_kernels("torch").ops.name == model.use_kernels("auto").ops.name == "torch"
     with refuses("unknown_name", "attention backend", InputError) as error:
         model.use_kernels("auto", attention="flsh")
@@ -189,7 +190,7 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch):
 
 
 def test_context_of_another_width_is_refused():
-    model = wan.WanTransformer(wan.WanConfig.from_dict(CONFIGS[0]))
+    model = wan.WanTransformer(WanConfig.from_dict(CONFIGS[0]))
     with refuses("mismatch", "context", InputError) as error:
         model.prepare_context(torch.zeros(1, 4, 41))
     assert "40" in str(error.value)
@@ -208,12 +209,12 @@ def test_other_architectures_are_refused(field, value, code, param):
     if value is None:
         del config[field]
     with refuses(code, param, ModelError):
-        wan.WanConfig.from_dict(config)
+        WanConfig.from_dict(config)
 
 
 @pytest.mark.parametrize("name", ["auto-fp8", "triton-fp8", "sage"])
 def test_approximate_attention_is_for_self_attention_only(name):
-    model = wan.WanTransformer(wan.WanConfig.from_dict(CONFIGS[0])).use_kernels(
+    model = wan.WanTransformer(WanConfig.from_dict(CONFIGS[0])).use_kernels(
         "auto", attention=name
     )
     assert {b.attn1.backend for b in model.blocks} == {name} and {

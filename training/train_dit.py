@@ -27,7 +27,8 @@ from nexus_rt.bench.shapes import world
 from nexus_rt.loading.convert_parts import transformer_config
 from nexus_rt.loading.layouts import to_diffusers
 from nexus_rt.loading.transformer import load_transformer
-from nexus_rt.models.wan import WanConfig, WanTransformer
+from nexus_rt.models.wan import WanTransformer
+from nexus_rt.models.wan_config import WanConfig
 from training.common import (
     RUNS,
     Log,

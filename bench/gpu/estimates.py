@@ -33,7 +33,7 @@ def compile_s(variants: int) -> float:
 def weights_s(*configs: dict[str, Any]) -> float:
     """Of making transformers of random weights."""
     from nexus_rt.bench.work import weight_bytes
-    from nexus_rt.models.wan import WanConfig
+    from nexus_rt.models.wan_config import WanConfig
 
     return sum(weight_bytes(WanConfig(**c)) for c in configs) / WEIGHTS_RATE
 
@@ -43,7 +43,7 @@ def forward_s(
 ) -> float:
     """Of a forward of so many samples, as the roofline has it."""
     from nexus_rt.bench.roofline import CARDS, forward_parts
-    from nexus_rt.models.wan import WanConfig
+    from nexus_rt.models.wan_config import WanConfig
 
     kind = "fp8-dynamic" if fp8 else None
     own = forward_parts(WanConfig(**config), s.size, CARDS[CARD], samples, kind, fp8_attention)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nexus_rt.method.guidance import Guidance
     from nexus_rt.method.plan import Plan, StepCosts
     from nexus_rt.method.step import Step
-    from nexus_rt.models.wan import WanConfig
+    from nexus_rt.models.wan_config import WanConfig
     from nexus_rt.parallel.layout import Layout
     from nexus_rt.pipeline.pipeline import NexusPipeline
 
@@ -170,7 +170,7 @@ def _card(args: argparse.Namespace) -> Card | None:
 
 def _configs(pipe: NexusPipeline | None) -> dict[str, WanConfig]:
     """Architectures by generator: the pipeline's own, else Wan2.1's."""
-    from nexus_rt.models.wan import WanConfig
+    from nexus_rt.models.wan_config import WanConfig
 
     if pipe is None:
         from nexus_rt.bench.roofline import PAIR

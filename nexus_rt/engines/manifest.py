@@ -169,7 +169,7 @@ class Stored(msgspec.Struct):
             )
             check_space(self.architecture, where)
         if generates:
-            from nexus_rt.models.wan import WanConfig
+            from nexus_rt.models.wan_config import WanConfig
 
             try:
                 WanConfig.from_dict(self.architecture)

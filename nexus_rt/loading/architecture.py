@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_rt.core.errors import ModelError, shorten
-from nexus_rt.models.wan import IMAGE_CHANNELS, WanConfig
+from nexus_rt.models.wan_config import IMAGE_CHANNELS, WanConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -7,13 +7,13 @@ plus one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from nexus_rt.core.errors import ModelError, shorten
+from nexus_rt.core.errors import ModelError
 from nexus_rt.loading.finite import check_finite
 from nexus_rt.loading.formats.stored import StoredTensor, read_tensors
 from nexus_rt.loading.layouts import diffusers_name, diffusers_shapes, fused_place
@@ -72,51 +72,59 @@ def _checked(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> dict[str,
     stored = fitted(renamed(tensors, diffusers_name), expected)
     where = next((t.path.parent for t in tensors.values()), "the file")
     stored = without_spare(stored, expected, where)
-    missing, unknown = expected.keys() - stored.keys(), stored.keys() - expected.keys()
-    if missing or unknown:
-        reason = extra(sorted(unknown))
-        raise ModelError(
-            f"{where}: the checkpoint is not this architecture: missing {some(missing)}, unknown"
-            f" {some(unknown)}; {reason or 'check config.json against the weights'}.",
-            code="mismatch",
-        )
-    for name, shape in expected.items():
-        got = stored[name].shape
-        if got != shape:
-            raise ModelError(
-                f"{stored[name].path}: {name} has shape {got}; config.json asks for {shape}.",
-                code="mismatch",
-            )
+    reason = extra(sorted(stored.keys() - expected.keys()))
+    compare(stored, expected, where, "transformer", *[reason] if reason else [])
     return stored
 
 
-def compare(stored: Mapping[str, StoredTensor], module: nn.Module, where: Path, what: str) -> None:
-    """Raise unless a checkpoint's names and shapes are exactly a module's (which may be on the meta
-    device).
+def compare(
+    stored: Mapping[str, StoredTensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    where: Path | str,
+    what: str,
+    remedy: str = "check config.json against the weights, or download the folder again",
+) -> None:
+    """Raise unless a checkpoint's names and shapes are exactly a model's.
 
     Raises:
         ModelError: names the first that are missing, unknown or of another shape.
     """
-    expected = module.state_dict()
-    missing, unknown = (
-        sorted(expected.keys() - stored.keys()),
-        sorted(stored.keys() - expected.keys()),
+    other = [
+        mismatch(name, tensor.shape, shapes[name])
+        for name, tensor in stored.items()
+        if name in shapes and tuple(tensor.shape) != shapes[name]
+    ]
+    lost, foreign = shapes.keys() - stored.keys(), stored.keys() - shapes.keys()
+    refuse_unfit(where, what, lost, foreign, other, remedy=remedy)
+
+
+def mismatch(name: str, stored: Iterable[int], expected: Iterable[int]) -> str:
+    """A tensor of another shape, in words."""
+    return f"{name}: {tuple(stored)} stored, {tuple(expected)} in config.json"
+
+
+def refuse_unfit(
+    where: Path | str,
+    what: str,
+    missing: Collection[str],
+    unknown: Collection[str],
+    mismatched: Collection[str],
+    errors: Iterable[str] = (),
+    *,
+    remedy: str,
+) -> None:
+    """Raise a `ModelError` that names the first weights of each kind, if there are any."""
+    kinds = (
+        ("missing are", missing),
+        ("unknown are", unknown),
+        ("of another shape are", mismatched),
     )
-    if missing or unknown:
-        first = lambda names: shorten(", ".join(names[:3])) or "none"
+    problems = [f"{words} {some(names)}" for words, names in kinds if names] + list(errors)
+    if problems:
         raise ModelError(
-            f"{where}: the weights are not this {what}'s: {len(missing)} missing"
-            f" ({first(missing)}), {len(unknown)} unknown ({first(unknown)}); check config.json"
-            " against the weights, or download the folder again.",
+            f"{where}: the weights are not this {what}'s: {'; '.join(problems)}; {remedy}.",
             code="mismatch",
         )
-    for name, place in expected.items():
-        if stored[name].shape != tuple(place.shape):
-            raise ModelError(
-                f"{where}: {name} has shape {stored[name].shape}; config.json asks for"
-                f" {tuple(place.shape)}.",
-                code="mismatch",
-            )
 
 
 def fill_exactly(

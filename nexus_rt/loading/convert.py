@@ -45,7 +45,8 @@ from nexus_rt.loading.lora_file import is_image_key
 from nexus_rt.loading.names import refuse_unused
 from nexus_rt.loading.tensors import find_tensors, renamed
 from nexus_rt.models.connector import SPECIAL_TOKENS, TEXT_MARKERS, Connector, ConnectorConfig
-from nexus_rt.models.wan import WanConfig, WanTransformer
+from nexus_rt.models.wan import WanTransformer
+from nexus_rt.models.wan_config import WanConfig
 
 LAYOUT = {  # part of the published folder -> where it lies
     "transformer": "transformer/model.pt",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nexus_rt.core.errors import ModelError
+from nexus_rt.loading.finite import is_finite
 from nexus_rt.models.connector import ConnectorConfig
 from nexus_rt.models.template import Template
 
@@ -51,7 +52,7 @@ def unconditional_rows(value: Any, width: int, where: str) -> tuple[Tensor, str]
             f"{where} does not fit the connector: it is {form} of {kind}; {expected}.",
             code="mismatch",
         )
-    if not bool(rows.isfinite().all()):
+    if not is_finite(rows):
         raise ModelError(
             f"{where} holds NaN or infinity; get the published file again.", code="not_finite"
         )

@@ -5,7 +5,7 @@ complete."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from nexus_rt.core.errors import InputError, ModelError
 from nexus_rt.core.part_files import part_folder
-from nexus_rt.loading.architecture import umt5_config, wan_vae_config
-from nexus_rt.loading.config import read_json, write_json
+from nexus_rt.loading.config import write_json
 from nexus_rt.loading.formats.safetensors import write_shards
 from nexus_rt.loading.formats.stored import StoredTensor, read_tensors
 from nexus_rt.loading.layouts import t5_name, vae_name
-from nexus_rt.loading.names import refuse_unused
-from nexus_rt.loading.pretrained import is_spare
+from nexus_rt.loading.names import is_spare, refuse_unused
 from nexus_rt.loading.tensors import find_tensors, renamed
+from nexus_rt.loading.umt5 import umt5_settings
+from nexus_rt.loading.vae import diffusers_vae, vae_config
 from nexus_rt.models.umt5 import SHARED, TIED
-from nexus_rt.models.wan import WanConfig
+from nexus_rt.models.wan_config import WanConfig
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Report:
 
 
 def check_shapes(
-    source: Path, got: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
+    source: Path, got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raise unless every wanted tensor is there with its shape."""
     lost = sorted(wanted.keys() - got.keys())
@@ -106,47 +106,53 @@ def plain(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor.to(torch.bfloat16) if encoded else tensor
 
 
+def write_part(
+    folder: Path,
+    stem: str,
+    stored: Mapping[str, StoredTensor],
+    wanted: Mapping[str, tuple[int, ...]],
+    source: Path,
+    what: str,
+    spare: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """A part's weights, of a checkpoint in its names that holds all that is wanted.
+
+    Args:
+        spare: whether a name may be left out.
+
+    Raises:
+        ModelError: weights are missing, of other shapes, or would change what the part computes.
+    """
+    check_shapes(source, {k: t.shape for k, t in stored.items()}, wanted)
+    refuse_unused((k for k in stored if k not in wanted and not spare(k)), source, what)
+    write_shards(folder, stem, plain({k: t for k, t in stored.items() if k in wanted}))
+
+
 def write_text_encoder(target: Path, source: Path, label: str, report: Report) -> None:
     """`text_encoder/`, of a UMT5 encoder's folder, or its file in any of its names."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     stored = renamed(find_tensors(source), t5_name)
-    shapes = {k: t.shape for k, t in stored.items()}
-    own = source / "config.json"
-    config = UMT5Config(**(read_json(own) if own.is_file() else umt5_config(shapes, source)))
+    config = UMT5Config(**umt5_settings(source))
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     wanted = {k: tuple(v.shape) for k, v in model.named_parameters()}
     if SHARED not in stored and TIED in stored:
         stored[SHARED] = stored.pop(TIED)
-        shapes = {k: t.shape for k, t in stored.items()}
-    check_shapes(source, shapes, wanted)
-    refuse_unused(
-        (k for k in stored if k not in wanted and not is_spare(k)), source, "text encoder"
-    )
     folder = target / "text_encoder"
-    write_shards(folder, "model", plain({k: t for k, t in stored.items() if k in wanted}))
+    write_part(folder, "model", stored, wanted, source, "text encoder", is_spare)
     config.save_pretrained(folder)
     report.add(label, len(wanted), unused=stored.keys() - wanted.keys())
 
 
 def write_vae(target: Path, source: Path, label: str, report: Report) -> None:
     """`vae/`, of a Wan 2.1 VAE's folder, or its file in Wan's or diffusers' names."""
-    from diffusers import AutoencoderKLWan
-
     stored = renamed(find_tensors(source), vae_name)
-    shapes = {k: t.shape for k, t in stored.items()}
-    own = source / "config.json"  # of a folder in diffusers' layout: its statistics are its own
-    config = read_json(own) if own.is_file() else wan_vae_config(shapes, source)
     with torch.device("meta"):
-        model: Any = AutoencoderKLWan.from_config(config)
+        model: Any = diffusers_vae(vae_config(source))
     wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    check_shapes(source, shapes, wanted)
-    refuse_unused(stored.keys() - wanted.keys(), source, "VAE")
-    folder = target / "vae"
-    tensors = plain({k: t for k, t in stored.items() if k in wanted})
-    write_shards(folder, "diffusion_pytorch_model", tensors)
-    model.save_config(folder)
+    write_part(target / "vae", "diffusion_pytorch_model", stored, wanted, source, "VAE")
+    model.save_config(target / "vae")
     report.add(label, len(wanted), unused=stored.keys() - wanted.keys())
 
 

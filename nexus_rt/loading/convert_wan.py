@@ -46,6 +46,7 @@ from nexus_rt.loading.scheduler import find_scheduler
 from nexus_rt.loading.tensors import find_tensors, renamed
 from nexus_rt.loading.transformer import empty_transformer
 
+SHARDS = "diffusion_pytorch_model*.safetensors*"  # of a transformer at a folder's top
 T5, VAE = "encoder.block.0.layer.0.SelfAttention.q.weight", "post_quant_conv.weight"
 
 
@@ -113,7 +114,7 @@ def _convert(source: Path, part: Path, say: Callable[[str], None]) -> Report:
             say(f"{name} ...")
             _transformer(part / name, folder, folder.name, report)
         index["boundary_ratio"] = experts.boundary
-    elif kind == "transformer" or (not file and _holds_transformer(transformer_folder(source))):
+    elif kind == "transformer" or (not file and any(transformer_folder(source).glob(SHARDS))):
         say("transformer ...")
         _transformer(part / "transformer", transformer_folder(source), source.name, report)
     vae = source if kind == "vae" else None if file else find_vae(source)
@@ -143,11 +144,6 @@ def _schedule(part: Path, source: Path, index: dict[str, Any]) -> None:
     shutil.copy2(source / "scheduler" / "scheduler_config.json", part / "scheduler")
     stored = read_optional(source / "model_index.json")
     index |= {k: stored[k] for k in ("scheduler",) if k in stored}
-
-
-def _holds_transformer(folder: Path) -> bool:
-    """Whether weights of a transformer lie at a folder's top."""
-    return any(folder.glob("diffusion_pytorch_model*.safetensors*"))
 
 
 def _text(part: Path, source: Path, report: Report) -> None:

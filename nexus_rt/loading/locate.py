@@ -181,7 +181,9 @@ def find_text(source: Path, tokenizer: Path | None = None) -> tuple[Path, Path]:
     for name in TOKENIZERS:
         if is_tokenizer(home / name):
             return weights, home / name
-    if weights.is_file() and weights.suffix == ".safetensors" and _carries_pieces(weights):
+    # a sentencepiece model among the tensors, as ComfyUI's files have
+    carries = weights.is_file() and weights.suffix == ".safetensors"
+    if carries and "spiece_model" in read_header(weights, integers=True):
         return weights, weights
     if source.is_dir() and (source / "text_encoder").is_dir():
         raise ModelError(
@@ -201,8 +203,3 @@ def find_text(source: Path, tokenizer: Path | None = None) -> tuple[Path, Path]:
 def _holds_model(folder: Path) -> bool:
     weights = any(p.suffix in READABLE for p in folder.iterdir())
     return (folder / "config.json").is_file() or weights
-
-
-def _carries_pieces(file: Path) -> bool:
-    """Whether a file carries its sentencepiece model, as ComfyUI's do."""
-    return "spiece_model" in read_header(file, integers=True)

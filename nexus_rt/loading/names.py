@@ -31,6 +31,12 @@ WRAPPERS = (
 WRAPPED = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPERS)})\.")
 # Counters of moving averages and of batches, one number each.
 COUNTERS = re.compile(r"(?:^|\.)(?:n_averaged|num_updates|num_batches_tracked|(?:ema_)?decay)$")
+# Stored beside the weights that are used, and rightly left out: vocabulary heads and the decoder of
+# an encoder-decoder, at the top of the names, and tables that are computed.
+SPARE = re.compile(
+    r"^(?:(?:model|base_model|language_model|text_model|transformer)\.)*(?:lm_head|decoder|score)\."
+    r"|(?:^|\.)(?:rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)$"
+)
 # parts of names -> why a transformer that lacks them computes the same
 HARMLESS = {
     "norm_added_q": "a norm of image-to-video's added attention, whose products are not there",
@@ -64,6 +70,11 @@ def plain_name(name: str) -> str:
 def is_counter(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is one number of a training run's bookkeeping."""
     return math.prod(shape) == 1 and COUNTERS.search(name) is not None
+
+
+def is_spare(name: str) -> bool:
+    """Whether a stored tensor is beside a text encoder's or language model's used weights."""
+    return SPARE.search(name) is not None and "scale" not in name
 
 
 def without_spare(

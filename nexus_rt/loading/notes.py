@@ -1,6 +1,6 @@
 """What a checkpoint says of its own quantisation: ComfyUI's notes (a tensor `.comfy_quant` beside a
-layer, `_quantization_metadata` in the header) and `quantization_config` (config.json, as
-transformers, diffusers and compressed-tensors write it, or the header).
+layer, `_quantization_metadata` in the header), and the fields of these and of
+`quantization_config` (`nexus_rt.loading.quantization_config`).
 
 Every field is used, checked, or harmless to the weights (`FIELDS`); any other is refused by its
 name, since a rotation, a zero point or another axis that is passed over gives wrong weights.
@@ -99,7 +99,6 @@ OFF = ("", "0", "false", "none", "null", "no")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 FP8 = {torch.float8_e4m3fn: "fp8 e4m3", torch.float8_e5m2: "fp8 e5m2"}
 REMEDY = "get the checkpoint in bf16, fp8, int8 with plain scales, or GGUF"
-UNPACKED = ("int-quantized", "float-quantized", "naive-quantized", "dense", None)
 
 
 class _Layer(msgspec.Struct):
@@ -114,23 +113,6 @@ class _Layer(msgspec.Struct):
     symmetric: bool = True
     orig_dtype: str | None = None
     full_precision_matrix_mult: bool = False
-
-
-class _Fp8(msgspec.Struct):
-    quant_method: str
-    weight_block_size: list[int] | None = None
-    fmt: str | None = None
-
-
-class _Weights(msgspec.Struct):
-    type: str = "int"
-    strategy: str | None = None
-    group_size: int | None = None
-    block_structure: list[int] | str | None = None
-    num_bits: int = 8
-    symmetric: bool = True
-    dynamic: bool | str = False
-    actorder: bool | str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,11 +132,11 @@ class Note:
     shape: tuple[int, ...] | None = None
 
 
-def _known(kind: str, value: Any, where: str) -> dict[str, Any]:
+def known_fields(kind: str, value: Any, where: str) -> dict[str, Any]:
     """An object whose fields are all of a kind."""
     if not isinstance(value, dict):
         raise ModelError(
-            f"{where} is {_kind(value)}; expected an object with fields such as"
+            f"{where} is {kind_of(value)}; expected an object with fields such as"
             f" {next(iter(FIELDS[kind]))!r}.",
             code="invalid_type",
         )
@@ -169,7 +151,7 @@ def _known(kind: str, value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     return {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(
         type(value), f"a {type(value).__name__}"
     )
@@ -181,10 +163,10 @@ def layer_note(value: Any, where: str) -> dict[str, Any]:
     Raises:
         ModelError: a field that is not known, or set to two values.
     """
-    note = dict(_known("layer", value, where))
+    note = dict(known_fields("layer", value, where))
     params = note.pop("params", None)
     return _united(
-        note, _known("layer", {} if params is None else params, f"{where}'s params"), where
+        note, known_fields("layer", {} if params is None else params, f"{where}'s params"), where
     )
 
 
@@ -214,7 +196,7 @@ def header_notes(metadata: Mapping[str, str], where: str) -> dict[str, dict[str,
     if METADATA not in metadata:
         return {}
     where = f"{where}: {METADATA}"
-    stored = _known(METADATA, documents.parse(metadata[METADATA], where), where)
+    stored = known_fields(METADATA, documents.parse(metadata[METADATA], where), where)
     version = stored.get("format_version", "1.0")
     if version != "1.0":
         raise ModelError(
@@ -226,7 +208,7 @@ def header_notes(metadata: Mapping[str, str], where: str) -> dict[str, dict[str,
     layers = stored.get("layers", {})
     if not isinstance(layers, dict):
         raise ModelError(
-            f"{where}: the layers are no object but {_kind(layers)}; get it again.",
+            f"{where}: the layers are no object but {kind_of(layers)}; get it again.",
             code="invalid_type",
             param="layers",
         )
@@ -326,144 +308,6 @@ def _rotation(note: _Layer, where: str) -> int | None:
             param="convrot_groupsize",
         )
     return size
-
-
-def config_note(config: Mapping[str, Any], where: str) -> Note | None:
-    """What `quantization_config` says of all 8-bit weights; None where there is none.
-
-    Raises:
-        ModelError: a method or a field that is not read; names it.
-    """
-    value = config.get(CONFIG)
-    if value is None:
-        return None
-    where = f"{where}: {CONFIG}"
-    method = value.get("quant_method") if isinstance(value, dict) else _kind(value)
-    if method == "fp8":
-        return _of_fp8(value, where)
-    if method == "compressed-tensors":
-        return _of_compressed(value, where)
-    raise ModelError(
-        f"{where} is of quant_method {shorten(json.dumps(method), 60)}, which is not read here;"
-        f" expected fp8 or compressed-tensors: {REMEDY}.",
-        code="unsupported",
-        param="quant_method",
-    )
-
-
-def header_config(metadata: Mapping[str, str], where: str) -> Note | None:
-    """The same of a safetensors header."""
-    if CONFIG not in metadata:
-        return None
-    value = documents.parse(metadata[CONFIG], f"{where}: {CONFIG}")
-    return config_note({CONFIG: value}, where)
-
-
-def _of_fp8(value: dict[str, Any], where: str) -> Note:
-    """transformers' FineGrainedFP8Config, and the same form of other publishers."""
-    read = _Fp8.__struct_fields__
-    known = {k: v for k, v in _known("fp8", value, where).items() if k in read}
-    stored = documents.check(known, _Fp8, where)
-    kinds = {None: tuple(FP8), "e4m3": (torch.float8_e4m3fn,), "e5m2": (torch.float8_e5m2,)}
-    if stored.fmt not in kinds:
-        raise ModelError(
-            f"{where} sets fmt to {shorten(stored.fmt, 40)!r}; expected e4m3 or e5m2.",
-            code="unsupported",
-            param="fmt",
-        )
-    block = stored.weight_block_size
-    return Note(where, kinds[stored.fmt], None if block is None else (_sides(block, where),))
-
-
-def _of_compressed(value: dict[str, Any], where: str) -> Note:
-    """compressed-tensors' own: 8-bit weights beside their scales, of one setting."""
-    value = _known("compressed-tensors", value, where)
-    _only(value, "format", UNPACKED, where)
-    sparsity = value.get("sparsity_config") or {}
-    dense = isinstance(sparsity, dict) and sparsity.get("format", "dense") == "dense"
-    rotations = value.get("transform_config") or {}
-    plain = isinstance(rotations, dict) and not rotations.get("config_groups")
-    for name, fine in (("sparsity_config", dense), ("transform_config", plain)):
-        if not fine:
-            raise ModelError(
-                f"{where} sets {name} ({shorten(json.dumps(value[name]), 80)}), which is not"
-                f" read here;"
-                f" {REMEDY}.",
-                code="unsupported",
-                param=name,
-            )
-    groups = value.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise ModelError(
-            f"{where} has no config_groups; get the file again.",
-            code="missing",
-            param="config_groups",
-        )
-    notes = [_of_group(group, f"{where}: {shorten(name, 60)}") for name, group in groups.items()]
-    if any(
-        (n.dtypes, n.blocks, n.rows) != (notes[0].dtypes, notes[0].blocks, notes[0].rows)
-        for n in notes
-    ):
-        raise ModelError(
-            f"{where} has groups of different weights, which are not read here; {REMEDY}.",
-            code="unsupported",
-            param="config_groups",
-        )
-    return notes[0]
-
-
-def _of_group(value: Any, where: str) -> Note:
-    group = _known("config_groups", value, where)
-    _only(group, "format", UNPACKED, where)
-    where = f"{where}: weights"
-    read = _Weights.__struct_fields__
-    weights = _known("weights", group.get("weights"), where)
-    stored = documents.check({k: v for k, v in weights.items() if k in read}, _Weights, where)
-    for name, values in (
-        ("num_bits", (8,)),
-        ("symmetric", (True,)),
-        ("dynamic", (False,)),
-        ("actorder", (None, False)),
-        ("type", ("int", "float")),
-        ("strategy", ("tensor", "channel", "group", "block")),
-    ):
-        _only({name: getattr(stored, name)}, name, values, where)
-    blocks = None
-    if stored.strategy == "block":
-        sides = stored.block_structure
-        if isinstance(sides, str) and re.fullmatch(r"[0-9]{1,6}x[0-9]{1,6}", sides):
-            sides = [int(n) for n in sides.split("x")]
-        blocks = (_sides(sides, where),)
-    elif stored.strategy == "group":
-        blocks = (_sides([1, stored.group_size], where),)
-    kinds = (torch.int8,) if stored.type == "int" else (torch.float8_e4m3fn,)
-    return Note(where, kinds, blocks, {"tensor": False, "channel": True}.get(str(stored.strategy)))
-
-
-def _sides(value: Any, where: str) -> tuple[int, int]:
-    """Rows and columns of a block."""
-    numbers = isinstance(value, list) and len(value) == 2
-    if not numbers or not all(isinstance(n, int) and n > 0 for n in value):
-        raise ModelError(
-            f"{where} has blocks of {shorten(json.dumps(value), 60)}; expected two whole numbers"
-            f" from 1"
-            " up, rows and columns.",
-            code="invalid_value",
-        )
-    return value[0], value[1]
-
-
-def _only(value: Mapping[str, Any], name: str, values: tuple[Any, ...], where: str) -> None:
-    """Raise unless a field has one of some values."""
-    stored = value.get(name)
-    if not any(stored is v or (type(stored) is type(v) and stored == v) for v in values):
-        expected = ", ".join(json.dumps(v) for v in values if v is not None)
-        raise ModelError(
-            f"{where} sets {name} to {shorten(json.dumps(stored), 60)}, which is not read here;"
-            f" expected {expected}: {REMEDY}.",
-            code="unsupported",
-            param=name,
-        )
 
 
 def refuse_rotation(metadata: Mapping[str, Any], where: str) -> None:

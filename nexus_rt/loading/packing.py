@@ -63,7 +63,8 @@ class Packing:
             if self.kind == EDGES_DENSE and name.startswith(_edges(model)):
                 continue
             parts = fused_parts(f"{name}.weight")
-            if self.kind != "small" or all(_is_small(stored[p]) for p in parts):
+            small = lambda t: t.dtype.itemsize == 1 and len(t.shape) == 2
+            if self.kind != "small" or all(small(stored[p]) for p in parts):
                 found.add(f"{name}.weight")
         if not found:
             raise ModelError(
@@ -119,14 +120,7 @@ def _put(model: nn.Module, path: str, rows: list[Rows], activations: bool) -> No
         layer.bias.detach(),  # type: ignore[union-attr, operator]
         activations,
     )
-    owner, _, leaf = path.rpartition(".")
-    parent = model.get_submodule(owner)
-    if isinstance(parent, nn.ModuleList):
-        parent[int(leaf)] = made
-    elif isinstance(parent, nn.ModuleDict):
-        parent[leaf] = made
-    else:
-        setattr(parent, leaf, made)
+    model.set_submodule(path, made)
 
 
 def pack_model(model: nn.Module, kind: str) -> None:
@@ -144,11 +138,6 @@ def _edges(model: nn.Module) -> tuple[str, ...]:
     """How names in the first and the last of three blocks or more begin."""
     last = len(model.blocks) - 1  # type: ignore[arg-type]
     return (f"{BLOCKS}0.", f"{BLOCKS}{last}.") if last > 1 else ()
-
-
-def _is_small(stored: StoredTensor) -> bool:
-    """Whether a stored matrix is of 8 bits or fewer a weight."""
-    return stored.dtype.itemsize == 1 and len(stored.shape) == 2
 
 
 def quantised_as(kind: str) -> str:

@@ -25,7 +25,7 @@ from nexus_rt.loading.locate import find_vae, given_vae, has_text
 from nexus_rt.loading.scheduler import Scheduler, find_scheduler, first_scheduler
 from nexus_rt.loading.source import resolve
 from nexus_rt.loading.vae import vae_space
-from nexus_rt.models.wan import WanConfig
+from nexus_rt.models.wan_config import WanConfig
 
 MINI = Path(__file__).resolve().parents[1] / "mini"
 

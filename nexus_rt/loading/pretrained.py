@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,17 @@ import torch
 
 from nexus_rt.core.errors import ModelError, shorten
 from nexus_rt.core.process import LOADING
-from nexus_rt.loading.checkpoint import fill_exactly
+from nexus_rt.loading.checkpoint import compare, fill_exactly, mismatch, refuse_unfit
 from nexus_rt.loading.config import check_config, read_optional
 from nexus_rt.loading.finite import is_finite
 from nexus_rt.loading.formats.safetensors import read_header
 from nexus_rt.loading.formats.stored import StoredTensor
-from nexus_rt.loading.names import WRAPPED, plain_name, some
+from nexus_rt.loading.names import WRAPPED, is_spare, plain_name
 from nexus_rt.loading.tensors import find_tensors, fitted
 
-# Stored beside the weights that are used, and rightly left out: vocabulary heads and the decoder of
-# an encoder-decoder, at the top of the names, and tables that are computed.
-SPARE = re.compile(
-    r"^(?:(?:model|base_model|language_model|text_model|transformer)\.)*(?:lm_head|decoder|score)\."
-    r"|(?:^|\.)(?:rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)$"
+REMEDY = (
+    "loaded so, it would compute with random values: get the folder in transformers' own layout,"
+    " unquantised"
 )
 
 
@@ -145,23 +142,12 @@ def fill_whole(
         raise ModelError(
             f"{folder}: the {what} cannot be loaded: {error}", code=error.code, param=error.param
         ) from error
-    expected = module.state_dict()
-    unknown = [n for n in stored if n not in expected and not is_spare(n)]
-    shapes = {n: tuple(t.shape) for n, t in expected.items()}
-    stored = fitted({n: t for n, t in stored.items() if n in expected}, shapes)
-    mismatched = [
-        _mismatch(n, t.shape, expected[n].shape)
-        for n, t in stored.items()
-        if t.shape != tuple(expected[n].shape)
-    ]
-    _refuse(folder, what, expected.keys() - stored.keys(), unknown, mismatched)
+    shapes = {n: tuple(t.shape) for n, t in module.state_dict().items()}
+    used = {n: t for n, t in stored.items() if n in shapes or not is_spare(n)}
+    stored = fitted(used, shapes)
+    compare(stored, shapes, folder, what, REMEDY)
     fill_exactly(module, stored, dtype, device, keep_fp32)
     return module
-
-
-def is_spare(name: str) -> bool:
-    """Whether a stored tensor is beside a text encoder's or language model's used weights."""
-    return SPARE.search(name) is not None and "scale" not in name
 
 
 def _check_complete(model: torch.nn.Module, info: dict[str, Any], folder: Path, what: str) -> None:
@@ -169,43 +155,9 @@ def _check_complete(model: torch.nn.Module, info: dict[str, Any], folder: Path, 
     model or rightly spare."""
     missing = set(info.get("missing_keys", ())) | set(_untied(model, folder))
     unknown = {n for n in info.get("unexpected_keys", ()) if not is_spare(n)}
-    mismatched = {_mismatch(m[0], m[1], m[2]) for m in info.get("mismatched_keys", ())}
-    _refuse(
-        folder,
-        what,
-        missing,
-        unknown,
-        mismatched,
-        [shorten(m) for m in list(info.get("error_msgs") or ())[:2]],
-    )
-
-
-def _mismatch(name: str, stored: Iterable[int], expected: Iterable[int]) -> str:
-    return f"{name}: {tuple(stored)} stored, {tuple(expected)} in config.json"
-
-
-def _refuse(
-    folder: Path,
-    what: str,
-    missing: Iterable[str],
-    unknown: Iterable[str],
-    mismatched: Iterable[str],
-    errors: Iterable[str] = (),
-) -> None:
-    """Raise a `ModelError` that names the first weights of each kind, if there are any."""
-    kinds = (
-        ("missing are", list(missing)),
-        ("unknown are", list(unknown)),
-        ("of another shape are", list(mismatched)),
-    )
-    problems = [f"{words} {some(names)}" for words, names in kinds if names] + list(errors)
-    if problems:
-        raise ModelError(
-            f"{folder}: the weights are not this {what}'s: {'; '.join(problems)}. Loaded so, it"
-            " would compute with random values: get the folder in transformers' own layout,"
-            " unquantised.",
-            code="mismatch",
-        )
+    mismatched = {mismatch(m[0], m[1], m[2]) for m in info.get("mismatched_keys", ())}
+    errors = [shorten(m) for m in list(info.get("error_msgs") or ())[:2]]
+    refuse_unfit(folder, what, missing, unknown, mismatched, errors, remedy=REMEDY)
 
 
 def _stored_names(folder: Path) -> set[str]:

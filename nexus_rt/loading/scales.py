@@ -20,9 +20,11 @@ from torch import Tensor
 from nexus_rt.core.documents import parse
 from nexus_rt.core.errors import ModelError, shorten
 from nexus_rt.loading import notes
+from nexus_rt.loading.finite import is_finite
 from nexus_rt.loading.formats.stored import StoredTensor, read_tensor
 from nexus_rt.loading.names import plain_name
 from nexus_rt.loading.notes import FP8, MAX_NOTE, NOTE, Note
+from nexus_rt.loading.quantization_config import config_note, header_config
 from nexus_rt.models.encodings import Scaled
 
 SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
@@ -163,8 +165,8 @@ def _notes(tensors: Mapping[str, StoredTensor], headers: Sequence[Header]) -> di
 
 def _whole(headers: Sequence[Header]) -> Note | None:
     """What is said of all 8-bit weights together."""
-    stated = [notes.config_note(h.config, h.where) for h in headers]
-    stated += [notes.header_config(h.metadata, h.where) for h in headers]
+    stated = [config_note(h.config, h.where) for h in headers]
+    stated += [header_config(h.metadata, h.where) for h in headers]
     return next((note for note in stated if note is not None), None)
 
 
@@ -193,7 +195,7 @@ def _scale(name: str, stored: StoredTensor) -> Tensor:
             code="unsupported",
         )
     scale = read_tensor(stored).float()
-    if not bool(scale.isfinite().all()):
+    if not is_finite(scale):
         raise ModelError(f"{where} holds NaN or infinity; get the file again.", code="not_finite")
     return scale
 

@@ -18,7 +18,8 @@ from nexus_rt.core.errors import ModelError
 from nexus_rt.loading.finite import check_finite
 from nexus_rt.loading.formats.stored import read_tensors
 from nexus_rt.loading.layouts import diffusers_name, diffusers_shapes, fused_place
-from nexus_rt.loading.lora import Changes, Lora, add_beside, quantised_place
+from nexus_rt.loading.lora import Lora
+from nexus_rt.loading.lora_changes import Changes, add_beside, quantised_place
 from nexus_rt.loading.packing import quantised_as
 from nexus_rt.loading.tensors import find_tensors, renamed
 from nexus_rt.models.quantized import QuantizedLinear, quantise

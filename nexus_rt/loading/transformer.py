@@ -21,11 +21,13 @@ from nexus_rt.loading.config import WAN_CLASSES, config_of, read_json, warn_unre
 from nexus_rt.loading.formats.stored import StoredTensor
 from nexus_rt.loading.layouts import diffusers_name, diffusers_shapes
 from nexus_rt.loading.locate import transformer_folder, weights_of
-from nexus_rt.loading.lora import Changes, Lora, add_beside
+from nexus_rt.loading.lora import Lora
+from nexus_rt.loading.lora_changes import Changes, add_beside
 from nexus_rt.loading.packing import Packing, check_weights, formats_of
 from nexus_rt.loading.swap import LoadedFrom
 from nexus_rt.loading.tensors import find_tensors, renamed
-from nexus_rt.models.wan import WanConfig, WanTransformer
+from nexus_rt.models.wan import WanTransformer
+from nexus_rt.models.wan_config import WanConfig
 from nexus_rt.ops.attention import ATTENTION_NAMES
 from nexus_rt.ops.block_ops import choose_ops
 

@@ -83,7 +83,7 @@ def empty_vae(source: Path) -> tuple[torch.nn.Module, dict[str, StoredTensor]]:
         stored = renamed(find_tensors(source), vae_name)
         shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()}
         stored = fitted(stored, shapes)
-        compare(stored, model, source, "VAE")
+        compare(stored, shapes, source, "VAE")
     except ModelError as error:
         raise ModelError(
             f"{source}: the VAE cannot be loaded: {error}",

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from nexus_rt.core.size import ClipSize
-from nexus_rt.models.wan import WanConfig
+from nexus_rt.models.wan_config import WanConfig
 from nexus_rt.parallel.layout import Layout
 
 ELEMENT = 2  # bytes of bfloat16
