@@ -2,6 +2,7 @@
 real."""
 
 import json
+import logging
 import os
 import shutil
 
@@ -36,6 +37,16 @@ def pytest_collection_modifyitems(items):
         places = [order[m.name] for m in item.iter_markers() if m.name in order]
         first[item.path] = min(first.get(item.path, len(order)), *places, len(order))
     items.sort(key=lambda item: first[item.path])
+
+
+@pytest.fixture(autouse=True)
+def logger_as_before():
+    """The command line gives the package's logger a level and a handler for as long as it runs."""
+    logger = logging.getLogger("nexus_rt")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 def make_pair(root):

@@ -11,12 +11,8 @@ from nexus_rt.core import log
 
 
 @pytest.fixture(autouse=True)
-def quiet_again(monkeypatch):
+def nothing_noted(monkeypatch):
     monkeypatch.setattr(log, "_noted", set())
-    handlers, level = list(log.logger.handlers), log.logger.level
-    yield
-    log.logger.handlers[:], log.logger.level = handlers, level
-    log.logger.setLevel(level)
 
 
 def test_every_choice_and_its_reason(tiny_pair, caplog):
