@@ -3,7 +3,6 @@
 import json
 import re
 
-import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +23,8 @@ NAME = "diffusion_pytorch_model"
 
 @pytest.fixture
 def folder(tmp_path):
+    import diffusers
+
     torch.manual_seed(1)
     diffusers.WanTransformer3DModel(**CONFIG).save_pretrained(tmp_path)
     return tmp_path
@@ -95,6 +96,8 @@ def test_the_original_wan_layout_loads_the_same_model(folder, tmp_path_factory):
 
 
 def test_shards_load_the_same_model(folder, tmp_path_factory):
+    import diffusers
+
     other = tmp_path_factory.mktemp("sharded")
     diffusers.WanTransformer3DModel.from_pretrained(folder).save_pretrained(
         other, max_shard_size="40KB"
@@ -106,6 +109,8 @@ def test_shards_load_the_same_model(folder, tmp_path_factory):
 
 
 def test_a_stored_dtype_is_converted(folder, tmp_path_factory):
+    import diffusers
+
     other = tmp_path_factory.mktemp("bf16")
     diffusers.WanTransformer3DModel.from_pretrained(folder).to(torch.bfloat16).save_pretrained(
         other
@@ -153,6 +158,8 @@ def test_a_corrupted_header(folder):
 
 
 def test_a_missing_shard(folder, tmp_path_factory):
+    import diffusers
+
     other = tmp_path_factory.mktemp("lost")
     diffusers.WanTransformer3DModel.from_pretrained(folder).save_pretrained(
         other, max_shard_size="40KB"

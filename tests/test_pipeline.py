@@ -3,7 +3,6 @@
 import contextlib
 import json
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -99,6 +98,8 @@ def test_the_pipeline_is_its_parts(tiny_pipe):
 def test_the_large_plan_is_diffusers_pipeline_on_this_grid(tiny_pair, tiny_pipe):
     """Same embeddings, noise, grid and solver: diffusers' own transformer gives the same
     latents."""
+    import diffusers
+
     from tests.test_solver import diffusers_solver
 
     got = tiny_pipe(

@@ -1,11 +1,10 @@
 """Attributes and methods of other pipelines on ours: none is taken in silence."""
 
 import copy
+from functools import cache
 
-import diffusers
 import pytest
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from nexus_rt import InputError, NexusError, NexusPipeline
 from nexus_rt.core.errors import UnknownArgument, UnknownAttribute
@@ -79,6 +78,8 @@ def test_an_attribute_of_another_pipeline_is_refused_with_the_name_of_ours(pipe,
 
 
 def test_every_name_of_diffusers_pipeline_is_ours_or_refused_with_a_hint(pipe):
+    import diffusers
+
     names = {n for n in dir(diffusers.WanPipeline) if not n.startswith("_")} - SHARED - INTERNAL
     names |= set(diffusers.WanPipeline.__init__.__annotations__) - {"vae"}
     for name in names:
@@ -168,35 +169,42 @@ def test_arguments_of_other_loaders_are_refused_with_the_name_of_ours(tiny_pair)
         NexusPipeline.from_pretrained(tiny_pair, cache_dirs="x")
 
 
-class Keep(PipelineCallback):
-    """Keeps the names that it is called with."""
+@cache
+def keeper():
+    """A class of callbacks that keep the names they are called with."""
+    from diffusers.callbacks import PipelineCallback
 
-    tensor_inputs = ["prompt_embeds"]  # noqa: RUF012 (a list, as diffusers' own)
+    class Keep(PipelineCallback):
+        tensor_inputs = ["prompt_embeds"]  # noqa: RUF012 (a list, as diffusers' own)
 
-    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
-        self.names = list(callback_kwargs)
-        self.steps = pipeline.num_timesteps
-        return callback_kwargs
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            self.names = list(callback_kwargs)
+            self.steps = pipeline.num_timesteps
+            return callback_kwargs
 
-
-class KeepNegative(Keep):
-    tensor_inputs = ("latents", "negative_prompt_embeds")
+    return Keep
 
 
 def test_a_callback_object_names_its_tensors(pipe):
-    keep = Keep()
+    from diffusers.callbacks import MultiPipelineCallbacks
+
+    keep = keeper()()
     pipe(PROMPT, callback_on_step_end=keep, **QUICK)
     assert keep.names == ["prompt_embeds"] and keep.steps == 2
     more = ["latents", "negative_prompt_embeds"]
     pipe(PROMPT, callback_on_step_end=keep, callback_on_step_end_tensor_inputs=more, **QUICK)
     assert keep.names == ["prompt_embeds", *more]
-    both = (Keep(), KeepNegative())
+
+    class KeepNegative(keeper()):
+        tensor_inputs = ("latents", "negative_prompt_embeds")
+
+    both = (keeper()(), KeepNegative())
     pipe(PROMPT, callback_on_step_end=MultiPipelineCallbacks(list(both)), **QUICK)
     assert both[0].names == ["prompt_embeds", *KeepNegative.tensor_inputs] == both[1].names
 
 
 def test_a_callback_object_changes_what_it_named(pipe):
-    class Zero(Keep):
+    class Zero(keeper()):
         tensor_inputs = ("latents",)
 
         def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
@@ -207,11 +215,13 @@ def test_a_callback_object_changes_what_it_named(pipe):
 
 
 def test_a_callback_object_whose_names_cannot_be_used(pipe):
+    from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
     class Unnamed(PipelineCallback):
         def callback_fn(self, *arguments):
             return {}
 
-    class Wrong(Keep):
+    class Wrong(keeper()):
         tensor_inputs = ("latent",)
 
     for callback, words in (
@@ -234,6 +244,8 @@ def test_generators_may_be_a_tuple(pipe):
 
 
 def test_a_scheduler_of_diffusers_changes_nothing_and_is_not_taken(pipe):
+    import diffusers
+
     call = lambda: pipe(PROMPT, generator=torch.Generator().manual_seed(1), **QUICK).frames
     before = call()
     with pytest.raises(AttributeError, match="pass shift=, solver= "):

@@ -4,7 +4,6 @@ grid."""
 import importlib.util
 import math
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -73,7 +72,9 @@ def field(x: torch.Tensor, sigma: float) -> torch.Tensor:
     return torch.sin(1.7 * x + sigma) + 0.3 * x * sigma - 0.2
 
 
-def diffusers_solver(grid: TimeGrid) -> "diffusers.UniPCMultistepScheduler":
+def diffusers_solver(grid: TimeGrid):
+    import diffusers
+
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction",
         use_flow_sigmas=True,

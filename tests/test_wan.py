@@ -2,7 +2,6 @@
 
 import math
 
-import diffusers
 import pytest
 import torch
 
@@ -43,7 +42,9 @@ CONFIGS = [
 ]
 
 
-def reference(config: dict, seed: int = 0) -> "diffusers.WanTransformer3DModel":
+def reference(config: dict, seed: int = 0):
+    import diffusers
+
     torch.manual_seed(seed)
     model = diffusers.WanTransformer3DModel(**config).eval()
     # every parameter away from its neutral start (norm weights are ones, biases small)
@@ -93,6 +94,8 @@ def test_samples_may_have_their_own_timesteps(tmp_path):
 
 
 def test_low_precision_loses_no_more_than_diffusers(tmp_path):
+    import diffusers
+
     theirs = reference(CONFIGS[2])
     theirs.save_pretrained(tmp_path)
     exact = load_transformer(tmp_path, dtype=torch.float32)
@@ -136,6 +139,8 @@ def test_collapsed_padding_counts_what_it_stands_for():
     ids=["1.3B", "14B"],
 )
 def test_published_sizes_have_diffusers_names_and_shapes(config):
+    import diffusers
+
     with torch.device("meta"):
         theirs, ours = (
             diffusers.WanTransformer3DModel(**config),
@@ -214,9 +219,7 @@ def test_other_architectures_are_refused(field, value, code, param):
 
 @pytest.mark.parametrize("name", ["auto-fp8", "triton-fp8", "sage"])
 def test_approximate_attention_is_for_self_attention_only(name):
-    model = wan.WanTransformer(WanConfig.from_dict(CONFIGS[0])).use_kernels(
-        "auto", attention=name
-    )
+    model = wan.WanTransformer(WanConfig.from_dict(CONFIGS[0])).use_kernels("auto", attention=name)
     assert {b.attn1.backend for b in model.blocks} == {name} and {
         b.attn2.backend for b in model.blocks
     } == {"auto"}
