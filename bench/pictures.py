@@ -7,7 +7,7 @@ import io
 
 import numpy as np
 
-from nexus_rt.media.video import uniform
+from nexus_rt.media.frames import uniform
 
 
 def data_url(picture: np.ndarray, kind: str = "PNG", height: int | None = None) -> str:

@@ -20,7 +20,8 @@ from nexus_rt.cli import main
 from nexus_rt.core.fields import LIST
 from nexus_rt.core.part_files import kernel
 from nexus_rt.core.size import ClipSize
-from nexus_rt.media.video import read_frames, read_metadata, save_video
+from nexus_rt.media.reading import read_frames, read_metadata
+from nexus_rt.media.video import save_video
 from nexus_rt.pipeline import batch, batch_clips, prompts
 from nexus_rt.pipeline.batch import run
 from nexus_rt.pipeline.batch_job import Job, parse_shard

@@ -319,7 +319,7 @@ def test_a_fresh_seed_is_printed_and_makes_the_same_clip(tiny_pair, tmp_path, ca
     assert main([*line, str(tmp_path / "c.mp4"), "--seed", "-1"]) == 0
     a, b, c = ((tmp_path / f"{n}.mp4").read_bytes() for n in "abc")
     assert a == b != c
-    from nexus_rt.media.video import read_metadata
+    from nexus_rt.media.reading import read_metadata
 
     made = read_metadata(tmp_path / "a.mp4")
     assert (

@@ -23,7 +23,7 @@ from nexus_rt.core.paths import as_path, cache_root, check_folder, check_outputs
 from nexus_rt.core.progress import progress_bar
 from nexus_rt.core.tracing import record
 from nexus_rt.loading.formats.safetensors import write_shards
-from nexus_rt.media.video import read_frames
+from nexus_rt.media.reading import read_frames
 from tests.refusals import refuses
 
 PROMPT = "a red circle moves left"

@@ -20,7 +20,7 @@ from nexus_rt import InputError, NexusPipeline
 from nexus_rt.bench.architectures import WAN_14B
 from nexus_rt.cli import main
 from nexus_rt.core.size import ClipSize
-from nexus_rt.media.video import read_frames, read_metadata
+from nexus_rt.media.reading import read_frames, read_metadata
 from nexus_rt.models.wan_config import WanConfig
 from nexus_rt.parallel import watch
 from nexus_rt.parallel.layout import Layout, Mesh, make_mesh, parse_layout, split_range

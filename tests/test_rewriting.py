@@ -18,7 +18,7 @@ from nexus_rt.bench.shapes.riddles import make_prompts
 from nexus_rt.cli import main
 from nexus_rt.core.errors import InputError, ModelError, RewriteError
 from nexus_rt.loading.pair_folder import MINI
-from nexus_rt.media.video import read_metadata
+from nexus_rt.media.reading import read_metadata
 from nexus_rt.models.llama import LlamaBackbone, LlamaConfig, greedy
 from nexus_rt.pipeline.rewriting import Cache, ChatRewriter, EndpointRewriter, rewrite_prompts
 from nexus_rt.pipeline.settings import CallSettings

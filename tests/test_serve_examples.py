@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nexus_rt.cli import parser
-from nexus_rt.media.video import read_frames, read_metadata
+from nexus_rt.media.reading import read_frames, read_metadata
 from tests.serving import PROMPT, ServerProcess, ask, wait_for
 
 SERVE = Path(__file__).resolve().parent.parent / "examples" / "serve"

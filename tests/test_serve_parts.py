@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from nexus_rt.core.errors import InputError
 from nexus_rt.core.size import ClipSize
-from nexus_rt.media.video import read_frames, read_metadata, save_video
+from nexus_rt.media.reading import read_frames, read_metadata
+from nexus_rt.media.video import save_video
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.pipeline import pipeline
 from nexus_rt.pipeline.inputs import Prompts

@@ -17,7 +17,7 @@ import torch
 
 from nexus_rt.cli import main
 from nexus_rt.loading.lora import PACKAGED
-from nexus_rt.media.video import read_frames, read_metadata
+from nexus_rt.media.reading import read_frames, read_metadata
 from nexus_rt.pipeline.pipeline import NexusPipeline
 from tests.serving import PROMPT, ServerProcess, ask, free_port, messages, wait_for
 

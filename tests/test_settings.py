@@ -13,7 +13,7 @@ from nexus_rt.cli import main
 from nexus_rt.cli.pipeline import call_settings
 from nexus_rt.core.errors import UnknownArgument
 from nexus_rt.core.fields import CLI, GENERATE, REWRITING, described, fields_of
-from nexus_rt.media.video import read_metadata
+from nexus_rt.media.reading import read_metadata
 from nexus_rt.pipeline import settings
 from nexus_rt.pipeline.request import make_request
 from nexus_rt.pipeline.settings import CallSettings, Defaults

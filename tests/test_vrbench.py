@@ -13,7 +13,7 @@ from nexus_rt.bench.vrbench.command import EXAMPLE
 from nexus_rt.bench.vrbench.protocol import FRAMES, STRICT
 from nexus_rt.bench.vrbench.replies import parse
 from nexus_rt.bench.vrbench.schema import Question, read_bench, read_taxonomy
-from nexus_rt.media.video import uniform
+from nexus_rt.media.frames import uniform
 from tests.refusals import refuses
 from tests.vrbench import TAXONOMY, bench_file, first, questions
 

@@ -111,7 +111,8 @@ class FewStep(Clip):
     def write(self, plan: str, path: Path | None) -> None:
         """A clip to an mp4; path None: to the frames that would be written."""
         from nexus_rt.core.tracing import span
-        from nexus_rt.media.video import as_output, save_video, to_uint8
+        from nexus_rt.media.frames import as_output, to_uint8
+        from nexus_rt.media.video import save_video
         from nexus_rt.method.plan_options import has_clocks
 
         latents = self.latents(plan, None if has_clocks(plan) else FEW)

@@ -32,7 +32,7 @@ from nexus_rt.bench.vrbench.scoring import UNKNOWN, YES, clip_scores
 from nexus_rt.core import documents
 from nexus_rt.core.deadline import begin
 from nexus_rt.core.errors import InputError, NexusError, readable
-from nexus_rt.media.video import read_frames
+from nexus_rt.media.reading import read_frames
 
 SCHEMA, KIND = 1, "nexus-rt vrbench"
 FILE = "judgment.json"

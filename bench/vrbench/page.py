@@ -13,7 +13,7 @@ from nexus_rt.bench.vrbench.report import absent, introduction, sections
 from nexus_rt.bench.vrbench.schema import Taxonomy
 from nexus_rt.bench.vrbench.scoring import UNKNOWN, YES
 from nexus_rt.core.errors import InputError
-from nexus_rt.media.video import read_frames
+from nexus_rt.media.reading import read_frames
 
 OWN = """
 details{border-bottom:1px solid #e5e5e5;padding:.4rem 0}summary{cursor:pointer}

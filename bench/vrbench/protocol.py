@@ -15,7 +15,7 @@ import numpy as np
 
 from nexus_rt.bench.vrbench.schema import Prompt
 from nexus_rt.core.errors import InputError, choose
-from nexus_rt.media.video import uniform
+from nexus_rt.media.frames import uniform
 
 PROTOCOLS = ("strict", "published")
 FRAMES, TOKENS = 16, 1024

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +18,7 @@ from nexus_rt.core.errors import InputError, NexusError, choose, shorten, shown
 from nexus_rt.core.part_files import part_file
 from nexus_rt.core.paths import as_path
 from nexus_rt.core.versions import versions
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from nexus_rt.media.frames import contact_sheet, to_uint8
 
 SUFFIXES = (".mp4", ".gif", ".png")
 FPS = 16  # Wan's frame rate
@@ -85,78 +83,6 @@ def frame_rate(fps: Any, name: str = "fps") -> Fraction:
     if rate.denominator != 1 and abs(rate - ntsc) < Fraction(1, 1000):
         return ntsc
     return rate.limit_denominator(10_000)
-
-
-def _array(frames: Any) -> np.ndarray:
-    """Frames as a NumPy array, which has no bfloat16."""
-    if isinstance(frames, (list, tuple)) and frames and hasattr(frames[0], "convert"):
-        return np.stack([np.asarray(image.convert("RGB")) for image in frames])
-    if hasattr(frames, "detach"):
-        frames = frames.detach().cpu()
-        return (frames.float() if frames.is_floating_point() else frames).numpy()
-    return np.asarray(frames)
-
-
-def to_uint8(frames: Any, truncate: bool = False) -> np.ndarray:
-    """Frames as uint8: [F, H, W, 3] of uint8, whole numbers 0 to 255, or floats in [0, 1]; arrays,
-    tensors, or a list of PIL images. truncate: floats are cut instead of rounded, as the published
-    scripts do.
-
-    Raises:
-        InputError: another shape or type, NaN, or values outside the range.
-    """
-    if not isinstance(truncate, bool):
-        raise InputError(
-            f"truncate is {shown(truncate)}; expected True or False.",
-            code="invalid_type",
-            param="truncate",
-        )
-    try:
-        frames = _array(frames)
-    except Exception as error:  # whatever another's array or image raises
-        raise InputError(
-            f"frames are {shown(frames)}, which are no array ({shorten(error, 120)}); expected"
-            f" [frames,"
-            " height, width, 3].",
-            code="invalid_type",
-            param="frames",
-        ) from error
-    if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-        raise InputError(
-            f"frames have shape {frames.shape}; expected [frames, height, width, 3].",
-            code="mismatch",
-            param="frames",
-        )
-    if frames.dtype == np.uint8:
-        return frames
-    expected = "expected uint8, whole numbers from 0 to 255, or floats from 0 to 1"
-    low, high = frames.min(), frames.max()
-    if frames.dtype.kind == "i" or frames.dtype in (np.uint32, np.uint64):
-        if low < 0 or high > 255:
-            raise InputError(
-                f"frames are {frames.dtype} from {low} to {high}; {expected}.",
-                code="out_of_range",
-                param="frames",
-            )
-        return frames.astype(np.uint8)
-    if frames.dtype.kind != "f":
-        raise InputError(
-            f"frames are {frames.dtype}; {expected}: scale them first.",
-            code="invalid_type",
-            param="frames",
-        )
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise InputError(
-            f"frames hold NaN or infinity; {expected}.", code="not_finite", param="frames"
-        )
-    if low < -0.5 or high > 1.5:
-        raise InputError(
-            f"frames are {frames.dtype} from {low:g} to {high:g}; {expected}: divide by 255 first.",
-            code="out_of_range",
-            param="frames",
-        )
-    scaled = np.clip(frames.astype(np.float32, copy=False), 0, 1) * 255
-    return (scaled if truncate else scaled.round()).astype(np.uint8)
 
 
 def save_video(
@@ -259,110 +185,6 @@ def made_with(
     }
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What made an mp4 that `save_video` wrote; {} where nothing says.
-
-    Raises:
-        InputError: no such file, or no video.
-    """
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            text = container.metadata.get("comment", "")
-    except (OSError, av.FFmpegError) as error:
-        raise InputError(
-            f"{path} cannot be read as a video ({shorten(error)}); make the clip again.",
-            code="not_found" if isinstance(error, FileNotFoundError) else "unreadable",
-            param="path",
-        ) from error
-    try:
-        value = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
-        value = {}
-    return value if isinstance(value, dict) else {}
-
-
-def uniform(frames: np.ndarray, count: int) -> np.ndarray:
-    """`count` frames uniformly from first to last; all of them where there are fewer."""
-    return frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
-
-
-def as_output(video: Tensor, output_type: str, truncate: bool = False) -> Any:
-    """Frames [B, F, 3, H, W] in [0, 1] as "pt" (as they are), "np" [B, F, H, W, 3], or "pil" (a
-    list of images a clip)."""
-    if output_type == "pt":
-        return video
-    array = video.permute(0, 1, 3, 4, 2).cpu().numpy()
-    if output_type == "np":
-        return array
-    from PIL import Image
-
-    return [[Image.fromarray(frame) for frame in to_uint8(clip, truncate)] for clip in array]
-
-
-def read_frames(path: str | Path) -> np.ndarray:
-    """Every frame of an mp4 or gif: [F, H, W, 3], uint8.
-
-    Raises:
-        InputError: no such file, or one that holds no video that can be read.
-    """
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            frames = [_rgb(frame) for frame in container.decode(video=0)]
-    except (OSError, av.FFmpegError, IndexError, ValueError, MemoryError) as error:
-        raise InputError(
-            f"{path} cannot be read as a video ({shorten(error)}); make the clip again.",
-            code="not_found" if isinstance(error, FileNotFoundError) else "unreadable",
-            param="path",
-        ) from error
-    if not frames:
-        raise InputError(
-            f"{path} holds no frames; make the clip again.", code="unreadable", param="path"
-        )
-    return np.stack(frames)
-
-
-def is_clip(path: Path) -> bool:
-    """Whether a file is there whose first frame can be read."""
-    import av
-
-    try:
-        if not path.is_file() or not path.stat().st_size:
-            return False
-        if path.suffix == ".png":
-            from PIL import Image
-
-            with Image.open(path) as image:
-                image.verify()
-            return True
-        with av.open(str(path)) as container:
-            return next(container.decode(video=0), None) is not None
-    except Exception:  # whatever a damaged file makes its reader raise
-        return False
-
-
-def _rgb(frame: Any) -> np.ndarray:
-    """A decoded frame as RGB, by the matrix it is tagged with (swscale's own default is
-    BT.601's)."""
-    if frame.format.name.startswith(("rgb", "bgr", "pal", "gray", "argb", "abgr")):
-        return frame.to_ndarray(format="rgb24")
-    matrix = {1: "ITU709", 5: "ITU601", 6: "SMPTE170M", 7: "SMPTE240M", 4: "FCC"}.get(
-        int(frame.colorspace), "DEFAULT"
-    )
-    full = int(frame.color_range) == 2
-    rgb = frame.reformat(
-        format="rgb24",
-        src_colorspace=matrix,
-        dst_colorspace=matrix,
-        src_color_range="JPEG" if full else "MPEG",
-        dst_color_range="JPEG",
-    )
-    return rgb.to_ndarray()
-
-
 def _mp4(frames: np.ndarray, path: Path, rate: Fraction, comment: str) -> None:
     import av
     from av.video.reformatter import ColorRange, Colorspace
@@ -453,21 +275,6 @@ def _quantised(image: Any) -> tuple[np.ndarray, np.ndarray]:
     palette[:, 0] = 255
     palette[: len(colours), 1:] = colours
     return np.asarray(small), palette
-
-
-def contact_sheet(frames: np.ndarray) -> np.ndarray:
-    """Up to 16 frames [F, H, W, 3] of a clip in one picture, eight a row."""
-    picked = uniform(frames, 16)
-    columns = min(8, len(picked))
-    rows = -(-len(picked) // columns)
-    sheet = np.zeros((rows * columns, *picked.shape[1:]), np.uint8)
-    sheet[: len(picked)] = picked
-    height, width = picked.shape[1:3]
-    return (
-        sheet.reshape(rows, columns, height, width, 3)
-        .transpose(0, 2, 1, 3, 4)
-        .reshape(rows * height, columns * width, 3)
-    )
 
 
 def _contact_sheet(frames: np.ndarray, path: Path, rate: Fraction, comment: str) -> None:

@@ -16,7 +16,7 @@ from nexus_rt.core.errors import ModelError
 from nexus_rt.core.progress import progress_bar
 from nexus_rt.core.size import ClipSize
 from nexus_rt.engines.experts import engines_by_name
-from nexus_rt.media.video import as_output
+from nexus_rt.media.frames import as_output
 from nexus_rt.method.engine import PublishedNumerics, supports
 from nexus_rt.method.hooks import CallbackResult, Hooks
 from nexus_rt.method.latents import Generators, check_latents, random_latents

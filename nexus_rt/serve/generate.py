@@ -22,7 +22,8 @@ from nexus_rt.core.errors import Cancelled, DecodeError, NexusError, NumericsErr
 from nexus_rt.core.process import computes, resident_bytes
 from nexus_rt.core.size import ClipSize
 from nexus_rt.core.tracing import Trace, record
-from nexus_rt.media.video import contact_sheet, made_with, save_video, to_uint8
+from nexus_rt.media.frames import contact_sheet, to_uint8
+from nexus_rt.media.video import made_with, save_video
 from nexus_rt.method.step import Step
 from nexus_rt.models.coders import clean_prompt
 from nexus_rt.pipeline.call import decode, denoise, draw_noise
