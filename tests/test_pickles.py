@@ -310,8 +310,8 @@ def test_torch_refuses_what_is_read_here(tmp_path, kind, protocol):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_checkpoints_go_through_torch(tmp_path, monkeypatch, zipped):
-    linear = torch.nn.Linear(3, 2).requires_grad_(True)
-    value = {"model": linear.state_dict(), "step": 7, "more": [linear.weight, {"rate": 0.5}]}
+    linear, leaf = torch.nn.Linear(3, 2), torch.ones(2, requires_grad=True)
+    value = {"model": linear.state_dict(), "step": 7, "more": [leaf, {"rate": 0.5}]}
     torch.save(value, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     calls, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: calls.append(k) or load(*a, **k))

@@ -50,7 +50,7 @@ MAX_RATIO = 100  # of unpacked to packed bytes, above 16 MiB: weights do not shr
 FAILURES = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError),
     *(RuntimeError, TypeError, ValueError, pickle.UnpicklingError, struct.error),
-    *(zipfile.BadZipFile, zlib.error),
+    *(zipfile.BadZipFile, zlib.error, Warning),
 )
 
 
@@ -93,7 +93,7 @@ class _Storages:
         self.room = room
         self.made: list[tuple[int, int]] = []
 
-    def place(self, storage: UntypedStorage, location: str = "cpu") -> UntypedStorage:
+    def place(self, storage: Any, location: str = "cpu") -> Any:
         """`torch.load`'s `map_location`."""
         self.made.append((storage.data_ptr(), storage.nbytes()))
         if sum(size for _, size in self.made) > self.room:
@@ -236,7 +236,8 @@ def _are_records(storages: _Storages, held: list[zipfile.ZipInfo], mapped: bool)
 def _check(value: Any, storages: _Storages) -> None:
     """Raise where a tensor is larger than its storage, or containers are nested deeper than any
     code of ours walks or hold themselves."""
-    made, seen, layer = set(storages.made), set(), {id(value): value}
+    made, layer = set(storages.made), {id(value): value}
+    seen: set[int] = set()
     for _ in range(MAX_DEPTH):
         inner: list[Any] = []
         for item in layer.values():

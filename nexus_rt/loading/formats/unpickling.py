@@ -124,7 +124,7 @@ def _dtype(code: Any, align: Any = False, copy: Any = True) -> ArrayDtype:
     return ArrayDtype(plain, ">" if code[0] == ">" else "<")
 
 
-def _array(data: Any, kind: Any, shape: Any, order: str = "C") -> np.ndarray:
+def _array(data: Any, kind: Any, shape: Any, order: Any = "C") -> np.ndarray:
     if not isinstance(kind, ArrayDtype) or not isinstance(data, (bytes, bytearray)):
         raise Refused("an array is not of numbers", "unsafe")
     if kind.code == "b1" and set(data) - {0, 1}:
@@ -191,6 +191,7 @@ CONSTANTS: dict[str, Callable[[], Any]] = {
     **{"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_SET": set},
 }
 PUTS, GETS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), ("GET", "BINGET", "LONG_BINGET")
+WORDS = ("GLOBAL", "BINUNICODE", *GETS)
 FROM_MARK = frozenset("TUPLE LIST DICT FROZENSET APPENDS SETITEMS ADDITEMS".split())
 FROM_STACK = {"APPEND": 1, "SETITEM": 2, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
@@ -335,28 +336,36 @@ class Unpickler:
 
 def is_plain_state(file: IO[bytes]) -> bool:
     """Whether the next pickle of a file is one that torch's `weights_only` reader may be given:
-    tensors, text and numbers, and no value but text used twice.
+    tensors, text and numbers, no value but text used twice, nothing called but globals.
 
     The hash of a tuple that is used twice, in a tuple that is used twice ..., takes 2^depth steps;
     a list that is used many times is copied as often. Without, time and memory are of the pickle's
-    length.
+    length. A tensor that is called is compared with each function that torch allows.
     """
-    words: set[int] = set()  # the memo's keys of globals and text
-    top, tuples = "", 0
+    words: set[Any] = set()  # the memo's keys of globals and text
+    marks: list[str] = []  # the instruction before each open mark
+    before, top, under, tuples = "", "", "", 0
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         name = opcode.name
-        tuples += name.startswith("TUPLE")
         if count > MAX_OPCODES:
             raise Refused(f"it has more than {MAX_OPCODES} instructions", "too_large")
         if name in PUTS:
-            (words.add if top in ("GLOBAL", "BINUNICODE", *GETS) else words.discard)(argument)
+            (words.add if top in WORDS else words.discard)(argument)
             continue
+        if name == "MARK":
+            marks.append(top)
+        elif name in FROM_MARK:
+            under = marks.pop() if marks else ""
+        tuples += name.startswith("TUPLE")
+        function = {"TUPLE": under, "EMPTY_TUPLE": before}.get(top)
         if (
-            (name == "PROTO" and argument != 2)
-            or (name == "GLOBAL" and argument.replace(" ", ".", 1) not in TENSORS)
+            name == "NEWOBJ"
+            or (name == "PROTO" and argument != 2)
+            or (name == "GLOBAL" and str(argument).replace(" ", ".", 1) not in TENSORS)
             or (name in GETS and argument not in words)
+            or (name == "REDUCE" and function not in WORDS)
             or tuples > MAX_TUPLES
         ):
             return False
-        top = name
+        before, top = top, name
     return True
