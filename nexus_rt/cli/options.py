@@ -18,40 +18,14 @@ MODELS = tuple(
     for name, field in fields_of(ModelSources).items()
     if name not in ("device", "local_files_only")
 )
+EVERYWHERE = ("command", "log_level")  # of every command
 RUNS = ("generate", "batch", "decode", "plan", "tune", "vrbench", "serve")
-MEASURED = (
-    *MODELS,
-    "preset",
-    "plans",
-    "engines",
-    "parts",
-    "vs",
-    "scaling",
-    "prompt",
-    "size",
-    "frames",
-    "steps",
-    "seed",
-    "runs",
-    "warmup",
-    "accuracy",
-    "kernels",
-    "attention",
-    "dtype",
-    "estimate",
-    "tflops",
-    "json",
-    "html",
-    "plot",
-    "trace",
-    "device",
-)
 
 
 @dataclass(frozen=True)
 class Rule:
     """Of some commands: `option`, where it is given (and has `value`), goes without `others`, or
-    needs `needs` first.
+    needs `needs` first; or it stands `alone`, without any other.
 
     why: what is wrong, and what to do.
     """
@@ -62,6 +36,7 @@ class Rule:
     others: tuple[str, ...] = ()
     needs: str = ""
     value: str | None = None
+    alone: bool = False
 
     def broken(self, command: str, args: argparse.Namespace, given: set[str]) -> str | None:
         """The offending option, or None."""
@@ -71,7 +46,8 @@ class Rule:
             return None
         if self.needs:
             return None if self.needs in given else self.option
-        return next((o for o in self.others if o in given), None)
+        others = sorted(given - {self.option, *EVERYWHERE}) if self.alone else self.others
+        return next((o for o in others if o in given), None)
 
 
 def _backend(option: str, *backends: str) -> tuple[Rule, ...]:
@@ -157,8 +133,8 @@ TABLE = (
     Rule(
         ("bench",),
         "action",
-        "is measured, and `bench compare` compares two files; leave it out",
-        MEASURED,
+        "is of a measurement, and `bench compare` compares two files; leave it out",
+        alone=True,
     ),
     Rule(
         ("bench",),
