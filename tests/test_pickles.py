@@ -454,6 +454,7 @@ TRICKS = {
     "a key that takes long": b"\x80\x02K\x01K\x02\x86" + b"2\x86" * 40 + b"}q\x00" + b"h\x000.",
     "keys of tuples of tuples": b"\x80\x02}" + b"K\x01" + b"2\x86" * 60 + b"Ns.",
     "an unhashable key": opcodes(b"}]Ns"),
+    "a name that takes long": b"\x80\x04K\x01K\x02\x86" + b"2\x86" * 40 + b"2\x93.",
     "empty": b"",
     "text": b"hello",
     "a memo that is not": b"\x80\x02h\x07.",
@@ -471,6 +472,7 @@ DAMAGED = (  # they ask for nothing, and are no pickle of tensors either
     *("a negative stride", "a negative offset", "a stride of zero", "strides too few"),
     *("a huge shape", "a float shape", "a bool offset", "a hook", "no stop"),
     *("a key that takes long", "keys of tuples of tuples", "an unhashable key", "empty", "text"),
+    "a name that takes long",
     *("a memo that is not", "two values", "a huge int", "a long length", "a bytes length"),
     "half a text",
 )

@@ -9,10 +9,11 @@ mapped, so that a tensor is on disk until it is used. What torch's reader cannot
   lengths of records are compared first.
 - It makes tensors that are larger than their storage, of which a copy fills the memory. Every
   tensor is compared with its storage.
-- Keys of nested tuples cost it 2^depth steps or the process (the C stack overflows). A pickle that
-  uses any value but text twice is read by `nexus_rt.loading.formats.unpickling`.
+- Keys of nested tuples cost it 2^depth steps or the process (the C stack overflows). A pickle of
+  other instructions than a tree of tensors needs (`is_plain_state`) is never given to it.
 - It reads no plain pickles, no protocols 3 to 5, no arrays or scalars of numpy and no frozen sets;
-  and its errors advise to run the file. `unpickling` reads these, and says what is wrong.
+  and its errors advise to run the file. `nexus_rt.loading.formats.unpickling` reads these, and
+  says what is wrong.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch.storage import TypedStorage, UntypedStorage
 
 from nexus_rt.core.errors import ModelError, shorten
 from nexus_rt.loading.formats.unpickling import (
+    MAX_DEPTH,
     UNTYPED,
     Function,
     PendingArray,
@@ -45,7 +47,7 @@ from nexus_rt.loading.formats.unpickling import (
 from nexus_rt.loading.names import plain_name
 
 MAGIC = 0x1950A86A20F9469CFC6C  # torch.save's old format begins with it
-MAX_RECORDS, MAX_DEPTH, PIECE = 200_000, 64, 1 << 24
+MAX_RECORDS, PIECE = 200_000, 1 << 24
 MAX_RATIO = 100  # of unpacked to packed bytes, above 16 MiB: weights do not shrink so
 FAILURES = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import pickletools
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +25,7 @@ for _codec in ("raw_unicode_escape", "unicode_escape", "cp437", "latin1", "ascii
     codecs.lookup(_codec)  # now, and not while a file is read: an import runs code
 # A checkpoint of a thousand tensors has thirty thousand instructions; of this limit's size, seconds
 # go by.
-MAX_OPCODES, MAX_MARKS = 2_000_000, 256
-MAX_TUPLES = 20_000  # that torch's reader is given: it hashes nested ones on the C stack
+MAX_OPCODES, MAX_MARKS, MAX_DEPTH = 2_000_000, 256, 64
 MAX_COPIED = 1 << 20  # items and bytes that a pickle may copy beyond its own length
 PLAIN = (str, bytes, int, float, bool, type(None))
 
@@ -76,21 +76,29 @@ def _key(value: Any) -> Any:
     return value
 
 
-def _keys(values: list | tuple = ()) -> list[Any]:
+def _items(values: Any) -> list | tuple:
+    """Never a tensor's: of a large one, each is a tensor."""
     if not isinstance(values, (list, tuple)):
-        raise Refused("a set has odd arguments")
-    return [_key(v) for v in values]
+        raise Refused(f"a {type(values).__name__} is no list of items")
+    return values
 
 
-def _ordered(pairs: list | tuple = ()) -> OrderedDict:
-    return OrderedDict(zip(_keys([k for k, _ in pairs]), [v for _, v in pairs], strict=True))
+def _keys(values: Any = ()) -> list[Any]:
+    return [_key(v) for v in _items(values)]
+
+
+def _ordered(pairs: Any = ()) -> OrderedDict:
+    return OrderedDict((_key(k), v) for k, v in map(_items, _items(pairs)))
 
 
 def _tensor(rebuild: Callable) -> Function:
     def rebuilt(storage: Any, offset: Any, *rest: Any) -> Tensor:
         if not isinstance(storage, TypedStorage) or isinstance(offset, bool):
             raise Refused("a tensor has other arguments than torch writes")
-        return rebuild(storage, offset, *rest)
+        tensor = rebuild(storage, offset, *rest)
+        if tensor.nbytes > storage.nbytes():
+            raise Refused(f"a tensor of shape {list(tensor.shape)} exceeds its storage")
+        return tensor
 
     return Function(rebuilt)
 
@@ -191,7 +199,6 @@ CONSTANTS: dict[str, Callable[[], Any]] = {
     **{"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_SET": set},
 }
 PUTS, GETS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), ("GET", "BINGET", "LONG_BINGET")
-WORDS = ("GLOBAL", "BINUNICODE", *GETS)
 FROM_MARK = frozenset("TUPLE LIST DICT FROZENSET APPENDS SETITEMS ADDITEMS".split())
 FROM_STACK = {"APPEND": 1, "SETITEM": 2, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
@@ -281,7 +288,9 @@ class Unpickler:
             stack.append(self.find_class(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
-            stack.append(self.find_class(str(module), str(attribute)))
+            if not isinstance(module, str) or not isinstance(attribute, str):
+                raise Refused("it names something by no text")
+            stack.append(self.find_class(module, attribute))
         elif name == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
             if not isinstance(function, Function) or not isinstance(arguments, tuple):
@@ -295,7 +304,7 @@ class Unpickler:
         elif name not in ("PROTO", "FRAME"):
             raise Refused(f"it uses {name}, which no tensor or container needs", "unsafe")
 
-    def _copy(self, values: tuple) -> None:
+    def _copy(self, values: list | tuple) -> None:
         """Count what a function copies of its arguments: a pickle that names a large value many
         times must not fill the memory."""
         copied = (list, tuple, dict, str, bytes, bytearray)
@@ -308,13 +317,17 @@ class Unpickler:
         (version, order, ...), by value; of an ordered dictionary nothing (torch's `_metadata`)."""
         target = self.stack[-1]
         if isinstance(target, PendingArray):
-            self._copy(state)
+            self._copy(_items(state))
             shape, kind, fortran, data = state[-4:]
             self.stack[-1] = _array(data, kind, shape, "F" if fortran else "C")
             if target.key is not None:
                 self.memo[target.key] = self.stack[-1]
         elif isinstance(target, ArrayDtype):
-            if state[1] not in ("<", ">", "|", "=") or state[2:] != (None, None, None, -1, -1, 0):
+            if (
+                not isinstance(state, tuple)
+                or state[1] not in ("<", ">", "|", "=")
+                or state[2:] != (None, None, None, -1, -1, 0)
+            ):
                 raise Refused("a numpy dtype's state is not that of a plain number", "unsafe")
             target.order = ">" if state[1] == ">" else "<"
         elif not isinstance(target, OrderedDict):
@@ -324,7 +337,7 @@ class Unpickler:
         """Of ("storage", class, key, location, count[, view])."""
         if self.persistent_load is None:
             raise Refused("it refers to objects outside itself", "unsafe")
-        kind, _, key, _, count, *view = identity
+        kind, _, key, _, count, *view = _items(identity)
         if kind != "storage" or not isinstance(key, str) or not isinstance(count, int):
             raise Refused("it refers to something that is no storage")
         if view not in ([], [None]):
@@ -334,38 +347,60 @@ class Unpickler:
         return self.persistent_load(identity)
 
 
+TOKENS = {  # of the instructions of a state dict; of a global: what it is
+    **{"MARK": "(", "TUPLE": ")", "EMPTY_TUPLE": "e", "TUPLE1": "1", "TUPLE2": "2", "TUPLE3": "3"},
+    **{"BININT": "i", "BININT1": "i", "BININT2": "i", "LONG1": "i", "BINFLOAT": "f"},
+    **{"NONE": "n", "NEWTRUE": "b", "NEWFALSE": "b", "BINUNICODE": "w", "BINPERSID": "P"},
+    **{"REDUCE": "r", "BUILD": "B", "EMPTY_DICT": "{", "SETITEM": "s", "SETITEMS": "u"},
+    **{"EMPTY_LIST": "[", "APPEND": "a", "APPENDS": "A", "STOP": "."},
+    **dict.fromkeys(map(str, DTYPES), "d"),
+    **{k: "S" for k, v in TENSORS.items() if isinstance(v, StorageKind)},
+    "collections.OrderedDict": "O",
+    "torch._utils._rebuild_tensor_v2": "R",
+    "torch._utils._rebuild_tensor_v3": "R",
+}
+LEAVES = [  # instructions that make one value -> its token
+    (re.compile(r"e|i1|ii2|iii3|\(i+\)"), "t"),  # a tuple of whole numbers
+    (re.compile(r"\(wSwwin?\)P"), "p"),  # a storage
+    (re.compile(r"Otr"), "o"),
+    (re.compile(r"R\(pittbod?\)r"), "v"),  # a tensor
+    (re.compile(r"[{o]"), "m"),
+    (re.compile(r"\["), "l"),
+]
+VALUE = "[wifnbdtvml]"
+CONTAINERS = re.compile(
+    rf"(?P<m>mmB|m(?:[wi]{VALUE}s|\((?:[wi]{VALUE})+u))|(?P<l>l(?:{VALUE}a|\({VALUE}+A))"
+)
+
+
 def is_plain_state(file: IO[bytes]) -> bool:
     """Whether the next pickle of a file is one that torch's `weights_only` reader may be given:
-    tensors, text and numbers, no value but text used twice, nothing called but globals.
+    the instructions of a tree of dictionaries and lists of tensors, text and numbers, in the order
+    in which `torch.save` writes them, with no value but text used twice.
 
-    The hash of a tuple that is used twice, in a tuple that is used twice ..., takes 2^depth steps;
-    a list that is used many times is copied as often. Without, time and memory are of the pickle's
-    length. A tensor that is called is compared with each function that torch allows.
+    Of others, torch's reader hashes a tuple that is used twice, in a tuple that is used twice ...,
+    in 2^depth steps, copies a list as often as it is used, and iterates over or prints a tensor.
     """
-    words: set[Any] = set()  # the memo's keys of globals and text
-    marks: list[str] = []  # the instruction before each open mark
-    before, top, under, tuples = "", "", "", 0
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+    words: dict[Any, str] = {}  # the memo's globals and text
+    tokens: list[str] = []
+    for opcode, argument, _ in pickletools.genops(file):
         name = opcode.name
-        if count > MAX_OPCODES:
+        if len(tokens) > MAX_OPCODES:
             raise Refused(f"it has more than {MAX_OPCODES} instructions", "too_large")
-        if name in PUTS:
-            (words.add if top in WORDS else words.discard)(argument)
-            continue
-        if name == "MARK":
-            marks.append(top)
-        elif name in FROM_MARK:
-            under = marks.pop() if marks else ""
-        tuples += name.startswith("TUPLE")
-        function = {"TUPLE": under, "EMPTY_TUPLE": before}.get(top)
-        if (
-            name == "NEWOBJ"
-            or (name == "PROTO" and argument != 2)
-            or (name == "GLOBAL" and str(argument).replace(" ", ".", 1) not in TENSORS)
-            or (name in GETS and argument not in words)
-            or (name == "REDUCE" and function not in WORDS)
-            or tuples > MAX_TUPLES
-        ):
-            return False
-        before, top = top, name
-    return True
+        if name in PUTS and tokens:
+            words[argument] = tokens[-1]
+        elif name in GETS:
+            token = words.get(argument, "?")
+            tokens.append(token if token in "wdSOR" else "?")
+        elif name == "GLOBAL":
+            tokens.append(TOKENS.get(str(argument).replace(" ", ".", 1), "?"))
+        elif name != "PROTO" or argument != 2:
+            tokens.append(TOKENS.get(name, "?"))
+    written, passes = "".join(tokens), 0
+    for pattern, token in LEAVES:
+        written = pattern.sub(token, written)
+    changed = 1
+    while changed and passes < MAX_DEPTH:
+        written, changed = CONTAINERS.subn(lambda match: match.lastgroup or "", written)
+        passes += 1
+    return re.fullmatch(rf"(?:{VALUE}|p)\.", written) is not None
