@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
+from nexus_rt.core.amounts import frame_rate
 from nexus_rt.core.errors import InputError
 from nexus_rt.media.frames import to_uint8
 from nexus_rt.media.reading import read_frames, read_metadata
-from nexus_rt.media.video import check_output, frame_rate, save_video
+from nexus_rt.media.video import check_output, save_video
 from tests.refusals import refuses
 
 

@@ -6,6 +6,7 @@ import argparse
 
 from nexus_rt.cli.arguments import FPS_HELP, models, running
 from nexus_rt.cli.pipeline import make_pipeline
+from nexus_rt.core.amounts import frame_rate
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -31,7 +32,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from nexus_rt.media.latents import read_latents
-    from nexus_rt.media.video import check_output, frame_rate, save_video
+    from nexus_rt.media.video import check_output, save_video
 
     frame_rate(args.fps, "--fps")
     output = check_output(args.output)

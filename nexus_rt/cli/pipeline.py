@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from nexus_rt.core.amounts import frame_rate
 from nexus_rt.core.errors import InputError
 from nexus_rt.core.fields import fields_of
 from nexus_rt.pipeline import settings
@@ -93,7 +94,6 @@ def clip_settings(args: argparse.Namespace) -> CallSettings:
     Raises:
         InputError: as a call of Wan's pair with them.
     """
-    from nexus_rt.media.video import frame_rate
     from nexus_rt.pipeline.request import make_request
     from nexus_rt.pipeline.rewriting import check_rewrite
 

@@ -7,16 +7,26 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from nexus_rt.cli.arguments import PLAN_HELP, models, running
+from nexus_rt.cli.arguments import PLAN_HELP, add_settings, models, running
 from nexus_rt.cli.pipeline import call_settings, check_device, quiet_pipeline
 from nexus_rt.core.errors import InputError
+from nexus_rt.core.fields import fields_of
 from nexus_rt.core.paths import as_path
 from nexus_rt.pipeline.sources import ModelSources
+from nexus_rt.serve.settings import MODEL, Settings
 
 if TYPE_CHECKING:
     from nexus_rt.pipeline.pipeline import NexusPipeline
 
 KEYS = "NEXUS_RT_API_KEY"
+LISTENING = (
+    "host",
+    "port",
+    "models",
+    "max_connections",
+    "max_connections_per_address",
+    "trusted_proxies",
+)
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -26,9 +36,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         parents=[models(), running()],
         help="serve videos over HTTP, as OpenAI's API does (pip install 'nexus-rt[serve]')",
     )
+    known = fields_of(Settings)
     group = serve.add_argument_group("where it listens")
-    group.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
-    group.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
+    add_settings(group, [known[n] for n in LISTENING], closed=True)
     group.add_argument(
         "--api-key",
         action="append",
@@ -40,36 +50,6 @@ def add(commands: argparse._SubParsersAction) -> None:
         ),
     )
     group.add_argument("--api-key-file", metavar="FILE", help="a key a line")
-    group.add_argument(
-        "--model-name",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a name that requests may give for the model; may be given again (default: nexus-rt)",
-    )
-    group.add_argument(
-        "--max-connections",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="open connections, a quarter of them kept for clients with a key (default: 4096)",
-    )
-    group.add_argument(
-        "--max-connections-per-address",
-        type=int,
-        default=1024,
-        metavar="N",
-        help="open connections of one address; 0 is without a bound (default: 1024)",
-    )
-    group.add_argument(
-        "--trusted-proxy",
-        action="append",
-        default=[],
-        metavar="ADDRESS",
-        help=(
-            "address or network of a proxy, without a bound on its connections; may be given again"
-        ),
-    )
     group = serve.add_argument_group("jobs")
     group.add_argument(
         "--store",
@@ -85,24 +65,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         choices=("auto", "off"),
         help="what the large generator reads of jobs that do not say (default: the pair's)",
     )
-    group.add_argument("--fps", default="16", help="of jobs that name none (default: 16)")
-    group.add_argument(
-        "--max-queue",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="jobs of one API key that wait (default: 1000)",
-    )
-    group.add_argument(
-        "--deadline",
-        type=float,
-        default=3600.0,
-        metavar="S",
-        help="seconds from a job's creation to its end (default: 3600)",
-    )
-    group.add_argument(
-        "--keep", type=float, default=86400.0, metavar="S", help="seconds a result stays (one day)"
-    )
+    add_settings(group, [f for n, f in known.items() if n not in LISTENING], closed=True)
     group.add_argument(
         "--quota",
         default="10GB",
@@ -116,40 +79,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="the largest clip, by its pixels in all (default: 1920x1088x129)",
     )
     group.add_argument(
-        "--max-steps", type=int, default=1000, metavar="N", help="of a plan (default: 1000)"
-    )
-    group.add_argument(
-        "--batch",
-        type=int,
-        default=1,
-        metavar="N",
-        help="waiting jobs of one plan, size and steps that are denoised together (default: 1)",
-    )
-    group.add_argument(
         "--lora-dir", metavar="DIR", help="where the LoRAs lie that jobs may name (default: none)"
-    )
-    group.add_argument(
-        "--preview-every",
-        type=int,
-        default=1,
-        metavar="K",
-        help="steps between previews; 0 makes none (default: 1)",
-    )
-    group.add_argument(
-        "--grace",
-        type=float,
-        default=30.0,
-        metavar="S",
-        help="seconds for a running job when the server stops, then it waits again (default: 30)",
-    )
-    group.add_argument(
-        "--step-timeout",
-        type=float,
-        metavar="S",
-        help=(
-            "seconds of a step after which its worker counts as hung and is begun again (default:"
-            " ten times the step's price, at least 60)"
-        ),
     )
     group.add_argument(
         "--load-timeout",
@@ -159,7 +89,6 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="seconds of loading and warming up (default: 1800)",
     )
     group.add_argument("--no-warmup", action="store_true", help="no clip before the first job")
-    group.add_argument("--log-prompts", action="store_true", help="log prompts too")
     group = serve.add_argument_group("many machines (pip install 'nexus-rt[serve,ray]')")
     group.add_argument("--ray", action="store_true", help="run the models in Ray Serve replicas")
     group.add_argument(
@@ -265,29 +194,17 @@ def run(args: argparse.Namespace) -> int:
             args.log_level or "info",
             args.load_timeout,
         )
+    options = {n: getattr(args, f.flag) for n, f in fields_of(Settings).items()}
+    options["models"] = tuple(options["models"]) or (MODEL,)
+    options["trusted_proxies"] = tuple(options["trusted_proxies"])
     server = NexusServer(
         runner,
         args.store,
-        models=tuple(args.model_name) or ("nexus-rt",),
-        host=args.host,
-        port=args.port,
+        **options,
         api_keys=api_keys(args),
-        max_connections=args.max_connections,
-        max_connections_per_address=args.max_connections_per_address,
-        trusted_proxies=tuple(args.trusted_proxy),
         max_size=ClipSize.parse(args.max_size),
-        max_steps=args.max_steps,
-        max_queue=args.max_queue,
-        step_timeout=args.step_timeout,
-        deadline=args.deadline,
-        keep=args.keep,
         quota=args.quota,
-        batch=args.batch,
-        preview_every=args.preview_every,
-        fps=args.fps,
-        grace=args.grace,
         lora_folder=as_path("--lora-dir", args.lora_dir) if args.lora_dir else None,
-        log_prompts=args.log_prompts,
     )
     log_json(args.log_level or "info", unhurried=True)
     print(f"nexus-rt: http://{args.host}:{args.port} (store {args.store})", file=sys.stderr)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -181,20 +181,23 @@ class Field:
         return words
 
 
-def object_schema(fields: Iterable[Field]) -> dict[str, Any]:
+def object_schema(known: Iterable[Field]) -> dict[str, Any]:
     """A JSON schema's object of these fields and no others."""
-    properties = {field.name: field.schema for field in fields}
+    properties = {field.name: field.schema for field in known}
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 @lru_cache(maxsize=16)
-def fields_of(kind: type[msgspec.Struct]) -> dict[str, Field]:
-    """The described fields of a struct by name, in its order."""
+def fields_of(kind: type[Any]) -> dict[str, Field]:
+    """The described fields of a struct or a dataclass by name, in its order."""
     hints = get_type_hints(kind, include_extras=True)
-    defaults = dict(zip(kind.__struct_fields__, kind.__struct_defaults__, strict=True))
+    if is_dataclass(kind):
+        defaults = {f.name: f.default for f in fields(kind)}
+    else:
+        defaults = dict(zip(kind.__struct_fields__, kind.__struct_defaults__, strict=True))
     return {
-        name: _field(name, hints[name], defaults[name])
-        for name in kind.__struct_fields__
+        name: _field(name, hints[name], default)
+        for name, default in defaults.items()
         if get_origin(hints[name]) is Annotated
     }
 

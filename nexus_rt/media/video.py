@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from nexus_rt.core.amounts import frame_rate
 from nexus_rt.core.cpu import instruction_sets
 from nexus_rt.core.errors import InputError, NexusError, choose, shorten, shown
 from nexus_rt.core.part_files import part_file
@@ -22,7 +22,6 @@ from nexus_rt.media.frames import contact_sheet, to_uint8
 
 SUFFIXES = (".mp4", ".gif", ".png")
 FPS = 16  # Wan's frame rate
-RATE = re.compile(r"[0-9]{1,12}(?:\.[0-9]{0,20}|/[0-9]{1,12})?|\.[0-9]{1,20}")
 
 
 def check_output(path: str | Path) -> Path:
@@ -53,36 +52,6 @@ def check_output(path: str | Path) -> Path:
             param="path",
         ) from error
     return path
-
-
-def frame_rate(fps: Any, name: str = "fps") -> Fraction:
-    """Frames per second as a fraction: a number, a Fraction, or text such as "30000/1001"; 23.976
-    and its like are the NTSC rates they stand for (24000/1001).
-
-    Raises:
-        InputError: no number, or outside 1/10 to 1000.
-    """
-    try:
-        if isinstance(fps, str):  # of "1e999999999" Fraction makes all the digits
-            rate = Fraction(fps) if RATE.fullmatch(fps.strip(" ")) else Fraction(0)
-        elif isinstance(fps, (int, Fraction)):
-            rate = Fraction(fps)
-        else:
-            rate = Fraction(float(fps))
-    except Exception:  # whatever an object's __float__ raises
-        rate = Fraction(0)
-    if isinstance(fps, bool) or not Fraction(1, 10) <= rate <= 1000:
-        words = shorten(fps, 60) if isinstance(fps, str) else shown(fps, 60)
-        raise InputError(
-            f"{name} is {words}; expected frames per second from 0.1 to 1000, such as 16 or"
-            " 30000/1001.",
-            code="out_of_range",
-            param=name,
-        )
-    ntsc = Fraction(round(rate * Fraction(1001, 1000)) * 1000, 1001)
-    if rate.denominator != 1 and abs(rate - ntsc) < Fraction(1, 1000):
-        return ntsc
-    return rate.limit_denominator(10_000)
 
 
 def save_video(

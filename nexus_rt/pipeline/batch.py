@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from nexus_rt.core.amounts import frame_rate
 from nexus_rt.core.checks import check_seed
 from nexus_rt.core.errors import InputError, NexusError
 from nexus_rt.core.part_files import remove_orphans
 from nexus_rt.core.process import computes
 from nexus_rt.media.reading import is_clip
-from nexus_rt.media.video import frame_rate
 from nexus_rt.method.plan import Plan
 from nexus_rt.pipeline.batch_clips import (
     Clip,

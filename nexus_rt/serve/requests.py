@@ -17,12 +17,12 @@ from typing import Any
 
 import msgspec
 
+from nexus_rt.core.amounts import frame_rate
 from nexus_rt.core.checks import number, whole
 from nexus_rt.core.errors import InputError, shown
 from nexus_rt.core.fields import SERVER, Field
 from nexus_rt.core.limits import MAX_SEED, MAX_STEPS
 from nexus_rt.core.size import ClipSize, parse_sides
-from nexus_rt.media.video import frame_rate
 from nexus_rt.pipeline import settings
 from nexus_rt.pipeline.request import PairProfile
 from nexus_rt.pipeline.settings import CallSettings

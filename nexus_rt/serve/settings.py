@@ -8,13 +8,14 @@ import ipaddress
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from nexus_rt.core.amounts import parse_bytes
-from nexus_rt.core.checks import number, whole
+from nexus_rt.core.amounts import frame_rate, parse_bytes
+from nexus_rt.core.checks import whole
 from nexus_rt.core.errors import InputError, shown
+from nexus_rt.core.fields import described, fields_of
 from nexus_rt.core.limits import MAX_STEPS
 from nexus_rt.core.size import ClipSize
-from nexus_rt.media.video import frame_rate
 
 MODEL = "nexus-rt"
 MIN_KEY = 8  # characters of an API key
@@ -34,66 +35,121 @@ def digest(key: str) -> bytes:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server does beside generating.
+    """What a server does beside generating; a described field is an option of `nexus-rt serve`.
 
-    folder: of the job store and the clips. models: names that requests may give for the model, the
-        first of which is answered.
-    host, port: where it listens; anywhere but loopback wants `api_keys`.
+    folder: of the job store and the clips.
     api_keys: of the clients, each with a queue of its own; none: whoever can connect.
-    max_queue: jobs of one key that wait, above which its next is refused with 429.
-    deadline: seconds from a job's creation to its end, unless it says less. keep: seconds that a
-        result stays. quota: bytes of all results, in equal shares of the keys; jobs that would not
-        fit are refused.
-    batch: how many waiting jobs of the same plan, size and steps are denoised together.
-    preview_every: steps between previews; 0 makes none.
-    fps: of jobs whose request says nothing.
-    max_size: the largest clip, by its pixels in all. max_steps: the longest plan.
-    grace: seconds that a running job gets to end when the server stops, before it is queued again.
+    quota: bytes of all results, in equal shares of the keys; jobs that would not fit are refused.
+    max_size: the largest clip, by its pixels in all.
     attempts: how often a job may take its process down before it is given up.
-    step_timeout: seconds of a step after which its worker counts as hung and is begun again; None
-        is a multiple of the step's price (`nexus_rt.serve.watchdog`).
     lora_folder: where the LoRAs lie that requests may name.
-    log_prompts: whether prompts are logged. max_body: bytes of a request.
-    max_connections: in all; a quarter is kept for clients with a key. max_connections_per_address:
-        of one IPv4 address or IPv6 /64 network; 0 is without a bound.
-    trusted_proxies: addresses or networks that this bound leaves out.
+    max_body: bytes of a request.
     warmup: one short clip before the server is ready.
     """
 
     folder: Path
-    models: tuple[str, ...] = (MODEL,)
-    host: str = "127.0.0.1"
-    port: int = 8000
+    models: Annotated[
+        tuple[str, ...],
+        described(
+            "a name that requests may give for the model, of which the first is answered; may be"
+            " given again (default: nexus-rt)",
+            flag="model_name",
+            metavar="NAME",
+        ),
+    ] = (MODEL,)
+    host: Annotated[
+        str, described("address; anywhere but loopback needs an API key (default: 127.0.0.1)")
+    ] = "127.0.0.1"
+    port: Annotated[int, described("port", 0, 65_535)] = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
-    max_queue: int = 1000
-    deadline: float = 3600.0
-    keep: float = 24 * 3600.0
+    max_queue: Annotated[
+        int,
+        described(
+            "jobs of one API key that wait; its next is refused with 429", 1, 10**7, metavar="N"
+        ),
+    ] = 1000
+    deadline: Annotated[
+        float,
+        described(
+            "seconds from a job's creation to its end, unless it says less", 0.1, 1e8, metavar="S"
+        ),
+    ] = 3600.0
+    keep: Annotated[float, described("seconds that a result stays", 1, 1e10, metavar="S")] = (
+        24 * 3600.0
+    )
     quota: int = 10 * 2**30
-    batch: int = 1
-    preview_every: int = 1
-    fps: str = "16"
+    batch: Annotated[
+        int,
+        described(
+            "waiting jobs of one plan, size and steps that are denoised together",
+            1,
+            64,
+            metavar="N",
+        ),
+    ] = 1
+    preview_every: Annotated[
+        int, described("steps between previews; 0 makes none", 0, 10_000, metavar="K")
+    ] = 1
+    fps: Annotated[str, described("frames per second of jobs that name none (default: 16)")] = "16"
     max_size: ClipSize = ClipSize(1920, 1088, 129)  # noqa: RUF009 (a tuple)
-    max_steps: int = 1000
-    grace: float = 30.0
+    max_steps: Annotated[int, described("steps of a plan", 1, MAX_STEPS, metavar="N")] = 1000
+    grace: Annotated[
+        float,
+        described(
+            "seconds for a running job when the server stops, then it waits again",
+            0,
+            1e6,
+            metavar="S",
+        ),
+    ] = 30.0
     attempts: int = 3
-    step_timeout: float | None = None
+    step_timeout: Annotated[
+        float | None,
+        described(
+            "seconds of a step after which its worker counts as hung and is begun again (default:"
+            " ten times the step's price, at least 60)",
+            0.1,
+            1e8,
+            metavar="S",
+        ),
+    ] = None
     lora_folder: Path | None = None
-    log_prompts: bool = False
+    log_prompts: Annotated[bool, described("log prompts too")] = False
     max_body: int = 2**20
-    max_connections: int = 4096
-    max_connections_per_address: int = 1024
-    trusted_proxies: tuple[str, ...] = ()
+    max_connections: Annotated[
+        int,
+        described(
+            "open connections, a quarter of them kept for clients with a key",
+            1,
+            10**6,
+            metavar="N",
+        ),
+    ] = 4096
+    max_connections_per_address: Annotated[
+        int,
+        described(
+            "open connections of one IPv4 address or IPv6 /64 network; 0 is without a bound",
+            0,
+            10**6,
+            metavar="N",
+        ),
+    ] = 1024
+    trusted_proxies: Annotated[
+        tuple[str, ...],
+        described(
+            "address or network of a proxy, without a bound on its connections; may be given again",
+            flag="trusted_proxy",
+            metavar="ADDRESS",
+        ),
+    ] = ()
     warmup: bool = True
 
     def __post_init__(self) -> None:
-        whole("port", self.port, 0, 65_535)
-        whole("max_queue", self.max_queue, 1, 10**7)
-        whole("batch", self.batch, 1, 64)
-        whole("preview_every", self.preview_every, 0, 10_000)
-        whole("max_steps", self.max_steps, 1, MAX_STEPS)
+        for name, known in fields_of(Settings).items():
+            value = getattr(self, name)
+            if known.low is not None and not (known.optional and value is None):
+                known.checked(value)
         whole("attempts", self.attempts, 1, 100)
-        whole("max_connections", self.max_connections, 1, 10**6)
-        whole("max_connections_per_address", self.max_connections_per_address, 0, 10**6)
         for proxy in self.trusted_proxies:
             try:
                 ipaddress.ip_network(proxy, strict=False)
@@ -103,11 +159,6 @@ class Settings:
                     " or 10.0.0.0/24.",
                     param="trusted_proxies",
                 ) from None
-        number("deadline", self.deadline, 0.1, 1e8)
-        number("keep", self.keep, 1, 1e10)
-        number("grace", self.grace, 0, 1e6)
-        if self.step_timeout is not None:
-            number("step_timeout", self.step_timeout, 0.1, 1e8)
         frame_rate(self.fps)
         object.__setattr__(self, "quota", parse_bytes(self.quota, "quota"))
         if not self.models or any(not re.fullmatch(r"[\w./:-]{1,200}", m) for m in self.models):
