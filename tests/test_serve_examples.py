@@ -13,6 +13,7 @@ import pytest
 
 from nexus_rt.cli import parser
 from nexus_rt.media.reading import read_frames, read_metadata
+from tests.needs import needs
 from tests.serving import PROMPT, ServerProcess, ask, wait_for
 
 SERVE = Path(__file__).resolve().parent.parent / "examples" / "serve"
@@ -65,6 +66,7 @@ def test_the_clients_make_a_clip(server, tmp_path, program):
 
 
 def test_the_embedded_application(tmp_path, monkeypatch):
+    needs("fastapi")
     import importlib.util
 
     from tests.serving import serving

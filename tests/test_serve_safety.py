@@ -14,6 +14,7 @@ import pytest
 from nexus_rt.core.errors import InputError
 from nexus_rt.serve.logs import JsonLines
 from nexus_rt.serve.server import NexusServer
+from tests.needs import needs
 from tests.refusals import refuses
 from tests.serving import (
     FakeRunner,
@@ -190,6 +191,7 @@ def test_a_slow_body_is_answered_with_408(tmp_path, monkeypatch, parser):
 
 
 def test_inside_a_fastapi_application(tmp_path):
+    needs("fastapi")
     from fastapi import FastAPI
 
     for mounted in (True, False):

@@ -20,6 +20,7 @@ from nexus_rt.method.plan import StepCosts
 from nexus_rt.method.plan_text import parse_plan
 from nexus_rt.method.time_grid import time_grid
 from nexus_rt.pipeline.front import from_front, read_front
+from tests.needs import needs
 from tests.refusals import refuses
 
 COSTS = StepCosts(1, 2, 6, 12)
@@ -98,6 +99,7 @@ def pipe(tiny_pipe, monkeypatch):
 
 
 def test_a_search_keeps_its_budget_goes_on_and_reports(pipe, tmp_path):
+    needs("optuna")
     space = Space(small=(2, 5), large=(1, 3), rewrite=False)
     lines = []
     search = a_search(pipe, tmp_path, budget_ms=40.0, space=space, say=lines.append)
@@ -151,6 +153,7 @@ def test_prompts_of_the_search_are_not_reported_on(pipe, tmp_path):
 
 
 def test_a_budget_that_nothing_keeps(pipe, tmp_path):
+    needs("optuna")
     with refuses("out_of_range", "budget", InputError):
         a_search(pipe, tmp_path, budget_ms=1.0, space=Space(rewrite=False)).run(1)
 
@@ -229,6 +232,7 @@ def test_a_vlm_judge_weighs_its_answers():
 
 
 def test_the_command_and_the_front_it_writes(tiny_pair, tmp_path, capsys):
+    needs("optuna")
     lists = []
     for name in ("search", "report"):
         lists.append(tmp_path / f"{name}.txt")
@@ -265,6 +269,7 @@ def test_the_command_and_the_front_it_writes(tiny_pair, tmp_path, capsys):
     ],
 )
 def test_wrong_arguments(options, words, tmp_path, capsys):
+    needs("optuna")
     assert main(["tune", "-o", str(tmp_path / "out"), *options]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -297,6 +302,7 @@ DAMAGED = [
 
 @pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_journal_is_one_sentence(tiny_pipe, tmp_path, line):
+    needs("optuna")
     search = Search(tiny_pipe, FakeJudge("ab"), FakeJudge("cd"), COSTS, tmp_path)
     search.study()
     log = tmp_path / "search.log"
@@ -324,6 +330,7 @@ def test_a_damaged_journal_is_one_sentence(tiny_pipe, tmp_path, line):
     ids=range(7),
 )
 def test_a_trial_of_wrong_types_is_one_sentence(tiny_pipe, tmp_path, attributes, code, param):
+    needs("optuna")
     search = Search(tiny_pipe, FakeJudge("ab"), FakeJudge("cd"), COSTS, tmp_path)
     study = search.study()
     trial = study.ask()
@@ -336,6 +343,7 @@ def test_a_trial_of_wrong_types_is_one_sentence(tiny_pipe, tmp_path, attributes,
 
 
 def test_settings_of_wrong_types_are_another_search(tiny_pipe, tmp_path):
+    needs("optuna")
     search = Search(tiny_pipe, FakeJudge("ab"), FakeJudge("cd"), COSTS, tmp_path)
     search.study().set_user_attr("settings", [1])
     with refuses("mismatch", kind=InputError):
