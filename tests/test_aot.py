@@ -10,12 +10,17 @@ import pytest
 from tests.needs import needs
 
 needs("triton")
-pytestmark = pytest.mark.toolchain
 ALL = (80, 90, 100, 120)
 
 
-# Hopper in every run, all of them in the slow one.
-@pytest.fixture(scope="module", params=[(90,), pytest.param(ALL, marks=pytest.mark.slow)])
+# Hopper where compilers run, all of them in the slow run.
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((90,), marks=pytest.mark.toolchain),
+        pytest.param(ALL, marks=[pytest.mark.slow, pytest.mark.toolchain]),
+    ],
+)
 def arches(request):
     return request.param
 
