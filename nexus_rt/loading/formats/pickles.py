@@ -88,8 +88,8 @@ def read_pickle(path: Path) -> Any:
 
 
 class _Storages:
-    """Address and bytes of the storages that were made of a file, all on the CPU and no more than
-    `room` bytes."""
+    """Address and bytes of the storages that were made of a file, all on the CPU; `room` is how
+    many bytes more they may have."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -98,7 +98,8 @@ class _Storages:
     def place(self, storage: Any, location: str = "cpu") -> Any:
         """`torch.load`'s `map_location`."""
         self.made.append((storage.data_ptr(), storage.nbytes()))
-        if sum(size for _, size in self.made) > self.room:
+        self.room -= storage.nbytes()
+        if self.room < 0:
             raise Refused("its storages are larger than the file")
         return storage
 
@@ -141,12 +142,12 @@ def _read_old(file: Any, storages: _Storages) -> Any:
     file.seek(0)
     if Unpickler(file).load() != MAGIC:
         raise Refused("a storage's bytes are none that torch.save writes")
-    plain, made = all(is_plain_state(file) for _ in range(4)), list(storages.made)
-    if plain:
+    made, room = list(storages.made), storages.room
+    if all(is_plain_state(file) for _ in range(4)):
         file.seek(0)
         with contextlib.suppress(*FAILURES):
             return torch.load(file, map_location=storages.place, weights_only=True)
-        storages.made = made
+        storages.made, storages.room = made, room
     file.seek(0)
     return torch.load(
         file, map_location=storages.place, pickle_module=_Instructions, weights_only=False
@@ -186,7 +187,7 @@ def _read_zip(path: Path, data: mmap.mmap, storages: _Storages) -> Any:
         if order not in (b"little", b"big"):
             raise Refused("its byte order is neither little nor big", "unsupported")
         held = [info for name, info in records.items() if name.startswith("data/")]
-        storages.room = sum(info.file_size for info in held)
+        storages.room = room = sum(info.file_size for info in held)
         stored = all(info.compress_type == zipfile.ZIP_STORED for info in held)
         if order == b"little" and is_plain_state(io.BytesIO(pickled)):
             with contextlib.suppress(*FAILURES):
@@ -194,7 +195,7 @@ def _read_zip(path: Path, data: mmap.mmap, storages: _Storages) -> Any:
                 value = torch.load(path, map_location=place, weights_only=True, mmap=stored)
                 if _are_records(storages, held, stored):
                     return value
-        storages.made = []
+        storages.made, storages.room = [], room
         mapped, made = UntypedStorage.from_file(str(path), False, len(data)), {}
 
         def storage(identity: tuple) -> TypedStorage:
