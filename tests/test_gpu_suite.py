@@ -3,6 +3,7 @@ late is written down."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -515,11 +516,16 @@ mark = {"date": "2026-01-02T03:04:05+00:00"}
 done = lambda results: suite.keep(Path(sys.argv[1]), {"run": mark, **results})
 suite.run(Setting(True), ["slow"], time.monotonic() + 60, done, {"slow": Part("tests.faulty:slow", 60)})
 """
-    child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        stderr=subprocess.PIPE,
+        # ignored where the tests run in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     file, end = tmp_path / "2026-01-02T0304.json", time.monotonic() + 60
     while not file.exists() and time.monotonic() < end:
         time.sleep(0.05)
-    child.send_signal(2)
+    child.send_signal(signal.SIGINT)
     assert b"KeyboardInterrupt" in child.communicate(timeout=30)[1]
     assert json.loads(file.read_text())["slow"]["row 0"] == {"right": True}
 
