@@ -10,10 +10,10 @@ from urllib.parse import urlencode
 
 from nexus_rt.core.errors import InputError
 from nexus_rt.core.size import ClipSize
+from nexus_rt.serve.job import Job
 from nexus_rt.serve.prices import Prices
 from nexus_rt.serve.requests import ClipRequest, field_names
 from nexus_rt.serve.server import NexusServer
-from nexus_rt.serve.store import Job
 from tests.serving import FakeRunner, mini_profile
 
 BODY = {

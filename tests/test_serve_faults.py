@@ -17,13 +17,14 @@ import torch
 
 from nexus_rt.core.errors import DecodeError, InputError, ModelError, NexusError
 from nexus_rt.pipeline.pipeline import NexusPipeline
-from nexus_rt.serve import clips, exhaustion, schema
+from nexus_rt.serve import clips, database, exhaustion
 from nexus_rt.serve.clips import FILES, write_clip
 from nexus_rt.serve.exhaustion import exhausted, killed_for_memory
 from nexus_rt.serve.generate import Clip
+from nexus_rt.serve.job import NewJob
 from nexus_rt.serve.problems import JobFailed, WorkerLost
 from nexus_rt.serve.runners import ProcessRunner
-from nexus_rt.serve.store import NewJob, Store
+from nexus_rt.serve.store import Store
 from tests.refusals import refuses
 from tests.serving import FakeRunner, ask, client, clip_request, fake, task, wait_for
 
@@ -175,7 +176,7 @@ def test_deletes_make_room_on_a_full_disk(tmp_path, monkeypatch):
 # --- a store of another form ---
 
 
-@pytest.mark.parametrize("form", [schema.FORM + 1, -1])
+@pytest.mark.parametrize("form", [database.FORM + 1, -1])
 def test_a_store_of_another_version_is_left_to_it(tmp_path, form):
     with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db:
         db.executescript(f"CREATE TABLE jobs (id TEXT); PRAGMA user_version = {form}")
@@ -188,7 +189,7 @@ def test_a_store_of_another_version_is_left_to_it(tmp_path, form):
 
 def test_the_tables_are_made_whole_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(schema, "SCHEMA", schema.SCHEMA + "; INSERT INTO nowhere VALUES (1)")
+        patch.setattr(database, "SCHEMA", database.SCHEMA + "; INSERT INTO nowhere VALUES (1)")
         with refuses("not_writable", "store"):
             Store(tmp_path)
     with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db:

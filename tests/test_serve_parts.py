@@ -21,10 +21,11 @@ from nexus_rt.pipeline.pipeline import NexusPipeline
 from nexus_rt.serve import generate, profile
 from nexus_rt.serve.events import EventBroker, sse
 from nexus_rt.serve.generate import ServedPipeline
+from nexus_rt.serve.job import NewJob
 from nexus_rt.serve.preview import LatentRGB, clean, fit, picture, shipped
 from nexus_rt.serve.prices import Prices, step_kinds, units
 from nexus_rt.serve.problems import JobFailed
-from nexus_rt.serve.store import NewJob, NoRoom, QueueFull, Store
+from nexus_rt.serve.store import NoRoom, QueueFull, Store
 from tests.refusals import refuses
 from tests.serving import PROMPT, clip_request, planned, task
 

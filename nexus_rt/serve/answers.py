@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nexus_rt.pipeline.request import GenerationRequest
+from nexus_rt.serve.job import Job
 from nexus_rt.serve.prices import STAGES, Prices, step_kinds
-from nexus_rt.serve.store import Job
 
 
 def video(job: Job, progress: int) -> dict[str, Any]:

@@ -26,10 +26,10 @@ from nexus_rt.serve.connections import bearer
 from nexus_rt.serve.dispatcher import Dispatcher
 from nexus_rt.serve.events import sse
 from nexus_rt.serve.forms import from_form
+from nexus_rt.serve.job import JOB_ID, Job
 from nexus_rt.serve.problems import Problem, no_video, unknown_parameter, wrong
 from nexus_rt.serve.requests import ClipRequest, RequestLimits, read_create, read_remix
 from nexus_rt.serve.settings import Settings, is_loopback
-from nexus_rt.serve.store import JOB_ID, Job
 
 log = logging.getLogger("nexus_rt.serve")
 PAGE = Path(__file__).with_name("page")

@@ -24,6 +24,7 @@ from nexus_rt.serve import answers
 from nexus_rt.serve.clips import FILES, write_clip
 from nexus_rt.serve.events import EventBroker
 from nexus_rt.serve.generate import Clip, Event, Task
+from nexus_rt.serve.job import JOB_ID, Job, NewJob
 from nexus_rt.serve.metrics import Metrics
 from nexus_rt.serve.prices import Prices, step_kinds, units
 from nexus_rt.serve.problems import JobFailed, Problem, WorkerLost, wrong
@@ -31,7 +32,7 @@ from nexus_rt.serve.profile import Profile
 from nexus_rt.serve.requests import ClipRequest
 from nexus_rt.serve.runners import Runner
 from nexus_rt.serve.settings import Settings
-from nexus_rt.serve.store import JOB_ID, Job, NewJob, NoRoom, QueueFull, Store
+from nexus_rt.serve.store import NoRoom, QueueFull, Store
 from nexus_rt.serve.watchdog import Bounds, Call
 
 T = TypeVar("T")
