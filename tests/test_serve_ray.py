@@ -5,7 +5,6 @@ import contextlib
 import os
 import signal
 import sqlite3
-import time
 from pathlib import Path
 
 import openai
@@ -19,6 +18,7 @@ from nexus_rt.serve.server import NexusServer
 from tests.needs import needs
 from tests.refusals import refuses
 from tests.serving import PROMPT, ServerProcess, ask, messages, serving, wait_for
+from tests.test_serve_watch import hanging
 
 LONG = {"plan": "reference", "num_inference_steps": 2000}
 SHORT = {"plan": "reference", "num_inference_steps": 40}
@@ -61,28 +61,6 @@ def test_numbers_of_replicas():
             parse_replicas(odd)
 
 
-def hanging(folder):
-    """A pair whose call hangs in its second step, ignoring cancels, once for a file "hang"."""
-    from nexus_rt.pipeline.pipeline import NexusPipeline
-
-    pipe = NexusPipeline.from_pretrained()
-    call, file = type(pipe).__call__, Path(folder) / "hang"
-
-    def hang(*arguments, callback_on_step_end=None, **named):
-        def step(pipe, index, timestep, tensors):
-            result = callback_on_step_end(pipe, index, timestep, tensors)
-            with contextlib.suppress(FileNotFoundError):
-                if index == 1:
-                    file.unlink()
-                    time.sleep(600)
-            return result
-
-        return call(*arguments, callback_on_step_end=step, **named)
-
-    type(pipe).__call__ = hang
-    return pipe
-
-
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_replica_that_hangs_is_killed_and_another_takes_the_next_job(tmp_path, local_ray):
@@ -92,9 +70,9 @@ def test_a_replica_that_hangs_is_killed_and_another_takes_the_next_job(tmp_path,
         wait_for(lambda: server.dispatcher.ready or server.dispatcher.problem, 90)
         assert server.dispatcher.problem is None
         c = openai.OpenAI(base_url=f"{address}/v1", api_key="none-asked", max_retries=0)
-        (tmp_path / "hang").touch()
+        (tmp_path / "step").touch()
         job = c.videos.create(prompt=PROMPT).id
-        wait_for(lambda: not (tmp_path / "hang").exists(), 30)
+        wait_for(lambda: not (tmp_path / "step").exists(), 30)
         pid = runner.pids[job]
         assert c.post(f"/videos/{job}/cancel", cast_to=object)["status"] == "failed"
         done = c.videos.create_and_poll(prompt=PROMPT, poll_interval_ms=50)
