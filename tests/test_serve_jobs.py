@@ -160,7 +160,7 @@ def test_a_full_disk_fails_the_job_and_not_the_server(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("nexus_rt.serve.dispatcher.write_clip", full)
+            patch.setattr("nexus_rt.serve.records.write_clip", full)
             failed = c.videos.create_and_poll(prompt="x")
             assert failed.error.code == "storage_full" and "No space" in failed.error.message
         with monkeypatch.context() as patch:
@@ -269,7 +269,7 @@ def test_a_job_is_planned_once_whatever_becomes_of_it(tmp_path, plans):
         jobs = [create(prompt, i).id for i, prompt in enumerate(("a", "fail x", "b", "c"), 2)]
         ask(address, f"/v1/videos/{jobs[2]}/cancel", "POST")
         c.videos.delete(jobs[3])
-        assert set(server.dispatcher._planned) == {first, jobs[0], jobs[1]}
+        assert set(server.dispatcher.planned) == {first, jobs[0], jobs[1]}
         runner.gate.set()
         ended = [c.videos.poll(job).status for job in (first, jobs[0], jobs[1])]
         assert ended == ["completed", "completed", "failed"] and len(runner.begun) == 5
@@ -277,7 +277,7 @@ def test_a_job_is_planned_once_whatever_becomes_of_it(tmp_path, plans):
         assert {p: len(planned.plan) for p, planned in given.items()} == {
             "lose 2": 1, "a": 2, "fail x": 3,
         }  # fmt: skip
-        assert not server.dispatcher._planned
+        assert not server.dispatcher.planned
 
 
 def test_jobs_of_before_a_restart_are_planned_when_they_run(tmp_path, plans):
@@ -291,17 +291,17 @@ def test_jobs_of_before_a_restart_are_planned_when_they_run(tmp_path, plans):
     assert plans == [5, 6]
     with fake(tmp_path) as (address, server, _):
         assert [client(address).videos.poll(i).status for i in ids] == ["completed"] * 2
-        assert plans == [5, 6, 5, 6] and not server.dispatcher._planned
+        assert plans == [5, 6, 5, 6] and not server.dispatcher.planned
 
 
 def test_plans_of_more_waiting_jobs_than_are_kept_are_made_again(tmp_path, plans, monkeypatch):
-    monkeypatch.setattr("nexus_rt.serve.dispatcher.MAX_PLANNED", 2)
+    monkeypatch.setattr("nexus_rt.serve.records.MAX_PLANNED", 2)
     with fake(tmp_path) as (address, server, runner):
         c, runner.gate = client(address), asyncio.Event()
         ids = [
             c.videos.create(prompt="x", extra_body={"num_inference_steps": i}).id for i in (5, 6, 7)
         ]
-        assert list(server.dispatcher._planned) == ids[:2]
+        assert list(server.dispatcher.planned) == ids[:2]
         runner.gate.set()
         assert [c.videos.poll(i).status for i in ids] == ["completed"] * 3
         assert plans == [5, 6, 7, 7]

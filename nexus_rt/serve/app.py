@@ -27,7 +27,7 @@ from nexus_rt.serve.dispatcher import Dispatcher
 from nexus_rt.serve.events import sse
 from nexus_rt.serve.forms import from_form
 from nexus_rt.serve.job import JOB_ID, Job
-from nexus_rt.serve.problems import Problem, no_video, unknown_parameter, wrong
+from nexus_rt.serve.problems import INTERNAL_ERROR, Problem, no_video, unknown_parameter, wrong
 from nexus_rt.serve.requests import ClipRequest, RequestLimits, read_create, read_remix
 from nexus_rt.serve.settings import Settings, is_loopback
 
@@ -390,7 +390,7 @@ def _broken(error: Exception) -> Problem:
         return Problem(
             503, "storage_failed", "the server cannot write its job store.", retry_after=10
         )
-    return Problem(500, "internal_error", "the server failed; its log says why.")
+    return Problem(500, *INTERNAL_ERROR)
 
 
 def make_app(server: Served, alone: bool) -> Starlette:

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse
 from nexus_rt.core.errors import MAX_MESSAGE_CHARS, shorten, shown
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+INTERNAL_ERROR = ("internal_error", "the server failed; its log says why.")  # code and message
 
 
 def printable(text: str) -> str:

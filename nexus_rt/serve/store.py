@@ -1,5 +1,5 @@
-"""The store of jobs and their order: SQLite in WAL mode, one file beside the clips, so that a killed
-server loses nothing that it had accepted.
+"""The store of jobs and their order: SQLite in WAL mode, one file beside the clips, so that a
+killed server loses nothing that it had accepted.
 
 A job is `queued`, `in_progress`, `completed` or `failed`, as OpenAI's `Video` has it. Whoever runs
 a job holds an attempt's number: only the attempt that is current may end it, so that a job ends
