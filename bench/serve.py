@@ -247,7 +247,6 @@ def measure_parts(runs: int) -> dict[str, dict[str, float]]:
     from nexus_rt.serve.preview import picture
 
     pipe = NexusPipeline.from_pretrained()
-    pipe.set_progress_bar_config(disable=True)
     served = ServedPipeline(pipe, preview_every=0)
     request = warmup_request(pipe.defaults)
     planned = served.profile.check(request)

@@ -13,7 +13,7 @@ from nexus_rt.core.size import ClipSize
 from nexus_rt.method.blend_config import BlendConfig
 from nexus_rt.pipeline import settings as call_settings
 from nexus_rt.pipeline.settings import CallSettings
-from nexus_rt.serve.forms import from_form
+from nexus_rt.serve.bodies import from_form
 from nexus_rt.serve.problems import Problem
 from nexus_rt.serve.requests import (
     INPUTS,

@@ -6,7 +6,7 @@ from typing import Any
 
 from nexus_rt.pipeline.request import GenerationRequest
 from nexus_rt.serve.job import Job
-from nexus_rt.serve.prices import STAGES, Prices, step_kinds
+from nexus_rt.serve.prices import STAGES, Prices, step_forwards, step_kinds
 
 
 def video(job: Job, progress: int) -> dict[str, Any]:
@@ -51,12 +51,8 @@ def plan(planned: GenerationRequest, prices: Prices) -> dict[str, Any]:
     """A plan step by step, with what the cost model knows of its price (milliseconds, or null)."""
     cells = planned.size.cells
     rows = []
-    priced = zip(planned.plan.steps, step_kinds(planned), prices.steps(planned), strict=True)
-    for step, kind, ms in priced:
-        forwards = {
-            g: planned.plan.forwards(step, g, getattr(planned.guidance, g))
-            for g in planned.plan.generators
-        }
+    steps, kinds, forwards = planned.plan.steps, step_kinds(planned), step_forwards(planned)
+    for step, kind, counts, ms in zip(steps, kinds, forwards, prices.steps(planned), strict=True):
         rows.append(
             {
                 "step": step.index + 1,
@@ -65,18 +61,20 @@ def plan(planned: GenerationRequest, prices: Prices) -> dict[str, Any]:
                 "runs": step.runs,
                 "small_weight": round(step.w, 4),
                 "kind": kind,
-                "forwards": forwards,
-                "ms": None if ms is None else round(ms, 2),
+                "forwards": counts,
+                "ms": _rounded(ms),
             }
         )
-    stages = {name: prices.ms(name, cells) for name in STAGES}
-    total = prices.total(planned)
     return {
         "object": "plan",
         "plan": planned.plan.name,
         "size": f"{planned.size.width}x{planned.size.height}",
         "num_frames": planned.size.frames,
         "steps": rows,
-        **{f"{n}_ms": None if ms is None else round(ms, 2) for n, ms in stages.items()},
-        "total_ms": None if total is None else round(total, 1),
+        **{f"{name}_ms": _rounded(prices.ms(name, cells)) for name in STAGES},
+        "total_ms": _rounded(prices.total(planned), 1),
     }
+
+
+def _rounded(ms: float | None, digits: int = 2) -> float | None:
+    return None if ms is None else round(ms, digits)

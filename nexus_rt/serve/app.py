@@ -20,14 +20,13 @@ from starlette.routing import Route
 
 from nexus_rt.core.errors import shorten, shown
 from nexus_rt.serve import answers
-from nexus_rt.serve.bodies import read_body
+from nexus_rt.serve.bodies import from_form, read_body
 from nexus_rt.serve.clips import FILES
 from nexus_rt.serve.connections import bearer
 from nexus_rt.serve.dispatcher import Dispatcher
 from nexus_rt.serve.events import sse
-from nexus_rt.serve.forms import from_form
 from nexus_rt.serve.job import JOB_ID, Job
-from nexus_rt.serve.problems import INTERNAL_ERROR, Problem, no_video, unknown_parameter, wrong
+from nexus_rt.serve.problems import INTERNAL_ERROR, Problem, no_video, unexpected, unknown_parameter
 from nexus_rt.serve.requests import ClipRequest, RequestLimits, read_create, read_remix
 from nexus_rt.serve.settings import Settings, is_loopback
 
@@ -259,9 +258,9 @@ class Api:
                 raise unknown_parameter(name, "after, limit or order")
         text, order = query.get("limit", "20"), query.get("order", "desc")
         if not re.fullmatch(r"[0-9]{1,3}", text) or int(text) > 100:
-            raise wrong("limit", f"limit is {shown(text)}; expected a number from 0 to 100.")
+            raise unexpected("limit", text, "a number from 0 to 100")
         if order not in ("asc", "desc"):
-            raise wrong("order", f"order is {shown(order)}; expected asc or desc.")
+            raise unexpected("order", order, "asc or desc")
         after, owner, limit = None, request.state.owner, int(text)
         if (last := query.get("after")) is not None:
             after = await self.of.call(self.of.store.get, last[:80], owner)
@@ -286,7 +285,7 @@ class Api:
         job = await self._job(request)
         variant = request.query_params.get("variant", "video")
         if variant not in FILES:
-            raise wrong("variant", f"variant is {shown(variant)}; expected {', '.join(FILES)}.")
+            raise unexpected("variant", variant, ", ".join(FILES))
         path = self.of.file(job, variant)
         if job.status != "completed" or not await self.of.call(path.is_file):
             why = f": {job.error_message}" if job.status == "failed" else "; poll until it is."

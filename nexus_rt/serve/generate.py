@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nexus_rt.serve")
 Event = dict[str, Any]
+WarmUp = tuple[GenerationRequest, dict[str, Any]]  # what was generated, and what it took
+Loaded = tuple[Profile, WarmUp | None]
 WARMUP = "a red circle moves left on a black background"
 
 
@@ -95,6 +97,7 @@ class ServedPipeline:
 
     def __init__(self, pipe: NexusPipeline, preview_every: int = 1) -> None:
         self.pipe, self.preview_every = pipe, preview_every
+        pipe.set_progress_bar_config(disable=True)
         self.profile = Profile.of(pipe)
         self.rgb: LatentRGB | None = shipped(pipe.vae.space) if pipe.vae is not None else None
         self._came_with = dict(pipe.loras)
@@ -103,8 +106,12 @@ class ServedPipeline:
         self._cancelled: set[str] = set()
         self._kinds: set[tuple[int, ClipSize]] = set()  # batches and sizes that it has made
 
-    def warm_up(self) -> tuple[GenerationRequest, dict[str, Any]]:
-        """One clip of the pair's own size and plan: what was generated, and what it took."""
+    def loaded(self, warmup: bool) -> Loaded:
+        """What the pipeline can make, and what a warm-up takes."""
+        return self.profile, self.warm_up() if warmup else None
+
+    def warm_up(self) -> WarmUp:
+        """One clip of the pair's own size and plan."""
         request = warmup_request(self.profile.defaults)
         planned = self.profile.check(request)
         clip = self.run([Task("warm-up", request, planned)], lambda event: None)[0]
@@ -168,8 +175,8 @@ class ServedPipeline:
 
     def set_loras(self, loras: dict[str, tuple[str, ...]]) -> None:
         """Have exactly these LoRAs merged, beside none that the pipeline was loaded with."""
-        asked = {g: loras.get(g, ()) for g in self.pipe.engines}
-        changed = {g: files for g, files in asked.items() if files != self._loras.get(g, ())}
+        files_of = {g: loras.get(g, ()) for g in self.pipe.engines}
+        changed = {g: files for g, files in files_of.items() if files != self._loras.get(g, ())}
         if not changed:
             return
         sources: dict[str, Any] = {g: (*self._came_with[g], *f) for g, f in changed.items()}

@@ -20,10 +20,10 @@ from typing import Any
 
 from nexus_rt.core.errors import shorten
 from nexus_rt.serve.exhaustion import killed_for_memory, oom_kills
+from nexus_rt.serve.messages import Message, call_soon
 from nexus_rt.serve.worker import SIGNALS, work
 
 log = logging.getLogger("nexus_rt.serve")
-Message = tuple[str, Any]
 REAPING = 5.0  # seconds from a pipe's end to its process's, which is killed then
 UNKILLABLE = 30.0  # seconds from a kill to giving up on a process that a driver holds
 
@@ -84,8 +84,7 @@ class Link:
                 await asyncio.wait_for(self._gone.wait(), 2 * REAPING)
 
     def _tell(self, call: Callable[..., None], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(call, *arguments)
+        call_soon(self._loop, call, *arguments)
 
     def _lost(self, how: Exit) -> None:
         if self.ended:

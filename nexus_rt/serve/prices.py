@@ -19,13 +19,21 @@ SHARE = 0.3  # of a new measurement in the running average
 STAGES = ("encode", "decode", "write")
 
 
+def step_forwards(request: GenerationRequest) -> list[dict[str, int]]:
+    """Forwards of a plan's generators in each of its steps."""
+    plan, guidance = request.plan, request.guidance
+    return [
+        {g: plan.forwards(step, g, getattr(guidance, g)) for g in plan.generators}
+        for step in plan.steps
+    ]
+
+
 def step_kinds(request: GenerationRequest) -> list[str]:
     """What runs in each step of a plan, as its price is kept: "small:2 large:1"."""
-    plan, guidance, kinds = request.plan, request.guidance, []
-    for step in plan.steps:
-        counts = [(g, plan.forwards(step, g, getattr(guidance, g))) for g in ("small", "large")]
-        kinds.append(" ".join(f"{g}:{n}" for g, n in counts if n) or "reused")
-    return kinds
+    return [
+        " ".join(f"{g}:{n}" for g, n in forwards.items() if n) or "reused"
+        for forwards in step_forwards(request)
+    ]
 
 
 def _forwards(kind: str) -> dict[str, int]:

@@ -74,6 +74,11 @@ def wrong(param: str | None, message: str, code: str = "invalid_value") -> Probl
     return Problem(400, code, message, param)
 
 
+def unexpected(param: str, value: Any, expected: str) -> Problem:
+    """400 for a field of another value than the expected one."""
+    return wrong(param, f"{param} is {shown(value)}; expected {expected}.")
+
+
 def unknown_parameter(name: str, known: str) -> Problem:
     """400 for a field that there is not; known: those that there are, in words."""
     return wrong(

@@ -21,11 +21,11 @@ from typing import Any
 
 from nexus_rt.core.checks import number
 from nexus_rt.core.errors import InputError, NexusError, shorten, shown
-from nexus_rt.serve.generate import Clip, Event, ServedPipeline, Task
+from nexus_rt.serve.generate import Clip, Event, Loaded, ServedPipeline, Task
+from nexus_rt.serve.messages import Message, answer, call_soon, result
 from nexus_rt.serve.problems import JobFailed, WorkerLost
-from nexus_rt.serve.profile import Profile
 from nexus_rt.serve.runners import LOAD_TIMEOUT, in_thread
-from nexus_rt.serve.worker import SIGNALS, WarmUp
+from nexus_rt.serve.worker import SIGNALS
 
 log = logging.getLogger("nexus_rt.serve")
 NAME = "nexus-rt"
@@ -64,34 +64,26 @@ class Replica:
         self.cancels = cancels
         if os.path.isdir(place):  # relative names of models mean what they mean to the server
             os.chdir(place)
-        pipe = make(argument)
-        pipe.set_progress_bar_config(disable=True)
-        self.served = ServedPipeline(pipe, every)
-        self.warmed = self.served.warm_up() if warmup else None
+        self.served = ServedPipeline(make(argument), every)
+        self.loaded = self.served.loaded(warmup)
 
-    async def describe(self) -> tuple[Profile, WarmUp | None]:
+    async def describe(self) -> Loaded:
         """What the pipeline can make, and what the warm-up took."""
-        return self.served.profile, self.warmed
+        return self.loaded
 
-    async def generate(self, tasks: list[Task]) -> AsyncIterator[tuple[str, Any]]:
+    async def generate(self, tasks: list[Task]) -> AsyncIterator[Message]:
         """("begun", (pid, actor)), ("event", ...) as they come, then ("clips", ...) or
         ("failed", ...)."""
         import ray
 
         loop, ended = asyncio.get_running_loop(), False
-        messages: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+        messages: asyncio.Queue[Message] = asyncio.Queue()
 
-        def put(message: tuple[str, Any]) -> None:
-            loop.call_soon_threadsafe(messages.put_nowait, message)
-
-        def emit(event: Event) -> None:
-            put(("event", event))
+        def put(message: Message) -> None:
+            call_soon(loop, messages.put_nowait, message)
 
         def work() -> None:
-            try:
-                put(("clips", self.served.run(tasks, emit)))
-            except JobFailed as error:
-                put(("failed", (error.code, error.message)))
+            put(answer(self.served, tasks, lambda event: put(("event", event))))
 
         context = ray.get_runtime_context()
         running = loop.run_in_executor(None, work)
@@ -184,7 +176,7 @@ class RayRunner:
         # a cluster of ours ends with the thread that started it
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="nexus-rt-ray")
 
-    async def start(self) -> tuple[Profile, WarmUp | None]:
+    async def start(self) -> Loaded:
         loop = asyncio.get_running_loop()
         connecting = loop.run_in_executor(self._thread, self._connect)
         handlers = python_handlers()
@@ -223,7 +215,7 @@ class RayRunner:
             for name in ("ray", "ray.serve"):  # a line or more a replica, in a format of its own
                 logging.getLogger(name).setLevel(logging.WARNING)
 
-    def _deploy(self) -> tuple[Profile, WarmUp | None]:
+    def _deploy(self) -> Loaded:
         """Start the replicas; what they can make."""
         import ray
         from ray import serve
@@ -320,7 +312,7 @@ class RayRunner:
         timeout: float | None = self.load_timeout  # until a replica has the job
         while True:
             try:
-                kind, value = await asyncio.wait_for(anext(stream), timeout)
+                kind, value = message = await asyncio.wait_for(anext(stream), timeout)
             except StopAsyncIteration:
                 raise WorkerLost("the replica ended its answer early") from None
             if kind == "begun":
@@ -333,12 +325,8 @@ class RayRunner:
                 log.info("begun", extra={"job": min(ids), "pid": pid})
                 for job_id in ids & self._cancelled:
                     self._cancels.cancel.remote(job_id)
-            elif kind == "event":
-                emit(value)
-            elif kind == "clips":
-                return value
-            elif kind == "failed":
-                raise JobFailed(*value)
+            elif (clips := result(message, emit)) is not None:
+                return clips
 
     def cancel(self, job_id: str) -> None:
         if job_id not in self._streams or job_id in self._cancelled:

@@ -2,7 +2,7 @@
 
 The fields of OpenAI's API, the server's own, and the settings of a call that a server takes
 (`nexus_rt.pipeline.settings`); whatever else is sent is refused by name. A form's texts become the
-types of JSON first (`nexus_rt.serve.forms`), so that both are checked alike.
+types of JSON first (`nexus_rt.serve.bodies`), so that both are checked alike.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nexus_rt.core.size import ClipSize, parse_sides
 from nexus_rt.pipeline import settings
 from nexus_rt.pipeline.request import PairProfile
 from nexus_rt.pipeline.settings import CallSettings
-from nexus_rt.serve.problems import Problem, unknown_parameter, wrong
+from nexus_rt.serve.problems import Problem, unexpected, unknown_parameter, wrong
 
 MAX_PROMPT = 32_000  # characters, OpenAI's limit
 MAX_NUMBER = 1e9  # of a number in a body, either sign, before the range of its field is looked at
@@ -146,7 +146,7 @@ def check_prompt(value: Any, name: str = "prompt") -> str:
             name, f"{name} is missing; say what the video should show.", "missing_parameter"
         )
     if not isinstance(value, str):
-        raise wrong(name, f"{name} is {shown(value)}; expected text.")
+        raise unexpected(name, value, "text")
     if not value.strip():
         raise wrong(name, f"{name} is empty; say what the video should show.")
     if len(value) > MAX_PROMPT:
@@ -174,7 +174,7 @@ def _text(body: dict[str, Any], name: str) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str) or len(value) > MAX_PROMPT:
-        raise wrong(name, f"{name} is {shown(value)}; expected text.")
+        raise unexpected(name, value, "text")
     return _unicode(name, value)
 
 
@@ -194,7 +194,7 @@ def _seconds(value: Any, rate: Fraction, temporal: int) -> tuple[str, int]:
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         seconds = float(min(value, 1e9))
     if not 0 < seconds <= 3600:
-        raise wrong("seconds", f"seconds is {shown(value)}; expected a number such as '5'.")
+        raise unexpected("seconds", value, "a number such as '5'")
     frames = float(seconds * rate)
     count = max(0, round((frames - 1) / temporal)) * temporal + 1
     return (value.strip() if isinstance(value, str) else f"{seconds:g}"), count
@@ -204,7 +204,7 @@ def _loras(value: Any, known: list[str], generators: tuple[str, ...]) -> tuple[s
     """`lora`: names of the configured folder, "NAME", "NAME@SCALE" or "small:NAME@SCALE"."""
     several = [value] if isinstance(value, str) else value
     if not isinstance(several, list) or len(several) > 16:
-        raise wrong("lora", f"lora is {shown(value)}; expected a name, or a list of names.")
+        raise unexpected("lora", value, "a name, or a list of names")
     made = []
     for one in several:
         match = LORA.fullmatch(one) if isinstance(one, str) else None
@@ -250,7 +250,7 @@ def _setting(field: Field, value: Any, max_steps: int) -> Any:
         value = _number(name, value)
     elif field.nested and not isinstance(value, dict):
         known = ", ".join(field.kind.__struct_fields__)
-        raise wrong(name, f"{name} is {shown(value)}; expected an object of some of {known}.")
+        raise unexpected(name, value, f"an object of some of {known}")
     if value is None:
         return None
     if field.high == MAX_STEPS:
@@ -267,7 +267,7 @@ def _number(name: str, value: Any) -> float:
 
 def _numbers(name: str, value: Any) -> tuple[float, ...]:
     if not isinstance(value, list):
-        raise wrong(name, f"{name} is {shown(value)}; expected a list of numbers.")
+        raise unexpected(name, value, "a list of numbers")
     return tuple(_number(name, one) for one in value)
 
 
@@ -360,7 +360,7 @@ def _clip_size(body: dict[str, Any], rate: Fraction, known: RequestLimits) -> tu
         seconds = f"{frames / float(rate):g}"
     if "size" in body:
         if not isinstance(body["size"], str):
-            raise wrong("size", f"size is {shown(body['size'])}; expected such as '832x480'.")
+            raise unexpected("size", body["size"], "such as '832x480'")
         width, height = _checked("size", parse_sides, body["size"])
     if width * height * max(1, frames) > math.prod(known.max_size):
         raise wrong(

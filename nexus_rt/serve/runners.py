@@ -4,18 +4,17 @@ own (`nexus_rt.serve.worker`), which is begun again when it goes down or hangs."
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from nexus_rt.core.checks import number
 from nexus_rt.core.errors import NexusError
-from nexus_rt.serve.generate import Clip, Event, ServedPipeline, Task
+from nexus_rt.serve.generate import Clip, Event, Loaded, ServedPipeline, Task
 from nexus_rt.serve.link import Link
+from nexus_rt.serve.messages import call_soon, result
 from nexus_rt.serve.problems import JobFailed, WorkerLost
-from nexus_rt.serve.profile import Profile
-from nexus_rt.serve.worker import WarmUp
 
 if TYPE_CHECKING:
     from nexus_rt.pipeline.pipeline import NexusPipeline
@@ -33,7 +32,7 @@ class Runner(Protocol):
 
     capacity: int
 
-    async def start(self) -> tuple[Profile, WarmUp | None]:
+    async def start(self) -> Loaded:
         """Load the models; what they can make, and what the warm-up took.
 
         Raises:
@@ -87,21 +86,17 @@ class ThreadRunner:
     def __init__(self, pipe: NexusPipeline, preview_every: int = 1, warmup: bool = True) -> None:
         self.pipe, self.preview_every, self.warmup = pipe, preview_every, warmup
 
-    async def start(self) -> tuple[Profile, WarmUp | None]:
+    async def start(self) -> Loaded:
         return await in_thread(self._start)
 
-    def _start(self) -> tuple[Profile, WarmUp | None]:
-        self.pipe.set_progress_bar_config(disable=True)
+    def _start(self) -> Loaded:
         self.served = ServedPipeline(self.pipe, self.preview_every)
-        return self.served.profile, self.served.warm_up() if self.warmup else None
+        return self.served.loaded(self.warmup)
 
     async def run(self, tasks: Sequence[Task], emit: Callable[[Event], None]) -> list[Clip]:
         loop = asyncio.get_running_loop()
 
-        def tell(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(emit, event)
-
+        tell = partial(call_soon, loop, emit)
         return await in_thread(lambda: self.served.run(tasks, tell))
 
     def cancel(self, job_id: str) -> None:
@@ -116,22 +111,21 @@ async def in_thread(function: Callable[[], T]) -> T:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def settle(result: Any, error: BaseException | None) -> None:
+    def settle(value: Any, error: BaseException | None) -> None:
         if future.done():  # nobody waits any more
             return
         if error is None:
-            future.set_result(result)
+            future.set_result(value)
         else:
             future.set_exception(error)
 
     def work() -> None:
-        result, error = None, None
+        value, error = None, None
         try:
-            result = function()
+            value = function()
         except BaseException as raised:  # handed to the caller
             error = raised
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(settle, result, error)
+        call_soon(loop, settle, value, error)
 
     threading.Thread(target=work, daemon=True, name="nexus-rt-pipeline").start()
     return await future
@@ -167,14 +161,14 @@ class ProcessRunner:
         self._running: frozenset[str] = frozenset()
         self._cancelled: set[str] = set()  # some perhaps before a new process has the job
 
-    async def start(self) -> tuple[Profile, WarmUp | None]:
+    async def start(self) -> Loaded:
         self._loading = True
         try:
             return await self._start()
         finally:
             self._loading = False
 
-    async def _start(self) -> tuple[Profile, WarmUp | None]:
+    async def _start(self) -> Loaded:
         if self._link is not None:
             await self._link.end(0.0)
         link = self._link = Link(self._made_of, asyncio.get_running_loop())
@@ -233,14 +227,10 @@ class ProcessRunner:
         for task in tasks:
             emit({"id": task.id, "kind": "begun"})
         while True:
-            kind, value = await link.messages.get()
-            if kind == "event":
-                emit(value)
-            elif kind == "clips":
-                return value
-            elif kind == "failed":
-                raise JobFailed(*value)
-            elif kind == "lost":
+            kind, value = message = await link.messages.get()
+            if (clips := result(message, emit)) is not None:
+                return clips
+            if kind == "lost":
                 if value.for_memory:
                     raise JobFailed(
                         "out_of_memory",

@@ -52,9 +52,9 @@ class NexusServer:
     ) -> None:
         self.settings = Settings(folder=as_path("store", store), **settings)
         every, warmup = self.settings.preview_every, self.settings.warmup
-        given: Any = pipe
-        own = hasattr(pipe, "capacity")
-        self.runner: Runner = given if own else ThreadRunner(given, every, warmup)
+        source: Any = pipe
+        runs = hasattr(pipe, "capacity")
+        self.runner: Runner = source if runs else ThreadRunner(source, every, warmup)
         self.created = time.time()
         self._dispatcher: Dispatcher | None = None
         self.app = make_app(self, alone=False)

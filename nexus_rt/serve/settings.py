@@ -193,17 +193,17 @@ class Settings:
         """Bytes of one key's results."""
         return self.quota // max(1, len(self.api_keys))
 
-    def owner(self, given: str | None) -> str | None:
+    def owner(self, api_key: str | None) -> str | None:
         """The name of an API key's queue: "" where the server has no keys, None for a wrong key.
 
         Digests are compared in constant time, all of them.
         """
         if not self.api_keys:
             return ""
-        asked, owner = digest(given or ""), None
+        sent, owner = digest(api_key or ""), None
         for key in self.api_keys:
-            if hmac.compare_digest(asked, digest(key)):
-                owner = asked.hex()[:16]
+            if hmac.compare_digest(sent, digest(key)):
+                owner = sent.hex()[:16]
         return owner
 
     def loras(self) -> list[str]:

@@ -13,10 +13,10 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from nexus_rt.core.errors import CODES, NexusError
-from nexus_rt.pipeline.request import GenerationRequest
 from nexus_rt.serve.exhaustion import HOST, exhausted
 from nexus_rt.serve.generate import Event, ServedPipeline, Task
 from nexus_rt.serve.logs import log_json
+from nexus_rt.serve.messages import answer
 from nexus_rt.serve.problems import JobFailed
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nexus_rt.serve")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the server's to decide on
-WarmUp = tuple[GenerationRequest, dict[str, Any]]
 UNUSABLE = 70  # exit code where only a fresh process helps
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 OUT_OF_MEMORY = (
@@ -53,23 +52,26 @@ def work(
     tqdm.set_lock(threading.RLock())  # its own would be a semaphore, left behind at the end
     worker = Worker(pipe)
     try:
-        pipeline = make(argument)
-        pipeline.set_progress_bar_config(disable=True)
-        worker.served = ServedPipeline(pipeline, preview_every)
-        warmed = worker.served.warm_up() if warmup else None
-    except (NexusError, JobFailed) as error:
-        known = error.code if error.code in CODES else "failed"
-        failed = OUT_OF_MEMORY if exhausted(error) == "host" else (known, str(error))
-        worker.send("failed", failed)
-        return
+        worker.served = ServedPipeline(make(argument), preview_every)
+        loaded = worker.served.loaded(warmup)
     except Exception as error:
-        log.exception("the models cannot be loaded")
-        words = f"{type(error).__name__}: {error}"
-        failed = OUT_OF_MEMORY if exhausted(error) == "host" else ("failed", words)
-        worker.send("failed", failed)
+        worker.send("failed", load_failure(error))
         return
-    worker.send("ready", (worker.served.profile, warmed))
+    worker.send("ready", loaded)
     worker.run()
+
+
+def load_failure(error: Exception) -> tuple[str, str]:
+    """Code and words of an error that ended loading; one that is not ours is logged."""
+    ours = isinstance(error, (NexusError, JobFailed))
+    if not ours:
+        log.error("the models cannot be loaded", exc_info=error)
+    if exhausted(error) == "host":
+        return OUT_OF_MEMORY
+    if not ours:
+        return "failed", f"{type(error).__name__}: {error}"
+    code = getattr(error, "code", None)
+    return code if code in CODES else "failed", str(error)
 
 
 def detach() -> None:
@@ -127,9 +129,7 @@ class Worker:
                 self.arrived.wait_for(lambda: self.todo)
                 tasks = self.todo.pop(0)
             try:
-                self.send("clips", self.served.run(tasks, self.emit))
-            except JobFailed as error:
-                self.send("failed", (error.code, error.message))
+                self.send(*answer(self.served, tasks, self.emit))
             except MemoryError:  # of a message
                 self.send("failed", ("out_of_memory", HOST))
             if not self.answers():
