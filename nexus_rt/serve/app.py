@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,15 +19,15 @@ from starlette.routing import Route
 
 from nexus_rt.core.errors import shorten, shown
 from nexus_rt.serve import answers
+from nexus_rt.serve.access import check_origin, owner_of
 from nexus_rt.serve.bodies import from_form, read_body
 from nexus_rt.serve.clips import FILES
-from nexus_rt.serve.connections import bearer
 from nexus_rt.serve.dispatcher import Dispatcher
 from nexus_rt.serve.events import sse
 from nexus_rt.serve.job import JOB_ID, Job
 from nexus_rt.serve.problems import INTERNAL_ERROR, Problem, no_video, unexpected, unknown_parameter
 from nexus_rt.serve.requests import ClipRequest, RequestLimits, read_create, read_remix
-from nexus_rt.serve.settings import Settings, is_loopback
+from nexus_rt.serve.settings import Settings
 
 log = logging.getLogger("nexus_rt.serve")
 PAGE = Path(__file__).with_name("page")
@@ -121,8 +120,9 @@ class Api:
         async def endpoint(request: Request) -> Response:
             began, request_id = time.perf_counter(), f"req_{uuid.uuid4().hex}"
             try:
-                self._check_origin(request)
-                request.state.owner = None if free else self._owner(request)
+                if self.alone and not self.settings.api_keys:
+                    check_origin(request)
+                request.state.owner = None if free else owner_of(request, self.settings)
                 response = await handler(self, request)
             except Problem as problem:
                 response = problem.response()
@@ -148,50 +148,6 @@ class Api:
             return response
 
         return endpoint
-
-    def _check_origin(self, request: Request) -> None:
-        """A server without keys answers programs of this machine, and no page of another site that
-        a browser of this machine shows.
-
-        Raises:
-            Problem: 403.
-        """
-        if not self.alone or self.settings.api_keys:
-            return
-        host = request.headers.get("host", "")
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            name = ""
-        if not is_loopback(name):
-            raise Problem(
-                403,
-                "host_not_allowed",
-                f"host {shown(host)} is not this machine's; without API keys the server"
-                " answers localhost alone.",
-            )
-        origin = request.headers.get("origin")
-        own = {f"{scheme}://{host}".lower() for scheme in ("http", "https")}
-        if origin is not None and origin.lower() not in own:
-            raise Problem(
-                403, "origin_not_allowed", "pages of other sites may not use this server."
-            )
-
-    def _owner(self, request: Request) -> str:
-        """Whose queue a request is of.
-
-        Raises:
-            Problem: 401; no key, or a wrong one.
-        """
-        owner = self.settings.owner(bearer(request.headers.get("authorization", "")))
-        if owner is None:
-            raise Problem(
-                401,
-                "invalid_api_key",
-                "no API key, or a wrong one; send Authorization: Bearer KEY.",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-        return owner
 
     async def _known(self) -> RequestLimits:
         profile, settings = await self.of.loaded(), self.settings

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nexus_rt.serve.access import bearer
 from nexus_rt.serve.problems import Problem
 from nexus_rt.serve.settings import Settings
 
@@ -33,12 +34,6 @@ LOG_SECONDS = 60.0  # between two lines about closed connections
 REASONS = {400: "Bad Request", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-
-def bearer(authorization: str) -> str | None:
-    """The key of an Authorization header; None where it is of another scheme."""
-    kind, _, key = authorization.partition(" ")
-    return key.strip() if kind.lower() == "bearer" else None
 
 
 def room_for_connections() -> int:

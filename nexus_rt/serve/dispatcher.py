@@ -365,20 +365,22 @@ class Dispatcher(JobRecords):
         if self._kill is not None:
             self._kill(job_id)
 
+    async def _idle(self, seconds: float) -> None:
+        """Wait until nothing runs, at most so many seconds."""
+        until = time.monotonic() + seconds
+        while self.live and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+
     async def stop(self) -> None:
         """Let what runs end within the grace, else queue it again; then free the models."""
         if self.stopping and not self._tasks:
             return
         self.stopping = True
         self.hub.close()
-        until = time.monotonic() + self.settings.grace
-        while self.live and time.monotonic() < until:
-            await asyncio.sleep(0.05)
+        await self._idle(self.settings.grace)
         for job_id in list(self.live):
             self.stop_running(job_id)
-        until = time.monotonic() + max(60.0, self.settings.grace)
-        while self.live and time.monotonic() < until:  # within one step
-            await asyncio.sleep(0.05)
+        await self._idle(max(60.0, self.settings.grace))  # within one step
         held = [live.job for live in self.live.values()]  # a step longer than our patience
         for task in self._tasks:
             task.cancel()

@@ -13,6 +13,7 @@ from typing import Any
 
 HEARTBEAT = 15.0  # seconds after which a silent stream says that it is there
 ENDS = ("completed", "failed", "deleted", "closed")
+CLOSED = {"reason": "the server stops"}
 
 
 class Watcher:
@@ -64,7 +65,7 @@ class EventBroker:
         self.closed = True
         for watchers in self.watchers.values():
             for watcher in watchers:
-                watcher.put("closed", {"reason": "the server stops"})
+                watcher.put("closed", CLOSED)
 
     async def watch(
         self, job_id: str, first: tuple[str, dict[str, Any]]
@@ -88,7 +89,7 @@ class EventBroker:
                     if kind in ENDS:
                         return
                 if self.closed:
-                    yield "closed", {"reason": "the server stops"}
+                    yield "closed", CLOSED
                     return
         finally:
             watchers = self.watchers.get(job_id, set())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -19,43 +20,35 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self._counts, self._used = counts, used
 
+        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+
         def histogram(name: str, words: str, *labels: str) -> Histogram:
             return Histogram(name, words, labels, buckets=SECONDS, registry=registry)
 
-        self.jobs = Gauge("nexus_rt_jobs", "Jobs in the store", ["status"], registry=registry)
-        self.stored = Gauge("nexus_rt_stored_bytes", "Bytes of all results", registry=registry)
-        self.streams = Gauge("nexus_rt_event_streams", "Open event streams", registry=registry)
-        self.ready = Gauge("nexus_rt_ready", "1 where jobs are run", registry=registry)
-        self.submitted = Counter("nexus_rt_jobs_submitted", "Jobs accepted", registry=registry)
-        self.refused = Counter(
-            "nexus_rt_jobs_refused", "Jobs refused, by code", ["code"], registry=registry
-        )
-        self.ended = Counter(
+        self.jobs = gauge("nexus_rt_jobs", "Jobs in the store", ["status"])
+        self.stored = gauge("nexus_rt_stored_bytes", "Bytes of all results")
+        self.streams = gauge("nexus_rt_event_streams", "Open event streams")
+        self.ready = gauge("nexus_rt_ready", "1 where jobs are run")
+        self.submitted = counter("nexus_rt_jobs_submitted", "Jobs accepted")
+        self.refused = counter("nexus_rt_jobs_refused", "Jobs refused, by code", ["code"])
+        self.ended = counter(
             "nexus_rt_jobs_ended",
             "Jobs that ended, by kind: completed, or a failure's code",
             ["kind"],
-            registry=registry,
         )
-        self.lost = Counter(
-            "nexus_rt_workers_lost", "Workers that went down in a job", registry=registry
-        )
-        self.hung = Counter(
-            "nexus_rt_workers_hung", "Workers that were ended as they hung", registry=registry
-        )
+        self.lost = counter("nexus_rt_workers_lost", "Workers that went down in a job")
+        self.hung = counter("nexus_rt_workers_hung", "Workers that were ended as they hung")
         self.wait = histogram("nexus_rt_queue_wait_seconds", "From creation to the first step")
         self.job = histogram("nexus_rt_job_seconds", "From beginning to end of a job's work")
         self.step = histogram("nexus_rt_step_seconds", "One denoising step", "kind")
         self.stage = histogram(
             "nexus_rt_stage_seconds", "Encoding, denoising, decoding, writing", "stage"
         )
-        self.moves = Counter(
-            "nexus_rt_residency_moves", "Phases for which engines were moved", registry=registry
-        )
-        self.memory = Gauge(
+        self.moves = counter("nexus_rt_residency_moves", "Phases for which engines were moved")
+        self.memory = gauge(
             "nexus_rt_memory_bytes",
             "Memory of the server and, after its last job, of the worker",
             ["process", "kind"],
-            registry=registry,
         )
         self.http = histogram("nexus_rt_http_seconds", "Requests, streams aside", "route", "status")
 

@@ -39,10 +39,6 @@ class LatentRGB:
         rgb = torch.einsum("bchw,cr->bhwr", picked, factors[:-1]) + factors[-1]
         return ((rgb.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
-    def frame(self, latents: Tensor, at: float = 0.5) -> np.ndarray:
-        """The frame [h, w, 3] of one clip's latents [C, T, h, w]."""
-        return self.frames(latents[None], at)[0].cpu().numpy()
-
 
 def fit(latents: Tensor, frames: np.ndarray, temporal: int = 4) -> LatentRGB:
     """The map that makes the frames of clips of their latents with the least squared error.
