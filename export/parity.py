@@ -99,7 +99,7 @@ def decoder_answers(decoder: Any, buckets: list[ClipSize]) -> Answers:
     z = decoder.space["z_dim"]
     return {
         f"frames {b}": (
-            decoder._video(noise(z, b, decoder.device, 3).to(decoder.dtype)).float().cpu()
+            decoder.decode_video(noise(z, b, decoder.device, 3).to(decoder.dtype)).float().cpu()
         )
         for b in two_of(buckets)
     }

@@ -172,10 +172,20 @@ def attention_fp8_ref(
     ).to(q.dtype)
 
 
-def _quantise(
+def quantise(
     x: Tensor, rows: int, mean: Tensor | None, transposed: bool, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Bytes and their scales; scale: one a head, where it is given."""
+    """`x` in 8 bits, every `rows` tokens of a head with one scale.
+
+    Args:
+        x: [B, L, H, D].
+        mean: [B, H, D], taken from each token first.
+        transposed: the bytes as [B, H, D, L], L padded with zeros to a multiple of `rows`.
+        scale: [B, H], one for all of a head; default: each block's own.
+
+    Returns:
+        The bytes, and the scales [B, H, blocks] float32.
+    """
     batch, length, heads, head_dim = x.shape
     blocks = -(-length // rows)
     shape = (batch, heads, head_dim, blocks * rows) if transposed else x.shape
@@ -224,12 +234,12 @@ def _attention_fp8(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel():
         config = launch_config(q.shape[3], 1, capability_of(q.device), loads, fp8=True)
-        q8, q_scale = _quantise(q, config["ROWS"], None, False)
+        q8, q_scale = quantise(q, config["ROWS"], None, False)
         # any finite number may be taken from all keys: a mean whose sum overflows is not needed
         mean = k.mean(1, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0)
-        k8, k_scale = _quantise(k, config["COLUMNS"], mean, False)
+        k8, k_scale = quantise(k, config["COLUMNS"], mean, False)
         largest = torch.linalg.vector_norm(v, math.inf, (1, 3), dtype=torch.float32)
-        v8, v_scale = _quantise(v, config["COLUMNS"], None, True, largest.clamp_min(LEAST) / PEAK)
+        v8, v_scale = quantise(v, config["COLUMNS"], None, True, largest.clamp_min(LEAST) / PEAK)
         launch_attention(q8, k8, v8, bias, (q_scale, k_scale, v_scale), out, loads, config)
     return out
 

@@ -12,7 +12,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from nexus_rt.kernels.attention_fp8 import _quantise, attention_fp8, attention_fp8_ref, quantise_ref
+from nexus_rt.kernels.attention_fp8 import (
+    attention_fp8,
+    attention_fp8_ref,
+    quantise,
+    quantise_ref,
+)
 from tests.interpreter import round_right
 from tests.more import more
 from tests.needs import needs
@@ -42,11 +47,11 @@ def test_blocks_are_scaled_and_rounded_as_the_formula(shape, rows):
         * torch.logspace(-2, 1, shape[3]).half()
     )
     wanted = quantise_ref(x, rows)
-    x8, scale = _quantise(x, rows, None, False)
+    x8, scale = quantise(x, rows, None, False)
     spread = scale.repeat_interleave(rows, -1)[..., : shape[1]].permute(0, 2, 1)[..., None]
     assert torch.allclose(x8.float() * spread, wanted, rtol=1e-6)
     assert x8.float().abs().max() == 448
-    t8, scale = _quantise(x, rows, None, True)
+    t8, scale = quantise(x, rows, None, True)
     assert t8.shape == (shape[0], shape[2], shape[3], -(-shape[1] // rows) * rows)
     back = t8.float() * scale.repeat_interleave(rows, -1)[:, :, None]
     assert torch.allclose(back[..., : shape[1]].permute(0, 3, 1, 2), wanted, rtol=1e-6)
@@ -174,6 +179,6 @@ def test_bfloat16_of_any_size_is_finite(size):
     k[:, ::2] *= -1
     v = torch.full((1, 128, 1, 64), 3e38).bfloat16()
     for x in (q, k, v):
-        x8, scale = _quantise(x.float(), 64, None, False)
+        x8, scale = quantise(x.float(), 64, None, False)
         assert torch.isfinite(x8.float()).all() and x8.float().abs().max() == 448
         assert torch.isfinite(scale).all() and (scale > 0).all()

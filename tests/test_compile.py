@@ -37,7 +37,7 @@ with torch.device("meta"):
 for name, parameter in model.named_parameters():  # as a checkpoint is loaded
     if any(part in name for part in KEEP_FP32):
         parameter.data = parameter.data.float()
-table = block_ops.Ops("triton", modulate, qk_norm_rope, block_ops.rope_pairs, block_ops._linear_gelu_epilogue)
+table = block_ops.Ops("triton", modulate, qk_norm_rope, block_ops.rope_pairs, block_ops.linear_gelu_epilogue)
 for module in model.modules():
     if hasattr(module, "ops"):
         module.ops = table

@@ -476,12 +476,12 @@ def test_a_decoder_keeps_colours_where_the_generators_are_bfloat16(tiny_pair):
 
 def test_a_decoder_that_forgets_fails_the_gate(tiny_pair):
     class Forgets(VideoDecoder):
-        def _video(self, z):
+        def decode_video(self, z):
             return torch.cat(
                 [
-                    super()._video(z[:, :, :1]),
+                    super().decode_video(z[:, :, :1]),
                     *(
-                        super(Forgets, self)._video(z[:, :, i - 1 : i + 1])[:, :, 1:]
+                        super(Forgets, self).decode_video(z[:, :, i - 1 : i + 1])[:, :, 1:]
                         for i in range(1, z.shape[2])
                     ),
                 ],

@@ -470,8 +470,9 @@ def test_onnx_asks_for_its_cuda_provider_before_it_traces(monkeypatch):
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    made = lambda: pytest.fail("a model was made")
-    row = engines._exported(Setting(False), made, "onnx")
+    monkeypatch.setattr(engines, "Blocks", lambda *arguments: pytest.fail("a model was made"))
+    setting = Setting(False)
+    row = engines.units(setting)[f"{setting.names[0]}: onnx"].call()
     assert "has no provider 'cuda'; it has CPUExecutionProvider" in row["why"]
 
 

@@ -11,8 +11,8 @@ from nexus_rt.core import log
 
 
 @pytest.fixture(autouse=True)
-def nothing_noted(monkeypatch):
-    monkeypatch.setattr(log, "_noted", set())
+def nothing_written():
+    log.write_once.cache_clear()
 
 
 def test_every_choice_and_its_reason(tiny_pair, caplog):

@@ -90,8 +90,8 @@ def parts(folder):
 
 
 @pytest.fixture(autouse=True)
-def first_of_a_process(monkeypatch):
-    monkeypatch.setattr(part_files, "_looked_through", set())
+def first_of_a_process():
+    part_files.look_through.cache_clear()
 
 
 @pytest.mark.parametrize("kind", WRITERS)

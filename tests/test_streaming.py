@@ -34,8 +34,8 @@ def test_a_streamed_model_is_the_model(layers):
     wanted = [engine.velocity(latents, torch.tensor(t), context) for t in (900.0, 300.0)]
     weights = [p.data for p in model.blocks.parameters()]
     engine.load(streamed=True)
-    copies, right = [], model.stream._fetch
-    model.stream._fetch = lambda index, slot: (copies.append(index), right(index, slot))[1]
+    copies, right = [], model.stream.fetch
+    model.stream.fetch = lambda index, slot: (copies.append(index), right(index, slot))[1]
     context = engine.prepare(embeds)  # cross-attention keys come from the blocks too
     got = [engine.velocity(latents, torch.tensor(t), context) for t in (900.0, 300.0)]
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))

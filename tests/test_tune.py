@@ -139,10 +139,10 @@ def test_what_is_surely_worse_is_given_up_early(pipe, tmp_path):
 
     search.search, search.rungs = RequestLimits(), (6, 18, 54)
     good = Row(Candidate("good"), 10.0, [0.9] * 54, 0.0)
-    search._climb(Candidate("small:2/4 large:1"), 20.0, {"good": good})
+    search.climb(Candidate("small:2/4 large:1"), 20.0, {"good": good})
     assert len(asked) == 6
     asked.clear()
-    search._climb(Candidate("small:2/4 large:1"), 5.0, {"good": good})  # cheaper: it may stay
+    search.climb(Candidate("small:2/4 large:1"), 5.0, {"good": good})  # cheaper: it may stay
     assert len(asked) == 54
 
 

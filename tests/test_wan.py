@@ -233,7 +233,7 @@ def test_the_feed_forwards_gelu_is_the_tanh_form_whoever_computes_it():
     x, weight, bias = torch.randn(2, 3, 8), torch.randn(16, 8), torch.randn(16)
     y = (x.double() @ weight.double().T) + bias.double()
     wanted = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
-    for gelu in (block_ops._linear_gelu, block_ops._linear_gelu_epilogue):
+    for gelu in (block_ops.linear_gelu, block_ops.linear_gelu_epilogue):
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
                 assert (gelu(x, weight, bias) - wanted).abs().max() < 1e-5

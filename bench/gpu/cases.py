@@ -209,14 +209,14 @@ def _linear_gelu(s: Any, timed: bool) -> Cases:
 
 
 def _linear_gelu_case(s: Any, dim: int, inner: int) -> dict:
-    from nexus_rt.ops.block_ops import TORCH, _linear_gelu_epilogue
+    from nexus_rt.ops.block_ops import TORCH, linear_gelu_epilogue
 
     x, bias = s.random(2, 7 if s.dry else 500, dim), s.random(inner)
     weight = s.random(inner, dim) / dim**0.5
     y = x.double() @ weight.double().T + bias.double()
     wanted = oracles.gelu(y)
     eager = TORCH.linear_gelu(x, weight, bias)
-    return oracles.compare(_linear_gelu_epilogue(x, weight, bias), wanted, eager)
+    return oracles.compare(linear_gelu_epilogue(x, weight, bias), wanted, eager)
 
 
 def _predictions(s: Any, height: int, width: int) -> tuple[tuple[Any, Any, Any, Any], Any, Any]:

@@ -188,7 +188,7 @@ class Search:
             if (known := rows.get(candidate.key)) is not None:
                 study.tell(trial, [price, known.score])
                 continue
-            row = self._climb(candidate, price, rows)
+            row = self.climb(candidate, price, rows)
             trial.set_user_attr("scores", row.scores)
             trial.set_user_attr("wall_ms", row.wall_ms)
             study.tell(trial, [price, row.score])
@@ -222,7 +222,7 @@ class Search:
             rows[candidate.key] = Row(candidate, trial.values[0], kept.scores, kept.wall_ms)
         return rows
 
-    def _climb(self, candidate: Candidate, price: float, rows: dict[str, Row]) -> Row:
+    def climb(self, candidate: Candidate, price: float, rows: dict[str, Row]) -> Row:
         """Judge a candidate rung by rung, until another plan that is no dearer is surely better."""
         row = Row(candidate, price, [], 0.0)
         for rung in self.rungs:

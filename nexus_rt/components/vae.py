@@ -102,7 +102,7 @@ class VideoDecoder(Lazy, Decoder):
         mean, std = self._statistics(self.device)
         return (self.model.encode(frames).latent_dist.mode().float() - mean) / std
 
-    def _video(self, z: Tensor) -> Tensor:
+    def decode_video(self, z: Tensor) -> Tensor:
         height, width = (s * self.spatial for s in z.shape[-2:])
         tiled = height * width > TILE_ABOVE if self.tiling == "auto" else bool(self.tiling)
         if self.tiling == "auto":

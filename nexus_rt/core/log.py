@@ -5,12 +5,12 @@ command line does with `--log-level`.
 
 from __future__ import annotations
 
+import functools
 import logging
 
 logger = logging.getLogger("nexus_rt")
 logger.addHandler(logging.NullHandler())
 LEVELS = ("debug", "info", "warning", "error")
-_noted: set[tuple[str, str, str]] = set()
 
 
 def chose(what: str, value: object, why: str, once: bool = False) -> None:
@@ -18,10 +18,15 @@ def chose(what: str, value: object, why: str, once: bool = False) -> None:
     same."""
     if not logger.isEnabledFor(logging.INFO):
         return
-    key = (what, str(value), why)
-    if not once or key not in _noted:
-        _noted.add(key)
-        logger.info("%s: %s (%s)", *key)
+    (write_once if once else write)(what, str(value), why)
+
+
+def write(what: str, value: str, why: str) -> None:
+    """A line about a choice."""
+    logger.info("%s: %s (%s)", what, value, why)
+
+
+write_once = functools.cache(write)
 
 
 def show(level: str) -> None:

@@ -25,14 +25,13 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 ABANDONED_S = 3600.0  # without a change, of a part whose writer cannot be asked
 MAX_STEM = 180  # bytes of the final name in a part's: file systems take 255
 NAME = re.compile(r"\..+\.(?:([0-9a-f]{8})-)?[0-9a-f]{1,16}\.part(?:\.[^.]{1,16})?")
 LOCK = ".writing"  # in a part folder: NFS locks no folders
-_looked_through: set[Path] = set()  # folders that this process has freed of orphans
 
 
 @lru_cache
@@ -54,7 +53,7 @@ def part_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made there.
     """
-    _look_through(path.parent)
+    look_through(path.parent.absolute())
     part, lock = _make(lambda: _named(path))
     try:
         yield part
@@ -73,7 +72,7 @@ def part_folder(target: Path) -> Iterator[Path]:
         OSError: it cannot be made there.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    _look_through(target.parent)
+    look_through(target.parent.absolute())
     part, lock = _make(lambda: _new_folder(_named(target)) / LOCK)
     part = part.parent
     try:
@@ -118,11 +117,10 @@ def remove_orphans(folder: Path, pattern: str = ".*.part*") -> int:
     return count
 
 
-def _look_through(folder: Path) -> None:
-    """Remove a folder's orphans, once in a process: a batch writes thousands of files."""
-    if (whole := folder.absolute()) not in _looked_through:
-        _looked_through.add(whole)
-        remove_orphans(folder)
+@cache
+def look_through(folder: Path) -> None:
+    """Remove an absolute folder's orphans, once in a process: a batch writes thousands of files."""
+    remove_orphans(folder)
 
 
 def _named(path: Path) -> Path:

@@ -159,9 +159,10 @@ class TensorRTSessions(Sessions):
             self.engines[graph] = engine
         size = max(e.device_memory_size_v2 for e in self.engines.values())
         self.memory = torch.empty(max(1, size), dtype=torch.uint8, device=self.device)
-        self.contexts = {graph: self._context(graph) for graph in self.engines}
+        self.contexts = {graph: self.new_context(graph) for graph in self.engines}
 
-    def _context(self, graph: str, shapes: tuple | None = None) -> Context:
+    def new_context(self, graph: str, shapes: tuple | None = None) -> Context:
+        """An execution context of a graph, in the memory that all share."""
         assert self.memory is not None
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         execution = self.engines[graph].create_execution_context(strategy)
@@ -178,7 +179,7 @@ class TensorRTSessions(Sessions):
             mine = isinstance(own, Context) and own.sessions is self
             if mine and (own.graph, own.shapes) == (graph, shapes):
                 return own
-        held.append(self._context(graph, shapes))
+        held.append(self.new_context(graph, shapes))
         return held[-1]
 
     def unload(self) -> None:

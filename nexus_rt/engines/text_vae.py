@@ -45,7 +45,7 @@ class EngineDecoder(Exported, Decoder):
         states = sum(2 * c * s * s * area for c, s in self.states)
         return (2 * states + 6 * 4 * channels * scale * scale * area) * self.dtype.itemsize
 
-    def _video(self, z: Tensor) -> Tensor:
+    def decode_video(self, z: Tensor) -> Tensor:
         self.check_size(ClipSize.of(z))
         return torch.cat([self._clip(sample) for sample in z.split(1)]).clamp_(-1, 1)
 

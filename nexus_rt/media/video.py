@@ -176,7 +176,7 @@ def _mp4(frames: np.ndarray, path: Path, rate: Fraction, comment: str) -> None:
         stream.height, stream.width = frames.shape[1:3]
         # one thread: the bytes do not depend on how many cores wrote them
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "14", "preset": "fast", "threads": "1", **_steady()}
+        stream.options = {"crf": "14", "preset": "fast", "threads": "1", **x264_options()}
         context = stream.codec_context
         context.color_primaries = context.color_trc = context.colorspace = 1  # BT.709
         context.color_range = 1  # limited
@@ -194,7 +194,7 @@ def _mp4(frames: np.ndarray, path: Path, rate: Fraction, comment: str) -> None:
         container.mux(stream.encode())
 
 
-def _steady() -> dict[str, str]:
+def x264_options() -> dict[str, str]:
     """Options that keep x264 from its AVX-512 code, which on some machines gives other bytes for
     the same frames about once in 300 clips; its AVX2 code gives the usual ones, as fast."""
     known = set(instruction_sets())

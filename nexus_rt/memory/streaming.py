@@ -78,7 +78,7 @@ class BlockStream:
     def bring(self, index: int) -> None:
         """Make block `index` ready to be queued, and start on the one after it; call it for each
         block in turn."""
-        slot = self.holds.index(index) if index in self.holds else self._fetch(index, 0)
+        slot = self.holds.index(index) if index in self.holds else self.fetch(index, 0)
         if self.cuda:
             torch.cuda.current_stream(self.device).wait_event(self.ready[slot])
         views = self.slots[slot]
@@ -86,10 +86,10 @@ class BlockStream:
             p.data = there
         following = (index + 1) % len(self.host)
         if following not in self.holds:
-            self._fetch(following, 1 - slot)
+            self.fetch(following, 1 - slot)
 
-    def _fetch(self, index: int, slot: int) -> int:
-        """Start copying a block to a slot; returns the slot."""
+    def fetch(self, index: int, slot: int) -> int:
+        """Start copying a block to a slot; returns the slot. Called once a copy."""
         self.holds[slot], self.slots[slot] = index, self.places[slot][index]
         with contextlib.ExitStack() as stack:
             if self.side is not None:

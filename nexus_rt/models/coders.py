@@ -114,7 +114,7 @@ class Tokenized:
 
 class Decoder:
     """Latents to frames, whatever computes them; `space` is that of its latents. Subclasses add
-    `load` and `_video`."""
+    `load` and `decode_video`."""
 
     def __init__(self, space: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
         self.space, self.dtype, self.device = space, dtype, device
@@ -133,7 +133,7 @@ class Decoder:
         """Make the weights ready, if they are not."""
         raise NotImplementedError
 
-    def _video(self, z: Tensor) -> Tensor:
+    def decode_video(self, z: Tensor) -> Tensor:
         """The VAE's own latents [B, C, T, H, W] to frames [B, 3, F, 8 H, 8 W] in [-1, 1]."""
         raise NotImplementedError
 
@@ -166,7 +166,7 @@ class Decoder:
             together = max(1, TOGETHER // (frames * height * width))
             for sample in latents.to(self.device, torch.float32).split(together):
                 with span("vae"):
-                    video = self._video((sample * std + mean).to(self.dtype))
+                    video = self.decode_video((sample * std + mean).to(self.dtype))
                 out.append(video.float().add_(1).div_(2).clamp_(0, 1))
             return torch.cat(out).transpose(1, 2)
         except Exception as error:

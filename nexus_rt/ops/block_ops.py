@@ -56,7 +56,7 @@ def _rope_pairs(
     return cos[:, 0, ::2].contiguous(), sin[:, 0, 1::2].contiguous()
 
 
-def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """tanh-GELU of a linear layer: [..., D] to [..., E]."""
     return tanh_gelu(F.linear(x, weight, bias))
 
@@ -78,7 +78,7 @@ def tanh_gelu(y: Tensor) -> Tensor:
     return (y * y).mul_(0.044715 * twice).add_(twice).mul_(y).sigmoid_().mul_(y)
 
 
-def _linear_gelu_epilogue(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_gelu_epilogue(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The same where cuBLASLt has it ride along in the product's epilogue: E elements a row less to
     read and write.
 
@@ -86,7 +86,7 @@ def _linear_gelu_epilogue(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     (erf) one.
     """
     if not x.is_cuda or x.dtype == torch.float32:
-        return _linear_gelu(x, weight, bias)
+        return linear_gelu(x, weight, bias)
     return torch._addmm_activation(bias, x.flatten(0, -2), weight.T, use_gelu=True).unflatten(
         0, x.shape[:-1]
     )
@@ -112,7 +112,7 @@ class Ops:
     quantise_rows: Callable | None = None
 
 
-TORCH = Ops("torch", formulas.modulate, formulas.qk_norm_rope, rope_table, _linear_gelu)
+TORCH = Ops("torch", formulas.modulate, formulas.qk_norm_rope, rope_table, linear_gelu)
 
 
 def choose_ops(kernels: str, device: torch.device) -> Ops:
@@ -149,7 +149,7 @@ def choose_ops(kernels: str, device: torch.device) -> Ops:
         modulate,
         qk_norm_rope,
         rope_pairs,
-        _linear_gelu_epilogue,
+        linear_gelu_epilogue,
         modulate_rows,
         quantise_rows,
     )
