@@ -131,15 +131,20 @@ class Queue:
         )  # fmt: skip
 
 
+class PlanningServer(NexusServer):
+    """A server that plans what is queued and runs nothing."""
+
+    dispatcher = Queue()
+
+
 def make_targets(work, target):
     """Targets of `tests.fuzz`: JSON, forms of both kinds, and the query of `/v1/plan`."""
     (work / "loras").mkdir()
     (work / "loras" / "ink.safetensors").write_bytes(b"")
-    server = NexusServer(
+    server = PlanningServer(
         FakeRunner(), work / "store", lora_folder=work / "loras", max_size=ClipSize(256, 256, 81),
         max_steps=100,
     )  # fmt: skip
-    server._dispatcher = Queue()
     app = server.app
 
     def ask(method, path, kind=None, body=b"", query=b""):

@@ -20,7 +20,7 @@ import openai
 import uvicorn
 from openai.types import Video
 
-from nexus_rt.core.errors import ModelError
+from nexus_rt.core.errors import InputError, ModelError
 from nexus_rt.loading.pair_folder import MINI, find_pair
 from nexus_rt.method.latents import LatentGrid
 from nexus_rt.pipeline.defaults import pair_defaults
@@ -185,8 +185,8 @@ def serving(server: NexusServer, app=None):
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        if server._dispatcher is not None:  # open streams would be waited for
-            server.dispatcher.hub.closed = True
+        with contextlib.suppress(InputError):  # of a server that did not start
+            server.dispatcher.hub.closed = True  # open streams would be waited for
         http.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
@@ -201,6 +201,18 @@ def fake(tmp_path, runner=None, ready=True, **settings):
         if ready:
             wait_for(lambda: server.dispatcher.ready)
         yield address, server, runner
+
+
+def workers():
+    """Worker processes of this process that are not zombies."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            command = (stat.parent / "cmdline").read_bytes()
+            if int(parent) == os.getpid() and state != "Z" and b"spawn_main" in command:
+                found.append(int(stat.parent.name))
+    return found
 
 
 def wait_for(what, seconds=20.0):

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nexus_rt.core.errors import InputError, NexusError
@@ -18,6 +18,7 @@ from nexus_rt.method.time_grid import time_grid
 from nexus_rt.method.upfb import gate
 from nexus_rt.pipeline.request import make_plan
 from nexus_rt.pipeline.settings import CallSettings, Defaults
+from tests.more import cases
 from tests.plans import all_plans
 from tests.refusals import refuses
 
@@ -261,8 +262,7 @@ def test_short_schedules_still_plan(n):
         assert len(parse_plan(spec, time_grid(n))) == n
 
 
-@given(all_plans())
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@cases(60, 400, all_plans())
 def test_a_plan_has_one_exact_text(plan):
     assert parse_plan(plan.name, plan.grid) == plan
     back = parse_plan(plan.text, time_grid(7, 2.0))
@@ -274,8 +274,7 @@ def test_a_plan_has_one_exact_text(plan):
     assert make_plan(CallSettings(plan=plan.text), pair) == plan
 
 
-@given(all_plans(), all_plans())
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@cases(40, 150, all_plans(), all_plans())
 def test_plans_that_differ_in_a_step_differ_in_text(one, other):
     same = one.steps == other.steps and one.grid == other.grid
     assert (one.identity == other.identity) == same
