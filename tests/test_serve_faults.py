@@ -26,7 +26,16 @@ from nexus_rt.serve.problems import JobFailed, WorkerLost
 from nexus_rt.serve.runners import ProcessRunner
 from nexus_rt.serve.store import Store
 from tests.refusals import refuses
-from tests.serving import FakeRunner, ask, client, clip_request, fake, task, wait_for
+from tests.serving import (
+    FakeRunner,
+    ask,
+    client,
+    clip_request,
+    fake,
+    task,
+    wait_for,
+    workers,
+)
 
 
 def put(store, owner="", **values):
@@ -397,7 +406,8 @@ def test_a_worker_without_host_memory_fails_its_job_once(tmp_path, monkeypatch):
         assert runner.unable()  # it went down
         await runner.prepare()
         assert runner.unable() is None
-        os.kill(runner._link._process.pid, signal.SIGKILL)  # the count has not grown
+        (worker,) = workers()
+        os.kill(worker, signal.SIGKILL)  # the count has not grown
         with pytest.raises(WorkerLost):
             await runner.run([task()], lambda event: None)
         await runner.close()
