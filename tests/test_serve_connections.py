@@ -118,6 +118,7 @@ def slowly(sock, piece, every, seconds=10.0):
 )
 def test_a_head_that_does_not_end_is_dropped(tmp_path, monkeypatch, parser, begin, piece):
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.15)
+    monkeypatch.setattr(connections, "LINGER_SECONDS", 0.15)
     with fake(tmp_path, api_keys=(KEY,)) as (address, _, _), opened(address, begin) as slow:
         whole = begin.count(b"\r\n\r\n")
         if whole:
