@@ -258,7 +258,8 @@ def test_a_pairs_own_config_and_a_recipe_go_before(own_pair, unipc):
     shutil.copytree(unipc / "scheduler", own_pair / "scheduler")
     index["defaults"].pop("shift")
     path.write_text(json.dumps(index))
-    assert pair_defaults(find_pair(own_pair, {}, {}).stated).shift == 3.0  # of the pair's own folder
+    # of the pair's own folder
+    assert pair_defaults(find_pair(own_pair, {}, {}).stated).shift == 3.0
 
 
 def test_the_mini_pair_stays_as_it_is():
