@@ -1,6 +1,12 @@
 """One installed top-level name: `kernels/`, `export/` and `bench/` install inside `nexus_rt`."""
 
+import shutil
+from pathlib import Path
+
 from setuptools import setup
+
+# an earlier build's files would be installed again, those of modules that are gone too
+shutil.rmtree(Path(__file__).resolve().parent / "build" / "lib", ignore_errors=True)
 
 setup(
     packages=[
@@ -36,6 +42,7 @@ setup(
         "nexus_rt.bench.tune": "bench/tune",
         "nexus_rt.bench.vrbench": "bench/vrbench",
     },
+    include_package_data=False,
     package_data={
         "nexus_rt": ["mini/*.json", "mini/*/*"],
         "nexus_rt.serve": ["*.json", "page/*"],

@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: a worker has one core
+
 import pytest
 import torch
 
@@ -27,6 +29,11 @@ SIZES = ("32x32x5", "48x32x5")  # of the tiny pair's engines
 GROUPS = ("toolchain", "export", "ray", "process", "packaging", "browser")
 RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 WORDS = "a the red blue circle square moves left right on black background panda".split()
+
+
+def pytest_xdist_auto_num_workers():
+    """Three workers on two cores: a third of the tests' time is spent in waits."""
+    return min(max((os.cpu_count() or 1) * 3 // 2, 1), 8)
 
 
 def pytest_collection_modifyitems(items):

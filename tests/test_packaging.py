@@ -77,6 +77,28 @@ def installed(source, tmp_path_factory):
     return target
 
 
+def test_setup_lists_every_package():
+    """Nothing else says so: an editable install finds the folders by itself."""
+    (call,) = (
+        n.value
+        for n in ast.parse((ROOT / "setup.py").read_text()).body
+        if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)
+        if getattr(n.value.func, "id", None) == "setup"
+    )
+    listed = ast.literal_eval(next(k.value for k in call.keywords if k.arg == "packages"))
+    tracked = subprocess.run(
+        ["git", "ls-files", "nexus_rt/*.py", "kernels/*.py", "export/*.py", "bench/*.py"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    folders = {str(Path(f).parent).replace("/", ".") for f in tracked.stdout.split()}
+    programs = {"bench.micro"}  # of pytest, run from a checkout
+    wanted = {f if f.startswith("nexus_rt") else f"nexus_rt.{f}" for f in folders - programs}
+    assert sorted(listed) == sorted(wanted)
+
+
 @pytest.mark.packaging
 def test_a_regular_install_has_one_name_and_all_its_files(installed, tmp_path):
     names = {
@@ -89,6 +111,12 @@ def test_a_regular_install_has_one_name_and_all_its_files(installed, tmp_path):
         if p.suffix in (".py", ".json", ".safetensors", ".html", ".js", ".css")
     }
     assert all((installed / "nexus_rt" / p).is_file() for p in tracked)
+    walk = """
+import importlib, pkgutil, nexus_rt
+names = [m.name for m in pkgutil.walk_packages(nexus_rt.__path__, "nexus_rt.")]
+print(len([importlib.import_module(n) for n in names if not n.endswith("__main__")]) > 250)
+"""
+    assert python(walk, tmp_path, path=installed)[0] == "True"
     out = python(USE, tmp_path, path=installed)
     assert out[0].startswith(str(installed)) and out[1] == str(
         installed / "nexus_rt" / "bench" / "core.py"

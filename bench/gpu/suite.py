@@ -40,7 +40,7 @@ from nexus_rt.bench.gpu.wheels import absent, fetch, import_from, shortages, unp
 if TYPE_CHECKING:
     from nexus_rt.bench.gpu.setting import Setting
 
-LIMIT_S = 540.0  # a command has 600 s, wheels and the first imports included
+LIMIT_S = 540.0  # default of --limit
 HERE = "nexus_rt.bench.gpu."
 PARTS = {
     "correctness": Part(f"{HERE}correctness:units", 90, lanes=6, needs=()),
