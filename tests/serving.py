@@ -169,6 +169,15 @@ class FakeRunner:
         pass
 
 
+class PromptServer(uvicorn.Server):
+    """uvicorn's server, which looks ten times as often at whether it is to stop."""
+
+    async def main_loop(self):
+        await self.on_tick(0)
+        while not self.should_exit:
+            await asyncio.sleep(0.01)
+
+
 @contextlib.contextmanager
 def serving(server: NexusServer, app=None):
     """A server in a thread of this process; yields its address."""
@@ -176,7 +185,7 @@ def serving(server: NexusServer, app=None):
         app or server.alone, host="127.0.0.1", port=0, log_config=None, ws="none",
         timeout_graceful_shutdown=5, http=bounded_protocol(server.settings),
     )  # fmt: skip
-    http = uvicorn.Server(config)
+    http = PromptServer(config)
     thread = threading.Thread(target=http.run, daemon=True)
     thread.start()
     wait_for(lambda: http.started or not thread.is_alive())
