@@ -538,13 +538,9 @@ def test_a_hung_workers_server_that_is_killed_leaves_no_orphan(tmp_path):
     server = subprocess.Popen(
         [sys.executable, str(path), str(tmp_path)],
         stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        env={**os.environ, "PYTHONPATH": os.getcwd()}, start_new_session=True,
     )  # fmt: skip
-    worker = int(server.stdout.readline())
-    wait_for(lambda: not (tmp_path / "step").exists(), 60)
-    os.kill(worker, signal.SIGSTOP)  # whatever it holds, it runs no line of Python any more
-    server.kill()
-    server.wait(10)
+    worker = None
 
     def gone():
         try:
@@ -552,7 +548,22 @@ def test_a_hung_workers_server_that_is_killed_leaves_no_orphan(tmp_path):
         except OSError:
             return True
 
-    wait_for(gone)
+    try:
+        worker = int(server.stdout.readline())
+        wait_for(lambda: not (tmp_path / "step").exists(), 60)
+        os.kill(worker, signal.SIGSTOP)  # whatever it holds, it runs no line of Python any more
+        server.kill()
+        server.wait(10)
+        wait_for(gone)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            if server.returncode is None:
+                os.killpg(server.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            if not gone():
+                os.killpg(worker, signal.SIGKILL)  # a worker makes a group of its own
+        server.wait(10)
+        server.stdout.close()
 
 
 def test_a_log_that_nobody_reads_stops_nobody(monkeypatch):
