@@ -77,6 +77,22 @@ def measured(tiny_pair, tmp_path_factory):
     return folder, results.read(folder / "a.json"), out.stdout
 
 
+BLENDS = {"reference": 6, "handoff=0.5,bridge=2": 2, "auto=0.02": 6}
+
+
+def predicted_ms(row, costs):
+    """The price of a row's steps, every forward guided."""
+    runs = [step["runs"] for step in row["denoise_steps_ms"]]
+    small = len(runs) - runs.count("large")
+    large = len(runs) - runs.count("small")
+    return (
+        small * costs["small_guided"]
+        + large * costs["large_guided"]
+        + BLENDS[row["plan"]] * costs["blend"]
+        + len(runs) * costs["solver"]
+    )
+
+
 def test_no_speed_without_its_quality(measured):
     _, found, printed = measured
     rows = [r for r in found["rows"] if r["engine"] == "torch"]
@@ -96,7 +112,13 @@ def test_no_speed_without_its_quality(measured):
             and -1 <= row["quality"]["ssim"] <= 1
             and row["peak_host_bytes"] > 1e8
         )
-        assert row["first_preview_ms"] > 0 and -0.9 < row["prediction_error"] < 2
+        assert row["first_preview_ms"] > 0
+        # the plan's steps at the measured prices, and how far the measured steps are from them:
+        # no bound on the latter, which a loaded machine moves
+        price = predicted_ms(row, found["costs"])
+        assert row["predicted_ms"] == pytest.approx(price, abs=0.01) and price > 0
+        off = row["predicted_ms"] / row["denoise_ms"] - 1
+        assert row["prediction_error"] == pytest.approx(off, abs=2e-4)
         assert f"{row['total_duration_ms']:.1f}" in printed
     # the same plan, engine and seed: the same bits
     assert rows[0]["quality"]["identical"] and rows[0]["cold_ms"] > 0
