@@ -26,7 +26,6 @@ from nexus_rt import __version__
 from nexus_rt.core.errors import InputError, ModelError, NexusError, choose
 from nexus_rt.core.paths import check_folder, failed_file
 from nexus_rt.core.size import ClipSize
-from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.engines.exported_engine import DTYPES
 from nexus_rt.engines.folder import EngineFolder, engines_root, files_of, link_tree
 from nexus_rt.engines.manifest import Manifest
@@ -37,6 +36,13 @@ from nexus_rt.export.contract import contract
 from nexus_rt.export.parity import gate
 from nexus_rt.loading.config import write_json
 from nexus_rt.memory.offload import release
+
+BUILDERS = {  # backend -> the module that builds its engines, imported when it is needed
+    "onnx": "nexus_rt.export.onnx",
+    "aoti": "nexus_rt.export.aoti",
+    "tensorrt": "nexus_rt.export.tensorrt",
+    "tensorrt-rtx": "nexus_rt.export.tensorrt",
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Target:
             InputError: an unknown backend or precision, no sizes, or no builder that can run here;
                 raised before any work.
         """
-        choose("backend", self.backend, ENGINE_BACKENDS)
+        choose("backend", self.backend, BUILDERS)
         choose("precision", self.precision, DTYPES)
         if not self.buckets:
             raise InputError(
@@ -85,7 +91,7 @@ class Target:
                 code="conflict",
                 param="precision",
             )
-        module = importlib.import_module(ENGINE_BACKENDS[self.backend].builder)
+        module = importlib.import_module(BUILDERS[self.backend])
         try:
             module.check_target(self)
         except InputError as error:

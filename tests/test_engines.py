@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from nexus_rt.cli.engines import maintain as engines_command
 from nexus_rt.core.errors import DecodeError, NumericsError
 from nexus_rt.core.size import ClipSize, parse_sizes
 from nexus_rt.engines import folder as folders
+from nexus_rt.engines.backends import ENGINE_BACKENDS
 from nexus_rt.engines.exported_engine import Sessions
 from nexus_rt.engines.folder import EngineFolder
 from nexus_rt.engines.registry import engine_of, open_engine
 from nexus_rt.engines.torch import TorchEngine
-from nexus_rt.export.build import Target, export_component, export_components
+from nexus_rt.export.build import BUILDERS, Target, export_component, export_components
 from nexus_rt.export.components import GeneratorComponent, chosen_components, folders_beside
 from nexus_rt.export.parity import distance
 from nexus_rt.loading.pair_folder import MINI, find_pair
@@ -108,6 +110,11 @@ def test_conformance(name, make, tiny_pair):
     engine.warmup(SIZE.latent)
     # contexts outlive a swap
     assert engine.resident and torch.allclose(engine.velocity(latents, t, mine), first, atol=1e-5)
+
+
+def test_every_backend_has_a_builder():
+    assert list(BUILDERS) == list(ENGINE_BACKENDS)
+    assert all(find_spec(module) for module in BUILDERS.values())
 
 
 def test_a_size_it_was_not_built_for_is_named(make):

@@ -1,5 +1,4 @@
-"""The registry of engine backends: what runs an exported engine, and what builds it. Nothing heavy
-is imported here."""
+"""The registry of engine backends: what runs an exported engine. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -16,12 +15,10 @@ class EngineBackend:
     """A backend, by the modules it is made of.
 
     runtime: module with the sessions' class. sessions: the class, `(folder, device, **options)`.
-    builder: module that exports to it.
     """
 
     runtime: str
     sessions: str
-    builder: str
 
     def open(self, *args: Any, **options: Any) -> Any:
         """A session's object; the backend's packages are imported now."""
@@ -37,12 +34,10 @@ class EngineBackend:
         return sessions(*args, **options)
 
 
-_TENSORRT = EngineBackend(
-    "nexus_rt.engines.tensorrt", "TensorRTSessions", "nexus_rt.export.tensorrt"
-)
+_TENSORRT = EngineBackend("nexus_rt.engines.tensorrt", "TensorRTSessions")
 ENGINE_BACKENDS = {
-    "onnx": EngineBackend("nexus_rt.engines.onnx", "OnnxSessions", "nexus_rt.export.onnx"),
-    "aoti": EngineBackend("nexus_rt.engines.aoti", "AotiSessions", "nexus_rt.export.aoti"),
+    "onnx": EngineBackend("nexus_rt.engines.onnx", "OnnxSessions"),
+    "aoti": EngineBackend("nexus_rt.engines.aoti", "AotiSessions"),
     "tensorrt": _TENSORRT,
     "tensorrt-rtx": _TENSORRT,
 }
