@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from nexus_rt.core.devices import dtype_name
 from nexus_rt.export.dynamic_shapes import Traced, split
 
 MEANING = {
@@ -98,7 +99,7 @@ def _entry(name: str, value: Any, names: dict[str, str]) -> dict[str, Any]:
     return {
         "name": name,
         "shape": shape,
-        "dtype": str(value.dtype).removeprefix("torch."),
+        "dtype": dtype_name(value.dtype),
         "meaning": words,
     }
 

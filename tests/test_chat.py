@@ -10,7 +10,7 @@ import pytest
 from nexus_rt.core.chat import MAX_REPLY, ChatClient, ChatError, ChatUnavailable, Reply, of_choice
 from nexus_rt.core.deadline import begin, result_within
 from tests.refusals import refuses
-from tests.vrbench import Server
+from tests.vrbench import servers
 
 BODY = {"model": "m", "messages": []}
 PROXIES = ("all_proxy", "http_proxy", "https_proxy", "no_proxy")
@@ -21,15 +21,8 @@ def serve(monkeypatch):
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    servers = []
-
-    def start(script):
-        servers.append(Server(script))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.http.shutdown()
+    with servers() as start:
+        yield start
 
 
 def test_a_redirect_takes_the_key_nowhere(serve):

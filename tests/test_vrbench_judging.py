@@ -22,7 +22,15 @@ from nexus_rt.cli import main
 from nexus_rt.core.chat import ChatUnavailable
 from tests.pages import Tags, dump
 from tests.refusals import refuses
-from tests.vrbench import TAXONOMY, Server, asked_id, bench_file, first, questions, reply_to
+from tests.vrbench import (
+    TAXONOMY,
+    asked_id,
+    bench_file,
+    first,
+    questions,
+    reply_to,
+    servers,
+)
 
 SCRIPT = "<script>document.title='owned'</script>"
 
@@ -41,15 +49,8 @@ def clips(tmp_path):
 
 @pytest.fixture
 def serve():
-    servers = []
-
-    def start(script):
-        servers.append(Server(script))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.http.shutdown()
+    with servers() as start:
+        yield start
 
 
 def judged(clips, server, **options):

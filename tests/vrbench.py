@@ -1,6 +1,7 @@
 """What VR-Bench's tests share: the shipped example, changed, and an HTTP server that plays the
 judge."""
 
+import contextlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -89,3 +90,17 @@ def text_of(body, message=0):
 
 def asked_id(body):
     return text_of(body).split('"video_id": "')[1].split('"')[0]
+
+
+@contextlib.contextmanager
+def servers():
+    """Starts a `Server` a script; all of them end with the test."""
+    started = []
+
+    def start(script):
+        started.append(Server(script))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.http.shutdown()

@@ -182,6 +182,11 @@ def _no_device(device: torch.device) -> str:
     return ""
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype without its module: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def as_dtype(name: str, value: Any) -> torch.dtype:
     """A dtype that models compute in.
 
@@ -190,7 +195,7 @@ def as_dtype(name: str, value: Any) -> torch.dtype:
     """
     if not isinstance(value, torch.dtype) or value not in DTYPES:
         spelt = str(value).removeprefix("torch.") if isinstance(value, str) else ""
-        close = spelt if spelt in [str(d).removeprefix("torch.") for d in DTYPES] else "bfloat16"
+        close = spelt if spelt in map(dtype_name, DTYPES) else "bfloat16"
         raise InputError(
             f"{name} is {shown(value)}; expected a dtype of torch's, such as torch.{close}"
             f" ({', '.join(map(str, DTYPES))}).",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nexus_rt.core.devices import dtype_name
 from nexus_rt.core.errors import ModelError
 from nexus_rt.loading.finite import is_finite
 from nexus_rt.models.connector import ConnectorConfig
@@ -47,7 +48,7 @@ def unconditional_rows(value: Any, width: int, where: str) -> tuple[Tensor, str]
     if rows.ndim == 1:
         rows = rows[None]
     if rows.ndim != 2 or rows.shape[-1] != width or not len(rows) or not rows.is_floating_point():
-        kind = str(rows.dtype).removeprefix("torch.")
+        kind = dtype_name(rows.dtype)
         raise ModelError(
             f"{where} does not fit the connector: it is {form} of {kind}; {expected}.",
             code="mismatch",

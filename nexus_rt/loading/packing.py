@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nexus_rt.core.devices import dtype_name
 from nexus_rt.core.errors import InputError, ModelError, choose
 from nexus_rt.loading.finite import check_finite, check_kept
 from nexus_rt.loading.formats.stored import StoredTensor
@@ -162,7 +163,7 @@ def formats_of(model: nn.Module) -> dict[str, int]:
         if isinstance(module, QuantizedLinear):
             key = " + ".join(dict.fromkeys(module.formats))
         elif isinstance(module, Linear):
-            kind = str(module.weight.dtype).removeprefix("torch.")
+            kind = dtype_name(module.weight.dtype)
             key = kind if name.startswith(BLOCKS) else f"{kind} outside the blocks"
         else:
             continue

@@ -147,16 +147,16 @@ def read_stated(root: Path) -> StatedDefaults:
     return StatedDefaults(path, values)
 
 
-def _stated(root: Path | None, found: Mapping[str, tuple[Path, ...]]) -> StatedDefaults:
+def _stated(root: Path | None, generators: Mapping[str, tuple[Path, ...]]) -> StatedDefaults:
     """A pair's own defaults, and the scheduler of its generators.
 
-    root: of a pair's folder. found: the generators' folders or files.
+    root: of a pair's folder. generators: their folders or files.
     """
-    for sources in found.values():
+    for sources in generators.values():
         for source in sources:
             _check_pipeline(source)
     large, small = (
-        next((s for f in found.get(n, ()) if (s := find_scheduler(f)) is not None), None)
+        next((s for f in generators.get(n, ()) if (s := find_scheduler(f)) is not None), None)
         for n in ("large", "small")
     )
     stated = StatedDefaults() if root is None else read_stated(root)
@@ -205,12 +205,12 @@ def _steering(
 GENERATOR_FOLDERS = ("transformer", "transformer_2", "high_noise_model", "low_noise_model", "vae")
 
 
-def _generator(found: tuple[Path, ...], boundary: float | None) -> GeneratorSource:
+def _generator(paths: tuple[Path, ...], boundary: float | None) -> GeneratorSource:
     """A generator of the folders or files that were named: one, or two experts."""
-    if len(found) == 2:
-        source: GeneratorSource = ExpertFolders(*found)
+    if len(paths) == 2:
+        source: GeneratorSource = ExpertFolders(*paths)
     else:
-        source = find_experts(found[0]) or found[0]
+        source = find_experts(paths[0]) or paths[0]
     return with_boundary(source, boundary)
 
 
@@ -240,14 +240,14 @@ def find_pair(
         for n in ("small", "large")
         if n in given
     }
-    root, found = None, chosen
+    root, generators = None, chosen
     if pretrained is not None:
         root = resolve(pretrained, ("small", "large", "vae", "understanding", "connector"), **hub)
         own: dict[str, tuple[Path, ...]] = {
             n: (root / n,) for n in ("small", "large") if (root / n).is_dir()
         }
-        found = {**own, **chosen}
-        if not found:
+        generators = {**own, **chosen}
+        if not generators:
             raise ModelError(
                 f"{root} holds neither small/ nor large/; expected a pair's folder.",
                 code="missing",
@@ -255,10 +255,10 @@ def find_pair(
             )
         sources = [(pretrained, root)]
     else:
-        names = [n for n in ("large", "small") if n in found]
-        sources = [(split_source(given[n])[0], found[n][0]) for n in names]
-    stated = _stated(root, found)
-    folders = {n: _generator(f, boundary) for n, f in found.items()}
+        names = [n for n in ("large", "small") if n in generators]
+        sources = [(split_source(given[n])[0], generators[n][0]) for n in names]
+    stated = _stated(root, generators)
+    folders = {n: _generator(f, boundary) for n, f in generators.items()}
     if boundary is not None and not any(isinstance(f, ExpertFolders) for f in folders.values()):
         raise InputError(
             "boundary_ratio is where the experts of a generator change over, and no generator here"
@@ -266,7 +266,9 @@ def find_pair(
             code="unsupported",
             param="boundary_ratio",
         )
-    vaes: dict[str, Path] = {n: v for n, f in found.items() if (v := find_vae(f[0])) is not None}
+    vaes: dict[str, Path] = {
+        n: v for n, f in generators.items() if (v := find_vae(f[0])) is not None
+    }
     vae = next((v for _, f in sources if (v := find_vae(f)) is not None), None)
     if "vae" in given:
         vae = vaes["given"] = given_vae(resolve(given["vae"], ("vae",), **hub))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nexus_rt.core.devices import dtype_name
 from nexus_rt.core.documents import parse
 from nexus_rt.core.errors import ModelError, shorten
 from nexus_rt.loading import notes
@@ -182,7 +183,7 @@ def _is_quantised(stored: StoredTensor, note: Note | None) -> bool:
 
 
 def _kind(dtype: torch.dtype) -> str:
-    return FP8.get(dtype, str(dtype).removeprefix("torch."))
+    return FP8.get(dtype, dtype_name(dtype))
 
 
 def _scale(name: str, stored: StoredTensor) -> Tensor:
@@ -240,7 +241,7 @@ def _as_noted(name: str, stored: StoredTensor, note: Note) -> StoredTensor:
 
 def _check_type(name: str, stored: StoredTensor, note: Note) -> None:
     if stored.dtype not in note.dtypes:
-        kinds = " or ".join(str(d).removeprefix("torch.") for d in note.dtypes)
+        kinds = " or ".join(map(dtype_name, note.dtypes))
         raise ModelError(
             f"{stored.path}: {shorten(name, 120)} is stored as"
             f" {str(stored.dtype).removeprefix('torch.')}, and its note says {kinds}; get the file"

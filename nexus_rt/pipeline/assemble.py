@@ -13,7 +13,7 @@ import torch
 from nexus_rt.components.context import ContextEncoder
 from nexus_rt.components.text import TextEncoder
 from nexus_rt.components.vae import VideoDecoder
-from nexus_rt.core.devices import as_device, as_dtype
+from nexus_rt.core.devices import as_device, as_dtype, dtype_name
 from nexus_rt.core.errors import InputError
 from nexus_rt.core.log import chose
 from nexus_rt.engines.cuda_graphs import ReplayedEngine
@@ -146,7 +146,7 @@ def load_models(
 
     engines = {n: engine(n, source) for n, source in parts.generators.items()}
     config = next(iter(engines.values())).model.config
-    computed = f"{dtype} kernels={kernels} attention={attention}".removeprefix("torch.")
+    computed = f"{dtype_name(dtype)} kernels={kernels} attention={attention}"
     computed += "" if kept == "dense" else f" weights={kept}"
     identity = {
         n: (f"{_fingerprint(generator)} {computed} lora={loras_hash({n: loras.get(n, ())})}")
@@ -176,9 +176,7 @@ def _coder_identity(parts: PairFolders, dtype: torch.dtype) -> dict[str, str]:
     text = parts.text and find_text(parts.text, parts.tokenizer)[0]
     steering = {"understanding": parts.understanding, "connector": parts.connector}
     folders = {"vae": parts.vae, "text_encoder": text, **steering}
-    kind = {
-        name: "float32" if name == "vae" else str(dtype).removeprefix("torch.") for name in folders
-    }
+    kind = {name: "float32" if name == "vae" else dtype_name(dtype) for name in folders}
     return {
         name: f"{folder_fingerprint(folder)} {kind[name]}"
         for name, folder in folders.items()

@@ -21,7 +21,7 @@ from nexus_rt.pipeline.settings import is_off
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the generators are told, a row a video.
+    """The conditioning of the generators, a row a video.
 
     embeds: texts and contexts [B, L, D] under the call's names; None for those that no generator
         reads. rewriting: the text that the large generator reads instead of the prompt.
